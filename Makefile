@@ -1,0 +1,40 @@
+# make install · make demo · make test · make bench: each works on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# tritonclient wants an older protobuf, so the peer lives in an environment of its own.
+PEER := .venv-tritonclient
+CONTRACTS := $(shell find proto -name '*.proto')
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed $(PEER)/.installed
+
+$(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[server,dev]'
+	touch $@
+
+$(PEER)/.installed:
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python clients/examples/demo.py --out demo.png
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.rpc
+
+clean:
+	rm -rf $(VENV) $(PEER) proto/python demo.png

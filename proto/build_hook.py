@@ -1,0 +1,76 @@
+"""Compiles the contracts into the package ``els_proto`` and notes which commit was built.
+
+Runs inside every build (editable, wheel); what it writes under ``proto/python`` is never committed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+CONTRACTS = ("denoise/v1/denoise.proto", "inference/grpc_service.proto")
+
+
+class ProtoBuildHook(BuildHookInterface[Any]):
+    """Writes ``proto/python/els_proto`` anew before the package is collected."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile every contract; ``version`` and ``build_data`` are hatchling's."""
+        compile_contracts(Path(self.root))
+
+
+def compile_contracts(root: Path) -> None:
+    """Write the generated package under ``root/proto/python``.
+
+    Raises:
+        subprocess.CalledProcessError: The compiler refused a contract; its text is on stderr.
+    """
+    proto, out = root / "proto", root / "proto" / "python"
+    package = out / "els_proto"
+    shutil.rmtree(package, ignore_errors=True)
+    out.mkdir(exist_ok=True)
+    tools = str(Path(sys.executable).parent)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            # The virtual path makes generated imports absolute: from els_proto.denoise.v1 import …
+            f"-Iels_proto={proto}",
+            f"--python_out={out}",
+            f"--grpc_python_out={out}",
+            f"--mypy_out={out}",
+            f"--mypy_grpc_out={out}",
+            *(f"els_proto/{contract}" for contract in CONTRACTS),
+        ],
+        check=True,
+        # The stub plugins stand beside the interpreter that runs the build.
+        env={**os.environ, "PATH": os.pathsep.join((tools, os.environ.get("PATH", "")))},
+    )
+    for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):
+        (folder / "__init__.py").write_text('"""Generated from the contracts in proto/."""\n')
+    (package / "py.typed").touch()
+    (package / "build_info.py").write_text(
+        f'"""Generated: which commit this build is of."""\n\nCOMMIT = "{_commit(root)}"\n'
+    )
+
+
+def _commit(root: Path) -> str:
+    """Return the commit of the checkout at ``root``, else ``ELS_COMMIT``, else ``unknown``."""
+    git = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ) if shutil.which("git") and (root / ".git").exists() else None
+    if git is not None and git.returncode == 0:
+        return git.stdout.strip()
+    return os.environ.get("ELS_COMMIT", "unknown")

@@ -1,0 +1,1 @@
+"""The els-denoise service; import the sub-packages by name."""

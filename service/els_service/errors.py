@@ -1,0 +1,84 @@
+"""One tree of errors, each with the status that its caller sees.
+
+    ElsError                    INTERNAL
+    ├── InvalidArgumentError    INVALID_ARGUMENT     the request names a wrong field (a ValueError)
+    ├── NotFoundError           NOT_FOUND            no model of that name
+    ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
+    ├── DeadlineExceededError   DEADLINE_EXCEEDED    too late to be worth computing
+    ├── UnavailableError        UNAVAILABLE          still loading, or draining
+    └── LoadError               FAILED_PRECONDITION  a bank, model or setting is refused (a ValueError)
+
+Status codes are plain strings: only the wire knows gRPC. The text of an ``ElsError`` reaches the
+caller; of any other exception the caller sees a neutral text and the log has the cause.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class ElsError(Exception):
+    """An error whose text may reach the caller."""
+
+    code: ClassVar[str] = "INTERNAL"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What is wrong with one field: its path, what was expected, what came."""
+
+    field: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: expected {self.expected}, got {self.got}"
+
+
+class InvalidArgumentError(ElsError, ValueError):
+    """A field of the request is wrong; says field, expected and got."""
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, expected: str, got: object) -> None:
+        self.violation = Violation(field, expected, str(got))
+        super().__init__(str(self.violation))
+
+
+class NotFoundError(ElsError):
+    """The named thing is not served here."""
+
+    code = "NOT_FOUND"
+
+
+class ResourceExhaustedError(ElsError):
+    """The request is over a limit that the metadata publishes; says field, expected and got."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, field: str, expected: str, got: object) -> None:
+        self.violation = Violation(field, expected, str(got))
+        super().__init__(str(self.violation))
+
+
+class DeadlineExceededError(ElsError):
+    """The caller's deadline passed before the work began."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class UnavailableError(ElsError):
+    """The service cannot answer now but may soon."""
+
+    code = "UNAVAILABLE"
+
+
+class LoadError(ElsError, ValueError):
+    """A file is refused; says which file and why."""
+
+    code = "FAILED_PRECONDITION"
+
+    def __init__(self, path: object, reason: str) -> None:
+        self.path, self.reason = str(path), reason
+        super().__init__(f"{path}: {reason}")
