@@ -1,1 +1,19 @@
-"""Patch attention."""
+"""Patch attention: the one operator behind every analytic denoiser. Needs torch alone.
+
+attention = PatchAttention(bank)                      # bank [N, C, H, W] in [-1, 1]
+posterior = attention(x, a=a, s=s, window=k, geometry=GEOMETRIES["els", "zeros"])
+posterior.mean, posterior.log_evidence                # [B, C, H, W], [B, H, W]
+"""
+
+from els_kernels.attention import IMPLEMENTATIONS, PatchAttention
+from els_kernels.geometry import GEOMETRIES, Geometry, Posterior, count_pairs, max_window
+
+__all__ = [
+    "GEOMETRIES",
+    "IMPLEMENTATIONS",
+    "Geometry",
+    "PatchAttention",
+    "Posterior",
+    "count_pairs",
+    "max_window",
+]

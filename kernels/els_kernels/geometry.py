@@ -1,0 +1,130 @@
+"""Which pixels a query looks at and which places of the bank may answer it: Ω and S(u).
+
+One axis at a time. With zero padding the places of an axis fall into spans that share a border
+signature ``sig(i) = (min(i, r), min(H-1-i, r))``: the interior, where every place may answer every
+other, and each edge place by itself. A span sees a *crop* of the axis in which its window always
+fits, so that no mask and no padding is left::
+
+    H = 9, k = 5          0 1 2 3 4 5 6 7 8
+    interior  places 2…6  [x x x x x x x x x]   window 5
+    edge 0    place  0    [x x x]               window 3 (clipped)
+    edge 1    place  1    [x x x x]             window 4
+    edge 7, edge 8        the mirror images
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Padding = Literal["zeros", "circular", "valid"]
+Sources = Literal["same", "every"]
+
+
+class Posterior(NamedTuple):
+    """The answer of patch attention: float32, on the query's device."""
+
+    mean: Tensor
+    """[B, C, H, W]: the posterior mean E[x0 | x] of each pixel under its own window."""
+    log_evidence: Tensor
+    """[B, H, W]: log Σ exp(logit) over the pixel's sources, unnormalised."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Window Ω and sources S(u) of a machine.
+
+    ``sources``: the *same* place of every image, or *every* place that the padding allows.
+    ``padding``: ``zeros`` clips windows at the border and matches border signatures; ``circular``
+    lives on the torus; ``valid`` takes interior places only and pads the query circularly.
+    ``whole``: the window is the whole image and no window is given.
+    """
+
+    sources: Sources
+    padding: Padding
+    whole: bool = False
+
+
+GEOMETRIES: dict[tuple[str, str], Geometry] = {
+    ("ideal", "zeros"): Geometry("same", "zeros", whole=True),
+    ("local", "zeros"): Geometry("same", "zeros"),
+    ("local", "circular"): Geometry("same", "circular"),
+    ("equivariant", "circular"): Geometry("every", "circular", whole=True),
+    ("els", "zeros"): Geometry("every", "zeros"),
+    ("els", "circular"): Geometry("every", "circular"),
+    ("els", "valid"): Geometry("every", "valid"),
+}
+"""(machine, padding) → geometry: Kamb & Ganguli (ICML 2025), section 3."""
+
+
+def max_window(geometry: Geometry, height: int, width: int) -> int:
+    """Return the largest odd window that is legal for images of this size.
+
+    On the torus a window larger than the image would count wrapped pixels twice; with zero padding
+    ``2·max(H, W) - 1`` sees the whole image from everywhere.
+    """
+    if geometry.padding == "zeros":
+        return 2 * max(height, width) - 1
+    side = min(height, width)
+    return side - (side + 1) % 2
+
+
+def count_pairs(geometry: Geometry, height: int, width: int, window: int) -> int:
+    """Return Σ_u |S(u)| for one query image and one bank image: the unit of cost."""
+    pixels = height * width
+    if geometry.whole or geometry.sources == "same":
+        # A whole window has one logit a source image (and shift), whatever the pixel.
+        return pixels
+    if geometry.padding == "circular":
+        return pixels * pixels
+    rows, cols = height - window + 1, width - window + 1
+    if geometry.padding == "valid":
+        return pixels * rows * cols
+    return _axis_pairs(height, rows) * _axis_pairs(width, cols)
+
+
+def _axis_pairs(length: int, interior: int) -> int:
+    return length if interior < 1 else interior * interior + length - interior
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places of one axis that share a signature: ``crop`` is what their windows see."""
+
+    crop: slice
+    places: slice
+    window: int
+
+    @property
+    def single(self) -> bool:
+        """Whether the span is one place, which only itself may answer."""
+        return bool(self.places.stop - self.places.start == 1)
+
+
+def zero_padded_spans(length: int, window: int) -> list[Span]:
+    """Return the spans of an axis under zero padding; together they cover it once."""
+    r = window // 2
+    edges = [
+        Span(slice(lo, hi), slice(i, i + 1), hi - lo)
+        for i in range(length)
+        if i < r or i >= length - r
+        for lo, hi in [(max(0, i - r), min(length, i + r + 1))]
+    ]
+    if length < window:
+        return edges
+    return [Span(slice(0, length), slice(r, length - r), window), *edges]
+
+
+def band(length: int, window: int, padding: Padding) -> Tensor:
+    """Return the 0/1 matrix [length, length] whose product sums each place's window (float64).
+
+    ``zeros`` clips the window at the ends, the others wrap it.
+    """
+    place = torch.arange(length)
+    distance = place[:, None] - place[None, :]
+    r = window // 2
+    inside = distance.abs() <= r if padding == "zeros" else (distance + r) % length < window
+    return inside.double()

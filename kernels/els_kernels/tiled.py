@@ -1,0 +1,316 @@
+"""Patch attention on CPUs with torch alone: tiles of keys that fit the cache, online softmax.
+
+Two forms cover every geometry, both exact:
+
+- *direct*: a matmul of unfolded query patches with unfolded key patches, one span at a time (see
+  ``geometry``). A whole-image window is a patch of which there is one; on the torus the query is
+  unfolded into its shifts instead of the bank, and the shifts are merged by log-sum-exp.
+- *same place*: the box-sum identity ``⟨x[u+Ω], φ[u+Ω]⟩ = (band · (x ⊙ φ) · bandᵀ)[u]``, whose cost
+  does not depend on the window.
+
+With centred data q = x - a·μ and p = φ - μ a logit in base 2 is
+``log₂e/s² · (a·⟨q, p⟩ - a²·‖p‖²/2)`` plus a constant of the query that only the evidence needs.
+The norm rides along as one more column of the matmul.
+
+Tile shapes depend on the sizes of image, window and range, never on the batch: each image's
+arithmetic is the same alone and in company. Images that ask for the same keys share their tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from els_kernels.geometry import Geometry, Padding, Posterior, band, zero_padded_spans
+
+_LOG2E = math.log2(math.e)
+_TILE = 1 << 20
+"""Floats of unfolded keys and of logits in one tile: 4 MiB, at home in a server CPU's cache."""
+_BLOCK = 1 << 22
+"""Floats of unfolded queries held at once: 16 MiB."""
+
+State = tuple[Tensor, Tensor]
+"""Running maximum of the logits (base 2) and sums relative to it; the last sum is the weights'."""
+
+
+class Tiled:
+    """A centred bank in float32, ready for queries."""
+
+    def __init__(self, bank: Tensor) -> None:
+        self._centre = bank.mean((0, 2, 3), dtype=torch.float64)[:, None, None]
+        self._bank = bank - self._centre.float()
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors; images that share window and range share their key tiles."""
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+        for b, (k, (lo, hi)) in enumerate(zip(window, ranges, strict=True)):
+            groups[k, lo, hi].append(b)
+        for (k, lo, hi), members in groups.items():
+            queries = [_Query(x[b] - a[b] * self._centre, a[b], s[b]) for b in members]
+            states = _attend(queries, self._bank[lo:hi], k, geometry)
+            for b, query, (peak, sums) in zip(members, queries, states, strict=True):
+                answer.mean[b] = sums[:-1] / sums[-1] + self._centre
+                evidence = (peak + sums[-1].log2()) / _LOG2E
+                answer.log_evidence[b] = evidence - query.energy(k, geometry)
+        return answer
+
+
+class _Query:
+    """One centred image [C, H, W] (float64) with its level folded in."""
+
+    def __init__(self, image: Tensor, a: float, s: float) -> None:
+        self._image, self._s = image, s
+        # Scaled in float64: its product with a key is the first part of a logit in base 2 …
+        self.scaled = (image * (a / s / s * _LOG2E)).float()
+        # … and the second is half the key's squared norm times this.
+        self.bias = -(a / s) * (a / s) * _LOG2E
+
+    def energy(self, window: int, geometry: Geometry) -> Tensor:
+        """Return ‖q[u+Ω]‖² / 2s² of every pixel, [H, W] float64."""
+        squares = self._image.square().sum(0)
+        rows, cols = _bands(squares, window, geometry)
+        return rows @ squares @ cols.T / (2 * self._s * self._s)
+
+
+def _bands(images: Tensor, window: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return the window-summing matrices for rows and columns, of the images' dtype."""
+    height, width = images.shape[-2:]
+    if geometry.whole:
+        return images.new_ones(height, height), images.new_ones(width, width)
+    rows, cols = (band(length, window, geometry.padding) for length in (height, width))
+    return rows.to(images.dtype), cols.to(images.dtype)
+
+
+def _attend(queries: list[_Query], bank: Tensor, window: int, geometry: Geometry) -> list[State]:
+    """Return for each query maximum [H, W] and sums [C+1, H, W]."""
+    if geometry.whole and geometry.sources == "every":
+        return [_whole_on_torus(query, bank) for query in queries]
+    if geometry.whole:
+        return _whole(queries, bank)
+    if geometry.sources == "same":
+        return _same_place(queries, bank, window, geometry)
+    return _every_place(queries, bank, window, geometry)
+
+
+# Direct form
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Query places and the key places that may answer them, as crops where every window fits."""
+
+    query: Tensor
+    """[G, C, h, w], scaled."""
+    keys: Callable[[slice], Tensor]
+    """Images of the bank → [T, C, h', w'], centred."""
+    values: Tensor
+    """[N, V, P, Q]: the response of every key place."""
+    window: tuple[int, int]
+
+    def attend(self, bias: list[float]) -> Iterator[State]:
+        """Yield for each image of ``query`` maximum [M] and sums [V+1, M] over its M places."""
+        kh, kw = self.window
+        images, channels, height, width = self.query.shape
+        rows, cols = height - kh + 1, width - kw + 1
+        depth = channels * kh * kw + 1
+        step = max(1, min(1024, _TILE // depth) // cols)
+        together = max(1, _BLOCK // (step * cols * depth))
+        for first in range(0, images, together):
+            block = slice(first, first + together)
+            parts = [
+                self._attend_rows(self.query[block, :, top : top + step + kh - 1], bias[block])
+                for top in range(0, rows, step)
+            ]
+            for i in range(len(bias[block])):
+                yield (
+                    torch.cat([peak[i, :, 0] for peak, _ in parts]),
+                    torch.cat([sums[i] for _, sums in parts]).T,
+                )
+
+    def _attend_rows(self, query: Tensor, bias: list[float]) -> State:
+        """Return maximum [G, M, 1] and sums [G, M, V+1] of crops small enough to be unfolded."""
+        patches = _unfold(query, self.window).flatten(1, 2)
+        patches[..., -1] = torch.tensor(bias)[:, None]
+        images, places = patches.shape[:2]
+        peak = patches.new_full((images, places, 1), -math.inf)
+        sums = patches.new_zeros(images, places, self.values.shape[1] + 1)
+        for keys, values in self._tiles(places):
+            logits = patches.new_empty(places, len(keys))
+            for i in range(images):
+                torch.mm(patches[i], keys.T, out=logits)
+                _absorb(logits, values, peak[i], sums[i])
+        return peak, sums
+
+    def _tiles(self, places: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield keys [T, D+1] (patch, half its squared norm) and values [T, V+1] (response, 1)."""
+        images, responses, rows, cols = self.values.shape
+        depth = self.query.shape[1] * self.window[0] * self.window[1] + 1
+        size = max(64, min(max(1024, _TILE // places), _TILE // depth))
+        together = max(1, size // (rows * cols))
+        step = rows if rows * cols <= size else max(1, size // cols)
+        for first in range(0, images, together):
+            block = slice(first, first + together)
+            crop = self.keys(block)
+            for top in range(0, rows, step):
+                keys = _unfold(crop[:, :, top : top + step + self.window[0] - 1], self.window)
+                keys[..., -1] = keys[..., :-1].square().sum(-1) / 2
+                response = self.values[block, :, top : top + step]
+                values = response.new_ones(*keys.shape[:3], responses + 1)
+                values[..., :-1] = response.permute(0, 2, 3, 1)
+                yield keys.flatten(0, 2), values.flatten(0, 2)
+
+
+def _unfold(images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return every patch, [N, P, Q, D+1], with the last column left to fill."""
+    kh, kw = window
+    patches = images.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 2, 3, 1, 4, 5)
+    out = images.new_empty(*patches.shape[:3], patches[0, 0, 0].numel() + 1)
+    out[..., :-1].view(patches.shape).copy_(patches)
+    return out
+
+
+def _absorb(logits: Tensor, values: Tensor, peak: Tensor, sums: Tensor) -> None:
+    """Add a tile to the running softmax; overwrites ``logits`` [M, T] with weights."""
+    # The maximum is set, never added to: from -inf the old sums are scaled by exactly 0.
+    top = torch.maximum(peak, logits.amax(1, keepdim=True))
+    logits.sub_(top).exp2_()
+    sums.mul_(torch.exp2(peak - top)).addmm_(logits, values)
+    peak.copy_(top)
+
+
+def _every_place(
+    queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
+) -> list[State]:
+    # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
+    states = _same_place(queries, bank, window, geometry)
+    scaled = torch.stack([query.scaled for query in queries])
+    bias = [query.bias for query in queries]
+    for rows, cols, cell in _cells(scaled, bank, window, geometry.padding):
+        for (peak, sums), (cell_peak, cell_sums) in zip(states, cell.attend(bias), strict=True):
+            peak[rows, cols] = cell_peak.view_as(peak[rows, cols])
+            sums[:, rows, cols] = cell_sums.view_as(sums[:, rows, cols])
+    return states
+
+
+def _cells(
+    scaled: Tensor, bank: Tensor, window: int, padding: Padding
+) -> Iterator[tuple[slice, slice, _Cell]]:
+    """Yield rows and columns of query places with the cell that answers them."""
+    height, width = bank.shape[2:]
+    r = window // 2
+    if padding == "zeros":
+        for row in zero_padded_spans(height, window):
+            for col in zero_padded_spans(width, window):
+                if not (row.single and col.single):
+                    crop = (slice(None), row.crop, col.crop)
+                    yield (
+                        row.places,
+                        col.places,
+                        _Cell(
+                            scaled[:, *crop],
+                            bank[:, *crop].__getitem__,
+                            bank[:, :, row.places, col.places],
+                            (row.window, col.window),
+                        ),
+                    )
+        return
+    ring = _wrap(scaled, r, r, r, r)
+    everywhere = (slice(0, height), slice(0, width))
+    if padding == "circular":
+        wrapped = _Cell(ring, lambda n: _wrap(bank[n], r, r, r, r), bank, (window, window))
+        yield *everywhere, wrapped
+    else:
+        interior = bank[:, :, r : height - r, r : width - r]
+        yield *everywhere, _Cell(ring, bank.__getitem__, interior, (window, window))
+
+
+def _same_place(
+    queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
+) -> list[State]:
+    """Return maximum [H, W] and sums [C+1, H, W], the sources being the query's own place."""
+    images, channels, height, width = bank.shape
+    rows, cols = _bands(bank, window, geometry)
+    states = [
+        (bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width))
+        for _ in queries
+    ]
+    together = max(1, _TILE // (4 * height * width))
+    for first in range(0, images, together):
+        keys = bank[first : first + together]
+        half = keys.square().sum(1) / 2
+        for query, (peak, sums) in zip(queries, states, strict=True):
+            products = (keys * query.scaled).sum(1).add_(half, alpha=query.bias)
+            logits = rows @ (products @ cols.T)
+            top = torch.maximum(peak, logits.amax(0))
+            weights = logits.sub_(top).exp2_()
+            sums.mul_(torch.exp2(peak - top))
+            sums[:-1] += (keys * weights[:, None]).sum(0)
+            sums[-1] += weights.sum(0)
+            peak.copy_(top)
+    return states
+
+
+def _whole(queries: list[_Query], bank: Tensor) -> list[State]:
+    """Return the states of the ideal machine: one logit an image, the same for every pixel."""
+    cell = _image_cell(torch.stack([query.scaled for query in queries]), bank)
+    states = cell.attend([query.bias for query in queries])
+    return [_spread(peak[0], sums[:-1, 0].view_as(bank[0]), sums[-1, 0]) for peak, sums in states]
+
+
+def _whole_on_torus(query: _Query, bank: Tensor) -> State:
+    """Return the state of the equivariant machine: every shift of the query meets every image.
+
+    As shift p of the query sees what an unshifted one sees in a bank shifted by -p, its response is
+    moved by p; all shifts share one softmax.
+    """
+    channels, height, width = bank.shape[1:]
+    u, shift = torch.arange(height * width), torch.arange(height * width)[:, None]
+    row, col = u // width - shift // width, u % width - shift % width
+    source = row % height * width + col % width
+    peak, mean, weight = bank.new_full((), -math.inf), torch.zeros_like(bank[0]), bank.new_zeros(())
+    rows = max(1, _BLOCK // (width * (bank[0].numel() + 1)))
+    for first in range(0, height, rows):
+        last = min(height, first + rows)
+        shifts = _wrap(query.scaled[None], 0, width - 1, 0, height - 1)[
+            :, :, first : last + height - 1
+        ]
+        ((peaks, sums),) = _image_cell(shifts, bank).attend([query.bias])
+        top = torch.maximum(peak, peaks.amax())
+        scale = torch.exp2(peaks - top)
+        responses = sums[:-1].T.reshape(-1, channels, height * width)
+        moved = responses.gather(2, source[first * width : last * width, None].expand_as(responses))
+        mean = mean * torch.exp2(peak - top) + (moved * scale[:, None, None]).sum(0).view_as(mean)
+        weight = weight * torch.exp2(peak - top) + (sums[-1] * scale).sum()
+        peak = top
+    return _spread(peak, mean, weight)
+
+
+def _image_cell(query: Tensor, bank: Tensor) -> _Cell:
+    """Return the cell whose patch is the whole image and whose response is the image itself."""
+    return _Cell(
+        query, bank.__getitem__, bank.reshape(len(bank), -1, 1, 1), (bank.shape[2], bank.shape[3])
+    )
+
+
+def _spread(peak: Tensor, mean: Tensor, weight: Tensor) -> State:
+    """Return the state in which every pixel has the same maximum and weight."""
+    return peak.expand_as(mean[0]), torch.cat([mean, weight.expand_as(mean[:1])])
+
+
+def _wrap(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    return pad(images, (left, right, top, bottom), mode="circular")
