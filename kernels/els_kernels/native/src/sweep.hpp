@@ -1,0 +1,255 @@
+// One sweep: a block of D displacements (or D tiles of the bank) over a run of rows.
+//
+// For a fixed displacement δ the inner product of two patches is a box sum of pointwise products,
+//
+//     ⟨x[u+Ω], φ[u+δ+Ω]⟩ = Σ_{o∈Ω} g(u+o),    g(v) = Σ_c x_c[v]·φ_c[v+δ],
+//
+// kept as two running sums, whatever the window:
+//
+//     V[v] += g(new row) - g(old row)            one for every column, from row to row
+//     S    += V[u+r] - V[u-r-1]                  one, along the row
+#pragma once
+
+#include "scratch.hpp"
+
+namespace {
+
+// Where a block's query and keys lie. Stream d of the block reads keys + d·stream.
+struct Block {
+  const float* query;  // [C][H][W]
+  const float* keys;   // [C][H][…] vectors
+  std::size_t query_plane, query_row;
+  std::size_t key_plane, key_row, stream;
+  float norm_bias;  // same place only: its norms are summed along with the products
+  int channels, height;
+};
+
+// Rows u and y = u + dy of a sweep; both advance cyclically. Clipped: the query is zero outside.
+struct Rows {
+  int u, y, count, radius;
+  bool clipped;
+};
+
+// Columns of a sweep. V has a slot for every column that some window sees:
+//
+//     slots   [ margin | first, first + 1, … first + count - 1 | margin ]
+//
+// with margins that repeat the other end on the torus, are 0 where windows are clipped at the
+// border, and are empty where every window fits.
+struct Columns {
+  struct Run {
+    int u, y, count;  // keys of stream 0; y may reach kPad columns past an image
+    bool fresh;       // does not continue the run before it
+  };
+  int first, count, margin, radius;
+  bool cyclic;
+  Run products[2];  // all columns: where their keys are
+  Run places[2];    // the places that answer
+  int products_count, places_count;
+  const float* bias;  // [H][…] vectors; same place: [D] vectors for the lanes
+  std::size_t bias_row;
+};
+
+template <int C>
+constexpr int channels_of(const Block& block) {
+  return C > 0 ? C : block.channels;
+}
+
+// The product of one query value with D streams of keys, added to (or taken from) V.
+template <int D, bool kSame, bool kDrop>
+[[gnu::always_inline]] inline void multiply(Vec (&v)[D], const Block& block, float q,
+                                            const float* key) {
+#pragma GCC unroll 8
+  for (int d = 0; d < D; ++d) {
+    const Vec p = load(key + d * (kSame ? block.stream : kLanes));
+    const Vec left = kSame ? p * block.norm_bias + q : splat(q);
+    v[d] = kDrop ? v[d] - left * p : v[d] + left * p;
+  }
+}
+
+// A row of the query and of the keys, both at column 0 of channel 0.
+struct RowPair {
+  const float* query;
+  const float* keys;
+};
+
+inline RowPair row_pair(const Block& block, const Rows& rows, int t) {
+  const int u = wrap(rows.u + t, block.height), y = wrap(rows.y + t, block.height);
+  return {block.query + u * block.query_row, block.keys + y * block.key_row};
+}
+
+inline bool is_inside(const Block& block, const Rows& rows, int t) {
+  return !rows.clipped || (rows.u + t >= 0 && rows.u + t < block.height);
+}
+
+// V[v] = Σ g over the rows of the window around row t.
+template <int C, int D, bool kSame>
+void start_columns(const Block& block, const Rows& rows, int t, const Columns& columns, float* V) {
+  for (int i = 0; i < columns.products_count; ++i) {
+    const Columns::Run& run = columns.products[i];
+    for (int j = 0; j < run.count; ++j) {
+      Vec v[D] = {};
+      for (int o = t - rows.radius; o <= t + rows.radius; ++o) {
+        if (!is_inside(block, rows, o)) continue;
+        const RowPair row = row_pair(block, rows, o);
+        const float* query = row.query + run.u + j;
+        const float* key = row.keys + (run.y + j) * kLanes;
+        for (int c = 0; c < channels_of<C>(block); ++c)
+          multiply<D, kSame, false>(v, block, query[c * block.query_plane],
+                                    key + c * block.key_plane);
+      }
+      float* slot = V + (columns.margin + run.u - columns.first + j) * D * kLanes;
+      for (int d = 0; d < D; ++d) store(slot + d * kLanes, v[d]);
+    }
+  }
+}
+
+// V[v] += g(row entering the window) - g(row leaving it); either may be outside the image.
+template <int C, int D, bool kSame, bool kEnters, bool kLeaves>
+void slide_columns(const Block& block, RowPair enters, RowPair leaves, const Columns& columns,
+                   float* V) {
+  for (int i = 0; i < columns.products_count; ++i) {
+    const Columns::Run& run = columns.products[i];
+    float* slot = V + (columns.margin + run.u - columns.first) * D * kLanes;
+    const float* new_query = enters.query + run.u;
+    const float* old_query = leaves.query + run.u;
+    const float* new_key = enters.keys + run.y * kLanes;
+    const float* old_key = leaves.keys + run.y * kLanes;
+    for (int j = 0; j < run.count; ++j) {
+      Vec v[D];
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) v[d] = load(slot + d * kLanes);
+      for (int c = 0; c < channels_of<C>(block); ++c) {
+        const std::size_t q = j + c * block.query_plane, k = j * kLanes + c * block.key_plane;
+        if (kEnters) multiply<D, kSame, false>(v, block, new_query[q], new_key + k);
+        if (kLeaves) multiply<D, kSame, true>(v, block, old_query[q], old_key + k);
+      }
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) store(slot + d * kLanes, v[d]);
+      slot += D * kLanes;
+    }
+  }
+}
+
+template <int C, int D, bool kSame>
+void advance_columns(const Block& block, const Rows& rows, int t, const Columns& columns,
+                     float* V) {
+  const int in = t + rows.radius, out = t - rows.radius - 1;
+  const bool enters = is_inside(block, rows, in), leaves = is_inside(block, rows, out);
+  const RowPair new_row = row_pair(block, rows, enters ? in : t);
+  const RowPair old_row = row_pair(block, rows, leaves ? out : t);
+  if (enters && leaves)
+    slide_columns<C, D, kSame, true, true>(block, new_row, old_row, columns, V);
+  else if (enters)
+    slide_columns<C, D, kSame, true, false>(block, new_row, old_row, columns, V);
+  else if (leaves)
+    slide_columns<C, D, kSame, false, true>(block, new_row, old_row, columns, V);
+}
+
+template <int D>
+void fill_margins(const Columns& columns, float* V) {
+  const std::size_t slot = D * kLanes, margin = columns.margin * slot;
+  const std::size_t body = columns.count * slot;
+  if (columns.cyclic) {
+    std::memcpy(V, V + body, margin * sizeof(float));
+    std::memcpy(V + margin + body, V + margin, margin * sizeof(float));
+  } else {
+    std::memset(V, 0, margin * sizeof(float));
+    std::memset(V + margin + body, 0, margin * sizeof(float));
+  }
+}
+
+// Make `top`'s largest lane the new maximum of a place and rescale its sums. Rare.
+[[gnu::noinline, gnu::cold]] inline void raise_peak(Vec top, float* peak, float* sums, int count) {
+  const float higher = lane_max(top);
+  const Vec scale = exp2(splat(*peak - higher));
+  for (int i = 0; i < count; ++i) store(sums + i * kLanes, load(sums + i * kLanes) * scale);
+  *peak = higher;
+}
+
+// Add a run of places to their softmax sums. `left` is the slot of the first window's first
+// column; S comes in as the sum of all its columns but the last, and leaves so for the next place.
+template <int C, int D, bool kSame>
+void respond(const Block& block, Vec (&S)[D], const float* left, int diameter, const float* bias,
+             const float* values, float* sums, float* peak, int count) {
+  const int channels = channels_of<C>(block);
+  Vec s[D];
+#pragma GCC unroll 8
+  for (int d = 0; d < D; ++d) s[d] = S[d];
+  const float* right = left + diameter * D * kLanes;
+  for (int j = 0; j < count; ++j) {
+    Vec logit[D];
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) {
+      s[d] += load(right + d * kLanes);
+      logit[d] = s[d] + load(bias + d * kLanes);
+      s[d] -= load(left + d * kLanes);
+    }
+    Vec top = logit[0];
+#pragma GCC unroll 8
+    for (int d = 1; d < D; ++d) top = larger(top, logit[d]);
+    if (__builtin_expect(any_above(top, *peak + kHeadroom), 0))
+      raise_peak(top, peak, sums, 1 + channels);
+    const Vec reference = splat(*peak);
+    Vec weight[D];
+    Vec total = load(sums);
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) {
+      weight[d] = exp2(logit[d] - reference);
+      total += weight[d];
+    }
+    store(sums, total);
+    for (int c = 0; c < channels; ++c) {
+      Vec response = load(sums + (1 + c) * kLanes);
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d)
+        response += weight[d] *
+                    load(values + c * block.key_plane + d * (kSame ? block.stream : kLanes));
+      store(sums + (1 + c) * kLanes, response);
+    }
+    left += D * kLanes;
+    right += D * kLanes;
+    values += kLanes;
+    if (!kSame) bias += kLanes;
+    sums += (1 + channels) * kLanes;
+    ++peak;
+  }
+#pragma GCC unroll 8
+  for (int d = 0; d < D; ++d) S[d] = s[d];
+}
+
+template <int C, int D, bool kSame>
+void sweep(const Block& block, const Rows& rows, const Columns& columns, Scratch& scratch) {
+  float* V = scratch.columns;
+  const int diameter = 2 * columns.radius, vectors = 1 + channels_of<C>(block);
+  for (int t = 0; t < rows.count; ++t) {
+    if (t % kRestart == 0)
+      start_columns<C, D, kSame>(block, rows, t, columns, V);
+    else
+      advance_columns<C, D, kSame>(block, rows, t, columns, V);
+    if (columns.margin > 0 && (columns.cyclic || t == 0)) fill_margins<D>(columns, V);
+    const RowPair row = row_pair(block, rows, t);
+    const int u = wrap(rows.u + t, block.height), y = wrap(rows.y + t, block.height);
+    Vec S[D];
+    for (int i = 0; i < columns.places_count; ++i) {
+      const Columns::Run& run = columns.places[i];
+      for (int j = 0; j < run.count; j += kRestart) {
+        const float* left = V + (columns.margin + run.u + j - columns.radius - columns.first) *
+                                    D * kLanes;
+        if (j > 0 || run.fresh) {
+          for (int d = 0; d < D; ++d) S[d] = splat(0.0f);
+          for (int o = 0; o < diameter; ++o)
+            for (int d = 0; d < D; ++d) S[d] += load(left + (o * D + d) * kLanes);
+        }
+        const std::size_t place = std::size_t(u) * block.query_row + run.u + j;
+        const float* bias = columns.bias;
+        if (!kSame) bias += y * columns.bias_row + (run.y + j) * kLanes;
+        respond<C, D, kSame>(block, S, left, diameter, bias, row.keys + (run.y + j) * kLanes,
+                             scratch.sums + place * vectors * kLanes, scratch.peak + place,
+                             least(kRestart, run.count - j));
+      }
+    }
+  }
+}
+
+}  // namespace
