@@ -30,6 +30,12 @@ inline int wrap(int i, int n) { return (i % n + n) % n; }
 
 inline std::size_t tile_floats(const Bank& bank) { return bank.channels * bank.pixels() * kLanes; }
 
+// A row of the query and a row of keys, both at column 0 of channel 0.
+struct RowPair {
+  const float* query;
+  const float* keys;
+};
+
 struct Scratch {
   float* tile;       // [C][H][kPad + W + kPad] vectors: a tile, its rows continued cyclically
   float* bias;       // [H][kPad + W + kPad] vectors: -∞ where a column may not answer
@@ -38,6 +44,7 @@ struct Scratch {
   float* sums;       // [HW][1 + C] vectors: each lane's weights and responses
   float* peak;       // [HW]: the running maxima of the logits
   float* flushed;    // [HW]: the maxima that the partial result is relative to
+  RowPair* window;   // [H]: the rows that a window sees
   std::size_t floats = 0;
 
   // Cut from `base`; from null only to learn how many floats it takes.
@@ -56,6 +63,7 @@ struct Scratch {
     sums = take((1 + bank.channels) * pixels * kLanes);
     peak = take(pixels);
     flushed = take(pixels);
+    window = reinterpret_cast<RowPair*>(take(bank.height * sizeof(RowPair) / sizeof(float)));
   }
 };
 

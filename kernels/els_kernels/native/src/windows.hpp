@@ -58,7 +58,7 @@ inline Rows all_rows(const Bank& bank, int radius, bool cyclic) {
 inline Columns all_columns(const Bank& bank, int radius, bool cyclic) {
   const int reach = cyclic ? radius : least(radius, bank.width - 1);
   const Columns::Run all = {0, 0, bank.width, true};
-  return {0, bank.width, reach, reach, cyclic, {all}, {all}, 1, 1, nullptr, 0};
+  return {0, bank.width, cyclic ? 0 : reach, reach, cyclic, {all}, {all}, 1, 1, nullptr, 0};
 }
 
 // Every query place is answered by the same place of each image.
@@ -166,7 +166,7 @@ inline Columns inner_columns(const Bank& bank, int r, int dx, int streams, const
 inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool valid,
                              const Scratch& scratch) {
   const int width = bank.width, turn = width - dx;
-  Columns columns = {0, width, r, r, true, {}, {}, 2, 2, scratch.bias, 0};
+  Columns columns = {0, width, 0, r, true, {}, {}, 2, 2, scratch.bias, 0};
   columns.products[0] = {0, dx, turn, true};
   columns.products[1] = {turn, 0, dx, false};
   if (!valid) {
