@@ -55,7 +55,10 @@ def compile_native(root: Path) -> Path:
         for name, flags in kernels.items():
             symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
             jobs[Path(folder, f"{name}.o")] = (
-                *COMMON, *flags, *symbol, str(source / "kernel.cpp"),
+                *COMMON,
+                *flags,
+                *symbol,
+                str(source / "kernel.cpp"),
             )
         with ThreadPoolExecutor() as pool:
             list(

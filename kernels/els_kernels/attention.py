@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from els_kernels.geometry import Geometry, Posterior, max_window
+from els_kernels.native import Native, instruction_sets
 from els_kernels.reference import Reference
 from els_kernels.tiled import Tiled
 
@@ -35,6 +36,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
     "reference": Reference,
     "torch": Tiled,
+    "native": Native,
 }
 
 
@@ -58,6 +60,7 @@ class PatchAttention:
 
         Raises:
             ValueError: bank or implementation is not as above; says expected and got.
+            RuntimeError: ``native`` was asked for and its library is not there; says why.
         """
         if bank.ndim != 4 or bank.dtype != torch.float32 or 0 in bank.shape:
             raise ValueError(
@@ -65,7 +68,7 @@ class PatchAttention:
                 f"got {bank.dtype} {list(bank.shape)}"
             )
         if implementation == "auto":
-            implementation = "torch"
+            implementation = _fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -143,6 +146,17 @@ class PatchAttention:
                     f"ranges: expected 0 <= lo < hi <= {self.images}, got lo {lo}, hi {hi}"
                 )
         return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
+
+
+def _fastest(bank: Tensor) -> str:
+    if bank.device.type != "cpu":
+        return "torch"
+    try:
+        instruction_sets()
+    except RuntimeError as error:
+        _log.info("patch attention: %s", error)
+        return "torch"
+    return "native"
 
 
 def _positive(name: str, scale: Tensor, batch: int) -> list[float]:
