@@ -22,6 +22,8 @@ COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # False alarms of GCC 12 within its own AVX-512 header.
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    # No vector crosses a function that is called from another file.
+    "-Wno-psabi",
 )
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma")
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -51,7 +53,9 @@ def compile_native(root: Path) -> Path:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     kernels = KERNELS if x86 else {"baseline": KERNELS["baseline"]}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {Path(folder, "library.o"): (*COMMON, str(source / "library.cpp"))}
+        jobs: dict[Path, tuple[str, ...]] = {
+            Path(folder, "library.o"): (*COMMON, str(source / "library.cpp"))
+        }
         for name, flags in kernels.items():
             symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
             jobs[Path(folder, f"{name}.o")] = (

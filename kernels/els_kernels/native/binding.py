@@ -82,7 +82,7 @@ def instruction_sets() -> list[str]:
     Raises:
         RuntimeError: The library was not built, or does not load.
     """
-    names = []
+    names: list[str] = []
     while (name := _library().els_kernel_name(len(names))) is not None:
         names.append(name.decode())
     return names

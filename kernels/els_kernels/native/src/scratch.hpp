@@ -21,8 +21,9 @@ constexpr int kPad = kBlock - 1;  // columns on either side that a block may tou
 constexpr float kNoPeak = -1.7e38f;
 // How far, in bits, a logit may exceed the running maximum before the sums are rescaled.
 constexpr float kHeadroom = 40.0f;
-// Running sums start afresh after so many places, so that rounding errors do not pile up.
-constexpr int kRestart = 32;
+// Running sums start afresh after so many rows (V) and columns (S), so that rounding errors do not
+// pile up. S is the larger number, where most of the error is made, and the cheaper to restart.
+constexpr int kRowRestart = 32, kColumnRestart = 16;
 
 inline int least(int a, int b) { return a < b ? a : b; }
 inline int most(int a, int b) { return a > b ? a : b; }

@@ -22,6 +22,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef double Wide __attribute__((vector_size(8 * kLanes)));  // where precision is cheap
 
 constexpr float kForbidden = -__builtin_inff();  // the bias of a source that must not answer
 
@@ -77,6 +78,9 @@ constexpr float kForbidden = -__builtin_inff();  // the bias of a source that mu
   return (Vec)((IVec)p + ((IVec)t << 23));
 #endif
 }
+
+inline Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
+inline Vec narrow(Wide v) { return __builtin_convertvector(v, Vec); }
 
 // Sum and maximum over the lanes, always in the same order.
 inline float lane_sum(Vec v) {

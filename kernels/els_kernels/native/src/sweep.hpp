@@ -180,21 +180,22 @@ void start_row(const Columns& columns, const float* V, int from, int count, Vec 
 }
 
 // Add a run of places to their softmax sums. `left` and `right` are the slots of the first window's
-// first and last column; S comes in as the sum of all but the last, and leaves so for the next place.
+// first and last column. S comes in as the sum of the window before, `gone` as its first column, and
+// both leave so: the small difference of two columns is rounded, then added to the large sum once.
 template <int C, int D, bool kSame>
-void respond(const Block& block, Vec (&S)[D], const float* left, const float* right,
+void respond(const Block& block, Vec (&S)[D], Vec (&gone)[D], const float* left, const float* right,
              const float* bias, const float* values, float* sums, float* peak, int count) {
   const int channels = channels_of<C>(block);
-  Vec s[D];
+  Vec s[D], g[D];
 #pragma GCC unroll 8
-  for (int d = 0; d < D; ++d) s[d] = S[d];
+  for (int d = 0; d < D; ++d) s[d] = S[d], g[d] = gone[d];
   for (int j = 0; j < count; ++j) {
     Vec logit[D];
 #pragma GCC unroll 8
     for (int d = 0; d < D; ++d) {
-      s[d] += load(right + d * kLanes);
+      s[d] += load(right + d * kLanes) - g[d];
       logit[d] = s[d] + load(bias + d * kLanes);
-      s[d] -= load(left + d * kLanes);
+      g[d] = load(left + d * kLanes);
     }
     Vec top = logit[0];
 #pragma GCC unroll 8
@@ -226,7 +227,7 @@ void respond(const Block& block, Vec (&S)[D], const float* left, const float* ri
     ++peak;
   }
 #pragma GCC unroll 8
-  for (int d = 0; d < D; ++d) S[d] = s[d];
+  for (int d = 0; d < D; ++d) S[d] = s[d], gone[d] = g[d];
 }
 
 // One row of places, in stretches that neither end of the window leaves the ring in.
@@ -235,7 +236,7 @@ void respond_row(const Block& block, const Columns& columns, int u, int y, const
                  Scratch& scratch) {
   const int diameter = 2 * columns.radius, vectors = 1 + channels_of<C>(block);
   const float* keys = block.keys + y * block.key_row;
-  Vec S[D];
+  Vec S[D], gone[D];
   int age = 0;  // places since S was summed afresh
   for (int i = 0; i < columns.places_count; ++i) {
     const Columns::Run& run = columns.places[i];
@@ -248,14 +249,15 @@ void respond_row(const Block& block, const Columns& columns, int u, int y, const
         if (right >= columns.count) right -= columns.count;
         stretch = least(stretch, columns.count - most(left, right));
       }
-      if ((j == 0 && run.fresh) || age == kRestart) {
+      if ((j == 0 && run.fresh) || age == kColumnRestart) {
         start_row<D>(columns, V, left, diameter, S);
+        for (int d = 0; d < D; ++d) gone[d] = Vec{};
         age = 0;
       }
-      stretch = least(stretch, kRestart - age);
+      stretch = least(stretch, kColumnRestart - age);
       const std::size_t place = u * block.query_row + run.u + j, key = (run.y + j) * kLanes;
       const float* bias = kSame ? columns.bias : columns.bias + y * columns.bias_row + key;
-      respond<C, D, kSame>(block, S, V + left * D * kLanes, V + right * D * kLanes, bias,
+      respond<C, D, kSame>(block, S, gone, V + left * D * kLanes, V + right * D * kLanes, bias,
                            keys + key, scratch.sums + place * vectors * kLanes,
                            scratch.peak + place, stretch);
       j += stretch;
@@ -267,7 +269,7 @@ void respond_row(const Block& block, const Columns& columns, int u, int y, const
 template <int C, int D, bool kSame>
 void sweep(const Block& block, const Rows& rows, const Columns& columns, Scratch& scratch) {
   for (int t = 0; t < rows.count; ++t) {
-    if (t % kRestart == 0)
+    if (t % kRowRestart == 0)
       start_columns<C, D, kSame>(block, rows, t, columns, scratch.window, scratch.columns);
     else
       advance_columns<C, D, kSame>(block, rows, t, columns, scratch.columns);

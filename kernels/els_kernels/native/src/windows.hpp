@@ -94,60 +94,54 @@ inline void copy_tile(const Bank& bank, const float* tile, float* padded) {
   }
 }
 
-inline Vec squares(const Bank& bank, const float* tile, int row, int column) {
-  Vec sum = {};
+inline Wide squares(const Bank& bank, const float* tile, int row, int column) {
+  Wide sum = {};
   for (int c = 0; c < bank.channels; ++c) {
-    const Vec p = load(tile + (c * bank.pixels() + std::size_t(row) * bank.width + column) * kLanes);
+    const std::size_t v = c * bank.pixels() + std::size_t(row) * bank.width + column;
+    const Wide p = widen(load(tile + v * kLanes));
     sum += p * p;
   }
   return sum;
 }
 
-// The part of each logit that its key alone decides: bias·‖p‖², box sums of squares.
+// The part of each logit that its key alone decides: bias·‖p‖², box sums of squares as in a sweep.
+// There is one for every key and not for every pair, so they can be had in double precision.
 inline void key_bias(const Bank& bank, const Geometry& geometry, const Query& query,
                      const float* tile, Vec lanes, Scratch& scratch) {
   const bool cyclic = geometry.padding == Padding::kCircular;
   const int height = bank.height, width = bank.width, r = query.window / 2;
   const int down = cyclic ? r : least(r, height - 1), along = cyclic ? r : least(r, width - 1);
   const std::size_t padded = width + 2 * kPad;
-  float* V = scratch.columns;  // [along + W + along], as in a sweep
-  float* body = V + along * kLanes;
+  Wide* V = reinterpret_cast<Wide*>(scratch.columns);
+  auto seen = [&](int i, int length) { return cyclic || (i >= 0 && i < length); };
   for (int y = 0; y < height; ++y) {
     for (int x = 0; x < width; ++x) {
-      Vec v = load(body + x * kLanes);
-      if (y % kRestart == 0) {
-        v = Vec{};
-        for (int o = y - down; o <= y + down; ++o)
-          if (cyclic || (o >= 0 && o < height)) v += squares(bank, tile, wrap(o, height), x);
+      if (y == 0) {
+        V[x] = Wide{};
+        for (int o = -down; o <= down; ++o)
+          if (seen(o, height)) V[x] += squares(bank, tile, wrap(o, height), x);
       } else {
         const int in = y + down, out = y - down - 1;
-        if (cyclic || in < height) v += squares(bank, tile, wrap(in, height), x);
-        if (cyclic || out >= 0) v -= squares(bank, tile, wrap(out, height), x);
+        if (seen(in, height)) V[x] += squares(bank, tile, wrap(in, height), x);
+        if (seen(out, height)) V[x] -= squares(bank, tile, wrap(out, height), x);
       }
-      store(body + x * kLanes, v);
-    }
-    for (int x = 0; x < along; ++x) {
-      store(V + x * kLanes, cyclic ? load(body + (width - along + x) * kLanes) : Vec{});
-      store(body + (width + x) * kLanes, cyclic ? load(body + x * kLanes) : Vec{});
     }
     float* bias = scratch.bias + (y * padded + kPad) * kLanes;
     float* edge_bias = scratch.edge_bias + (y * padded + kPad) * kLanes;
-    Vec s = {};
+    Wide S = {};
+    for (int o = -along; o < along; ++o)
+      if (seen(o, width)) S += V[wrap(o, width)];
     for (int x = 0; x < width; ++x) {
-      if (x % kRestart == 0) {
-        s = Vec{};
-        for (int o = 0; o < 2 * along; ++o) s += load(V + (x + o) * kLanes);
-      }
-      s += load(V + (x + 2 * along) * kLanes);
-      const Vec all = s * query.bias + lanes;
-      s -= load(V + x * kLanes);
+      if (seen(x + along, width)) S += V[wrap(x + along, width)];
+      const Vec all = narrow(S * double(query.bias)) + lanes;
+      if (seen(x - along, width)) S -= V[wrap(x - along, width)];
       const bool answers = cyclic || (x >= r && x < width - r);
       store(edge_bias + x * kLanes, all);
       store(bias + x * kLanes, answers ? all : splat(kForbidden));
     }
     for (int x = 1; x <= kPad; ++x) {
-      const Vec left = load(bias + ((kPad * width - x) % width) * kLanes);
-      const Vec right = load(bias + ((x - 1) % width) * kLanes);
+      const Vec left = load(bias + wrap(-x, width) * kLanes);
+      const Vec right = load(bias + wrap(x - 1, width) * kLanes);
       store(bias - x * kLanes, cyclic ? left : splat(kForbidden));
       store(bias + (width + x - 1) * kLanes, cyclic ? right : splat(kForbidden));
     }
