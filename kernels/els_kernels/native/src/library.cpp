@@ -1,6 +1,6 @@
 // The C interface: chooses a kernel, cuts a call into tasks, runs them, merges their answers.
 //
-// A task is one query and one chunk of the bank. Chunks depend on the bank and on the range that is
+// A task is one query and one chunk of the bank, or a part of one. They depend on the bank and on the range that is
 // asked for, never on the batch or the number of threads, and their answers are merged in order:
 // the bits of an answer do not depend on company. Tasks of one chunk follow each other, so that its
 // tiles are still in the cache for the next query.
@@ -29,7 +29,8 @@ namespace {
 using namespace els;
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int kMostChunks = 32;
+constexpr int kMostChunks = 64;
+constexpr int kLeastChunks = 24;  // so that a small bank keeps every core busy to the end
 constexpr int kLeastSame = 16;  // tiles of a chunk where each costs little: same place, ideal
 constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of unmerged answers at a time
 
@@ -139,7 +140,7 @@ struct Prepared {
   Buffer<float> scaled;
   Buffer<double> energy;
   std::int64_t chunk, first, last;  // tiles
-  int chunks;
+  int chunks, parts;                // tasks are chunks × parts
   std::size_t slot;  // of its first partial result
 };
 
@@ -147,7 +148,7 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
                  std::int64_t b) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   const double a = call.a[b], s = call.s[b];
-  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), 0, 0, 0, 0, 0};
+  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), 0, 0, 0, 0, 1, 0};
   std::vector<double> squares(pixels, 0.0);
   for (std::size_t v = 0; v < values; ++v) {
     const double q = double(call.x[b * values + v]) - a * call.centre[v / pixels];
@@ -164,6 +165,12 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   out.chunk = (tiles + kMostChunks - 1) / kMostChunks;
   if (geometry.sources == Sources::kSame) out.chunk = std::max<std::int64_t>(kLeastSame, out.chunk);
   out.chunks = int((tiles + out.chunk - 1) / out.chunk);
+  if (geometry.sources == Sources::kEvery && !geometry.whole && out.chunks < kLeastChunks) {
+    const bool clipped = geometry.padding == Padding::kZeros;
+    const int displacements = clipped ? bank.height - 2 * (window / 2) : bank.height;
+    const int parts = (kLeastChunks + out.chunks - 1) / out.chunks;
+    out.parts = std::max(1, std::min(parts, displacements));
+  }
   return out;
 }
 
@@ -172,7 +179,8 @@ void merge(const ElsCall& call, const Bank& bank, const Prepared& image, std::in
            const Partial* parts, std::size_t u) {
   const std::size_t pixels = bank.pixels();
   float peak = parts[0].peak[u];
-  for (int i = 1; i < image.chunks; ++i) peak = std::max(peak, parts[i].peak[u]);
+  const int tasks = image.chunks * image.parts;
+  for (int i = 1; i < tasks; ++i) peak = std::max(peak, parts[i].peak[u]);
   double weight = 0.0;
   double responses[16] = {};
   // More than 16 channels are merged 16 at a time; the weight is the same each time.
@@ -180,7 +188,7 @@ void merge(const ElsCall& call, const Bank& bank, const Prepared& image, std::in
     const int count = std::min(16, bank.channels - from);
     std::fill_n(responses, count, 0.0);
     weight = 0.0;
-    for (int i = 0; i < image.chunks; ++i) {
+    for (int i = 0; i < tasks; ++i) {
       const float behind = parts[i].peak[u] - peak;
       if (behind < -1000.0f) continue;  // 2^-1000 of the rest
       const double scale = behind == 0.0f ? 1.0 : std::exp2(double(behind));
@@ -198,7 +206,7 @@ void merge(const ElsCall& call, const Bank& bank, const Prepared& image, std::in
 
 struct Task {
   std::int64_t image;
-  int chunk;
+  int index;  // of its partial result: chunk · parts + part
 };
 
 void attend(const ElsCall& call, const Kernel& kernel) {
@@ -219,34 +227,36 @@ void attend(const ElsCall& call, const Kernel& kernel) {
     while (end < call.batch && (images.empty() || slots * partial_bytes < kPartialBytes)) {
       images.push_back(prepare(call, bank, geometry, kernel.lanes, end++));
       images.back().slot = slots;
-      slots += images.back().chunks;
-      for (int i = 0; i < images.back().chunks; ++i)
+      const int count = images.back().chunks * images.back().parts;
+      slots += count;
+      for (int i = 0; i < count; ++i)
         tasks.push_back({std::int64_t(images.size()) - 1, i});
     }
     auto first_tile = [&](const Task& task) {
       const Prepared& image = images[task.image];
-      return image.first + task.chunk * image.chunk;
+      return image.first + task.index / image.parts * image.chunk;
     };
     std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& left, const Task& right) {
       return first_tile(left) < first_tile(right);
     });
     const auto peaks = allocate<float>(slots * pixels);
     const auto totals = allocate<double>(slots * sums);
-    std::vector<Partial> parts(slots);
+    std::vector<Partial> partials(slots);
     for (std::size_t i = 0; i < slots; ++i)
-      parts[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
+      partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
     for_each(tasks.size(), threads, [&](int worker, std::size_t i) {
       const Prepared& image = images[tasks[i].image];
       const std::int64_t first = first_tile(tasks[i]);
-      kernel.attend(bank, geometry, image.query, first,
-                    std::min(image.last, first + image.chunk), scratch[worker].get(),
-                    parts[image.slot + tasks[i].chunk]);
+      const Share share = {first, std::min(image.last, first + image.chunk),
+                           tasks[i].index % image.parts, image.parts};
+      kernel.attend(bank, geometry, image.query, share, scratch[worker].get(),
+                    partials[image.slot + tasks[i].index]);
     });
     for_each(images.size() * bank.height, threads, [&](int, std::size_t i) {
       const std::size_t index = i / bank.height, row = i % bank.height * bank.width;
       for (std::size_t u = row; u < row + bank.width; ++u)
         merge(call, bank, images[index], begin + std::int64_t(index),
-              parts.data() + images[index].slot, u);
+              partials.data() + images[index].slot, u);
     });
     begin = end;
   }

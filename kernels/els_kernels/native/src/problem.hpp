@@ -35,6 +35,13 @@ struct Query {
   std::int64_t lo, hi;  // images of the bank that may answer
 };
 
+// A task's share of the sources: tiles [first, last) of the bank and, of the vertical displacements
+// between query and key, every `parts`-th.
+struct Share {
+  std::int64_t first, last;
+  int part, parts;
+};
+
 // Softmax over a part of the sources: Σ 2^(logit - peak)·(1, value), value-major.
 struct Partial {
   float* peak;   // [pixels]
@@ -46,9 +53,9 @@ struct Kernel {
   int lanes;
   void (*pack)(const Bank& shape, const float* images, const double* centre, float* packed);
   std::size_t (*scratch_floats)(const Bank&);
-  // The answer of the bank's tiles [first, last) to one query.
-  void (*attend)(const Bank&, const Geometry&, const Query&, std::int64_t first,
-                 std::int64_t last, float* scratch, Partial out);
+  // The answer of a share of the bank to one query.
+  void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, float* scratch,
+                 Partial out);
 };
 
 }  // namespace els

@@ -11,6 +11,7 @@ using els::Geometry;
 using els::Padding;
 using els::Partial;
 using els::Query;
+using els::Share;
 using els::Sources;
 
 constexpr int kBlock = 4;         // displacements, or tiles of the bank, worked on together

@@ -211,19 +211,21 @@ void sweep_columns(const Bank& bank, const Geometry& geometry, int r, const Bloc
 // Every query place is answered by every place of each image that the padding allows.
 template <int C>
 void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
-                 std::int64_t first, std::int64_t last, Scratch& scratch, Partial out) {
+                 const Share& share, Scratch& scratch, Partial out) {
   const int height = bank.height, r = query.window / 2;
   const std::size_t row = std::size_t(bank.width + 2 * kPad) * kLanes;
   const Block block = {query.scaled,  scratch.tile + kPad * kLanes, bank.pixels(),
                        std::size_t(bank.width), height * row, row, kLanes, 0.0f,
                        bank.channels, height};
   clear(bank, scratch, out);
-  for (std::int64_t tile = first; tile < last; ++tile) {
+  for (std::int64_t tile = share.first; tile < share.last; ++tile) {
     const float* images = bank.data + tile * tile_floats(bank);
     copy_tile(bank, images, scratch.tile);
     key_bias(bank, geometry, query, images, lane_bias(tile, query), scratch);
+    int index = 0;
     auto run = [&](const Rows& rows) {
-      sweep_columns<C>(bank, geometry, r, block, rows, scratch);
+      if (index++ % share.parts == share.part)
+        sweep_columns<C>(bank, geometry, r, block, rows, scratch);
     };
     switch (geometry.padding) {
       case Padding::kCircular:
