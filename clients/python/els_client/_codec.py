@@ -138,9 +138,9 @@ def decode_step(step: pb.SampleResponse) -> Step:
     return Step(
         index=step.index,
         total=step.total,
-        x=decode_tensor(step.x) if step.HasField("x") else None,
-        denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
         alpha_bar=step.alpha_bar,
+        _x=decode_tensor(step.x) if step.HasField("x") else None,
+        _denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
     )
 
 

@@ -106,22 +106,45 @@ class Model:
         return self.channels, self.height, self.width
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
-    """One step of a trajectory.
+    """One step of a trajectory; on the last ``x`` and ``denoised`` are both the result.
 
     Attributes:
         index: From 1 to ``total``.
         total: How many steps there are.
-        x: State after this step, float32 [count, C, H, W]; None unless wanted.
-        denoised: D(x) that the step was taken with, same shape; None unless wanted.
         alpha_bar: ᾱ at which ``x`` stands; rises to 1.
-
-    On the last step ``x`` and ``denoised`` are both the result, wanted or not.
     """
 
     index: int
     total: int
-    x: Images | None
-    denoised: Images | None
     alpha_bar: float
+    _x: Images | None
+    _denoised: Images | None
+
+    @property
+    def x(self) -> Images:
+        """State after this step, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, and this is not the last step.
+        """
+        return _wanted("x", self._x)
+
+    @property
+    def denoised(self) -> Images:
+        """D(x) that this step was taken with, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, and this is not the last step.
+        """
+        return _wanted("denoised", self._denoised)
+
+    def __repr__(self) -> str:
+        return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"
+
+
+def _wanted(name: str, images: Images | None) -> Images:
+    if images is None:
+        raise AttributeError(f"this step carries no {name}: ask for it with want=({name!r},)")
+    return images

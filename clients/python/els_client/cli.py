@@ -182,7 +182,7 @@ def sample(
             want=want,
         ):
             progress.update(bar, completed=step.index, total=step.total)
-            if step.x is not None:
+            if gif or step.index == step.total:
                 states.append(step.x)
         pictures.write_grid(out, states[-1])
         if gif:
