@@ -109,7 +109,7 @@ def _name(bank: Bank, label: int) -> str | None:
 def _print_table(file: Path, bank: Bank) -> None:
     facts = _describe(bank)
     labels = [
-        f"{entry['label']}  {entry['name'] or ''}  ({entry['images']} images)"
+        " × ".join((f"{entry['label']} {entry['name'] or ''}".rstrip(), str(entry["images"])))
         for entry in facts["labels"]
     ]
     facts |= {"shape": " × ".join(map(str, bank.shape)), "labels": "\n".join(labels)}

@@ -232,7 +232,8 @@ def _picture(file: Path) -> NDArray[np.uint8]:
 
 def _read_npz(path: Path) -> _Source:
     """Arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
-    with _refusing(path), np.load(path, allow_pickle=False) as arrays:
+    # Opened here because np.load leaves a file open that it fails to read.
+    with _refusing(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         images = arrays["images"]
         labels = _labels(path, arrays["labels"]) if "labels" in arrays else None
     if images.ndim not in (3, 4):

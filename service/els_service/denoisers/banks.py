@@ -156,26 +156,29 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
             not hold a valid bank; it names the file and says which.
     """
     try:
-        data = Path(path).read_bytes()
-        tensors = parse_safetensors(data)
-        metadata = _read_metadata(data)
-        bank = Bank(
-            tensors["images"],
-            tensors["labels"],
-            tuple(json.loads(metadata["label_names"])),
-            metadata["source"],
-            metadata["licence"],
-        )
+        return _decode(Path(path).read_bytes())
     except OSError as error:
         raise LoadError(path, error.strerror or str(error)) from error
     except KeyError as error:
         raise LoadError(path, f"not a bank: {error} is missing or of an unknown type") from error
     except (SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise LoadError(path, f"not a bank: {error}") from error
+
+
+def _decode(data: bytes) -> Bank:
+    tensors = parse_safetensors(data)
+    metadata = _read_metadata(data)
+    bank = Bank(
+        tensors["images"],
+        tensors["labels"],
+        tuple(json.loads(metadata["label_names"])),
+        metadata["source"],
+        metadata["licence"],
+    )
     if bank.fingerprint != metadata["fingerprint"]:
-        raise LoadError(path, "the fingerprint does not match the contents")
+        raise ValueError("the fingerprint does not match the contents")
     if _encode(bank) != data:
-        raise LoadError(path, "damaged or edited: not byte for byte what save_bank writes")
+        raise ValueError("damaged or edited, not byte for byte what save_bank writes")
     return bank
 
 
