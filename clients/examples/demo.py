@@ -1,6 +1,6 @@
 """Starts a server, draws one sample of each label and shows how each came out of noise.
 
-python clients/examples/demo.py --out demo.png
+Usage: python clients/examples/demo.py --out demo.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +62,7 @@ def running_server() -> Iterator[int]:
     """Yield the port of a server process; ends it in good order.
 
     Raises:
-        RuntimeError: The server never became ready; the text is the end of its log.
+        RuntimeError: It did not start, or a call failed; the text ends with the server's log.
     """
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -73,22 +72,29 @@ def running_server() -> Iterator[int]:
         alarm = threading.Timer(SERVER_LIFE_S, server.kill)
         alarm.start()
         try:
-            yield ready_port(server, log)
+            yield ready_port(server)
+        except (ElsError, RuntimeError) as error:
+            stop(server)
+            log.seek(0)
+            raise RuntimeError(f"{error}; the server's log ends:\n{log.read()[-2000:]}") from error
         finally:
-            server.terminate()
-            server.wait()
+            stop(server)
             alarm.cancel()
 
 
-def ready_port(server: subprocess.Popen[str], log: IO[str]) -> int:
+def ready_port(server: subprocess.Popen[str]) -> int:
     """Return the port that the server says it is ready at, in its one line on stdout."""
     assert server.stdout is not None
     line = server.stdout.readline()
     if not line:
-        server.wait()
-        log.seek(0)
-        raise RuntimeError(f"the server ended with {server.returncode}:\n{log.read()[-2000:]}")
+        raise RuntimeError(f"the server did not start (exit code {server.wait()})")
     return int(json.loads(line)["grpc_port"])
+
+
+def stop(server: subprocess.Popen[str]) -> None:
+    """Ask the server to drain and wait until it is gone."""
+    server.terminate()
+    server.wait()
 
 
 def trajectory(client: Client, count: int) -> list[Column]:

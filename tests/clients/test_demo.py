@@ -41,9 +41,17 @@ def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
 def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)ended with 3.*no bank here"):
+    with pytest.raises(SystemExit, match=r"(?s)did not start \(exit code 3\).*no bank here"):
         run(
             monkeypatch,
             "import sys; print('no bank here', file=sys.stderr); sys.exit(3)",
             tmp_path / "demo.png",
         )
+
+
+def test_a_server_that_dies_at_work_ends_the_demo_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dying = SERVE.replace("    signal.pause()", "    raise SystemExit('the bank burnt down')")
+    with pytest.raises(SystemExit, match=r"(?s)demo: .*the bank burnt down"):
+        run(monkeypatch, dying, tmp_path / "demo.png")

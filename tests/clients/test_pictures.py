@@ -28,10 +28,11 @@ def test_pixels_outside_the_range_are_clipped(tmp_path: Path) -> None:
 
 def test_resizing_crops_about_the_centre_and_keeps_proportions(tmp_path: Path) -> None:
     wide = np.zeros((8, 16), np.uint8)
-    wide[:, 2:14] = 200
+    wide[:, 4:12] = 200
     Image.fromarray(wide).save(tmp_path / "wide.png")
     read = pictures.read(tmp_path / "wide.png", (1, 4, 4), resize=True)
-    assert (read == 200).all()
+    # Bicubic filtering reaches a little over the crop; a squeezed picture would have black sides.
+    np.testing.assert_allclose(read, 200, atol=20)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F"])

@@ -21,7 +21,7 @@ _Response = TypeVar("_Response")
 class Client:
     """A blocking client of one server, or of all that a name stands for.
 
-    Safe to share between threads. Calls that find no server are retried for about a second.
+    Safe to share between threads. Calls that find no server are retried for a second or two.
 
     Args:
         target: Address, such as ``"127.0.0.1:50051"`` or ``"dns:///els.example:50051"``.

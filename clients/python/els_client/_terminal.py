@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
-from rich.table import Table
+from rich.table import Column, Table
 
 from els_client._client import Client
 from els_client._types import Model
@@ -84,7 +84,8 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in models]))
         return
-    table = Table("name", "machine", "padding", "image", "labels", "window", "bank")
+    name = Column("name", no_wrap=True)
+    table = Table(name, "machine", "padding", "image", "labels", "window", "bank images")
     for model in models:
         window = model.window
         table.add_row(
@@ -94,6 +95,6 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
             "×".join(map(str, model.shape)),
             str(model.label_count or "–"),
             f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
-            f"{model.bank.images} images" if model.bank else "–",
+            str(model.bank.images) if model.bank else "–",
         )
     Console().print(table)
