@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
@@ -85,7 +86,7 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in models]))
         return
     name = Column("name", no_wrap=True)
-    table = Table(name, "machine", "padding", "image", "labels", "window", "bank images")
+    table = Table(name, "machine", "padding", "image", "labels", "window", "bank", box=SIMPLE_HEAD)
     for model in models:
         window = model.window
         table.add_row(
