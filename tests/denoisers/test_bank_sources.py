@@ -111,6 +111,11 @@ class TestIdx:
         with pytest.raises(LoadError, match="cut-images-idx3-ubyte"):
             read_source(path, format="idx")
 
+    def test_a_file_that_goes_on_is_refused(self, mnist: Path) -> None:
+        mnist.write_bytes(mnist.read_bytes() + b"\0")
+        with pytest.raises(LoadError, match=r"expected 120 bytes .* got 121 bytes"):
+            read_source(mnist)
+
     @given(cut=st.integers(1, len(gzip.compress(idx(GREY))) - 3))
     def test_a_truncated_gzip_stream_is_refused(
         self, cut: int, tmp_path_factory: pytest.TempPathFactory
@@ -163,14 +168,11 @@ class TestFolder:
         with pytest.raises(LoadError, match="bag/red: cannot be read: Is a directory"):
             read_source(folder)
 
-    def test_an_empty_label_is_named(self, folder: Path) -> None:
-        (folder / "apron").mkdir()
-        with pytest.raises(LoadError, match="apron: holds no images"):
-            read_source(folder)
-
-    def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(LoadError, match="holds no images"):
-            read_source(tmp_path)
+    def test_an_empty_folder_or_label_is_named(self, folder: Path) -> None:
+        (empty := folder / "apron").mkdir()
+        for source in (folder, empty):
+            with pytest.raises(LoadError, match="apron: holds no images"):
+                read_source(source)
 
     def test_a_truncated_picture_is_named(self, folder: Path) -> None:
         file = folder / "coat" / "0.png"
@@ -198,7 +200,7 @@ class TestFolder:
 
     def test_formats_that_run_other_programs_are_not_read(self, tmp_path: Path) -> None:
         Image.new("L", (4, 5)).save(tmp_path / "page.eps")
-        with pytest.raises(LoadError, match=r"page\.eps: cannot be read"):
+        with pytest.raises(LoadError, match=r"page\.eps: .*cannot identify image"):
             read_source(tmp_path)
 
 
@@ -226,6 +228,7 @@ class TestNpz:
             ({"images": GREY.astype(np.int64)}, "expected uint8 or floats, got int64"),
             ({"images": GREY.astype(np.float32)}, "expected floats from -1 to 1"),
             ({"images": np.full((1, 2, 2), np.nan)}, "expected floats from -1 to 1"),
+            ({"images": np.full((1, 2, 2), -1.01)}, "expected floats from -1 to 1"),
             ({"images": GREY[0]}, r"expected \[N, H, W\] or \[N, H, W, C\], got \(4, 5\)"),
             ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, "expected channels last"),
             ({"images": np.zeros((0, 4, 5), np.uint8)}, "holds no images"),

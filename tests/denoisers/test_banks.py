@@ -132,6 +132,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[ArrayLike, ArrayLike | None, tuple[str, ...]]
     r"images: expected shape \[N, C, H, W\].*got \(0, 1, 2, 3\)": (PIXELS[:0], None, ()),
     "images: expected float values from -1 to 1, got nan": (FLOATS * np.nan, None, ()),
     "images: expected float values from -1 to 1, got 1.5 to 1.5": (FLOATS + 1.5, None, ()),
+    "images: expected float values from -1 to 1, got -2.0 to -2.0": (FLOATS - 2, None, ()),
     "labels: expected integers that fit int64, got float64": (PIXELS, [0.0, 1, 2, 3], ()),
     "labels: expected integers that fit int64, got uint64": (PIXELS, np.zeros(4, np.uint64), ()),
     "labels: expected integers that fit int64, got bool": (PIXELS, np.zeros(4, bool), ()),

@@ -159,9 +159,8 @@ def _resized(image: NDArray[Any], size: tuple[int, int] | None) -> NDArray[Any]:
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
         for channel in np.moveaxis(image, -1, 0)
     ]
-    resized = np.stack(channels, axis=-1)
-    # The weights of a float pixel add up to 1 only up to rounding.
-    return resized if image.dtype == np.uint8 else resized.clip(-1, 1)
+    # Within [−1, 1] still: Pillow adds in float64, and rounds to float32 once.
+    return np.stack(channels, axis=-1)
 
 
 def _read_idx(path: Path, labels_path: Path | None = None) -> _Source:
