@@ -1,12 +1,12 @@
 """One tree of errors, each with the status that its caller sees.
 
     ElsError                    INTERNAL
-    ├── InvalidArgumentError    INVALID_ARGUMENT     the request names a wrong field (a ValueError)
+    ├── InvalidArgumentError    INVALID_ARGUMENT     a field of the request is wrong
     ├── NotFoundError           NOT_FOUND            no model of that name
     ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
     ├── DeadlineExceededError   DEADLINE_EXCEEDED    too late to be worth computing
     ├── UnavailableError        UNAVAILABLE          still loading, or draining
-    └── LoadError               FAILED_PRECONDITION  a bank, model or setting is refused (a ValueError)
+    └── LoadError               FAILED_PRECONDITION  a bank, model or setting is refused
 
 Status codes are plain strings: only the wire knows gRPC. The text of an ``ElsError`` reaches the
 caller; of any other exception the caller sees a neutral text and the log has the cause.

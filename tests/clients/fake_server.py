@@ -1,4 +1,4 @@
-# ruff: noqa: N802  (the contract names the methods)
+
 """A real gRPC server with arithmetic in place of denoisers; it records what it is asked.
 
 The model's name says how a call goes: see ``_FAILURES`` and ``FakeDenoiser._enter``.
@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from els_proto.denoise.v1 import denoise_pb2 as pb

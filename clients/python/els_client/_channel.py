@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from els_client.errors import ElsError, Violation, error_of
 
