@@ -99,10 +99,16 @@ def stop(server: subprocess.Popen[str]) -> None:
 
 def trajectory(client: Client, count: int) -> list[Column]:
     """Return columns of images [count, 1, H, W]: noise, expectations on the way, the samples."""
-    steps = client.sample(model="fashion-els", label=list(range(count)), count=count, steps=STEPS)
+    steps = client.sample(
+        model="fashion-els",
+        label=list(range(count)),
+        count=count,
+        steps=STEPS,
+        want=("denoised", "noise"),
+    )
     way = list(track(steps, f"{count} samples", total=STEPS))
     expected = [(f"step {index}", way[index - 1].denoised) for index in SHOWN]
-    return [("noise", way[0].x), *expected, ("sample", way[-1].x)]
+    return [("noise", way[0].noise), *expected, ("sample", way[-1].x)]
 
 
 def draw(names: Sequence[str], columns: Sequence[Column]) -> Image.Image:

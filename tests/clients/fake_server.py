@@ -1,4 +1,3 @@
-
 """A real gRPC server with arithmetic in place of denoisers; it records what it is asked.
 
 The model's name says how a call goes: see ``_FAILURES`` and ``FakeDenoiser._enter``.
@@ -89,6 +88,7 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
                 x=x if request.return_x or last else None,
                 denoised=denoised if request.return_denoised or last else None,
                 alpha_bar=index / request.steps,
+                noise=tensor(np.ones(shape)) if request.return_noise and index == 1 else None,
             )
             if request.model == "endless":
                 self.cancelled.wait(30)

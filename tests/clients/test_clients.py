@@ -75,6 +75,13 @@ async def test_steps_count_from_one_and_the_last_holds_the_result_twice(twin: Tw
     np.testing.assert_array_equal(steps[-1].x, steps[-1].denoised)
 
 
+async def test_the_first_step_carries_the_noise_if_it_is_wanted(twin: Twin) -> None:
+    first, last = await twin.steps(model="fashion-els", steps=2, want=("noise",))
+    assert np.array_equal(first.noise, np.ones((1, 1, 28, 28)))
+    with pytest.raises(AttributeError, match="noise"):
+        _ = last.noise
+
+
 async def test_steps_carry_only_what_is_wanted_but_the_last_carries_both(twin: Twin) -> None:
     first, last = await twin.steps(model="fashion-els", steps=2, want=("denoised",))
     assert first.denoised.shape == last.x.shape == last.denoised.shape

@@ -172,7 +172,8 @@ class Client:
             label: One for all images or one each; -1 for none.
             eta: Noise that each step of ddpm adds, 0 to 1; None means 1 there.
             churn: Noise that heun adds in all, S_churn of EDM, 0 to ``steps``.
-            want: What each step carries; the last always carries both.
+            want: What each step carries; the last always carries "x" and "denoised", and the
+                first alone "noise", which the trajectory started from.
             window: Odd side of the patch in pixels, one for all images or one each.
 
         Raises:

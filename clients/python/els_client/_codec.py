@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
 
@@ -104,8 +104,8 @@ def encode_sample(
     """Return the request that draws ``count`` images; ``eta`` None leaves it to the server."""
     if sampler not in _SAMPLERS:
         _refuse("sampler", f"one of {', '.join(_SAMPLERS)}", repr(sampler))
-    if not set(want) <= {"x", "denoised"}:
-        _refuse("want", 'any of "x" and "denoised"', repr(want))
+    if not set(want) <= set(get_args(Want)):
+        _refuse("want", f"any of {', '.join(get_args(Want))}", repr(want))
     if not 0 <= seed < 2**64:
         _refuse("seed", "0 to 2**64 - 1", seed)
     if count < 1:  # On the wire 0 means 1.
@@ -122,6 +122,7 @@ def encode_sample(
         churn=churn,
         return_x="x" in want,
         return_denoised="denoised" in want,
+        return_noise="noise" in want,
     )
 
 
@@ -141,6 +142,7 @@ def decode_step(step: pb.SampleResponse) -> Step:
         alpha_bar=step.alpha_bar,
         _x=decode_tensor(step.x) if step.HasField("x") else None,
         _denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
+        _noise=decode_tensor(step.noise) if step.HasField("noise") else None,
     )
 
 

@@ -14,7 +14,7 @@ Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8]
 Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
 Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
-Want: TypeAlias = Literal["x", "denoised"]
+Want: TypeAlias = Literal["x", "denoised", "noise"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Step:
     alpha_bar: float
     _x: Images | None
     _denoised: Images | None
+    _noise: Images | None = None
 
     @property
     def x(self) -> Images:
@@ -139,6 +140,15 @@ class Step:
             AttributeError: It was not wanted, and this is not the last step.
         """
         return _wanted("denoised", self._denoised)
+
+    @property
+    def noise(self) -> Images:
+        """Standard normal noise that the trajectory started from, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, or this is not the first step.
+        """
+        return _wanted("noise", self._noise)
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"
