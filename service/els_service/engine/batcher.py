@@ -113,9 +113,9 @@ class Batcher:
         self._busy = True
         for item in batch:
             self._observer.queued(self._name, time.monotonic() - item.since)
-        query = concatenate([item.query for item in batch])
+        queries = [item.query for item in batch]
         loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._executor, self._compute, query)
+        running = loop.run_in_executor(self._executor, self._compute, queries)
         running.add_done_callback(lambda done: self._finish(batch, done))
 
     def _next_batch(self) -> list[_Item]:
@@ -136,10 +136,11 @@ class Batcher:
                 seconds += item.seconds
         return batch
 
-    def _compute(self, query: Query) -> tuple[Denoised, float]:
+    def _compute(self, queries: list[Query]) -> tuple[Denoised, float]:
         start = time.monotonic()
         with torch.inference_mode():
-            return self.denoiser.denoise(query), time.monotonic() - start
+            answer = self.denoiser.denoise(concatenate(queries))
+        return answer, time.monotonic() - start
 
     def _finish(self, batch: list[_Item], done: asyncio.Future[tuple[Denoised, float]]) -> None:
         self._busy = False

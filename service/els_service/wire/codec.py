@@ -138,7 +138,8 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     if request.return_log_evidence and not info.has_log_evidence:
         raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
     evidence = x.numel() // x.shape[1] * 4 if request.return_log_evidence else 0
-    check_answer_size(x.numel() * output_size(request.output_dtype) + evidence, limits)
+    size = x.numel() * output_size(request.output_dtype) + evidence
+    check_answer_size("x.shape", size, limits)
     level = decode_level(request.level, info.schedule)
     return make_query(x, level, request.labels, decode_windows(request.windows))
 
@@ -166,15 +167,15 @@ def output_size(dtype: int) -> int:
     return np.dtype(_STORED[dtype]).itemsize
 
 
-def check_answer_size(size: int, limits: Limits) -> None:
-    """Check that an answer of ``size`` bytes of tensors fits a message.
+def check_answer_size(field: str, size: int, limits: Limits) -> None:
+    """Check that an answer of ``size`` bytes of tensors, which ``field`` causes, fits a message.
 
     Raises:
         ResourceExhaustedError: It does not.
     """
     if size > limits.max_message_bytes - _ENVELOPE:
         expected = f"an answer of at most {limits.max_message_bytes} bytes"
-        raise ResourceExhaustedError("x.shape", expected, f"{size} bytes")
+        raise ResourceExhaustedError(field, expected, f"{size} bytes")
 
 
 def encode_tensor(tensor: Tensor, dtype: int = pb.DTYPE_F32) -> pb.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator
@@ -83,8 +84,8 @@ class DenoiserService(DenoiserServiceServicer):
         async for step in steps:
             message = _encode_step(step, request)
             if step.index == 1 and request.return_noise:
-                start = codec.encode_tensor(noise(0).float(), request.output_dtype)
-                message.noise.CopyFrom(start)
+                start = await asyncio.to_thread(noise, 0)
+                message.noise.CopyFrom(codec.encode_tensor(start.float(), request.output_dtype))
             yield message
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
@@ -103,8 +104,9 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        tensors = 3 * count * math.prod(info.shape) * codec.output_size(request.output_dtype)
-        codec.check_answer_size(tensors, limits)
+        numbers = (2 + request.return_noise) * count * math.prod(info.shape)
+        size = numbers * codec.output_size(request.output_dtype)
+        codec.check_answer_size("count", size, limits)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context

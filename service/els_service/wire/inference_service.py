@@ -108,7 +108,7 @@ class InferenceService(GRPCInferenceServiceServicer):
         query = _query(_decode(request, info), info, self._limits)
         per_image = {"log_evidence": math.prod(info.shape[1:])}
         numbers = sum(per_image.get(name, math.prod(info.shape)) for name in wanted)
-        codec.check_answer_size(4 * len(query) * numbers, self._limits)
+        codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
         answer = await self._engine.denoise(request.model_name, query, deadline_of(context))
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=_VERSION, id=request.id
@@ -174,8 +174,10 @@ def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> 
     if tensor.datatype != datatype:
         raise InvalidArgumentError(f"{tensor.name}.datatype", datatype, repr(tensor.datatype)[:100])
     shape = tuple(tensor.shape)
-    if min(shape, default=1) < 0:
-        raise InvalidArgumentError(f"{tensor.name}.shape", "no negative dimension", list(shape))
+    # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
+    if len(shape) > 4 or min(shape, default=1) < 1:
+        expected = "at most 4 positive dimensions"
+        raise InvalidArgumentError(f"{tensor.name}.shape", expected, list(shape))
     count = math.prod(shape)
     if raw is not None:
         size = count * np.dtype(layout).itemsize
@@ -215,6 +217,6 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
 
 def _flat(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the values of a per-image input, whatever axes of one they came with."""
-    if values.size == 0 or max(values.shape, default=1) != values.size:
+    if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
     return values.reshape(-1)

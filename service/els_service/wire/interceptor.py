@@ -50,7 +50,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Whether new calls are refused as UNAVAILABLE."""
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new calls and wait until none is in flight, or for ``timeout_s``."""
+        """Refuse new calls and wait until the last answer has left, or for ``timeout_s``."""
         self.draining = True
         if self._in_flight:
             self._idle.clear()
@@ -103,6 +103,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         model = name if isinstance(name, str) and self._is_model(name) else ""
         record = _Record(self._metrics, method, model, context, time.monotonic())
         self._in_flight += 1
+        # Not when the handler ends: its answer may have a long way to go yet.
+        context.add_done_callback(self._done)
         try:
             if self.draining:
                 raise UnavailableError("the server is draining; ask another")
@@ -113,10 +115,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await record.fail(error)
         else:
             record.end("OK")
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+
+    def _done(self, context: Any) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -113,7 +113,7 @@ class Server:
         """Say NOT_SERVING, refuse new calls, and wait for those in flight, ``drain_s`` at most."""
         await self._health.enter_graceful_shutdown()
         await self._calls.drain(self._settings.drain_s)
-        # Time for the last answers to leave; then watchers of the health are let go.
+        # Watchers of the health stay until they are sent away.
         await self._grpc.stop(_FLUSH_S)
 
     async def close(self) -> None:
