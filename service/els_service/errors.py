@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-
 _LONGEST = 200
 """Characters of one part of a text: a status travels in headers, of which 8 KiB are safe."""
 

@@ -7,6 +7,7 @@ bind ports ─► answer health NOT_SERVING ─► load and warm models ─► S
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def repository(settings: Settings) -> ModelRepository:
 
 
 class Server:
-    """One process's server: ``start``, then ``drain``; ``close`` in any case."""
+    """One process's server, made where its event loop runs: ``start``, ``drain``, ``close``."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -89,6 +90,7 @@ class Server:
         self._calls = CallInterceptor(self._metrics, self._engine.__contains__)
         self._health = health.aio.HealthServicer()
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._grpc = self._assemble()
 
     async def start(self) -> Ports:
         """Bind both ports, load every model, and serve; returns when they are warm.
@@ -97,7 +99,6 @@ class Server:
             LoadError: A port is in use, the models folder is missing, or no model can be loaded.
         """
         models = repository(self._settings)
-        self._grpc = self._assemble()
         grpc_port = self._bind()
         metrics_port = self._serve_metrics()
         await self._report()
@@ -111,7 +112,10 @@ class Server:
 
     async def drain(self) -> None:
         """Say NOT_SERVING, refuse new calls, and wait for those in flight, ``drain_s`` at most."""
-        await self._health.enter_graceful_shutdown()
+        # Bounded, as a watcher that takes no bytes would hold it up for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._health.enter_graceful_shutdown()
         await self._calls.drain(self._settings.drain_s)
         # Watchers of the health stay until they are sent away.
         await self._grpc.stop(_FLUSH_S)
