@@ -65,7 +65,7 @@ def one_each(field: str, values: int | Sequence[int], batch: int, none: int) -> 
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    array = np.atleast_1d(np.asarray(values, np.int64))
+    array = np.array(values, np.int64, ndmin=1)
     if len(array) == batch:
         return array
     if len(array) > 1:
@@ -104,9 +104,9 @@ class Denoised:
 
 def score(query: Query, mean: Tensor) -> Tensor:
     """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32 (Tweedie's formula)."""
-    a = torch.from_numpy(query.level.a.astype(np.float32))[:, None, None, None]
-    precision = torch.from_numpy((query.level.s**-2.0).astype(np.float32))[:, None, None, None]
-    return (mean * a - query.x) * precision
+    a = query.level.a.astype(np.float32).reshape(-1, 1, 1, 1)
+    precision = (query.level.s**-2.0).astype(np.float32).reshape(-1, 1, 1, 1)
+    return (mean * torch.from_numpy(a)).sub_(query.x).mul_(torch.from_numpy(precision))
 
 
 @dataclass(frozen=True)
@@ -169,23 +169,25 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     if tuple(query.x.shape[1:]) != info.shape:
         expected = f"[B, {', '.join(map(str, info.shape))}]"
         raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.x.shape)}")
-    if (query.labels != -1).any():
-        _check_labels(info, query.labels)
-    if query.windows.any():
-        _check_windows(info, query.windows)
+    _check_labels(info, query.labels.tolist())
+    _check_windows(info, query.windows.tolist())
 
 
-def _check_labels(info: DenoiserInfo, labels: Integers) -> None:
-    if not info.label_count:
-        raise InvalidArgumentError("labels", "none for an unlabelled model", labels.tolist())
+def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
     for label in labels:
-        if not -1 <= label < info.label_count:
+        if label == -1:
+            continue
+        if not info.label_count:
+            raise InvalidArgumentError("labels", "none for an unlabelled model", label)
+        if not 0 <= label < info.label_count:
             raise InvalidArgumentError("labels", f"-1 to {info.label_count - 1}", label)
 
 
-def _check_windows(info: DenoiserInfo, windows: Integers) -> None:
-    if not info.max_window:
-        raise InvalidArgumentError("windows", "none for a model without a window", windows.tolist())
+def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
     for k in windows:
-        if k and (k % 2 == 0 or not 1 <= k <= info.max_window):
+        if k == 0:
+            continue
+        if not info.max_window:
+            raise InvalidArgumentError("windows", "none for a model without a window", k)
+        if k % 2 == 0 or not 1 <= k <= info.max_window:
             raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)

@@ -72,7 +72,7 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
     """
-    values = np.asarray(sigma, np.float64)
+    values = np.array(sigma, np.float64)
     return _in_range("sigma", values, NoiseLevel(np.ones_like(values), values))
 
 
@@ -82,8 +82,10 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value lies outside 0 < ᾱ < 1, or its s/a out of range.
     """
-    values = np.asarray(alpha_bar, np.float64)
-    _require("alpha_bar", "0 < alpha_bar < 1", values, (values > 0) & (values < 1))
+    values = np.array(alpha_bar, np.float64)
+    for value in values.tolist():
+        if not 0 < value < 1:
+            raise InvalidArgumentError("level.alpha_bar", "0 < alpha_bar < 1", value)
     return _in_range("alpha_bar", values, NoiseLevel(np.sqrt(values), np.sqrt(1 - values)))
 
 
@@ -93,19 +95,17 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     Raises:
         InvalidArgumentError: A value lies outside 0 < t ≤ 1, or its s/a out of range.
     """
-    values = np.asarray(time, np.float64)
-    _require("time", "0 < time <= 1", values, (values > 0) & (values <= 1))
+    values = np.array(time, np.float64)
+    for value in values.tolist():
+        if not 0 < value <= 1:
+            raise InvalidArgumentError("level.time", "0 < time <= 1", value)
     return _in_range("time", values, schedule(values))
 
 
 def _in_range(name: str, values: Floats, level: NoiseLevel) -> NoiseLevel:
-    sigma = level.sigma
-    expected = f"s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}"
-    _require(name, expected, values, (sigma >= MIN_SIGMA) & (sigma <= MAX_SIGMA))
+    # Plain floats: for the usual one level that is faster than array arithmetic.
+    for value, sigma in zip(values.tolist(), level.sigma.tolist(), strict=True):
+        if not MIN_SIGMA <= sigma <= MAX_SIGMA:
+            expected = f"s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}"
+            raise InvalidArgumentError(f"level.{name}", expected, value)
     return level
-
-
-def _require(name: str, expected: str, values: Floats, legal: npt.NDArray[np.bool_]) -> None:
-    if not legal.all():
-        # NaN compares false with everything, so it is caught here too.
-        raise InvalidArgumentError(f"level.{name}", expected, values[~legal][0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
-import structlog
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -27,9 +27,14 @@ from els_service.errors import (
 )
 from els_service.wire.metrics import Metrics
 
-_log = structlog.get_logger("els_service.calls")
+_log = logging.getLogger(__name__)
 
+_LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
 _OURS = ("/denoise.v1.", "/inference.")
+
+
+Handler = Any
+"""A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics, self._is_model = metrics, is_model
         self._in_flight = 0
         self._idle = asyncio.Event()
+        self._wrapped: dict[str, Handler] = {}
         self.draining = False
         """Whether new calls are refused as UNAVAILABLE."""
 
@@ -59,17 +65,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Handler:
         """Return the method's handler with the common parts around it."""
-        handler = await continuation(handler_call_details)
         path = str(handler_call_details.method)
-        if handler is None or not path.startswith(_OURS):
-            return handler
-        method = path.rpartition("/")[2]
+        wrapped = self._wrapped.get(path)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None or not path.startswith(_OURS):
+                return handler
+            wrapped = self._wrapped[path] = self._wrap(path.rpartition("/")[2], handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
         parse = _tolerant(handler.request_deserializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
@@ -132,35 +141,35 @@ class _Record:
     context: Any
     since: float
 
-    def end(self, code: str, **cause: Any) -> None:
+    def end(self, code: str, reason: str = "", cause: Exception | None = None) -> None:
         """Count and log the call."""
         seconds = time.monotonic() - self.since
         self.metrics.answered(self.model, self.method, code, seconds)
-        level = "debug" if code == "OK" else "error" if code == "INTERNAL" else "info"
-        if code != "OK" or _log.isEnabledFor(10):
-            getattr(_log, level)(
-                "call",
-                request_id=_request_id(self.context),
-                method=self.method,
-                model=self.model,
-                code=code,
-                seconds=round(seconds, 6),
-                peer=self.context.peer(),
-                **cause,
-            )
+        level = _LEVELS.get(code, logging.INFO)
+        if _log.isEnabledFor(level):
+            call = {
+                "request_id": _request_id(self.context),
+                "method": self.method,
+                "model": self.model,
+                "code": code,
+                "seconds": round(seconds, 6),
+                "peer": self.context.peer(),
+                "reason": reason,
+            }
+            _log.log(level, "call", extra=call, exc_info=cause)
 
     async def fail(self, error: BaseException) -> NoReturn:
         """Count, log, and end the call with the error's status."""
         match error:
             case ElsError():
                 code, text = error.code, str(error)
-                self.end(code, reason=text)
+                self.end(code, text)
             case asyncio.CancelledError() | GeneratorExit():
                 self.end("CANCELLED")
                 raise error
             case Exception():
                 code, text = "INTERNAL", "internal error; the server's log has the cause"
-                self.end(code, exc_info=error)
+                self.end(code, text, error)
             case _:
                 raise error
         details = _details(error, code, text)

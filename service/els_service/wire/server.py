@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -33,7 +33,7 @@ from els_service.wire.inference_service import InferenceService
 from els_service.wire.interceptor import CallInterceptor
 from els_service.wire.metrics import Metrics
 
-_log = structlog.get_logger("els_service.server")
+_log = logging.getLogger(__name__)
 
 _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
@@ -204,10 +204,10 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             ports = starting.result()
-            _log.info("serving", grpc_port=ports.grpc_port, metrics_port=ports.metrics_port)
+            _log.info("serving", extra=asdict(ports))
             ready(ports)
             await stopping
-        _log.info("draining", at_most_s=settings.drain_s)
+        _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
     finally:
         starting.cancel()
