@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,12 +66,20 @@ def one_each(field: str, values: int | Sequence[int], batch: int, none: int) -> 
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    array = np.array(values, np.int64, ndmin=1)
-    if len(array) == batch:
-        return array
-    if len(array) > 1:
-        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(array)} values")
-    return np.full(batch, array[0] if len(array) else none, np.int64)
+    given = [values] if isinstance(values, int) else list(values)
+    if not given:
+        return _filled(none, batch)
+    if len(given) not in (1, batch):
+        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
+    return np.array(given if len(given) == batch else given * batch, np.int64)
+
+
+@functools.lru_cache(1024)
+def _filled(value: int, batch: int) -> Integers:
+    """Return a read-only array: nearly every query has no labels or no windows."""
+    filled = np.full(batch, value, np.int64)
+    filled.flags.writeable = False
+    return filled
 
 
 def concatenate(queries: Sequence[Query]) -> Query:

@@ -73,7 +73,8 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
         InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
     """
     values = np.array(sigma, np.float64)
-    return _in_range("sigma", values, NoiseLevel(np.ones_like(values), values))
+    _check("sigma", values.tolist(), values.tolist())
+    return NoiseLevel(np.ones(len(values)), values)
 
 
 def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
@@ -86,7 +87,9 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     for value in values.tolist():
         if not 0 < value < 1:
             raise InvalidArgumentError("level.alpha_bar", "0 < alpha_bar < 1", value)
-    return _in_range("alpha_bar", values, NoiseLevel(np.sqrt(values), np.sqrt(1 - values)))
+    level = NoiseLevel(np.sqrt(values), np.sqrt(1 - values))
+    _check("alpha_bar", values.tolist(), level.sigma.tolist())
+    return level
 
 
 def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> NoiseLevel:
@@ -99,13 +102,14 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     for value in values.tolist():
         if not 0 < value <= 1:
             raise InvalidArgumentError("level.time", "0 < time <= 1", value)
-    return _in_range("time", values, schedule(values))
+    level = schedule(values)
+    _check("time", values.tolist(), level.sigma.tolist())
+    return level
 
 
-def _in_range(name: str, values: Floats, level: NoiseLevel) -> NoiseLevel:
+def _check(name: str, values: list[float], sigmas: list[float]) -> None:
     # Plain floats: for the usual one level that is faster than array arithmetic.
-    for value, sigma in zip(values.tolist(), level.sigma.tolist(), strict=True):
+    for value, sigma in zip(values, sigmas, strict=True):
         if not MIN_SIGMA <= sigma <= MAX_SIGMA:
             expected = f"s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}"
             raise InvalidArgumentError(f"level.{name}", expected, value)
-    return level

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
@@ -18,6 +16,7 @@ from els_service.denoisers.samplers import SAMPLERS, Options, Step, check_option
 from els_service.engine.engine import Engine
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.wire import codec
+from els_service.wire.calls import Context, deadline_of
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -26,9 +25,6 @@ _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_DDPM: "ddpm",
     pb.SAMPLER_HEUN: "heun",
 }
-
-Context = Any
-"""A ``grpc.aio.ServicerContext``; the generated base asks for a type that is the sync one too."""
 
 
 class DenoiserService(DenoiserServiceServicer):
@@ -123,12 +119,6 @@ class DenoiserService(DenoiserServiceServicer):
         """Return one model's description."""
         info = self._engine.denoiser(request.name).info
         return pb.GetModelResponse(model=codec.encode_model(request.name, info, self._limits))
-
-
-def deadline_of(context: Context) -> float:
-    """Return the caller's deadline on ``time.monotonic``'s clock, or infinity."""
-    remaining = context.time_remaining()
-    return math.inf if remaining is None else time.monotonic() + remaining
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

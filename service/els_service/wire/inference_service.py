@@ -25,7 +25,7 @@ from els_service.engine.engine import Engine
 from els_service.errors import InvalidArgumentError, NotFoundError
 from els_service.version import FULL
 from els_service.wire import codec
-from els_service.wire.denoiser_service import Context, deadline_of
+from els_service.wire.calls import Context, deadline_of
 
 _VERSION = "1"
 _LEVELS = ("sigma", "alpha_bar", "time")
@@ -199,14 +199,15 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
     codec.check_shape(inputs["x"].shape, "x", limits.max_images)
-    x = codec.finite(torch.from_numpy(inputs["x"].astype(np.float32)), "x")
+    x = np.array(inputs["x"], np.float32)
+    codec.check_finite(x.reshape(-1), "x")
     given = [name for name in _LEVELS if name in inputs]
     levels = {name: _flat(name, inputs[name]).astype(np.float64) for name in given}
     level = codec.level_of(
         given[0] if len(given) == 1 else given, SimpleNamespace(**levels), info.schedule
     )
     return make_query(
-        x,
+        torch.from_numpy(x),
         level,
         _flat("label", inputs["label"]).tolist() if "label" in inputs else (),
         codec.decode_windows(_flat("window", inputs["window"]).tolist())

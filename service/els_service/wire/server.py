@@ -28,9 +28,9 @@ from els_service.config import Settings, cpu_limit
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.inference_service import InferenceService
-from els_service.wire.interceptor import CallInterceptor
 from els_service.wire.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Server:
         self._settings = settings
         self._metrics = Metrics()
         self._engine = Engine(self._metrics)
-        self._calls = CallInterceptor(self._metrics, self._engine.__contains__)
+        self._calls = Calls(self._metrics, self._engine.__contains__)
         self._health = health.aio.HealthServicer()
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
@@ -133,7 +133,6 @@ class Server:
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
         server = grpc.aio.server(
-            interceptors=[self._calls],
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", limits.max_message_bytes),
@@ -143,8 +142,10 @@ class Server:
         )
         ours = DenoiserService(self._engine, limits)
         protocol = InferenceService(self._engine, limits, self._ready)
-        denoise_pb2_grpc.add_DenoiserServiceServicer_to_server(ours, server)
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(protocol, server)
+        self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
+        self._calls.register(
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server

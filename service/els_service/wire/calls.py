@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -30,11 +31,11 @@ from els_service.wire.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 _LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
-_OURS = ("/denoise.v1.", "/inference.")
-
 
 Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
+Context = Any
+"""A ``grpc.aio.ServicerContext``; the generated bases ask for a type that is the sync one too."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,51 @@ class _Malformed:
     reason: str
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of our services; health and reflection pass through."""
+class _Call(NamedTuple):
+    """One call under way."""
+
+    method: str
+    request: Any
+    context: Context
+    since: float
+
+
+class _Collector:
+    """Takes the handlers that generated code would give to a server."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, dict[str, Handler]] = {}
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
+        self.handlers[service] = handlers
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Leave them: they are the same ones."""
+
+
+class Calls:
+    """The calls under way; wraps the handlers of a service once, when it is registered.
+
+    A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
+    """
 
     def __init__(self, metrics: Metrics, is_model: Callable[[str], bool]) -> None:
         self._metrics, self._is_model = metrics, is_model
         self._in_flight = 0
         self._idle = asyncio.Event()
-        self._wrapped: dict[str, Handler] = {}
         self.draining = False
         """Whether new calls are refused as UNAVAILABLE."""
+
+    def register(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+    ) -> None:
+        """Add a servicer to a server, by the function that was generated for it."""
+        collector = _Collector()
+        add_to_server(servicer, collector)
+        for service, handlers in collector.handlers.items():
+            wrapped = {method: self._wrap(method, handler) for method, handler in handlers.items()}
+            generic = grpc.method_handlers_generic_handler(service, wrapped)
+            server.add_generic_rpc_handlers((generic,))
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new calls and wait until the last answer has left, or for ``timeout_s``."""
@@ -62,21 +98,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Return the method's handler with the common parts around it."""
-        path = str(handler_call_details.method)
-        wrapped = self._wrapped.get(path)
-        if wrapped is None:
-            handler = await continuation(handler_call_details)
-            if handler is None or not path.startswith(_OURS):
-                return handler
-            wrapped = self._wrapped[path] = self._wrap(path.rpartition("/")[2], handler)
-        return wrapped
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         parse = _tolerant(handler.request_deserializer)
@@ -89,96 +110,98 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _unary(self, method: str, behaviour: Any) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._recorded(method, request, context):
-                return await behaviour(request, context)
+        async def call(request: Any, context: Context) -> Any:
+            under_way = self._begin(method, request, context)
+            try:
+                self._admit(request)
+                answer = await behaviour(request, context)
+            except BaseException as error:
+                await self._fail(error, under_way)
+            self._end("OK", under_way)
+            return answer
 
         return call
 
     def _streaming(self, method: str, behaviour: Any) -> Any:
-        async def call(
-            request: Any, context: grpc.aio.ServicerContext[Any, Any]
-        ) -> AsyncIterator[Any]:
-            async with self._recorded(method, request, context):
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            under_way = self._begin(method, request, context)
+            try:
+                self._admit(request)
                 async for answer in behaviour(request, context):
                     yield answer
+            except BaseException as error:
+                await self._fail(error, under_way)
+            self._end("OK", under_way)
 
         return call
 
-    @contextlib.asynccontextmanager
-    async def _recorded(self, method: str, request: Any, context: Any) -> AsyncIterator[None]:
-        name = getattr(request, "model", "") or getattr(request, "model_name", "")
-        # Any other name would let callers make as many label values as they please.
-        model = name if isinstance(name, str) and self._is_model(name) else ""
-        record = _Record(self._metrics, method, model, context, time.monotonic())
+    def _begin(self, method: str, request: Any, context: Context) -> _Call:
         self._in_flight += 1
         # Not when the handler ends: its answer may have a long way to go yet.
         context.add_done_callback(self._done)
-        try:
-            if self.draining:
-                raise UnavailableError("the server is draining; ask another")
-            if isinstance(request, _Malformed):
-                raise InvalidArgumentError("request", "a message of this method", request.reason)
-            yield
-        except BaseException as error:
-            await record.fail(error)
-        else:
-            record.end("OK")
+        return _Call(method, request, context, time.monotonic())
 
-    def _done(self, context: Any) -> None:
+    def _done(self, context: Context) -> None:
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()
 
+    def _admit(self, request: Any) -> None:
+        if self.draining:
+            raise UnavailableError("the server is draining; ask another")
+        if isinstance(request, _Malformed):
+            raise InvalidArgumentError("request", "a message of this method", request.reason)
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Record:
-    """One call under way."""
-
-    metrics: Metrics
-    method: str
-    model: str
-    context: Any
-    since: float
-
-    def end(self, code: str, reason: str = "", cause: Exception | None = None) -> None:
+    def _end(
+        self, code: str, call: _Call, reason: str = "", cause: BaseException | None = None
+    ) -> None:
         """Count and log the call."""
-        seconds = time.monotonic() - self.since
-        self.metrics.answered(self.model, self.method, code, seconds)
+        request = call.request
+        name = getattr(request, "model", "") or getattr(request, "model_name", "")
+        # Any other name would let callers make as many label values as they please.
+        model = name if isinstance(name, str) and self._is_model(name) else ""
+        seconds = time.monotonic() - call.since
+        self._metrics.answered(model, call.method, code, seconds)
         level = _LEVELS.get(code, logging.INFO)
         if _log.isEnabledFor(level):
-            call = {
-                "request_id": _request_id(self.context),
-                "method": self.method,
-                "model": self.model,
+            record = {
+                "request_id": _request_id(call.context),
+                "method": call.method,
+                "model": model,
                 "code": code,
                 "seconds": round(seconds, 6),
-                "peer": self.context.peer(),
+                "peer": call.context.peer(),
                 "reason": reason,
             }
-            _log.log(level, "call", extra=call, exc_info=cause)
+            _log.log(level, "call", extra=record, exc_info=cause)
 
-    async def fail(self, error: BaseException) -> NoReturn:
+    async def _fail(self, error: BaseException, call: _Call) -> NoReturn:
         """Count, log, and end the call with the error's status."""
         match error:
             case ElsError():
                 code, text = error.code, str(error)
-                self.end(code, text)
+                self._end(code, call, text)
             case asyncio.CancelledError() | GeneratorExit():
-                self.end("CANCELLED")
+                self._end("CANCELLED", call)
                 raise error
             case Exception():
                 code, text = "INTERNAL", "internal error; the server's log has the cause"
-                self.end(code, text, error)
+                self._end(code, call, text, error)
             case _:
                 raise error
         details = _details(error, code, text)
-        await self.context.abort(
+        await call.context.abort(
             grpc.StatusCode[code],
             text,
             (("grpc-status-details-bin", details.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
+
+
+def deadline_of(context: Context) -> float:
+    """Return the caller's deadline on ``time.monotonic``'s clock, or infinity."""
+    remaining = context.time_remaining()
+    return math.inf if remaining is None else time.monotonic() + remaining
 
 
 def _details(error: BaseException, code: str, text: str) -> status_pb2.Status:
