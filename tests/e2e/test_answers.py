@@ -123,7 +123,7 @@ async def test_calls_that_wait_together_get_the_bits_that_they_get_alone(
             assert_same_bits(await client.denoise(x[i : i + 1], model=model, sigma=0.1 + i), got)
 
 
-SAMPLERS: list[tuple[str, dict[str, float]]] = [
+SAMPLERS: list[tuple[str, dict[str, Any]]] = [
     ("ddim", {}),
     ("ddim_released", {}),
     ("ddpm", {"eta": 0.5}),
@@ -137,7 +137,7 @@ async def test_every_step_of_a_sample_is_the_library_s(
     twin: Twin,
     library: dict[str, Denoiser],
     sampler: str,
-    noise: dict[str, float],
+    noise: dict[str, Any],
     model: str,
 ) -> None:
     labels = [1, -1] if model == "zeros" else -1
@@ -172,7 +172,7 @@ async def test_every_step_of_a_sample_is_the_library_s(
 
 @pytest.mark.parametrize(("sampler", "noise"), SAMPLERS, ids=[name for name, _ in SAMPLERS])
 async def test_the_first_image_of_a_sample_has_the_same_bits_alone_and_in_a_batch(
-    twin: Twin, sampler: str, noise: dict[str, float]
+    twin: Twin, sampler: str, noise: dict[str, Any]
 ) -> None:
     options: dict[str, Any] = {"model": "zeros", "seed": 3, "steps": 3, "sampler": sampler, **noise}
     *_, alone = await twin.steps(count=1, label=2, **options)
