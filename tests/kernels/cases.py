@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool2d, pad
 
 from els_kernels import GEOMETRIES, Geometry, PatchAttention, Posterior, max_window
@@ -118,8 +119,9 @@ def assert_within_budget(case: Case, got: Posterior, want: Posterior) -> None:
 
 
 def relative_errors(got: Tensor, want: Tensor) -> Tensor:
-    difference, size = got.double() - want.double(), want.double()
-    return difference.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1)
+    """Return ‖got - want‖ / ‖want‖ of each image, [B]."""
+    error = vector_norm(got.double() - want.double(), dim=(1, 2, 3))
+    return error / vector_norm(want.double(), dim=(1, 2, 3))
 
 
 def evidence_budgets(case: Case) -> Tensor:
