@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -123,12 +123,15 @@ class Calls:
         return call
 
     def _streaming(self, method: str, behaviour: Any) -> Any:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        # Writes by itself: grpc leaves a generator whose caller is gone to the collector, by when
+        # the call is freed and asking its context for the peer ends the process.
+        async def call(request: Any, context: Context) -> None:
             under_way = self._begin(method, request, context)
             try:
                 self._admit(request)
-                async for answer in behaviour(request, context):
-                    yield answer
+                async with contextlib.aclosing(behaviour(request, context)) as answers:
+                    async for answer in answers:
+                        await _write(context, answer)
             except BaseException as error:
                 await self._fail(error, under_way)
             self._end("OK", under_way)
@@ -181,7 +184,7 @@ class Calls:
             case ElsError():
                 code, text = error.code, str(error)
                 self._end(code, call, text)
-            case asyncio.CancelledError() | GeneratorExit():
+            case asyncio.CancelledError():
                 self._end("CANCELLED", call)
                 raise error
             case Exception():
@@ -196,6 +199,13 @@ class Calls:
             (("grpc-status-details-bin", details.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
+
+
+async def _write(context: Context, answer: Any) -> None:
+    try:
+        await context.write(answer)
+    except grpc.aio.BaseError as error:
+        raise asyncio.CancelledError("the caller is gone") from error
 
 
 def deadline_of(context: Context) -> float:
