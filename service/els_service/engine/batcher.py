@@ -80,15 +80,10 @@ class Batcher:
         seconds = self.denoiser.predict_seconds(query)
         if seconds < INLINE_S and not self._busy:
             return self._inline(query)
-        parts = list(_parts(query, seconds))
-        items = [self._enqueue(part, cost, deadline) for part, cost in parts]
-        try:
-            answers = [await item.answer for item in items]
-        finally:
-            # Whoever leaves early takes along what was not computed yet.
-            for item in items:
-                if not item.answer.cancel() and not item.answer.cancelled():
-                    item.answer.exception()  # seen: several parts may fail for one reason
+        # Each part queues when the one before it is done, behind those who came meanwhile.
+        answers = [
+            await self._enqueue(part, cost, deadline) for part, cost in _parts(query, seconds)
+        ]
         return answers[0] if len(answers) == 1 else _join(answers)
 
     def _inline(self, query: Query) -> Denoised:
@@ -97,13 +92,12 @@ class Batcher:
         self._observer.computed(self._name, time.monotonic() - start, len(query))
         return answer
 
-    def _enqueue(self, query: Query, seconds: float, deadline: float) -> _Item:
+    def _enqueue(self, query: Query, seconds: float, deadline: float) -> asyncio.Future[Denoised]:
         answer = asyncio.get_running_loop().create_future()
-        item = _Item(query, seconds, answer, deadline, time.monotonic())
-        self._waiting.append(item)
+        self._waiting.append(_Item(query, seconds, answer, deadline, time.monotonic()))
         if not self._busy:
             self._launch()
-        return item
+        return answer
 
     def _launch(self) -> None:
         """Start the next batch, if any item is still worth computing."""
