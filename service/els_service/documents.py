@@ -16,6 +16,7 @@ _T = TypeVar("_T")
 # Aliases let a short document stand for an endless one.
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel = 2
 
 
 def read_yaml(path: Path) -> Any:
