@@ -46,7 +46,7 @@ def refusal(root: Path, name: str = "model") -> LoadError:
     with pytest.raises(LoadError) as caught:
         ModelRepository(root).load(name)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 2000
+    assert len(str(caught.value)) < 5000
     return caught.value
 
 
