@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,11 +65,7 @@ def run(
 
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
-    # torch takes seconds to import: not for --help, --version or a wrong setting.
     settings = _settings(locals())
-    # Read when torch loads its threads: idle ones shall sleep. Spinning, as they would, they keep
-    # each other from the cores of a busy machine, and a batch takes twenty times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import uvloop
 
     from els_service.logs import configure
