@@ -47,7 +47,7 @@ def alone(denoiser: Denoiser) -> list[list[Tensor]]:
 
 
 @given(images=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_an_answer_is_the_same_alone_and_in_any_batch_in_any_order(
     denoiser: Denoiser, alone: list[list[Tensor]], images: list[int]
 ) -> None:

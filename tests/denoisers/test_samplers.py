@@ -202,6 +202,15 @@ def test_heun_follows_the_levels_of_karras_with_two_answers_a_step_but_the_last(
         torch.testing.assert_close(step.x, ask.x * math.sqrt(step.alpha_bar))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_starts_from_the_same_noise_in_its_own_scale(sampler: str) -> None:
+    asks, _ = run(SAMPLERS[sampler](Recorder(), Options(4)), prior())
+    level = asks[0].level
+    # ddim_released takes noise meant for t = 1 as it is; all that preserve variance do.
+    scale = math.sqrt(level.a.item() ** 2 + level.s.item() ** 2)
+    torch.testing.assert_close(asks[0].x, scale * Recorder()(0), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddim_released", "heun"])
 def test_without_churn_the_start_is_all_the_noise_there_is(sampler: str) -> None:
     noise = Recorder()

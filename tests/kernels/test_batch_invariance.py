@@ -38,7 +38,7 @@ def assert_same_bits(got: Posterior, alone: list[Posterior]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(images=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_an_image_is_answered_the_same_alone_and_in_any_batch_in_any_order(
     implementation: str, name: str, images: list[int]
 ) -> None:

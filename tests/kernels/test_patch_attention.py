@@ -29,7 +29,7 @@ def test_it_equals_the_reference_at_every_window(
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("tile", "block"), [(1, 1), (900, 2000), (5000, 9000)])
+@pytest.mark.parametrize(("tile", "block"), [(1, 1), (900, 2000)])
 def test_it_equals_the_reference_however_small_its_tiles(
     monkeypatch: pytest.MonkeyPatch,
     implementation: str,
