@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from tests.e2e.models_folder import DOCUMENTS, write_models
-from tests.e2e.processes import run, serving
-from tests.e2e.refusals import TIMEOUT_S
+from tests.e2e.processes import BIN, environment, run, serving
+from tests.e2e.refusals import TIMEOUT_S, refused
 
 from els_client import AsyncClient, Client, Step, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -57,9 +58,9 @@ async def test_a_drain_answers_every_call_in_flight_and_refuses_new_ones(models:
             assert (await watch.read()).status == NOT_SERVING
             refusal = pb.SampleRequest(model="zeros", steps=1)
             late: Any = DenoiserServiceStub(channel).Sample(refusal, timeout=TIMEOUT_S)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
+            with pytest.raises(grpc.aio.AioRpcError) as turned_away:
                 await late.read()
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert turned_away.value.code() is grpc.StatusCode.UNAVAILABLE
 
             indices = await asyncio.gather(*map(rest_of, slow))
             assert indices == [list(range(2, 21))] * 8
@@ -158,3 +159,32 @@ def test_a_setting_that_cannot_be_met_is_named(options: tuple[str, str], message
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {f"m{i}": DOCUMENTS["zeros"] for i in range(1000)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [BIN / "els-server", "run", "--models", root, f"--port={port}", "--metrics-port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = HealthStub(channel)
+            request = health_pb2.HealthCheckRequest()
+            health = stub.Check(request, timeout=TIMEOUT_S, wait_for_ready=True)
+            assert health.status == NOT_SERVING
+            ask = DenoiserServiceStub(channel).GetModel
+            early = refused(lambda: ask(pb.GetModelRequest(name="z"), timeout=TIMEOUT_S))
+            assert early.code() is grpc.StatusCode.UNAVAILABLE
+            process.terminate()
+            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout) == (0, b"")
+    assert b"Traceback" not in stderr
+    assert b"exception" not in stderr
