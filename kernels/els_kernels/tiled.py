@@ -203,8 +203,11 @@ def _absorb(logits: Tensor, values: Tensor, peak: Tensor, sums: Tensor) -> None:
 def _every_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
-    # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
-    states = _same_place(queries, bank, window, geometry)
+    if geometry.padding == "zeros":
+        # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
+        states = _same_place(queries, bank, window, geometry)
+    else:
+        states = [_empty_state(bank) for _ in queries]
     scaled = torch.stack([query.scaled for query in queries])
     bias = [query.bias for query in queries]
     for rows, cols, cell in _cells(scaled, bank, window, geometry.padding):
@@ -250,12 +253,9 @@ def _same_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
     """Return maximum [H, W] and sums [C+1, H, W], the sources being the query's own place."""
-    images, channels, height, width = bank.shape
+    images, _, height, width = bank.shape
     rows, cols = _bands(bank, window, geometry)
-    states = [
-        (bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width))
-        for _ in queries
-    ]
+    states = [_empty_state(bank) for _ in queries]
     together = max(1, _TILE // (4 * height * width))
     for first in range(0, images, together):
         keys = bank[first : first + together]
@@ -270,6 +270,11 @@ def _same_place(
             sums[-1] += weights.sum(0)
             peak.copy_(top)
     return states
+
+
+def _empty_state(bank: Tensor) -> State:
+    channels, height, width = bank.shape[1:]
+    return bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width)
 
 
 def _whole(queries: list[_Query], bank: Tensor) -> list[State]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,13 +60,15 @@ def make_query(
     )
 
 
-def one_each(field: str, values: int | Sequence[int], batch: int, none: int) -> Integers:
+def one_each(
+    field: str, values: int | np.integer[Any] | Sequence[int], batch: int, none: int
+) -> Integers:
     """Return one value for each image from none, one, or one each: [batch].
 
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    given = [values] if isinstance(values, int) else list(values)
+    given = [values] if isinstance(values, int | np.integer) else list(values)
     if not given:
         return _filled(none, batch)
     if len(given) not in (1, batch):
