@@ -1,1 +1,36 @@
-"""Python client of els-denoise."""
+"""Client of els-denoise: numpy in, float32 numpy out.
+
+>>> from els_client import Client
+>>> with Client("127.0.0.1:50051") as client:
+...     clean = client.denoise(noisy, model="fashion-els", sigma=0.5)
+"""
+
+from els_client._async_client import AsyncClient
+from els_client._client import Client
+from els_client._types import Bank, Limits, Model, Step, WindowTable
+from els_client.errors import (
+    DeadlineExceededError,
+    ElsError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+    Violation,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Bank",
+    "Client",
+    "DeadlineExceededError",
+    "ElsError",
+    "InvalidArgumentError",
+    "Limits",
+    "Model",
+    "NotFoundError",
+    "ResourceExhaustedError",
+    "Step",
+    "UnavailableError",
+    "Violation",
+    "WindowTable",
+]

@@ -1,0 +1,134 @@
+"""Starts a server, draws one sample of each label and shows how each came out of noise.
+
+Usage: python clients/examples/demo.py --out demo.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import track
+
+from els_client import Client, ElsError
+
+SERVER = (Path(sys.executable).with_name("els-server"), "run", "--port=0", "--metrics-port=0")
+SERVER_LIFE_S = 600
+STEPS = 20
+SHOWN = (2, 5, 8, 11, 14, 17)
+ZOOM, GAP, MARGIN, CAPTION = 3, 6, 96, 28
+PAPER, INK, FAINT = (13, 17, 23), (230, 237, 243), (139, 148, 158)
+
+Column = tuple[str, npt.NDArray[np.float32]]
+
+
+def main() -> None:
+    """Run the demo; exits with 1 and the cause on stderr where it fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
+    out: Path = parser.parse_args().out
+    times = [time.perf_counter()]
+    try:
+        with running_server() as port, Client(f"127.0.0.1:{port}") as client:
+            times.append(time.perf_counter())
+            names = client.model("fashion-els").label_names
+            columns = trajectory(client, len(names))
+            times.append(time.perf_counter())
+            draw(names, columns).save(out)
+            times.append(time.perf_counter())
+    except (ElsError, OSError, RuntimeError) as error:
+        sys.exit(f"demo: {error}")
+    for part, (began, ended) in zip(
+        ("server start", "sampling", "drawing"), pairwise(times), strict=True
+    ):
+        print(f"{part:<14}{ended - began:5.1f} s")
+    print(f"{'picture':<14}{out.resolve()}")
+
+
+@contextmanager
+def running_server() -> Iterator[int]:
+    """Yield the port of a server process; ends it in good order.
+
+    Raises:
+        RuntimeError: It did not start, or a call failed; the text ends with the server's log.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(SERVER, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        # Whatever hangs, the demo ends: a server that is killed fails its calls.
+        alarm = threading.Timer(SERVER_LIFE_S, server.kill)
+        alarm.start()
+        try:
+            yield ready_port(server)
+        except (ElsError, RuntimeError) as error:
+            stop(server)
+            log.seek(0)
+            raise RuntimeError(f"{error}; the server's log ends:\n{log.read()[-2000:]}") from error
+        finally:
+            stop(server)
+            alarm.cancel()
+
+
+def ready_port(server: subprocess.Popen[str]) -> int:
+    """Return the port that the server says it is ready at, in its one line on stdout."""
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the server did not start (exit code {server.wait()})")
+    return int(json.loads(line)["grpc_port"])
+
+
+def stop(server: subprocess.Popen[str]) -> None:
+    """Ask the server to drain and wait until it is gone."""
+    server.terminate()
+    server.wait()
+
+
+def trajectory(client: Client, count: int) -> list[Column]:
+    """Return columns of images [count, 1, H, W]: noise, expectations on the way, the samples."""
+    steps = client.sample(
+        model="fashion-els",
+        label=list(range(count)),
+        count=count,
+        steps=STEPS,
+        want=("denoised", "noise"),
+    )
+    way = list(track(steps, f"{count} samples", total=STEPS))
+    expected = [(f"step {index}", way[index - 1].denoised) for index in SHOWN]
+    return [("noise", way[0].noise), *expected, ("sample", way[-1].x)]
+
+
+def draw(names: Sequence[str], columns: Sequence[Column]) -> Image.Image:
+    """Return the picture: a row a label, its name at the left, a caption above each column."""
+    height, width = (ZOOM * side for side in columns[0][1].shape[2:])
+    size = (MARGIN + len(columns) * (width + GAP), CAPTION + len(names) * (height + GAP))
+    picture = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for row, name in enumerate(names):
+        middle = CAPTION + row * (height + GAP) + height / 2
+        pen.text((MARGIN - 12, middle), name, INK, font, anchor="rm")
+    for column, (caption, images) in enumerate(columns):
+        left = MARGIN + column * (width + GAP)
+        pen.text((left + width / 2, CAPTION / 2), caption, FAINT, font, anchor="mm")
+        for row, image in enumerate(images):
+            pixels = np.clip((image[0] + 1) * 127.5, 0, 255).round().astype(np.uint8)
+            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(tile, (left, CAPTION + row * (height + GAP)))
+    return picture
+
+
+if __name__ == "__main__":
+    main()

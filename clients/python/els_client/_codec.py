@@ -1,0 +1,196 @@
+"""Between numpy and the messages of the contract: pure functions that both clients share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NoReturn, TypeVar, get_args
+
+import numpy as np
+
+from els_client._types import (
+    Bank,
+    Images,
+    Integers,
+    Levels,
+    Limits,
+    Model,
+    Pixels,
+    Sampler,
+    Step,
+    Want,
+    WindowTable,
+)
+from els_client.errors import InvalidArgumentError, Violation, error_of
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+_Query = TypeVar("_Query", pb.DenoiseRequest, pb.ScoreRequest)
+
+# The scalar type of an array, how it travels, and what the contract calls that.
+_DTYPES: dict[type[np.generic], tuple[str, pb.DType.ValueType]] = {
+    np.float64: ("<f4", pb.DTYPE_F32),
+    np.float32: ("<f4", pb.DTYPE_F32),
+    np.float16: ("<f2", pb.DTYPE_F16),
+    np.uint8: ("u1", pb.DTYPE_U8),
+}
+_SAMPLERS: dict[str, pb.Sampler.ValueType] = {
+    "ddim": pb.SAMPLER_DDIM,
+    "ddim_released": pb.SAMPLER_DDIM_RELEASED,
+    "ddpm": pb.SAMPLER_DDPM,
+    "heun": pb.SAMPLER_HEUN,
+}
+
+# Kinds of numpy dtypes.
+_INTEGERS = "iu"
+_REALS = "iuf"
+
+
+def encode_tensor(x: Pixels) -> pb.Tensor:
+    """Return ``x`` [B, C, H, W] as a tensor; float64 is rounded to float32."""
+    if not isinstance(x, np.ndarray):
+        _refuse("x", "a numpy array", type(x).__name__)
+    if x.ndim != 4:
+        _refuse("x", "shape [B, C, H, W]", f"shape {list(x.shape)}")
+    if x.dtype.type not in _DTYPES:
+        _refuse("x", "float16, float32, float64 or uint8", x.dtype)
+    layout, dtype = _DTYPES[x.dtype.type]
+    return pb.Tensor(dtype=dtype, shape=x.shape, data=x.astype(layout, copy=False).tobytes())
+
+
+def encode_level(
+    sigma: Levels | None, alpha_bar: Levels | None, time: Levels | None
+) -> pb.NoiseLevel:
+    """Return the one level that is given."""
+    levels = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
+    given = [name for name, level in levels.items() if level is not None]
+    if len(given) != 1:
+        _refuse("level", "exactly one of sigma, alpha_bar and time", " and ".join(given) or "none")
+    return pb.NoiseLevel(**{name: _listed(name, level, _REALS) for name, level in levels.items()})
+
+
+def encode_query(
+    request: type[_Query],
+    x: Pixels,
+    model: str,
+    level: pb.NoiseLevel,
+    label: Integers | None,
+    window: Integers | None,
+    return_log_evidence: bool = False,
+) -> _Query:
+    """Return the request that asks ``model`` about ``x`` [B, C, H, W]."""
+    return request(
+        model=model,
+        x=encode_tensor(x),
+        level=level,
+        labels=_listed("label", label, _INTEGERS),
+        windows=_listed("window", window, _INTEGERS),
+        return_log_evidence=return_log_evidence,
+    )
+
+
+def encode_sample(
+    *,
+    model: str,
+    count: int,
+    seed: int,
+    steps: int,
+    sampler: Sampler,
+    label: Integers | None,
+    window: Integers | None,
+    eta: float | None,
+    churn: float,
+    want: Collection[Want],
+) -> pb.SampleRequest:
+    """Return the request that draws ``count`` images; ``eta`` None leaves it to the server."""
+    if sampler not in _SAMPLERS:
+        _refuse("sampler", f"one of {', '.join(_SAMPLERS)}", repr(sampler))
+    if not set(want) <= set(get_args(Want)):
+        _refuse("want", f"any of {', '.join(get_args(Want))}", repr(want))
+    if not 0 <= seed < 2**64:
+        _refuse("seed", "0 to 2**64 - 1", seed)
+    if count < 1:  # On the wire 0 means 1.
+        _refuse("count", "at least 1", count)
+    return pb.SampleRequest(
+        model=model,
+        count=count,
+        seed=seed,
+        steps=steps,
+        sampler=_SAMPLERS[sampler],
+        labels=_listed("label", label, _INTEGERS),
+        windows=_listed("window", window, _INTEGERS),
+        eta=eta,
+        churn=churn,
+        return_x="x" in want,
+        return_denoised="denoised" in want,
+        return_noise="noise" in want,
+    )
+
+
+def decode_tensor(tensor: pb.Tensor) -> Images:
+    """Return a tensor as a float32 array of its own, which the caller may write to."""
+    if tensor.dtype != pb.DTYPE_F32 or len(tensor.data) != 4 * math.prod(tensor.shape):
+        got = f"{pb.DType.Name(tensor.dtype)} {list(tensor.shape)} in {len(tensor.data)} bytes"
+        raise error_of("INTERNAL", f"the server answered a malformed tensor: {got}")
+    return np.frombuffer(tensor.data, "<f4").reshape(tuple(tensor.shape)).astype(np.float32)
+
+
+def decode_step(step: pb.SampleResponse) -> Step:
+    """Return one message of a stream."""
+    return Step(
+        index=step.index,
+        total=step.total,
+        alpha_bar=step.alpha_bar,
+        _x=decode_tensor(step.x) if step.HasField("x") else None,
+        _denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
+        _noise=decode_tensor(step.noise) if step.HasField("noise") else None,
+    )
+
+
+def decode_model(model: pb.Model) -> Model:
+    """Return a model's description."""
+    window, bank, limits = model.window, model.bank, model.limits
+    return Model(
+        name=model.name,
+        kind=model.kind,
+        machine=model.machine,
+        padding=model.padding,
+        channels=model.channels,
+        height=model.height,
+        width=model.width,
+        window=WindowTable(tuple(window.sigma), tuple(window.k), window.max_k)
+        if model.HasField("window")
+        else None,
+        schedule=model.schedule,
+        label_count=model.label_count,
+        label_names=tuple(model.label_names),
+        limits=Limits(
+            limits.max_images,
+            limits.max_steps,
+            limits.max_message_bytes,
+            limits.min_sigma,
+            limits.max_sigma,
+        ),
+        bank=Bank(bank.fingerprint, bank.images, bank.source, bank.licence)
+        if model.HasField("bank")
+        else None,
+        batch_invariant=model.batch_invariant,
+        has_log_evidence=model.has_log_evidence,
+        implementation=model.implementation,
+    )
+
+
+def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[Any]:
+    """Return one value, or one each, as the list that the wire carries; None is empty."""
+    if values is None:
+        return []
+    array = np.asarray(values)
+    if array.ndim > 1:
+        _refuse(field, "one value or a list of them", f"shape {list(array.shape)}")
+    if array.size and array.dtype.kind not in kinds:
+        _refuse(field, "integers" if kinds == _INTEGERS else "numbers", f"{values!r}")
+    return array.ravel().tolist()
+
+
+def _refuse(field: str, expected: str, got: object) -> NoReturn:
+    description = f"expected {expected}, got {got}"
+    raise InvalidArgumentError(f"{field}: {description}", [Violation(field, description)])

@@ -1,0 +1,160 @@
+"""What the client takes and gives: arrays, models and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Images: TypeAlias = npt.NDArray[np.float32]
+Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8]
+Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
+Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
+Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
+Want: TypeAlias = Literal["x", "denoised", "noise"]
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """The window that a model takes at a noise level: linear in log σ, rounded to odd, ends held.
+
+    Attributes:
+        sigma: Increasing noise levels, s/a.
+        k: Odd side of the window in pixels, one for each sigma.
+        max_k: Largest window that a request may ask for.
+    """
+
+    sigma: tuple[float, ...]
+    k: tuple[int, ...]
+    max_k: int
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The training images that an analytic model answers from.
+
+    Attributes:
+        fingerprint: SHA-256 of the content, hexadecimal.
+        images: How many there are.
+        source: Where they come from.
+        licence: Under which terms.
+    """
+
+    fingerprint: str
+    images: int
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may ask for; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level."""
+
+    max_images: int
+    max_steps: int
+    max_message_bytes: int
+    min_sigma: float
+    max_sigma: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's description.
+
+    Attributes:
+        name: What calls name it by.
+        kind: "analytic", "gaussian" or "wiener".
+        machine: Of analytic models "ideal", "local", "equivariant" or "els"; else empty.
+        padding: Of analytic models "zeros", "circular" or "valid"; else empty.
+        channels: C of its images.
+        height: H of its images.
+        width: W of its images.
+        window: None where there is none to choose.
+        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)).
+        label_count: Labels are 0 … label_count-1; 0 means unconditional.
+        label_names: Empty, or one name a label.
+        limits: What one call may ask for.
+        bank: None where there is none.
+        batch_invariant: Whether an image has the same bits alone and in any batch.
+        has_log_evidence: Whether ``denoise_with_evidence`` is answered.
+        implementation: Which patch attention answers; empty where none is used.
+    """
+
+    name: str
+    kind: str
+    machine: str
+    padding: str
+    channels: int
+    height: int
+    width: int
+    window: WindowTable | None
+    schedule: str
+    label_count: int
+    label_names: tuple[str, ...]
+    limits: Limits
+    bank: Bank | None
+    batch_invariant: bool
+    has_log_evidence: bool
+    implementation: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the images it takes."""
+        return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Step:
+    """One step of a trajectory; on the last ``x`` and ``denoised`` are both the result.
+
+    Attributes:
+        index: From 1 to ``total``.
+        total: How many steps there are.
+        alpha_bar: ᾱ at which ``x`` stands; rises to 1.
+    """
+
+    index: int
+    total: int
+    alpha_bar: float
+    _x: Images | None
+    _denoised: Images | None
+    _noise: Images | None = None
+
+    @property
+    def x(self) -> Images:
+        """State after this step, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, and this is not the last step.
+        """
+        return _wanted("x", self._x)
+
+    @property
+    def denoised(self) -> Images:
+        """D(x) that this step was taken with, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, and this is not the last step.
+        """
+        return _wanted("denoised", self._denoised)
+
+    @property
+    def noise(self) -> Images:
+        """Standard normal noise that the trajectory started from, float32 [count, C, H, W].
+
+        Raises:
+            AttributeError: It was not wanted, or this is not the first step.
+        """
+        return _wanted("noise", self._noise)
+
+    def __repr__(self) -> str:
+        return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"
+
+
+def _wanted(name: str, images: Images | None) -> Images:
+    if images is None:
+        raise AttributeError(f"this step carries no {name}: ask for it with want=({name!r},)")
+    return images

@@ -1,0 +1,200 @@
+"""The command ``els``: a server's models, denoise, score and sample from a terminal."""
+
+from __future__ import annotations
+
+import time as clock
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from els_client import _pictures as pictures
+from els_client import _terminal as terminal
+from els_client._types import Images, Sampler, Want
+from els_client.errors import InvalidArgumentError
+from els_proto.build_info import COMMIT
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog=terminal.EXIT_CODES_HELP,
+)
+
+Target = Annotated[str, typer.Option(help="Address of the server.", metavar="HOST:PORT")]
+ModelName = Annotated[str, typer.Option(help="Name of the model.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Deadline in seconds; by default 60, and 600 to sample.", min=0.001),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="IN.png", exists=True, dir_okay=False, show_default=False)
+]
+Sigma = Annotated[float | None, typer.Option(help="Noise level of x = x0 + σ·ε.")]
+AlphaBar = Annotated[float | None, typer.Option(help="Noise level of x = √ᾱ·x0 + √(1-ᾱ)·ε.")]
+Time = Annotated[float | None, typer.Option(help="Noise level as time on the model's schedule.")]
+Label = Annotated[int | None, typer.Option(help="Label of the picture; -1 for none.")]
+Window = Annotated[int | None, typer.Option(help="Odd side of the patch in pixels.")]
+Resize = Annotated[
+    bool, typer.Option("--resize", help="Crop and scale the picture to the model's size.")
+]
+
+_TARGET = "127.0.0.1:50051"
+_MODEL = "fashion-els"
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"els {metadata.version('els-denoise')} ({COMMIT})")
+        raise typer.Exit
+
+
+@app.callback()
+def _els(
+    context: typer.Context,
+    target: Target = _TARGET,
+    model: ModelName = _MODEL,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Tell the version."),
+    ] = False,
+) -> None:
+    """Ask a server of denoisers. The options here may also stand after the command."""
+    shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
+    context.default_map = dict.fromkeys(("models", "denoise", "score", "sample"), shared)
+
+
+@app.command()
+def models(target: Target = _TARGET, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """List the models that can be asked."""
+    with terminal.connected(target, timeout) as client:
+        terminal.list_models(client.models(), as_json)
+
+
+@app.command()
+def denoise(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT.png", show_default=False)],
+    sigma: Sigma = None,
+    alpha_bar: AlphaBar = None,
+    time: Time = None,
+    label: Label = None,
+    window: Window = None,
+    resize: Resize = False,
+    target: Target = _TARGET,
+    model: ModelName = _MODEL,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the clean picture expected behind a noisy one.
+
+    The picture is mapped to [-1, 1], and the noise level is in those units; no noise is added.
+    """
+    began = clock.perf_counter()
+    level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
+    with terminal.connected(target, timeout) as client, terminal.waiting(f"asking {model}"):
+        x = pictures.read(source, client.model(model).shape, resize=resize)
+        answer = client.denoise(x, model=model, **level, label=label, window=window)
+        pictures.write(out, answer[0])
+    terminal.report(as_json, began, out, model=model)
+
+
+@app.command()
+def score(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT.png|OUT.npy", show_default=False)],
+    sigma: Sigma = None,
+    alpha_bar: AlphaBar = None,
+    time: Time = None,
+    label: Label = None,
+    window: Window = None,
+    resize: Resize = False,
+    target: Target = _TARGET,
+    model: ModelName = _MODEL,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write which way is uphill in probability from a noisy picture.
+
+    A picture shows 0 as mid-grey and the largest magnitude as black or white; .npy has the values,
+    float32 [1, C, H, W] in 1/pixel. The picture is read as by denoise.
+    """
+    began = clock.perf_counter()
+    level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
+    with terminal.connected(target, timeout) as client, terminal.waiting(f"asking {model}"):
+        x = pictures.read(source, client.model(model).shape, resize=resize)
+        answer = client.score(x, model=model, **level, label=label, window=window)
+        pictures.write_score(out, answer)
+    terminal.report(as_json, began, out, model=model, largest=float(abs(answer).max()))
+
+
+@app.command()
+def sample(
+    count: Annotated[
+        int | None, typer.Option(help="Images to draw; by default one a label.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i draws from (seed, i).", min=0)] = 0,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="One for all or one each: repeat it, or part with commas.", metavar="N"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
+    sampler: Annotated[Sampler, typer.Option(help="How steps are taken.")] = "ddim",
+    eta: Annotated[
+        float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1 there.")
+    ] = None,
+    churn: Annotated[float, typer.Option(help="Noise of heun in all, 0 to steps.")] = 0.0,
+    out: Annotated[Path, typer.Option(help="Where the grid of images goes.")] = Path("grid.png"),
+    gif: Annotated[
+        Path | None, typer.Option(help="Where the way from noise to images goes.")
+    ] = None,
+    target: Target = _TARGET,
+    model: ModelName = _MODEL,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images from noise and write them as one grid."""
+    began = clock.perf_counter()
+    want: tuple[Want, ...] = ("x",) if gif else ()
+    states: list[Images] = []
+    with terminal.connected(target, timeout) as client, terminal.progress() as progress:
+        labels = _integers(label)
+        count = count or len(labels) or 1
+        bar = progress.add_task(f"{model} draws {count}", total=steps)
+        for step in client.sample(
+            model=model,
+            count=count,
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            label=labels,
+            eta=eta,
+            churn=churn,
+            want=want,
+        ):
+            progress.update(bar, completed=step.index, total=step.total)
+            if gif or step.index == step.total:
+                states.append(step.x)
+        pictures.write_grid(out, states[-1])
+        if gif:
+            pictures.write_gif(gif, states)
+    terminal.report(as_json, began, out, gif, model=model, count=count, seed=seed)
+
+
+def _integers(texts: list[str] | None) -> list[int]:
+    """Return the labels of ``--label 1,2 --label 3``."""
+    try:
+        return [int(label) for text in texts or () for label in text.split(",")]
+    except ValueError:
+        raise InvalidArgumentError(
+            f"label: expected integers, got {','.join(texts or ())}"
+        ) from None

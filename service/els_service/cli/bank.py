@@ -1,0 +1,142 @@
+"""``els-server bank``: build image banks from data sets, and tell what a bank holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from els_service.denoisers.bank_sources import FORMATS, read_source
+from els_service.denoisers.banks import Bank, load_bank, save_bank
+from els_service.errors import ElsError, InvalidArgumentError
+
+app = typer.Typer(help="Build and inspect image banks.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="The data set: a file or a folder.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The bank to write.")],
+    format: Annotated[str, typer.Option(help=f"auto, {', '.join(FORMATS)}.")] = "auto",
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of an IDX source; found beside it if omitted.")
+    ] = None,
+    label_names: Annotated[
+        str, typer.Option(help='One a label, "a,b,…"; else those of the source.')
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(help="Take the first N images at most, N ≥ 1.")
+    ] = None,
+    per_label: Annotated[
+        int | None, typer.Option(help="Take the first N images of each label at most, N ≥ 1.")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="Fit every image to HxW, or N for NxN, pixels.")
+    ] = None,
+    source_name: Annotated[
+        str | None, typer.Option(help="Where the images come from; else the name of SOURCE.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Under which terms they may be used.")] = "",
+) -> None:
+    """Build a bank from IDX (.gz too), a folder of images, .npz or the CIFAR-10 PNG strips."""
+    with _one_line_errors(), Console(stderr=True).status(escape(f"Reading {source} …")):
+        if out.suffix != ".safetensors":
+            raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
+        bank = read_source(
+            source,
+            format=format,
+            labels=labels,
+            label_names=_split_names(label_names),
+            limit=limit,
+            per_label=per_label,
+            resize=None if resize is None else _parse_size(resize),
+        )
+        bank = dataclasses.replace(
+            bank, source=source_name or source.resolve().name, licence=licence
+        )
+        save_bank(bank, out)
+    _print_table(out, bank)
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bank.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a bank holds: sizes, labels, source, licence and fingerprint."""
+    with _one_line_errors():
+        bank = load_bank(file)
+    if as_json:
+        typer.echo(json.dumps(_describe(bank), ensure_ascii=False))
+    else:
+        _print_table(file, bank)
+
+
+def _describe(bank: Bank) -> dict[str, Any]:
+    # Not a count for every number up to the largest: a file may hold one huge label.
+    labels, counts = np.unique(bank.labels, return_counts=True)
+    entries = [
+        {"label": int(label), "name": _name(bank, label), "images": int(count)}
+        for label, count in zip(labels, counts, strict=True)
+    ]
+    return {
+        "images": len(bank.images),
+        "shape": bank.shape,
+        "dtype": bank.images.dtype.name,
+        "labels": entries if bank.label_count else [],
+        "source": bank.source,
+        "licence": bank.licence,
+        "fingerprint": bank.fingerprint,
+    }
+
+
+def _name(bank: Bank, label: int) -> str | None:
+    return bank.label_names[label] if bank.label_names else None
+
+
+def _print_table(file: Path, bank: Bank) -> None:
+    facts = _describe(bank)
+    labels = [
+        " × ".join((f"{entry['label']} {entry['name'] or ''}".rstrip(), str(entry["images"])))
+        for entry in facts["labels"]
+    ]
+    facts |= {"shape": " × ".join(map(str, bank.shape)), "labels": "\n".join(labels)}
+    table = Table("", Column(overflow="fold"), show_header=False)
+    for name, value in {"file": file, **facts}.items():
+        # Text, because a string would be read as markup.
+        table.add_row(name, Text(str(value) or "none"))
+    Console().print(table)
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",")) if text else ()
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of "HxW", or of "N" for a square."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise InvalidArgumentError("resize", "HxW or N, in pixels", text)
+    return int(sides[0]), int(sides[-1])
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End with exit code 2 and one line on stderr where a file or an argument is refused."""
+    try:
+        yield
+    except (ElsError, OSError) as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(2) from error

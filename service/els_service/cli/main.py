@@ -1,0 +1,143 @@
+"""``els-server run | check | bank``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from els_service.cli import bank
+from els_service.config import Settings, load_settings
+from els_service.errors import LoadError
+from els_service.version import COMMIT, VERSION
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve denoisers over gRPC.",
+)
+app.add_typer(bank.app, name="bank")
+
+_FAULT = 2
+
+Models = Annotated[Path | None, typer.Option(help="Folder of models; replaces the bundled ones.")]
+Host = Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free. [default: 50051]")]
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Port of /metrics; 0 takes any free. [default: 9090]")
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of one computation. [default: the CPU limit]")
+]
+LogLevel = Annotated[
+    str | None, typer.Option(help="debug, info, warning or error. [default: info]")
+]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings. [env: ELS_CONFIG]")]
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    version: Annotated[bool, typer.Option("--version", help="Tell version and commit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"els-server {VERSION} ({COMMIT})")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    models: Models = None,
+    host: Host = None,
+    port: Port = None,
+    metrics_port: MetricsPort = None,
+    device: Device = None,
+    threads: Threads = None,
+    log_level: LogLevel = None,
+    config: Config = None,
+) -> None:
+    """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
+
+    A flag outranks its ELS_… variable, that the YAML file, that the default.
+    """
+    settings = _settings(locals())
+    import uvloop
+
+    from els_service.logs import configure
+    from els_service.wire.server import Ports, serve
+
+    configure(settings.log_level)
+
+    def ready(ports: Ports) -> None:
+        event = {
+            "event": "ready",
+            "grpc_port": ports.grpc_port,
+            "metrics_port": ports.metrics_port,
+        }
+        print(json.dumps(event), flush=True)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings, ready))
+    except LoadError as error:
+        raise _refused(error) from error
+
+
+@app.command()
+def check(
+    models: Models = None,
+    host: Host = None,
+    port: Port = None,
+    metrics_port: MetricsPort = None,
+    device: Device = None,
+    threads: Threads = None,
+    log_level: LogLevel = None,
+    config: Config = None,
+    config_only: Annotated[bool, typer.Option(help="Leave out the model folders.")] = False,
+) -> None:
+    """Check configuration and model folders; exits with 2 and names each fault."""
+    settings = _settings({key: value for key, value in locals().items() if key != "config_only"})
+    typer.echo("configuration: ok")
+    if not config_only:
+        faults = _check_models(settings)
+        if faults:
+            raise typer.Exit(_FAULT)
+
+
+def _check_models(settings: Settings) -> int:
+    """Load every model, tell each one's state, and return how many are refused."""
+    from els_service.wire.server import repository
+
+    faults = 0
+    try:
+        models = repository(settings)
+        names = models.names()
+    except LoadError as error:
+        raise _refused(error) from error
+    for name in names:
+        try:
+            info = models.load(name).info
+            typer.echo(f"{name}: ok, {info.kind} {info.machine}".rstrip())
+        except LoadError as error:
+            faults += 1
+            typer.echo(f"{name}: {error}", err=True)
+    if not names:
+        typer.echo(f"{models.root}: expected a folder NAME/model.yaml, found none", err=True)
+    return faults or not names
+
+
+def _settings(flags: dict[str, Any]) -> Settings:
+    try:
+        return load_settings(**flags)
+    except LoadError as error:
+        raise _refused(error) from error
+
+
+def _refused(error: LoadError) -> typer.Exit:
+    print(f"els-server: {error}", file=sys.stderr)
+    return typer.Exit(_FAULT)

@@ -1,0 +1,119 @@
+"""The server's settings: one frozen object, and the only reader of the environment.
+
+Precedence: command line > ``ELS_…`` variable > YAML file > default.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from els_service.documents import read_yaml, validate
+from els_service.errors import LoadError
+
+_SERVICE_LINK = re.compile(r"^(tcp|udp|sctp)://")
+"""What Kubernetes puts into ELS_PORT where a service is called ``els``: no setting of ours."""
+
+_CPU_MAX_V2 = Path("/sys/fs/cgroup/cpu.max")
+_CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+
+_Port = Annotated[int, Field(ge=0, le=65535)]
+_Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for; published in the metadata."""
+
+    max_images: int
+    max_steps: int
+    max_message_bytes: int
+
+
+class Settings(BaseModel):
+    """Everything that ``els-server run`` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: Path | None = None
+    """Folder of models; None for the bundled ones."""
+    host: str = "127.0.0.1"
+    port: _Port = 50051
+    metrics_port: _Port = 9090
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: _Positive | None = None
+    """Threads of one computation; None for the CPU limit of the container or machine."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    """How long work in flight may take to finish after SIGTERM."""
+    max_images: _Positive = 256
+    """Images in one call."""
+    max_steps: _Positive = 1000
+    """Steps of one trajectory."""
+    max_message_bytes: Annotated[int, Field(ge=1 << 16, lt=1 << 31)] = 64 << 20
+    """Size of a message in either direction."""
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of one request."""
+        return Limits(self.max_images, self.max_steps, self.max_message_bytes)
+
+
+_SETTINGS = TypeAdapter(Settings)
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Return the settings.
+
+    Args:
+        config: YAML file; None for the one that ``ELS_CONFIG`` names, if any.
+        flags: settings by name; None where a flag was not given.
+
+    Raises:
+        LoadError: The file cannot be read, or a setting is unknown or illegal; each is named.
+    """
+    path = config or (Path(name) if (name := os.environ.get("ELS_CONFIG")) else None)
+    content = read_yaml(path) if path else None
+    if not isinstance(content, dict | None):
+        raise LoadError(path, f"expected settings by name, got {type(content).__name__}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    sources = {str(path): content or {}, "ELS_… variables": _environment(), "flags": given}
+    merged = {name: value for source in sources.values() for name, value in source.items()}
+    named = ", ".join(name for name, source in sources.items() if source)
+    return validate(_SETTINGS, merged, f"settings from {named}")
+
+
+def _environment() -> dict[str, str]:
+    """Return the settings that ``ELS_…`` variables name; others are not ours to judge."""
+    variables = {name: os.environ.get(f"ELS_{name.upper()}") for name in Settings.model_fields}
+    return {
+        name: value
+        for name, value in variables.items()
+        if value is not None and not _SERVICE_LINK.match(value)
+    }
+
+
+def cpu_limit() -> int:
+    """Return how many CPUs this process may keep busy: cgroup quota and affinity, at least 1."""
+    available = len(os.sched_getaffinity(0))
+    for path, parse in ((_CPU_MAX_V2, _quota_v2), (_CPU_QUOTA_V1, _quota_v1)):
+        if path.is_file() and (quota := parse(path)) is not None:
+            return max(1, min(available, math.ceil(quota)))
+    return available
+
+
+def _quota_v2(path: Path) -> float | None:
+    quota, period = path.read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota_v1(path: Path) -> float | None:
+    quota = int(path.read_text())
+    period = int(path.with_name("cpu.cfs_period_us").read_text())
+    return None if quota < 0 else quota / period

@@ -1,0 +1,120 @@
+"""Analytic machines: a bank of images, patch attention, and a window that grows with the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from els_kernels import GEOMETRIES, PatchAttention, count_pairs, max_window
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import (
+    BankInfo,
+    Denoised,
+    DenoiserInfo,
+    Integers,
+    Query,
+    check_query,
+)
+from els_service.denoisers.windows import WindowTable, default_windows
+
+_PAIRS_PER_SECOND = 3e8
+"""What one server core does at least; only decides what is too long for the event loop."""
+
+MACHINES = sorted({machine for machine, _ in GEOMETRIES})
+PADDINGS = sorted({padding for _, padding in GEOMETRIES})
+
+_FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
+
+
+class AnalyticDenoiser:
+    """A machine of Kamb & Ganguli (ICML 2025, section 3): one row of ``GEOMETRIES``.
+
+    Args:
+        attention: the bank's patch attention; models of one bank share it.
+        bank: where the images come from.
+        machine: ``ideal``, ``local``, ``equivariant`` or ``els``.
+        padding: ``zeros``, ``circular`` or (els alone) ``valid``; ideal and equivariant ignore it.
+        window: by noise level; None for the default, clipped to the legal range.
+
+    Raises:
+        ValueError: No such machine and padding, or a window larger than is legal.
+    """
+
+    def __init__(
+        self,
+        attention: PatchAttention,
+        bank: Bank,
+        *,
+        machine: str,
+        padding: str = "zeros",
+        window: WindowTable | None = None,
+    ) -> None:
+        padding = _FIXED_PADDING.get(machine, padding)
+        if (machine, padding) not in GEOMETRIES:
+            known = ", ".join(f"{m} with {p}" for m, p in GEOMETRIES)
+            raise ValueError(f"machine and padding: expected {known}, got {machine} with {padding}")
+        self._attention, self._bank = attention, bank
+        self._geometry = GEOMETRIES[machine, padding]
+        largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
+        table = None if not largest else (window or default_windows().clipped(largest))
+        if table is not None and max(table.k) > largest:
+            raise ValueError(f"window: expected at most {largest} here, got {max(table.k)}")
+        self._window = table
+        self._info = DenoiserInfo(
+            kind="analytic",
+            shape=bank.shape,
+            machine=machine,
+            padding=padding,
+            window=table,
+            max_window=largest,
+            label_count=bank.label_count,
+            label_names=bank.label_names,
+            bank=bank_info(bank),
+            has_log_evidence=True,
+            implementation=attention.implementation,
+        )
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """What the machine is."""
+        return self._info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if shape, a label or a window does not fit."""
+        check_query(self._info, query)
+        for label in np.unique(query.labels):
+            self._bank.label_range(int(label))
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return a rough upper bound from the number of pairs."""
+        height, width = self._info.shape[1:]
+        pairs = sum(
+            count_pairs(self._geometry, height, width, int(k)) * (hi - lo)
+            for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
+        )
+        return pairs / _PAIRS_PER_SECOND
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return posterior means and log evidences."""
+        posterior = self._attention(
+            query.x,
+            a=torch.from_numpy(query.level.a),
+            s=torch.from_numpy(query.level.s),
+            window=None if self._window is None else torch.from_numpy(self._windows(query)),
+            ranges=torch.tensor(self._ranges(query)),
+            geometry=self._geometry,
+        )
+        return Denoised(posterior.mean, posterior.log_evidence)
+
+    def _windows(self, query: Query) -> Integers:
+        if self._window is None:
+            return np.ones(len(query), np.int64)
+        return np.where(query.windows > 0, query.windows, self._window.at(query.level.sigma))
+
+    def _ranges(self, query: Query) -> list[tuple[int, int]]:
+        return [self._bank.label_range(int(label)) for label in query.labels]
+
+
+def bank_info(bank: Bank) -> BankInfo:
+    """Return what callers may know of a bank."""
+    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence)

@@ -1,0 +1,272 @@
+"""Image banks: the training images that analytic machines answer from, and their file format.
+
+A bank file is a safetensors file in one canonical byte layout: the tensors ``images`` and
+``labels``, and the string metadata ``format``, ``version``, ``fingerprint``, ``source``,
+``licence``, ``label_names`` (a JSON list) and ``checksum``. Whatever is not byte for byte what
+``save_bank`` writes is refused, so no change of a file, however small, goes unnoticed. The same
+bank always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+
+from els_service.errors import InvalidArgumentError, LoadError
+
+FORMAT = "els-bank"
+VERSION = "1"
+UNLABELLED = -1
+
+_SAFETENSORS_DTYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Images sorted by label, with where they come from; invalid banks cannot be constructed.
+
+    Attributes:
+        images: [N, C, H, W], all at least 1, C-contiguous; uint8, or float32 in [−1, 1].
+        labels: int64 [N], non-decreasing, from 0; all −1 in an unlabelled bank.
+        label_names: one a label, or none at all; printable, like the next two.
+        source: where the images come from: a title or an address.
+        licence: under which terms they may be used.
+        fingerprint: SHA-256 (hex) over dtype, shape, images, labels and label names.
+
+    Raises:
+        InvalidArgumentError: for any other dtype, rank, order or value.
+    """
+
+    images: NDArray[Any]
+    labels: NDArray[np.int64]
+    label_names: tuple[str, ...] = ()
+    source: str = ""
+    licence: str = ""
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_images(self.images)
+        _check_labels(self.labels, len(self.images))
+        _check_texts(self)
+        object.__setattr__(self, "fingerprint", _fingerprint(self))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def label_count(self) -> int:
+        """The largest label plus one; 0 when unlabelled."""
+        return int(self.labels[-1]) + 1
+
+    def label_range(self, label: int) -> tuple[int, int]:
+        """The half-open range of the images of one label; −1 means all, (0, N).
+
+        Raises:
+            InvalidArgumentError: the bank is unlabelled, or no image has this label.
+        """
+        if label == UNLABELLED:
+            return 0, len(self.labels)
+        if self.label_count == 0:
+            raise InvalidArgumentError("label", "-1, as the bank is unlabelled", label)
+        if not 0 <= label < self.label_count:
+            raise InvalidArgumentError("label", f"-1 to {self.label_count - 1}", label)
+        start = int(np.searchsorted(self.labels, label, "left"))
+        stop = int(np.searchsorted(self.labels, label, "right"))
+        if start == stop:
+            raise InvalidArgumentError("label", "a label with images in the bank", label)
+        return start, stop
+
+    def pixels(self) -> torch.Tensor:
+        """A float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v becomes v/127.5 − 1."""
+        pixels = torch.from_numpy(self.images.astype(np.float32))
+        return pixels.div_(127.5).sub_(1) if self.images.dtype == np.uint8 else pixels
+
+
+def make_bank(
+    images: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    label_names: tuple[str, ...] = (),
+    source: str = "",
+    licence: str = "",
+) -> Bank:
+    """A bank of a copy of these images, sorted by label; equal labels keep their order.
+
+    Args:
+        images: [N, C, H, W]; uint8, or float32 in [−1, 1].
+        labels: [N] integers from 0, in any order; None for an unlabelled bank.
+        label_names: one for each label up to the largest, or none at all.
+        source: where the images come from.
+        licence: under which terms they may be used.
+
+    Raises:
+        InvalidArgumentError: an argument is not as described.
+    """
+    images = np.asarray(images)
+    _check_images(images)
+    labels = np.full(len(images), UNLABELLED) if labels is None else np.asarray(labels)
+    # Anything else could wrap around: a large uint64 would turn into a negative label.
+    if not (np.issubdtype(labels.dtype, np.integer) and np.can_cast(labels.dtype, np.int64)):
+        raise InvalidArgumentError("labels", "integers that fit int64", labels.dtype)
+    if labels.shape != (len(images),):
+        raise InvalidArgumentError("labels", f"shape ({len(images)},)", labels.shape)
+    order = np.argsort(labels, kind="stable")
+    sorted_labels = labels[order].astype(np.int64)
+    sorted_images = np.ascontiguousarray(images[order])
+    return Bank(sorted_images, sorted_labels, tuple(label_names), source, licence)
+
+
+def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
+    """Write the bank to a file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    # In the same folder, because a rename is atomic only within one file system.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(_encode(bank))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_bank(path: str | os.PathLike[str]) -> Bank:
+    """The bank in a file.
+
+    Raises:
+        LoadError: the file is missing, truncated, altered, of another format or version, or does
+            not hold a valid bank; it names the file and says which.
+    """
+    try:
+        return _decode(Path(path).read_bytes())
+    except OSError as error:
+        raise LoadError(path, error.strerror or str(error)) from error
+    except KeyError as error:
+        raise LoadError(path, f"not a bank: {error} is missing or of an unknown type") from error
+    except (SafetensorError, TypeError, ValueError, RecursionError) as error:
+        raise LoadError(path, f"not a bank: {error}") from error
+
+
+def _decode(data: bytes) -> Bank:
+    tensors = parse_safetensors(data)
+    metadata = _read_metadata(data)
+    bank = Bank(
+        tensors["images"],
+        tensors["labels"],
+        tuple(json.loads(metadata["label_names"])),
+        metadata["source"],
+        metadata["licence"],
+    )
+    if bank.fingerprint != metadata["fingerprint"]:
+        raise ValueError("the fingerprint does not match the contents")
+    if _encode(bank) != data:
+        raise ValueError("damaged or edited, not byte for byte what save_bank writes")
+    return bank
+
+
+def _read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file whose header is known to be sound."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    if metadata["format"] != FORMAT or metadata["version"] != VERSION:
+        got = f"{metadata['format']} version {metadata['version']}"
+        raise ValueError(f"expected {FORMAT} version {VERSION}, got {got}")
+    return metadata
+
+
+def _encode(bank: Bank) -> bytes:
+    """The bank as the bytes of a safetensors file, always the same for the same bank.
+
+    Written here because the library orders the metadata anew in every process.
+    """
+    provenance = json.dumps([bank.fingerprint, bank.source, bank.licence])
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": bank.fingerprint,
+            "source": bank.source,
+            "licence": bank.licence,
+            "label_names": json.dumps(bank.label_names),
+            # The fingerprint tells contents apart; this one also guards source and licence.
+            "checksum": hashlib.sha256(provenance.encode()).hexdigest(),
+        }
+    }
+    blocks, offset = [], 0
+    # The wider type first keeps both aligned.
+    for name, array in (("labels", bank.labels), ("images", bank.images)):
+        block = _little_endian(array)
+        dtype = _SAFETENSORS_DTYPES[array.dtype.name]
+        offsets = [offset, offset := offset + len(block)]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+        blocks.append(block)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, *blocks))
+
+
+def _fingerprint(bank: Bank) -> str:
+    digest = hashlib.sha256()
+    description = [bank.images.dtype.name, bank.images.shape, bank.label_names]
+    for block in (
+        json.dumps(description).encode(),
+        _little_endian(bank.images),
+        _little_endian(bank.labels),
+    ):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _little_endian(array: NDArray[Any]) -> bytes:
+    """The array's bytes, the same on every machine."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _check_images(images: NDArray[Any]) -> None:
+    if images.dtype not in (np.uint8, np.float32):
+        raise InvalidArgumentError("images", "uint8 or float32", images.dtype)
+    if images.ndim != 4 or 0 in images.shape:
+        raise InvalidArgumentError("images", "shape [N, C, H, W], none of them 0", images.shape)
+    # Negated, so that NaN is refused too.
+    if images.dtype == np.float32 and not (images.min() >= -1 and images.max() <= 1):
+        got = f"{images.min()} to {images.max()}"
+        raise InvalidArgumentError("images", "float values from -1 to 1", got)
+
+
+def _check_labels(labels: NDArray[np.int64], count: int) -> None:
+    if labels.dtype != np.int64 or labels.shape != (count,):
+        got = f"{labels.dtype} of shape {labels.shape}"
+        raise InvalidArgumentError("labels", f"int64 of shape ({count},)", got)
+    if np.any(labels[1:] < labels[:-1]):
+        raise InvalidArgumentError("labels", "labels in rising order", "labels out of order")
+    if labels[0] < 0 and not np.all(labels == UNLABELLED):
+        raise InvalidArgumentError("labels", "all -1, or all at least 0", f"{labels[0]}")
+
+
+def _check_texts(bank: Bank) -> None:
+    texts = {"source": [bank.source], "licence": [bank.licence], "label_names": bank.label_names}
+    for name, lines in texts.items():
+        # Printable keeps control sequences out of terminals and logs.
+        if not all(isinstance(line, str) and line.isprintable() for line in lines):
+            raise InvalidArgumentError(name, "printable text on one line", ascii(lines))
+    if len(bank.label_names) not in (0, bank.label_count):
+        expected = f"none or {bank.label_count}, one a label"
+        raise InvalidArgumentError("label_names", expected, len(bank.label_names))

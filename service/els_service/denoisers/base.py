@@ -1,0 +1,204 @@
+"""The one protocol of everything that removes noise, and what travels through it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from els_service.denoisers.levels import NoiseLevel
+from els_service.denoisers.windows import WindowTable
+from els_service.errors import InvalidArgumentError
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Query:
+    """Noisy images, each with its own level, label and window: nothing is shared across a batch."""
+
+    x: Tensor
+    """[B, C, H, W] float32 on the CPU."""
+    level: NoiseLevel
+    labels: Integers
+    """[B]; -1 stands for none."""
+    windows: Integers
+    """[B]; 0 stands for the model's own."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, images: slice) -> Query:
+        return Query(self.x[images], self.level[images], self.labels[images], self.windows[images])
+
+
+def make_query(
+    x: Tensor,
+    level: NoiseLevel,
+    labels: int | Sequence[int] = (),
+    windows: int | Sequence[int] = (),
+) -> Query:
+    """Return a query; level, labels and windows may be one for all images, labels and windows none.
+
+    Raises:
+        InvalidArgumentError: The number of levels, labels or windows fits neither.
+    """
+    batch = len(x)
+    if len(level) not in (1, batch):
+        raise InvalidArgumentError("level", f"1 value or {batch}", f"{len(level)} values")
+    return Query(
+        x,
+        level.repeat(batch),
+        one_each("labels", labels, batch, none=-1),
+        one_each("windows", windows, batch, none=0),
+    )
+
+
+def one_each(
+    field: str, values: int | np.integer[Any] | Sequence[int], batch: int, none: int
+) -> Integers:
+    """Return one value for each image from none, one, or one each: [batch].
+
+    Raises:
+        InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
+    """
+    given = [values] if isinstance(values, int | np.integer) else list(values)
+    if not given:
+        return _filled(none, batch)
+    if len(given) not in (1, batch):
+        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
+    return np.array(given if len(given) == batch else given * batch, np.int64)
+
+
+@functools.lru_cache(1024)
+def _filled(value: int, batch: int) -> Integers:
+    """Return a read-only array: nearly every query has no labels or no windows."""
+    filled = np.full(batch, value, np.int64)
+    filled.flags.writeable = False
+    return filled
+
+
+def concatenate(queries: Sequence[Query]) -> Query:
+    """Return one query of all the images, in order."""
+    if len(queries) == 1:
+        return queries[0]
+    return Query(
+        torch.cat([query.x for query in queries]),
+        NoiseLevel(
+            np.concatenate([query.level.a for query in queries]),
+            np.concatenate([query.level.s for query in queries]),
+        ),
+        np.concatenate([query.labels for query in queries]),
+        np.concatenate([query.windows for query in queries]),
+    )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Denoised:
+    """The answer to a query."""
+
+    mean: Tensor
+    """[B, C, H, W] float32: D(x) = E[x0 | x]."""
+    log_evidence: Tensor | None
+    """[B, H, W] float32, where the denoiser has it."""
+
+    def __getitem__(self, images: slice) -> Denoised:
+        evidence = self.log_evidence
+        return Denoised(self.mean[images], None if evidence is None else evidence[images])
+
+
+def score(query: Query, mean: Tensor) -> Tensor:
+    """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32 (Tweedie's formula)."""
+    a = query.level.a.astype(np.float32).reshape(-1, 1, 1, 1)
+    precision = (query.level.s**-2.0).astype(np.float32).reshape(-1, 1, 1, 1)
+    return (mean * torch.from_numpy(a)).sub_(query.x).mul_(torch.from_numpy(precision))
+
+
+@dataclass(frozen=True)
+class BankInfo:
+    """Where a denoiser's knowledge comes from."""
+
+    fingerprint: str
+    images: int
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class DenoiserInfo:
+    """What a caller may know of a denoiser before asking it."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    machine: str = ""
+    padding: str = ""
+    window: WindowTable | None = None
+    max_window: int = 0
+    """0 where there is no window to choose."""
+    schedule: str = "cosine"
+    label_count: int = 0
+    label_names: tuple[str, ...] = ()
+    bank: BankInfo | None = None
+    batch_invariant: bool = True
+    has_log_evidence: bool = False
+    implementation: str = ""
+
+
+class Denoiser(Protocol):
+    """Answers queries. Thread-compatible: one caller at a time."""
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """What the denoiser is."""
+        ...
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if ``denoise`` could not answer; cheap."""
+        ...
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return about how long ``denoise`` will take."""
+        ...
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return the expected clean images."""
+        ...
+
+
+def check_query(info: DenoiserInfo, query: Query) -> None:
+    """Check shape, labels and windows against what a denoiser takes.
+
+    Raises:
+        InvalidArgumentError: One of them does not fit; says field, expected and got.
+    """
+    if tuple(query.x.shape[1:]) != info.shape:
+        expected = f"[B, {', '.join(map(str, info.shape))}]"
+        raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.x.shape)}")
+    _check_labels(info, query.labels.tolist())
+    _check_windows(info, query.windows.tolist())
+
+
+def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
+    for label in labels:
+        if label == -1:
+            continue
+        if not info.label_count:
+            raise InvalidArgumentError("labels", "none for an unlabelled model", label)
+        if not 0 <= label < info.label_count:
+            raise InvalidArgumentError("labels", f"-1 to {info.label_count - 1}", label)
+
+
+def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
+    for k in windows:
+        if k == 0:
+            continue
+        if not info.max_window:
+            raise InvalidArgumentError("windows", "none for a model without a window", k)
+        if k % 2 == 0 or not 1 <= k <= info.max_window:
+            raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)

@@ -1,0 +1,244 @@
+"""Messages of ``denoise.v1`` to tensors and back: pure functions, every byte checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.config import Limits
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
+from els_service.denoisers.levels import (
+    MAX_SIGMA,
+    MIN_SIGMA,
+    SCHEDULES,
+    NoiseLevel,
+    from_alpha_bar,
+    from_sigma,
+    from_time,
+)
+from els_service.errors import InvalidArgumentError, ResourceExhaustedError
+
+MAX_PIXEL = 1e9
+"""Larger values would overflow float32 logits at the lowest noise."""
+_ENVELOPE = 4096
+"""Bytes of a response that are not tensor data, at most."""
+
+_STORED: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_F32: np.dtype("<f4"),
+    pb.DTYPE_F16: np.dtype("<f2"),
+    pb.DTYPE_BF16: np.dtype("<i2"),
+    pb.DTYPE_U8: np.dtype("u1"),
+}
+"""dtype → how its bytes are laid out; bf16 has no numpy type and travels as its bits."""
+
+_ENCODED: dict[int, torch.dtype] = {
+    pb.DTYPE_F32: torch.float32,
+    pb.DTYPE_F16: torch.float16,
+    pb.DTYPE_BF16: torch.bfloat16,
+}
+
+Request = pb.DenoiseRequest | pb.ScoreRequest
+
+
+def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> Tensor:
+    """Return a tensor's pixels, float32 [B, C, H, W]; u8 as v/127.5 - 1.
+
+    Raises:
+        InvalidArgumentError: dtype, rank, a dimension, the byte count or a pixel is wrong.
+        ResourceExhaustedError: More than ``max_images`` images.
+    """
+    stored = _STORED.get(message.dtype)
+    if stored is None:
+        raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
+    shape = tuple(message.shape)
+    check_shape(shape, field, max_images)
+    size = math.prod(shape) * stored.itemsize
+    if len(message.data) != size:
+        raise InvalidArgumentError(
+            f"{field}.data", f"{size} bytes for {list(shape)}", f"{len(message.data)} bytes"
+        )
+    # A writable copy, as torch takes no read-only memory.
+    flat = np.frombuffer(bytearray(message.data), stored)
+    if message.dtype == pb.DTYPE_U8:
+        return torch.from_numpy(flat).float().div_(127.5).sub_(1).view(shape)
+    if message.dtype == pb.DTYPE_BF16:
+        flat = torch.from_numpy(flat).view(torch.bfloat16).float().numpy()
+    elif message.dtype == pb.DTYPE_F16:
+        flat = flat.astype(np.float32)
+    check_finite(flat, field)
+    return torch.from_numpy(flat.reshape(shape))
+
+
+def check_shape(shape: Sequence[int], field: str, max_images: int) -> None:
+    """Check rank, dimensions and number of images.
+
+    Raises:
+        InvalidArgumentError: Not four positive dimensions.
+        ResourceExhaustedError: More than ``max_images`` images.
+    """
+    if len(shape) != 4:
+        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
+    if min(shape) < 1:
+        raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
+    if shape[0] > max_images:
+        raise ResourceExhaustedError(f"{field}.shape", f"at most {max_images} images", shape[0])
+
+
+def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
+    """Check the pixels [D] of a tensor.
+
+    Raises:
+        InvalidArgumentError: One is NaN, infinite or beyond ``MAX_PIXEL``.
+    """
+    # One pass settles nearly every image; NaN is not below anything, so it falls through too.
+    if not np.dot(flat, flat) <= MAX_PIXEL**2:
+        illegal = flat[~(np.abs(flat) <= MAX_PIXEL)]
+        if illegal.size:
+            expected = f"finite pixels, |x| <= {MAX_PIXEL:g}"
+            raise InvalidArgumentError(field, expected, illegal[0])
+
+
+def decode_level(message: pb.NoiseLevel, schedule: str) -> NoiseLevel:
+    """Return the one level that is given, of one or more images.
+
+    Raises:
+        InvalidArgumentError: None or two of them are given, or a value is out of range.
+    """
+    given = [name for name in ("sigma", "alpha_bar", "time") if getattr(message, name)]
+    return level_of(given[0] if len(given) == 1 else given, message, schedule)
+
+
+def level_of(name: str | list[str], values: Any, schedule: str) -> NoiseLevel:
+    """Return the level ``values.<name>``; a list of names is the error of none or two.
+
+    Raises:
+        InvalidArgumentError: Not exactly one name, or a value is out of range.
+    """
+    match name:
+        case "sigma":
+            return from_sigma(values.sigma)
+        case "alpha_bar":
+            return from_alpha_bar(values.alpha_bar)
+        case "time":
+            return from_time(values.time, SCHEDULES[schedule])
+        case _:
+            got = " and ".join(name) or "none"
+            raise InvalidArgumentError("level", "exactly one of sigma, alpha_bar, time", got)
+
+
+def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
+    """Return the query of a request; that it fits the model is checked by the engine.
+
+    Raises:
+        InvalidArgumentError: A field is wrong, or evidence is asked of a model without.
+        ResourceExhaustedError: Too many images, or the answer would exceed the message limit.
+    """
+    x = decode_tensor(request.x, "x", limits.max_images)
+    if request.return_log_evidence and not info.has_log_evidence:
+        raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
+    evidence = x.numel() // x.shape[1] * 4 if request.return_log_evidence else 0
+    size = x.numel() * output_size(request.output_dtype) + evidence
+    check_answer_size("x.shape", size, limits)
+    level = decode_level(request.level, info.schedule)
+    return make_query(x, level, request.labels, decode_windows(request.windows))
+
+
+def decode_windows(windows: Sequence[int]) -> Sequence[int]:
+    """Return the windows of a request.
+
+    Raises:
+        InvalidArgumentError: One is 0, which within the service means the model's own.
+    """
+    if 0 in windows:
+        raise InvalidArgumentError("windows", "odd and positive", 0)
+    return windows
+
+
+def output_size(dtype: int) -> int:
+    """Return the bytes of one element of an answer.
+
+    Raises:
+        InvalidArgumentError: Not a dtype of answers.
+    """
+    dtype = dtype or pb.DTYPE_F32
+    if dtype not in _ENCODED:
+        raise InvalidArgumentError("output_dtype", _names(_ENCODED), dtype)
+    return _STORED[dtype].itemsize
+
+
+def check_answer_size(field: str, size: int, limits: Limits) -> None:
+    """Check that an answer of ``size`` bytes of tensors, which ``field`` causes, fits a message.
+
+    Raises:
+        ResourceExhaustedError: It does not.
+    """
+    if size > limits.max_message_bytes - _ENVELOPE:
+        expected = f"an answer of at most {limits.max_message_bytes} bytes"
+        raise ResourceExhaustedError(field, expected, f"{size} bytes")
+
+
+def encode_tensor(tensor: Tensor, dtype: pb.DType.ValueType = pb.DTYPE_F32) -> pb.Tensor:
+    """Return a tensor message; ``dtype`` passed ``output_size``."""
+    if dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_F32):
+        data, dtype = tensor.numpy().tobytes(), pb.DTYPE_F32
+    else:
+        # Through its bits: numpy has no bf16.
+        data = tensor.to(_ENCODED[dtype]).view(torch.int16).numpy().tobytes()
+    return pb.Tensor(dtype=dtype, shape=tensor.shape, data=data)
+
+
+def encode_evidence(denoised: Denoised, wanted: bool) -> pb.Tensor | None:
+    """Return the log evidence message [B, H, W] f32 if it is wanted."""
+    if not wanted or denoised.log_evidence is None:
+        return None
+    return encode_tensor(denoised.log_evidence)
+
+
+def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
+    """Return the description of a model."""
+    channels, height, width = info.shape
+    bank, window = info.bank, info.window
+    return pb.Model(
+        name=name,
+        kind=info.kind,
+        machine=info.machine,
+        padding=info.padding,
+        channels=channels,
+        height=height,
+        width=width,
+        window=None
+        if window is None
+        else pb.WindowTable(sigma=window.sigma, k=window.k, max_k=info.max_window),
+        schedule=info.schedule,
+        label_count=info.label_count,
+        label_names=info.label_names,
+        limits=pb.Limits(
+            max_images=limits.max_images,
+            max_steps=limits.max_steps,
+            max_message_bytes=limits.max_message_bytes,
+            min_sigma=MIN_SIGMA,
+            max_sigma=MAX_SIGMA,
+        ),
+        bank=None
+        if bank is None
+        else pb.Bank(
+            fingerprint=bank.fingerprint,
+            images=bank.images,
+            source=bank.source,
+            licence=bank.licence,
+        ),
+        batch_invariant=info.batch_invariant,
+        has_log_evidence=info.has_log_evidence,
+        implementation=info.implementation,
+    )
+
+
+def _names(dtypes: Iterable[int]) -> str:
+    return "one of " + ", ".join(pb.DType.Name(pb.DType.ValueType(dtype)) for dtype in dtypes)

@@ -1,0 +1,220 @@
+"""The server: binds, loads, says that it is ready, serves, drains.
+
+bind ports ─► answer health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
+… SIGTERM ─► NOT_SERVING ─► refuse new calls, finish those in flight ─► exit
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
+from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from els_service.config import Settings, cpu_limit
+from els_service.engine.engine import Engine
+from els_service.engine.repository import ModelRepository
+from els_service.errors import LoadError
+from els_service.wire.calls import Calls
+from els_service.wire.denoiser_service import DenoiserService
+from els_service.wire.inference_service import InferenceService
+from els_service.wire.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_SERVICES = (
+    denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
+    grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_FLUSH_S = 0.5
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where a server listens."""
+
+    grpc_port: int
+    metrics_port: int
+
+
+def bundled_models() -> Path:
+    """Return the folder of models that ships with the package."""
+    return Path(str(files("els_service") / "models"))
+
+
+def choose_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda``; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        LoadError: ``cuda`` is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise LoadError("device", "expected a CUDA device, found none")
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def repository(settings: Settings) -> ModelRepository:
+    """Return the models that the settings name.
+
+    Raises:
+        LoadError: The device is not there.
+    """
+    return ModelRepository(
+        settings.models or bundled_models(), device=choose_device(settings.device)
+    )
+
+
+class Server:
+    """One process's server, made where its event loop runs: ``start``, ``drain``, ``close``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._engine = Engine(self._metrics)
+        self._calls = Calls(self._metrics, self._engine.__contains__)
+        self._health = health.aio.HealthServicer()
+        self._http: tuple[WSGIServer, Thread] | None = None
+        self._grpc = self._assemble()
+
+    async def start(self) -> Ports:
+        """Bind both ports, load every model, and serve; returns when they are warm.
+
+        Raises:
+            LoadError: A port is in use, the models folder is missing, or no model can be loaded.
+        """
+        models = repository(self._settings)
+        grpc_port = self._bind()
+        metrics_port = self._serve_metrics()
+        await self._report()
+        await self._grpc.start()
+        await self._engine.load(models)
+        if not self._engine.models:
+            faults = "; ".join(map(str, self._engine.faults.values())) or "there is none"
+            raise LoadError(models.root, f"expected a model that can be served: {faults}")
+        await self._report()
+        return Ports(grpc_port, metrics_port)
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, refuse new calls, and wait for those in flight, ``drain_s`` at most."""
+        # Bounded, as a watcher that takes no bytes would hold it up for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._health.enter_graceful_shutdown()
+        await self._calls.drain(self._settings.drain_s)
+        # Watchers of the health stay until they are sent away.
+        await self._grpc.stop(_FLUSH_S)
+
+    async def close(self) -> None:
+        """End every call, thread and listener."""
+        await self._grpc.stop(None)
+        self._engine.close()
+        if self._http is not None:
+            http, thread = self._http
+            await asyncio.to_thread(http.shutdown)
+            http.server_close()
+            thread.join()
+
+    def _assemble(self) -> grpc.aio.Server:
+        limits = self._settings.limits
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limits.max_message_bytes),
+                ("grpc.max_send_message_length", limits.max_message_bytes),
+                # Otherwise a second server would share the port instead of being told.
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        ours = DenoiserService(self._engine, limits)
+        protocol = InferenceService(self._engine, limits, self._ready)
+        self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
+        self._calls.register(
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        return server
+
+    def _ready(self) -> bool:
+        return bool(self._engine.models) and not (self._engine.loading or self._calls.draining)
+
+    async def _report(self) -> None:
+        overall = _SERVING if self._ready() else _NOT_SERVING
+        for service in ("", *_SERVICES):
+            await self._health.set(service, overall)
+        for name in self._engine.faults:
+            await self._health.set(name, _NOT_SERVING)
+        for name in self._engine.models:
+            await self._health.set(name, _SERVING)
+
+    def _bind(self) -> int:
+        address = f"{_bracketed(self._settings.host)}:{self._settings.port}"
+        try:
+            port = self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise LoadError(address, "cannot listen: the port is in use or the host is not ours")
+        return port
+
+    def _serve_metrics(self) -> int:
+        host, port = self._settings.host, self._settings.metrics_port
+        try:
+            self._http = self._metrics.serve(host, port)
+        except OSError as error:
+            address = f"{_bracketed(host)}:{port}"
+            raise LoadError(address, f"cannot serve metrics: {error.strerror}") from error
+        return self._http[0].server_port
+
+
+async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        settings: what to serve and where.
+        ready: called once, when every loadable model is warm.
+
+    Raises:
+        LoadError: As ``Server.start``.
+    """
+    torch.set_num_threads(settings.threads or cpu_limit())
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = Server(settings)
+    starting, stopping = loop.create_task(server.start()), loop.create_task(stop.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            ports = starting.result()
+            _log.info("serving", extra=asdict(ports))
+            ready(ports)
+            await stopping
+        _log.info("draining", extra={"at_most_s": settings.drain_s})
+        await server.drain()
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await server.close()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from els_service.cli.bank import app
+from els_service.denoisers.banks import load_bank
+
+GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
+LABELS = np.array([1, 0, 1, 3, 0, 1])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    np.savez(path := tmp_path / "pictures.npz", images=GREY, labels=LABELS)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def build(source: Path, *options: object) -> Path:
+    result = run("build", source, out := source.with_name("bank.safetensors"), *options)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def assert_refused(result: Result, message: str) -> None:
+    """Refused with exit code 2, nothing on stdout and this in one line on stderr."""
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_build_writes_the_bank_that_it_reports(source: Path) -> None:
+    result = run("build", source, out := source.with_name("bank.safetensors"))
+    assert result.exit_code == 0
+    assert load_bank(out).fingerprint[:20] in result.stdout
+    assert "1 × 3" in result.stdout
+
+
+def test_build_passes_every_option_on(source: Path) -> None:
+    bank = load_bank(
+        build(
+            source,
+            *("--format", "npz", "--label-names", "a, b,c,d", "--per-label", 2, "--limit", 3),
+            *("--resize", "7x6", "--source-name", "there", "--licence", "MIT"),
+        )
+    )
+    assert bank.images.shape == (3, 1, 7, 6)
+    assert (bank.source, bank.licence, bank.label_names) == ("there", "MIT", ("a", "b"))
+    np.testing.assert_array_equal(bank.labels, [0, 1, 1])
+
+
+def test_build_reads_the_labels_file_it_is_given(tmp_path: Path) -> None:
+    (images := tmp_path / "images").write_bytes(bytes((0, 0, 8, 3, *(0, 0, 0, 1) * 3, 9)))
+    (labels := tmp_path / "labels").write_bytes(bytes((0, 0, 8, 1, 0, 0, 0, 1, 4)))
+    assert load_bank(build(images, "--labels", labels)).label_range(4) == (0, 1)
+
+
+def test_one_number_resizes_to_a_square(source: Path) -> None:
+    assert load_bank(build(source, "--resize", 9)).shape == (1, 9, 9)
+
+
+def test_the_source_is_named_after_the_file_but_not_its_folder(source: Path) -> None:
+    assert load_bank(build(source)).source == "pictures.npz"
+
+
+def test_info_as_json_tells_all_that_the_bank_knows(source: Path) -> None:
+    out = build(source, "--label-names", "a,b,c,d", "--licence", "MIT")
+    assert json.loads(run("info", out, "--json").stdout) == {
+        "images": 6,
+        "shape": [1, 4, 5],
+        "dtype": "uint8",
+        "labels": [
+            {"label": 0, "name": "a", "images": 2},
+            {"label": 1, "name": "b", "images": 3},
+            {"label": 3, "name": "d", "images": 1},
+        ],
+        "source": "pictures.npz",
+        "licence": "MIT",
+        "fingerprint": load_bank(out).fingerprint,
+    }
+
+
+def test_info_prints_brackets_as_they_are_and_says_none(tmp_path: Path) -> None:
+    np.savez(source := tmp_path / "flat.npz", images=GREY)
+    result = run("info", build(source, "--source-name", "[/red] [1]"))
+    assert result.exit_code == 0
+    assert "[/red] [1]" in result.stdout
+    assert result.stdout.count("none") == 2  # labels and licence
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (source := tmp_path / "thing").write_bytes(b"GIF89a")
+    assert_refused(run("build", source, tmp_path / "bank.safetensors"), "thing: of no known format")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_damaged_bank_is_named(source: Path) -> None:
+    out = build(source)
+    out.write_bytes(out.read_bytes()[:-1])
+    assert_refused(run("info", out), "bank.safetensors: not a bank")
+
+
+def test_a_bank_is_not_written_over_its_source(source: Path) -> None:
+    assert_refused(run("build", source, source), "OUT: expected a name that ends in .safetensors")
+
+
+def test_a_folder_that_is_not_there_is_named(source: Path) -> None:
+    out = source.parent / "absent" / "bank.safetensors"
+    assert_refused(run("build", source, out), "absent")
+
+
+@pytest.mark.parametrize("size", ["", "x", "4x", "1x2x3", "-4", "4.5", "²"])
+def test_an_odd_size_is_refused(source: Path, size: str) -> None:
+    result = run("build", source, source.with_suffix(".safetensors"), f"--resize={size}")
+    assert_refused(result, "resize: expected HxW or N")

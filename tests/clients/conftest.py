@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from tests.clients.fake_server import FakeDenoiser, served
+
+from els_client import AsyncClient, Client, Step
+
+
+class Twin:
+    """Either client behind one face, so that one test proves both: calls and loops are awaited."""
+
+    def __init__(self, client: Client | AsyncClient) -> None:
+        self.client = client
+
+    async def call(self, method: str, *args: Any, **options: Any) -> Any:
+        answer = getattr(self.client, method)(*args, **options)
+        return answer if isinstance(self.client, Client) else await answer
+
+    async def steps(self, **options: Any) -> list[Step]:
+        if isinstance(self.client, Client):
+            return list(self.client.sample(**options))
+        return [step async for step in self.client.sample(**options)]
+
+    async def close(self) -> None:
+        await self.call("close")
+
+
+@pytest.fixture
+def fake() -> FakeDenoiser:
+    return FakeDenoiser()
+
+
+@pytest.fixture
+def target(fake: FakeDenoiser) -> Iterator[str]:
+    with served(fake) as address:
+        yield address
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> type[Client] | type[AsyncClient]:
+    kind: type[Client] | type[AsyncClient] = request.param
+    return kind
+
+
+@pytest.fixture
+async def twin(kind: type[Client] | type[AsyncClient], target: str) -> AsyncIterator[Twin]:
+    twin = Twin(kind(target))
+    yield twin
+    await twin.close()

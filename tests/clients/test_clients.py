@@ -1,0 +1,235 @@
+"""What both clients promise, asked of a real gRPC server with arithmetic behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.clients.conftest import Twin
+from tests.clients.fake_server import FakeDenoiser
+
+from els_client import (
+    AsyncClient,
+    Client,
+    DeadlineExceededError,
+    ElsError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+X = np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 1, 4, 6)
+ELS: dict[str, Any] = {"model": "fashion-els", "sigma": 0.5}
+
+
+async def test_denoise_and_score_return_writable_float32_of_the_shape_of_x(twin: Twin) -> None:
+    for method, expected in (("denoise", 2 * X), ("score", -X)):
+        answer = await twin.call(method, X, **ELS)
+        assert answer.dtype == np.float32
+        assert answer.flags.writeable
+        np.testing.assert_array_equal(answer, expected)
+
+
+async def test_levels_labels_and_windows_reach_the_server_as_they_were_given(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    await twin.call(
+        "denoise", X, model="fashion-els", time=np.array([0.25, 1.0]), label=[1, -1], window=3
+    )
+    (request,) = fake.requests
+    assert isinstance(request, pb.DenoiseRequest)
+    assert request.level == pb.NoiseLevel(time=[0.25, 1.0])
+    assert list(request.labels) == [1, -1]
+    assert list(request.windows) == [3]
+    assert not request.return_log_evidence
+
+
+async def test_evidence_comes_with_the_denoised_images(twin: Twin) -> None:
+    denoised, evidence = await twin.call("denoise_with_evidence", X, **ELS)
+    np.testing.assert_array_equal(denoised, 2 * X)
+    np.testing.assert_array_equal(evidence, X[:, 0])
+
+
+async def test_models_are_described_in_full(twin: Twin) -> None:
+    els, rgb = await twin.call("models")
+    assert els == await twin.call("model", "fashion-els")
+    assert els.shape == (1, 4, 6)
+    assert els.window.k == (3, 5)
+    assert els.label_names == ("Boot", "Bag")
+    assert els.limits.max_images == 256
+    assert els.bank.images == 7
+    assert rgb.window is None
+    assert rgb.bank is None
+
+
+async def test_steps_count_from_one_and_the_last_holds_the_result_twice(twin: Twin) -> None:
+    steps = await twin.steps(model="fashion-els", count=2, steps=4)
+    assert [(step.index, step.total) for step in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps[0].x.shape == (2, 1, 4, 6)
+    np.testing.assert_array_equal(steps[-1].x, steps[-1].denoised)
+
+
+async def test_the_first_step_carries_the_noise_if_it_is_wanted(twin: Twin) -> None:
+    first, last = await twin.steps(model="fashion-els", steps=2, want=("noise",))
+    assert (first.noise == 1).all()
+    with pytest.raises(AttributeError, match="noise"):
+        _ = last.noise
+
+
+async def test_steps_carry_only_what_is_wanted_but_the_last_carries_both(twin: Twin) -> None:
+    first, last = await twin.steps(model="fashion-els", steps=2, want=("denoised",))
+    assert first.denoised.shape == last.x.shape == last.denoised.shape
+    with pytest.raises(AttributeError, match="carries no x"):
+        _ = first.x
+
+
+async def test_sample_asks_for_what_its_defaults_say(twin: Twin, fake: FakeDenoiser) -> None:
+    await twin.steps(model="fashion-els")
+    expected = pb.SampleRequest(
+        model="fashion-els",
+        count=1,
+        steps=20,
+        sampler=pb.SAMPLER_DDIM,
+        eta=0.0,
+        return_x=True,
+        return_denoised=True,
+    )
+    assert fake.requests == [expected]
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "code"),
+    [
+        ("missing", NotFoundError, "NOT_FOUND"),
+        ("busy", ResourceExhaustedError, "RESOURCE_EXHAUSTED"),
+        ("away", UnavailableError, "UNAVAILABLE"),
+        ("picky", InvalidArgumentError, "INVALID_ARGUMENT"),
+        ("broken", ElsError, "INTERNAL"),
+    ],
+)
+async def test_each_status_becomes_its_error(
+    twin: Twin, model: str, error: type[ElsError], code: str
+) -> None:
+    with pytest.raises(error) as unary:
+        await twin.call("denoise", X, model=model, sigma=0.5)
+    with pytest.raises(error) as stream:
+        await twin.steps(model=model)
+    assert type(unary.value) is type(stream.value) is error
+    assert unary.value.code == stream.value.code == code
+
+
+async def test_violations_are_read_from_the_details_of_the_status(twin: Twin) -> None:
+    with pytest.raises(InvalidArgumentError, match="x: expected finite") as caught:
+        await twin.call("score", X, model="picky", sigma=0.5)
+    (violation,) = caught.value.violations
+    assert (violation.field, violation.description) == ("x", "expected finite pixels, got NaN")
+
+
+async def test_a_server_that_is_away_for_a_moment_is_asked_again(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    await twin.call("denoise", X, model="flaky", sigma=0.5)
+    assert len(fake.requests) == 3
+
+
+async def test_a_message_larger_than_the_default_retry_buffer_is_asked_again_too(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    large = np.zeros((4, 3, 256, 256), np.float32)
+    answer = await twin.call("denoise", large, model="flaky", sigma=0.5)
+    assert answer.shape == large.shape
+    assert len(fake.requests) == 3
+
+
+async def test_nothing_is_sent_before_the_arguments_are_sound(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    with pytest.raises(ValueError, match=r"x: expected shape \[B, C, H, W\], got shape \[4, 6\]"):
+        await twin.call("denoise", X[0, 0], **ELS)
+    with pytest.raises(ValueError, match="sampler: expected one of"):
+        await twin.steps(model="fashion-els", sampler="euler")
+    assert fake.requests == []
+
+
+async def test_timeout_is_the_deadline_of_unary_calls_and_of_samples(
+    kind: type[Client] | type[AsyncClient], target: str
+) -> None:
+    twin = Twin(kind(target, timeout_s=0.05))
+    with pytest.raises(DeadlineExceededError):
+        await twin.call("denoise", X, model="slow", sigma=0.5)
+    with pytest.raises(TimeoutError):
+        await twin.steps(model="slow")
+    await twin.close()
+
+
+async def test_no_server_at_the_target_is_unavailable(
+    kind: type[Client] | type[AsyncClient],
+) -> None:
+    twin = Twin(kind("127.0.0.1:1"))
+    with pytest.raises(UnavailableError):
+        await twin.call("models")
+    await twin.close()
+
+
+def test_breaking_out_of_the_loop_cancels_the_call(target: str, fake: FakeDenoiser) -> None:
+    with Client(target) as client:
+        for step in client.sample(model="endless"):
+            assert step.index == 1
+            break
+        assert fake.cancelled.wait(10)
+
+
+def test_closing_the_iterator_cancels_the_call(target: str, fake: FakeDenoiser) -> None:
+    with Client(target) as client:
+        steps = client.sample(model="endless")
+        next(steps)
+        steps.close()
+        assert fake.cancelled.wait(10)
+
+
+async def test_breaking_out_of_the_async_loop_cancels_the_call(
+    target: str, fake: FakeDenoiser
+) -> None:
+    async with AsyncClient(target) as client:
+        async for step in client.sample(model="endless"):
+            assert step.index == 1
+            break
+        assert await asyncio.to_thread(fake.cancelled.wait, 10)
+
+
+async def test_closing_the_async_iterator_cancels_the_call(target: str, fake: FakeDenoiser) -> None:
+    async with AsyncClient(target) as client:
+        async with aclosing(client.sample(model="endless")) as steps:
+            await anext(steps)
+        assert await asyncio.to_thread(fake.cancelled.wait, 10)
+
+
+async def test_cancelling_a_task_cancels_its_call(target: str, fake: FakeDenoiser) -> None:
+    async with AsyncClient(target) as client:
+        endless = client.sample(model="endless")
+        await anext(endless)
+        task = asyncio.ensure_future(anext(endless))
+        await asyncio.wait([task], timeout=0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(fake.cancelled.wait, 10)
+
+
+def test_an_iterator_that_is_never_asked_starts_no_call(target: str, fake: FakeDenoiser) -> None:
+    with Client(target) as client:
+        client.sample(model="endless")
+    assert fake.requests == []
+
+
+def test_the_twins_have_the_same_methods_with_the_same_parameters() -> None:
+    for name, method in vars(Client).items():
+        if not name.startswith("_"):
+            twin = getattr(AsyncClient, name)
+            assert inspect.signature(twin).parameters == inspect.signature(method).parameters

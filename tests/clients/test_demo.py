@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from clients.examples import demo
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SERVE = """
+import json, signal
+from tests.clients.fake_server import FakeDenoiser, served
+with served(FakeDenoiser()) as target:
+    port = int(target.rpartition(":")[2])
+    print(json.dumps({"event": "ready", "grpc_port": port, "metrics_port": 0}), flush=True)
+    signal.pause()
+"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, out: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, "SERVER", (sys.executable, "-c", script))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out)])
+    demo.main()
+
+
+def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "demo.png"
+    run(monkeypatch, SERVE, out)
+    with Image.open(out) as picture:
+        rows = (picture.height - demo.CAPTION) / (4 * demo.ZOOM + demo.GAP)
+    assert rows == 2
+    printed = capfd.readouterr().out
+    assert str(out) in printed
+    assert all(part in printed for part in ("server start", "sampling", "drawing"))
+
+
+def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)did not start \(exit code 3\).*no bank here"):
+        run(
+            monkeypatch,
+            "import sys; print('no bank here', file=sys.stderr); sys.exit(3)",
+            tmp_path / "demo.png",
+        )
+
+
+def test_a_server_that_dies_at_work_ends_the_demo_with_its_last_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dying = SERVE.replace("    signal.pause()", "    raise SystemExit('the bank burnt down')")
+    with pytest.raises(SystemExit, match=r"(?s)demo: .*the bank burnt down"):
+        run(monkeypatch, dying, tmp_path / "demo.png")

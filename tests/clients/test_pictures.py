@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from els_client import InvalidArgumentError
+from els_client import _pictures as pictures
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_read_is_the_picture_written(tmp_path: Path, channels: int) -> None:
+    shape = (channels, 5, 7)
+    x = RNG.integers(0, 256, shape, dtype=np.uint8)
+    pictures.write(tmp_path / "a.png", (x / 127.5 - 1).astype(np.float32))
+    np.testing.assert_array_equal(pictures.read(tmp_path / "a.png", shape, resize=False)[0], x)
+
+
+def test_pixels_outside_the_range_are_clipped(tmp_path: Path) -> None:
+    pictures.write(tmp_path / "a.png", np.array([[[-9, -1, 1, 9]]], np.float32))
+    read = pictures.read(tmp_path / "a.png", (1, 1, 4), resize=False)
+    assert read.ravel().tolist() == [0, 0, 255, 255]
+
+
+def test_resizing_crops_about_the_centre_and_keeps_proportions(tmp_path: Path) -> None:
+    wide = np.zeros((8, 16), np.uint8)
+    wide[:, 4:12] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    read = pictures.read(tmp_path / "wide.png", (1, 4, 4), resize=True)
+    # Bicubic filtering reaches a little over the crop; a squeezed picture would have black sides.
+    np.testing.assert_allclose(read, 200, atol=20)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_pictures_of_more_than_eight_bits_are_refused_not_clipped(
+    tmp_path: Path, mode: str
+) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / "deep.tiff")
+    with pytest.raises(InvalidArgumentError, match=f"expected 8 bits a channel, got {mode}"):
+        pictures.read(tmp_path / "deep.tiff", (1, 4, 4), resize=False)
+
+
+def test_a_model_of_two_channels_has_no_pictures(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="1 or 3 channels, the model 2"):
+        pictures.read(tmp_path / "a.png", (2, 4, 4), resize=False)
+    with pytest.raises(InvalidArgumentError, match="1 or 3 channels, the model 2"):
+        pictures.write(tmp_path / "a.png", np.zeros((2, 4, 4), np.float32))
+
+
+def test_a_score_of_zero_is_mid_grey(tmp_path: Path) -> None:
+    pictures.write_score(tmp_path / "a.png", np.zeros((1, 1, 2, 2), np.float32))
+    assert (pictures.read(tmp_path / "a.png", (1, 2, 2), resize=False) == 128).all()
+
+
+def test_the_grid_goes_row_by_row(tmp_path: Path) -> None:
+    images = np.full((3, 1, 200, 200), -1.0, np.float32)
+    images[1] = 1.0
+    pictures.write_grid(tmp_path / "a.png", images)
+    read = pictures.read(tmp_path / "a.png", (1, 400, 400), resize=False)[0, 0]
+    assert (read[:200, 200:] == 255).all()
+    assert read.astype(int).sum() == 255 * 200 * 200
