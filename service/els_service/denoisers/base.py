@@ -68,9 +68,9 @@ def one_each(
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    given = [values] if isinstance(values, int | np.integer) else list(values)
-    if not given:
+    if not isinstance(values, int | np.integer) and not values:
         return _filled(none, batch)
+    given = [values] if isinstance(values, int | np.integer) else list(values)
     if len(given) not in (1, batch):
         raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
     return np.array(given if len(given) == batch else given * batch, np.int64)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,9 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
     """
-    values = np.array(sigma, np.float64)
-    _check("sigma", values.tolist(), values.tolist())
-    return NoiseLevel(np.ones(len(values)), values)
+    values = [float(value) for value in sigma]
+    _check("sigma", values, values)
+    return NoiseLevel(_ones(len(values)), np.array(values))
 
 
 def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
@@ -105,6 +106,13 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     level = schedule(values)
     _check("time", values.tolist(), level.sigma.tolist())
     return level
+
+
+@functools.lru_cache(1024)
+def _ones(count: int) -> Floats:
+    ones = np.ones(count)
+    ones.flags.writeable = False
+    return ones
 
 
 def _check(name: str, values: list[float], sigmas: list[float]) -> None:

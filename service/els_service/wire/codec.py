@@ -111,26 +111,26 @@ def decode_level(message: pb.NoiseLevel, schedule: str) -> NoiseLevel:
     Raises:
         InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
-    given = [name for name in ("sigma", "alpha_bar", "time") if getattr(message, name)]
-    return level_of(given[0] if len(given) == 1 else given, message, schedule)
+    return one_level(message.sigma, message.alpha_bar, message.time, schedule)
 
 
-def level_of(name: str | list[str], values: Any, schedule: str) -> NoiseLevel:
-    """Return the level ``values.<name>``; a list of names is the error of none or two.
+def one_level(
+    sigma: Sequence[float], alpha_bar: Sequence[float], time: Sequence[float], schedule: str
+) -> NoiseLevel:
+    """Return the level of the one list that is not empty.
 
     Raises:
-        InvalidArgumentError: Not exactly one name, or a value is out of range.
+        InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
-    match name:
-        case "sigma":
-            return from_sigma(values.sigma)
-        case "alpha_bar":
-            return from_alpha_bar(values.alpha_bar)
-        case "time":
-            return from_time(values.time, SCHEDULES[schedule])
-        case _:
-            got = " and ".join(name) or "none"
-            raise InvalidArgumentError("level", "exactly one of sigma, alpha_bar, time", got)
+    if sigma and not alpha_bar and not time:
+        return from_sigma(sigma)
+    if alpha_bar and not sigma and not time:
+        return from_alpha_bar(alpha_bar)
+    if time and not sigma and not alpha_bar:
+        return from_time(time, SCHEDULES[schedule])
+    named = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
+    got = " and ".join(name for name, values in named.items() if values) or "none"
+    raise InvalidArgumentError("level", "exactly one of sigma, alpha_bar, time", got)
 
 
 def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:

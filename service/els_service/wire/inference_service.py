@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,11 +200,10 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     codec.check_shape(inputs["x"].shape, "x", limits.max_images)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
-    given = [name for name in _LEVELS if name in inputs]
-    levels = {name: _flat(name, inputs[name]).astype(np.float64) for name in given}
-    level = codec.level_of(
-        given[0] if len(given) == 1 else given, SimpleNamespace(**levels), info.schedule
+    sigma, alpha_bar, time = (
+        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in _LEVELS
     )
+    level = codec.one_level(sigma, alpha_bar, time, info.schedule)
     return make_query(
         torch.from_numpy(x),
         level,
