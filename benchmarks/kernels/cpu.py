@@ -1,7 +1,5 @@
 """Speed of the native kernel against the torch path and against SDPA on unfolded patches.
 
-    python -m benchmarks.native_kernel --out native.json        # about 3 minutes on two idle cores
-
 All contenders run in one process, in turns. Work is pairs (query pixel, source); ``gpairs`` is 1e9
 pairs a second of wall time, ``gpairs_cpu`` a second of processor time with all threads busy: on a
 machine with other jobs the second still tells what the code does. Both are of the fastest run, as
@@ -10,16 +8,13 @@ other jobs only ever slow one down. Slow contenders get a smaller bank. Nothing 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,6 +30,8 @@ Row = dict[str, Any]
 
 WINDOWS = (3, 5, 7, 9, 11, 13, 17, 21, 25)
 PEER_WINDOWS = (3, 5, 9, 11, 17, 25)
+KEOPS_WINDOWS = (5, 11)
+"""Each window is a formula of its own, compiled for half a minute."""
 PEER_WORK = 4e8
 """Pairs of a contender's run at k = 1; fewer as k²C grows, for about a second a run."""
 
@@ -106,18 +103,21 @@ def attend(
     return implementation(x, [a] * batch, [s] * batch, [k] * batch, ranges, geometry)
 
 
+def patches(images: Tensor, k: int) -> Tensor:
+    """Return every patch on the torus, [N·H·W, C·k²]."""
+    r = k // 2
+    wrapped = pad(images, (r, r, r, r), mode="circular")
+    return unfold(wrapped, k).transpose(1, 2).flatten(0, 1).contiguous()
+
+
 def sdpa(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tensor]:
     """Return attention over unfolded patches on the torus, the keys' norms as one more column.
 
     Values are padded to the keys' depth: without that torch leaves its flash kernel for one that
     writes all the logits to memory, and takes up to four times as long.
     """
-    (a, s), r = setting.level(), k // 2
-
-    def patches(images: Tensor) -> Tensor:
-        return unfold(pad(images, (r, r, r, r), mode="circular"), k).transpose(1, 2).flatten(0, 1)
-
-    keys, queries = patches(bank), patches(x) * (a / s / s)
+    a, s = setting.level()
+    keys, queries = patches(bank, k), patches(x, k) * (a / s / s)
     norms = keys.square().sum(1, keepdim=True) * (-a * a / s / s / 2)
     keys = torch.cat([keys, norms], 1)[None, None]
     queries = torch.cat([queries, torch.ones(len(queries), 1)], 1)[None, None]
@@ -127,6 +127,22 @@ def sdpa(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tens
     def attend_once() -> Tensor:
         answer = scaled_dot_product_attention(queries, keys, values, scale=1.0)
         return answer[0, 0, :, : setting.channels].T.reshape(x.shape)
+
+    return attend_once
+
+
+def keops(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tensor]:
+    """Return the same by a KeOps reduction, which never writes the logits; compiles at first."""
+    from pykeops.torch import LazyTensor
+
+    (a, s), keys = setting.level(), patches(bank, k)
+    values = bank.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
+    query, key = LazyTensor(patches(x, k)[:, None]), LazyTensor(a * keys[None])
+    logits = -((query - key) ** 2).sum(-1) / (2 * s * s)
+
+    def attend_once() -> Tensor:
+        answer: Tensor = logits.sumsoftmaxweight(LazyTensor(values[None]), axis=1)
+        return answer.T.reshape(x.shape)
 
     return attend_once
 
@@ -153,7 +169,7 @@ def native_rates(setting: Setting, repeats: int) -> Iterator[Row]:
 
 
 def compare(setting: Setting, repeats: int) -> Iterator[Row]:
-    """Yield the rates of the three contenders on the torus, the native kernel's beside each."""
+    """Yield the rates of the contenders on the torus, the native kernel's beside each."""
     bank = setting.bank(setting.images)
     native, x = Native(bank), setting.query(bank)
     for k in PEER_WINDOWS:
@@ -167,6 +183,8 @@ def compare(setting: Setting, repeats: int) -> Iterator[Row]:
             "torch": lambda: attend(tiled, setting, x, len(few), k, "els", "circular").mean,  # noqa: B023
             "sdpa": sdpa(setting, x, few, k),
         }
+        if find_spec("pykeops") and k in KEOPS_WINDOWS:
+            contenders["pykeops"] = keops(setting, x, few, k)
         row: Row = {**asdict(setting), "k": k, "peer_images": len(few)}
         for name, run in contenders.items():
             agree(want, run(), f"native and {name}, k={k}")
@@ -213,39 +231,20 @@ def batches(repeats: int) -> Iterator[Row]:
         }
 
 
-def main() -> None:
-    """Run everything, print lines as they come, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where the JSON record goes")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+def rows(repeats: int) -> Iterator[Row]:
+    """Yield every measurement, each telling its part."""
     torch.manual_seed(0)
-    bank = Setting(16, 1, 8).bank(16)
-    record: dict[str, object] = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instruction_set": Native(bank).instruction_set,
-    }
     settings = (Setting(500, 1, 28), Setting(5000, 1, 28), Setting(1000, 3, 32))
     parts: dict[str, Iterator[Row]] = {
-        "batches": batches(arguments.repeats),
-        "native": (row for each in settings for row in native_rates(each, arguments.repeats)),
-        "low_noise": native_rates(Setting(1000, 3, 32, t=0.05), arguments.repeats),
+        "batches": batches(repeats),
+        "native": (row for each in settings for row in native_rates(each, repeats)),
+        "low_noise": native_rates(Setting(1000, 3, 32, t=0.05), repeats),
         "peers": (
             row
             for each in (Setting(500, 1, 28), Setting(1000, 3, 32))
-            for row in compare(each, arguments.repeats)
+            for row in compare(each, repeats)
         ),
     }
-    for name, rows in parts.items():
-        kept = record[name] = []
-        for row in rows:
-            print(name, json.dumps(row), flush=True)
-            kept.append(row)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    for name, measured in parts.items():
+        for row in measured:
+            yield {"part": name, **row}

@@ -1,0 +1,1 @@
+"""Speed of patch attention against its peers; ``python -m benchmarks.kernels``."""
