@@ -12,6 +12,8 @@ from torch import Tensor
 from els_kernels.geometry import Geometry, Posterior, max_window
 from els_kernels.reference import Reference
 from els_kernels.tiled import Tiled
+from els_kernels.triton import create as create_triton
+from els_kernels.triton import unavailable as triton_unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
     "reference": Reference,
     "torch": Tiled,
+    "triton": create_triton,
 }
 
 
@@ -65,7 +68,7 @@ class PatchAttention:
                 f"got {bank.dtype} {list(bank.shape)}"
             )
         if implementation == "auto":
-            implementation = "torch"
+            implementation = _choose(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -143,6 +146,10 @@ class PatchAttention:
                     f"ranges: expected 0 <= lo < hi <= {self.images}, got lo {lo}, hi {hi}"
                 )
         return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
+
+
+def _choose(bank: Tensor) -> str:
+    return "triton" if bank.is_cuda and triton_unavailable(bank) is None else "torch"
 
 
 def _positive(name: str, scale: Tensor, batch: int) -> list[float]:

@@ -5,8 +5,8 @@ Importing this package needs neither triton nor a GPU; asking it for an implemen
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -22,7 +22,7 @@ def unavailable(bank: Tensor) -> str | None:
 
     Under ``TRITON_INTERPRET=1`` a bank on the CPU is served, slowly: for tests.
     """
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "the package triton is not installed (pip install 'els-denoise[gpu]')"
     if bank.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None

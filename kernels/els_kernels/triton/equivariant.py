@@ -42,16 +42,22 @@ def _attend(batch: Queries, b: int, keys: Tensor, arch: tuning.Arch) -> tuple[Te
     for first in range(0, images, step):
         slab = keys[:, first : first + step].contiguous()
         logits = _logits(query, slab, batch, b, arch)
-        top = torch.maximum(peak, logits.amax())
+        top = torch.maximum(peak, _reference(logits.amax()))
         # [shifts, C, H·W]; the shift by p is answered from p on, and goes home.
         answers = _responses(logits, slab, top, arch).view(shifts, channels, shifts)
         moved = answers.gather(2, home).sum(0, dtype=torch.float64)
         scale = torch.exp2((peak - top).double())
         total = total * scale + moved.view_as(total)
-        weight = weight * scale + torch.exp2(logits - top + 15).sum(dtype=torch.float64)
+        weight = weight * scale + torch.exp2(logits - top).sum(dtype=torch.float64)
         peak = top
-    log2_z = peak.double() + weight.log2() - 15
+    log2_z = peak.double() + weight.log2()
     return (total / weight).float(), log2_z.float().expand(height, width)
+
+
+def _reference(largest: Tensor) -> Tensor:
+    """Return 15 below the largest logit, or itself where its rounding loses 15 (see ``online``)."""
+    below = largest - 15
+    return torch.where(largest - below > 15, largest, below)
 
 
 def _nothing(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,7 @@ class State(NamedTuple):
     peak: Tensor
     """[B, rows, cols] float32."""
     sums: Tensor
-    """[B, rows, cols, V] float32: Σ 2^(15 + logit - peak)·value; the kernel says which values."""
+    """[B, rows, cols, V] float32: Σ 2^(logit - peak)·value; the kernel says which values."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from els_kernels.triton.launch import Cell, Queries, State
 
 _log = logging.getLogger(__name__)
 _LOG2E = math.log2(math.e)
-_SHIFT = 15.0
-"""The power of two by which the kernels enlarge weights."""
 
 Form = str
 """``direct`` or ``diagonal``: how every place meets every place."""
@@ -221,7 +219,7 @@ def _finish(state: State, channels: int, terms: int) -> Answer:
     weight = state.sums[..., terms * channels]
     total = state.sums[..., : terms * channels].unflatten(-1, (terms, channels)).sum(-2)
     mean = (total / weight[..., None]).movedim(-1, 1)
-    return mean, state.peak + weight.log2() - _SHIFT
+    return mean, state.peak + weight.log2()
 
 
 def _cells(

@@ -1,9 +1,9 @@
 """The running softmax that every kernel carries, and its exact merge.
 
-A state is ``(peak, sums)``: the largest base-2 logit so far and ``Σ 2^(15 + logit - peak)·value``;
-the last value is 1, so that the last sum is the weight. The 2^15 puts the largest weight at the top
-of the half-precision range: a weight is split into two half-precision terms for the matrix units,
-and nothing above 2^-40 of the largest is lost.
+A state is ``(peak, sums)``: a reference for base-2 logits and ``Σ 2^(logit - peak)·value``; the last
+value is 1, so that the last sum is the weight. The reference is 15 below the largest logit so far:
+that puts the largest weight, 2^15, at the top of the half-precision range. A weight is split into
+two half-precision terms for the matrix units, and nothing above 2^-40 of the largest is lost.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import triton.language as tl
 @triton.jit
 def absorb(logits, values, peak, sums):
     """Return the state (peak [M], sums [M, V]) after one tile of logits [M, N], values [N, V]."""
-    # The maximum is set, never added to: from -inf the old sums are scaled by exactly 0.
-    top = tl.maximum(peak, tl.max(logits, axis=1))
-    weights = tl.exp2(logits - (top - 15.0)[:, None])
+    largest = tl.max(logits, axis=1)
+    below = largest - 15.0
+    # Logits so large that 15 is lost in their rounding are their own reference.
+    below = tl.where(largest - below > 15.0, largest, below)
+    # The reference is set, never added to: from -inf the old sums are scaled by exactly 0.
+    top = tl.maximum(peak, below)
+    weights = tl.exp2(logits - top[:, None])
     high = weights.to(tl.float16)
     low = (weights - high.to(tl.float32)).to(tl.float16)
     sums = sums * tl.exp2(peak - top)[:, None]

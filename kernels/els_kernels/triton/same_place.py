@@ -128,7 +128,7 @@ def same_place_kernel(
             values += tl.load(p_image + term_stride + o_here, mask=m_here, other=0.0)
         # The maximum is set, never added to: from -inf the old sums are scaled by exactly 0.
         top = tl.maximum(peak, logits)
-        old, new = tl.exp2(peak - top), tl.exp2(logits - top + 15.0)
+        old, new = tl.exp2(peak - top), tl.exp2(logits - top)
         mean = mean * old[None] + values * new[None]
         weight = weight * old + new
         peak = top

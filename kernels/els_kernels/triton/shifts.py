@@ -93,12 +93,12 @@ def shift_responses_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write ``Σ_n 2^(15 + logit - peak)·φ_n`` of every shift, pixel by pixel.
+    """Write ``Σ_n 2^(logit - peak)·φ_n`` of every shift, pixel by pixel.
 
     Args:
         p_logits: [SHIFTS, IMAGES] float32.
         p_keys: [KEY_TERMS, IMAGES, DEPTH] float16.
-        p_peak: [1] float32: the largest logit.
+        p_peak: [1] float32: the reference, see ``online``.
         p_responses: [SHIFTS, DEPTH] float32, written.
     """
     o_shift = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,7 +106,7 @@ def shift_responses_kernel(
     o_pixel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_pixel = o_pixel < DEPTH
     o_row = o_shift.to(tl.int64) * IMAGES
-    offset = tl.load(p_peak) - 15.0
+    peak = tl.load(p_peak)
 
     responses = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, IMAGES, BLOCK_N):
@@ -118,7 +118,7 @@ def shift_responses_kernel(
             mask=m_shift[:, None] & m_image[None, :],
             other=float("-inf"),
         )
-        weights = tl.exp2(logits - offset)
+        weights = tl.exp2(logits - peak)
         high = weights.to(tl.float16)
         low = (weights - high.to(tl.float32)).to(tl.float16)
         for i_term in tl.static_range(KEY_TERMS):
