@@ -35,7 +35,7 @@ def diagonal_kernel(
     IMAGE_COLS,
     ROW0,
     COL0,
-    # Which rows meet: the inner ones every other, the rest only themselves.
+    # Which rows meet: the inner ones each other, the rest only themselves.
     WINDOW,
     EMIT_FROM,
     INNER_LO,
@@ -82,52 +82,57 @@ def diagonal_kernel(
     i_batch = tl.cast(tl.program_id(1), tl.int64)
     places = (QUERY_ROWS - WINDOW + 1) * QUERY_COLS
 
-    # Flat diagonals, [BLOCK_M]: the flat query place that meets key row 0.
+    # Flat diagonals, [BLOCK_M]: the flat query place that meets key row 0. Those past the end never
+    # meet any.
     o_flat = FLAT0 + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_flat = o_flat < FLAT0 + FLATS
+    o_flat = tl.where(o_flat < FLAT0 + FLATS, o_flat, -(1 << 30))
     o_depth = tl.arange(0, BLOCK_K)
     o_value = tl.arange(0, BLOCK_V)
     m_value = o_value < VALUES
     o_column = tl.arange(0, BLOCK_N)
 
+    # A chunk and a query are reached by 64 bits; what is inside them by 32, see ``chunk_images``.
+    i_first = tl.cast(i_chunk, tl.int64) * CHUNK_IMAGES
     row_stride = PAIR_COLS * PAIR
-    image_stride = tl.cast(KEY_ROWS, tl.int64) * row_stride
-    term_stride = image_stride * IMAGES
-    query_stride = tl.cast(QUERY_ROWS, tl.int64) * QUERY_COLS * DEPTH
+    image_stride = KEY_ROWS * row_stride
+    term_stride = tl.cast(image_stride, tl.int64) * IMAGES
+    p_keys += i_first * image_stride
+    p_half += i_first * IMAGE_ROWS * IMAGE_COLS
+    p_values += i_first * IMAGE_ROWS * IMAGE_COLS * VALUES
+    query_stride = QUERY_ROWS * QUERY_COLS * DEPTH
     p_query += i_batch * TERMS * query_stride
-    o_states = (i_batch * CHUNKS + CHUNK0 + i_chunk) * SLOTS
+    i_state = (i_batch * CHUNKS + CHUNK0 + i_chunk) * SLOTS
     scale, bias = tl.load(p_scale + i_batch), tl.load(p_bias + i_batch)
     first, last = tl.load(p_walks + 2 * i_tile), tl.load(p_walks + 2 * i_tile + 1)
 
     # Flat keys of the chunk: (image, column).
-    lo = i_chunk * CHUNK_IMAGES * KEY_COLS
-    hi = tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) * KEY_COLS
-    for start in range(lo, hi, BLOCK_N):
-        m_key = start + o_column < hi
-        o_key = tl.where(m_key, start + o_column, lo)
-        i_image, i_col = (o_key // KEY_COLS).to(tl.int64), o_key % KEY_COLS
-        p_tile = p_keys + i_image * image_stride + i_col * PAIR
+    flat_keys = (tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) - i_chunk * CHUNK_IMAGES) * KEY_COLS
+    for start in range(0, flat_keys, BLOCK_N):
+        o_key = start + o_column
+        m_key = o_key < flat_keys
+        o_key = tl.where(m_key, o_key, 0)
+        i_image, i_col = o_key // KEY_COLS, o_key % KEY_COLS
+        o_pair = i_image * image_stride + i_col * PAIR
         o_place = i_image * IMAGE_ROWS * IMAGE_COLS + COL0 + i_col
 
         # Box sums, [BLOCK_M, BLOCK_N].
         box = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for t in range(first, last):
-            i_row = (t + KEY_ROWS) % KEY_ROWS
+            p_row = p_keys + (t + KEY_ROWS) % KEY_ROWS * row_stride
             o_query = o_flat + t * QUERY_COLS
-            m_query = m_flat & (o_query >= 0) & (o_query < QUERY_ROWS * QUERY_COLS)
+            m_query = (o_query >= 0) & (o_query < QUERY_ROWS * QUERY_COLS)
             step = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i_depth in tl.static_range(DEPTH // BLOCK_K):
                 o_k = i_depth * BLOCK_K + o_depth
                 for key_term in tl.static_range(KEY_TERMS):
                     # [BLOCK_K, BLOCK_N]
-                    keys = tl.load(
-                        (p_tile + key_term * term_stride + i_row * row_stride)[None, :]
-                        + o_k[:, None]
-                    )
+                    keys = tl.load(p_row + key_term * term_stride + (o_pair[None, :] + o_k[:, None]))
                     for term in tl.static_range(TERMS - key_term):
                         # [BLOCK_M, BLOCK_K]
                         query = tl.load(
-                            p_query + term * query_stride + o_query[:, None] * DEPTH + o_k[None, :],
+                            p_query
+                            + term * query_stride
+                            + (o_query[:, None] * DEPTH + o_k[None, :]),
                             mask=m_query[:, None],
                             other=0.0,
                         )
@@ -135,30 +140,31 @@ def diagonal_kernel(
             box += step
 
             if t >= EMIT_FROM:
+                # The windows that end in this row: inner key rows answer inner places, the others
+                # themselves.
                 i_key = (t + LAG) % KEY_ROWS
+                inner = (i_key >= INNER_LO) & (i_key < INNER_HI)
+                lo = tl.where(inner, INNER_LO, i_key) * QUERY_COLS
+                hi = tl.where(inner, INNER_HI, i_key + 1) * QUERY_COLS
                 o_u = o_query - (WINDOW - 1) * QUERY_COLS
-                i_u = o_u // QUERY_COLS
-                m_inner = (tl.minimum(i_u, i_key) >= INNER_LO) & (
-                    tl.maximum(i_u, i_key) < INNER_HI
-                )
-                m_u = m_flat & (o_u >= 0) & (o_u < places) & (m_inner | (i_u == i_key))
+                m_u = (o_u >= lo) & (o_u < hi)
 
-                o_source = o_place + (ROW0 + i_key) * IMAGE_COLS
+                i_source = (ROW0 + i_key) * IMAGE_COLS
                 # An overrunning key has an infinite norm: its logit is -inf, its weight 0.
-                half = tl.load(p_half + o_source, mask=m_key, other=float("inf"))
+                half = tl.load(p_half + i_source + o_place, mask=m_key, other=float("inf"))
                 # [BLOCK_N, BLOCK_V]
                 values = tl.load(
-                    p_values + o_source[:, None] * VALUES + o_value[None, :],
+                    p_values + i_source * VALUES + (o_place[:, None] * VALUES + o_value[None, :]),
                     mask=m_value[None, :],
                     other=0.0,
                 )
-                o_state = (o_states + i_key % SLOTS) * places + o_u
-                p_sum = p_sums + o_state[:, None] * VALUES + o_value[None, :]
+                i_row = (i_state + i_key % SLOTS) * places
+                p_sum = p_sums + i_row * VALUES + (o_u[:, None] * VALUES + o_value[None, :])
                 m_sum = m_u[:, None] & m_value[None, :]
-                peak = tl.load(p_peak + o_state, mask=m_u, other=float("-inf"))
+                peak = tl.load(p_peak + i_row + o_u, mask=m_u, other=float("-inf"))
                 sums = tl.load(p_sum, mask=m_sum, other=0.0)
                 peak, sums = absorb(box * scale + (half * bias)[None, :], values, peak, sums)
-                tl.store(p_peak + o_state, peak, mask=m_u)
+                tl.store(p_peak + i_row + o_u, peak, mask=m_u)
                 tl.store(p_sum, sums, mask=m_sum)
         # The next columns read the states that these have written.
         tl.debug_barrier()

@@ -61,7 +61,8 @@ def direct_kernel(
 
     Args:
         p_query: [B, TERMS, QUERY_H, QUERY_W, CHANNELS] float16.
-        p_keys: [KEY_TERMS, IMAGES, KEY_H, KEY_W, CHANNELS] float16.
+        p_keys: [KEY_TERMS, IMAGES, KEY_H, KEY_W, CHANNELS] float16, followed by finite numbers
+            for BLOCK_K elements of a patch that leaves the last image: they meet zeros.
         p_half: [IMAGES, IMAGE_ROWS, IMAGE_COLS] float32: ‖p‖²/2 of the window at each place.
         p_values: [IMAGES, IMAGE_ROWS, IMAGE_COLS, VALUES] float16.
         p_scale: [B] float32. p_bias: [B] float32, < 0.
@@ -93,8 +94,13 @@ def direct_kernel(
     if TERMS == 2:
         query_low = tl.load(p_patch + query_stride, mask=m_patch, other=0.0)
 
-    image_stride = tl.cast(KEY_H, tl.int64) * KEY_W * CHANNELS
-    term_stride = image_stride * IMAGES
+    # A chunk is reached by 64 bits; what is inside it by 32, see ``chunk_images``.
+    i_first = tl.cast(i_chunk, tl.int64) * CHUNK_IMAGES
+    image_stride = KEY_H * KEY_W * CHANNELS
+    term_stride = tl.cast(image_stride, tl.int64) * IMAGES
+    p_keys += i_first * image_stride
+    p_half += i_first * IMAGE_ROWS * IMAGE_COLS
+    p_values += i_first * IMAGE_ROWS * IMAGE_COLS * VALUES
     o_column = tl.arange(0, BLOCK_N)
     o_value = tl.arange(0, BLOCK_V)
     m_value = o_value < VALUES
@@ -103,36 +109,34 @@ def direct_kernel(
     # The state, [BLOCK_M] and [BLOCK_M, BLOCK_V].
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    lo = i_chunk * CHUNK_IMAGES * key_places
-    hi = tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) * key_places
-    for start in range(lo, hi, BLOCK_N):
-        m_key = start + o_column < hi
-        o_key = tl.where(m_key, start + o_column, lo)
-        i_image, i_place = (o_key // key_places).to(tl.int64), o_key % key_places
-        i_row, i_col = i_place // KEY_COLS, i_place % KEY_COLS
-        o_pixel = ((KEY_ROW0 + i_row) * KEY_W + KEY_COL0 + i_col) * CHANNELS
-        p_tile = p_keys + i_image * image_stride + o_pixel
+    images = tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) - i_chunk * CHUNK_IMAGES
+    for start in range(0, images * key_places, BLOCK_N):
+        o_key = start + o_column
+        m_key = o_key < images * key_places
+        o_key = tl.where(m_key, o_key, 0)
+        i_image, i_place = o_key // key_places, o_key % key_places
+        i_key_row, i_key_col = i_place // KEY_COLS, i_place % KEY_COLS
+        o_pixel = ((KEY_ROW0 + i_key_row) * KEY_W + KEY_COL0 + i_key_col) * CHANNELS
+        o_pixel += i_image * image_stride
 
         # [BLOCK_K, BLOCK_N], [BLOCK_M, BLOCK_N]
-        keys = tl.load(p_tile[None, :] + o_key_k[:, None], mask=m_k[:, None], other=0.0)
+        keys = tl.load(p_keys + (o_pixel[None, :] + o_key_k[:, None]))
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TERMS == 2:
             products = tl.dot(query_low, keys, products)
             if KEY_TERMS == 2:
                 keys_low = tl.load(
-                    (p_tile + term_stride)[None, :] + o_key_k[:, None],
-                    mask=m_k[:, None],
-                    other=0.0,
+                    p_keys + term_stride + (o_pixel[None, :] + o_key_k[:, None])
                 )
                 products = tl.dot(query, keys_low, products)
         products = tl.dot(query, keys, products)
 
-        o_source = (i_image * IMAGE_ROWS + ROW0 + i_row) * IMAGE_COLS + COL0 + i_col
+        o_source = (i_image * IMAGE_ROWS + ROW0 + i_key_row) * IMAGE_COLS + COL0 + i_key_col
         # An overrunning key has an infinite norm: its logit is -inf, its weight 0.
         half = tl.load(p_half + o_source, mask=m_key, other=float("inf"))
         # [BLOCK_N, BLOCK_V]
         values = tl.load(
-            p_values + o_source[:, None] * VALUES + o_value[None, :],
+            p_values + (o_source[:, None] * VALUES + o_value[None, :]),
             mask=m_value[None, :],
             other=0.0,
         )

@@ -99,7 +99,8 @@ def direct(
     config = tuning.DIRECT[arch][depth]
     places, key_places = math.prod(cell.query_places), math.prod(cell.key_places)
     tiles = -(-places // config.block_m)
-    chunk = tuning.chunk_images(images, key_places, tiles)
+    elements = key_h * key_w * max(channels, values.shape[-1])
+    chunk = tuning.chunk_images(images, key_places, tiles, elements)
     peak, sums = _empty(len(queries), -(-images // chunk), places, values)
     direct_kernel[(tiles, len(queries), peak.shape[1])](
         queries, keys, half, values, batch.scale, batch.bias, peak, sums,
@@ -144,7 +145,8 @@ def diagonal(
 
     images = keys.shape[1]
     slab = _slab(images, keys.shape[-2:], window, pair * len(keys))
-    chunk = tuning.chunk_images(min(slab, images), walk.columns, len(walks))
+    elements = _paired_elements(keys.shape[-2:], window, pair * len(keys))
+    chunk = tuning.chunk_images(min(slab, images), walk.columns, len(walks), elements)
     chunks = [-(-min(slab, images - first) // chunk) for first in range(0, images, slab)]
     places = (rows - window + 1) * cols
     peak, sums = _empty(size, sum(chunks) * walk.slots, places, values)
@@ -153,7 +155,7 @@ def diagonal(
     sums.zero_()
     for i, first in enumerate(range(0, images, slab)):
         block = slice(first, first + slab)
-        paired = _paired(keys[:, block], window, padding, depth)
+        paired = layout.pair_rows(keys[:, block], window, padding, query=False, room=depth)
         diagonal_kernel[(len(walks), size, chunks[i])](
             query, paired, half[block], values[block], batch.scale, batch.bias, table, peak, sums,
             rows, cols, paired.shape[2], walk.columns, paired.shape[3], paired.shape[1],
@@ -240,15 +242,12 @@ def edge_walk(height: int, width: int, window: int) -> Walk:
 
 def _slab(images: int, size: tuple[int, ...], window: int, width: int) -> int:
     """Return how many images' paired rows fit the memory set aside, at least one."""
+    return max(1, min(images, _SLAB_BYTES // (2 * _paired_elements(size, window, width))))
+
+
+def _paired_elements(size: tuple[int, ...], window: int, width: int) -> int:
     height, cols = (n + window - 1 for n in size)
-    return max(1, min(images, _SLAB_BYTES // (2 * height * cols * width)))
-
-
-def _paired(keys: Tensor, window: int, padding: Padding, depth: int) -> Tensor:
-    """Return paired rows followed in memory by ``depth`` zeros, that loads may run into."""
-    pairs = layout.pair_rows(keys, window, padding, query=False)
-    room = pairs.new_zeros(pairs.numel() + depth)
-    return room[: pairs.numel()].view(pairs.shape).copy_(pairs)
+    return height * cols * width
 
 
 def _empty(size: int, slots: int, places: int, values: Tensor) -> tuple[Tensor, Tensor]:

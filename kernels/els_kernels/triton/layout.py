@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from els_kernels.geometry import Padding, band
 
 
-def pair_rows(images: Tensor, window: int, padding: Padding, *, query: bool) -> Tensor:
+def pair_rows(
+    images: Tensor, window: int, padding: Padding, *, query: bool, room: int = 0
+) -> Tensor:
     """Return each row with the row that leaves the window as it enters, [..., R, W', PAIR].
 
     ``images`` are [..., C, H, W]. Channels are (row t, row t - k, zeros); of a query the second is
     negated. A row that is not there is zero. On the torus a query has its H+k-1 rows written out
-    and nothing before them, while keys wrap.
+    and nothing before them, while keys wrap. ``room`` more zeros follow in memory.
     """
     r = window // 2
     channels = images.shape[-3]
@@ -26,7 +30,7 @@ def pair_rows(images: Tensor, window: int, padding: Padding, *, query: bool) -> 
         images = wrap(images, 0, r)
     rows, cols = images.shape[-2:]
     shape = (*images.shape[:-3], rows, cols, pair_width(channels))
-    pairs = images.new_zeros(shape)
+    pairs = zeros_with_room(images, shape, room)
     pairs[..., :channels] = images.movedim(-3, -1)
     if torus and not query:
         pairs[..., channels : 2 * channels] = images.roll(window, -2).movedim(-3, -1)
@@ -34,6 +38,12 @@ def pair_rows(images: Tensor, window: int, padding: Padding, *, query: bool) -> 
         old = images[..., : rows - window, :].movedim(-3, -1)
         pairs[..., window:, :, channels : 2 * channels] = -old if query else old
     return pairs
+
+
+def zeros_with_room(like: Tensor, shape: tuple[int, ...], room: int) -> Tensor:
+    """Return zeros of a shape with ``room`` more behind them, that loads may run into."""
+    size = math.prod(shape)
+    return like.new_zeros(size + room)[:size].view(shape)
 
 
 def pair_width(channels: int) -> int:

@@ -164,7 +164,10 @@ class _Part:
         half = layout.half_norms(self._keys, window, geometry.padding)
         # Channels last: a row of a patch is one run of memory.
         queries = queries.permute(1, 0, 3, 4, 2).contiguous()
-        keys = keys.permute(0, 1, 3, 4, 2).contiguous()
+        keys = keys.permute(0, 1, 3, 4, 2)
+        # A padded patch may run past the last image by as many rows as its elements fill.
+        room = (tuning.DIRECT_DEPTHS[-1] + 1) * keys[0, 0, 0].numel()
+        keys = layout.zeros_with_room(keys, tuple(keys.shape), room).copy_(keys)
         pieces = []
         for rows, cols, cell in _cells(height, width, window, geometry):
             state = launch.direct(queries, keys, batch, half, self._values, cell, self._arch)

@@ -91,7 +91,15 @@ def direct_depth(depth: int) -> int:
     raise ValueError(f"direct form: expected at most {DIRECT_DEPTHS[-1]} elements, got {depth}")
 
 
-def chunk_images(images: int, cols: int, tiles: int) -> int:
-    """Return how many images of a bank one program takes: from sizes alone, never the batch."""
+def chunk_images(images: int, cols: int, tiles: int, elements: int) -> int:
+    """Return how many images of a bank one program takes: from sizes alone, never the batch.
+
+    Args:
+        images: of the bank that answer.
+        cols: keys of one image in one pass of a program.
+        tiles: programs that share a chunk.
+        elements: the most that one image has in any tensor; a chunk has less than 2^31 of them.
+    """
     chunks = max(1, -(-PROGRAMS // tiles))
-    return min(images, max(-(-images // chunks), -(-MIN_KEYS // cols)))
+    wanted = max(-(-images // chunks), -(-MIN_KEYS // cols))
+    return max(1, min(images, wanted, (1 << 30) // elements))
