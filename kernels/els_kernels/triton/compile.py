@@ -75,7 +75,7 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
         for window in range(3, tuning.DIRECT_UP_TO[c] + 1, 2):
             yield direct(arch, c, window, values)
         pair = 1 << (2 * c - 1).bit_length()
-        depths = {tuning.diagonal_depth(k * pair, arch)[0]: k for k in range(25, 2, -2)}
+        depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(25, 2, -2)}
         for depth in sorted(depths):
             yield diagonal(arch, depths[depth], pair, values)
     config = tuning.SAME_PLACE[arch]
@@ -110,7 +110,7 @@ def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
 
 def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
     """Return the diagonal form for a window."""
-    depth, config = tuning.diagonal_depth(window * pair, arch)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
     constants = {
         "TERMS": 2, "KEY_TERMS": 1, "PAIR": pair, "DEPTH": depth, "VALUES": values,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,

@@ -134,7 +134,7 @@ def diagonal(
     """
     terms, size, channels = batch.terms.shape[:3]
     pair = layout.pair_width(channels)
-    depth, config = tuning.diagonal_depth(window * pair, arch)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
     query = layout.unfold_rows(
         layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
     )

@@ -29,28 +29,53 @@ SHARED_BYTES: dict[Arch, int] = {"sm80": 166912, "sm90": 232448, "sm100": 232448
 DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
 
-DIRECT_UP_TO: dict[int, int] = {1: 5, 2: 3, 3: 3, 4: 3}
-"""Channels → the largest window for which the direct form issues fewer instructions a pair."""
+DIRECT_UP_TO = {1: 3, 2: 3, 3: 3, 4: 3}
+"""Channels → the largest window for the direct form: beyond, the diagonal one issues less a pair."""
+
+_WIDE = Config(64, 128, 32, 4, 1)
+_NARROW = Config(64, 64, 32, 4, 1)
 
 DIRECT: dict[Arch, dict[int, Config]] = {
-    "sm80": {depth: Config(64, 64, depth, 4, 2) for depth in DIRECT_DEPTHS},
-    "sm90": {depth: Config(64, 64, depth, 4, 2) for depth in DIRECT_DEPTHS},
-    "sm100": {depth: Config(64, 64, depth, 4, 2) for depth in DIRECT_DEPTHS},
-    "gfx942": {depth: Config(64, 64, depth, 4, 1) for depth in DIRECT_DEPTHS},
+    "sm80": {16: _WIDE, 32: _WIDE, 64: _NARROW, 128: _NARROW},
+    "sm90": {16: _WIDE, 32: _WIDE, 64: _NARROW, 128: _NARROW},
+    "sm100": {16: _WIDE, 32: _WIDE, 64: _NARROW, 128: _NARROW},
+    "gfx942": {16: _WIDE, 32: _WIDE, 64: _NARROW, 128: _NARROW},
 }
+"""Inner size → tile; the inner size is not tiled."""
 
-DIAGONAL: dict[Arch, dict[int, Config]] = {
-    "sm80": {depth: Config(64, 64, min(depth, 32), 4, 2) for depth in (16, 32, 64, 96, 128)},
-    "sm90": {depth: Config(64, 64, min(depth, 32), 4, 2) for depth in (16, 32, 64, 96, 128)},
-    "sm100": {depth: Config(64, 64, min(depth, 32), 4, 2) for depth in (16, 32, 64, 96, 128)},
-    "gfx942": {depth: Config(64, 64, min(depth, 32), 4, 1) for depth in (16, 32, 64, 96, 128)},
+Steps = tuple[tuple[int, Config], ...]
+"""(largest inner size, tile) in rising order."""
+
+_ANY = 1 << 30
+_PAIRS_80: Steps = ((_ANY, Config(64, 64, 32, 4, 2)),)
+_PAIRS_942: Steps = ((_ANY, Config(64, 128, 32, 4, 1)),)
+
+DIAGONAL: dict[Arch, dict[int, Steps]] = {
+    "sm80": {2: _PAIRS_80, 8: _PAIRS_80},
+    "sm90": {
+        2: (
+            (16, Config(64, 128, 16, 4, 2)),
+            (32, Config(64, 128, 16, 4, 1)),
+            (_ANY, Config(64, 64, 32, 4, 2)),
+        ),
+        8: (
+            (48, Config(64, 128, 16, 4, 2)),
+            (160, Config(64, 128, 32, 4, 1)),
+            (_ANY, Config(64, 64, 32, 4, 1)),
+        ),
+    },
+    "sm100": {
+        2: ((32, Config(64, 128, 16, 4, 1)), (_ANY, Config(64, 64, 16, 4, 1))),
+        8: ((_ANY, Config(64, 128, 32, 4, 1)),),
+    },
+    "gfx942": {2: _PAIRS_942, 8: _PAIRS_942},
 }
-"""Inner size 2kC → tile; the largest entry not above it serves what lies between."""
+"""Channels of a pair of rows (those of 2: gray images; of 8: coloured ones and all others)."""
 
 SAME_PLACE: dict[Arch, Config] = {
-    "sm80": Config(32, 32, 32, 4, 1),
-    "sm90": Config(32, 32, 32, 4, 1),
-    "sm100": Config(32, 32, 32, 4, 1),
+    "sm80": Config(32, 32, 32, 8, 1),
+    "sm90": Config(32, 32, 32, 8, 1),
+    "sm100": Config(32, 32, 32, 8, 1),
     "gfx942": Config(32, 32, 32, 4, 1),
 }
 
@@ -72,11 +97,12 @@ def form(channels: int, window: int) -> Literal["direct", "diagonal"]:
     return "direct" if window <= DIRECT_UP_TO.get(channels, 1) else "diagonal"
 
 
-def diagonal_depth(depth: int, arch: Arch) -> tuple[int, Config]:
+def diagonal_depth(depth: int, pair: int, arch: Arch) -> tuple[int, Config]:
     """Return the padded inner size and the tile of the diagonal form."""
-    table = DIAGONAL[arch]
-    config = table[max([16, *(size for size in table if size <= depth)])]
-    return -(-depth // config.block_k) * config.block_k, config
+    for largest, config in DIAGONAL[arch][2 if pair == 2 else 8]:
+        if depth <= largest:
+            return -(-depth // config.block_k) * config.block_k, config
+    raise AssertionError("the last step serves any depth")
 
 
 def direct_depth(depth: int) -> int:
