@@ -75,7 +75,7 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
         for window in range(3, tuning.DIRECT_UP_TO[c] + 1, 2):
             yield direct(arch, c, window, values)
         pair = 1 << (2 * c - 1).bit_length()
-        depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(25, 2, -2)}
+        depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(3, 26, 2)}
         for depth in sorted(depths):
             yield diagonal(arch, depths[depth], pair, values)
     config = tuning.SAME_PLACE[arch]
@@ -135,7 +135,11 @@ def build(binary: Binary) -> Report:
     compiled = triton.compile(
         ASTSource(kernel, signature, binary.constants, aligned),
         target=_TARGETS[binary.arch],
-        options={"num_warps": binary.config.num_warps, "num_stages": binary.config.num_stages},
+        options={
+            "num_warps": binary.config.num_warps,
+            "num_stages": binary.config.num_stages,
+            "enable_fp_fusion": True,
+        },
     )
     shared = int(compiled.metadata.shared)
     if binary.arch == "gfx942":

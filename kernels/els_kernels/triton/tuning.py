@@ -47,11 +47,13 @@ Steps = tuple[tuple[int, Config], ...]
 """(largest inner size, tile) in rising order."""
 
 _ANY = 1 << 30
-_PAIRS_80: Steps = ((_ANY, Config(64, 64, 32, 4, 2)),)
 _PAIRS_942: Steps = ((_ANY, Config(64, 128, 32, 4, 1)),)
 
 DIAGONAL: dict[Arch, dict[int, Steps]] = {
-    "sm80": {2: _PAIRS_80, 8: _PAIRS_80},
+    "sm80": {
+        2: ((_ANY, Config(64, 64, 32, 4, 2)),),
+        8: ((_ANY, Config(64, 64, 16, 4, 2)),),
+    },
     "sm90": {
         2: (
             (16, Config(64, 128, 16, 4, 2)),
