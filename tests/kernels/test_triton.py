@@ -1,4 +1,4 @@
-"""The Triton kernels against the float64 reference, interpreted on the CPU where there is no GPU."""
+"""The Triton kernels against the float64 reference, interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def make(
     *,
     levels: tuple[float, ...] = LEVELS,
     of_bytes: bool = True,
-    form: str | None = None,
+    form: Literal["direct", "diagonal"] | None = None,
     seed: int = 0,
 ) -> Query:
     """Return a query of noisy bank images, each with its own level and range."""
@@ -99,7 +99,6 @@ FORMS = [
         ("direct", "diagonal") if geometry.sources == "every" and not geometry.whole else (None,)
     )
 ]
-
 
 
 @pytest.mark.parametrize(("shape", "of_bytes"), BANKS, ids=str)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class Query(NamedTuple):
     window: list[int]
     ranges: list[tuple[int, int]]
     geometry: Any
-    form: str | None = None
+    form: Literal["direct", "diagonal"] | None = None
 
 
 def start() -> ProcessPoolExecutor:

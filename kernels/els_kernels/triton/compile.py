@@ -103,9 +103,7 @@ def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": depth, "BLOCK_V": 16,
     }  # fmt: skip
     name = f"direct C={channels} k={window}"
-    return Binary(
-        name, direct_kernel, constants, config, arch, config.block_m * config.block_n
-    )
+    return Binary(name, direct_kernel, constants, config, arch, config.block_m * config.block_n)
 
 
 def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
@@ -117,9 +115,7 @@ def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
         "BLOCK_V": 16,
     }  # fmt: skip
     name = f"diagonal C={1 if pair == 2 else 3} k≤{window}"
-    return Binary(
-        name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n
-    )
+    return Binary(name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n)
 
 
 def build(binary: Binary) -> Report:

@@ -5,13 +5,12 @@ See ``kernels/README-triton.md`` for the derivation and a drawing.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from els_kernels.triton.online import absorb
+from els_kernels.triton.online import absorb, kernel
 
 
-@triton.jit(do_not_specialize=["QUERY_ROWS", "QUERY_COLS", "KEY_ROWS", "KEY_COLS", "PAIR_COLS", "IMAGES", "LAG", "IMAGE_ROWS", "IMAGE_COLS", "ROW0", "COL0", "WINDOW", "EMIT_FROM", "INNER_LO", "INNER_HI", "CHUNK0", "CHUNKS", "CHUNK_IMAGES", "SLOTS", "FLATS", "FLAT0"])
+@kernel
 def diagonal_kernel(
     p_query,
     p_keys,
@@ -67,7 +66,7 @@ def diagonal_kernel(
     places) and walks the key rows of BLOCK_N key columns at a time. The logit
     ``SCALE·S + BIAS·‖p‖²/2`` of a pair of places appears when the last row of their windows enters.
 
-    Args:
+    Tensors:
         p_query: [B, TERMS, QUERY_ROWS·QUERY_COLS, DEPTH] float16, unfolded along its rows.
         p_keys: [KEY_TERMS, IMAGES, KEY_ROWS, PAIR_COLS, PAIR] float16, the last two unfolded by
             overlapping loads; followed by at least DEPTH finite elements.
@@ -106,7 +105,9 @@ def diagonal_kernel(
     first, last = tl.load(p_walks + 2 * i_tile), tl.load(p_walks + 2 * i_tile + 1)
 
     # Flat keys of the chunk: (image, column).
-    flat_keys = (tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) - i_chunk * CHUNK_IMAGES) * KEY_COLS
+    flat_keys = (
+        tl.minimum((i_chunk + 1) * CHUNK_IMAGES, IMAGES) - i_chunk * CHUNK_IMAGES
+    ) * KEY_COLS
     for start in range(0, flat_keys, BLOCK_N):
         o_key = start + o_column
         m_key = o_key < flat_keys
@@ -126,7 +127,9 @@ def diagonal_kernel(
                 o_k = i_depth * BLOCK_K + o_depth
                 for key_term in tl.static_range(KEY_TERMS):
                     # [BLOCK_K, BLOCK_N]
-                    keys = tl.load(p_row + key_term * term_stride + (o_pair[None, :] + o_k[:, None]))
+                    keys = tl.load(
+                        p_row + key_term * term_stride + (o_pair[None, :] + o_k[:, None])
+                    )
                     for term in tl.static_range(TERMS - key_term):
                         # [BLOCK_M, BLOCK_K]
                         query = tl.load(

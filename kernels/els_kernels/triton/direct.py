@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from els_kernels.triton.online import absorb
+from els_kernels.triton.online import absorb, kernel
 
 
-@triton.jit(do_not_specialize=["QUERY_H", "QUERY_W", "QUERY_ROW0", "QUERY_COL0", "QUERY_COLS", "PLACES", "KEY_H", "KEY_W", "KEY_ROW0", "KEY_COL0", "KEY_ROWS", "KEY_COLS", "IMAGES", "IMAGE_ROWS", "IMAGE_COLS", "ROW0", "COL0", "WINDOW_H", "WINDOW_W", "CHUNK0", "CHUNKS", "CHUNK_IMAGES"])
+@kernel
 def direct_kernel(
     p_query,
     p_keys,
@@ -59,7 +58,7 @@ def direct_kernel(
     ``WINDOW_H·WINDOW_W·CHANNELS ≤ BLOCK_K``. Patches are never stored: element (o_y, o_x, c) of the
     patch at (i, j) is loaded from pixel (i+o_y, j+o_x), channels last.
 
-    Args:
+    Tensors:
         p_query: [B, TERMS, QUERY_H, QUERY_W, CHANNELS] float16.
         p_keys: [KEY_TERMS, IMAGES, KEY_H, KEY_W, CHANNELS] float16, followed by finite numbers
             for BLOCK_K elements of a patch that leaves the last image: they meet zeros.
@@ -125,9 +124,7 @@ def direct_kernel(
         if TERMS == 2:
             products = tl.dot(query_low, keys, products)
             if KEY_TERMS == 2:
-                keys_low = tl.load(
-                    p_keys + term_stride + (o_pixel[None, :] + o_key_k[:, None])
-                )
+                keys_low = tl.load(p_keys + term_stride + (o_pixel[None, :] + o_key_k[:, None]))
                 products = tl.dot(query, keys_low, products)
         products = tl.dot(query, keys, products)
 

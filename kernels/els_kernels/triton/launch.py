@@ -7,7 +7,6 @@ merged states. Grids and chunks follow from sizes of image, window and range alo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ _NEVER = -(1 << 30)
 
 @dataclass(frozen=True)
 class Queries:
-    """A batch of centred, scaled queries in units of the keys, and what turns products to logits."""
+    """A batch of centred, scaled queries in units of the keys, on their way to logits."""
 
     terms: Tensor
     """[T, B, C, H, W] float16."""
@@ -80,7 +79,12 @@ class Walk:
 
 
 def direct(
-    queries: Tensor, keys: Tensor, batch: Queries, half: Tensor, values: Tensor, cell: Cell,
+    queries: Tensor,
+    keys: Tensor,
+    batch: Queries,
+    half: Tensor,
+    values: Tensor,
+    cell: Cell,
     arch: tuning.Arch,
 ) -> State:
     """Return the state of a cell by the direct form.
@@ -117,8 +121,14 @@ def direct(
 
 
 def diagonal(
-    batch: Queries, keys: Tensor, half: Tensor, values: Tensor, walk: Walk, window: int,
-    padding: Padding, arch: tuning.Arch,
+    batch: Queries,
+    keys: Tensor,
+    half: Tensor,
+    values: Tensor,
+    walk: Walk,
+    window: int,
+    padding: Padding,
+    arch: tuning.Arch,
 ) -> State:
     """Return the state of every query row and tile column by the diagonal form.
 
@@ -200,9 +210,9 @@ def same_place(
     return _merge(peak, sums, (height, width))
 
 
-def bands(height: int, width: int, window: int | None, padding: Padding, device: torch.device) -> (
-    tuple[Tensor, Tensor]
-):
+def bands(
+    height: int, width: int, window: int | None, padding: Padding, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the matrices that sum a window's rows and columns; all ones for None."""
     if window is None:
         sides = (torch.ones(height, height), torch.ones(width, width))
@@ -235,9 +245,7 @@ def walk_of(padding: Padding, height: int, width: int, window: int) -> Walk:
 def edge_walk(height: int, width: int, window: int) -> Walk:
     """Return the walk in which places of a row meet only that row of the bank, zero padded."""
     r = window // 2
-    return Walk(
-        width - 2 * r, height, (0, r), window - 1, (0, 0), (0, 1), (r, height + r), r, 1
-    )
+    return Walk(width - 2 * r, height, (0, r), window - 1, (0, 0), (0, 1), (r, height + r), r, 1)
 
 
 def _slab(images: int, size: tuple[int, ...], window: int, width: int) -> int:
@@ -264,10 +272,3 @@ def _merge(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
         peak, sums, top, total, slots, places, VALUES=sums.shape[-1], BLOCK_V=values, BLOCK_M=64
     )
     return State(top.view(size, *shape), total.view(size, *shape, -1))
-
-
-def batches(count: int, bytes_each: int) -> Iterator[slice]:
-    """Yield slices of a batch whose states fit the memory set aside."""
-    step = max(1, _SLAB_BYTES // max(1, bytes_each))
-    for first in range(0, count, step):
-        yield slice(first, first + step)

@@ -77,9 +77,7 @@ def half_norms(terms: Tensor, window: int, padding: Padding) -> Tensor:
     """
     inside: Padding = "circular" if padding == "circular" else "zeros"
     rows, cols = (band(n, window, inside).to(terms.device) for n in terms.shape[-2:])
-    norms = torch.empty(
-        terms.shape[1], *terms.shape[-2:], dtype=torch.float32, device=terms.device
-    )
+    norms = torch.empty(terms.shape[1], *terms.shape[-2:], dtype=torch.float32, device=terms.device)
     for first in range(0, len(norms), 4096):
         block = terms[:, first : first + 4096].double().sum(0).square().sum(1)
         norms[first : first + 4096] = rows @ block @ cols.T / 2
@@ -93,7 +91,7 @@ def squared_norms(terms: Tensor) -> Tensor:
 
 
 def responses(terms: Tensor) -> Tensor:
-    """Return [N, H, W, V] float16: the terms of every channel, a one, zeros up to a power of two."""
+    """Return [N, H, W, V] float16: every channel's terms, a one, zeros up to a power of two."""
     key_terms, images, channels, height, width = terms.shape
     filled = key_terms * channels
     values = terms.new_zeros(images, height, width, 1 << filled.bit_length())

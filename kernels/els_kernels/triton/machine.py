@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections import defaultdict
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from els_kernels.triton.launch import Cell, Queries, State
 _log = logging.getLogger(__name__)
 _LOG2E = math.log2(math.e)
 
-Form = str
-"""``direct`` or ``diagonal``: how every place meets every place."""
+_TOGETHER = 16
+"""Images that share a launch: bounds the memory of their states, and changes no bits."""
+
+Form = Literal["direct", "diagonal"]
+"""How every place meets every place."""
 
 
 class TritonAttention:
@@ -53,7 +57,12 @@ class TritonAttention:
             side = (height, width) if geometry.whole else (min(k, height), min(k, width))
             terms = precision.query_terms(a[b], s[b], channels * math.prod(side))
             groups[k, lo, hi, terms].append(b)
-        for (k, lo, hi, terms), members in groups.items():
+        parts = (
+            (key, members[first : first + _TOGETHER])
+            for key, members in groups.items()
+            for first in range(0, len(members), _TOGETHER)
+        )
+        for (k, lo, hi, terms), members in parts:
             queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
             part = self._range(lo, hi)
             mean, log2_z = part.attend(_stack(queries), k, geometry)
@@ -71,9 +80,7 @@ class TritonAttention:
 class _Query:
     """One centred image [C, H, W] in units of the keys, with its level folded in."""
 
-    def __init__(
-        self, x: Tensor, a: float, s: float, keys: precision.Keys, terms: int
-    ) -> None:
+    def __init__(self, x: Tensor, a: float, s: float, keys: precision.Keys, terms: int) -> None:
         self._image, self._s = x - a * keys.centre, s
         # Its product with a key in units is the first part of a logit in base 2 …
         scaled = self._image * (a / s / s * _LOG2E * keys.unit)
@@ -111,9 +118,7 @@ Answer = tuple[Tensor, Tensor]
 class _Part:
     """The images of a bank that may answer."""
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, arch: tuning.Arch, form: Form | None
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, arch: tuning.Arch, form: Form | None) -> None:
         self._keys, self._values, self._arch, self._form = keys, values, arch, form
 
     def attend(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
@@ -134,7 +139,6 @@ class _Part:
 
     def _every_place(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
         channels, height, width = self._keys.shape[2:]
-        r = window // 2
         if geometry.padding == "zeros":
             # Corners may answer only themselves; all other places are overwritten.
             mean, log2_z = self._same_place(batch, window, geometry)
@@ -149,7 +153,6 @@ class _Part:
         for rows, cols, (piece_mean, piece_log) in pieces:
             mean[:, :, rows, cols] = piece_mean
             log2_z[:, rows, cols] = piece_log
-        _log.debug("triton: %s form, window %d, radius %d", form, window, r)
         return mean, log2_z
 
     def _direct(
@@ -220,7 +223,8 @@ class _Part:
 
 def _finish(state: State, channels: int, terms: int) -> Answer:
     weight = state.sums[..., terms * channels]
-    total = state.sums[..., : terms * channels].unflatten(-1, (terms, channels)).sum(-2)
+    total = state.sums[..., : terms * channels]
+    total = total.view(*weight.shape, terms, channels).sum(-2)
     mean = (total / weight[..., None]).movedim(-1, 1)
     return mean, state.peak + weight.log2()
 

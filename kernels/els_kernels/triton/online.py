@@ -1,15 +1,29 @@
 """The running softmax that every kernel carries, and its exact merge.
 
-A state is ``(peak, sums)``: a reference for base-2 logits and ``Σ 2^(logit - peak)·value``; the last
-value is 1, so that the last sum is the weight. The reference is 15 below the largest logit so far:
-that puts the largest weight, 2^15, at the top of the half-precision range. A weight is split into
-two half-precision terms for the matrix units, and nothing above 2^-40 of the largest is lost.
+A state is ``(peak, sums)``: a reference for base-2 logits and ``Σ 2^(logit - peak)·value``; the
+last value is 1, so that the last sum is the weight. The reference is 15 below the largest logit so
+far: that puts the largest weight, 2^15, at the top of the half-precision range. A weight is split
+into two half-precision terms for the matrix units, and nothing above 2^-40 of the largest is lost.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Return a kernel whose sizes are never specialised: one binary for each set of constants.
+
+    Its parameters are tensors ``p_``, then sizes in capitals, then annotated constants.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    sizes = [p.name for p in parameters if p.name.isupper() and p.annotation is p.empty]
+    return triton.jit(function, do_not_specialize=sizes)
 
 
 @triton.jit
@@ -30,7 +44,7 @@ def absorb(logits, values, peak, sums):
     return top, sums
 
 
-@triton.jit(do_not_specialize=["SLOTS", "PLACES"])
+@kernel
 def merge_kernel(
     p_peak,
     p_sums,
@@ -47,7 +61,7 @@ def merge_kernel(
     ``top = max_i peak_i``, ``total = Σ_i 2^(peak_i - top)·sums_i``. A slot that holds nothing has
     peak -inf.
 
-    Args:
+    Tensors:
         p_peak: [B, SLOTS, PLACES] float32.
         p_sums: [B, SLOTS, PLACES, VALUES] float32.
         p_top: [B, PLACES] float32, written.

@@ -29,7 +29,7 @@ from torch import Tensor
 LEVELS = 127.5
 """Bytes v stand for v/LEVELS - 1."""
 _GRID_ERROR = 2e-5
-"""Largest distance of a float32 v/127.5 - 1 from the grid, in levels: 127.5 · 2^-23 and a margin."""
+"""How far a float32 v/127.5 - 1 may lie off the grid, in levels: 127.5·2^-23, and a margin."""
 _ONE_TERM = 13400.0
 
 
@@ -49,12 +49,12 @@ def prepare_keys(bank: Tensor) -> Keys:
     mean = bank.mean((0, 2, 3), dtype=torch.float64)[:, None, None]
     middle = ((mean + 1) * LEVELS).round().clamp(0, 255)
     terms = torch.empty(1, *bank.shape, dtype=torch.float16, device=bank.device)
-    for block, term in zip(bank.split(_BLOCK), terms[0].split(_BLOCK), strict=True):
-        levels = (block.double() + 1) * LEVELS
+    for first in range(0, len(bank), _BLOCK):
+        levels = (bank[first : first + _BLOCK].double() + 1) * LEVELS
         whole = levels.round()
         if (levels - whole).abs().max() > _GRID_ERROR or whole.min() < 0 or whole.max() > 255:
             return _two_terms(bank, mean)
-        term.copy_(whole - middle)
+        terms[0, first : first + _BLOCK] = whole - middle
     return Keys(terms, middle / LEVELS - 1, 1 / LEVELS)
 
 
@@ -77,7 +77,7 @@ def split(values: Tensor, terms: int) -> Tensor:
     """Return float16 [terms, ...] whose sum is ``values`` (float64) but for the last's rounding."""
     parts = []
     for _ in range(terms):
-        part = values.half()
+        part = values.to(torch.float16)
         parts.append(part)
         values = values - part.double()
     return torch.stack(parts)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from els_kernels.triton.online import kernel
+
 
 @triton.jit
 def split_dot(left, right, SPLIT_LEFT: tl.constexpr):
@@ -37,7 +39,7 @@ def split_dot(left, right, SPLIT_LEFT: tl.constexpr):
     return out * down
 
 
-@triton.jit(do_not_specialize=["HEIGHT", "WIDTH", "IMAGES", "CHUNKS", "CHUNK_IMAGES"])
+@kernel
 def same_place_kernel(
     p_query,
     p_keys,
@@ -61,7 +63,7 @@ def same_place_kernel(
     With ``g[v] = Σ_c q_c[v]·p_c[v] + BIAS·‖p[v]‖²/2`` the logits of an image are
     ``row_band · g · col_bandᵀ``: O(H + W) work a place, whatever the window.
 
-    Args:
+    Tensors:
         p_query: [B, CHANNELS, HEIGHT, WIDTH] float32, scaled.
         p_keys: [KEY_TERMS, IMAGES, CHANNELS, HEIGHT, WIDTH] float16.
         p_bias: [B] float32, < 0.

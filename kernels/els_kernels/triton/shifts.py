@@ -6,11 +6,12 @@ shift is moved back by p before the sum.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from els_kernels.triton.online import kernel
 
-@triton.jit(do_not_specialize=["HEIGHT", "WIDTH", "IMAGES"])
+
+@kernel
 def shift_logits_kernel(
     p_query,
     p_keys,
@@ -32,7 +33,7 @@ def shift_logits_kernel(
 
     Shifts are loads from the query laid out twice along both axes.
 
-    Args:
+    Tensors:
         p_query: [TERMS, CHANNELS, 2·HEIGHT, 2·WIDTH] float16.
         p_keys: [KEY_TERMS, IMAGES, CHANNELS·HEIGHT·WIDTH] float16.
         p_half: [IMAGES] float32.
@@ -57,7 +58,10 @@ def shift_logits_kernel(
         for key_term in tl.static_range(KEY_TERMS):
             # [BLOCK_K, BLOCK_N]
             keys = tl.load(
-                p_keys + key_term * tl.cast(IMAGES, tl.int64) * depth + o_key[None, :] + o_k[:, None],
+                p_keys
+                + key_term * tl.cast(IMAGES, tl.int64) * depth
+                + o_key[None, :]
+                + o_k[:, None],
                 mask=m_k[:, None] & m_image[None, :],
                 other=0.0,
             )
@@ -79,7 +83,7 @@ def shift_logits_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["SHIFTS", "IMAGES", "DEPTH"])
+@kernel
 def shift_responses_kernel(
     p_logits,
     p_keys,
@@ -95,7 +99,7 @@ def shift_responses_kernel(
 ):
     """Write ``Σ_n 2^(logit - peak)·φ_n`` of every shift, pixel by pixel.
 
-    Args:
+    Tensors:
         p_logits: [SHIFTS, IMAGES] float32.
         p_keys: [KEY_TERMS, IMAGES, DEPTH] float16.
         p_peak: [1] float32: the reference, see ``online``.

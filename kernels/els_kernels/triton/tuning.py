@@ -30,7 +30,7 @@ DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
 
 DIRECT_UP_TO = {1: 3, 2: 3, 3: 3, 4: 3}
-"""Channels → the largest window for the direct form: beyond, the diagonal one issues less a pair."""
+"""Channels → the largest window of the direct form: beyond it, the diagonal one issues less."""
 
 _WIDE = Config(64, 128, 32, 4, 1)
 _NARROW = Config(64, 64, 32, 4, 1)
