@@ -72,7 +72,7 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
     """Yield every binary that banks of bytes (one key term) of these channels may ask of a chip."""
     for c in channels:
         values = 1 << c.bit_length()
-        for window in range(3, tuning.DIRECT_UP_TO[c] + 1, 2):
+        for window in (1, 3, 5) if c == 1 else (1, 3):
             yield direct(arch, c, window, values)
         pair = 1 << (2 * c - 1).bit_length()
         depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(3, 26, 2)}
@@ -99,7 +99,7 @@ def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
     depth = tuning.direct_depth(window * window * channels)
     config = tuning.DIRECT[arch][depth]
     constants = {
-        "CHANNELS": channels, "TERMS": 2, "KEY_TERMS": 1, "VALUES": values,
+        "CHANNELS": channels, "WINDOW_W": window, "TERMS": 2, "KEY_TERMS": 1, "VALUES": values,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": depth, "BLOCK_V": 16,
     }  # fmt: skip
     name = f"direct C={channels} k={window}"

@@ -145,7 +145,7 @@ class _Part:
         else:
             mean = batch.plain.new_empty(batch.plain.shape)
             log2_z = mean.new_empty(len(mean), height, width)
-        form = self._form or tuning.form(channels, window)
+        form = self._form or tuning.form(channels, window, self._arch)
         if form == "direct":
             pieces = self._direct(batch, window, geometry)
         else:

@@ -29,8 +29,13 @@ SHARED_BYTES: dict[Arch, int] = {"sm80": 166912, "sm90": 232448, "sm100": 232448
 DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
 
-DIRECT_UP_TO = {1: 3, 2: 3, 3: 3, 4: 3}
-"""Channels → the largest window of the direct form: beyond it, the diagonal one issues less."""
+DIRECT_UP_TO: dict[Arch, dict[int, int]] = {
+    "sm80": {1: 5, 2: 3, 3: 3, 4: 3},
+    "sm90": {},
+    "sm100": {1: 3, 2: 3, 3: 3, 4: 3},
+    "gfx942": {1: 3, 2: 3, 3: 3, 4: 3},
+}
+"""Channels → the largest window (1 if not named) for which the direct form issues less a pair."""
 
 _WIDE = Config(64, 128, 32, 4, 1)
 _NARROW = Config(64, 64, 32, 4, 1)
@@ -52,23 +57,32 @@ _PAIRS_942: Steps = ((_ANY, Config(64, 128, 32, 4, 1)),)
 DIAGONAL: dict[Arch, dict[int, Steps]] = {
     "sm80": {
         2: ((_ANY, Config(64, 64, 32, 4, 2)),),
-        8: ((_ANY, Config(64, 64, 16, 4, 2)),),
+        8: (
+            (112, Config(64, 64, 16, 4, 2)),
+            (128, Config(64, 64, 16, 4, 1)),
+            (_ANY, Config(64, 64, 16, 4, 2)),
+        ),
     },
     "sm90": {
         2: (
             (16, Config(64, 128, 16, 4, 2)),
-            (32, Config(64, 128, 16, 4, 1)),
+            (48, Config(64, 128, 16, 4, 1)),
             (_ANY, Config(64, 64, 32, 4, 2)),
         ),
         8: (
             (48, Config(64, 128, 16, 4, 2)),
-            (160, Config(64, 128, 32, 4, 1)),
-            (_ANY, Config(64, 64, 32, 4, 1)),
+            (96, Config(64, 128, 32, 4, 1)),
+            (_ANY, Config(64, 128, 16, 4, 1)),
         ),
     },
     "sm100": {
         2: ((32, Config(64, 128, 16, 4, 1)), (_ANY, Config(64, 64, 16, 4, 1))),
-        8: ((_ANY, Config(64, 128, 32, 4, 1)),),
+        # Not more than six matmuls a step: triton 3.6 compiles more to nothing.
+        8: (
+            (96, Config(64, 128, 32, 4, 1)),
+            (128, Config(64, 128, 64, 4, 1)),
+            (_ANY, Config(64, 64, 32, 4, 1)),
+        ),
     },
     "gfx942": {2: _PAIRS_942, 8: _PAIRS_942},
 }
@@ -94,9 +108,9 @@ MIN_KEYS = 1024
 """Keys (of one row) that a program takes at least."""
 
 
-def form(channels: int, window: int) -> Literal["direct", "diagonal"]:
+def form(channels: int, window: int, arch: Arch) -> Literal["direct", "diagonal"]:
     """Return how every place meets every place."""
-    return "direct" if window <= DIRECT_UP_TO.get(channels, 1) else "diagonal"
+    return "direct" if window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
 
 
 def diagonal_depth(depth: int, pair: int, arch: Arch) -> tuple[int, Config]:
