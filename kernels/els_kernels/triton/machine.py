@@ -65,7 +65,9 @@ class TritonAttention:
         for (k, lo, hi, terms), members in parts:
             queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
             part = self._range(lo, hi)
-            mean, log2_z = part.attend(_stack(queries), k, geometry)
+            # Triton launches on the current device.
+            with torch.cuda.device_of(x):
+                mean, log2_z = part.attend(_stack(queries), k, geometry)
             for i, (b, query) in enumerate(zip(members, queries, strict=True)):
                 answer.mean[b] = mean[i].double() * self._keys.unit + self._keys.centre
                 energy = query.energy(k, geometry)

@@ -110,7 +110,8 @@ MIN_KEYS = 1024
 
 def form(channels: int, window: int, arch: Arch) -> Literal["direct", "diagonal"]:
     """Return how every place meets every place."""
-    return "direct" if window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
+    fits = window * window * channels <= DIRECT_DEPTHS[-1]
+    return "direct" if fits and window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
 
 
 def diagonal_depth(depth: int, pair: int, arch: Arch) -> tuple[int, Config]:
