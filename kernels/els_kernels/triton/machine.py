@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -66,7 +67,7 @@ class TritonAttention:
             queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
             part = self._range(lo, hi)
             # Triton launches on the current device.
-            with torch.cuda.device_of(x):
+            with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
                 mean, log2_z = part.attend(_stack(queries), k, geometry)
             for i, (b, query) in enumerate(zip(members, queries, strict=True)):
                 answer.mean[b] = mean[i].double() * self._keys.unit + self._keys.centre
