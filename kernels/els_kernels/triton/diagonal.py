@@ -142,13 +142,14 @@ def diagonal_kernel(
                         step = tl.dot(query, keys, step)
             box += step
 
-            if t >= EMIT_FROM:
-                # The windows that end in this row: inner key rows answer inner places, the others
-                # themselves.
-                i_key = (t + LAG) % KEY_ROWS
-                inner = (i_key >= INNER_LO) & (i_key < INNER_HI)
-                lo = tl.where(inner, INNER_LO, i_key) * QUERY_COLS
-                hi = tl.where(inner, INNER_HI, i_key + 1) * QUERY_COLS
+            # The windows that end in this row: inner key rows answer inner places, the others
+            # themselves. Steps that answer nobody, the warm-up among them, have no softmax.
+            i_key = (t + LAG) % KEY_ROWS
+            inner = (i_key >= INNER_LO) & (i_key < INNER_HI)
+            lo = tl.where(inner, INNER_LO, i_key) * QUERY_COLS
+            hi = tl.where(inner, INNER_HI, i_key + 1) * QUERY_COLS
+            o_first = FLAT0 + i_tile * BLOCK_M + (t - WINDOW + 1) * QUERY_COLS
+            if (t >= EMIT_FROM) & (o_first + BLOCK_M > lo) & (o_first < hi):
                 o_u = o_query - (WINDOW - 1) * QUERY_COLS
                 m_u = (o_u >= lo) & (o_u < hi)
 
