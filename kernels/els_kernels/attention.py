@@ -68,7 +68,7 @@ class PatchAttention:
                 f"got {bank.dtype} {list(bank.shape)}"
             )
         if implementation == "auto":
-            implementation = _choose(bank)
+            implementation = choose(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -148,7 +148,8 @@ class PatchAttention:
         return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
 
 
-def _choose(bank: Tensor) -> str:
+def choose(bank: Tensor) -> str:
+    """Return what ``auto`` takes: triton for a bank on a GPU where it is installed, else torch."""
     return "triton" if bank.is_cuda and triton_unavailable(bank) is None else "torch"
 
 
