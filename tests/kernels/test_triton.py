@@ -166,7 +166,7 @@ def test_a_query_and_a_bank_without_any_contrast_are_answered(worker: ProcessPoo
 
 def test_who_asks_for_triton_without_a_gpu_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"triton: expected a bank on a GPU .* got one on cpu"):
+    with pytest.raises(RuntimeError, match=r"triton: expected a bank on a GPU .* got one on cpu"):
         PatchAttention(torch.zeros(1, 1, 2, 2), implementation="triton")
 
 
@@ -174,7 +174,7 @@ def test_who_asks_for_triton_without_the_package_is_told_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("els_kernels.triton.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="the package triton is not installed"):
+    with pytest.raises(RuntimeError, match="the package triton is not installed"):
         PatchAttention(torch.zeros(1, 1, 2, 2), implementation="triton")
 
 

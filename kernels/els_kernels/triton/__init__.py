@@ -33,11 +33,11 @@ def create(bank: Tensor) -> TritonAttention:
     """Return the implementation for a bank.
 
     Raises:
-        ValueError: triton is missing or the bank is not on a GPU; says which.
+        RuntimeError: triton is missing or the bank is not on a GPU; says which.
     """
     reason = unavailable(bank)
     if reason is not None:
-        raise ValueError(f"implementation triton: {reason}")
+        raise RuntimeError(f"implementation triton: {reason}")
     from els_kernels.triton.machine import TritonAttention
 
     return TritonAttention(bank)
