@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # tritonclient wants an older protobuf, so the peer lives in an environment of its own.
 PEER := .venv-tritonclient
 CONTRACTS := $(shell find proto -name '*.proto')
+NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 
 .PHONY: install demo test lint bench clean
 
 install: $(VENV)/.installed $(PEER)/.installed
 
-$(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS)
+$(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[server,gpu,dev]'
 	touch $@

@@ -1,6 +1,6 @@
-"""Compiles the contracts into the package ``els_proto`` and notes which commit was built.
+"""Compiles the contracts into ``els_proto``, notes the commit, and compiles the native kernel.
 
-Runs inside every build (editable, wheel); what it writes under ``proto/python`` is never committed.
+Runs inside every build (editable, wheel); what it writes is never committed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,24 @@ class ProtoBuildHook(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile every contract; ``version`` and ``build_data`` are hatchling's."""
-        compile_contracts(Path(self.root))
+        """Compile contracts and kernel; ``version`` and ``build_data`` are hatchling's."""
+        root = Path(self.root)
+        compile_contracts(root)
+        if self.target_name == "wheel":
+            self._compile_native(root, build_data)
+
+    def _compile_native(self, root: Path, build_data: dict[str, Any]) -> None:
+        """Compile the kernel and tag the wheel for this platform, or warn and go on without."""
+        sys.path.insert(0, str(root / "kernels"))
+        from native_build import NativeBuildError, compile_native
+
+        try:
+            compile_native(root)
+        except NativeBuildError as error:
+            self.app.display_warning(f"native CPU kernel not built, torch will serve: {error}")
+        else:
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{_platform()}"
 
 
 def compile_contracts(root: Path) -> None:
@@ -63,14 +80,23 @@ def compile_contracts(root: Path) -> None:
     )
 
 
+def _platform() -> str:
+    # The library is loaded through ctypes: any Python will do, but only this platform.
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
 def _commit(root: Path) -> str:
     """Return the commit of the checkout at ``root``, else ``ELS_COMMIT``, else ``unknown``."""
-    git = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ) if shutil.which("git") and (root / ".git").exists() else None
+    git = (
+        subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git") and (root / ".git").exists()
+        else None
+    )
     if git is not None and git.returncode == 0:
         return git.stdout.strip()
     return os.environ.get("ELS_COMMIT", "unknown")

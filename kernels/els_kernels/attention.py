@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from els_kernels.geometry import Geometry, Posterior, max_window
+from els_kernels.native import Native, instruction_sets
 from els_kernels.reference import Reference
 from els_kernels.tiled import Tiled
 from els_kernels.triton import create as create_triton
@@ -37,6 +38,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
     "reference": Reference,
     "torch": Tiled,
+    "native": Native,
     "triton": create_triton,
 }
 
@@ -61,6 +63,7 @@ class PatchAttention:
 
         Raises:
             ValueError: bank or implementation is not as above; says expected and got.
+            RuntimeError: ``native`` or ``triton`` was asked for and cannot be had; says why.
         """
         if bank.ndim != 4 or bank.dtype != torch.float32 or 0 in bank.shape:
             raise ValueError(
@@ -68,7 +71,7 @@ class PatchAttention:
                 f"got {bank.dtype} {list(bank.shape)}"
             )
         if implementation == "auto":
-            implementation = choose(bank)
+            implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -148,9 +151,20 @@ class PatchAttention:
         return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
 
 
-def choose(bank: Tensor) -> str:
-    """Return what ``auto`` takes: triton for a bank on a GPU where it is installed, else torch."""
-    return "triton" if bank.is_cuda and triton_unavailable(bank) is None else "torch"
+def fastest(bank: Tensor) -> str:
+    """Return what ``auto`` takes for a bank, and log why it is not the fastest there could be."""
+    if bank.device.type != "cpu":
+        reason = triton_unavailable(bank)
+        if reason is None:
+            return "triton"
+        _log.info("patch attention: no triton: %s", reason)
+        return "torch"
+    try:
+        instruction_sets()
+    except RuntimeError as error:
+        _log.info("patch attention: %s", error)
+        return "torch"
+    return "native"
 
 
 def _positive(name: str, scale: Tensor, batch: int) -> list[float]:

@@ -73,10 +73,12 @@ def max_window(geometry: Geometry, height: int, width: int) -> int:
 
 
 def count_pairs(geometry: Geometry, height: int, width: int, window: int) -> int:
-    """Return Σ_u |S(u)| for one query image and one bank image: the unit of cost."""
+    """Return how many logits one query image and one bank image take: the unit of cost.
+
+    It is Σ_u |S(u)|, but for a whole window, where pixels share the logits of the image's shifts.
+    """
     pixels = height * width
     if geometry.whole or geometry.sources == "same":
-        # A whole window has one logit a source image (and shift), whatever the pixel.
         return pixels
     if geometry.padding == "circular":
         return pixels * pixels

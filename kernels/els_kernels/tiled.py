@@ -136,25 +136,32 @@ class _Cell:
                 self._attend_rows(self.query[block, :, top : top + step + kh - 1], bias[block])
                 for top in range(0, rows, step)
             ]
-            for i in range(len(bias[block])):
+            for image in zip(*parts, strict=True):
                 yield (
-                    torch.cat([peak[i, :, 0] for peak, _ in parts]),
-                    torch.cat([sums[i] for _, sums in parts]).T,
+                    torch.cat([peak[:, 0] for peak, _ in image]),
+                    torch.cat([sums for _, sums in image]).T,
                 )
 
-    def _attend_rows(self, query: Tensor, bias: list[float]) -> State:
-        """Return maximum [G, M, 1] and sums [G, M, V+1] of crops small enough to be unfolded."""
-        patches = _unfold(query, self.window).flatten(1, 2)
-        patches[..., -1] = torch.tensor(bias)[:, None]
-        images, places = patches.shape[:2]
-        peak = patches.new_full((images, places, 1), -math.inf)
-        sums = patches.new_zeros(images, places, self.values.shape[1] + 1)
+    def _attend_rows(self, query: Tensor, bias: list[float]) -> list[State]:
+        """Return for each crop, small enough to be unfolded, maximum [M, 1] and sums [M, V+1]."""
+        # Tensors of their own, not slices of one: matmuls round by how their operands are aligned.
+        patches = [_unfold(crop[None], self.window).flatten(0, 2) for crop in query]
+        for patch, half_norm_scale in zip(patches, bias, strict=True):
+            patch[:, -1] = half_norm_scale
+        places = len(patches[0])
+        states = [
+            (
+                query.new_full((places, 1), -math.inf),
+                query.new_zeros(places, self.values.shape[1] + 1),
+            )
+            for _ in patches
+        ]
         for keys, values in self._tiles(places):
-            logits = patches.new_empty(places, len(keys))
-            for i in range(images):
-                torch.mm(patches[i], keys.T, out=logits)
-                _absorb(logits, values, peak[i], sums[i])
-        return peak, sums
+            logits = query.new_empty(places, len(keys))
+            for patch, (peak, sums) in zip(patches, states, strict=True):
+                torch.mm(patch, keys.T, out=logits)
+                _absorb(logits, values, peak, sums)
+        return states
 
     def _tiles(self, places: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield keys [T, D+1] (patch, half its squared norm) and values [T, V+1] (response, 1)."""
@@ -196,8 +203,11 @@ def _absorb(logits: Tensor, values: Tensor, peak: Tensor, sums: Tensor) -> None:
 def _every_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
-    # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
-    states = _same_place(queries, bank, window, geometry)
+    if geometry.padding == "zeros":
+        # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
+        states = _same_place(queries, bank, window, geometry)
+    else:
+        states = [_empty_state(bank) for _ in queries]
     scaled = torch.stack([query.scaled for query in queries])
     bias = [query.bias for query in queries]
     for rows, cols, cell in _cells(scaled, bank, window, geometry.padding):
@@ -243,12 +253,9 @@ def _same_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
     """Return maximum [H, W] and sums [C+1, H, W], the sources being the query's own place."""
-    images, channels, height, width = bank.shape
+    images, _, height, width = bank.shape
     rows, cols = _bands(bank, window, geometry)
-    states = [
-        (bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width))
-        for _ in queries
-    ]
+    states = [_empty_state(bank) for _ in queries]
     together = max(1, _TILE // (4 * height * width))
     for first in range(0, images, together):
         keys = bank[first : first + together]
@@ -263,6 +270,11 @@ def _same_place(
             sums[-1] += weights.sum(0)
             peak.copy_(top)
     return states
+
+
+def _empty_state(bank: Tensor) -> State:
+    channels, height, width = bank.shape[1:]
+    return bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width)
 
 
 def _whole(queries: list[_Query], bank: Tensor) -> list[State]:

@@ -20,6 +20,9 @@ from els_service.errors import LoadError
 _SERVICE_LINK = re.compile(r"^(tcp|udp|sctp)://")
 """What Kubernetes puts into ELS_PORT where a service is called ``els``: no setting of ours."""
 
+_CPU_MAX_V2 = Path("/sys/fs/cgroup/cpu.max")
+_CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
 
@@ -80,8 +83,10 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     if not isinstance(content, dict | None):
         raise LoadError(path, f"expected settings by name, got {type(content).__name__}")
     given = {name: value for name, value in flags.items() if value is not None}
-    merged = {**(content or {}), **_environment(), **given}
-    return validate(_SETTINGS, merged, path or "settings")
+    sources = {str(path): content or {}, "ELS_… variables": _environment(), "flags": given}
+    merged = {name: value for source in sources.values() for name, value in source.items()}
+    named = ", ".join(name for name, source in sources.items() if source)
+    return validate(_SETTINGS, merged, f"settings from {named}")
 
 
 def _environment() -> dict[str, str]:
@@ -97,10 +102,7 @@ def _environment() -> dict[str, str]:
 def cpu_limit() -> int:
     """Return how many CPUs this process may keep busy: cgroup quota and affinity, at least 1."""
     available = len(os.sched_getaffinity(0))
-    for path, parse in (
-        (Path("/sys/fs/cgroup/cpu.max"), _quota_v2),
-        (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), _quota_v1),
-    ):
+    for path, parse in ((_CPU_MAX_V2, _quota_v2), (_CPU_QUOTA_V1, _quota_v1)):
         if path.is_file() and (quota := parse(path)) is not None:
             return max(1, min(available, math.ceil(quota)))
     return available

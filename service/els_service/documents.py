@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from els_service.errors import LoadError
 
 _T = TypeVar("_T")
+
+# Aliases let a short document stand for an endless one.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel = 2
 
 
 def read_yaml(path: Path) -> Any:
@@ -23,7 +29,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise LoadError(path, f"expected a readable file, got {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:
+        # Malformed scalars and deep nesting: ValueError, KeyError, AttributeError, RecursionError …
         raise LoadError(path, f"expected YAML, got {' '.join(str(error).split())}") from error
 
 
@@ -38,7 +45,7 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object) -> _T:
     except ValidationError as error:
         faults = (
             f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].lower()}, "
-            f"got {fault['input']!r:.80}"
+            f"got {_BRIEF.repr(fault['input'])}"
             for fault in error.errors()
         )
         raise LoadError(source, "; ".join(faults)) from error

@@ -17,6 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+_LONGEST = 200
+"""Characters of one part of a text: a status travels in headers, of which 8 KiB are safe."""
+
 
 class ElsError(Exception):
     """An error whose text may reach the caller."""
@@ -26,14 +29,23 @@ class ElsError(Exception):
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong with one field: its path, what was expected, what came."""
+    """What is wrong with one field: its path, what was expected, what came; long parts cut."""
 
     field: str
     expected: str
     got: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expected", shortened(self.expected))
+        object.__setattr__(self, "got", shortened(self.got))
+
     def __str__(self) -> str:
         return f"{self.field}: expected {self.expected}, got {self.got}"
+
+
+def shortened(text: str) -> str:
+    """Return the text, its end replaced by "…" if it is long."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 class InvalidArgumentError(ElsError, ValueError):

@@ -65,7 +65,6 @@ def run(
 
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
-    # torch takes seconds to import: not for --help, --version or a wrong setting.
     settings = _settings(locals())
     import uvloop
 

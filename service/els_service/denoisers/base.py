@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,18 +60,28 @@ def make_query(
     )
 
 
-def one_each(field: str, values: int | Sequence[int], batch: int, none: int) -> Integers:
+def one_each(
+    field: str, values: int | np.integer[Any] | Sequence[int], batch: int, none: int
+) -> Integers:
     """Return one value for each image from none, one, or one each: [batch].
 
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    array = np.atleast_1d(np.asarray(values, np.int64))
-    if len(array) == batch:
-        return array
-    if len(array) > 1:
-        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(array)} values")
-    return np.full(batch, array[0] if len(array) else none, np.int64)
+    if not isinstance(values, int | np.integer) and not values:
+        return _filled(none, batch)
+    given = [values] if isinstance(values, int | np.integer) else list(values)
+    if len(given) not in (1, batch):
+        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
+    return np.array(given if len(given) == batch else given * batch, np.int64)
+
+
+@functools.lru_cache(1024)
+def _filled(value: int, batch: int) -> Integers:
+    """Return a read-only array: nearly every query has no labels or no windows."""
+    filled = np.full(batch, value, np.int64)
+    filled.flags.writeable = False
+    return filled
 
 
 def concatenate(queries: Sequence[Query]) -> Query:
@@ -104,9 +115,9 @@ class Denoised:
 
 def score(query: Query, mean: Tensor) -> Tensor:
     """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32 (Tweedie's formula)."""
-    a = torch.from_numpy(query.level.a.astype(np.float32))[:, None, None, None]
-    precision = torch.from_numpy((query.level.s**-2.0).astype(np.float32))[:, None, None, None]
-    return (mean * a - query.x) * precision
+    a = query.level.a.astype(np.float32).reshape(-1, 1, 1, 1)
+    precision = (query.level.s**-2.0).astype(np.float32).reshape(-1, 1, 1, 1)
+    return (mean * torch.from_numpy(a)).sub_(query.x).mul_(torch.from_numpy(precision))
 
 
 @dataclass(frozen=True)
@@ -169,23 +180,25 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     if tuple(query.x.shape[1:]) != info.shape:
         expected = f"[B, {', '.join(map(str, info.shape))}]"
         raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.x.shape)}")
-    if (query.labels != -1).any():
-        _check_labels(info, query.labels)
-    if query.windows.any():
-        _check_windows(info, query.windows)
+    _check_labels(info, query.labels.tolist())
+    _check_windows(info, query.windows.tolist())
 
 
-def _check_labels(info: DenoiserInfo, labels: Integers) -> None:
-    if not info.label_count:
-        raise InvalidArgumentError("labels", "none for an unlabelled model", labels.tolist())
+def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
     for label in labels:
-        if not -1 <= label < info.label_count:
+        if label == -1:
+            continue
+        if not info.label_count:
+            raise InvalidArgumentError("labels", "none for an unlabelled model", label)
+        if not 0 <= label < info.label_count:
             raise InvalidArgumentError("labels", f"-1 to {info.label_count - 1}", label)
 
 
-def _check_windows(info: DenoiserInfo, windows: Integers) -> None:
-    if not info.max_window:
-        raise InvalidArgumentError("windows", "none for a model without a window", windows.tolist())
+def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
     for k in windows:
-        if k and (k % 2 == 0 or not 1 <= k <= info.max_window):
+        if k == 0:
+            continue
+        if not info.max_window:
+            raise InvalidArgumentError("windows", "none for a model without a window", k)
+        if k % 2 == 0 or not 1 <= k <= info.max_window:
             raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)

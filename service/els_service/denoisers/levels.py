@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,8 +73,9 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
     """
-    values = np.asarray(sigma, np.float64)
-    return _in_range("sigma", values, NoiseLevel(np.ones_like(values), values))
+    values = [float(value) for value in sigma]
+    _check("sigma", values, values)
+    return NoiseLevel(_ones(len(values)), np.array(values))
 
 
 def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
@@ -82,9 +84,13 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value lies outside 0 < ᾱ < 1, or its s/a out of range.
     """
-    values = np.asarray(alpha_bar, np.float64)
-    _require("alpha_bar", "0 < alpha_bar < 1", values, (values > 0) & (values < 1))
-    return _in_range("alpha_bar", values, NoiseLevel(np.sqrt(values), np.sqrt(1 - values)))
+    values = np.array(alpha_bar, np.float64)
+    for value in values.tolist():
+        if not 0 < value < 1:
+            raise InvalidArgumentError("level.alpha_bar", "0 < alpha_bar < 1", value)
+    level = NoiseLevel(np.sqrt(values), np.sqrt(1 - values))
+    _check("alpha_bar", values.tolist(), level.sigma.tolist())
+    return level
 
 
 def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> NoiseLevel:
@@ -93,19 +99,25 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     Raises:
         InvalidArgumentError: A value lies outside 0 < t ≤ 1, or its s/a out of range.
     """
-    values = np.asarray(time, np.float64)
-    _require("time", "0 < time <= 1", values, (values > 0) & (values <= 1))
-    return _in_range("time", values, schedule(values))
-
-
-def _in_range(name: str, values: Floats, level: NoiseLevel) -> NoiseLevel:
-    sigma = level.sigma
-    expected = f"s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}"
-    _require(name, expected, values, (sigma >= MIN_SIGMA) & (sigma <= MAX_SIGMA))
+    values = np.array(time, np.float64)
+    for value in values.tolist():
+        if not 0 < value <= 1:
+            raise InvalidArgumentError("level.time", "0 < time <= 1", value)
+    level = schedule(values)
+    _check("time", values.tolist(), level.sigma.tolist())
     return level
 
 
-def _require(name: str, expected: str, values: Floats, legal: npt.NDArray[np.bool_]) -> None:
-    if not legal.all():
-        # NaN compares false with everything, so it is caught here too.
-        raise InvalidArgumentError(f"level.{name}", expected, values[~legal][0])
+@functools.lru_cache(1024)
+def _ones(count: int) -> Floats:
+    ones = np.ones(count)
+    ones.flags.writeable = False
+    return ones
+
+
+def _check(name: str, values: list[float], sigmas: list[float]) -> None:
+    # Plain floats: for the usual one level that is faster than array arithmetic.
+    for value, sigma in zip(values, sigmas, strict=True):
+        if not MIN_SIGMA <= sigma <= MAX_SIGMA:
+            expected = f"s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}"
+            raise InvalidArgumentError(f"level.{name}", expected, value)

@@ -80,15 +80,10 @@ class Batcher:
         seconds = self.denoiser.predict_seconds(query)
         if seconds < INLINE_S and not self._busy:
             return self._inline(query)
-        parts = list(_parts(query, seconds))
-        items = [self._enqueue(part, cost, deadline) for part, cost in parts]
-        try:
-            answers = [await item.answer for item in items]
-        finally:
-            # Whoever leaves early takes along what was not computed yet.
-            for item in items:
-                if not item.answer.cancel() and not item.answer.cancelled():
-                    item.answer.exception()  # seen: several parts may fail for one reason
+        # Each part queues when the one before it is done, behind those who came meanwhile.
+        answers = [
+            await self._enqueue(part, cost, deadline) for part, cost in _parts(query, seconds)
+        ]
         return answers[0] if len(answers) == 1 else _join(answers)
 
     def _inline(self, query: Query) -> Denoised:
@@ -97,13 +92,12 @@ class Batcher:
         self._observer.computed(self._name, time.monotonic() - start, len(query))
         return answer
 
-    def _enqueue(self, query: Query, seconds: float, deadline: float) -> _Item:
+    def _enqueue(self, query: Query, seconds: float, deadline: float) -> asyncio.Future[Denoised]:
         answer = asyncio.get_running_loop().create_future()
-        item = _Item(query, seconds, answer, deadline, time.monotonic())
-        self._waiting.append(item)
+        self._waiting.append(_Item(query, seconds, answer, deadline, time.monotonic()))
         if not self._busy:
             self._launch()
-        return item
+        return answer
 
     def _launch(self) -> None:
         """Start the next batch, if any item is still worth computing."""
@@ -113,9 +107,9 @@ class Batcher:
         self._busy = True
         for item in batch:
             self._observer.queued(self._name, time.monotonic() - item.since)
-        query = concatenate([item.query for item in batch])
+        queries = [item.query for item in batch]
         loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._executor, self._compute, query)
+        running = loop.run_in_executor(self._executor, self._compute, queries)
         running.add_done_callback(lambda done: self._finish(batch, done))
 
     def _next_batch(self) -> list[_Item]:
@@ -136,10 +130,11 @@ class Batcher:
                 seconds += item.seconds
         return batch
 
-    def _compute(self, query: Query) -> tuple[Denoised, float]:
+    def _compute(self, queries: list[Query]) -> tuple[Denoised, float]:
         start = time.monotonic()
         with torch.inference_mode():
-            return self.denoiser.denoise(query), time.monotonic() - start
+            answer = self.denoiser.denoise(concatenate(queries))
+        return answer, time.monotonic() - start
 
     def _finish(self, batch: list[_Item], done: asyncio.Future[tuple[Denoised, float]]) -> None:
         self._busy = False

@@ -18,7 +18,13 @@ from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
 from els_service.engine.batcher import Batcher, Observer
 from els_service.engine.repository import ModelRepository
-from els_service.errors import InvalidArgumentError, LoadError, NotFoundError
+from els_service.errors import (
+    InvalidArgumentError,
+    LoadError,
+    NotFoundError,
+    UnavailableError,
+    shortened,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +66,10 @@ class Engine:
             except LoadError as error:
                 _log.error("model refused", extra={"model": name, "reason": str(error)})
                 self.faults[name] = error
+            except Exception as error:
+                # Others serve even if one fails in a way that nobody foresaw.
+                _log.exception("model refused", extra={"model": name})
+                self.faults[name] = LoadError(name, f"failed at its first question: {error}")
             else:
                 self.add(name, denoiser)
         self.loading = False
@@ -73,6 +83,7 @@ class Engine:
 
         Raises:
             NotFoundError: There is none of that name; names those there are.
+            UnavailableError: There is none yet.
         """
         return self._batcher(name).denoiser
 
@@ -143,7 +154,9 @@ class Engine:
         try:
             return self._batchers[name]
         except KeyError:
-            known = ", ".join(sorted(self._batchers)) or "none"
+            if self.loading:
+                raise UnavailableError("models are still being loaded") from None
+            known = shortened(", ".join(sorted(self._batchers)) or "none")
             raise NotFoundError(f"model: expected one of {known}, got {name!r:.100}") from None
 
     def close(self) -> None:

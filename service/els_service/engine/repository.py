@@ -6,6 +6,7 @@ every path, links resolved, stays inside the models root.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,8 @@ from els_service.errors import LoadError
 
 CALIBRATED = "windows.yaml"
 """A table {sigma, k} in a model's folder, which ``window: auto`` takes."""
+_LARGEST = 1 << 29
+"""Numbers of an image that the largest legal message can hold."""
 
 
 class _Spec(BaseModel):
@@ -117,8 +120,9 @@ class ModelRepository:
             return self._build(folder, spec)
         except LoadError:
             raise
-        except ValueError as error:
-            raise LoadError(path, str(error)) from error
+        except Exception as error:
+            # The file system, safetensors and torch each refuse in their own ways.
+            raise LoadError(path, " ".join(str(error).split())) from error
 
     def _build(self, folder: Path, spec: Spec) -> Denoiser:
         match spec:
@@ -133,6 +137,8 @@ class ModelRepository:
                 )
             case GaussianSpec():
                 channels, height, width = spec.shape
+                if (numbers := math.prod(spec.shape)) > _LARGEST:
+                    raise ValueError(f"shape: expected at most {_LARGEST} numbers, got {numbers}")
                 return GaussianDenoiser(
                     (channels, height, width),
                     self._statistic(folder, "mean", spec.mean),
@@ -161,7 +167,10 @@ class ModelRepository:
             return None
         path = self._inside(folder, CALIBRATED)
         table = validate(_WINDOWS, read_yaml(path), path)
-        return WindowTable(tuple(table.sigma), tuple(table.k))
+        try:
+            return WindowTable(tuple(table.sigma), tuple(table.k))
+        except ValueError as error:
+            raise LoadError(path, str(error)) from error
 
     def _statistic(self, folder: Path, name: str, value: float | list[float] | str) -> Tensor:
         if isinstance(value, list):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
@@ -17,6 +16,7 @@ from els_service.denoisers.samplers import SAMPLERS, Options, Step, check_option
 from els_service.engine.engine import Engine
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.wire import codec
+from els_service.wire.calls import Context, deadline_of
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -25,9 +25,6 @@ _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_DDPM: "ddpm",
     pb.SAMPLER_HEUN: "heun",
 }
-
-Context = Any
-"""A ``grpc.aio.ServicerContext``; the generated base asks for a type that is the sync one too."""
 
 
 class DenoiserService(DenoiserServiceServicer):
@@ -83,8 +80,8 @@ class DenoiserService(DenoiserServiceServicer):
         async for step in steps:
             message = _encode_step(step, request)
             if step.index == 1 and request.return_noise:
-                start = codec.encode_tensor(noise(0).float(), request.output_dtype)
-                message.noise.CopyFrom(start)
+                start = await asyncio.to_thread(noise, 0)
+                message.noise.CopyFrom(codec.encode_tensor(start.float(), request.output_dtype))
             yield message
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
@@ -103,8 +100,9 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        tensors = 3 * count * math.prod(info.shape) * codec.output_size(request.output_dtype)
-        codec.check_answer_size(tensors, limits)
+        numbers = (2 + request.return_noise) * count * math.prod(info.shape)
+        size = numbers * codec.output_size(request.output_dtype)
+        codec.check_answer_size("count", size, limits)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -121,12 +119,6 @@ class DenoiserService(DenoiserServiceServicer):
         """Return one model's description."""
         info = self._engine.denoiser(request.name).info
         return pb.GetModelResponse(model=codec.encode_model(request.name, info, self._limits))
-
-
-def deadline_of(context: Context) -> float:
-    """Return the caller's deadline on ``time.monotonic``'s clock, or infinity."""
-    remaining = context.time_remaining()
-    return math.inf if remaining is None else time.monotonic() + remaining
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

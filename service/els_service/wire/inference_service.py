@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from els_service.engine.engine import Engine
 from els_service.errors import InvalidArgumentError, NotFoundError
 from els_service.version import FULL
 from els_service.wire import codec
-from els_service.wire.denoiser_service import Context, deadline_of
+from els_service.wire.calls import Context, deadline_of
 
 _VERSION = "1"
 _LEVELS = ("sigma", "alpha_bar", "time")
@@ -108,7 +107,7 @@ class InferenceService(GRPCInferenceServiceServicer):
         query = _query(_decode(request, info), info, self._limits)
         per_image = {"log_evidence": math.prod(info.shape[1:])}
         numbers = sum(per_image.get(name, math.prod(info.shape)) for name in wanted)
-        codec.check_answer_size(4 * len(query) * numbers, self._limits)
+        codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
         answer = await self._engine.denoise(request.model_name, query, deadline_of(context))
         response = pb.ModelInferResponse(
             model_name=request.model_name, model_version=_VERSION, id=request.id
@@ -174,8 +173,10 @@ def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> 
     if tensor.datatype != datatype:
         raise InvalidArgumentError(f"{tensor.name}.datatype", datatype, repr(tensor.datatype)[:100])
     shape = tuple(tensor.shape)
-    if min(shape, default=1) < 0:
-        raise InvalidArgumentError(f"{tensor.name}.shape", "no negative dimension", list(shape))
+    # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
+    if len(shape) > 4 or min(shape, default=1) < 1:
+        expected = "at most 4 positive dimensions"
+        raise InvalidArgumentError(f"{tensor.name}.shape", expected, list(shape))
     count = math.prod(shape)
     if raw is not None:
         size = count * np.dtype(layout).itemsize
@@ -197,14 +198,14 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
     codec.check_shape(inputs["x"].shape, "x", limits.max_images)
-    x = codec.finite(torch.from_numpy(inputs["x"].astype(np.float32)), "x")
-    given = [name for name in _LEVELS if name in inputs]
-    levels = {name: _flat(name, inputs[name]).astype(np.float64) for name in given}
-    level = codec.level_of(
-        given[0] if len(given) == 1 else given, SimpleNamespace(**levels), info.schedule
+    x = np.array(inputs["x"], np.float32)
+    codec.check_finite(x.reshape(-1), "x")
+    sigma, alpha_bar, time = (
+        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in _LEVELS
     )
+    level = codec.one_level(sigma, alpha_bar, time, info.schedule)
     return make_query(
-        x,
+        torch.from_numpy(x),
         level,
         _flat("label", inputs["label"]).tolist() if "label" in inputs else (),
         codec.decode_windows(_flat("window", inputs["window"]).tolist())
@@ -215,6 +216,6 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
 
 def _flat(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the values of a per-image input, whatever axes of one they came with."""
-    if values.size == 0 or max(values.shape, default=1) != values.size:
+    if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
     return values.reshape(-1)

@@ -7,16 +7,17 @@ bind ports ─► answer health NOT_SERVING ─► load and warm models ─► S
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -27,12 +28,12 @@ from els_service.config import Settings, cpu_limit
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.inference_service import InferenceService
-from els_service.wire.interceptor import CallInterceptor
 from els_service.wire.metrics import Metrics
 
-_log = structlog.get_logger("els_service.server")
+_log = logging.getLogger(__name__)
 
 _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
@@ -80,15 +81,16 @@ def repository(settings: Settings) -> ModelRepository:
 
 
 class Server:
-    """One process's server: ``start``, then ``drain``; ``close`` in any case."""
+    """One process's server, made where its event loop runs: ``start``, ``drain``, ``close``."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
         self._engine = Engine(self._metrics)
-        self._calls = CallInterceptor(self._metrics, self._engine.__contains__)
+        self._calls = Calls(self._metrics, self._engine.__contains__)
         self._health = health.aio.HealthServicer()
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._grpc = self._assemble()
 
     async def start(self) -> Ports:
         """Bind both ports, load every model, and serve; returns when they are warm.
@@ -97,7 +99,6 @@ class Server:
             LoadError: A port is in use, the models folder is missing, or no model can be loaded.
         """
         models = repository(self._settings)
-        self._grpc = self._assemble()
         grpc_port = self._bind()
         metrics_port = self._serve_metrics()
         await self._report()
@@ -111,9 +112,12 @@ class Server:
 
     async def drain(self) -> None:
         """Say NOT_SERVING, refuse new calls, and wait for those in flight, ``drain_s`` at most."""
-        await self._health.enter_graceful_shutdown()
+        # Bounded, as a watcher that takes no bytes would hold it up for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._health.enter_graceful_shutdown()
         await self._calls.drain(self._settings.drain_s)
-        # Time for the last answers to leave; then watchers of the health are let go.
+        # Watchers of the health stay until they are sent away.
         await self._grpc.stop(_FLUSH_S)
 
     async def close(self) -> None:
@@ -129,7 +133,6 @@ class Server:
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
         server = grpc.aio.server(
-            interceptors=[self._calls],
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", limits.max_message_bytes),
@@ -139,8 +142,10 @@ class Server:
         )
         ours = DenoiserService(self._engine, limits)
         protocol = InferenceService(self._engine, limits, self._ready)
-        denoise_pb2_grpc.add_DenoiserServiceServicer_to_server(ours, server)
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(protocol, server)
+        self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
+        self._calls.register(
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
@@ -200,10 +205,10 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             ports = starting.result()
-            _log.info("serving", grpc_port=ports.grpc_port, metrics_port=ports.metrics_port)
+            _log.info("serving", extra=asdict(ports))
             ready(ports)
             await stopping
-        _log.info("draining", at_most_s=settings.drain_s)
+        _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
     finally:
         starting.cancel()

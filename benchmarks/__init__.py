@@ -1,0 +1,1 @@
+"""Measurements run by hand; dated records go to ``results/``."""

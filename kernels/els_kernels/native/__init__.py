@@ -1,0 +1,5 @@
+"""Patch attention on CPUs in C++: box sums by displacement, one price for every window."""
+
+from els_kernels.native.binding import Native, instruction_sets
+
+__all__ = ["Native", "instruction_sets"]

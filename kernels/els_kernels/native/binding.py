@@ -1,0 +1,176 @@
+"""The C++ library through ctypes, which releases the interpreter's lock while it works.
+
+The library is loaded when the first bank is prepared, never on import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from els_kernels.geometry import Geometry, Posterior
+
+LIBRARY = Path(__file__).with_name("libels_native.so")
+
+_SOURCES = {"same": 0, "every": 1}
+_PADDING = {"zeros": 0, "circular": 1, "valid": 2}
+
+
+class _Call(ctypes.Structure):
+    """``ElsCall`` of library.cpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("bank", ctypes.c_void_p),
+        ("centre", ctypes.c_void_p),
+        ("images", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("sources", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("whole", ctypes.c_int32),
+        ("batch", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("s", ctypes.c_void_p),
+        ("window", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("log_evidence", ctypes.c_void_p),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Return the loaded library.
+
+    Raises:
+        RuntimeError: It was not built, or does not load.
+    """
+    if not LIBRARY.exists():
+        raise RuntimeError(
+            f"native: {LIBRARY.name} was not built, as no working C++ compiler was at hand when "
+            "els-denoise was installed; install one and reinstall, or use 'torch'"
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise RuntimeError(f"native: {LIBRARY.name} does not load: {error}") from error
+    library.els_kernel_name.argtypes = [ctypes.c_int32]
+    library.els_kernel_name.restype = ctypes.c_char_p
+    library.els_kernel_lanes.argtypes = [ctypes.c_int32]
+    library.els_kernel_lanes.restype = ctypes.c_int32
+    pointer, size = ctypes.c_void_p, ctypes.c_int32
+    library.els_pack.argtypes = [
+        size, pointer, pointer, ctypes.c_int64, size, size, size, pointer,
+    ]  # fmt: skip
+    library.els_pack.restype = None
+    library.els_attend.argtypes = [ctypes.POINTER(_Call)]
+    library.els_attend.restype = ctypes.c_int32
+    return library
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that this processor has a kernel for, best first.
+
+    Raises:
+        RuntimeError: The library was not built, or does not load.
+    """
+    names: list[str] = []
+    while (name := _library().els_kernel_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+class Native:
+    """A centred bank, as many images side by side as a SIMD vector has lanes."""
+
+    def __init__(self, bank: Tensor, *, instruction_set: str | None = None) -> None:
+        """Prepare a bank.
+
+        Args:
+            bank: [N, C, H, W] float32 on the CPU.
+            instruction_set: one of ``instruction_sets()``; None for the best.
+
+        Raises:
+            ValueError: The bank is not on the CPU, or the instruction set is unknown.
+            RuntimeError: The library was not built, or does not load.
+        """
+        if bank.device.type != "cpu":
+            raise ValueError(f"native: expected a bank on the CPU, got one on {bank.device}")
+        known = instruction_sets()
+        self.instruction_set = known[0] if instruction_set is None else instruction_set
+        if self.instruction_set not in known:
+            raise ValueError(
+                f"instruction_set: expected one of {', '.join(known)}, got {instruction_set!r}"
+            )
+        self._kernel = known.index(self.instruction_set)
+        self._shape = bank.shape
+        self._centre = bank.mean((0, 2, 3), dtype=torch.float64)
+        images, *image = bank.shape
+        lanes = _library().els_kernel_lanes(self._kernel)
+        tiles = -(-images // lanes)
+        # Whole cache lines, wherever torch's allocator begins.
+        memory = bank.new_empty(tiles * image[0] * image[1] * image[2] * lanes + 16)
+        self._bank = memory[-memory.data_ptr() % 64 // 4 :]
+        bank = bank.contiguous()
+        _library().els_pack(
+            self._kernel,
+            bank.data_ptr(),
+            self._centre.data_ptr(),
+            *bank.shape,
+            self._bank.data_ptr(),
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
+
+        Raises:
+            ValueError: Whole windows of every place under zero padding, which no machine has.
+            MemoryError: There was none for the partial results.
+        """
+        if geometry.whole and geometry.sources == "every" and geometry.padding == "zeros":
+            raise ValueError("geometry: every place answers a whole window on the torus only")
+        x = x.contiguous()
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        scales = torch.tensor([a, s], dtype=torch.float64)
+        windows = torch.tensor(window, dtype=torch.int64)
+        limits = torch.tensor(ranges, dtype=torch.int64)
+        call = _Call(
+            kernel=self._kernel,
+            threads=torch.get_num_threads(),
+            bank=self._bank.data_ptr(),
+            centre=self._centre.data_ptr(),
+            images=self._shape[0],
+            channels=self._shape[1],
+            height=self._shape[2],
+            width=self._shape[3],
+            sources=_SOURCES[geometry.sources],
+            padding=_PADDING[geometry.padding],
+            whole=geometry.whole,
+            batch=len(x),
+            x=x.data_ptr(),
+            a=scales[0].data_ptr(),
+            s=scales[1].data_ptr(),
+            window=windows.data_ptr(),
+            ranges=limits.data_ptr(),
+            mean=answer.mean.data_ptr(),
+            log_evidence=answer.log_evidence.data_ptr(),
+        )
+        if _library().els_attend(ctypes.byref(call)) != 0:
+            raise MemoryError("native: no memory for the partial results of this batch")
+        return answer

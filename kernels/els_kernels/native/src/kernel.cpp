@@ -1,0 +1,53 @@
+// The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
+#include "whole.hpp"
+
+namespace {
+
+void pack(const Bank& shape, const float* images, const double* centre, float* packed) {
+  const std::size_t pixels = shape.pixels();
+  const std::int64_t tiles = (shape.images + kLanes - 1) / kLanes;
+  for (std::int64_t tile = 0; tile < tiles; ++tile)
+    for (int c = 0; c < shape.channels; ++c)
+      for (std::size_t v = 0; v < pixels; ++v)
+        for (int i = 0; i < kLanes; ++i) {
+          const std::int64_t n = tile * kLanes + i;
+          *packed++ = n < shape.images
+                          ? images[(n * shape.channels + c) * pixels + v] - float(centre[c])
+                          : 0.0f;
+        }
+}
+
+std::size_t scratch_floats(const Bank& bank) {
+  const std::size_t sweeps = Scratch(bank, nullptr).floats, whole = whole_scratch_floats(bank);
+  return sweeps > whole ? sweeps : whole;
+}
+
+template <int C>
+void attend_windows(const Bank& bank, const Geometry& geometry, const Query& query,
+                    const Share& share, Scratch& scratch, Partial out) {
+  if (geometry.sources == Sources::kSame)
+    same_place<C>(bank, geometry, query, share.first, share.last, scratch, out);
+  else
+    every_place<C>(bank, geometry, query, share, scratch, out);
+}
+
+void attend(const Bank& bank, const Geometry& geometry, const Query& query, const Share& share,
+            float* memory, Partial out) {
+  const FlushToZero flush_to_zero;
+  if (geometry.whole) {
+    if (geometry.sources == Sources::kSame)
+      return whole_same(bank, query, share.first, share.last, out);
+    return whole_every(bank, query, share.first, share.last, memory, out);
+  }
+  Scratch scratch(bank, memory);
+  switch (bank.channels) {
+    case 1: return attend_windows<1>(bank, geometry, query, share, scratch, out);
+    case 3: return attend_windows<3>(bank, geometry, query, share, scratch, out);
+    default: return attend_windows<0>(bank, geometry, query, share, scratch, out);
+  }
+}
+
+}  // namespace
+
+extern "C" const els::Kernel ELS_KERNEL;
+const els::Kernel ELS_KERNEL = {ELS_KERNEL_NAME, kLanes, pack, scratch_floats, attend};

@@ -1,0 +1,72 @@
+// A thread's working memory, cut by hand: nothing is allocated while a task runs.
+#pragma once
+
+#include "problem.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using els::Bank;
+using els::Geometry;
+using els::Padding;
+using els::Partial;
+using els::Query;
+using els::Share;
+using els::Sources;
+
+constexpr int kBlock = 4;         // displacements, or tiles of the bank, worked on together
+constexpr int kPad = kBlock - 1;  // columns on either side that a block may touch past an image
+
+// A fresh running maximum: any logit exceeds it and takes its place; it is never added to one that
+// counts.
+constexpr float kNoPeak = -1.7e38f;
+// How far, in bits, a logit may exceed the running maximum before the sums are rescaled.
+constexpr float kHeadroom = 40.0f;
+// Running sums start afresh after so many rows (V) and columns (S), so that rounding errors do not
+// pile up. S is the larger number, where most of the error is made, and the cheaper to restart.
+constexpr int kRowRestart = 32, kColumnRestart = 16;
+
+inline int least(int a, int b) { return a < b ? a : b; }
+inline int most(int a, int b) { return a > b ? a : b; }
+inline int wrap(int i, int n) { return (i % n + n) % n; }
+
+inline std::size_t tile_floats(const Bank& bank) { return bank.channels * bank.pixels() * kLanes; }
+
+// A row of the query and a row of keys, both at column 0 of channel 0.
+struct RowPair {
+  const float* query;
+  const float* keys;
+};
+
+struct Scratch {
+  float* tile;       // [C][H][kPad + W + kPad] vectors: a tile, its rows continued cyclically
+  float* bias;       // [H][kPad + W + kPad] vectors: -∞ where a column may not answer
+  float* edge_bias;  // the same for displacement 0 under zero padding, where every column answers
+  float* columns;    // [3 W][kBlock] vectors: vertical sums of products
+  float* sums;       // [HW][1 + C] vectors: each lane's weights and responses
+  float* peak;       // [HW]: the running maxima of the logits
+  float* flushed;    // [HW]: the maxima that the partial result is relative to
+  RowPair* window;   // [H]: the rows that a window sees
+  std::size_t floats = 0;
+
+  // Cut from `base`; from null only to learn how many floats it takes.
+  Scratch(const Bank& bank, float* base) {
+    const std::size_t padded = std::size_t(bank.height) * (bank.width + 2 * kPad) * kLanes;
+    const std::size_t pixels = bank.pixels();
+    auto take = [&](std::size_t count) {
+      float* at = base == nullptr ? nullptr : base + floats;
+      floats += (count + 15) / 16 * 16;  // whole cache lines
+      return at;
+    };
+    tile = take(bank.channels * padded);
+    bias = take(padded);
+    edge_bias = take(padded);
+    columns = take(std::size_t(3) * bank.width * kBlock * kLanes);
+    sums = take((1 + bank.channels) * pixels * kLanes);
+    peak = take(pixels);
+    flushed = take(pixels);
+    window = reinterpret_cast<RowPair*>(take(bank.height * sizeof(RowPair) / sizeof(float)));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,116 @@
+// One vector of floats and the five things the kernel asks of it, for whichever instruction set
+// this translation unit is compiled for. Everything lives in an unnamed namespace: the same source
+// is compiled several times with different flags, and the linker must never mix the copies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef double Wide __attribute__((vector_size(8 * kLanes)));  // where precision is cheap
+
+constexpr float kForbidden = -__builtin_inff();  // the bias of a source that must not answer
+
+[[gnu::always_inline]] inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+[[gnu::always_inline]] inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+[[gnu::always_inline]] inline Vec splat(float v) { return v - Vec{}; }
+[[gnu::always_inline]] inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+[[gnu::always_inline]] inline bool any_above(Vec v, float limit) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpgt_ps((__m128)v, _mm_set1_ps(limit))) != 0;
+#else
+  const IVec above = v > splat(limit);
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+#endif
+}
+
+// 2^x for x below 127, to 2e-7 relative; exactly 0 for the bias of a forbidden source.
+[[gnu::always_inline]] inline Vec exp2(Vec x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  // 2^x = 2^floor(x) · p(x - floor(x)): minimax polynomial on [0, 1), two instructions around it.
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec p = f * 1.877576695e-03f + 8.989339694e-03f;
+  p = p * f + 5.582631752e-02f;
+  p = p * f + 2.401536107e-01f;
+  p = p * f + 6.931530833e-01f;
+  p = p * f + 9.999999404e-01f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  // Rounding by a large constant leaves the integer in the low bits of the sum. At x = -127 the
+  // remainder is 0, p is exactly 1, and its exponent field becomes exactly 0.
+  const Vec kRound = splat(12582912.0f);
+  const Vec t = larger(x, splat(-127.0f)) + kRound;
+  const Vec f = larger(x, splat(-127.0f)) - (t - kRound);
+  Vec p = f * 1.559467782e-04f + 1.340664341e-03f;
+  p = p * f + 9.617692791e-03f;
+  p = p * f + 5.550310388e-02f;
+  p = p * f + 2.402265221e-01f;
+  p = p * f + 6.931472421e-01f;
+  p = p * f + 1.0f;
+  return (Vec)((IVec)p + ((IVec)t << 23));
+#endif
+}
+
+inline Wide widen(Vec v) { return __builtin_convertvector(v, Wide); }
+inline Vec narrow(Wide v) { return __builtin_convertvector(v, Vec); }
+
+// Sum and maximum over the lanes, always in the same order.
+inline float lane_sum(Vec v) {
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline float lane_max(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// Numbers too small for a normal float are zero while a task runs: they cannot matter to a sum
+// that holds a weight of one, and some processors take a hundred cycles for each.
+class FlushToZero {
+ public:
+#if defined(__SSE2__)
+  FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushToZero() {}
+  ~FlushToZero() {}
+#endif
+};
+
+}  // namespace

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.e2e.models_folder import write_models
+from tests.e2e.processes import ServerProcess, serving
+
+from els_client import Client
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models root of all kinds."""
+    return write_models(tmp_path_factory.mktemp("world") / "models")
+
+
+@pytest.fixture(scope="session")
+def server(models: Path) -> Iterator[ServerProcess]:
+    """One server process for all tests that leave it as they found it."""
+    with serving("--models", models, "--threads", 1) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    """A raw channel to it; of any size, so that the server's limit counts."""
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(server.target, options) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.target, timeout_s=60) as client:
+        yield client

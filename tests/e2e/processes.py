@@ -1,0 +1,96 @@
+"""Real processes: ``els-server`` and ``els`` as a person starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+START_S = 60
+"""Ample: two busy cores take a few seconds."""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this environment without settings of ours, and with these variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ELS_")}
+    return {**kept, **variables}
+
+
+def run(
+    command: str, *arguments: object, timeout_s: float = 60, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``els`` or ``els-server`` to its end."""
+    return subprocess.run(
+        [BIN / command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(**variables),
+        check=False,
+    )
+
+
+class ServerProcess:
+    """``els-server run`` on free ports; its stdout is piped, its stderr goes to a file."""
+
+    def __init__(self, log: Path, *options: object, **variables: str) -> None:
+        self._log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [BIN / "els-server", "run", "--port=0", "--metrics-port=0", *map(str, options)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment(**variables),
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the server died: {log.read_text()}"
+        self.ready: dict[str, Any] = json.loads(line)
+
+    @property
+    def target(self) -> str:
+        """Address of the gRPC port."""
+        return f"127.0.0.1:{self.ready['grpc_port']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where the metrics are."""
+        return f"http://127.0.0.1:{self.ready['metrics_port']}/metrics"
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
+        """Return exit code and what else came to stdout."""
+        rest, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, rest.decode()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the log so far; every line must be JSON."""
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def serving(*options: object, **variables: str) -> Iterator[ServerProcess]:
+    """Yield a server process that is ready; it is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = ServerProcess(Path(folder) / "log", *options, **variables)
+        try:
+            yield server
+        finally:
+            server.kill()

@@ -1,0 +1,190 @@
+"""From the first line on stdout to exit code 0: starting, refusing to start, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.e2e.processes import BIN, environment, run, serving
+from tests.e2e.refusals import TIMEOUT_S, refused
+
+from els_client import AsyncClient, Client, Step, UnavailableError
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def status(target: str, service: str) -> int:
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub: Any = HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=service)
+        return int((await stub.Check(request, timeout=TIMEOUT_S)).status)
+
+
+def watched(channel: grpc.aio.Channel) -> Any:
+    """Return a watch of the overall health."""
+    stub: Any = HealthStub(channel)
+    return stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+
+
+async def rest_of(steps: AsyncIterator[Step]) -> list[int]:
+    return [step.index async for step in steps]
+
+
+async def test_a_drain_answers_every_call_in_flight_and_refuses_new_ones(models: Path) -> None:
+    with serving("--models", models, "--threads", 1) as server:
+        async with (
+            AsyncClient(server.target) as client,
+            grpc.aio.insecure_channel(server.target) as channel,
+        ):
+            watch = watched(channel)
+            assert (await watch.read()).status == SERVING
+            slow = [client.sample(model="zeros", count=32, steps=20, seed=i) for i in range(8)]
+            for steps in slow:
+                assert (await anext(steps)).index == 1
+            server.terminate()
+            assert (await watch.read()).status == NOT_SERVING
+            refusal = pb.SampleRequest(model="zeros", steps=1)
+            late: Any = DenoiserServiceStub(channel).Sample(refusal, timeout=TIMEOUT_S)
+            with pytest.raises(grpc.aio.AioRpcError) as turned_away:
+                await late.read()
+            assert turned_away.value.code() is grpc.StatusCode.UNAVAILABLE
+
+            indices = await asyncio.gather(*map(rest_of, slow))
+            assert indices == [list(range(2, 21))] * 8
+        assert await asyncio.to_thread(server.wait) == (0, "")
+        assert [record for record in server.records() if record["level"] == "error"] == []
+
+
+async def test_a_slow_reader_gets_its_last_step_even_if_the_server_drains(models: Path) -> None:
+    with serving("--models", models) as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            watch = watched(channel)
+            assert (await watch.read()).status == SERVING
+            request = pb.SampleRequest(
+                model="gaussian", count=64, steps=20, return_x=True, return_denoised=True
+            )
+            call: Any = DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S)
+            assert (await call.read()).index == 1
+            server.terminate()
+            assert (await watch.read()).status == NOT_SERVING
+            rest = [(await call.read()).index for _ in range(19)]
+            assert rest == list(range(2, 21))
+            assert await call.code() is grpc.StatusCode.OK
+        assert await asyncio.to_thread(server.wait) == (0, "")
+
+
+def test_a_drain_ends_in_bounded_time_even_if_a_caller_never_reads(models: Path) -> None:
+    with serving("--models", models, ELS_DRAIN_S="0.5") as server:
+        with grpc.insecure_channel(server.target) as channel:
+            request = pb.SampleRequest(
+                model="gaussian", count=128, steps=1000, return_x=True, return_denoised=True
+            )
+            call: Any = DenoiserServiceStub(channel).Sample(request, timeout=60)
+            next(call)
+            server.terminate()
+            assert server.wait(timeout_s=20) == (0, "")
+            call.cancel()
+        with Client(server.target, timeout_s=20) as client, pytest.raises(UnavailableError):
+            client.models()
+        assert [record for record in server.records() if record["level"] == "error"] == []
+
+
+async def test_one_bad_model_is_named_and_not_serving_while_the_others_serve(
+    tmp_path: Path,
+) -> None:
+    root = write_models(tmp_path / "models", {**DOCUMENTS, "bad": "kind: analytic\nmachine: x\n"})
+    (root / "late").mkdir()
+    (root / "late" / "model.yaml").write_text("kind: gaussian\nshape: [1, 2, 2001-13-01]\n")
+    with serving("--models", root) as server:
+        async with AsyncClient(server.target) as client:
+            assert [model.name for model in await client.models()] == sorted(DOCUMENTS)
+            await client.denoise(np.zeros((1, 1, 6, 5), np.float32), model="zeros", sigma=1)
+        for name, expected in {"bad": NOT_SERVING, "late": NOT_SERVING, "zeros": SERVING}.items():
+            assert await status(server.target, name) == expected
+        assert await status(server.target, "") == SERVING
+        refusals = {
+            record["model"]: record["reason"]
+            for record in server.records()
+            if record["event"] == "model refused"
+        }
+        for name in ("bad", "late"):
+            assert str(root / name / "model.yaml") in refusals[name]
+
+
+def test_without_one_model_that_can_be_served_the_server_refuses_to_start(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {"bad": "kind: analytic\nmachine: x\n"})
+    done = run("els-server", "run", "--models", root, "--port=0", "--metrics-port=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(root / "bad" / "model.yaml") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["port", "metrics-port"])
+def test_a_port_in_use_is_named_and_the_server_refuses_to_start(models: Path, option: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"port": 0, "metrics-port": 0, option: port}
+        options = [f"--{name}={number}" for name, number in ports.items()]
+        done = run("els-server", "run", "--models", models, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"127.0.0.1:{port}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--models", "/nowhere/at/all"), "/nowhere/at/all: expected a folder of models"),
+        (("--device", "cuda"), "device: expected a CUDA device, found none"),
+        (("--host", "256.0.0.1"), "256.0.0.1:0"),
+    ],
+)
+def test_a_setting_that_cannot_be_met_is_named(options: tuple[str, str], message: str) -> None:
+    done = run("els-server", "run", "--port=0", "--metrics-port=0", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {f"m{i}": DOCUMENTS["zeros"] for i in range(1000)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [BIN / "els-server", "run", "--models", root, f"--port={port}", "--metrics-port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = HealthStub(channel)
+            request = health_pb2.HealthCheckRequest()
+            health = stub.Check(request, timeout=TIMEOUT_S, wait_for_ready=True)
+            assert health.status == NOT_SERVING
+            ask = DenoiserServiceStub(channel).GetModel
+            early = refused(lambda: ask(pb.GetModelRequest(name="z"), timeout=TIMEOUT_S))
+            assert early.code() is grpc.StatusCode.UNAVAILABLE
+            process.terminate()
+            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert (process.returncode, stdout) == (0, b"")
+    assert b"Traceback" not in stderr
+    assert b"exception" not in stderr

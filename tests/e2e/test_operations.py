@@ -1,0 +1,155 @@
+"""What an operator sees: health, reflection, metrics and logs of a real server process."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+from prometheus_client.parser import text_string_to_metric_families
+from tests.e2e.bad_requests import denoise
+from tests.e2e.models_folder import DOCUMENTS
+from tests.e2e.processes import ServerProcess
+from tests.e2e.refusals import TIMEOUT_S, refused
+
+from els_client import Client
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.version import COMMIT, VERSION
+
+SERVICES = ("denoise.v1.DenoiserService", "inference.GRPCInferenceService")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def metrics(server: ServerProcess) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Return every sample as sample name → [(labels, value)]."""
+    with urlopen(server.metrics_url, timeout=TIMEOUT_S) as page:
+        families = text_string_to_metric_families(page.read().decode())
+        found: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for family in families:
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def value(server: ServerProcess, name: str, **labels: str) -> float:
+    """Return one sample's value, 0 where there is none yet."""
+    return sum(number for found, number in metrics(server).get(name, []) if found == labels)
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES, *sorted(DOCUMENTS)])
+def test_health_of_server_services_and_models_is_serving(
+    channel: grpc.Channel, service: str
+) -> None:
+    stub: Any = HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service=service)
+    assert stub.Check(request, timeout=TIMEOUT_S).status == SERVING
+    watch = stub.Watch(request, timeout=TIMEOUT_S)
+    assert next(watch).status == SERVING
+    watch.cancel()
+
+
+def test_health_of_something_unknown_is_unknown(channel: grpc.Channel) -> None:
+    stub: Any = HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service="nobody")
+    assert refused(lambda: stub.Check(request, timeout=TIMEOUT_S)).code().name == "NOT_FOUND"
+    watch = stub.Watch(request, timeout=TIMEOUT_S)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watch.cancel()
+
+
+def test_reflection_lists_the_services_and_tells_their_methods(channel: grpc.Channel) -> None:
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in SERVICES),
+    ]
+    stub: Any = ServerReflectionStub(channel)
+    listed, *described = stub.ServerReflectionInfo(iter(requests), timeout=TIMEOUT_S)
+    names = {service.name for service in listed.list_services_response.service}
+    assert names >= {*SERVICES, "grpc.health.v1.Health"}
+    for name, answer in zip(SERVICES, described, strict=True):
+        files = [
+            FileDescriptorProto.FromString(file)
+            for file in answer.file_descriptor_response.file_descriptor_proto
+        ]
+        assert name in {f"{file.package}.{one.name}" for file in files for one in file.service}
+
+
+def test_metrics_tell_version_and_commit(server: ServerProcess) -> None:
+    assert metrics(server)["els_build_info"] == [({"version": VERSION, "commit": COMMIT}, 1.0)]
+
+
+def test_metrics_have_our_prefix_seconds_and_labels(server: ServerProcess, client: Client) -> None:
+    client.denoise(np.zeros((256, 1, 6, 5), np.float32), model="zeros", sigma=1.0)
+    found = metrics(server)
+    assert {name.partition("_")[0] for name in found} == {"els"}
+    labels = {
+        "els_request_seconds": {"model", "method", "code"},
+        "els_queue_seconds": {"model"},
+        "els_compute_seconds": {"model"},
+        "els_batch_size": {"model"},
+    }
+    for name, expected in labels.items():
+        assert {frozenset(found) for found, _ in found[f"{name}_count"]} == {frozenset(expected)}
+        assert any(number > 0 for _, number in found[f"{name}_sum"])
+
+
+def test_every_call_is_counted_under_its_model_method_and_code(
+    server: ServerProcess, client: Client, channel: grpc.Channel
+) -> None:
+    def count(**labels: str) -> float:
+        return value(server, "els_request_seconds_count", **labels)
+
+    asked = [
+        {"model": "ideal", "method": "Denoise", "code": "OK"},
+        {"model": "ideal", "method": "Sample", "code": "OK"},
+        {"model": "zeros", "method": "Denoise", "code": "INVALID_ARGUMENT"},
+        {"model": "", "method": "Denoise", "code": "NOT_FOUND"},
+    ]
+    before = [count(**labels) for labels in asked]
+    images = value(server, "els_batch_size_sum", model="ideal")
+    client.denoise(np.zeros((3, 1, 6, 5), np.float32), model="ideal", sigma=1.0)
+    list(client.sample(model="ideal", count=2, steps=2))
+    stub = DenoiserServiceStub(channel)
+    refused(lambda: stub.Denoise(denoise(labels=[9]), timeout=TIMEOUT_S))
+    refused(lambda: stub.Denoise(denoise(model="nobody"), timeout=TIMEOUT_S))
+    assert [count(**labels) for labels in asked] == [number + 1 for number in before]
+    assert value(server, "els_batch_size_sum", model="ideal") == images + 3 + 2 * 2
+
+
+def test_names_of_unknown_models_make_no_new_time_series(
+    server: ServerProcess, channel: grpc.Channel
+) -> None:
+    stub = DenoiserServiceStub(channel)
+    refused(lambda: stub.Denoise(denoise(model="made-up"), timeout=TIMEOUT_S))
+    models = {labels["model"] for labels, _ in metrics(server)["els_request_seconds_count"]}
+    assert models <= {"", *DOCUMENTS}
+
+
+def test_logs_carry_the_caller_s_request_id_or_a_new_one(
+    server: ServerProcess, channel: grpc.Channel
+) -> None:
+    def logged() -> list[dict[str, Any]]:
+        return [record for record in server.records() if record["event"] == "call"]
+
+    stub, bad = DenoiserServiceStub(channel), denoise(labels=[9])
+    refused(
+        lambda: stub.Denoise(bad, timeout=TIMEOUT_S, metadata=(("x-request-id", "id-of-mine"),))
+    )
+    mine = logged()[-1]
+    refused(lambda: stub.Denoise(bad, timeout=TIMEOUT_S))
+    other = logged()[-1]
+    assert mine["request_id"] == "id-of-mine"
+    assert len(other["request_id"]) == 32
+    for record in (mine, other):
+        assert (record["method"], record["model"]) == ("Denoise", "zeros")
+        assert (record["code"], record["level"]) == ("INVALID_ARGUMENT", "info")
+        assert record["reason"] == "labels: expected -1 to 2, got 9"
+        assert record["timestamp"].endswith("Z")
+        assert record["seconds"] >= 0

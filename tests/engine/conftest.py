@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import pytest
+import torch
+
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
+from els_service.denoisers.levels import from_sigma
+from els_service.engine.engine import Engine
+
+SHAPE = (1, 2, 3)
+WAIT_S = 30
+"""Far more than any of this takes."""
+
+
+class Recorder:
+    """Answers twice x and, as evidence, the sum over C; remembers every batch.
+
+    Args:
+        seconds: what it says an image costs.
+    """
+
+    def __init__(self, seconds: float = 1e-3) -> None:
+        self.seconds = seconds
+        self.batches: list[list[float]] = []
+        """The first pixel of every image of every batch."""
+        self.threads: list[int] = []
+        self.fails_on: set[float] = set()
+        self.entered = threading.Semaphore(0)
+        self.go = threading.Event()
+        self.go.set()
+
+    @property
+    def info(self) -> DenoiserInfo:
+        return DenoiserInfo(kind="recorder", shape=SHAPE, has_log_evidence=True)
+
+    def check(self, query: Query) -> None:
+        check_query(self.info, query)
+
+    def predict_seconds(self, query: Query) -> float:
+        return self.seconds * len(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        self.threads.append(threading.get_ident())
+        first = query.x[:, 0, 0, 0].tolist()
+        self.batches.append(first)
+        self.entered.release()
+        assert self.go.wait(WAIT_S)
+        if self.fails_on & set(first):
+            raise ZeroDivisionError("as told")
+        return Denoised(2 * query.x, query.x.sum(1))
+
+    async def until_entered(self) -> None:
+        """Wait until the next batch is being computed."""
+        assert await asyncio.to_thread(self.entered.acquire, True, WAIT_S)
+
+
+class Observed:
+    """What an engine told its observer."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+        self.images: list[int] = []
+
+    def queued(self, model: str, seconds: float) -> None:
+        self.waits.append(seconds)
+
+    def computed(self, model: str, seconds: float, images: int) -> None:
+        self.images.append(images)
+
+
+def query(*values: float) -> Query:
+    """Return one image for each value, filled with it."""
+    x = torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, *SHAPE)
+    return make_query(x.contiguous(), from_sigma(np.ones(1)))
+
+
+def values(answer: Denoised) -> list[float]:
+    """Return the value of each image of an answer."""
+    assert answer.log_evidence is not None
+    assert torch.equal(answer.log_evidence * 2, answer.mean.sum(1))
+    return [float(value) for value in answer.mean[:, 0, 0, 0]]
+
+
+Serve = Callable[[Recorder], Engine]
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    """An engine without models; closed in any case."""
+    engine = Engine(Observed())
+    yield engine
+    engine.close()
+
+
+async def turns(count: int = 5) -> None:
+    """Let every task that can run do so."""
+    for _ in range(count):
+        await asyncio.sleep(0)

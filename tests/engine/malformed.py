@@ -1,0 +1,78 @@
+"""Documents that are no model.yaml, with what each must be refused for."""
+
+from __future__ import annotations
+
+BANK = "bank: ../_banks/tiny.safetensors\n"
+ELS = f"kind: analytic\nmachine: els\n{BANK}"
+GAUSSIAN = "kind: gaussian\nshape: [2, 3, 4]\n"
+
+MALFORMED: dict[str, tuple[str | bytes, str]] = {
+    "empty": ("", "document: "),
+    "a list": ("[1, 2]", "document: "),
+    "truncated": ("kind: analytic\nmachine: {els", "expected YAML"),
+    "no text": (b"kind: \x80\x81", "expected YAML"),
+    "an object": ("!!python/object/apply:os.getcwd []", "expected YAML"),
+    "an impossible date": ("kind: 2001-13-01", "expected YAML"),
+    "an impossible truth": ("kind: !!bool perhaps", "expected YAML"),
+    "an impossible number": ("kind: !!int ''", "expected YAML"),
+    "an impossible time": ("kind: !!timestamp never", "expected YAML"),
+    "an endless number": (f"kind: {'9' * 5000}", "expected YAML"),
+    "nested without end": ("[" * 20_000, "expected YAML"),
+    "aliases without end": (
+        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+        + "kind: wiener\nbank: x\n",
+        "extra inputs are not permitted",
+    ),
+    "no kind": (BANK, "kind"),
+    "unknown kind": (f"kind: magic\n{BANK}", "'magic'"),
+    "unknown machine": (f"kind: analytic\nmachine: magic\n{BANK}", "analytic.machine: "),
+    "unknown padding": (f"{ELS}padding: mirror\n", "analytic.padding: "),
+    "unknown schedule": (f"{ELS}schedule: linear\n", "analytic.schedule: "),
+    "unknown key": (f"{ELS}windows: 3\n", "analytic.windows: extra inputs are not permitted"),
+    "two faults": (f"{ELS}windows: 3\npadding: up\n", "analytic.padding: "),
+    "no bank": ("kind: analytic\nmachine: els\n", "analytic.bank: field required"),
+    "valid padding with local": (
+        f"kind: analytic\nmachine: local\npadding: valid\n{BANK}",
+        "got local with valid",
+    ),
+    "even window": (f"{ELS}window: 4\n", "window.k: expected odd numbers, got (4,)"),
+    "window 0": (f"{ELS}window: 0\n", "window.k: expected odd numbers"),
+    "negative window": (f"{ELS}window: -3\n", "window.k: expected odd numbers"),
+    "window too large": (f"{ELS}window: 13\n", "window: expected at most 11 here, got 13"),
+    "window of another word": (f"{ELS}window: automatic\n", "analytic.window"),
+    "window true": (f"{ELS}window: true\n", "analytic.window"),
+    "window table ragged": (
+        f"{ELS}window: {{sigma: [1, 2], k: [3]}}\n",
+        "window: expected as many k as sigma",
+    ),
+    "window table empty": (f"{ELS}window: {{sigma: [], k: []}}\n", "at least one"),
+    "window table falling": (
+        f"{ELS}window: {{sigma: [2, 1], k: [3, 5]}}\n",
+        "window.sigma: expected increasing",
+    ),
+    "window table NaN": (f"{ELS}window: {{sigma: [.nan], k: [3]}}\n", "window.sigma: "),
+    "window table even": (f"{ELS}window: {{sigma: [1], k: [2]}}\n", "window.k: "),
+    "window table of words": (f"{ELS}window: {{sigma: [a], k: [3]}}\n", "window"),
+    "window table with a third key": (
+        f"{ELS}window: {{sigma: [1], k: [3], n: 2}}\n",
+        "extra inputs are not permitted",
+    ),
+    "gaussian without mean": (f"{GAUSSIAN}variance: 1\n", "gaussian.mean"),
+    "gaussian of two axes": ("kind: gaussian\nshape: [2, 3]\nmean: 0\nvariance: 1\n", "shape"),
+    "gaussian of no width": ("kind: gaussian\nshape: [2, 3, 0]\nmean: 0\nvariance: 1\n", "shape"),
+    "gaussian too large": (
+        "kind: gaussian\nshape: [1, 1000000000, 1000000000]\nmean: 0\nvariance: 1\n",
+        "shape: expected at most",
+    ),
+    "gaussian beyond integers": (
+        f"kind: gaussian\nshape: [1, {2**80}, 1]\nmean: 0\nvariance: 1\n",
+        "shape: expected at most",
+    ),
+    "gaussian NaN": (f"{GAUSSIAN}mean: .nan\nvariance: 1\n", "mean: expected finite"),
+    "gaussian negative": (f"{GAUSSIAN}mean: 0\nvariance: -1\n", "variance: expected >= 0"),
+    "gaussian of three channels": (
+        f"{GAUSSIAN}mean: [0, 0, 0]\nvariance: 1\n",
+        "mean: expected something that broadcasts to [2, 3, 4], got shape [3, 1, 1]",
+    ),
+}

@@ -1,0 +1,113 @@
+"""Whatever patch attention cannot answer it refuses, and says what it expected and got."""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.cases import NAMES, random_case
+
+from els_kernels import GEOMETRIES, PatchAttention
+
+SHAPE = (4, 2, 5, 6)
+BANK = torch.zeros(SHAPE)
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("bank", "got"),
+    [
+        (BANK[0], r"torch.float32 \[2, 5, 6\]"),
+        (BANK[None], r"torch.float32 \[1, 4, 2, 5, 6\]"),
+        (BANK.double(), r"torch.float64 \[4, 2, 5, 6\]"),
+        (BANK.to(torch.uint8), r"torch.uint8 \[4, 2, 5, 6\]"),
+        (BANK[:0], r"\[0, 2, 5, 6\]"),
+        (BANK[:, :0], r"\[4, 0, 5, 6\]"),
+        (BANK[..., :0], r"\[4, 2, 5, 0\]"),
+    ],
+)
+def test_a_bank_that_is_no_float32_images_is_refused(bank: torch.Tensor, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"bank: expected float32 \[N, C, H, W\].*, got .*{got}"):
+        PatchAttention(bank)
+
+
+def test_an_unknown_implementation_is_refused_with_those_there_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"implementation: expected one of reference, torch.*, got 'abacus'"
+    ):
+        PatchAttention(BANK, implementation="abacus")
+
+
+def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        attention = PatchAttention(BANK)
+    assert f"chose {attention.implementation} for device cpu" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 5, 6)}, r"x: expected shape \[B, 2, 5, 6\], got \[2, 5, 6\]"),
+        ({"x": torch.zeros(2, 2, 6, 5)}, r"x: expected shape \[B, 2, 5, 6\], got \[2, 2, 6, 5\]"),
+        ({"x": torch.zeros(0, 2, 5, 6)}, r"x: expected shape .* got \[0, 2, 5, 6\]"),
+        ({"x": torch.zeros(2, 2, 5, 6).double()}, "x: expected torch.float32 .*got torch.float64"),
+        ({"x": torch.zeros(2, 2, 5, 6, device="meta")}, "x: expected .* on cpu, got .* on meta"),
+        ({"a": torch.ones(3)}, r"a: expected shape \[2\], got \[3\]"),
+        ({"a": torch.tensor(1.0)}, r"a: expected shape \[2\], got \[\]"),
+        ({"a": torch.tensor([1.0, 0.0])}, r"a: expected finite and > 0, got 0.0"),
+        ({"s": torch.ones(1)}, r"s: expected shape \[2\], got \[1\]"),
+        ({"s": torch.ones(2, 1)}, r"s: expected shape \[2\], got \[2, 1\]"),
+        ({"s": torch.tensor([1.0, 0.0])}, r"s: expected finite and > 0, got 0.0"),
+        ({"s": torch.tensor([1.0, -0.5])}, r"s: expected finite and > 0, got -0.5"),
+        ({"s": torch.tensor([NAN, 1.0])}, r"s: expected finite and > 0, got nan"),
+        ({"s": torch.tensor([1.0, INF])}, r"s: expected finite and > 0, got inf"),
+        ({"window": None}, r"window: expected integers \[2\], got None"),
+        ({"window": torch.tensor([3])}, r"window: expected integers \[2\], got torch.int64 \[1\]"),
+        ({"window": torch.tensor([3.0, 3.0])}, r"window: expected integers .* got torch.float32"),
+        ({"window": torch.tensor([3, 4])}, "window: expected odd from 1 to 11, got 4"),
+        ({"window": torch.tensor([3, 0])}, "window: expected odd from 1 to 11, got 0"),
+        ({"window": torch.tensor([-3, 3])}, "window: expected odd from 1 to 11, got -3"),
+        ({"window": torch.tensor([3, 13])}, "window: expected odd from 1 to 11, got 13"),
+        (
+            {"ranges": torch.tensor([[0, 4]])},
+            r"ranges: expected integers \[2, 2\], got .* \[1, 2\]",
+        ),
+        ({"ranges": torch.zeros(2, 2)}, r"ranges: expected integers \[2, 2\], got torch.float32"),
+        ({"ranges": torch.tensor([[0, 4], [2, 2]])}, "ranges: expected .*, got lo 2, hi 2"),
+        ({"ranges": torch.tensor([[0, 4], [3, 2]])}, "ranges: expected .*, got lo 3, hi 2"),
+        ({"ranges": torch.tensor([[0, 5], [0, 4]])}, "ranges: expected .* <= 4, got lo 0, hi 5"),
+        ({"ranges": torch.tensor([[-1, 3], [0, 4]])}, "ranges: expected .*, got lo -1, hi 3"),
+    ],
+)
+def test_a_query_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    case = replace(random_case(NAMES["els-zeros"], SHAPE, [3]), **change)
+    attention = PatchAttention(BANK)
+    with pytest.raises(ValueError, match=message):
+        case.ask(attention)
+
+
+@pytest.mark.parametrize("name", ["local-circular", "els-circular", "els-valid"])
+@pytest.mark.parametrize("window", [7, 9, 2])
+def test_a_window_larger_than_the_torus_is_refused(name: str, window: int) -> None:
+    case = random_case(NAMES[name], SHAPE, [3])
+    case = replace(case, window=torch.tensor([3, window]))
+    with pytest.raises(ValueError, match=f"window: expected odd from 1 to 5, got {window}"):
+        case.attend("torch")
+
+
+@pytest.mark.parametrize("name", ["ideal-zeros", "equivariant-circular"])
+def test_a_window_for_a_whole_image_is_refused(name: str) -> None:
+    case = replace(random_case(NAMES[name], SHAPE, [1]), window=torch.tensor([3, 3]))
+    with pytest.raises(ValueError, match="window: expected None for a whole-image window"):
+        case.attend("torch")
+
+
+def test_ranges_left_out_mean_the_whole_bank() -> None:
+    case = random_case(NAMES["els-zeros"], SHAPE, [3])
+    case = replace(case, ranges=torch.tensor([[0, 4]] * 2))
+    got = PatchAttention(case.bank, implementation="torch")(
+        case.x, a=case.a, s=case.s, window=case.window, geometry=GEOMETRIES["els", "zeros"]
+    )
+    assert torch.equal(got.mean, case.attend("torch").mean)
