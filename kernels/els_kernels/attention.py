@@ -13,6 +13,8 @@ from els_kernels.geometry import Geometry, Posterior, max_window
 from els_kernels.native import Native, instruction_sets
 from els_kernels.reference import Reference
 from els_kernels.tiled import Tiled
+from els_kernels.triton import create as create_triton
+from els_kernels.triton import unavailable as triton_unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
     "reference": Reference,
     "torch": Tiled,
     "native": Native,
+    "triton": create_triton,
 }
 
 
@@ -60,7 +63,7 @@ class PatchAttention:
 
         Raises:
             ValueError: bank or implementation is not as above; says expected and got.
-            RuntimeError: ``native`` was asked for and its library is not there; says why.
+            RuntimeError: ``native`` or ``triton`` was asked for and cannot be had; says why.
         """
         if bank.ndim != 4 or bank.dtype != torch.float32 or 0 in bank.shape:
             raise ValueError(
@@ -68,7 +71,7 @@ class PatchAttention:
                 f"got {bank.dtype} {list(bank.shape)}"
             )
         if implementation == "auto":
-            implementation = _fastest(bank)
+            implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
@@ -148,8 +151,13 @@ class PatchAttention:
         return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
 
 
-def _fastest(bank: Tensor) -> str:
+def fastest(bank: Tensor) -> str:
+    """Return what ``auto`` takes for a bank, and log why it is not the fastest there could be."""
     if bank.device.type != "cpu":
+        reason = triton_unavailable(bank)
+        if reason is None:
+            return "triton"
+        _log.info("patch attention: no triton: %s", reason)
         return "torch"
     try:
         instruction_sets()

@@ -1,0 +1,43 @@
+"""Patch attention on GPUs in Triton: direct, diagonal, same-place and shift forms.
+
+Importing this package needs neither triton nor a GPU; asking it for an implementation does.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from els_kernels.triton.machine import TritonAttention
+
+__all__ = ["create", "unavailable"]
+
+
+def unavailable(bank: Tensor) -> str | None:
+    """Return why Triton cannot serve this bank, or None if it can.
+
+    Under ``TRITON_INTERPRET=1`` a bank on the CPU is served, slowly: for tests.
+    """
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'els-denoise[gpu]')"
+    if bank.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"expected a bank on a GPU (device cuda), got one on {bank.device}"
+
+
+def create(bank: Tensor) -> TritonAttention:
+    """Return the implementation for a bank.
+
+    Raises:
+        RuntimeError: triton is missing or the bank is not on a GPU; says which.
+    """
+    reason = unavailable(bank)
+    if reason is not None:
+        raise RuntimeError(f"implementation triton: {reason}")
+    from els_kernels.triton.machine import TritonAttention
+
+    return TritonAttention(bank)

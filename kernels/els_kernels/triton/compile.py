@@ -1,0 +1,285 @@
+"""Compiles every kernel with every tuned tile for every chip, without a GPU, and reads the binary.
+
+    python -m els_kernels.triton.compile [--arch sm90] [--markdown]
+
+prints registers, spills, shared memory, matrix instructions and, for the inner loop, instructions a
+pair by class with the bound that they put on an H200: the static roofline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from els_kernels.triton import tuning
+from els_kernels.triton.diagonal import diagonal_kernel
+from els_kernels.triton.direct import direct_kernel
+from els_kernels.triton.online import merge_kernel
+from els_kernels.triton.same_place import same_place_kernel
+from els_kernels.triton.shifts import shift_logits_kernel, shift_responses_kernel
+from els_kernels.triton.tuning import Arch, Config
+
+_TARGETS: dict[Arch, GPUTarget] = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
+_MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|v_mfma)")
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel with all its constants, for one chip."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, int]
+    config: Config
+    arch: Arch
+    pairs: int
+    """Pairs of places in one pass of the inner loop; 0 where that is not its unit."""
+    matrix: bool = True
+    """Whether it is meant to use the matrix units."""
+
+
+class Report(NamedTuple):
+    """What the binary is."""
+
+    registers: int
+    spills: int
+    """Spill instructions (NVIDIA) or spilled vector registers (AMD)."""
+    shared: int
+    """Bytes."""
+    matrix: str
+    """Kinds of matrix instruction, or ``-``."""
+    loop: dict[str, float] | None
+    """Inner loop: lane instructions a pair, by class; None where not read."""
+
+
+def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]:
+    """Yield every binary that banks of bytes (one key term) of these channels may ask of a chip."""
+    for c in channels:
+        values = 1 << c.bit_length()
+        for window in (1, 3, 5) if c == 1 else (1, 3):
+            yield direct(arch, c, window, values)
+        pair = 1 << (2 * c - 1).bit_length()
+        depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(3, 26, 2)}
+        for depth in sorted(depths):
+            yield diagonal(arch, depths[depth], pair, values)
+    config = tuning.SAME_PLACE[arch]
+    for c in channels:
+        same = {"CHANNELS": c, "KEY_TERMS": 1, "BLOCK_C": 1 << (c - 1).bit_length()}
+        same["BLOCK"] = config.block_m
+        yield Binary(f"same place C={c}", same_place_kernel, same, config, arch, 0)
+    config = tuning.SHIFTS[arch]
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    logits = {"CHANNELS": 3, "TERMS": 2, "KEY_TERMS": 1, **blocks}
+    yield Binary("shift logits", shift_logits_kernel, logits, config, arch, 0)
+    respond = {"KEY_TERMS": 1, "BLOCK_M": config.block_m}
+    respond |= {"BLOCK_N": config.block_k, "BLOCK_D": config.block_n}
+    yield Binary("shift responses", shift_responses_kernel, respond, config, arch, 0)
+    merge = {"VALUES": 4, "BLOCK_M": 64, "BLOCK_V": 4}
+    yield Binary("merge", merge_kernel, merge, Config(64, 0, 0, 4, 2), arch, 0, matrix=False)
+
+
+def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
+    """Return the direct form for a window."""
+    depth = tuning.direct_depth(window * window * channels)
+    config = tuning.DIRECT[arch][depth]
+    constants = {
+        "CHANNELS": channels, "WINDOW_W": window, "TERMS": 2, "KEY_TERMS": 1, "VALUES": values,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": depth, "BLOCK_V": 16,
+    }  # fmt: skip
+    name = f"direct C={channels} k={window}"
+    return Binary(name, direct_kernel, constants, config, arch, config.block_m * config.block_n)
+
+
+def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
+    """Return the diagonal form for a window."""
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+    constants = {
+        "TERMS": 2, "KEY_TERMS": 1, "PAIR": pair, "DEPTH": depth, "VALUES": values,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "BLOCK_V": 16,
+    }  # fmt: skip
+    name = f"diagonal C={1 if pair == 2 else 3} k≤{window}"
+    return Binary(name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n)
+
+
+def build(binary: Binary) -> Report:
+    """Compile a binary for real and read what came out."""
+    kernel = binary.kernel
+    signature = {name: _type(name, binary) for name in kernel.arg_names}
+    # What a launch specialises on: tensors are aligned to 16 bytes, sizes are not looked at.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.startswith("p_") and name not in ("p_scale", "p_bias")
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, binary.constants, aligned),
+        target=_TARGETS[binary.arch],
+        options={
+            "num_warps": binary.config.num_warps,
+            "num_stages": binary.config.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    shared = int(compiled.metadata.shared)
+    if binary.arch == "gfx942":
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    return _read_nvidia(compiled.asm["cubin"], shared, binary)
+
+
+def _type(name: str, binary: Binary) -> str:
+    if name in binary.constants:
+        return "constexpr"
+    if not name.startswith("p_"):
+        return "i32"
+    if name == "p_walks":
+        return "*i32"
+    floats = binary.kernel is same_place_kernel and name == "p_query"
+    return "*fp16" if name in _HALVES and not floats else "*fp32"
+
+
+def _read_amd(assembly: str, shared: int) -> Report:
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
+
+    kinds = sorted(set(re.findall(r"v_mfma_\w+", assembly)))
+    return Report(
+        field("vgpr_count"), field("vgpr_spill_count"), shared, ", ".join(kinds) or "-", None
+    )
+
+
+def _read_nvidia(cubin: bytes, shared: int, binary: Binary) -> Report:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = re.search(r"REG:(\d+)", usage.stdout)
+    code = _instructions(sass.stdout)
+    kinds = sorted({op.split(".")[0] for _, op, _ in code if _MATRIX.match(op)})
+    return Report(
+        int(registers[1]) if registers else 0,
+        sum(op.startswith(("STL", "LDL")) for _, op, _ in code),
+        shared,
+        ", ".join(kinds) or "-",
+        _roofline(code, binary) if binary.pairs else None,
+    )
+
+
+Instruction = tuple[int, str, str]
+"""Address, operation, operands."""
+
+
+def _instructions(sass: str) -> list[Instruction]:
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+    return [(int(m[1], 16), m[2], m[3]) for m in line.finditer(sass)]
+
+
+def _roofline(code: list[Instruction], binary: Binary) -> dict[str, float] | None:
+    """Return lane instructions a pair by class in the smallest loop that has both exp2 and matmul.
+
+    Branches inside are counted as taken: of the diagonal form it is the body of a full step.
+    """
+    loops = [
+        (int(target[1], 16), address)
+        for address, op, operands in code
+        if op.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+        if int(target[1], 16) < address
+    ]
+    for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
+        body = [(op, operands) for address, op, operands in code if first <= address <= last]
+        ops = [op for op, _ in body]
+        if any(map(_MATRIX.match, ops)) and any(op.startswith("MUFU.EX2") for op in ops):
+            lanes = binary.config.num_warps * 32 / binary.pairs
+            counts = dict.fromkeys(("matrix", "exp2", "float", "memory", "other"), 0.0)
+            for op in ops:
+                counts[_class(op)] += lanes
+            counts["all"] = len(ops) * lanes
+            return counts
+    return None
+
+
+def _class(op: str) -> str:
+    if _MATRIX.match(op):
+        return "matrix"
+    if op.startswith("MUFU"):
+        return "exp2"
+    if op.startswith(("FADD", "FMUL", "FFMA", "FMNMX", "HADD", "HFMA", "F2F", "HMUL")):
+        return "float"
+    if op.startswith(("LD", "ST", "ATOM", "RED", "UTMA", "UBLKCP")):
+        return "memory"
+    return "other"
+
+
+def flops(binary: Binary) -> int:
+    """Return half-precision operations a pair on the matrix units: products, and weights·values."""
+    constants = binary.constants
+    depth = constants.get("DEPTH", constants["BLOCK_K"])
+    return 2 * 2 * depth + 2 * 2 * constants["BLOCK_V"]
+
+
+def bound(loop: dict[str, float], operations: int) -> dict[str, float]:
+    """Return pairs a second that each unit of an H200 allows (132 processors at 1.755 GHz).
+
+    A clock of one processor issues 4 warp instructions, and has 16 exp2, 32 memory lanes and
+    8192 half-precision operations (dense).
+    """
+    clocks = 132 * 1.755e9
+    return {
+        "matrix": clocks * 8192 / operations,
+        "exp2": clocks * 16 / loop["exp2"],
+        "issue": clocks * 128 / loop["all"],
+    }
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=get_args(Arch), action="append")
+    arches: list[Arch] = parser.parse_args().arch or list(get_args(Arch))
+    print(
+        "| chip | kernel | tile | warps | registers | spills | shared KiB | matrix "
+        "| exp2 | float | memory | other | matrix bound | exp2 bound | issue bound |"
+    )
+    print("|---" * 15 + "|")
+    for arch in arches:
+        for binary in binaries(arch):
+            print(_row(binary, build(binary)), flush=True)
+
+
+def _row(binary: Binary, report: Report) -> str:
+    c = binary.config
+    cells = [
+        binary.arch, binary.name, f"{c.block_m}×{c.block_n}×{c.block_k}", str(c.num_warps),
+        str(report.registers), str(report.spills), f"{report.shared / 1024:.0f}", report.matrix,
+    ]  # fmt: skip
+    if report.loop:
+        cells += [f"{report.loop[key]:.1f}" for key in ("exp2", "float", "memory", "other")]
+        limits = bound(report.loop, flops(binary)) if binary.arch == "sm90" else {}
+        cells += [f"{limit:.1e}" for limit in limits.values()] or [""] * 3
+    else:
+        cells += [""] * 7
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Launchers: from prepared tensors to states, one function a form.
+
+Every launcher takes a batch of queries that share window, range and geometry, and returns their
+merged states. Grids and chunks follow from sizes of image, window and range alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.geometry import Padding, band
+from els_kernels.triton import layout, tuning
+from els_kernels.triton.diagonal import diagonal_kernel
+from els_kernels.triton.direct import direct_kernel
+from els_kernels.triton.online import merge_kernel
+from els_kernels.triton.same_place import same_place_kernel
+
+_SLAB_BYTES = 1 << 29
+"""Paired rows held at once."""
+_NEVER = -(1 << 30)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A batch of centred, scaled queries in units of the keys, on their way to logits."""
+
+    terms: Tensor
+    """[T, B, C, H, W] float16."""
+    scale: Tensor
+    """[B] float32: the power of two that undoes the queries' own."""
+    bias: Tensor
+    """[B] float32, < 0: the factor of a key's half squared norm."""
+    plain: Tensor
+    """[B, C, H, W] float32: the queries without their power of two."""
+
+
+class State(NamedTuple):
+    """Merged base-2 states of a grid of places."""
+
+    peak: Tensor
+    """[B, rows, cols] float32."""
+    sums: Tensor
+    """[B, rows, cols, V] float32: Σ 2^(logit - peak)·value; the kernel says which values."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Query places and the key places that answer them, as (row, column) pairs."""
+
+    query_start: tuple[int, int]
+    query_places: tuple[int, int]
+    key_start: tuple[int, int]
+    key_places: tuple[int, int]
+    origin: tuple[int, int]
+    """Image coordinates of the first key place."""
+    window: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where the diagonals of a geometry run, in rows of the paired layout."""
+
+    columns: int
+    """Key places along the tiles' axis."""
+    lag: int
+    origin: tuple[int, int]
+    emit_from: int
+    inner: tuple[int, int]
+    diagonals: tuple[int, int]
+    """First and last+1 difference of query row and key row."""
+    rows: tuple[int, int]
+    alone: int
+    slots: int
+
+
+def direct(
+    queries: Tensor,
+    keys: Tensor,
+    batch: Queries,
+    half: Tensor,
+    values: Tensor,
+    cell: Cell,
+    arch: tuning.Arch,
+) -> State:
+    """Return the state of a cell by the direct form.
+
+    Args:
+        queries: [B, T, h, w, C] float16, channels last.
+        keys: [KT, N, h', w', C] float16.
+        batch: scale and bias.
+        half: [N, H, W] float32.
+        values: [N, H, W, V] float16.
+        cell: which places of them.
+        arch: whose tiles to take.
+    """
+    key_terms, images, key_h, key_w, channels = keys.shape
+    depth = tuning.direct_depth(math.prod(cell.window) * channels)
+    config = tuning.DIRECT[arch][depth]
+    places, key_places = math.prod(cell.query_places), math.prod(cell.key_places)
+    tiles = -(-places // config.block_m)
+    elements = key_h * key_w * max(channels, values.shape[-1])
+    chunk = tuning.chunk_images(images, key_places, tiles, elements)
+    peak, sums = _empty(len(queries), -(-images // chunk), places, values)
+    direct_kernel[(tiles, len(queries), peak.shape[1])](
+        queries, keys, half, values, batch.scale, batch.bias, peak, sums,
+        *queries.shape[2:4], *cell.query_start, cell.query_places[1], places,
+        key_h, key_w, *cell.key_start, *cell.key_places, images,
+        *half.shape[1:], *cell.origin, cell.window[0],
+        0, peak.shape[1], chunk,
+        CHANNELS=channels, WINDOW_W=cell.window[1], TERMS=queries.shape[1],
+        KEY_TERMS=min(key_terms, queries.shape[1]),
+        VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=depth,
+        BLOCK_V=max(16, values.shape[-1]),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return _merge(peak, sums, cell.query_places)
+
+
+def diagonal(
+    batch: Queries,
+    keys: Tensor,
+    half: Tensor,
+    values: Tensor,
+    walk: Walk,
+    window: int,
+    padding: Padding,
+    arch: tuning.Arch,
+) -> State:
+    """Return the state of every query row and tile column by the diagonal form.
+
+    Args:
+        batch: queries.
+        keys: [KT, N, C, H, W] float16.
+        half: [N, H, W] float32.
+        values: [N, H, W, V] float16.
+        walk: where the diagonals run.
+        window: k.
+        padding: how rows and columns continue.
+        arch: whose tiles to take.
+    """
+    terms, size, channels = batch.terms.shape[:3]
+    pair = layout.pair_width(channels)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+    query = layout.unfold_rows(
+        layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
+    )
+    rows, cols = query.shape[2:4]
+    flat0, flats = (edge * cols for edge in walk.diagonals)
+    walks = layout.walks(flat0, flats - flat0, config.block_m, (rows, cols), walk.rows, walk.alone)
+    table = torch.tensor(walks, dtype=torch.int32, device=keys.device)
+
+    images = keys.shape[1]
+    slab = _slab(images, keys.shape[-2:], window, pair * len(keys))
+    elements = _paired_elements(keys.shape[-2:], window, pair * len(keys))
+    chunk = tuning.chunk_images(min(slab, images), walk.columns, len(walks), elements)
+    chunks = [-(-min(slab, images - first) // chunk) for first in range(0, images, slab)]
+    places = (rows - window + 1) * cols
+    peak, sums = _empty(size, sum(chunks) * walk.slots, places, values)
+    # A slot that no pair reaches holds nothing: peak -inf and sums of 0.
+    peak.fill_(-math.inf)
+    sums.zero_()
+    for i, first in enumerate(range(0, images, slab)):
+        block = slice(first, first + slab)
+        paired = layout.pair_rows(keys[:, block], window, padding, query=False, room=depth)
+        diagonal_kernel[(len(walks), size, chunks[i])](
+            query, paired, half[block], values[block], batch.scale, batch.bias, table, peak, sums,
+            rows, cols, paired.shape[2], walk.columns, paired.shape[3], paired.shape[1],
+            walk.lag, *half.shape[1:], *walk.origin,
+            window, walk.emit_from, *walk.inner,
+            sum(chunks[:i]), sum(chunks), chunk, walk.slots, flats - flat0, flat0,
+            TERMS=terms, KEY_TERMS=min(len(keys), terms), PAIR=pair, DEPTH=depth,
+            VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, BLOCK_V=max(16, values.shape[-1]),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return _merge(peak, sums, (rows - window + 1, cols))
+
+
+def same_place(
+    batch: Queries, keys: Tensor, bands: tuple[Tensor, Tensor], arch: tuning.Arch
+) -> State:
+    """Return the state of every place, itself its only source, by the same-place form.
+
+    The sums are the channels' and the weight's.
+
+    Args:
+        batch: queries.
+        keys: [KT, N, C, H, W] float16.
+        bands: 0/1 matrices [H, H] and [W, W] float16 that sum a window.
+        arch: whose tiles to take.
+    """
+    key_terms, images, channels, height, width = keys.shape
+    config = tuning.SAME_PLACE[arch]
+    tiles = -(-height // config.block_m) * -(-width // config.block_m)
+    chunk = min(images, max(8, -(-images // -(-tuning.PROGRAMS // tiles))))
+    size = len(batch.plain)
+    peak = keys.new_empty(size, -(-images // chunk), height * width, dtype=torch.float32)
+    sums = peak.new_empty(*peak.shape, channels + 1)
+    same_place_kernel[(tiles, size, peak.shape[1])](
+        batch.plain, keys, batch.bias, *bands, peak, sums,
+        height, width, images, peak.shape[1], chunk,
+        CHANNELS=channels, KEY_TERMS=key_terms,
+        BLOCK_C=1 << (channels - 1).bit_length(), BLOCK=config.block_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return _merge(peak, sums, (height, width))
+
+
+def bands(
+    height: int, width: int, window: int | None, padding: Padding, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the matrices that sum a window's rows and columns; all ones for None."""
+    if window is None:
+        sides = (torch.ones(height, height), torch.ones(width, width))
+    else:
+        sides = (band(height, window, padding), band(width, window, padding))
+    return sides[0].to(device, torch.float16), sides[1].to(device, torch.float16)
+
+
+def walk_of(padding: Padding, height: int, width: int, window: int) -> Walk:
+    """Return the walk of a geometry whose tiles run along rows of the image."""
+    r = window // 2
+    if padding == "circular":
+        return Walk(
+            width, height - r, (0, 0), _NEVER, (0, height), (0, height), (_NEVER, -_NEVER), 0,
+            height,
+        )  # fmt: skip
+    if padding == "valid":
+        inner = height - 2 * r
+        return Walk(
+            width - 2 * r, height - (window - 1), (r, r), window - 1, (0, height),
+            (1 - inner, height), (0, height), 0, inner,
+        )  # fmt: skip
+    inner = max(0, height - 2 * r)
+    return Walk(
+        width - 2 * r, height, (0, r), window - 1, (r, max(r, height - r)),
+        (min(0, 1 - inner), max(1, inner)), (r, height + r), r, height,
+    )  # fmt: skip
+
+
+def edge_walk(height: int, width: int, window: int) -> Walk:
+    """Return the walk in which places of a row meet only that row of the bank, zero padded."""
+    r = window // 2
+    return Walk(width - 2 * r, height, (0, r), window - 1, (0, 0), (0, 1), (r, height + r), r, 1)
+
+
+def _slab(images: int, size: tuple[int, ...], window: int, width: int) -> int:
+    """Return how many images' paired rows fit the memory set aside, at least one."""
+    return max(1, min(images, _SLAB_BYTES // (2 * _paired_elements(size, window, width))))
+
+
+def _paired_elements(size: tuple[int, ...], window: int, width: int) -> int:
+    height, cols = (n + window - 1 for n in size)
+    return height * cols * width
+
+
+def _empty(size: int, slots: int, places: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (size, slots, places)
+    peak = torch.empty(shape, dtype=torch.float32, device=values.device)
+    return peak, peak.new_empty(*shape, values.shape[-1])
+
+
+def _merge(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
+    size, slots, places = peak.shape
+    values = 1 << (sums.shape[-1] - 1).bit_length()
+    top, total = peak.new_empty(size, places), peak.new_empty(size, places, sums.shape[-1])
+    merge_kernel[(-(-places // 64), size)](
+        peak, sums, top, total, slots, places, VALUES=sums.shape[-1], BLOCK_V=values, BLOCK_M=64
+    )
+    return State(top.view(size, *shape), total.view(size, *shape, -1))

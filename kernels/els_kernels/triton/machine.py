@@ -1,0 +1,268 @@
+"""Patch attention on a GPU: chooses the form of every geometry and puts the pieces together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from els_kernels.geometry import Geometry, Posterior, band, zero_padded_spans
+from els_kernels.triton import launch, layout, precision, tuning
+from els_kernels.triton.equivariant import equivariant
+from els_kernels.triton.launch import Cell, Queries, State
+
+_log = logging.getLogger(__name__)
+_LOG2E = math.log2(math.e)
+
+_TOGETHER = 16
+"""Images that share a launch: bounds the memory of their states, and changes no bits."""
+
+Form = Literal["direct", "diagonal"]
+"""How every place meets every place."""
+
+
+class TritonAttention:
+    """A bank in half-precision terms on a GPU, ready for queries."""
+
+    def __init__(self, bank: Tensor, *, form: Form | None = None) -> None:
+        """Prepare a bank; ``form`` overrides the tuning table, for tests and benchmarks."""
+        self._keys = precision.prepare_keys(bank)
+        self._values = layout.responses(self._keys.terms)
+        self._arch = architecture(bank.device)
+        self._form = form
+        _log.info(
+            "triton: %d images in %d half-precision term(s), tiles of %s",
+            len(bank), len(self._keys.terms), self._arch,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors; images that share window, range and precision share launches."""
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        channels, height, width = x.shape[1:]
+        groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+        for b, (k, (lo, hi)) in enumerate(zip(window, ranges, strict=True)):
+            side = (height, width) if geometry.whole else (min(k, height), min(k, width))
+            terms = precision.query_terms(a[b], s[b], channels * math.prod(side))
+            groups[k, lo, hi, terms].append(b)
+        parts = (
+            (key, members[first : first + _TOGETHER])
+            for key, members in groups.items()
+            for first in range(0, len(members), _TOGETHER)
+        )
+        for (k, lo, hi, terms), members in parts:
+            queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
+            part = self._range(lo, hi)
+            # Triton launches on the current device.
+            with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+                mean, log2_z = part.attend(_stack(queries), k, geometry)
+            for i, (b, query) in enumerate(zip(members, queries, strict=True)):
+                answer.mean[b] = mean[i].double() * self._keys.unit + self._keys.centre
+                energy = query.energy(k, geometry)
+                answer.log_evidence[b] = log2_z[i].double() / _LOG2E - energy
+        return answer
+
+    def _range(self, lo: int, hi: int) -> _Part:
+        keys, values = self._keys.terms[:, lo:hi].contiguous(), self._values[lo:hi]
+        return _Part(keys, values, self._arch, self._form)
+
+
+class _Query:
+    """One centred image [C, H, W] in units of the keys, with its level folded in."""
+
+    def __init__(self, x: Tensor, a: float, s: float, keys: precision.Keys, terms: int) -> None:
+        self._image, self._s = x - a * keys.centre, s
+        # Its product with a key in units is the first part of a logit in base 2 …
+        scaled = self._image * (a / s / s * _LOG2E * keys.unit)
+        larger, power = precision.scale_query(scaled)
+        self.terms = precision.split(larger, terms)
+        self.plain = scaled.float()
+        self.scale = 1 / power
+        # … and the second is half the key's squared norm times this, never 0: a key of infinite
+        # norm, which overruns its tile, has to weigh nothing.
+        self.bias = -max((a / s) * (a / s) * _LOG2E * keys.unit**2, 1e-30)
+
+    def energy(self, window: int, geometry: Geometry) -> Tensor:
+        """Return ‖q[u+Ω]‖² / 2s² of every pixel, [H, W] float64."""
+        squares = self._image.square().sum(0)
+        if geometry.whole:
+            return squares.sum().expand_as(squares) / (2 * self._s * self._s)
+        rows, cols = (band(n, window, geometry.padding).to(squares.device) for n in squares.shape)
+        return rows @ squares @ cols.T / (2 * self._s * self._s)
+
+
+def _stack(queries: list[_Query]) -> Queries:
+    device = queries[0].plain.device
+    return Queries(
+        torch.stack([query.terms for query in queries], dim=1),
+        torch.tensor([query.scale for query in queries], dtype=torch.float32, device=device),
+        torch.tensor([query.bias for query in queries], dtype=torch.float32, device=device),
+        torch.stack([query.plain for query in queries]),
+    )
+
+
+Answer = tuple[Tensor, Tensor]
+"""Mean [B, C, H, W] in units of the keys and base-2 log of the summed weights [B, H, W]."""
+
+
+class _Part:
+    """The images of a bank that may answer."""
+
+    def __init__(self, keys: Tensor, values: Tensor, arch: tuning.Arch, form: Form | None) -> None:
+        self._keys, self._values, self._arch, self._form = keys, values, arch, form
+
+    def attend(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
+        """Return mean and base-2 log sum of a batch."""
+        if geometry.whole and geometry.sources == "every":
+            return equivariant(batch, self._keys, self._arch)
+        if geometry.whole:
+            return self._same_place(batch, None, geometry)
+        if geometry.sources == "same":
+            return self._same_place(batch, window, geometry)
+        return self._every_place(batch, window, geometry)
+
+    def _same_place(self, batch: Queries, window: int | None, geometry: Geometry) -> Answer:
+        height, width = self._keys.shape[-2:]
+        bands = launch.bands(height, width, window, geometry.padding, self._keys.device)
+        state = launch.same_place(batch, self._keys, bands, self._arch)
+        return _finish(state, self._keys.shape[2], 1)
+
+    def _every_place(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
+        channels, height, width = self._keys.shape[2:]
+        if geometry.padding == "zeros":
+            # Corners may answer only themselves; all other places are overwritten.
+            mean, log2_z = self._same_place(batch, window, geometry)
+        else:
+            mean = batch.plain.new_empty(batch.plain.shape)
+            log2_z = mean.new_empty(len(mean), height, width)
+        form = self._form or tuning.form(channels, window, self._arch)
+        if form == "direct":
+            pieces = self._direct(batch, window, geometry)
+        else:
+            pieces = self._diagonal(batch, window, geometry)
+        for rows, cols, (piece_mean, piece_log) in pieces:
+            mean[:, :, rows, cols] = piece_mean
+            log2_z[:, rows, cols] = piece_log
+        return mean, log2_z
+
+    def _direct(
+        self, batch: Queries, window: int, geometry: Geometry
+    ) -> list[tuple[slice, slice, Answer]]:
+        height, width = self._keys.shape[-2:]
+        keys, queries, r = self._keys, batch.terms, window // 2
+        if geometry.padding != "zeros":
+            queries = layout.wrap(queries, r, r)
+        if geometry.padding == "circular":
+            keys = layout.wrap(keys, r, r)
+        half = layout.half_norms(self._keys, window, geometry.padding)
+        # Channels last: a row of a patch is one run of memory.
+        queries = queries.permute(1, 0, 3, 4, 2).contiguous()
+        keys = keys.permute(0, 1, 3, 4, 2)
+        # A padded patch may run past the last image by as many rows as its elements fill.
+        room = (tuning.DIRECT_DEPTHS[-1] + 1) * keys[0, 0, 0].numel()
+        keys = layout.zeros_with_room(keys, tuple(keys.shape), room).copy_(keys)
+        pieces = []
+        for rows, cols, cell in _cells(height, width, window, geometry):
+            state = launch.direct(queries, keys, batch, half, self._values, cell, self._arch)
+            pieces.append((rows, cols, self._finish(state)))
+        return pieces
+
+    def _diagonal(
+        self, batch: Queries, window: int, geometry: Geometry
+    ) -> list[tuple[slice, slice, Answer]]:
+        height, width = self._keys.shape[-2:]
+        padding, r = geometry.padding, window // 2
+        half = layout.half_norms(self._keys, window, padding)
+        everywhere = slice(0, height), slice(0, width)
+        if padding != "zeros":
+            walk = launch.walk_of(padding, height, width, window)
+            state = launch.diagonal(
+                batch, self._keys, half, self._values, walk, window, padding, self._arch
+            )
+            return [(*everywhere, self._finish(state))]
+        pieces: list[tuple[slice, slice, Answer]] = []
+        if width >= window:
+            walk = launch.walk_of(padding, height, width, window)
+            state = launch.diagonal(
+                batch, self._keys, half, self._values, walk, window, padding, self._arch
+            )
+            pieces.append((everywhere[0], slice(r, width - r), self._finish(state)))
+        if height >= window and r > 0:
+            pieces += self._side_edges(batch, half, window)
+        return pieces
+
+    def _side_edges(
+        self, batch: Queries, half: Tensor, window: int
+    ) -> list[tuple[slice, slice, Answer]]:
+        """Return the columns near the border, which meet only themselves: rows of the transpose."""
+        height, width = self._keys.shape[-2:]
+        r = window // 2
+        turned = Queries(batch.terms.mT, batch.scale, batch.bias, batch.plain)
+        state = launch.diagonal(
+            turned, self._keys.mT, half.mT.contiguous(), self._values.transpose(1, 2).contiguous(),
+            launch.edge_walk(width, height, window), window, "zeros", self._arch,
+        )  # fmt: skip
+        mean, log2_z = self._finish(State(state.peak.mT, state.sums.transpose(1, 2)))
+        edges = [slice(0, width)] if width < window else [slice(0, r), slice(width - r, width)]
+        rows = slice(r, height - r)
+        return [(rows, cols, (mean[..., cols], log2_z[..., cols])) for cols in edges]
+
+    def _finish(self, state: State) -> Answer:
+        return _finish(state, self._keys.shape[2], len(self._keys))
+
+
+def _finish(state: State, channels: int, terms: int) -> Answer:
+    weight = state.sums[..., terms * channels]
+    total = state.sums[..., : terms * channels]
+    total = total.view(*weight.shape, terms, channels).sum(-2)
+    mean = (total / weight[..., None]).movedim(-1, 1)
+    return mean, state.peak + weight.log2()
+
+
+def _cells(
+    height: int, width: int, window: int, geometry: Geometry
+) -> list[tuple[slice, slice, Cell]]:
+    """Return rows and columns of query places with the cell that answers them."""
+    r, size, side = window // 2, (height, width), (window, window)
+    everywhere = slice(0, height), slice(0, width)
+    if geometry.padding == "circular":
+        return [(*everywhere, Cell((0, 0), size, (0, 0), size, (0, 0), side))]
+    if geometry.padding == "valid":
+        inner = (height - 2 * r, width - 2 * r)
+        return [(*everywhere, Cell((0, 0), size, (0, 0), inner, (r, r), side))]
+    cells = []
+    for row in zero_padded_spans(height, window):
+        for col in zero_padded_spans(width, window):
+            if row.single and col.single:
+                continue
+            start = (row.crop.start, col.crop.start)
+            places = (row.places.stop - row.places.start, col.places.stop - col.places.start)
+            origin = (row.places.start, col.places.start)
+            cell = Cell(start, places, start, places, origin, (row.window, col.window))
+            cells.append((row.places, col.places, cell))
+    return cells
+
+
+def architecture(device: torch.device) -> tuning.Arch:
+    """Return whose tiles a device takes: the newest known that is not newer than it."""
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"triton: expected a GPU, got {device}")
+        return "sm80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"
