@@ -88,12 +88,12 @@ class _Query:
 
 
 def _bands(images: Tensor, window: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return the window-summing matrices for rows and columns, of the images' dtype."""
+    """Return the window-summing matrices for rows and columns, of the images' dtype and device."""
     height, width = images.shape[-2:]
     if geometry.whole:
         return images.new_ones(height, height), images.new_ones(width, width)
     rows, cols = (band(length, window, geometry.padding) for length in (height, width))
-    return rows.to(images.dtype), cols.to(images.dtype)
+    return rows.to(images), cols.to(images)
 
 
 def _attend(queries: list[_Query], bank: Tensor, window: int, geometry: Geometry) -> list[State]:
@@ -291,7 +291,8 @@ def _whole_on_torus(query: _Query, bank: Tensor) -> State:
     moved by p; all shifts share one softmax.
     """
     channels, height, width = bank.shape[1:]
-    u, shift = torch.arange(height * width), torch.arange(height * width)[:, None]
+    u = torch.arange(height * width, device=bank.device)
+    shift = u[:, None]
     row, col = u // width - shift // width, u % width - shift % width
     source = row % height * width + col % width
     peak, mean, weight = bank.new_full((), -math.inf), torch.zeros_like(bank[0]), bank.new_zeros(())

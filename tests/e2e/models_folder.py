@@ -52,3 +52,12 @@ def write_models(root: Path, documents: dict[str, str] | None = None) -> Path:
         (root / name).mkdir()
         (root / name / "model.yaml").write_text(document)
     return root
+
+
+def write_slow_models(root: Path, models: int = 60) -> Path:
+    """Write models that take a few tenths of a second each to load, and return their root."""
+    document = "kind: wiener\nbank: ../_banks/wide.safetensors\n"
+    write_models(root, {f"slow-{i}": document for i in range(models)})
+    pixels = np.random.default_rng(0).integers(0, 256, (1024, 1, 32, 32)).astype(np.uint8)
+    save_bank(make_bank(pixels), root / "_banks" / "wide.safetensors")
+    return root

@@ -75,8 +75,9 @@ class ServerProcess:
         return self.process.returncode, rest.decode()
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the log so far; every line must be JSON."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        """Return the log so far; every line must be JSON, but for one that is being written."""
+        complete, _, _ = self._log.read_text().rpartition("\n")
+        return [json.loads(line) for line in complete.splitlines()]
 
     def kill(self) -> None:
         """End it, whatever it does."""

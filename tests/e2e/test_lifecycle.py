@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.e2e.models_folder import DOCUMENTS, write_models, write_slow_models
 from tests.e2e.processes import BIN, environment, run, serving
 from tests.e2e.refusals import TIMEOUT_S, refused
 
@@ -162,7 +162,7 @@ def test_a_setting_that_cannot_be_met_is_named(options: tuple[str, str], message
 
 
 def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_path: Path) -> None:
-    root = write_models(tmp_path / "models", {f"m{i}": DOCUMENTS["zeros"] for i in range(1000)})
+    root = write_slow_models(tmp_path / "models")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,7 +173,8 @@ def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_pa
         env=environment(),
     )
     try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        at_once = [("grpc.max_reconnect_backoff_ms", 100)]
+        with grpc.insecure_channel(f"127.0.0.1:{port}", at_once) as channel:
             stub: Any = HealthStub(channel)
             request = health_pb2.HealthCheckRequest()
             health = stub.Check(request, timeout=TIMEOUT_S, wait_for_ready=True)

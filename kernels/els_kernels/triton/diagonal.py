@@ -1,6 +1,6 @@
 """The diagonal form: two rows of products a step, whatever the window.
 
-See ``kernels/README-triton.md`` for the derivation and a drawing.
+See ``README.md`` beside this file for the derivation and a drawing.
 """
 
 from __future__ import annotations

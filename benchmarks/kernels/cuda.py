@@ -1,6 +1,6 @@
 """Patch attention on a GPU: correctness first, then its speed against peers and the exp2 bound.
 
-    PYTHONPATH=kernels python -m benchmarks.kernels_cuda --out FILE.json
+    PYTHONPATH=kernels python -m benchmarks.kernels --device cuda --out FILE.json
 
 needs torch, triton and numpy, and ends inside 8 minutes: cases go in order of interest, and those
 left when the time is up are named. ``--smoke`` runs two tiny cases on a CPU under
@@ -9,14 +9,12 @@ left when the time is up are named. ``--smoke`` runs two tiny cases on a CPU und
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import math
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,9 +23,9 @@ from typing import Any
 
 import torch
 import triton
-from benchmarks import peers
 from torch import Tensor
 
+from benchmarks.kernels import cuda_peers as peers
 from els_kernels import GEOMETRIES, count_pairs
 from els_kernels.reference import Reference
 from els_kernels.triton.machine import Form, TritonAttention
@@ -222,22 +220,22 @@ def record(device: torch.device) -> tuple[dict[str, Any], float]:
     return about, properties.multi_processor_count * clock * 16
 
 
-def main() -> int:
-    """Check, measure and write; 1 where a result was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--smoke", action="store_true", help="two tiny cases on a CPU")
-    options = parser.parse_args()
+def run(out: Path, *, smoke: bool = False) -> None:
+    """Check, measure, and write the JSON file ``out`` anew after every case.
+
+    Raises:
+        RuntimeError: A result was wrong; nothing is timed.
+    """
     began = time.monotonic()
-    device = torch.device("cpu" if options.smoke else "cuda")
+    device = torch.device("cpu" if smoke else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
     about, bound = record(device)
     result: dict[str, Any] = {"about": about, "exp2_bound": bound}
-    result["errors"] = check(device, options.smoke)
+    result["errors"] = check(device, smoke)
     print(f"correct: {len(result['errors'])} cases, worst error "
           f"{max(row['error'] for row in result['errors']):.1e}", flush=True)  # fmt: skip
     todo = list(cases())
-    if options.smoke:
+    if smoke:
         todo = [Case("window", ("els", "circular"), (1, 8, 8), 3, k, 1) for k in (3, 5)]
     rows: list[dict[str, Any]] = []
     while todo and time.monotonic() - began < LIMIT_S:
@@ -245,9 +243,8 @@ def main() -> int:
         rows.append(measure(case, device, bound))
         print(_line(rows[-1]), flush=True)
         result |= {"rows": rows, "left_out": [asdict(case) for case in todo]}
-        options.out.write_text(json.dumps(result, indent=1))
+        out.write_text(json.dumps(result, indent=1))
     print(f"{len(todo)} cases left out, {time.monotonic() - began:.0f} s")
-    return 0
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -261,7 +258,3 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['pairs_per_s']:.2e} pair/s ({100 * row['of_exp2_bound']:.0f} % of exp2) "
         f"{row['ms_per_image']:.2f} ms/image {peers_of or ''}"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

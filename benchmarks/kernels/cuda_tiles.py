@@ -1,6 +1,6 @@
 """Tiles of the diagonal form by the clock: what to write into the tuning table on a GPU box.
 
-    PYTHONPATH=kernels python -m benchmarks.tiles_cuda
+    PYTHONPATH=kernels python -m benchmarks.kernels.cuda_tiles
 
 times every candidate on this GPU, fastest first, after holding its answer to the tuned one's.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 
 import torch
-from benchmarks.kernels_cuda import Case, call, make_bank, make_query, seconds
 
+from benchmarks.kernels.cuda import Case, call, make_bank, make_query, seconds
 from els_kernels import GEOMETRIES, count_pairs
 from els_kernels.triton import tuning
 from els_kernels.triton.machine import TritonAttention, architecture
