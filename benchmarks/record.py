@@ -37,12 +37,21 @@ def write(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Pat
         },
         "rows": rows,
     }
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 CONTRACTS = ("denoise/v1/denoise.proto", "inference/grpc_service.proto")
 
 
-class ProtoBuildHook(BuildHookInterface[Any]):
+class BuildHook(BuildHookInterface[Any]):
     """Writes ``proto/python/els_proto`` anew before the package is collected."""
 
     PLUGIN_NAME = "custom"

@@ -157,12 +157,12 @@ def fastest(bank: Tensor) -> str:
         reason = triton_unavailable(bank)
         if reason is None:
             return "triton"
-        _log.info("patch attention: no triton: %s", reason)
+        _log.warning("patch attention: no triton: %s", reason)
         return "torch"
     try:
         instruction_sets()
     except RuntimeError as error:
-        _log.info("patch attention: %s", error)
+        _log.warning("patch attention: %s; torch is several times slower", error)
         return "torch"
     return "native"
 

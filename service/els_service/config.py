@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from els_service.documents import read_yaml, validate
 from els_service.errors import LoadError
@@ -36,6 +36,10 @@ class Limits:
     max_message_bytes: int
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 class Settings(BaseModel):
     """Everything that ``els-server run`` can be told."""
 
@@ -43,13 +47,15 @@ class Settings(BaseModel):
 
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: _Port = 50051
     metrics_port: _Port = 9090
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
+        "info"
+    )
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """How long work in flight may take to finish after SIGTERM."""
     max_images: _Positive = 256
@@ -93,9 +99,7 @@ def _environment() -> dict[str, str]:
     """Return the settings that ``ELS_…`` variables name; others are not ours to judge."""
     variables = {name: os.environ.get(f"ELS_{name.upper()}") for name in Settings.model_fields}
     return {
-        name: value
-        for name, value in variables.items()
-        if value is not None and not _SERVICE_LINK.match(value)
+        name: value for name, value in variables.items() if value and not _SERVICE_LINK.match(value)
     }
 
 

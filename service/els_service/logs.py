@@ -37,3 +37,5 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    # At debug it tells every turn of its loop.
+    logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))

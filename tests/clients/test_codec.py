@@ -117,3 +117,15 @@ def test_an_answer_that_is_no_f32_tensor_is_an_error_of_ours(tensor: pb.Tensor) 
     with pytest.raises(ElsError, match="malformed tensor") as caught:
         codec.decode_tensor(tensor)
     assert caught.value.code == "INTERNAL"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"window": 2**40 + 1}, {"model": 3}, {"label": [2**70]}],
+    ids=["window", "model", "label"],
+)
+def test_what_no_message_can_hold_is_an_error_of_our_own(wrong: dict[str, Any]) -> None:
+    level = codec.encode_level(1.0, None, None)
+    question: dict[str, Any] = {"model": "m", "label": None, "window": None, **wrong}
+    with pytest.raises(InvalidArgumentError):
+        codec.encode_query(pb.DenoiseRequest, np.zeros((1, 1, 2, 2)), level=level, **question)

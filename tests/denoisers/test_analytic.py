@@ -6,7 +6,7 @@ import torch
 from tests.denoisers.conftest import KINDS, SHAPE, build, random_images
 
 from els_kernels import GEOMETRIES, PatchAttention
-from els_service.denoisers.analytic import MACHINES, PADDINGS, AnalyticDenoiser
+from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, make_bank
 from els_service.denoisers.base import BankInfo, make_query
 from els_service.denoisers.levels import from_sigma, from_time
@@ -76,11 +76,6 @@ def test_padding_is_ignored_by_machines_that_see_the_whole_image(
 def test_valid_is_for_els_alone_and_the_unknown_is_refused(labelled: Bank, kind: str) -> None:
     with pytest.raises(ValueError, match=f"expected ideal with .*, got {kind.split('-')[0]} with"):
         build(kind, labelled)
-
-
-def test_machines_and_paddings_are_named() -> None:
-    assert MACHINES == ["els", "equivariant", "ideal", "local"]
-    assert PADDINGS == ["circular", "valid", "zeros"]
 
 
 @pytest.mark.parametrize(

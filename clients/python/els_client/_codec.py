@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
@@ -54,7 +55,9 @@ def encode_tensor(x: Pixels) -> pb.Tensor:
     if x.dtype.type not in _DTYPES:
         _refuse("x", "float16, float32, float64 or uint8", x.dtype)
     layout, dtype = _DTYPES[x.dtype.type]
-    return pb.Tensor(dtype=dtype, shape=x.shape, data=x.astype(layout, copy=False).tobytes())
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite, which the server refuses
+        data = x.astype(layout, copy=False).tobytes()
+    return pb.Tensor(dtype=dtype, shape=x.shape, data=data)
 
 
 def encode_level(
@@ -68,6 +71,18 @@ def encode_level(
     return pb.NoiseLevel(**{name: _listed(name, level, _REALS) for name, level in levels.items()})
 
 
+@contextmanager
+def _own_refusals() -> Iterator[None]:
+    """Raise protobuf's refusal of a value, such as a float of steps, as one of ours."""
+    try:
+        yield
+    except InvalidArgumentError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"request: {error}") from error
+
+
+@_own_refusals()
 def encode_query(
     request: type[_Query],
     x: Pixels,
@@ -88,6 +103,7 @@ def encode_query(
     )
 
 
+@_own_refusals()
 def encode_sample(
     *,
     model: str,

@@ -40,8 +40,10 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
             if source.mode.startswith(("I", "F")):
                 raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {source.mode}")
             picture = source.convert(_MODES[channels])
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, SyntaxError):
         raise InvalidArgumentError(f"{path}: not a picture") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"{path}: {error}") from None
     if picture.size != (width, height) and not resize:
         got = f"{path} has {picture.width} × {picture.height} pixels"
         raise InvalidArgumentError(
@@ -49,6 +51,20 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
         )
     pixels = np.asarray(ImageOps.fit(picture, (width, height)))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
+
+
+def check_target(path: Path | None) -> None:
+    """Check that a picture can be written there, before long work for it begins.
+
+    Raises:
+        InvalidArgumentError: Its folder is missing, or its suffix names no picture format.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"{path}: expected a folder that is there")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InvalidArgumentError(f"{path}: expected a name such as out.png")
 
 
 def write(path: Path, image: Images) -> None:

@@ -140,7 +140,8 @@ def score(
 @app.command()
 def sample(
     count: Annotated[
-        int | None, typer.Option(help="Images to draw; by default one a label.", min=1)
+        int | None,
+        typer.Option(help="Images to draw; by default one, or one a --label.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Image i draws from (seed, i).", min=0)] = 0,
     label: Annotated[
@@ -167,6 +168,8 @@ def sample(
     want: tuple[Want, ...] = ("x",) if gif else ()
     states: list[Images] = []
     with terminal.connected(target, timeout) as client, terminal.progress() as progress:
+        for path in (out, gif):
+            pictures.check_target(path)
         labels = _integers(label)
         count = count or len(labels) or 1
         bar = progress.add_task(f"{model} draws {count}", total=steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def main() -> None:
@@ -10,6 +11,9 @@ def main() -> None:
     # Read when torch is imported: idle threads of a computation shall sleep. Spinning, as they
     # would, they keep each other from the cores of a busy machine: it takes twenty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from els_service.cli.main import app
-
+    try:
+        from els_service.cli.main import app
+    except ModuleNotFoundError as error:
+        # The command comes with every installation, what it needs only with the extra.
+        sys.exit(f"els-server: {error}; it needs the server's parts: 'els-denoise[server]'")
     app()

@@ -18,10 +18,7 @@ from els_service.denoisers.base import (
 from els_service.denoisers.windows import WindowTable, default_windows
 
 _PAIRS_PER_SECOND = {"reference": 1e6, "torch": 3e8, "native": 4e9, "triton": 1e11}
-"""What two server cores, or a GPU, do at least; decides what is inline and what makes a batch."""
-
-MACHINES = sorted({machine for machine, _ in GEOMETRIES})
-PADDINGS = sorted({padding for _, padding in GEOMETRIES})
+"""About what two server cores, or a GPU, do; decides what is inline and what makes a batch."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -34,7 +31,8 @@ class AnalyticDenoiser:
         bank: where the images come from.
         machine: ``ideal``, ``local``, ``equivariant`` or ``els``.
         padding: ``zeros``, ``circular`` or (els alone) ``valid``; ideal and equivariant ignore it.
-        window: by noise level; None for the default, clipped to the legal range.
+        window: by noise level; None for the default.
+        clip: whether windows beyond the legal range are clipped to it or refused.
 
     Raises:
         ValueError: No such machine and padding, or a window larger than is legal.
@@ -48,6 +46,7 @@ class AnalyticDenoiser:
         machine: str,
         padding: str = "zeros",
         window: WindowTable | None = None,
+        clip: bool = False,
     ) -> None:
         padding = _FIXED_PADDING.get(machine, padding)
         if (machine, padding) not in GEOMETRIES:
@@ -56,7 +55,9 @@ class AnalyticDenoiser:
         self._attention, self._bank = attention, bank
         self._geometry = GEOMETRIES[machine, padding]
         largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
-        table = None if not largest else (window or default_windows().clipped(largest))
+        table = (window or default_windows()) if largest else None
+        if table is not None and (clip or window is None):
+            table = table.clipped(largest)
         if table is not None and max(table.k) > largest:
             raise ValueError(f"window: expected at most {largest} here, got {max(table.k)}")
         self._window = table
@@ -86,7 +87,7 @@ class AnalyticDenoiser:
             self._bank.label_range(int(label))
 
     def predict_seconds(self, query: Query) -> float:
-        """Return a rough upper bound from the number of pairs."""
+        """Return a rough estimate from the number of pairs."""
         height, width = self._info.shape[1:]
         pairs = sum(
             count_pairs(self._geometry, height, width, int(k)) * (hi - lo)

@@ -136,6 +136,7 @@ def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; what was there before is untouched.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

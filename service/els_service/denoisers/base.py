@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,9 +68,9 @@ def one_each(
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    if not isinstance(values, int | np.integer) and not values:
+    given = list(values) if isinstance(values, Iterable) else [values]
+    if not given:
         return _filled(none, batch)
-    given = [values] if isinstance(values, int | np.integer) else list(values)
     if len(given) not in (1, batch):
         raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
     return np.array(given if len(given) == batch else given * batch, np.int64)

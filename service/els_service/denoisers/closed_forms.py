@@ -87,8 +87,10 @@ def _float_or_array(statistic: Tensor) -> _Statistic:
     return statistic.double().reshape((1,) * missing + statistic.shape).numpy()
 
 
-def _per_image(statistics: Sequence[_Statistic]) -> npt.NDArray[np.float32]:
-    """Return them as [B, ·, ·, ·]."""
+def _per_image(statistics: Sequence[_Statistic]) -> np.float32 | npt.NDArray[np.float32]:
+    """Return them as [B, ·, ·, ·], or what broadcasts to it."""
+    if len(statistics) == 1:
+        return np.float32(statistics[0])
     array = np.array(statistics, np.float32)
     return array.reshape(array.shape + (1,) * (4 - array.ndim))
 

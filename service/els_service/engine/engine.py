@@ -156,6 +156,8 @@ class Engine:
         except KeyError:
             if self.loading:
                 raise UnavailableError("models are still being loaded") from None
+            if name in self.faults:
+                raise NotFoundError(f"model: {name} was refused when it was loaded") from None
             known = shortened(", ".join(sorted(self._batchers)) or "none")
             raise NotFoundError(f"model: expected one of {known}, got {name!r:.100}") from None
 

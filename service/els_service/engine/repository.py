@@ -40,7 +40,7 @@ class _Spec(BaseModel):
 class WindowSpec(BaseModel):
     """Windows by noise level, see ``WindowTable``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     sigma: list[float]
     k: list[int]
@@ -104,7 +104,7 @@ class ModelRepository:
         return sorted(
             child.name
             for child in self.root.iterdir()
-            if not child.name.startswith(("_", ".")) and (child / "model.yaml").exists()
+            if not child.name.startswith(("_", ".")) and _is_there(child / "model.yaml")
         )
 
     def load(self, name: str) -> Denoiser:
@@ -134,6 +134,7 @@ class ModelRepository:
                     machine=spec.machine,
                     padding=spec.padding,
                     window=self._window(folder, spec.window),
+                    clip=spec.window == "auto",
                 )
             case GaussianSpec():
                 channels, height, width = spec.shape
@@ -187,9 +188,16 @@ class ModelRepository:
         return tensors[name]
 
     def _inside(self, folder: Path, relative: str) -> Path:
+        if Path(relative).is_absolute():
+            raise LoadError(relative, "expected a path relative to the model's folder")
         path = (folder / relative).resolve()
         if not path.is_relative_to(self.root):
             raise LoadError(path, f"expected a file inside the models root {self.root}")
         if not path.is_file():
             raise LoadError(path, "expected a file, found none")
         return path
+
+
+def _is_there(path: Path) -> bool:
+    # A link to nowhere is a model that is refused, not one that is overlooked.
+    return path.exists() or path.is_symlink()

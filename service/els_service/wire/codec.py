@@ -98,7 +98,8 @@ def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
         InvalidArgumentError: One is NaN, infinite or beyond ``MAX_PIXEL``.
     """
     # One pass settles nearly every image; NaN is not below anything, so it falls through too.
-    if not np.dot(flat, flat) <= MAX_PIXEL**2:
+    # Not np.dot, which warns where this overflows.
+    if not np.vdot(flat, flat) <= MAX_PIXEL**2:
         illegal = flat[~(np.abs(flat) <= MAX_PIXEL)]
         if illegal.size:
             expected = f"finite pixels, |x| <= {MAX_PIXEL:g}"

@@ -158,6 +158,9 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
     known = _inputs(info)
     decoded: Inputs = {}
     for i, tensor in enumerate(request.inputs):
+        filled = [field.name for field, _ in tensor.contents.ListFields()]
+        if raw and filled:
+            raise InvalidArgumentError(f"inputs[{i}].contents", "none beside raw contents", filled)
         if tensor.name not in known:
             got = repr(tensor.name)[:100]
             raise InvalidArgumentError(f"inputs[{i}].name", f"among {', '.join(known)}", got)

@@ -58,26 +58,26 @@ class Metrics:
         )
         build.labels(VERSION, COMMIT).set(1)
         # Looking a child up by its labels costs more than observing it.
-        self._children: dict[tuple[str, ...], Callable[[float], None]] = {}
+        self._children: dict[tuple[object, ...], Callable[[float], None]] = {}
 
     def answered(self, model: str, method: str, code: str, seconds: float) -> None:
         """One request ended."""
-        self._observe(self._requests, (model, method, code), seconds)
+        self._observe(self._requests, seconds, model, method, code)
 
     def queued(self, model: str, seconds: float) -> None:
         """One item waited this long."""
-        self._observe(self._queue, ("queue", model), seconds)
+        self._observe(self._queue, seconds, model)
 
     def computed(self, model: str, seconds: float, images: int) -> None:
         """One batch of ``images`` took this long."""
-        self._observe(self._compute, ("compute", model), seconds)
-        self._observe(self._batch, ("batch", model), images)
+        self._observe(self._compute, seconds, model)
+        self._observe(self._batch, images, model)
 
-    def _observe(self, histogram: Histogram, key: tuple[str, ...], value: float) -> None:
-        observe = self._children.get(key)
+    def _observe(self, histogram: Histogram, value: float, *labels: str) -> None:
+        observe = self._children.get((histogram, *labels))
         if observe is None:
-            labels = key if histogram is self._requests else key[1:]
-            observe = self._children[key] = histogram.labels(*labels).observe
+            observe = histogram.labels(*labels).observe
+            self._children[(histogram, *labels)] = observe
         observe(value)
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:

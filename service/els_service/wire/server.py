@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -171,7 +172,8 @@ class Server:
         except RuntimeError:
             port = 0
         if not port:
-            raise LoadError(address, "cannot listen: the port is in use or the host is not ours")
+            reason = _why_not(self._settings.host, self._settings.port)
+            raise LoadError(address, f"cannot listen: {reason}")
         return port
 
     def _serve_metrics(self) -> int:
@@ -214,6 +216,19 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         starting.cancel()
         stopping.cancel()
         await server.close()
+
+
+def _why_not(host: str, port: int) -> str:
+    """Return the system's reason for refusing an address, which grpc does not pass on."""
+    try:
+        socket.create_server((host, port), family=_family(host)).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "the port is in use or the host is not ours"
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _bracketed(host: str) -> str:
