@@ -147,7 +147,7 @@ def test_eta_is_left_to_the_server_unless_given(target: str, fake: FakeDenoiser)
         (("sample", "--model", "picky"), 2),
         (("sample", "--label", "boot"), 2),
         (("sample", "--out", "grid.unknown"), 2),
-        (("sample", "--out", "no/such/folder/grid.png"), 1),
+        (("sample", "--out", "no/such/folder/grid.png"), 2),
         (("denoise", "in.png", "out.png"), 2),
         (("denoise", "in.png", "out.png", "--sigma", "1", "--time", "1"), 2),
         (("denoise", __file__, "out.png", "--sigma", "1"), 2),

@@ -19,12 +19,12 @@ from els_service.errors import InvalidArgumentError
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # never changed; see NoiseLevel
 class Query:
     """Noisy images, each with its own level, label and window: nothing is shared across a batch."""
 
-    x: Tensor
-    """[B, C, H, W] float32 on the CPU."""
+    pixels: npt.NDArray[np.float32]
+    """[B, C, H, W], C order."""
     level: NoiseLevel
     labels: Integers
     """[B]; -1 stands for none."""
@@ -34,12 +34,19 @@ class Query:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def x(self) -> Tensor:
+        """The pixels as a tensor on the CPU, which shares their memory."""
+        return torch.from_numpy(self.pixels)
+
     def __getitem__(self, images: slice) -> Query:
-        return Query(self.x[images], self.level[images], self.labels[images], self.windows[images])
+        return Query(
+            self.pixels[images], self.level[images], self.labels[images], self.windows[images]
+        )
 
 
 def make_query(
-    x: Tensor,
+    x: Tensor | npt.NDArray[np.float32],
     level: NoiseLevel,
     labels: int | Sequence[int] = (),
     windows: int | Sequence[int] = (),
@@ -53,7 +60,7 @@ def make_query(
     if len(level) not in (1, batch):
         raise InvalidArgumentError("level", f"1 value or {batch}", f"{len(level)} values")
     return Query(
-        x,
+        x.numpy() if isinstance(x, Tensor) else x,
         level.repeat(batch),
         one_each("labels", labels, batch, none=-1),
         one_each("windows", windows, batch, none=0),
@@ -89,7 +96,7 @@ def concatenate(queries: Sequence[Query]) -> Query:
     if len(queries) == 1:
         return queries[0]
     return Query(
-        torch.cat([query.x for query in queries]),
+        np.concatenate([query.pixels for query in queries]),
         NoiseLevel(
             np.concatenate([query.level.a for query in queries]),
             np.concatenate([query.level.s for query in queries]),
@@ -99,7 +106,7 @@ def concatenate(queries: Sequence[Query]) -> Query:
     )
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # never changed; see NoiseLevel
 class Denoised:
     """The answer to a query."""
 
@@ -177,9 +184,9 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     Raises:
         InvalidArgumentError: One of them does not fit; says field, expected and got.
     """
-    if tuple(query.x.shape[1:]) != info.shape:
+    if query.pixels.shape[1:] != info.shape:
         expected = f"[B, {', '.join(map(str, info.shape))}]"
-        raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.x.shape)}")
+        raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.pixels.shape)}")
     _check_labels(info, query.labels.tolist())
     _check_windows(info, query.windows.tolist())
 

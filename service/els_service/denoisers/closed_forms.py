@@ -59,14 +59,14 @@ class GaussianDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return set-up plus a few nanoseconds a pixel."""
-        return 3e-5 + 4e-9 * query.x.numel()
+        return 3e-5 + 4e-9 * query.pixels.size
 
     def denoise(self, query: Query) -> Denoised:
         """Return the posterior means; no evidence."""
         # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
         scales = zip(query.level.a.tolist(), query.level.s.tolist(), strict=True)
         affine = [self._affine(a, s) for a, s in scales]
-        mean = query.x.numpy() * _per_image([gain for gain, _ in affine])
+        mean = query.pixels * _per_image([gain for gain, _ in affine])
         mean += _per_image([rest for _, rest in affine])
         return Denoised(torch.from_numpy(mean), None)
 
@@ -151,12 +151,12 @@ class WienerDenoiser:
         """Return the posterior means; no evidence."""
         images = [
             # One product an image: a matmul of many rows rounds differently from one of a few.
-            self._denoise_one(query.x[b].flatten(), float(a), float(s), int(label))
-            for b, (a, s, label) in enumerate(
-                zip(query.level.a, query.level.s, query.labels, strict=True)
+            self._denoise_one(x.flatten(), float(a), float(s), int(label))
+            for x, a, s, label in zip(
+                query.x, query.level.a, query.level.s, query.labels, strict=True
             )
         ]
-        return Denoised(torch.stack(images).view_as(query.x), None)
+        return Denoised(torch.stack(images).view(query.pixels.shape), None)
 
     def _denoise_one(self, x: Tensor, a: float, s: float, label: int) -> Tensor:
         if label not in self._spectra:

@@ -47,7 +47,7 @@ _ENCODED: dict[int, torch.dtype] = {
 Request = pb.DenoiseRequest | pb.ScoreRequest
 
 
-def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> Tensor:
+def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> npt.NDArray[np.float32]:
     """Return a tensor's pixels, float32 [B, C, H, W]; u8 as v/127.5 - 1.
 
     Raises:
@@ -67,13 +67,13 @@ def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> Tensor:
     # A writable copy, as torch takes no read-only memory.
     flat = np.frombuffer(bytearray(message.data), stored)
     if message.dtype == pb.DTYPE_U8:
-        return torch.from_numpy(flat).float().div_(127.5).sub_(1).view(shape)
+        return (flat.astype(np.float32) / np.float32(127.5) - 1).reshape(shape)
     if message.dtype == pb.DTYPE_BF16:
         flat = torch.from_numpy(flat).view(torch.bfloat16).float().numpy()
     elif message.dtype == pb.DTYPE_F16:
         flat = flat.astype(np.float32)
     check_finite(flat, field)
-    return torch.from_numpy(flat.reshape(shape))
+    return flat.reshape(shape)
 
 
 def check_shape(shape: Sequence[int], field: str, max_images: int) -> None:
@@ -144,8 +144,8 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     x = decode_tensor(request.x, "x", limits.max_images)
     if request.return_log_evidence and not info.has_log_evidence:
         raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
-    evidence = x.numel() // x.shape[1] * 4 if request.return_log_evidence else 0
-    size = x.numel() * output_size(request.output_dtype) + evidence
+    evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
+    size = x.size * output_size(request.output_dtype) + evidence
     check_answer_size("x.shape", size, limits)
     level = decode_level(request.level, info.schedule)
     return make_query(x, level, request.labels, decode_windows(request.windows))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from els_proto.inference import grpc_service_pb2 as pb
@@ -208,7 +207,7 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     )
     level = codec.one_level(sigma, alpha_bar, time, info.schedule)
     return make_query(
-        torch.from_numpy(x),
+        x,
         level,
         _flat("label", inputs["label"]).tolist() if "label" in inputs else (),
         codec.decode_windows(_flat("window", inputs["window"]).tolist())
