@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,7 +75,8 @@ def one_each(
     Raises:
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
-    given = list(values) if isinstance(values, Iterable) else [values]
+    # Not an abstract base class: every call passes here twice.
+    given = [values] if isinstance(values, (int, np.integer)) else list(values)
     if not given:
         return _filled(none, batch)
     if len(given) not in (1, batch):

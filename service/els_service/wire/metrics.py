@@ -16,6 +16,8 @@ _SECONDS = (
 )
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+_Observe = Callable[[float], None]
+
 
 class Metrics:
     """All metrics in one registry of their own; is the engine's ``Observer``."""
@@ -58,27 +60,31 @@ class Metrics:
         )
         build.labels(VERSION, COMMIT).set(1)
         # Looking a child up by its labels costs more than observing it.
-        self._children: dict[tuple[object, ...], Callable[[float], None]] = {}
+        self._answered: dict[tuple[str, str, str], _Observe] = {}
+        self._queued: dict[str, _Observe] = {}
+        self._computed: dict[str, tuple[_Observe, _Observe]] = {}
 
     def answered(self, model: str, method: str, code: str, seconds: float) -> None:
         """One request ended."""
-        self._observe(self._requests, seconds, model, method, code)
+        key = model, method, code
+        if key not in self._answered:
+            self._answered[key] = self._requests.labels(*key).observe
+        self._answered[key](seconds)
 
     def queued(self, model: str, seconds: float) -> None:
         """One item waited this long."""
-        self._observe(self._queue, seconds, model)
+        if model not in self._queued:
+            self._queued[model] = self._queue.labels(model).observe
+        self._queued[model](seconds)
 
     def computed(self, model: str, seconds: float, images: int) -> None:
         """One batch of ``images`` took this long."""
-        self._observe(self._compute, seconds, model)
-        self._observe(self._batch, images, model)
-
-    def _observe(self, histogram: Histogram, value: float, *labels: str) -> None:
-        observe = self._children.get((histogram, *labels))
-        if observe is None:
-            observe = histogram.labels(*labels).observe
-            self._children[(histogram, *labels)] = observe
-        observe(value)
+        if model not in self._computed:
+            compute, batch = self._compute.labels(model), self._batch.labels(model)
+            self._computed[model] = compute.observe, batch.observe
+        observe_seconds, observe_images = self._computed[model]
+        observe_seconds(seconds)
+        observe_images(images)
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
         """Serve ``/metrics`` over HTTP from a thread; ``server_port`` tells where.
