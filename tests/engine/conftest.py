@@ -52,7 +52,7 @@ class Recorder:
         assert self.go.wait(WAIT_S)
         if self.fails_on & set(first):
             raise ZeroDivisionError("as told")
-        return Denoised(2 * query.x, query.x.sum(1))
+        return Denoised(2 * query.pixels, query.x.sum(1))
 
     async def until_entered(self) -> None:
         """Wait until the next batch is being computed."""

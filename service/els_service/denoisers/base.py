@@ -111,14 +111,19 @@ def concatenate(queries: Sequence[Query]) -> Query:
 class Denoised:
     """The answer to a query."""
 
-    mean: Tensor
-    """[B, C, H, W] float32: D(x) = E[x0 | x]."""
+    pixels: npt.NDArray[np.float32]
+    """[B, C, H, W], C order: D(x) = E[x0 | x]."""
     log_evidence: Tensor | None
     """[B, H, W] float32, where the denoiser has it."""
 
     def __getitem__(self, images: slice) -> Denoised:
         evidence = self.log_evidence
-        return Denoised(self.mean[images], None if evidence is None else evidence[images])
+        return Denoised(self.pixels[images], None if evidence is None else evidence[images])
+
+    @property
+    def mean(self) -> Tensor:
+        """The pixels as a tensor on the CPU, which shares their memory."""
+        return torch.from_numpy(self.pixels)
 
 
 def score(query: Query, mean: Tensor) -> Tensor:

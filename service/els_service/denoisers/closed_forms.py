@@ -68,7 +68,7 @@ class GaussianDenoiser:
         affine = [self._affine(a, s) for a, s in scales]
         mean = query.pixels * _per_image([gain for gain, _ in affine])
         mean += _per_image([rest for _, rest in affine])
-        return Denoised(torch.from_numpy(mean), None)
+        return Denoised(mean, None)
 
     def _affine(self, a: float, s: float) -> tuple[_Statistic, _Statistic]:
         """Return gain and rest of ``D(x) = gain·x + rest``."""
@@ -156,7 +156,7 @@ class WienerDenoiser:
                 query.x, query.level.a, query.level.s, query.labels, strict=True
             )
         ]
-        return Denoised(torch.stack(images).view(query.pixels.shape), None)
+        return Denoised(torch.stack(images).view(query.pixels.shape).numpy(), None)
 
     def _denoise_one(self, x: Tensor, a: float, s: float, label: int) -> Tensor:
         if label not in self._spectra:

@@ -17,6 +17,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from els_service.denoisers.base import Denoised, Denoiser, Query, concatenate
@@ -141,7 +142,7 @@ class Batcher:
         error = done.exception()
         if error is None:
             answer, seconds = done.result()
-            self._observer.computed(self._name, seconds, len(answer.mean))
+            self._observer.computed(self._name, seconds, len(answer.pixels))
         first = 0
         for item in batch:
             rows = slice(first, first + len(item.query))
@@ -167,5 +168,6 @@ def _parts(query: Query, seconds: float) -> Iterator[tuple[Query, float]]:
 def _join(answers: list[Denoised]) -> Denoised:
     evidence = [answer.log_evidence for answer in answers if answer.log_evidence is not None]
     return Denoised(
-        torch.cat([answer.mean for answer in answers]), torch.cat(evidence) if evidence else None
+        np.concatenate([answer.pixels for answer in answers]),
+        torch.cat(evidence) if evidence else None,
     )

@@ -185,14 +185,16 @@ def check_answer_size(field: str, size: int, limits: Limits) -> None:
         raise ResourceExhaustedError(field, expected, f"{size} bytes")
 
 
-def encode_tensor(tensor: Tensor, dtype: pb.DType.ValueType = pb.DTYPE_F32) -> pb.Tensor:
-    """Return a tensor message; ``dtype`` passed ``output_size``."""
+def encode_tensor(
+    tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType = pb.DTYPE_F32
+) -> pb.Tensor:
+    """Return a tensor message of float32 numbers; ``dtype`` passed ``output_size``."""
     if dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_F32):
-        data, dtype = tensor.numpy().tobytes(), pb.DTYPE_F32
-    else:
-        # Through its bits: numpy has no bf16.
-        data = tensor.to(_ENCODED[dtype]).view(torch.int16).numpy().tobytes()
-    return pb.Tensor(dtype=dtype, shape=tensor.shape, data=data)
+        array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
+        return pb.Tensor(dtype=pb.DTYPE_F32, shape=array.shape, data=array.tobytes())
+    # Through its bits: numpy has no bf16.
+    bits = torch.as_tensor(tensor).to(_ENCODED[dtype]).view(torch.int16)
+    return pb.Tensor(dtype=dtype, shape=bits.shape, data=bits.numpy().tobytes())
 
 
 def encode_evidence(denoised: Denoised, wanted: bool) -> pb.Tensor | None:

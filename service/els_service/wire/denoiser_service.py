@@ -37,7 +37,7 @@ class DenoiserService(DenoiserServiceServicer):
         """Return the expected clean images."""
         _, answer = await self._answer(request, context)
         return pb.DenoiseResponse(
-            denoised=codec.encode_tensor(answer.mean, request.output_dtype),
+            denoised=codec.encode_tensor(answer.pixels, request.output_dtype),
             log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
         )
 
