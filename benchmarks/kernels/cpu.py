@@ -103,6 +103,19 @@ def attend(
     return implementation(x, [a] * batch, [s] * batch, [k] * batch, ranges, geometry)
 
 
+def mean(
+    implementation: Implementation, setting: Setting, x: Tensor, images: int, k: int
+) -> Tensor:
+    """Return the mean of the circular ELS machine."""
+    return attend(implementation, setting, x, images, k, "els", "circular").mean
+
+
+def run_all(works: list[Callable[[], object]]) -> None:
+    """Run them one after another."""
+    for work in works:
+        work()
+
+
 def patches(images: Tensor, k: int) -> Tensor:
     """Return every patch on the torus, [N·H·W, C·k²]."""
     r = k // 2
@@ -180,7 +193,7 @@ def compare(setting: Setting, repeats: int) -> Iterator[Row]:
         want = attend(native, setting, x, len(few), k, "els", "circular").mean
         tiled = Tiled(few)
         contenders: dict[str, Callable[[], Tensor]] = {
-            "torch": lambda: attend(tiled, setting, x, len(few), k, "els", "circular").mean,  # noqa: B023
+            "torch": partial(mean, tiled, setting, x, len(few), k),
             "sdpa": sdpa(setting, x, few, k),
         }
         if find_spec("pykeops") and k in KEOPS_WINDOWS:
@@ -214,10 +227,12 @@ def batches(repeats: int) -> Iterator[Row]:
         native, x = Native(bank), setting.query(bank, 16)
         together, apart = Clock(), Clock()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        members = [partial(attend, native, setting, one[None], images, k, machine) for one in x]
+        members: list[Callable[[], object]] = [
+            partial(attend, native, setting, one[None], images, k, machine) for one in x
+        ]
         for _ in range(repeats):
             together.time(partial(attend, native, setting, x, images, k, machine))
-            apart.time(lambda: [member() for member in members])  # noqa: B023
+            apart.time(partial(run_all, members))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         yield {
             **asdict(setting),

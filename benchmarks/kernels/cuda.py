@@ -129,6 +129,7 @@ def compare(case: Case, device: torch.device) -> dict[str, Any]:
     """Return one case's error. Raises where it breaks the budget or is not a number."""
     bank = make_bank(case, torch.device("cpu"), 1)
     x = make_query(case, bank, 2)
+    # The reference answers as the operator does, but for lists where it takes tensors.
     want = call(case, Reference(bank), x)  # type: ignore[arg-type]
     got = call(case, TritonAttention(bank.to(device), form=case.form), x.to(device)).cpu()
     errors = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
@@ -194,6 +195,7 @@ def measure_peers(case: Case, bank: Tensor, device: torch.device) -> dict[str, A
             continue
         try:
             error = float((attend(problem) - want).norm() / want.norm())
+            # mypy cannot infer a lambda whose default holds the loop variable.
             times = seconds(lambda _, f=attend: f(problem), device, 0.5)  # type: ignore[misc]
         except Exception as failure:
             answer[name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}

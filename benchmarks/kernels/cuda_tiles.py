@@ -44,6 +44,7 @@ def main() -> None:
                 try:
                     error = float((call(case, attention, x) - want).norm() / want.norm())
                     assert error < 1e-4, (config, error)
+                    # mypy cannot infer a lambda whose defaults hold the loop variables.
                     times = seconds(lambda _, a=attention, q=x, c=case: call(c, a, q), device, 0.2)  # type: ignore[misc]
                 except Exception as failure:
                     print(f"  {config}: {type(failure).__name__}")

@@ -125,6 +125,7 @@ def test_sample_writes_a_grid_and_the_way_there(target: str, fake: FakeDenoiser)
     # Three images of value 1 in a square of four: the last is empty.
     assert (grid[0, 0], grid[0, -1], grid[-1, 0], grid[-1, -1]) == (255, 255, 255, 0)
     with Image.open("steps.gif") as gif:
+        # Pillow gives it to pictures of several frames alone.
         assert gif.n_frames == 5  # type: ignore[attr-defined]
 
 

@@ -74,6 +74,7 @@ def test_a_level_is_one_number_or_a_list() -> None:
     with pytest.raises(InvalidArgumentError, match=r"sigma: .* got shape \[1, 2\]"):
         codec.encode_level(np.ones((1, 2)), None, None)
     with pytest.raises(InvalidArgumentError, match="time: expected numbers"):
+        # Wrong on purpose.
         codec.encode_level(None, None, "0.5")  # type: ignore[arg-type]
 
 

@@ -289,11 +289,13 @@ def test_sampling_asks_the_windows_that_the_sampler_wants(labelled: Bank) -> Non
         def __getattr__(self, name: str) -> object:
             return getattr(self.inner, name)
 
+        # A spy: only what sample() asks of it.
         def denoise(self, query):  # type: ignore[no-untyped-def]
             self.windows += query.windows.tolist()
             return self.inner.denoise(query)
 
     spy = Spy()
+    # The spy is no whole denoiser.
     list(sample(spy, sampler="ddim_released"))  # type: ignore[arg-type]
     assert spy.info.window is not None
     table = spy.info.window.at(from_time(np.arange(20, 1, -1) / 20).sigma)

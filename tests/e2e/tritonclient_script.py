@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 import numpy as np
+
+# Runs in an environment of its own, where tritonclient is installed.
 import tritonclient.grpc as triton  # type: ignore[import-not-found]
 
 SHAPE = [2, 1, 6, 5]

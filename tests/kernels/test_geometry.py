@@ -74,6 +74,7 @@ def test_the_crop_of_a_span_is_what_its_clipped_windows_see(length: int, window:
 
 @pytest.mark.parametrize("padding", ["zeros", "circular", "valid"])
 def test_a_band_sums_each_places_window(padding: str) -> None:
+    # A parameter of pytest is a plain string.
     geometry = Geometry("same", padding)  # type: ignore[arg-type]
     for length in range(1, 9):
         values = torch.arange(1.0, length + 1).double() ** 2
