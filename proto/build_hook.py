@@ -62,6 +62,7 @@ def compile_contracts(root: Path) -> None:
             "grpc_tools.protoc",
             # The virtual path makes generated imports absolute: from els_proto.denoise.v1 import …
             f"-Iels_proto={proto}",
+            f"-I{sysconfig.get_path('purelib')}",  # google/rpc/*.proto of googleapis-common-protos
             f"--python_out={out}",
             f"--grpc_python_out={out}",
             f"--mypy_out={out}",

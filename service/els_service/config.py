@@ -34,6 +34,7 @@ class Limits:
     max_images: int
     max_steps: int
     max_message_bytes: int
+    max_pixels: int
 
 
 def _lower(value: object) -> object:
@@ -57,18 +58,36 @@ class Settings(BaseModel):
         "info"
     )
     drain_s: Annotated[float, Field(ge=0)] = 30.0
-    """How long work in flight may take to finish after SIGTERM."""
+    """How long work in flight may take to finish after SIGTERM; then it is told UNAVAILABLE."""
+    grace_s: Annotated[float, Field(ge=0)] = 1.0
+    """How long new calls are taken after SIGTERM, so that balancers have time to look elsewhere."""
+    queue_s: Annotated[float, Field(gt=0)] = 30.0
+    """Work that may wait for one model, in predicted seconds; more is RESOURCE_EXHAUSTED."""
+    queue_bytes: _Positive = 1 << 30
+    """Pixels that may wait for one model, in bytes."""
+    batch_s: Annotated[float, Field(gt=0)] = 0.25
+    """Predicted time of one batch; a single image may take longer."""
+    starvation_s: Annotated[float, Field(gt=0)] = 1.0
+    """A priority level with work is served at least this often, whatever waits before it."""
+    memory_bytes: _Positive | None = None
+    """Budget for loaded models: beyond it the one used longest ago is unloaded until it is asked."""
+    watchdog_s: Annotated[float, Field(gt=0)] = 120.0
+    """A batch that takes this much longer than predicted means a hung device: the server ends."""
     max_images: _Positive = 256
     """Images in one call."""
     max_steps: _Positive = 1000
     """Steps of one trajectory."""
     max_message_bytes: Annotated[int, Field(ge=1 << 16, lt=1 << 31)] = 64 << 20
     """Size of a message in either direction."""
+    max_pixels: _Positive = 1 << 24
+    """B·C·H·W of one call."""
 
     @property
     def limits(self) -> Limits:
         """The limits of one request."""
-        return Limits(self.max_images, self.max_steps, self.max_message_bytes)
+        return Limits(
+            self.max_images, self.max_steps, self.max_message_bytes, self.max_pixels
+        )
 
 
 _SETTINGS = TypeAdapter(Settings)
