@@ -13,7 +13,7 @@ install: $(VENV)/.installed $(PEER)/.installed
 
 $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[server,gpu,dev]'
+	$(BIN)/pip install --quiet --editable '.[server,tracing,gpu,dev]'
 	touch $@
 
 $(PEER)/.installed:

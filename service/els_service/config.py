@@ -57,6 +57,10 @@ class Settings(BaseModel):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )
+    traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
+    """OTLP collector that speaks gRPC and takes the traces; None for none."""
+    traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the calls that are traced, where the caller has not decided."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """How long work in flight may take to finish after SIGTERM; then it is told UNAVAILABLE."""
     grace_s: Annotated[float, Field(ge=0)] = 1.0

@@ -85,16 +85,17 @@ def test_metrics_tell_version_and_commit(server: ServerProcess) -> None:
     assert metrics(server)["els_build_info"] == [({"version": VERSION, "commit": COMMIT}, 1.0)]
 
 
-def test_metrics_have_our_prefix_seconds_and_labels(server: ServerProcess, client: Client) -> None:
+def test_metrics_have_known_prefixes_seconds_and_labels(server: ServerProcess, client: Client) -> None:
     # Enough pairs to be queued: small questions are answered on the spot.
     client.denoise(np.zeros((256, 1, 6, 5), np.float32), model="circular", sigma=1.0)
     found = metrics(server)
-    assert {name.partition("_")[0] for name in found} == {"els"}
+    assert {name.partition("_")[0] for name in found} == {"els", "grpc", "process"}
     labels = {
         "els_request_seconds": {"model", "method", "code"},
         "els_queue_seconds": {"model"},
         "els_compute_seconds": {"model"},
         "els_batch_size": {"model"},
+        "els_batch_cost_seconds": {"model"},
     }
     for name, expected in labels.items():
         assert {frozenset(found) for found, _ in found[f"{name}_count"]} == {frozenset(expected)}

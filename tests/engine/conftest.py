@@ -69,7 +69,7 @@ class Observed:
     def queued(self, model: str, seconds: float) -> None:
         self.waits.append(seconds)
 
-    def computed(self, model: str, seconds: float, images: int) -> None:
+    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         self.images.append(images)
 
 

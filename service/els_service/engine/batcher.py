@@ -15,30 +15,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from els_service.denoisers.base import Denoised, Denoiser, Query, concatenate
+from els_service.engine.observer import Observer
 from els_service.errors import DeadlineExceededError
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
 MAX_BATCH_S = 0.25
 """Predicted time of a batch (a single image may take longer)."""
-
-
-class Observer(Protocol):
-    """Told of every batch; times in seconds."""
-
-    def queued(self, model: str, seconds: float) -> None:
-        """One item waited this long."""
-        ...
-
-    def computed(self, model: str, seconds: float, images: int) -> None:
-        """One batch took this long."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,17 +68,17 @@ class Batcher:
         """
         seconds = self.denoiser.predict_seconds(query)
         if seconds < INLINE_S and not self._busy:
-            return self._inline(query)
+            return self._inline(query, seconds)
         # Each part queues when the one before it is done, behind those who came meanwhile.
         answers = [
             await self._enqueue(part, cost, deadline) for part, cost in _parts(query, seconds)
         ]
         return answers[0] if len(answers) == 1 else _join(answers)
 
-    def _inline(self, query: Query) -> Denoised:
+    def _inline(self, query: Query, cost: float) -> Denoised:
         start = time.monotonic()
         answer = self.denoiser.denoise(query)
-        self._observer.computed(self._name, time.monotonic() - start, len(query))
+        self._observer.computed(self._name, time.monotonic() - start, len(query), cost)
         return answer
 
     def _enqueue(self, query: Query, seconds: float, deadline: float) -> asyncio.Future[Denoised]:
@@ -142,7 +130,8 @@ class Batcher:
         error = done.exception()
         if error is None:
             answer, seconds = done.result()
-            self._observer.computed(self._name, seconds, len(answer.pixels))
+            cost = sum(item.seconds for item in batch)
+            self._observer.computed(self._name, seconds, len(answer.pixels), cost)
         first = 0
         for item in batch:
             rows = slice(first, first + len(item.query))

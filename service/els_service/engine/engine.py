@@ -16,7 +16,8 @@ from torch import Tensor
 from els_service.denoisers.base import Denoised, Denoiser, Integers, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
-from els_service.engine.batcher import Batcher, Observer
+from els_service.engine.batcher import Batcher
+from els_service.engine.observer import Observer
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     InvalidArgumentError,

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,11 +27,27 @@ from els_service.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from els_service.wire.metrics import Metrics
+from els_service.logs import CALL
+from els_service.wire.metrics import Method, Metrics
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from els_service.wire.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 _LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
+_MODEL_FIELDS = ("model", "model_name", "name")
+"""Where requests name their model."""
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+"""(requests, answers) are streams → ``grpc_type``."""
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
@@ -45,13 +62,23 @@ class _Malformed:
     reason: str
 
 
-class _Call(NamedTuple):
+class _Call:
     """One call under way."""
 
-    method: str
-    request: Any
-    context: Context
-    since: float
+    __slots__ = ("_fields", "context", "method", "request", "since", "trace", "trace_id")
+
+    def __init__(self, method: Method, request: Any, context: Context) -> None:
+        self.method, self.request, self.context = method, request, context
+        self.trace: Span | None = None
+        self.trace_id: str | None = None
+        self.since = time.monotonic()
+        self._fields: dict[str, str] | None = None
+
+    def log_fields(self) -> dict[str, str]:
+        """Return the ids that every record of the call carries; made only if there is one."""
+        if self._fields is None:
+            self._fields = _ids(self.context, self.trace_id)
+        return self._fields
 
 
 class _Collector:
@@ -73,8 +100,10 @@ class Calls:
     A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
     """
 
-    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool]) -> None:
-        self._metrics, self._is_model = metrics, is_model
+    def __init__(
+        self, metrics: Metrics, is_model: Callable[[str], bool], tracing: Tracing | None = None
+    ) -> None:
+        self._metrics, self._is_model, self._tracing = metrics, is_model, tracing
         self._in_flight = 0
         self._idle = asyncio.Event()
         self.draining = False
@@ -87,7 +116,10 @@ class Calls:
         collector = _Collector()
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
-            wrapped = {method: self._wrap(method, handler) for method, handler in handlers.items()}
+            wrapped = {
+                name: self._wrap(self._method(service, name, handler), handler)
+                for name, handler in handlers.items()
+            }
             generic = grpc.method_handlers_generic_handler(service, wrapped)
             server.add_generic_rpc_handlers((generic,))
 
@@ -99,7 +131,13 @@ class Calls:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
+    def _method(self, service: str, name: str, handler: Handler) -> Method:
+        request = handler.request_deserializer.__self__.DESCRIPTOR
+        fields = (field for field in _MODEL_FIELDS if field in request.fields_by_name)
+        kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        return self._metrics.method(kind, service, name, next(fields, ""))
+
+    def _wrap(self, method: Method, handler: Handler) -> Handler:
         parse = _tolerant(handler.request_deserializer)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
@@ -109,7 +147,7 @@ class Calls:
             self._unary(method, handler.unary_unary), parse, handler.response_serializer
         )
 
-    def _unary(self, method: str, behaviour: Any) -> Any:
+    def _unary(self, method: Method, behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
             under_way = self._begin(method, request, context)
             try:
@@ -122,7 +160,7 @@ class Calls:
 
         return call
 
-    def _streaming(self, method: str, behaviour: Any) -> Any:
+    def _streaming(self, method: Method, behaviour: Any) -> Any:
         # Writes by itself: grpc leaves a generator whose caller is gone to the collector, by when
         # the call is freed and asking its context for the peer ends the process.
         async def call(request: Any, context: Context) -> None:
@@ -132,17 +170,26 @@ class Calls:
                 async with contextlib.aclosing(behaviour(request, context)) as answers:
                     async for answer in answers:
                         await _write(context, answer)
+                        method.sent += 1
             except BaseException as error:
                 await self._fail(error, under_way)
             self._end("OK", under_way)
 
         return call
 
-    def _begin(self, method: str, request: Any, context: Context) -> _Call:
+    def _begin(self, method: Method, request: Any, context: Context) -> _Call:
         self._in_flight += 1
         # Not when the handler ends: its answer may have a long way to go yet.
         context.add_done_callback(self._done)
-        return _Call(method, request, context, time.monotonic())
+        method.started += 1
+        call = _Call(method, request, context)
+        if self._tracing is not None:
+            span = self._tracing.begin(method.path, context.invocation_metadata() or ())
+            if span is not None:
+                call.trace, call.trace_id = span, self._tracing.trace_id(span)
+        # Every call has a task of its own, and with it a context.
+        CALL.set(call)
+        return call
 
     def _done(self, context: Context) -> None:
         self._in_flight -= 1
@@ -158,18 +205,18 @@ class Calls:
     def _end(
         self, code: str, call: _Call, reason: str = "", cause: BaseException | None = None
     ) -> None:
-        """Count and log the call."""
-        request = call.request
-        name = getattr(request, "model", "") or getattr(request, "model_name", "")
-        # Any other name would let callers make as many label values as they please.
-        model = name if isinstance(name, str) and self._is_model(name) else ""
+        """Count and log the call, and end its span."""
         seconds = time.monotonic() - call.since
-        self._metrics.answered(model, call.method, code, seconds)
+        name = getattr(call.request, call.method.model_field, "")
+        # Any other name would let callers make as many label values as they please.
+        model = name if self._is_model(name) else ""
+        call.method.end(model, code, seconds, call.trace_id)
+        if self._tracing is not None and call.trace is not None:
+            self._tracing.end(call.trace, code, model)
         level = _LEVELS.get(code, logging.INFO)
         if _log.isEnabledFor(level):
             record = {
-                "request_id": _request_id(call.context),
-                "method": call.method,
+                "method": call.method.name,
                 "model": model,
                 "code": code,
                 "seconds": round(seconds, 6),
@@ -208,6 +255,12 @@ async def _write(context: Context, answer: Any) -> None:
         raise asyncio.CancelledError("the caller is gone") from error
 
 
+def current_trace() -> object | None:
+    """Return what the current call's part of a trace hangs on; None where it is not traced."""
+    call = CALL.get()
+    return None if call is None else call.trace
+
+
 def deadline_of(context: Context) -> float:
     """Return the caller's deadline on ``time.monotonic``'s clock, or infinity."""
     remaining = context.time_remaining()
@@ -230,12 +283,15 @@ def _details(error: BaseException, code: str, text: str) -> status_pb2.Status:
     return status
 
 
-def _request_id(context: Any) -> str:
-    """Return the caller's ``x-request-id``, or a new one."""
-    for name, value in context.invocation_metadata() or ():
-        if name == "x-request-id" and isinstance(value, str):
-            return value[:128]
-    return uuid.uuid4().hex
+def _ids(context: Context, trace_id: str | None) -> dict[str, str]:
+    """Return the caller's ``x-request-id`` or a new one, and the trace's id where there is one."""
+    metadata = dict(context.invocation_metadata() or ())
+    ids = {"request_id": metadata.get("x-request-id", "")[:128] or uuid.uuid4().hex}
+    if caller := _TRACEPARENT.match(metadata.get("traceparent", "")):
+        ids["trace_id"] = caller[1]
+    elif trace_id is not None:
+        ids["trace_id"] = trace_id
+    return ids
 
 
 def _tolerant(deserializer: Any) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -29,10 +30,14 @@ from els_service.config import Settings, cpu_limit
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.wire import loop_lag
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.metrics import Metrics
+
+if TYPE_CHECKING:
+    from els_service.wire.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +91,11 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._metrics = Metrics()
+        self._tracing = _tracing(settings)
+        self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
         self._engine = Engine(self._metrics)
-        self._calls = Calls(self._metrics, self._engine.__contains__)
+        self._calls = Calls(self._metrics, self._engine.__contains__, self._tracing)
+        self._lag: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
@@ -100,6 +107,7 @@ class Server:
             LoadError: A port is in use, the models folder is missing, or no model can be loaded.
         """
         models = repository(self._settings)
+        self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
         grpc_port = self._bind()
         metrics_port = self._serve_metrics()
         await self._report()
@@ -125,6 +133,10 @@ class Server:
         """End every call, thread and listener."""
         await self._grpc.stop(None)
         self._engine.close()
+        if self._lag is not None:
+            self._lag.cancel()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         if self._http is not None:
             http, thread = self._http
             await asyncio.to_thread(http.shutdown)
@@ -184,6 +196,18 @@ class Server:
             address = f"{_bracketed(host)}:{port}"
             raise LoadError(address, f"cannot serve metrics: {error.strerror}") from error
         return self._http[0].server_port
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """Return what makes the spans; nothing of it is imported where nobody takes them."""
+    if settings.traces is None:
+        return None
+    try:
+        from els_service.wire.tracing import Tracing
+    except ImportError as error:
+        needs = "expected the extra 'tracing' to be installed: pip install 'els-denoise[tracing]'"
+        raise LoadError("traces", f"{needs} ({error})") from error
+    return Tracing(settings.traces, settings.traces_ratio)
 
 
 async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
