@@ -11,6 +11,7 @@ import torch
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
+from els_service.engine.observer import Launch
 
 SHAPE = (1, 2, 3)
 WAIT_S = 30
@@ -71,6 +72,10 @@ class Observed:
 
     def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         self.images.append(images)
+
+    def dropped(self, model: str, reason: str) -> None: ...
+
+    def launched(self, launch: Launch) -> None: ...
 
 
 def query(*values: float) -> Query:
