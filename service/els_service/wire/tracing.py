@@ -102,7 +102,7 @@ class Tracing:
             SpanKind.INTERNAL,
             {**attributes, "els.images": launch.images, "els.cost_seconds": launch.cost},
             # A call of many images may be a member several times.
-            [Link(context) for context in {m.get_span_context(): None for m, _ in members}],
+            [Link(span.get_span_context()) for span in dict.fromkeys(span for span, _ in members)],
             launch.started_ns,
         )
         batch.end(launch.ended_ns)
