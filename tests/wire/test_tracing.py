@@ -187,7 +187,10 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
 def sink() -> Iterator[tuple[Sink, int]]:
     """Yield a collector and its port."""
     collector, server = Sink(), grpc.server(ThreadPoolExecutor(2))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    # Generated without types.
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        collector, server
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield collector, port

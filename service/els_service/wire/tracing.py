@@ -33,6 +33,7 @@ _FAULTS = frozenset(
 )
 """Codes that are the server's fault, by OpenTelemetry's conventions."""
 _PROPAGATOR = TraceContextTextMapPropagator()
+_HEADERS = frozenset(_PROPAGATOR.fields)
 
 Metadata = Sequence[tuple[str, Any]]
 
@@ -66,10 +67,11 @@ class Tracing:
             method: full name, ``package.Service/Method``.
             metadata: of the call; ``traceparent`` and ``tracestate`` are read.
         """
-        carrier = {key: value for key, value in metadata if key in _PROPAGATOR.fields}
+        carrier = {key: value for key, value in metadata if key in _HEADERS}
         parent = _PROPAGATOR.extract(carrier) if carrier else None
-        caller = trace.get_current_span(parent).get_span_context()
-        if not (caller.trace_flags.sampled if caller.is_valid else random.random() < self._ratio):
+        caller = trace.get_current_span(parent).get_span_context() if parent else None
+        drawn = random.random() < self._ratio
+        if not (caller.trace_flags.sampled if caller and caller.is_valid else drawn):
             return None
         attributes = {"rpc.system.name": "grpc", "rpc.method": method}
         return self._tracer.start_span(method, parent, SpanKind.SERVER, attributes)
