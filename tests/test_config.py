@@ -21,6 +21,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "device": ("cpu", "cuda", "auto"),
     "threads": (1, 2, 3),
     "log_level": ("debug", "warning", "error"),
+    "traces": ("http://a:4317", "https://b:4317", "http://[::1]:4317"),
+    "traces_ratio": (0.5, 1.0, 0.0),
     "drain_s": (0.5, 1.5, 0.0),
     "max_images": (1, 2, 3),
     "max_steps": (1, 2, 3),

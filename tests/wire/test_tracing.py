@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
@@ -20,6 +21,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind
+from pydantic import ValidationError
 from tests.e2e.bad_requests import denoise
 from tests.e2e.models_folder import write_models
 
@@ -211,15 +213,22 @@ async def traced(sink: tuple[Sink, int], tmp_path: Path) -> AsyncIterator[Traced
     server = Server(settings)
     ports = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc_port}") as channel:
-        yield Traced(server, DenoiserServiceStub(channel), sink[0])
+        yield Traced(server, DenoiserServiceStub(channel), sink[0], ports.metrics_port)
     await server.close()
 
 
 class Traced:
     """A server, a way to ask it, and where its spans go."""
 
-    def __init__(self, server: Server, stub: Any, sink: Sink) -> None:
+    def __init__(self, server: Server, stub: Any, sink: Sink, metrics_port: int) -> None:
         self.server, self.stub, self._sink = server, stub, sink
+        self._metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+
+    def metrics(self) -> str:
+        """Return the metrics in the format that has exemplars."""
+        accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        with urlopen(Request(self._metrics_url, headers=accept), timeout=TIMEOUT_S) as page:
+            return str(page.read(), "utf-8")
 
     async def spans(self) -> list[trace_pb2.Span]:
         """Close the server and return all spans."""
@@ -260,6 +269,14 @@ async def test_every_end_of_a_call_ends_its_span(traced: Traced) -> None:
         assert before <= span.start_time_unix_nano <= span.end_time_unix_nano <= time.time_ns()
 
 
+async def test_a_traced_call_is_an_exemplar_of_its_duration(traced: Traced) -> None:
+    await traced.stub.Denoise(denoise(), metadata=SAMPLED, timeout=TIMEOUT_S)
+    lines = (await asyncio.to_thread(traced.metrics)).splitlines()
+    exemplars = [line for line in lines if f'# {{trace_id="{TRACE}"}}' in line]
+    names = {line.partition("{")[0] for line in exemplars}
+    assert names == {"els_request_seconds_bucket", "grpc_server_handling_seconds_bucket"}
+
+
 async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +295,12 @@ async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
     assert len({id(span) for span in seen}) == 8
     assert current_trace() is None
     assert len(await traced.spans()) == 8
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector", "http://", ""])
+def test_an_endpoint_without_scheme_or_host_is_refused(endpoint: str) -> None:
+    with pytest.raises(ValidationError, match="traces"):
+        Settings(traces=endpoint)
 
 
 async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_path: Path) -> None:
