@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(bank.app, name="bank")
 
 _FAULT = 2
+_DEVICE_LOST = 3
 
 Models = Annotated[Path | None, typer.Option(help="Folder of models; replaces the bundled ones.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")]
@@ -63,11 +65,14 @@ def run(
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
 
+    Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
+
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
     settings = _settings(locals())
     import uvloop
 
+    from els_service.engine.device import DeviceLostError
     from els_service.logs import configure
     from els_service.wire.server import Ports, serve
 
@@ -86,6 +91,10 @@ def run(
             runner.run(serve(settings, ready))
     except LoadError as error:
         raise _refused(error) from error
+    except DeviceLostError as error:
+        print(f"els-server: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: a thread that hangs on the device would be waited for.
+        os._exit(_DEVICE_LOST)
 
 
 @app.command()
