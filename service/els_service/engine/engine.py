@@ -125,6 +125,7 @@ class Engine:
                     continue
                 query = _question(lane.denoiser, event, run)
                 if not begun:
+                    lane.denoiser.check(query)
                     self._check_time(lane, query, run, terms)
                 given = self._submit(lane, query, terms, admitted=begun)
                 begun = True
