@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from dataclasses import replace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from tests.engine.conftest import Observed, Recorder, ask, held, query, turns, values
 
 from els_service.config import Scheduling
+from els_service.denoisers.base import Query
 from els_service.engine.engine import Engine
 from els_service.errors import (
     DeadlineExceededError,
@@ -147,7 +149,7 @@ async def test_a_costly_query_of_which_a_part_fails_fails_once(engine: Engine) -
 
 async def test_a_fault_that_would_end_a_thread_ends_nothing(engine: Engine) -> None:
     class Quitter(Recorder):
-        def denoise(self, query: object) -> object:  # type: ignore[override]  # it never answers
+        def denoise(self, query: Query) -> NoReturn:
             raise SystemExit("as told")
 
     engine.models.add("quitter", Quitter())
@@ -226,7 +228,7 @@ async def test_a_broken_device_fails_its_batch_is_told_of_and_takes_nothing_more
     engine: Engine,
 ) -> None:
     class Poisoned(Recorder):
-        def denoise(self, query: object) -> object:  # type: ignore[override]  # it never answers
+        def denoise(self, query: Query) -> NoReturn:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     engine.models.add("model", Poisoned())

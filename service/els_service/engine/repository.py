@@ -155,9 +155,10 @@ class ModelRepository:
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
+                bank = self._bank(path)
                 return AnalyticDenoiser(
-                    self._attention(path, device),
-                    self._bank(path),
+                    self._attention(path, bank, device),
+                    bank,
                     machine=spec.machine,
                     padding=spec.padding,
                     window=self._window(folder, spec.window),
@@ -182,11 +183,11 @@ class ModelRepository:
             bank = self._banks[key] = load_bank(path)
         return bank
 
-    def _attention(self, path: Path, device: str) -> PatchAttention:
+    def _attention(self, path: Path, bank: Bank, device: str) -> PatchAttention:
         key = _state(path), device
         attention = self._attentions.get(key)
         if attention is None:
-            pixels = self._bank(path).pixels().to(device)
+            pixels = bank.pixels().to(device)
             attention = PatchAttention(pixels, implementation=self._implementation)
             self._attentions[key] = attention
         return attention
