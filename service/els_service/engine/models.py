@@ -202,11 +202,11 @@ class Models:
         self._reasons[name] = "unloaded"
         _log.info("model unloaded", extra={"model": name})
 
-    def add(self, name: str, denoiser: Denoiser) -> None:
-        """Serve a denoiser that is no model of the repository, as version 1 on every device."""
-        denoisers = {device.name: denoiser for device in self._devices}
-        lane = Lane(name, 1, denoisers, self._scheduling.starvation_s)
-        self._serve(name, {1: Entry(name, 1, denoiser.info, lane)})
+    def add(self, name: str, *denoisers: Denoiser) -> None:
+        """Serve a model from elsewhere: one denoiser for each of the first devices."""
+        placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
+        lane = Lane(name, 1, placed, self._scheduling.starvation_s)
+        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane)})
 
     async def index(self) -> list[State]:
         """Return the state of every model of the repository, and of those added."""
