@@ -175,12 +175,12 @@ def parse_network(document: Mapping[str, Any], source: object) -> NetworkDocumen
 
 
 def describe_network(document: NetworkDocument) -> dict[str, Any]:
-    """Return what ``parse_network`` reads, without what is at its default."""
+    """Return what ``parse_network`` reads; of the execution what is not at its default."""
     described: dict[str, Any] = {"kind": "network"}
     for part in (document.config, document.execution):
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            if value != field.default:
+            if part is document.config or value != field.default:
                 described[field.name] = list(value) if isinstance(value, tuple) else value
     if document.data is not None:
         described["data"] = dataclasses.asdict(document.data)

@@ -27,6 +27,10 @@ _LAUNCH_S = 2e-4
 _DTYPES = {"tf32": torch.float32}
 _DETERMINISTIC_BUCKET = 8
 _COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_CPU_LAYER_BYTES = 2 << 20
+"""Of one layer's output: it is read again at once, and should then still be in the cache."""
+_CPU_SMALLEST = 4
+"""Fewer images than this leave a CPU's cores idle between layers."""
 _LARGEST_BATCH = 64
 """Beyond it a batch is no faster, only larger in memory."""
 
@@ -56,11 +60,10 @@ class NetworkDenoiser:
             torch.channels_last if self._execution.channels_last else torch.contiguous_format
         )
         network = network.to(self._device, self._dtype)
-        for parameter in network.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=self._layout)
+        network.set_layout(self._layout)
         self._forward = _compiled(network.eval().requires_grad_(False), self._execution.compile)
         self._buckets = _buckets(self._execution)
+        self._largest = self._buckets[-1] if self._buckets else self._launch_size()
         self._flops = count_flops(self._config)
         self._info = self._describe(network, document)
         if self._execution.deterministic:
@@ -86,7 +89,7 @@ class NetworkDenoiser:
 
     def denoise(self, query: Query) -> Denoised:
         """Return D(x); no evidence."""
-        with torch.inference_mode(), _tf32(self._execution.precision == "tf32"):
+        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             parts = [
                 self._denoise_part(query[images], bucket)
                 for images, bucket in self._launches(len(query))
@@ -120,18 +123,25 @@ class NetworkDenoiser:
 
     def _launches(self, images: int) -> Iterator[tuple[slice, int]]:
         """Yield the slices of a batch, each with the batch size it is run at."""
-        largest = self._buckets[-1] if self._buckets else _LARGEST_BATCH
-        for first in range(0, images, largest):
-            count = min(largest, images - first)
+        for first in range(0, images, self._largest):
+            count = min(self._largest, images - first)
             bucket = next((size for size in self._buckets if size >= count), count)
             yield slice(first, first + count), bucket
+
+    def _launch_size(self) -> int:
+        """Return how many images are best computed at once: on a CPU as its caches hold."""
+        if self._device.type != "cpu":
+            return _LARGEST_BATCH
+        _, height, width = self._config.shape
+        layer = self._config.widths[0] * height * width * self._dtype.itemsize
+        return min(_LARGEST_BATCH, max(_CPU_SMALLEST, _CPU_LAYER_BYTES // layer))
 
     def _prove_that_places_are_alike(self) -> None:
         """Ask for one image at every place of the bucket: libraries promise nothing."""
         (bucket,) = self._buckets
         image = torch.linspace(-2, 2, int(np.prod(self._config.shape))).view(1, *self._config.shape)
         time, labels = np.full(bucket, 0.5), np.zeros(bucket, np.int64)
-        with torch.inference_mode(), _tf32(self._execution.precision == "tf32"):
+        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             places = self._predict(image.repeat(bucket, 1, 1, 1), time, labels, bucket)
             alone = self._predict(image, time[:1], labels[:1], bucket)
         if not all(torch.equal(place, alone[0]) for place in places):
@@ -191,7 +201,7 @@ def _column(values: Floats) -> Tensor:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def allow_tf32(allowed: bool) -> Iterator[None]:
     """Set whether float32 products may round their inputs to TF32, for the time being."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32

@@ -41,6 +41,12 @@ class Network(nn.Module):
         output: Tensor = self.body(x, embedding)
         return output
 
+    def set_layout(self, layout: torch.memory_format) -> None:
+        """Lay the kernels of convolutions out so, in place; images that come should be alike."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
 
 def build_network(config: NetworkConfig, device: torch.device | str = "cpu") -> Network:
     """Return a network with fresh weights, drawn from torch's global generator."""
