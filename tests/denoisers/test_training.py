@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     command = (
         f"--data {tmp_path}/bank.safetensors --widths 8 --epochs 40 --batch 8 --lr 3e-3 --ema 0.9 "
         "--label-dropout 0.2 --rate-schedule one-cycle --threads 1 --log-steps 7 "
-        "--device cpu --checkpoint-seconds 0 --out"
+        "--device cpu --checkpoint-seconds 0.02 --out"
     ).split()
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
     arguments = [sys.executable, "-c", _BARE, *command, killed]
