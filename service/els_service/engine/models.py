@@ -220,9 +220,11 @@ class Models:
         counted: set[str] = set()
         sizes: dict[str, int] = {}
         for entry in self:
-            bank = entry.info.bank.fingerprint if entry.info.bank else ""
+            info = entry.info
+            # Of other kinds the bank is where they come from, not what they hold.
+            bank = info.bank.fingerprint if info.bank and info.kind == "analytic" else ""
             if entry.lane is not None and bank not in counted:
-                sizes[entry.model] = sizes.get(entry.model, 0) + entry.info.memory_bytes
+                sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
                 counted |= {bank} if bank else set()
         return sizes
 
