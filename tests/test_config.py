@@ -24,9 +24,17 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "traces": ("http://a:4317", "https://b:4317", "http://[::1]:4317"),
     "traces_ratio": (0.5, 1.0, 0.0),
     "drain_s": (0.5, 1.5, 0.0),
+    "grace_s": (0.5, 1.5, 0.0),
+    "queue_s": (0.5, 1.5, 9.0),
+    "queue_bytes": (1, 2, 3),
+    "batch_s": (0.5, 1.5, 9.0),
+    "starvation_s": (0.5, 1.5, 9.0),
+    "memory_bytes": (1, 2, 3),
+    "watchdog_s": (0.5, 1.5, 9.0),
     "max_images": (1, 2, 3),
     "max_steps": (1, 2, 3),
     "max_message_bytes": (1 << 16, 1 << 17, 1 << 18),
+    "max_pixels": (1, 2, 3),
 }
 """Of every setting three values that are not its default: for file, variable and flag."""
 

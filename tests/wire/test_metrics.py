@@ -12,7 +12,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
-from els_service.engine.observer import Launch, Observer
+from els_service.engine.terms import Launch, Observer
 from els_service.wire import loop_lag
 from els_service.wire.metrics import Metrics
 from els_service.wire.tallies import Tally, family, merged
@@ -55,7 +55,7 @@ def test_merged_tallies_count_every_value_once() -> None:
 def test_calls_are_counted_as_go_grpc_prometheus_counts_them() -> None:
     metrics = Metrics()
     unary = metrics.method("unary", METHOD["grpc_service"], "Denoise")
-    unary.started += 3
+    unary.started, unary.received = 3, 3
     unary.end("m", "OK", 0.02)
     unary.end("", "INVALID_ARGUMENT", 0.5)
     assert sample(metrics, "grpc_server_started_total", **METHOD) == 3
@@ -117,15 +117,17 @@ def test_gauges_are_asked_for_at_every_scrape() -> None:
     metrics = Metrics()
     depth = 3.0
     metrics.gauges = lambda: [
-        ("queue_items", {"model": "a"}, depth),
-        ("queue_items", {"model": "b"}, 0.0),
-        ("device_busy_seconds_total", {"device": "cpu"}, 1.5),
-        ("trajectories", {}, 2.0),
+        ("els_queue_items", {"model": "a"}, depth),
+        ("els_queue_items", {"model": "b"}, 0.0),
+        # Another version of it.
+        ("els_queue_items", {"model": "b"}, 5.0),
+        ("els_device_busy_seconds_total", {"device": "cpu"}, 1.5),
+        ("els_trajectories", {}, 2.0),
     ]
     assert sample(metrics, "els_queue_items", model="a") == 3
     depth = 4.0
     assert sample(metrics, "els_queue_items", model="a") == 4
-    assert sample(metrics, "els_queue_items", model="b") == 0
+    assert sample(metrics, "els_queue_items", model="b") == 5
     assert sample(metrics, "els_device_busy_seconds_total", device="cpu") == 1.5
     assert sample(metrics, "els_trajectories") == 2
 

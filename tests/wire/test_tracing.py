@@ -22,13 +22,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind
 from pydantic import ValidationError
-from tests.e2e.bad_requests import denoise
-from tests.e2e.models_folder import write_models
+from tests.e2e.bad_requests import denoise, tensor
+from tests.e2e.models_folder import SHAPE, write_models
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.config import Settings
-from els_service.engine.observer import Launch
+from els_service.engine.terms import Launch
 from els_service.wire.calls import current_trace
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.server import Server
@@ -208,6 +208,7 @@ async def traced(sink: tuple[Sink, int], tmp_path: Path) -> AsyncIterator[Traced
         metrics_port=0,
         traces=f"http://127.0.0.1:{sink[1]}",
         traces_ratio=1,
+        grace_s=0,
         threads=1,
     )
     server = Server(settings)
@@ -236,6 +237,10 @@ class Traced:
         await self.server.close()
         return [self._sink.spans.get_nowait() for _ in range(self._sink.spans.qsize())]
 
+    async def calls(self) -> list[trace_pb2.Span]:
+        """Close the server and return the spans of calls."""
+        return [span for span in await self.spans() if span.kind == trace_pb2.Span.SPAN_KIND_SERVER]
+
 
 def code_of(span: trace_pb2.Span) -> str:
     return next(
@@ -255,7 +260,7 @@ async def test_every_end_of_a_call_ends_its_span(traced: Traced) -> None:
     stream = stub.Sample(pb.SampleRequest(model="ideal", steps=1000), timeout=TIMEOUT_S)
     await stream.read()
     stream.cancel()
-    spans = await traced.spans()
+    spans = await traced.calls()
     ends = sorted((span.name.rpartition("/")[2], code_of(span)) for span in spans)
     assert ends == [
         ("Denoise", "NOT_FOUND"),
@@ -294,7 +299,32 @@ async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
     assert all(isinstance(span, Span) for span in seen)
     assert len({id(span) for span in seen}) == 8
     assert current_trace() is None
-    assert len(await traced.spans()) == 8
+    assert len(await traced.calls()) == 8
+
+
+async def test_a_computed_call_leads_to_its_batch_and_the_batch_to_its_calls(
+    traced: Traced,
+) -> None:
+    # Enough pairs to be queued: small questions are answered on the spot.
+    many = denoise(x=tensor(shape=(256, *SHAPE), data=bytes(256 * 120)), model="circular")
+    await asyncio.gather(*(traced.stub.Denoise(many, timeout=TIMEOUT_S) for _ in range(3)))
+    spans = await traced.spans()
+    calls, queues, computes, batches = (
+        [span for span in spans if span.name == name]
+        for name in (METHOD, "queue", "compute", "batch")
+    )
+    assert len(calls) == 3
+    by_id = {span.span_id: span for span in calls}
+    linked = {(link.span_id, batch.span_id) for batch in batches for link in batch.links}
+    assert {call for call, _ in linked} == by_id.keys()
+    assert {(one.parent_span_id, one.links[0].span_id) for one in computes} == linked
+    for one in (*queues, *computes):
+        call = by_id[one.parent_span_id]
+        assert one.trace_id == call.trace_id
+        # Two clocks meet here.
+        assert call.start_time_unix_nano - 10**6 <= one.start_time_unix_nano
+        assert one.start_time_unix_nano <= one.end_time_unix_nano
+        assert one.end_time_unix_nano <= call.end_time_unix_nano + 10**6
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector", "http://", ""])
@@ -310,6 +340,7 @@ async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_pa
         metrics_port=0,
         traces="http://127.0.0.1:1",
         traces_ratio=1,
+        grace_s=0,
     )
     server = Server(settings)
     ports = await server.start()

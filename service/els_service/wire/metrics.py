@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from els_service import logs
-from els_service.engine.observer import Launch
+from els_service.engine.terms import Launch
 from els_service.version import COMMIT, VERSION
 from els_service.wire.tallies import Tally, family, merged
 
@@ -31,13 +31,13 @@ _MODEL = ("model",)
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 
 _GAUGES = {
-    "queue_items": "Items that wait for a batch.",
-    "queue_cost_seconds": "Predicted time of the items that wait.",
-    "device_busy_seconds_total": "Time that a device computed.",
-    "model_memory_bytes": "Memory of a loaded model's weights or bank.",
-    "trajectories": "Trajectories under way.",
+    "els_queue_items": "Items that wait for a batch.",
+    "els_queue_cost_seconds": "Predicted time of the items that wait.",
+    "els_device_busy_seconds_total": "Time that a device computed.",
+    "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
+    "els_trajectories": "Trajectories under way.",
 }
-"""What an engine may tell when it is asked, and its help; exported under ``els_``."""
+"""What an engine tells when it is asked, and its help."""
 
 Gauges = Iterable[tuple[str, dict[str, str], float]]
 """(name, labels, value)."""
@@ -63,11 +63,10 @@ class Method:
         self.path = f"{service}/{name}"
         self.labels = kind, service, name
         self.started = 0
-        """Calls begun; whoever handles them counts."""
+        """Calls begun; whoever handles them counts, as the messages."""
         self.received = 0
-        """Messages of streams of requests."""
         self.sent = 0
-        """Messages of streams of answers."""
+        """Messages of streams of answers; others are the calls that ended well."""
         self.ended: dict[tuple[str, str], Tally] = {}
         """Seconds by model and code."""
 
@@ -80,11 +79,11 @@ class Method:
         if trace_id is not None:
             tally.exemplify(seconds, trace_id)
 
-    def messages(self) -> tuple[int, int]:
-        """Return how many messages were received and sent."""
-        answered = sum(sum(t.counts) for (_, code), t in list(self.ended.items()) if code == "OK")
-        received = self.started if self.kind in ("unary", "server_stream") else self.received
-        return received, answered if self.kind in ("unary", "client_stream") else self.sent
+    def answers(self) -> int:
+        """Return how many messages were sent."""
+        if self.kind in ("server_stream", "bidi_stream"):
+            return self.sent
+        return sum(sum(t.counts) for (_, code), t in list(self.ended.items()) if code == "OK")
 
 
 class _Batches:
@@ -193,9 +192,9 @@ class Metrics(Collector):
         seconds = []
         for method in self._methods:
             ended = list(method.ended.items())
-            for counter, count in zip((received, sent), method.messages(), strict=True):
-                counter.add_metric(method.labels, count)
             started.add_metric(method.labels, method.started)
+            received.add_metric(method.labels, method.received)
+            sent.add_metric(method.labels, method.answers())
             for code in sorted({"OK", *(code for (_, code), _ in ended)}):
                 count = sum(sum(tally.counts) for (_, found), tally in ended if found == code)
                 handled.add_metric((*method.labels, _go_code(code)), count)
@@ -239,13 +238,19 @@ class Metrics(Collector):
 
 
 def _of_gauges(gauges: Gauges) -> list[Metric]:
-    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    """Return the families; what has the same labels, as versions of a model do, is summed."""
+    sums: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for name, labels, value in gauges:
-        if name not in families:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            families[name] = kind(f"els_{name}", _GAUGES[name], labels=tuple(labels))
-        families[name].add_metric(tuple(labels.values()), value)
-    return list(families.values())
+        by_labels, key = sums.setdefault(name, {}), tuple(labels.items())
+        by_labels[key] = by_labels.get(key, 0.0) + value
+    families = []
+    for name, by_labels in sums.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        one = Metric(name.removesuffix("_total"), _GAUGES[name], kind)
+        for key, value in by_labels.items():
+            one.add_sample(name, dict(key), value)
+        families.append(one)
+    return families
 
 
 def _go_code(code: str) -> str:

@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from els_service.engine.observer import Launch
+from els_service.engine.terms import Launch
 from els_service.version import FULL
 
 _EXPORT_S, _CLOSE_S = 5.0, 5.0
