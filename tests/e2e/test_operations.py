@@ -143,16 +143,33 @@ def test_calls_have_the_metrics_that_grpc_dashboards_know(
         ("msg_sent_total", "GetModel", "unary", {}, 1),
         ("msg_received_total", "Sample", "server_stream", {}, 1),
         ("msg_sent_total", "Sample", "server_stream", {}, 3),
+        ("msg_received_total", "DenoiseStream", "bidi_stream", {}, 2),
+        ("msg_sent_total", "DenoiseStream", "bidi_stream", {}, 2),
     ]
     before = [count(*one[:3], **one[3]) for one in asked]
     stub = DenoiserServiceStub(channel)
     stub.GetModel(pb.GetModelRequest(name="ideal"), timeout=TIMEOUT_S)
     refused(lambda: stub.GetModel(pb.GetModelRequest(name="nobody"), timeout=TIMEOUT_S))
     list(stub.Sample(sample(steps=3), timeout=TIMEOUT_S))
+    list(stub.DenoiseStream(iter([denoise(), denoise(labels=[9])]), timeout=TIMEOUT_S))
     rises = [count(*one[:3], **one[3]) - was for one, was in zip(asked, before, strict=True)]
     assert rises == [rise for *_, rise in asked]
     labels = {"model": "ideal", "method": "GetModel", "code": "OK"}
     assert value(server, "els_request_seconds_count", **labels) >= 1
+
+
+def test_gauges_of_the_engine_and_the_process_are_there(server: ServerProcess) -> None:
+    found = metrics(server)
+    for name in ("els_queue_items", "els_queue_cost_seconds", "els_model_memory_bytes"):
+        assert {labels["model"] for labels, _ in found[name]} <= DOCUMENTS.keys()
+    assert found["els_trajectories"] == [({}, 0.0)]
+    for name in (
+        "els_device_busy_seconds_total",
+        "els_event_loop_lag_seconds_count",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+    ):
+        assert found[name][0][1] > 0
 
 
 def test_logs_carry_the_trace_of_the_caller(server: ServerProcess, channel: grpc.Channel) -> None:
