@@ -90,6 +90,8 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
             raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
+        pixels = count * math.prod(info.shape)
+        codec.check_pixels("count", pixels, limits)
         if request.steps < 1:
             raise InvalidArgumentError("steps", "at least 1", request.steps)
         if request.steps > limits.max_steps:
@@ -100,8 +102,7 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        numbers = (2 + request.return_noise) * count * math.prod(info.shape)
-        size = numbers * codec.output_size(request.output_dtype)
+        size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
         codec.check_answer_size("count", size, limits)
 
     async def ListModels(
