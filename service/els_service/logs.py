@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
@@ -37,5 +38,7 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # At debug it tells every turn of its loop.
     logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))

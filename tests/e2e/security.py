@@ -54,9 +54,7 @@ class Certificates:
         return pair
 
     @contextmanager
-    def channel(
-        self, port: int, client: trustme.LeafCert | None = None
-    ) -> Iterator[grpc.Channel]:
+    def channel(self, port: int, client: trustme.LeafCert | None = None) -> Iterator[grpc.Channel]:
         """Yield a connection of its own, with a client certificate or without."""
         shown = client and (client.private_key_pem.bytes(), client.cert_chain_pems[0].bytes())
         credentials = grpc.ssl_channel_credentials(self.authority.cert_pem.bytes(), *(shown or ()))

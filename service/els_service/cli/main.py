@@ -79,12 +79,13 @@ def run(
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
     settings = _settings(locals())
+    from els_service.logs import configure
+
+    # First, as gRPC asks how it shall log when it is imported.
+    configure(settings.log_level)
     import uvloop
 
-    from els_service.logs import configure
     from els_service.wire.server import Ports, serve
-
-    configure(settings.log_level)
 
     def ready(ports: Ports) -> None:
         event = {

@@ -106,7 +106,7 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
         if name == "authorization" and isinstance(value, str):
             scheme, _, token = value.partition(" ")
             if scheme.lower() == "bearer":
-                return token.strip().encode()
+                return token.strip().encode(errors="replace")
     raise UnauthenticatedError("authorization: expected Bearer TOKEN, got none")
 
 

@@ -1,0 +1,125 @@
+"""TLS of a real server: certificates that are rotated, broken, missing, and asked of clients."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from tests.e2e.processes import ServerProcess, serving
+from tests.e2e.refusals import TIMEOUT_S, assert_answers
+from tests.e2e.security import Certificates, healthy
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    made = Certificates(tmp_path_factory.mktemp("tls"))
+    made.issue()
+    return made
+
+
+@pytest.fixture(scope="module")
+def secure(models: Path, certificates: Certificates) -> Iterator[ServerProcess]:
+    """A server with TLS that nobody else uses."""
+    with serving("--models", models, *certificates.options) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def port(secure: ServerProcess) -> int:
+    return int(secure.ready["grpc_port"])
+
+
+def shown(certificates: Certificates, port: int) -> int:
+    """Return the serial number of the certificate that a new handshake is shown."""
+    context = ssl.create_default_context()
+    certificates.authority.configure_trust(context)
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as wrapped,
+    ):
+        certificate: Any = wrapped.getpeercert()
+        return int(certificate["serialNumber"], 16)
+
+
+def serial(pair: trustme.LeafCert) -> int:
+    """Return the serial number of a certificate."""
+    # The standard library's own reader of certificates wants a file.
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(pair.cert_chain_pems[0].bytes()).serial_number
+
+
+def test_calls_are_answered_over_tls_and_not_in_plain_text(
+    certificates: Certificates, port: int
+) -> None:
+    with certificates.channel(port) as channel:
+        assert_answers(channel)
+    with grpc.insecure_channel(f"localhost:{port}") as plain:
+        with pytest.raises(grpc.RpcError) as caught:
+            healthy(plain)
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_rotated_certificate_serves_new_handshakes_and_drops_no_connection(
+    certificates: Certificates, port: int
+) -> None:
+    with certificates.channel(port) as held:
+        assert healthy(held)
+        seen = set()
+        for _ in range(3):
+            pair = certificates.issue()
+            assert shown(certificates, port) == serial(pair)
+            seen.add(serial(pair))
+            with certificates.channel(port) as fresh:
+                assert healthy(fresh)
+            assert healthy(held, wait_for_ready=False)
+        assert len(seen) == 3
+
+
+def test_broken_files_keep_the_old_pair_and_the_log_tells(
+    certificates: Certificates, port: int, secure: ServerProcess
+) -> None:
+    before = serial(certificates.issue())
+    assert shown(certificates, port) == before
+    whole, other = certificates.certificate.read_bytes(), certificates.authority.issue_cert("x.org")
+    already = len(secure.records())
+    for certificate, key in (
+        (whole[: len(whole) // 2], certificates.key.read_bytes()),
+        (b"", b""),
+        (whole, other.private_key_pem.bytes()),
+    ):
+        certificates.certificate.write_bytes(certificate)
+        certificates.key.write_bytes(key)
+        assert shown(certificates, port) == before
+    certificates.certificate.unlink()
+    with certificates.channel(port) as channel:
+        assert healthy(channel)
+    told = [one for one in secure.records()[already:] if one["event"] == "kept as it was"]
+    assert len(told) == 4
+    assert all(str(certificates.certificate) in one["reason"] for one in told)
+    after = serial(certificates.issue())
+    assert shown(certificates, port) == after != before
+
+
+def test_with_a_client_ca_only_its_certificates_get_in(tmp_path: Path, models: Path) -> None:
+    certificates, stranger = Certificates(tmp_path), trustme.CA()
+    certificates.issue()
+    settings = {"ELS_TLS_CLIENT_CA": str(certificates.client_ca)}
+    with serving("--models", models, *certificates.options, **settings) as server:
+        port = server.ready["grpc_port"]
+        with certificates.channel(port, certificates.authority.issue_cert("a.org")) as known:
+            assert_answers(known)
+        for shown_to_it in (None, stranger.issue_cert("a.org")):
+            with certificates.channel(port, shown_to_it) as unknown:
+                with pytest.raises(grpc.RpcError) as caught:
+                    healthy(unknown)
+                assert isinstance(caught.value, grpc.Call)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
