@@ -140,10 +140,15 @@ def caller_of(context: Any) -> str:
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
-    """Return how long connections live and what they may carry, as gRPC's channel arguments."""
+    """Return how long connections live and what they may carry, as gRPC's channel arguments.
+
+    A peer that answers no ping is cut off by the ping's timeout, a minute unless it is set;
+    keepalive's own counts something else.
+    """
     seconds = {
         "grpc.keepalive_time_ms": settings.keepalive_s,
         "grpc.keepalive_timeout_ms": settings.keepalive_timeout_s,
+        "grpc.http2.ping_timeout_ms": settings.keepalive_timeout_s,
         "grpc.http2.min_ping_interval_without_data_ms": settings.client_ping_s * _PING_JITTER,
         "grpc.server_handshake_timeout_ms": settings.handshake_s,
         "grpc.max_connection_idle_ms": settings.max_connection_idle_s,
