@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from tests.e2e import frames
 from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S, assert_answers
 from tests.e2e.security import Certificates, healthy
@@ -26,7 +27,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture(scope="module")
 def secure(models: Path, certificates: Certificates) -> Iterator[ServerProcess]:
     """A server with TLS that nobody else uses."""
-    with serving("--models", models, *certificates.options) as process:
+    with serving("--models", models, *certificates.options, ELS_HANDSHAKE_S="0.5") as process:
         yield process
 
 
@@ -123,3 +124,13 @@ def test_with_a_client_ca_only_its_certificates_get_in(tmp_path: Path, models: P
                     healthy(unknown)
                 assert isinstance(caught.value, grpc.Call)
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01", frames.BEGINNING, bytes(4096)])
+def test_a_peer_that_does_not_finish_its_handshake_is_cut_off(
+    certificates: Certificates, port: int, sent: bytes
+) -> None:
+    with frames.connected(port, sent) as stuck, certificates.channel(port) as channel:
+        assert_answers(channel)
+        assert frames.HEADERS not in [kind for kind, _, _ in frames.received(stuck)]
+        assert_answers(channel)

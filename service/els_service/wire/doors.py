@@ -9,6 +9,7 @@ such a caller, so behind one there should be tokens.
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -161,6 +162,12 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.max_ping_strikes", _PING_STRIKES),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
     ]
+
+
+def allow_connections() -> None:
+    """Let this process open as many files as it may: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def metrics_host(settings: Settings) -> str:

@@ -32,7 +32,7 @@ from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
-from els_service.wire.doors import Doors, channel_options, metrics_host
+from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.metrics import Metrics
 
@@ -211,6 +211,7 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         LoadError: As ``Server.start``.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
