@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,12 +23,10 @@ def test_a_log_that_cannot_be_written_does_not_hinder_serving_nor_draining(model
     server = ServerProcess(FULL, "--models", models, "--threads", 1, "--log-level=debug")
     try:
         with grpc.insecure_channel(server.target) as channel:
+            ask = DenoiserServiceStub(channel).Denoise
             for _ in range(20):
                 assert_answers(channel)
-                bad = denoise(labels=[9])
-                call = refused(
-                    lambda bad=bad: DenoiserServiceStub(channel).Denoise(bad, timeout=TIMEOUT_S)
-                )
+                call = refused(partial(ask, denoise(labels=[9]), timeout=TIMEOUT_S))
                 assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
         server.terminate()
         assert server.wait() == (0, "")

@@ -189,12 +189,16 @@ def _check_exposure(settings: Settings) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    """Return whether every address of a host is this machine's alone."""
+    """Return whether every address of a host is this machine's alone.
+
+    Raises:
+        LoadError: It has none.
+    """
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        # Not to be bound either.
-        return False
+    except OSError as error:
+        expected = "expected an address, or a name that has one"
+        raise LoadError("host", f"{expected}, got {host}: {error.strerror}") from error
     return all(map(_is_loopback_address, found))
 
 
