@@ -6,7 +6,6 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -36,8 +35,8 @@ def port(secure: ServerProcess) -> int:
     return int(secure.ready["grpc_port"])
 
 
-def shown(certificates: Certificates, port: int) -> int:
-    """Return the serial number of the certificate that a new handshake is shown."""
+def shown(certificates: Certificates, port: int) -> bytes | None:
+    """Return the certificate that a new handshake is shown."""
     context = ssl.create_default_context()
     certificates.authority.configure_trust(context)
     context.set_alpn_protocols(["h2"])
@@ -45,16 +44,13 @@ def shown(certificates: Certificates, port: int) -> int:
         socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as wrapped,
     ):
-        certificate: Any = wrapped.getpeercert()
-        return int(certificate["serialNumber"], 16)
+        return wrapped.getpeercert(binary_form=True)
 
 
-def serial(pair: trustme.LeafCert) -> int:
-    """Return the serial number of a certificate."""
-    # The standard library's own reader of certificates wants a file.
-    from cryptography import x509
-
-    return x509.load_pem_x509_certificate(pair.cert_chain_pems[0].bytes()).serial_number
+def issued(certificates: Certificates) -> bytes:
+    """Write a fresh pair and return its certificate."""
+    pair = certificates.issue()
+    return ssl.PEM_cert_to_DER_cert(pair.cert_chain_pems[0].bytes().decode())
 
 
 def test_calls_are_answered_over_tls_and_not_in_plain_text(
@@ -76,9 +72,9 @@ def test_a_rotated_certificate_serves_new_handshakes_and_drops_no_connection(
         assert healthy(held)
         seen = set()
         for _ in range(3):
-            pair = certificates.issue()
-            assert shown(certificates, port) == serial(pair)
-            seen.add(serial(pair))
+            fresh_pair = issued(certificates)
+            assert shown(certificates, port) == fresh_pair
+            seen.add(fresh_pair)
             with certificates.channel(port) as fresh:
                 assert healthy(fresh)
             assert healthy(held, wait_for_ready=False)
@@ -88,7 +84,7 @@ def test_a_rotated_certificate_serves_new_handshakes_and_drops_no_connection(
 def test_broken_files_keep_the_old_pair_and_the_log_tells(
     certificates: Certificates, port: int, secure: ServerProcess
 ) -> None:
-    before = serial(certificates.issue())
+    before = issued(certificates)
     assert shown(certificates, port) == before
     whole, other = certificates.certificate.read_bytes(), certificates.authority.issue_cert("x.org")
     already = len(secure.records())
@@ -106,7 +102,7 @@ def test_broken_files_keep_the_old_pair_and_the_log_tells(
     told = [one for one in secure.records()[already:] if one["event"] == "kept as it was"]
     assert len(told) == 4
     assert all(str(certificates.certificate) in one["reason"] for one in told)
-    after = serial(certificates.issue())
+    after = issued(certificates)
     assert shown(certificates, port) == after != before
 
 

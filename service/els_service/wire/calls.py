@@ -103,7 +103,7 @@ class Calls:
     def _add(self, service: str, handlers: dict[str, Handler], server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, self._refuse),))
 
-    async def _refuse(self, method: str, error: ElsError, context: Context) -> None:
+    async def _refuse(self, method: str, error: ElsError, context: Context) -> NoReturn:
         await self._fail(error, self._begin(method, None, context))
 
     async def drain(self, timeout_s: float) -> None:

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from ipaddress import IPv6Address, ip_address
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import grpc
@@ -24,11 +24,8 @@ from els_service.errors import ElsError, LoadError, PermissionDeniedError
 from els_service.wire import tls
 from els_service.wire.tokens import Tokens
 
-_ADMIN = frozenset(
-    f"/inference.GRPCInferenceService/{method}"
-    for method in ("RepositoryModelLoad", "RepositoryModelUnload", "LogSettings")
-)
-_ADMIN_SERVICES = ("/grpc.channelz.v1.Channelz/",)
+_ADMIN_SERVICES = frozenset({"grpc.channelz.v1.Channelz"})
+_ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload", "LogSettings"})
 _LOOPBACK = "127.0.0.1"
 _PING_STRIKES = 2
 """Pings in too much haste before a connection is closed."""
@@ -39,7 +36,7 @@ _caller: ContextVar[str] = ContextVar("caller")
 
 Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
-Refuse = Callable[[str, ElsError, Any], Awaitable[None]]
+Refuse = Callable[[str, ElsError, Any], Awaitable[NoReturn]]
 """Ends a call, by the method's name and its context, with an error's status."""
 
 
@@ -69,33 +66,27 @@ class Doors:
         self, service: str, handlers: Mapping[str, Handler], refuse: Refuse
     ) -> grpc.GenericRpcHandler:
         """Return a service's handlers, by method, for callers who may call them."""
-        paths = {f"/{service}/{method}": handler for method, handler in handlers.items()}
         if self._tokens is not None:
-            return _ByToken(paths, self._tokens, refuse)
-        return _Open(
-            {
-                path: _local_only(path, handler, refuse) if _needs_admin(path) else handler
-                for path, handler in paths.items()
-            }
-        )
-
-
-class _Open(grpc.GenericRpcHandler):
-    """Takes every call."""
-
-    def __init__(self, paths: dict[str, Handler]) -> None:
-        self._paths = paths
-
-    def service(self, details: grpc.HandlerCallDetails) -> Handler:
-        """Return the handler of a call, None where it is another service's."""
-        return self._paths.get(details.method)
+            return _ByToken(service, handlers, self._tokens, refuse)
+        admitted = {
+            method: _local_only(method, handler, refuse)
+            if _needs_admin(service, method)
+            else handler
+            for method, handler in handlers.items()
+        }
+        return grpc.method_handlers_generic_handler(service, admitted)
 
 
 class _ByToken(grpc.GenericRpcHandler):
     """Takes the calls that show a token, before anything of their message is read."""
 
-    def __init__(self, paths: dict[str, Handler], tokens: Tokens, refuse: Refuse) -> None:
-        self._paths = {path: (handler, _needs_admin(path)) for path, handler in paths.items()}
+    def __init__(
+        self, service: str, handlers: Mapping[str, Handler], tokens: Tokens, refuse: Refuse
+    ) -> None:
+        self._paths = {
+            f"/{service}/{method}": (method, handler, _needs_admin(service, method))
+            for method, handler in handlers.items()
+        }
         self._tokens, self._refuse = tokens, refuse
 
     def service(self, details: grpc.HandlerCallDetails) -> Handler:
@@ -103,30 +94,30 @@ class _ByToken(grpc.GenericRpcHandler):
         found = self._paths.get(details.method)
         if found is None:
             return None
-        handler, admin = found
+        method, handler, admin = found
         try:
             # Each call is a task of its own, so the variable is the call's.
             _caller.set(self._tokens.caller(details.invocation_metadata, admin=admin))
         except ElsError as error:
-            return _refusal(details.method, error, self._refuse)
+            return _refusal(method, error, self._refuse)
         return handler
 
 
-def _refusal(path: str, error: ElsError, refuse: Refuse) -> Handler:
+def _refusal(method: str, error: ElsError, refuse: Refuse) -> Handler:
     # Of streams, as those alone do not read before they answer.
     async def call(requests: object, context: Any) -> None:
-        await refuse(_method(path), error, context)
+        await refuse(method, error, context)
 
     return grpc.stream_stream_rpc_method_handler(call)
 
 
-def _local_only(path: str, handler: Handler, refuse: Refuse) -> Handler:
+def _local_only(method: str, handler: Handler, refuse: Refuse) -> Handler:
     """Return the handler of a unary method for callers on loopback."""
 
     async def call(request: Any, context: Any) -> Any:
         if not _is_local(context.peer()):
-            text = f"{_method(path)}: expected a caller on loopback, as there are no tokens"
-            await refuse(_method(path), PermissionDeniedError(text), context)
+            text = f"{method}: expected a caller on loopback, as there are no tokens"
+            await refuse(method, PermissionDeniedError(text), context)
         return await handler.unary_unary(request, context)
 
     return grpc.unary_unary_rpc_method_handler(
@@ -218,9 +209,5 @@ def _is_local(peer: str) -> bool:
     return _is_loopback_address(unquote(address).rpartition(":")[0].strip("[]"))
 
 
-def _needs_admin(path: str) -> bool:
-    return path in _ADMIN or path.startswith(_ADMIN_SERVICES)
-
-
-def _method(path: str) -> str:
-    return path.rpartition("/")[2]
+def _needs_admin(service: str, method: str) -> bool:
+    return service in _ADMIN_SERVICES or method in _ADMIN_METHODS

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +75,7 @@ def _mark(path: Path) -> tuple[int, ...] | None:
     """Return what changes when the file does; None where there is none."""
     try:
         # Links are followed: mounted secrets change by a link that turns elsewhere.
-        status = os.stat(path)
+        status = path.stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -83,5 +83,7 @@ def _mark(path: Path) -> tuple[int, ...] | None:
 
 def warn_if_public(path: Path) -> None:
     """Log a warning where anybody on this machine can read a file that is nobody's business."""
-    if os.stat(path).st_mode & 0o004:
-        _log.warning("readable by everybody", extra={"file": str(path)})
+    # It may be gone by now; whoever reads it next is told.
+    with contextlib.suppress(OSError):
+        if path.stat().st_mode & 0o004:
+            _log.warning("readable by everybody", extra={"file": str(path)})
