@@ -64,6 +64,7 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
         raise InvalidArgumentError(
             f"{field}.data", f"{size} bytes for {list(shape)}", f"{len(message.data)} bytes"
         )
+    check_pixels(f"{field}.shape", math.prod(shape), limits)
     # A writable copy, as torch takes no read-only memory.
     flat = np.frombuffer(bytearray(message.data), stored)
     if message.dtype == pb.DTYPE_U8:
@@ -77,11 +78,11 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
 
 
 def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
-    """Check rank, dimensions, and numbers of images and pixels.
+    """Check rank, dimensions and number of images.
 
     Raises:
         InvalidArgumentError: Not four positive dimensions.
-        ResourceExhaustedError: Too many images or pixels.
+        ResourceExhaustedError: Too many images.
     """
     if len(shape) != 4:
         raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
@@ -90,7 +91,6 @@ def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
     if shape[0] > limits.max_images:
         expected = f"at most {limits.max_images} images"
         raise ResourceExhaustedError(f"{field}.shape", expected, shape[0])
-    check_pixels(f"{field}.shape", math.prod(shape), limits)
 
 
 def check_pixels(field: str, pixels: int, limits: Limits) -> None:
