@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,9 +28,6 @@ _Positive = Annotated[int, Field(ge=1)]
 # gRPC counts in int32 milliseconds.
 _Seconds = Annotated[float, Field(ge=0.001, le=2e6)]
 
-PRIORITY_LEVELS = 3
-"""Priorities that a request may name, from 1."""
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -40,6 +37,18 @@ class Limits:
     max_steps: int
     max_message_bytes: int
     max_pixels: int
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """Bounds of queues, batches and memory; see ``Settings``."""
+
+    queue_s: float = 30.0
+    queue_bytes: int = 1 << 30
+    batch_s: float = 0.25
+    starvation_s: float = 1.0
+    memory_bytes: int | None = None
+    watchdog_s: float = 120.0
 
 
 def _lower(value: object) -> object:
@@ -107,7 +116,7 @@ class Settings(BaseModel):
     starvation_s: Annotated[float, Field(gt=0)] = 1.0
     """A priority level with work is served at least this often, whatever waits before it."""
     memory_bytes: _Positive | None = None
-    """Budget for loaded models: over it the one used longest ago is unloaded until it is asked."""
+    """Budget for loaded models; beyond it the one asked longest ago is unloaded meanwhile."""
     watchdog_s: Annotated[float, Field(gt=0)] = 120.0
     """A batch that takes this much longer than predicted means a hung device: the server ends."""
     max_images: _Positive = 256
@@ -123,6 +132,11 @@ class Settings(BaseModel):
     def limits(self) -> Limits:
         """The limits of one request."""
         return Limits(self.max_images, self.max_steps, self.max_message_bytes, self.max_pixels)
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """The bounds of the engine."""
+        return Scheduling(**{field.name: getattr(self, field.name) for field in fields(Scheduling)})
 
 
 _SETTINGS = TypeAdapter(Settings)

@@ -22,7 +22,7 @@ SHAPE = (1, 2, 3)
 INFO = DenoiserInfo(
     kind="analytic", shape=SHAPE, label_count=3, max_window=5, has_log_evidence=True
 )
-LIMITS = Limits(max_images=4, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 14)
+LIMITS = Limits(max_images=4, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 20)
 FLOATS: dict[pb.DType.ValueType, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
     pb.DTYPE_F16: torch.float16,

@@ -1,16 +1,17 @@
-"""``els-server run | check | bank | token``."""
+"""``els-server run | check | bank | train | token``."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from els_service.cli import bank
+from els_service.cli import bank, train
 from els_service.cli.token import token
 from els_service.config import Settings, load_settings
 from els_service.errors import LoadError
@@ -23,9 +24,11 @@ app = typer.Typer(
     help="Serve denoisers over gRPC.",
 )
 app.add_typer(bank.app, name="bank")
+app.add_typer(train.app)
 app.command()(token)
 
 _FAULT = 2
+_DEVICE_LOST = 3
 
 Models = Annotated[Path | None, typer.Option(help="Folder of models; replaces the bundled ones.")]
 Host = Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")]
@@ -76,6 +79,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
 
+    Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
+
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
     settings = _settings(locals())
@@ -85,6 +90,7 @@ def run(
     configure(settings.log_level)
     import uvloop
 
+    from els_service.engine.device import DeviceLostError
     from els_service.wire.server import Ports, serve
 
     def ready(ports: Ports) -> None:
@@ -100,6 +106,10 @@ def run(
             runner.run(serve(settings, ready))
     except LoadError as error:
         raise _refused(error) from error
+    except DeviceLostError as error:
+        print(f"els-server: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: a thread that hangs on the device would be waited for.
+        os._exit(_DEVICE_LOST)
 
 
 @app.command()

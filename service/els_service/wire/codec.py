@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
-from els_service.config import PRIORITY_LEVELS, Limits
+from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import (
     MAX_SIGMA,
@@ -23,6 +23,8 @@ from els_service.denoisers.levels import (
     from_sigma,
     from_time,
 )
+from els_service.engine.models import Entry
+from els_service.engine.terms import PRIORITIES
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
@@ -217,12 +219,14 @@ def encode_evidence(denoised: Denoised, wanted: bool) -> pb.Tensor | None:
     return encode_tensor(denoised.log_evidence)
 
 
-def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
-    """Return the description of a model."""
+def encode_model(entry: Entry, limits: Limits) -> pb.Model:
+    """Return the description of a served version of a model."""
+    info = entry.info
     channels, height, width = info.shape
     bank, window = info.bank, info.window
     return pb.Model(
-        name=name,
+        name=entry.model,
+        version=str(entry.version),
         kind=info.kind,
         machine=info.machine,
         padding=info.padding,
@@ -242,7 +246,7 @@ def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
             min_sigma=MIN_SIGMA,
             max_sigma=MAX_SIGMA,
             max_pixels=limits.max_pixels,
-            priority_levels=PRIORITY_LEVELS,
+            priority_levels=PRIORITIES,
         ),
         bank=None
         if bank is None
@@ -255,6 +259,7 @@ def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
         batch_invariant=info.batch_invariant,
         has_log_evidence=info.has_log_evidence,
         implementation=info.implementation,
+        memory_bytes=info.memory_bytes,
     )
 
 

@@ -126,9 +126,8 @@ def _local_only(method: str, handler: Handler, refuse: Refuse) -> Handler:
 
 
 def caller_of(context: Any) -> str:
-    """Return who makes a call: the token's name, else the peer's address without its port."""
-    name = _caller.get(None)
-    return context.peer().rpartition(":")[0] if name is None else name
+    """Return who makes a call: the token's name, else the peer, which is one connection."""
+    return _caller.get(None) or context.peer()
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
