@@ -82,6 +82,8 @@ def configure(level: str) -> None:
     )
     logging.getLogger().handlers = [handler]
     set_level(level)
+    # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def set_level(level: str) -> None:

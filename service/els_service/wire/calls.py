@@ -27,6 +27,7 @@ from els_service.errors import (
     UnavailableError,
 )
 from els_service.logs import CALL
+from els_service.wire.doors import Doors, caller_of
 from els_service.wire.metrics import Method, Metrics
 
 if TYPE_CHECKING:
@@ -100,9 +101,14 @@ class Calls:
     """
 
     def __init__(
-        self, metrics: Metrics, is_model: Callable[[str], bool], tracing: Tracing | None = None
+        self,
+        metrics: Metrics,
+        is_model: Callable[[str], bool],
+        doors: Doors,
+        tracing: Tracing | None = None,
     ) -> None:
-        self._metrics, self._is_model, self._tracing = metrics, is_model, tracing
+        self._metrics, self._is_model = metrics, is_model
+        self._doors, self._tracing = doors, tracing
         self._in_flight = 0
         self._idle = asyncio.Event()
         self.draining = asyncio.Event()
@@ -115,12 +121,36 @@ class Calls:
         collector = _Collector()
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
-            wrapped = {
-                name: self._wrap(self._method(service, name, handler), handler)
-                for name, handler in handlers.items()
+            methods = {
+                name: self._method(service, name, handler) for name, handler in handlers.items()
             }
-            generic = grpc.method_handlers_generic_handler(service, wrapped)
-            server.add_generic_rpc_handlers((generic,))
+            wrapped = {
+                name: self._wrap(methods[name], handler) for name, handler in handlers.items()
+            }
+            self._add(service, wrapped, methods, server)
+
+    def admit(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+    ) -> None:
+        """Add a servicer whose calls pass the doors, and are counted only if they do not."""
+        collector = _Collector()
+        add_to_server(servicer, collector)
+        for service, handlers in collector.handlers.items():
+            self._add(service, handlers, {}, server)
+
+    def _add(
+        self,
+        service: str,
+        handlers: dict[str, Handler],
+        methods: dict[str, Method],
+        server: grpc.aio.Server,
+    ) -> None:
+        async def refuse(name: str, error: ElsError, context: Context) -> NoReturn:
+            if name not in methods:
+                methods[name] = self._method(service, name, handlers[name])
+            await self._fail(error, self._begin(methods[name], None, context))
+
+        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, refuse),))
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until the last answer has left, ``timeout_s`` at most; return whether it has."""
@@ -223,6 +253,7 @@ class Calls:
                 "code": code,
                 "seconds": round(seconds, 6),
                 "peer": call.context.peer(),
+                "caller": caller_of(call.context),
                 "reason": reason,
             }
             _log.log(level, "call", extra=record, exc_info=cause)
