@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
@@ -52,3 +53,5 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
+    # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -236,7 +236,10 @@ class ModelRepository:
     def _inside(self, folder: Path, relative: str) -> Path:
         if Path(relative).is_absolute():
             raise LoadError(relative, "expected a path relative to the model's folder")
-        path = (folder / relative).resolve()
+        try:
+            path = (folder / relative).resolve()
+        except (OSError, RuntimeError) as error:
+            raise LoadError(folder / relative, "expected a file, found a loop of links") from error
         if not path.is_relative_to(self.root):
             raise LoadError(path, f"expected a file inside the models root {self.root}")
         if not path.is_file():

@@ -25,6 +25,7 @@ from els_service.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from els_service.wire.doors import Doors, caller_of
 from els_service.wire.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ class Calls:
     A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
     """
 
-    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool]) -> None:
-        self._metrics, self._is_model = metrics, is_model
+    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool], doors: Doors) -> None:
+        self._metrics, self._is_model, self._doors = metrics, is_model, doors
         self._in_flight = 0
         self._idle = asyncio.Event()
         self.draining = asyncio.Event()
@@ -87,8 +88,22 @@ class Calls:
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
             wrapped = {method: self._wrap(method, handler) for method, handler in handlers.items()}
-            generic = grpc.method_handlers_generic_handler(service, wrapped)
-            server.add_generic_rpc_handlers((generic,))
+            self._add(service, wrapped, server)
+
+    def admit(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+    ) -> None:
+        """Add a servicer whose calls pass the doors, and are counted only if they do not."""
+        collector = _Collector()
+        add_to_server(servicer, collector)
+        for service, handlers in collector.handlers.items():
+            self._add(service, handlers, server)
+
+    def _add(self, service: str, handlers: dict[str, Handler], server: grpc.aio.Server) -> None:
+        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, self._refuse),))
+
+    async def _refuse(self, method: str, error: ElsError, context: Context) -> NoReturn:
+        await self._fail(error, self._begin(method, None, context))
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until the last answer has left, ``timeout_s`` at most; return whether it has."""
@@ -176,6 +191,7 @@ class Calls:
                 "code": code,
                 "seconds": round(seconds, 6),
                 "peer": call.context.peer(),
+                "caller": caller_of(call.context),
                 "reason": reason,
             }
             _log.log(level, "call", extra=record, exc_info=cause)

@@ -136,6 +136,8 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
             raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
+        pixels = count * math.prod(info.shape)
+        codec.check_pixels("count", pixels, limits)
         if request.steps < 1:
             raise InvalidArgumentError("steps", "at least 1", request.steps)
         if request.steps > limits.max_steps:
@@ -146,7 +148,6 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        pixels = count * math.prod(info.shape)
         size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
         if request.return_resume_token:
             size += 8 * pixels

@@ -186,7 +186,8 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of decoded inputs."""
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
-    codec.check_shape(inputs["x"].shape, "x", limits.max_images)
+    codec.check_shape(inputs["x"].shape, "x", limits)
+    codec.check_pixels("x.shape", inputs["x"].size, limits)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
     sigma, alpha_bar, time = (

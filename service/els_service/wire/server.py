@@ -20,8 +20,9 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
 from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
@@ -32,6 +33,7 @@ from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
+from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.metrics import Metrics
 
@@ -84,7 +86,8 @@ class Server:
         self._metrics = Metrics()
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
-        self._calls = Calls(self._metrics, self._engine.models.__contains__)
+        self._doors = Doors(settings)
+        self._calls = Calls(self._metrics, self._engine.models.__contains__, self._doors)
         self._health = health.aio.HealthServicer()
         self._reported: set[str] = set()
         """Models of which the health says that they are served."""
@@ -153,6 +156,7 @@ class Server:
                 ("grpc.max_send_message_length", limits.max_message_bytes),
                 # Otherwise a second server would share the port instead of being told.
                 ("grpc.so_reuseport", 0),
+                *channel_options(self._settings),
             ],
         )
         ours = DenoiserService(self._engine, limits, self._calls.draining)
@@ -162,9 +166,19 @@ class Server:
             grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if self._settings.reflection:
+            described = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            self._calls.admit(
+                reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+                reflection.aio.ReflectionServicer(described),
+                server,
+            )
+        if self._settings.channelz:
+            self._calls.admit(
+                channelz_pb2_grpc.add_ChannelzServicer_to_server,
+                channelz.aio.ChannelzServicer(),
+                server,
+            )
         return server
 
     def _ready(self) -> bool:
@@ -186,7 +200,7 @@ class Server:
     def _bind(self) -> int:
         address = f"{_bracketed(self._settings.host)}:{self._settings.port}"
         try:
-            port = self._grpc.add_insecure_port(address)
+            port = self._doors.bind(self._grpc, address)
         except RuntimeError:
             port = 0
         if not port:
@@ -195,7 +209,7 @@ class Server:
         return port
 
     def _serve_metrics(self) -> int:
-        host, port = self._settings.host, self._settings.metrics_port
+        host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
             self._http = self._metrics.serve(host, port)
         except OSError as error:
@@ -216,6 +230,7 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
