@@ -116,7 +116,8 @@ class Settings(BaseModel):
     queue_bytes: _Positive = 1 << 30
     """Pixels that may wait for one model, in bytes."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
-    """Predicted time of one batch; a single image may take longer."""
+    """Predicted time of one batch at most, shorter where launches cost little; a single image may
+    take longer."""
     starvation_s: Annotated[float, Field(gt=0)] = 1.0
     """A priority level with work is served at least this often, whatever waits before it."""
     memory_bytes: _Positive | None = None
