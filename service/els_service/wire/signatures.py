@@ -8,8 +8,9 @@ optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 
 from els_service.denoisers.base import DenoiserInfo
 
@@ -21,12 +22,12 @@ class Datatype:
     """How numbers travel: protocol's name, layout of raw contents, field of typed contents."""
 
     name: str
-    layout: npt.DTypeLike
+    layout: np.dtype[Any]
     field: str
 
 
-FP32 = Datatype("FP32", "<f4", "fp32_contents")
-INT64 = Datatype("INT64", "<i8", "int64_contents")
+FP32 = Datatype("FP32", np.dtype("<f4"), "fp32_contents")
+INT64 = Datatype("INT64", np.dtype("<i8"), "int64_contents")
 
 INPUTS = {"x": FP32, **dict.fromkeys(LEVELS, FP32), "label": INT64, "window": INT64}
 OUTPUTS = ("denoised", "score", "log_evidence")
