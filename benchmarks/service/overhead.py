@@ -14,9 +14,14 @@ import uvloop
 
 from benchmarks.service import load, messages
 from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, Method
-from benchmarks.service.peers import REQUIREMENTS, installed, peer
+from benchmarks.service.peers import REQUIREMENTS, peer
 from benchmarks.service.servers import Running, baselines, els_server
 from benchmarks.service.statistics import ratio_of_pairs
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
+from els_service.wire.denoiser_service import DenoiserService
+
+STREAMS = DenoiserService.DenoiseStream is not DenoiserServiceServicer.DenoiseStream
+"""Whether our server has the streaming call."""
 
 _START_S = 90.0
 
@@ -74,15 +79,13 @@ def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
         Target("bare_denoise", bare, DENOISE),
         Target("denoise", ours, DENOISE),
     ]
-    if messages.STREAM is not None:
+    if STREAMS:
         targets += [
             Target("stream", ours, DENOISE_STREAM),
             Target("bare_stream", bare, DENOISE_STREAM),
         ]
     targets += [Target("bare_infer", bare, MODEL_INFER), Target("infer", ours, MODEL_INFER)]
     for name in peers:
-        if not installed(name):
-            raise SystemExit(f"{name}: run python -m benchmarks.service.peers install {name}")
         targets.append(Target(name, stack.enter_context(peer(name)), MODEL_INFER))
     return targets
 
