@@ -126,12 +126,15 @@ def _ratios(targets: dict[str, Target]) -> list[dict[str, Any]]:
     for ours, theirs, goal in GOALS:
         if ours in targets and theirs in targets:
             ratio, low, high = ratio_of_pairs(targets[ours].rates, targets[theirs].rates)
+            cpu, _, _ = ratio_of_pairs(targets[theirs].cpu_us, targets[ours].cpu_us)
             rows.append(
                 {
                     "ratio": f"{ours} / {theirs}",
                     "median": round(ratio, 3),
                     "low": round(low, 3),
                     "high": round(high, 3),
+                    # Disturbed less by what else the machine does.
+                    "by_server_cpu": round(cpu, 3),
                     "goal": goal,
                     "reached": ratio >= goal,
                 }

@@ -4,7 +4,8 @@ It asks ``ServerMetadata``, ``ModelMetadata`` and ``ModelConfig``, then ``ModelI
 tensors of ``perf_analyzer_input.json``, and ``ModelStatistics`` around every window. It insists:
 
 - inputs that the file leaves out are ``optional`` in the config (we need one noise level of three);
-- each input's shape in the metadata, without the batch, has an axis left: [-1, 1], not [-1];
+- ``max_batch_size`` is 0 and shapes have the batch in them: it cuts the batch off the metadata's
+  shapes otherwise, and takes no input without an axis left;
 - ``queue.count`` rises with every request, and the three ``compute_….count`` are equal.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 import os
 import subprocess
 import tempfile
@@ -50,12 +52,17 @@ def measure(*, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
         with ExitStack() as stack:
             server = stack.enter_context(els_server() if name == "els" else peer(name))
             asyncio.run(load.first_answer(server.port, MODEL_INFER, _START_S))
-            rows.append({"perf_analyzer": name} | run(server.port, seconds))
+            rows.append({"perf_analyzer": name} | run(server.port, seconds, name == "pytriton"))
     return rows
 
 
-def run(port: int, seconds: float) -> dict[str, Any]:
+def run(port: int, seconds: float, adds_batch: bool) -> dict[str, Any]:
     """Return what the program measures: its table, and the columns of its CSV.
+
+    Args:
+        port: of the server.
+        seconds: length of a window.
+        adds_batch: whether the model's ``max_batch_size`` is not 0.
 
     Raises:
         RuntimeError: It ends with an error; its text is told.
@@ -63,9 +70,12 @@ def run(port: int, seconds: float) -> dict[str, Any]:
     venv = VENVS / "perf_analyzer"
     (cuda,) = venv.glob("lib/python*/site-packages/nvidia/cuda_runtime/lib")
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "table.csv"
+        table, data = Path(folder) / "table.csv", INPUT
+        if adds_batch:
+            data = Path(folder) / "input.json"
+            data.write_text(json.dumps(_without_batch(json.loads(INPUT.read_text()))))
         command = (venv / "bin" / "perf_analyzer", "-m", MODEL, "-i", "grpc", "--async")
-        target = ("-u", f"127.0.0.1:{port}", "--input-data", INPUT, "-f", table)
+        target = ("-u", f"127.0.0.1:{port}", "--input-data", data, "-f", table)
         window = ("-p", str(round(1000 * seconds)), "--concurrency-range", str(load.CALLERS))
         done = subprocess.run(
             (*command, *target, *window, *_AGREE),
@@ -85,3 +95,10 @@ def run(port: int, seconds: float) -> dict[str, Any]:
         "p99_us": float(columns["p99 latency"]),
         "table": done.stdout.splitlines(),
     }
+
+
+def _without_batch(document: dict[str, Any]) -> dict[str, Any]:
+    for step in document["data"]:
+        for tensor in step.values():
+            tensor["shape"] = tensor["shape"][1:] or [1]
+    return document
