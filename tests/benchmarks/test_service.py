@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-
 from benchmarks.service import load, perf_analyzer
 from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, X, check
 from benchmarks.service.servers import baselines
