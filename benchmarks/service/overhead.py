@@ -136,7 +136,8 @@ def _ratios(targets: dict[str, Target]) -> list[dict[str, Any]]:
                     # Disturbed less by what else the machine does.
                     "by_server_cpu": round(cpu, 3),
                     "goal": goal,
-                    "reached": ratio >= goal,
+                    # The whole interval has to say so.
+                    "reached": "yes" if low >= goal else "no" if high < goal else "open",
                 }
             )
     return rows
