@@ -35,7 +35,8 @@ test: lint
 
 bench: install
 	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.rpc
+	$(BIN)/python -m benchmarks.service.peers install
+	$(BIN)/python -m benchmarks.service
 
 clean:
 	rm -rf $(VENV) $(PEER) proto/python demo.png

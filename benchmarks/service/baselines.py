@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import uvloop
 
-from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, STREAM, Method
+from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, Method
 from els_proto.denoise.v1 import denoise_pb2
 from els_proto.inference import grpc_service_pb2
 
@@ -52,7 +52,7 @@ async def _echo(message: bytes, context: object) -> bytes:
 
 
 def _handlers() -> dict[Method, Any]:
-    handlers: dict[Method, Any] = {
+    return {
         DENOISE: grpc.unary_unary_rpc_method_handler(
             _denoise,
             denoise_pb2.DenoiseRequest.FromString,
@@ -63,15 +63,13 @@ def _handlers() -> dict[Method, Any]:
             grpc_service_pb2.ModelInferRequest.FromString,
             grpc_service_pb2.ModelInferResponse.SerializeToString,
         ),
-        ECHO: grpc.unary_unary_rpc_method_handler(_echo),
-    }
-    if STREAM is not None:
-        handlers[DENOISE_STREAM] = grpc.stream_stream_rpc_method_handler(
+        DENOISE_STREAM: grpc.stream_stream_rpc_method_handler(
             _denoise_stream,
             denoise_pb2.DenoiseRequest.FromString,
             denoise_pb2.DenoiseStreamResponse.SerializeToString,
-        )
-    return handlers
+        ),
+        ECHO: grpc.unary_unary_rpc_method_handler(_echo),
+    }
 
 
 async def _serve(port: int) -> None:

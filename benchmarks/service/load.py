@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import grpc
@@ -37,7 +38,7 @@ async def unary(port: int, method: Method, seconds: float) -> float:
 async def stream(port: int, method: Method, seconds: float) -> float:
     """Return the messages a second over one stream, ``CALLERS`` of them under way."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.stream_stream(method.name)(timeout=seconds + CALL_S)
+        call: Raw = channel.stream_stream(method.name)(timeout=seconds + CALL_S)
         end = time.perf_counter() + seconds
         free = asyncio.Semaphore(CALLERS)
 
@@ -69,12 +70,14 @@ async def first_answer(port: int, method: Method, within_s: float) -> bytes:
         call: Raw = channel.unary_unary(method.name)
         while True:
             try:
-                return await call(method.body, timeout=CALL_S, wait_for_ready=True)
+                answer: bytes = await call(method.body, timeout=CALL_S, wait_for_ready=True)
             except grpc.aio.AioRpcError:
                 # Listens already, has no model yet.
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.2)
+            else:
+                return answer
 
 
 async def first_streamed(port: int, method: Method, within_s: float) -> bytes:
@@ -87,7 +90,7 @@ async def first_streamed(port: int, method: Method, within_s: float) -> bytes:
         return answer
 
 
-async def _rate(callers: Any) -> float:
+async def _rate(callers: Iterable[Coroutine[Any, Any, int]]) -> float:
     start = time.perf_counter()
-    done = sum(await asyncio.gather(*callers))
+    done: int = sum(await asyncio.gather(*callers))
     return done / (time.perf_counter() - start)

@@ -18,11 +18,6 @@ X = np.random.default_rng(0).standard_normal(SHAPE).astype("<f4")
 EXPECTED = X * np.float32(VARIANCE / (VARIANCE + SIGMA**2))
 """The posterior mean of a Gaussian prior around 0: v / (v + σ²) · x."""
 
-STREAM = denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].methods_by_name.get(
-    "DenoiseStream"
-)
-"""The streaming RPC, where the contract has it."""
-
 
 @dataclass(frozen=True)
 class Method:

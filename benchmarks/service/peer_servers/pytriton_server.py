@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
+from pytriton.triton import Triton, TritonConfig, TritonSecurityConfig
 
 MAX_BATCH = 16
 QUEUE_DELAY_US = 500
@@ -21,14 +21,15 @@ def affine(x: npt.NDArray[np.float32], sigma: npt.NDArray[np.float32]) -> list[n
 
 
 if __name__ == "__main__":
-    # Triton proper has HTTP and metrics as well; port 0 is not among what it takes.
     config = TritonConfig(
         grpc_address="127.0.0.1",
         grpc_port=int(sys.argv[1]),
         allow_http=False,
         allow_metrics=False,
     )
-    with Triton(config=config) as triton:
+    # perf_analyzer reads the statistics, which PyTriton closes unless told.
+    security = TritonSecurityConfig(restricted_endpoints=[])
+    with Triton(config=config, security_config=security) as triton:
         triton.bind(
             model_name="gaussian",
             infer_func=affine,

@@ -48,15 +48,18 @@ class DenoiserService(DenoiserServiceServicer):
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
         """Return the expected clean images."""
         _, answer = await self._answer(request, context)
-        return _encode(answer, request)
+        response = pb.DenoiseResponse()
+        _write(response, answer, request)
+        return response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Return the scores."""
         query, answer = await self._answer(request, context)
-        return pb.ScoreResponse(
-            score=codec.encode_tensor(score(query, answer.mean), request.output_dtype),
-            log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
-        )
+        response = pb.ScoreResponse()
+        scores = score(query, answer.mean)
+        codec.write_tensor(response.score, scores, request.output_dtype)
+        codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
+        return response
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
@@ -71,8 +74,8 @@ class DenoiserService(DenoiserServiceServicer):
         check_message(request)
         _, answer = self._ask(request, context)
         if isinstance(answer, Denoised):
-            return pb.DenoiseStreamResponse(response=_encode(answer, request))
-        return _encoded(answer, request)
+            return _streamed(answer, request)
+        return _streamed_later(answer, request)
 
     def _ask(
         self, request: codec.Request, context: Context
@@ -169,17 +172,21 @@ class DenoiserService(DenoiserServiceServicer):
         return pb.GetModelResponse(model=codec.encode_model(entry, self._limits))
 
 
-def _encode(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseResponse:
-    return pb.DenoiseResponse(
-        denoised=codec.encode_tensor(answer.pixels, request.output_dtype),
-        log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
-    )
+def _write(response: pb.DenoiseResponse, answer: Denoised, request: pb.DenoiseRequest) -> None:
+    codec.write_tensor(response.denoised, answer.pixels, request.output_dtype)
+    codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
 
 
-async def _encoded(
+def _streamed(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseStreamResponse:
+    message = pb.DenoiseStreamResponse()
+    _write(message.response, answer, request)
+    return message
+
+
+async def _streamed_later(
     answer: Awaitable[Denoised], request: pb.DenoiseRequest
 ) -> pb.DenoiseStreamResponse:
-    return pb.DenoiseStreamResponse(response=_encode(await answer, request))
+    return _streamed(await answer, request)
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
@@ -25,10 +24,10 @@ from els_service.wire.calls import Context
 from els_service.wire.signatures import FP32, INPUTS, LEVELS, inputs_of, outputs_of
 from els_service.wire.terms import terms_of
 
-_OUTPUTS: dict[str, Callable[[Query, Denoised], Tensor | None]] = {
-    "denoised": lambda query, answer: answer.mean,
-    "score": lambda query, answer: score(query, answer.mean),
-    "log_evidence": lambda query, answer: answer.log_evidence,
+_OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
+    "denoised": lambda query, answer: answer.pixels,
+    "score": lambda query, answer: score(query, answer.mean).numpy(),
+    "log_evidence": lambda query, answer: _evidence(answer),
 }
 
 Inputs = dict[str, npt.NDArray[Any]]
@@ -112,12 +111,16 @@ class InferenceService(Administration):
             model_name=request.model_name, model_version=str(entry.version), id=request.id
         )
         for name in wanted:
-            tensor = _OUTPUTS[name](query, answer)
-            if tensor is None:
-                raise RuntimeError(f"{request.model_name} promised {name} and has none")
-            response.outputs.add(name=name, datatype="FP32", shape=tensor.shape)
-            response.raw_output_contents.append(tensor.contiguous().numpy().tobytes())
+            array = _OUTPUTS[name](query, answer)
+            response.outputs.add(name=name, datatype="FP32", shape=array.shape)
+            response.raw_output_contents.append(array.tobytes())
         return response
+
+
+def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
+    if answer.log_evidence is None:
+        raise RuntimeError("the model promised log_evidence and has none")
+    return answer.log_evidence.numpy()
 
 
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
@@ -142,42 +145,46 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
     known = inputs_of(info)
     decoded: Inputs = {}
     for i, tensor in enumerate(request.inputs):
-        filled = [field.name for field, _ in tensor.contents.ListFields()]
+        name = tensor.name
+        filled = tensor.HasField("contents") and [
+            field.name for field, _ in tensor.contents.ListFields()
+        ]
         if raw and filled:
             raise InvalidArgumentError(f"inputs[{i}].contents", "none beside raw contents", filled)
-        if tensor.name not in known:
-            got = repr(tensor.name)[:100]
-            raise InvalidArgumentError(f"inputs[{i}].name", f"among {', '.join(known)}", got)
-        if tensor.name in decoded:
-            raise InvalidArgumentError(f"inputs[{i}].name", "each name once", tensor.name)
-        decoded[tensor.name] = _array(tensor, raw[i] if raw else None)
+        if name not in known:
+            expected = f"among {', '.join(known)}"
+            raise InvalidArgumentError(f"inputs[{i}].name", expected, repr(name)[:100])
+        if name in decoded:
+            raise InvalidArgumentError(f"inputs[{i}].name", "each name once", name)
+        decoded[name] = _array(name, tensor, raw[i] if raw else None)
     return decoded
 
 
-def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> npt.NDArray[Any]:
+def _array(
+    name: str, tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None
+) -> npt.NDArray[Any]:
     """Return one input, of the shape and datatype that it declares."""
-    datatype = INPUTS[tensor.name]
+    datatype = INPUTS[name]
     layout = datatype.layout
     if tensor.datatype != datatype.name:
         got = repr(tensor.datatype)[:100]
-        raise InvalidArgumentError(f"{tensor.name}.datatype", datatype.name, got)
-    shape = tuple(tensor.shape)
+        raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
+    # As in the codec: a slice of a repeated field is a list.
+    shape = tuple(tensor.shape[:])
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(shape) > 4 or min(shape, default=1) < 1:
         expected = "at most 4 positive dimensions"
-        raise InvalidArgumentError(f"{tensor.name}.shape", expected, list(shape))
+        raise InvalidArgumentError(f"{name}.shape", expected, list(shape))
     count = math.prod(shape)
     if raw is not None:
-        size = count * np.dtype(layout).itemsize
+        size = count * layout.itemsize
         if len(raw) != size:
-            raise InvalidArgumentError(
-                tensor.name, f"{size} bytes for {list(shape)}", f"{len(raw)} bytes"
-            )
+            raise InvalidArgumentError(name, f"{size} bytes for {list(shape)}", f"{len(raw)} bytes")
         return np.frombuffer(raw, layout).reshape(shape)
-    values = getattr(tensor.contents, datatype.field)
+    values = getattr(tensor.contents, datatype.field)[:]
     if len(values) != count:
         raise InvalidArgumentError(
-            tensor.name, f"{count} values for {list(shape)}", f"{len(values)} values"
+            name, f"{count} values for {list(shape)}", f"{len(values)} values"
         )
     return np.array(values, layout).reshape(shape)
 
@@ -190,22 +197,18 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     codec.check_pixels("x.shape", inputs["x"].size, limits)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
-    sigma, alpha_bar, time = (
-        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in LEVELS
-    )
+    sigma, alpha_bar, time = (_per_image(name, inputs) for name in LEVELS)
     level = codec.one_level(sigma, alpha_bar, time, info.schedule)
-    return make_query(
-        x,
-        level,
-        _flat("label", inputs["label"]).tolist() if "label" in inputs else (),
-        codec.decode_windows(_flat("window", inputs["window"]).tolist())
-        if "window" in inputs
-        else (),
-    )
+    windows = codec.decode_windows(_per_image("window", inputs))
+    return make_query(x, level, _per_image("label", inputs), windows)
 
 
-def _flat(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the values of a per-image input, whatever axes of one they came with."""
+def _per_image(name: str, inputs: Inputs) -> list[Any]:
+    """Return the values of an input if it is there, whatever axes of one they came with."""
+    if name not in inputs:
+        return []
+    values = inputs[name]
     if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
-    return values.reshape(-1)
+    flat: list[Any] = values.reshape(-1).tolist()
+    return flat
