@@ -9,8 +9,8 @@ from typing import Self, TypeVar
 import grpc
 
 from els_client import _codec as codec
-from els_client._channel import CHANNEL_OPTIONS, SAMPLE_TIMEOUT_S, UNARY_TIMEOUT_S, own_errors
-from els_client._types import Images, Integers, Levels, Model, Pixels, Sampler, Step, Want
+from els_client._channel import SAMPLE_TIMEOUT_S, UNARY_TIMEOUT_S, bearer, open_async_channel, own_errors
+from els_client._types import Images, Integers, Levels, Model, Pixels, Sampler, Step, Tls, Want
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 
@@ -29,10 +29,18 @@ class AsyncClient:
         ...     clean = await client.denoise(noisy, model="fashion-els", sigma=0.5)
     """
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout_s: float | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._metadata = bearer(token)
+        self._channel = open_async_channel(target, tls)
         self._stub = DenoiserServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -146,10 +154,10 @@ class AsyncClient:
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
     ) -> _Response:
         with own_errors():
-            return await method(request, timeout=self._unary_timeout_s)
+            return await method(request, timeout=self._unary_timeout_s, metadata=self._metadata)
 
     async def _steps(self, request: pb.SampleRequest) -> AsyncGenerator[Step, None]:
-        call = self._stub.Sample(request, timeout=self._sample_timeout_s)
+        call = self._stub.Sample(request, timeout=self._sample_timeout_s, metadata=self._metadata)
         try:
             with own_errors():
                 async for message in call:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +16,23 @@ Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
 Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
 Want: TypeAlias = Literal["x", "denoised", "noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """How a channel is encrypted; of ``Tls()`` alone, with the authorities that gRPC trusts.
+
+    Attributes:
+        ca: PEM file of the authorities that may vouch for the server.
+        certificate: PEM file of the client's own certificate chain, for mutual TLS.
+        key: PEM file of its private key.
+        server_name: Name that the server's certificate must bear, if not the target's.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
 
 
 @dataclass(frozen=True)
