@@ -9,7 +9,13 @@ from typing import Self, TypeVar
 import grpc
 
 from els_client import _codec as codec
-from els_client._channel import SAMPLE_TIMEOUT_S, UNARY_TIMEOUT_S, bearer, open_async_channel, own_errors
+from els_client._channel import (
+    SAMPLE_TIMEOUT_S,
+    UNARY_TIMEOUT_S,
+    bearer,
+    open_async_channel,
+    own_errors,
+)
 from els_client._types import Images, Integers, Levels, Model, Pixels, Sampler, Step, Tls, Want
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -147,7 +147,9 @@ def _error_of(code: str, message: str, status: status_pb2.Status) -> ElsError:
     for detail in status.details:
         try:
             if detail.Unpack(bad_request):
-                violations += [Violation(v.field, v.description) for v in bad_request.field_violations]
+                violations += [
+                    Violation(v.field, v.description) for v in bad_request.field_violations
+                ]
             elif detail.Unpack(retry):
                 retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
         except DecodeError:

@@ -1,12 +1,11 @@
-"""What the commands share: a client whose failures become exit codes, progress and reports."""
+"""What the commands show: progress, reports and tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -16,39 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.table import Column, Table
 
-from els_client._client import Client
 from els_client._types import Model
-from els_client.errors import (
-    DeadlineExceededError,
-    ElsError,
-    InvalidArgumentError,
-    NotFoundError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-
-EXIT_CODES_HELP = (
-    "Exit codes: 0 done · 2 wrong usage or argument · 3 no such model · 4 no server answers"
-    " · 5 deadline exceeded · 6 over a limit · 1 any other failure."
-)
-_EXIT_CODES: dict[type[Exception], int] = {
-    InvalidArgumentError: 2,
-    NotFoundError: 3,
-    UnavailableError: 4,
-    DeadlineExceededError: 5,
-    ResourceExhaustedError: 6,
-}
-
-
-@contextmanager
-def connected(target: str, timeout_s: float | None) -> Iterator[Client]:
-    """Yield a client; a failure inside becomes one line on stderr and an exit code."""
-    try:
-        with Client(target, timeout_s=timeout_s) as client:
-            yield client
-    except (ElsError, OSError) as error:
-        typer.echo(f"els: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
 
 
 def waiting(text: str) -> Status:

@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from hdrh.histogram import HdrHistogram
-
 # hdrhistogram ships no types.
 Histogram: TypeAlias = Any
 
@@ -17,6 +15,8 @@ _LONGEST_US = 3_600_000_000
 
 def histogram(digits: int = 3) -> Histogram:
     """Return an empty histogram of 1 µs to 1 h, exact to ``digits`` significant digits."""
+    from hdrh.histogram import HdrHistogram  # An extra: the command line imports this without it.
+
     return HdrHistogram(1, _LONGEST_US, digits)
 
 
