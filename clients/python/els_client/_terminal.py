@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.table import Column, Table
 
-from els_client._types import Model
+from els_client._types import Model, RepositoryModel, Statistics
 
 
 def waiting(text: str) -> Status:
@@ -65,4 +65,25 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
             f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
             str(model.bank.images) if model.bank else "–",
         )
+    Console().print(table)
+
+
+def list_repository(
+    models: Sequence[RepositoryModel], asked: Sequence[Statistics], as_json: bool
+) -> None:
+    """Print every model of a repository with what was asked of it."""
+    statistics = {(one.name, one.version): one for one in asked}
+    pairs = [(model, statistics.get((model.name, model.version))) for model in models]
+    if as_json:
+        documents = (
+            dataclasses.asdict(model) | {"statistics": one and dataclasses.asdict(one)}
+            for model, one in pairs
+        )
+        typer.echo(json.dumps(list(documents)))
+        return
+    counts = (Column(name, justify="right") for name in ("answered", "failed", "computed s"))
+    table = Table("name", "version", "state", *counts, "reason", box=SIMPLE_HEAD)
+    for model, one in pairs:
+        numbers = (one.answered, one.failed, round(one.computed_s, 1)) if one else ("–",) * 3
+        table.add_row(model.name, model.version, model.state, *map(str, numbers), model.reason)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""The command ``els``: a server's models, denoise, score and sample from a terminal."""
+"""The command ``els``: a server's models, denoise, score and sample; the other commands join."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from els_client import _options as options
 from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._bench_command import bench
+from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._types import Images, Sampler, Want
 from els_client.errors import InvalidArgumentError
@@ -95,11 +96,13 @@ def _els(
         )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
     commands = ("models", "denoise", "score", "sample", "bench", "log-level")
-    repository = dict.fromkeys(("index", "load", "unload"), shared)
-    context.default_map = {**dict.fromkeys(commands, shared), "repository": repository}
+    nested = {"repository": dict.fromkeys(("index", "load", "unload"), shared)}
+    context.default_map = {**dict.fromkeys(commands, shared), **nested}
 
 
 app.command()(bench)
+app.add_typer(repository, name="repository")
+app.command("log-level")(log_level)
 
 
 @app.command()
