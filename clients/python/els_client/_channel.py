@@ -56,6 +56,8 @@ def channel_options(*, retried: bool = True) -> Options:
         ("grpc.enable_retries", int(retried)),
         ("grpc.keepalive_time_ms", _PING_EVERY_MS),
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+        # A ping that measures bandwidth holds the others back; it is given up on as they are.
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
     )
 

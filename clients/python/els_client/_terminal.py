@@ -82,7 +82,8 @@ def list_repository(
         typer.echo(json.dumps(list(documents)))
         return
     counts = (Column(name, justify="right") for name in ("answered", "failed", "computed s"))
-    table = Table("name", "version", "state", *counts, "reason", box=SIMPLE_HEAD)
+    names = (Column(name, no_wrap=True) for name in ("name", "version", "state"))
+    table = Table(*names, *counts, "reason", box=SIMPLE_HEAD)
     for model, one in pairs:
         numbers = (one.answered, one.failed, round(one.computed_s, 1)) if one else ("–",) * 3
         table.add_row(model.name, model.version, model.state, *map(str, numbers), model.reason)

@@ -45,6 +45,7 @@ class Plan:
         deadline_s: When an answer is of no more use; it travels with the call.
         grace_s: How much longer the caller listens, so that late answers are seen; a sample's
             deadline is the call's own and has no grace.
+        drain_s: How long answers are waited for at the end.
         priority: 1 (first) to ``Limits.priority_levels``; None means the server's default.
         seed: Of arrivals, kinds, pixels and levels.
     """
@@ -71,6 +72,7 @@ class Plan:
     count: int | None = None
     deadline_s: float | None = None
     grace_s: float = 1.0
+    drain_s: float = 60.0
     priority: int | None = None
     seed: int = 0
 
@@ -90,7 +92,7 @@ class Plan:
         for name in (*counts, "duration_s", "count", "deadline_s"):
             value = getattr(self, name)
             _expect(value is None or value > 0, name, "more than 0", value)
-        for name in ("warm_up_s", "grace_s"):
+        for name in ("warm_up_s", "grace_s", "drain_s"):
             _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         low, high = self.sigma
         _expect(0 < low <= high, "sigma", "0 < low <= high", f"{low} and {high}")
