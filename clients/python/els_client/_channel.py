@@ -25,6 +25,8 @@ _MAX_MESSAGE_BYTES = 64 * 2**20
 # A server that takes pings every 5 s counts one that comes a little early as abuse.
 _PING_EVERY_MS = 5_500
 _PING_TIMEOUT_MS = 5_000
+# What grpc.aio says, with INTERNAL, of a message that a stream which ends does not take any more.
+_NOT_TAKEN = "Internal error from Core"
 # Every method is a pure question, so asking again harms nobody.
 _RETRY_POLICY = {
     "maxAttempts": 4,
@@ -129,9 +131,11 @@ def _translated(error: grpc.RpcError) -> ElsError:
     # Both kinds of channel raise an error that is its own call, which the stubs do not say.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
-    details = metadata.get("grpc-status-details-bin", b"")
+    status = _status_of(metadata.get("grpc-status-details-bin", b""))
     code = error.code().name
-    return _error_of(code, error.details() or code, _status_of(details))
+    if error.details() == _NOT_TAKEN:
+        return error_of("UNAVAILABLE", "the stream ended while it was written to")
+    return _error_of(code, error.details() or code, status)
 
 
 def error_of_status(status: status_pb2.Status) -> ElsError:

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from els_client._channel import Metadata, bearer, error_of_status
+from els_client._channel import Metadata, bearer, error_of_status, own_errors
 from els_client.bench._requests import Requests
 from els_client.bench.plan import Kind, Plan
 from els_client.bench.tally import Tally
+from els_client.errors import ElsError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _SERVICE = "/denoise.v1.DenoiserService/"
@@ -127,11 +128,12 @@ class StreamCalls:
             call = self._method(metadata=self._load.metadata)
             writer = asyncio.get_running_loop().create_task(self._write(call))
             try:
-                async for answer in call:
-                    self._end(self._code(answer))
+                with own_errors():
+                    async for answer in call:
+                        self._end(self._code(answer))
                 code = "UNAVAILABLE"  # The server ended a stream that we had not.
-            except grpc.aio.AioRpcError as error:
-                code = error.code().name
+            except ElsError as error:
+                code = error.code
             finally:
                 writer.cancel()
                 call.cancel()
