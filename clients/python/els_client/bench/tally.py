@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -58,7 +58,7 @@ class Tally:
     def __init__(self, *, start: float, stop: float, deadline_s: float | None) -> None:
         self.start, self.stop = start, stop
         self._deadline_s = math.inf if deadline_s is None else deadline_s
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
         self.lag = histogram()
         self.in_window: Counter[str] = Counter()
         self.last_end = start
@@ -74,7 +74,7 @@ class Tally:
             self._add_to_second(end, latency, code == "OK", late)
         if intended < self.start:
             return  # It belongs to the warm-up.
-        outcome = self.outcomes.setdefault(kind, Outcome())
+        outcome = self.outcomes[kind]
         outcome.codes[code] += 1
         self.last_end = max(self.last_end, end)
         add_seconds(self.lag, sent - intended)
@@ -89,7 +89,7 @@ class Tally:
     def add_unanswered(self, kind: str, code: str, intended: float) -> None:
         """Count a call of which nothing more will be heard."""
         if intended >= self.start:
-            self.outcomes.setdefault(kind, Outcome()).codes[code] += 1
+            self.outcomes[kind].codes[code] += 1
 
     def _add_to_second(self, end: float, latency: float, ok: bool, late: bool) -> None:
         if (now := int(end - self.start)) != self._now:
