@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,8 @@ _CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
+# gRPC counts in int32 milliseconds.
+_Seconds = Annotated[float, Field(ge=0.001, le=2e6)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,18 @@ class Limits:
     max_steps: int
     max_message_bytes: int
     max_pixels: int
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """Bounds of queues, batches and memory; see ``Settings``."""
+
+    queue_s: float = 30.0
+    queue_bytes: int = 1 << 30
+    batch_s: float = 0.25
+    starvation_s: float = 1.0
+    memory_bytes: int | None = None
+    watchdog_s: float = 120.0
 
 
 def _lower(value: object) -> object:
@@ -51,6 +65,38 @@ class Settings(BaseModel):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: _Port = 50051
     metrics_port: _Port = 9090
+    metrics_host: Annotated[str, Field(min_length=1)] | None = None
+    """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    insecure: bool = False
+    """Listen beyond loopback without TLS: something in front encrypts and authenticates."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate and its chain; read anew when it changes."""
+    tls_key: Path | None = None
+    """PEM file of its private key, not encrypted."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities; clients must then show a certificate of one of them."""
+    tokens: Path | None = None
+    """File of bearer tokens' hashes; callers must then show a token. Read anew when it changes."""
+    reflection: bool = True
+    """Whether the contract can be asked of the server."""
+    channelz: bool = False
+    """Whether gRPC's own view of connections can be asked; needs the role admin."""
+    keepalive_s: _Seconds = 60.0
+    """A connection silent for this long is pinged."""
+    keepalive_timeout_s: _Seconds = 20.0
+    """A ping not answered for this long closes the connection."""
+    client_ping_s: _Seconds = 5.0
+    """How often a client may ping, in calls and between them; one in more haste is sent away."""
+    handshake_s: _Seconds = 20.0
+    """A connection that has not begun to speak HTTP/2 by then is closed."""
+    max_connection_idle_s: _Seconds = 900.0
+    """A connection without calls for this long is closed."""
+    max_connection_age_s: _Seconds = 1800.0
+    """An older connection takes no new calls (GOAWAY), so that clients spread over servers."""
+    max_connection_age_grace_s: _Seconds = 900.0
+    """How long calls may go on on a connection that is too old."""
+    max_concurrent_streams: _Positive = 1024
+    """Calls at once on one connection; a client keeps further ones back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
@@ -66,11 +112,12 @@ class Settings(BaseModel):
     queue_bytes: _Positive = 1 << 30
     """Pixels that may wait for one model, in bytes."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
-    """Predicted time of one batch; a single image may take longer."""
+    """Predicted time of one batch at most, shorter where launches cost little; a single image may
+    take longer."""
     starvation_s: Annotated[float, Field(gt=0)] = 1.0
     """A priority level with work is served at least this often, whatever waits before it."""
     memory_bytes: _Positive | None = None
-    """Budget for loaded models: beyond it the one used longest ago is unloaded until it is asked."""
+    """Budget for loaded models; beyond it the one asked longest ago is unloaded meanwhile."""
     watchdog_s: Annotated[float, Field(gt=0)] = 120.0
     """A batch that takes this much longer than predicted means a hung device: the server ends."""
     max_images: _Positive = 256
@@ -85,9 +132,12 @@ class Settings(BaseModel):
     @property
     def limits(self) -> Limits:
         """The limits of one request."""
-        return Limits(
-            self.max_images, self.max_steps, self.max_message_bytes, self.max_pixels
-        )
+        return Limits(self.max_images, self.max_steps, self.max_message_bytes, self.max_pixels)
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """The bounds of the engine."""
+        return Scheduling(**{field.name: getattr(self, field.name) for field in fields(Scheduling)})
 
 
 _SETTINGS = TypeAdapter(Settings)

@@ -2,8 +2,11 @@
 
     ElsError                    INTERNAL
     ├── InvalidArgumentError    INVALID_ARGUMENT     a field of the request is wrong
+    ├── UnauthenticatedError    UNAUTHENTICATED      no token that is known
+    ├── PermissionDeniedError   PERMISSION_DENIED    a caller without the role
     ├── NotFoundError           NOT_FOUND            no model of that name
     ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
+    ├── QueueFullError          RESOURCE_EXHAUSTED   too much work waits; says when to come again
     ├── DeadlineExceededError   DEADLINE_EXCEEDED    too late to be worth computing
     ├── UnavailableError        UNAVAILABLE          still loading, or draining
     └── LoadError               FAILED_PRECONDITION  a bank, model or setting is refused
@@ -25,6 +28,8 @@ class ElsError(Exception):
     """An error whose text may reach the caller."""
 
     code: ClassVar[str] = "INTERNAL"
+    retry_after_s: float | None = None
+    """Seconds after which asking again may help; None where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,18 @@ class InvalidArgumentError(ElsError, ValueError):
         super().__init__(str(self.violation))
 
 
+class UnauthenticatedError(ElsError):
+    """The caller shows no token that is known; never says which was shown."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(ElsError):
+    """The caller is known, or need not be, but may not do this."""
+
+    code = "PERMISSION_DENIED"
+
+
 class NotFoundError(ElsError):
     """The named thing is not served here."""
 
@@ -74,10 +91,24 @@ class ResourceExhaustedError(ElsError):
         super().__init__(str(self.violation))
 
 
+class QueueFullError(ElsError):
+    """More work waits than is allowed."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, text: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(text)
+
+
 class DeadlineExceededError(ElsError):
-    """The caller's deadline passed before the work began."""
+    """The answer would come too late, or the deadline passed before the work began."""
 
     code = "DEADLINE_EXCEEDED"
+
+    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(text)
 
 
 class UnavailableError(ElsError):

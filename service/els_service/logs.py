@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def set_level(level: str) -> None:
+    """Change from which of ``LEVELS`` on records are written."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    # At debug it tells every turn of its loop.
+    logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
+
+
+def level() -> str:
+    """Return from which of ``LEVELS`` on records are written."""
+    return logging.getLevelName(logging.getLogger().level).lower()
 
 
 def configure(level: str) -> None:
@@ -36,6 +52,6 @@ def configure(level: str) -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level.upper())
-    # At debug it tells every turn of its loop.
-    logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
+    set_level(level)
+    # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

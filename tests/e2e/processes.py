@@ -39,7 +39,10 @@ def run(
 
 
 class ServerProcess:
-    """``els-server run`` on free ports; its stdout is piped, its stderr goes to a file."""
+    """``els-server run`` on free ports; its stdout is piped, its stderr goes to a file.
+
+    It drains without grace unless told otherwise.
+    """
 
     def __init__(self, log: Path, *options: object, **variables: str) -> None:
         self._log = log
@@ -48,7 +51,7 @@ class ServerProcess:
                 [BIN / "els-server", "run", "--port=0", "--metrics-port=0", *map(str, options)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=environment(**variables),
+                env=environment(**{"ELS_GRACE_S": "0", **variables}),
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
+from els_service.engine.terms import REASONS, Launch, Terms
 
 SHAPE = (1, 2, 3)
 WAIT_S = 30
@@ -65,12 +67,21 @@ class Observed:
     def __init__(self) -> None:
         self.waits: list[float] = []
         self.images: list[int] = []
+        self.reasons: list[str] = []
+        self.launches: list[Launch] = []
 
     def queued(self, model: str, seconds: float) -> None:
         self.waits.append(seconds)
 
-    def computed(self, model: str, seconds: float, images: int) -> None:
+    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         self.images.append(images)
+
+    def dropped(self, model: str, reason: str) -> None:
+        assert reason in REASONS
+        self.reasons.append(reason)
+
+    def launched(self, launch: Launch) -> None:
+        self.launches.append(launch)
 
 
 def query(*values: float) -> Query:
@@ -86,15 +97,39 @@ def values(answer: Denoised) -> list[float]:
     return [float(value) for value in answer.mean[:, 0, 0, 0]]
 
 
-Serve = Callable[[Recorder], Engine]
+@pytest.fixture
+def observed() -> Observed:
+    """What the engine of the same test told."""
+    return Observed()
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[Engine]:
+async def engine(observed: Observed) -> AsyncIterator[Engine]:
     """An engine without models; closed in any case."""
-    engine = Engine(Observed())
+    engine = Engine(observed)
     yield engine
     engine.close()
+
+
+def ask(
+    engine: Engine, *numbers: float, model: str = "model", **terms: Any
+) -> asyncio.Task[Denoised]:
+    """Return a call under way that asks for one image of each number."""
+
+    async def call() -> Denoised:
+        answer = engine.denoise(model, query(*numbers), Terms(**terms))
+        return answer if isinstance(answer, Denoised) else await answer
+
+    return asyncio.ensure_future(call())
+
+
+async def held(engine: Engine, recorder: Recorder) -> asyncio.Task[Denoised]:
+    """Serve a recorder; return a call whose batch is computed until ``recorder.go`` is set."""
+    engine.models.add("model", recorder)
+    recorder.go.clear()
+    first = ask(engine, 0)
+    await recorder.until_entered()
+    return first
 
 
 async def turns(count: int = 5) -> None:

@@ -1,58 +1,51 @@
-"""The engine loads what can be loaded, says why the rest cannot, and drives trajectories."""
+"""Trajectories through the engine: the bits that they have alone, whatever happens around them."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.engine.conftest import Recorder, query, turns
+from tests.engine.conftest import Recorder, ask, held, turns, values
 
 from els_service.denoisers.noise import seeded_noise
-from els_service.denoisers.samplers import SAMPLERS, Options, sample
-from els_service.engine.engine import Engine
+from els_service.denoisers.samplers import (
+    SAMPLERS,
+    Options,
+    Resume,
+    Step,
+    questions_of,
+    sample,
+    steps_of,
+)
+from els_service.engine.engine import Engine, Run
 from els_service.engine.repository import ModelRepository
-from els_service.errors import NotFoundError, UnavailableError
+from els_service.engine.terms import Terms
+from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 
 
-async def test_good_models_are_served_and_bad_ones_are_explained(
-    engine: Engine, tmp_path: Path
-) -> None:
-    root = write_models(tmp_path / "models", {**DOCUMENTS, "bad": "kind: magic\n", "worse": "["})
-    await engine.load(ModelRepository(root))
-    assert list(engine.models) == sorted(DOCUMENTS)
-    assert {name: error.path for name, error in engine.faults.items()} == {
-        name: str(root / name / "model.yaml") for name in ("bad", "worse")
-    }
-    assert "zeros" in engine
-    assert "bad" not in engine
-
-
-async def test_a_model_that_fails_at_its_first_question_does_not_take_the_others_along(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_models(tmp_path / "models", {name: DOCUMENTS[name] for name in ("ideal", "zeros")})
-    repository = ModelRepository(root)
-    broken = Recorder(1e-6)
-    broken.fails_on = {0.0}
-    load = repository.load
-    monkeypatch.setattr(repository, "load", lambda name: broken if name == "ideal" else load(name))
-    await engine.load(repository)
-    assert list(engine.models) == ["zeros"]
-    assert "failed at its first question" in str(engine.faults["ideal"])
-
-
-async def test_a_model_asked_for_while_others_are_loaded_is_unavailable_then_not_found(
-    engine: Engine,
-) -> None:
-    with pytest.raises(UnavailableError, match="still being loaded"):
-        engine.denoiser("zeros")
-    engine.loading = False
-    with pytest.raises(NotFoundError, match="expected one of none, got 'zeros'"):
-        engine.denoiser("zeros")
+def run_of(
+    shape: tuple[int, int, int],
+    *,
+    sampler: str = "ddim",
+    count: int = 1,
+    seed: int = 0,
+    options: Options | None = None,
+    resume: Resume | None = None,
+    labels: int = 0,
+) -> Run:
+    """Return a trajectory of ``count`` images whose labels go from -1 on, up to ``labels``."""
+    options = options or Options(steps=5)
+    return Run(
+        SAMPLERS[sampler](seeded_noise(seed, count, shape), options, resume),
+        np.arange(count) % (labels + 1) - 1,
+        np.zeros(count, np.int64),
+        questions_of(sampler, options, resume),
+    )
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -60,38 +53,55 @@ async def test_trajectories_that_share_batches_keep_the_bits_that_they_have_alon
     engine: Engine, tmp_path: Path, sampler: str
 ) -> None:
     root = write_models(tmp_path / "models", {"zeros": DOCUMENTS["zeros"]})
-    await engine.load(ModelRepository(root))
+    await engine.models.load_all(ModelRepository(root))
     options = Options(steps=3, churn=0.5)
 
     async def drawn(seed: int, count: int) -> torch.Tensor:
-        labels = np.arange(count) % 4 - 1
-        trajectory = SAMPLERS[sampler](seeded_noise(seed, count, SHAPE), options)
-        windows = np.zeros(count, np.int64)
-        steps = [step async for step in engine.sample("zeros", trajectory, labels, windows)]
-        return steps[-1].x
+        run = run_of(SHAPE, sampler=sampler, count=count, seed=seed, options=options, labels=3)
+        return [step async for step in engine.sample("zeros", run)][-1].x
 
     together = await asyncio.gather(*(drawn(seed, 1 + seed % 5) for seed in range(12)))
+    lane = engine.models.entry("zeros").lane
+    assert lane is not None
     for seed, got in enumerate(together):
         count = 1 + seed % 5
-        labels = [i % 4 - 1 for i in range(count)]
         *_, last = sample(
-            engine.denoiser("zeros"),
+            lane.denoiser,
             count=count,
             seed=seed,
             sampler=sampler,
             options=options,
-            labels=labels,
+            labels=[i % 4 - 1 for i in range(count)],
         )
         assert torch.equal(got, last.x)
 
 
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+async def test_a_trajectory_goes_on_anywhere_with_the_bits_that_it_would_have_had(
+    engine: Engine, sampler: str
+) -> None:
+    engine.models.add("model", Recorder(1e-6))
+    options = Options(steps=4, churn=0.5)
+    shape = Recorder().info.shape
+
+    async def steps(resume: Resume | None) -> list[Step]:
+        run = run_of(shape, sampler=sampler, count=3, options=options, resume=resume)
+        return [step async for step in engine.sample("model", run)]
+
+    whole = await steps(None)
+    assert len(whole) == steps_of(sampler, options)
+    for stop in whole[:-1]:
+        rest = await steps(Resume(stop.index, stop.state))
+        assert [step.index for step in rest] == [step.index for step in whole[stop.index :]]
+        for got, expected in zip(rest, whole[stop.index :], strict=True):
+            assert torch.equal(got.x, expected.x)
+            assert torch.equal(got.denoised, expected.denoised)
+
+
 async def test_a_trajectory_that_is_left_leaves_no_question_behind(engine: Engine) -> None:
     recorder = Recorder()
-    engine.add("model", recorder)
-    noise = seeded_noise(0, 1, recorder.info.shape)
-    trajectory = SAMPLERS["ddim"](noise, Options(steps=5))
-    zero = np.zeros(1, np.int64)
-    steps = engine.sample("model", trajectory, zero - 1, zero)
+    engine.models.add("model", recorder)
+    steps = engine.sample("model", run_of(recorder.info.shape))
     await anext(steps)
     recorder.go.clear()
     waiting = asyncio.ensure_future(anext(steps))
@@ -100,6 +110,95 @@ async def test_a_trajectory_that_is_left_leaves_no_question_behind(engine: Engin
     waiting.cancel()
     await turns()
     recorder.go.set()
-    await engine.denoise("model", query(7))
+    await ask(engine, 7)
     assert len(recorder.batches) == 3
     assert recorder.batches[-1] == [7]
+
+
+async def test_between_two_steps_a_trajectory_holds_nothing(engine: Engine) -> None:
+    recorder = Recorder()
+    engine.models.add("model", recorder)
+    steps = engine.sample("model", run_of(recorder.info.shape))
+    await anext(steps)
+    gauges = {name: value for name, _, value in engine.gauges()}
+    assert gauges["els_trajectories"] == 1
+    assert gauges["els_queue_items"] == 0
+    assert values(await ask(engine, 1)) == [2]
+    await steps.aclose()
+    assert {name: value for name, _, value in engine.gauges()}["els_trajectories"] == 0
+
+
+async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_step(
+    engine: Engine,
+) -> None:
+    engine.models.add("model", Recorder(0.2))
+    for _ in range(3):
+        await ask(engine, 1)
+    lane = engine.models.entry("model").lane
+    assert lane is not None
+    each = lane.costs.seconds(0.2)
+    run = run_of(Recorder().info.shape, options=Options(steps=1000))
+    with pytest.raises(DeadlineExceededError, match="asks model 1000 times"):
+        await anext(engine.sample("model", run, Terms(deadline=time.monotonic() + 500 * each)))
+
+
+async def test_a_trajectory_with_a_wrong_label_is_refused(engine: Engine) -> None:
+    engine.models.add("model", Recorder())
+    run = run_of(Recorder().info.shape, count=2, labels=1)
+    with pytest.raises(InvalidArgumentError, match="labels"):
+        await anext(engine.sample("model", run))
+
+
+async def test_a_trajectory_is_answered_by_the_version_that_it_began_with(engine: Engine) -> None:
+    old, new = Recorder(), Recorder()
+    engine.models.add("model", old)
+    steps = engine.sample("model", run_of(old.info.shape))
+    await anext(steps)
+    engine.models.add("model", new)
+    assert len([step async for step in steps]) == 4
+    assert len(old.batches) == 5
+    assert new.batches == []
+
+
+async def test_an_interrupted_trajectory_ends_as_unavailable(engine: Engine) -> None:
+    recorder = Recorder()
+    engine.models.add("model", recorder)
+    steps = engine.sample("model", run_of(recorder.info.shape))
+    await anext(steps)
+    engine.interrupt("it is late")
+    with pytest.raises(UnavailableError, match="it is late"):
+        await anext(steps)
+
+
+async def test_gauges_tell_what_waits_and_how_long_the_device_worked(engine: Engine) -> None:
+    recorder = Recorder()
+    first = await held(engine, recorder)
+    waiting = [ask(engine, i, i) for i in range(3)]
+    await turns()
+    gauges = {name: value for name, _, value in engine.gauges()}
+    assert gauges["els_queue_items"] == 3
+    assert gauges["els_queue_cost_seconds"] == pytest.approx(6e-3)
+    recorder.go.set()
+    await asyncio.gather(first, *waiting)
+    gauges = {name: value for name, _, value in engine.gauges()}
+    assert gauges["els_queue_items"] == 0
+    assert gauges["els_device_busy_seconds_total"] > 0
+
+
+async def test_statistics_count_queries_batches_and_images(engine: Engine) -> None:
+    recorder = Recorder()
+    recorder.fails_on = {9.0}
+    first = await held(engine, recorder)
+    others = [ask(engine, i, i) for i in (1, 2)]
+    await turns()
+    recorder.go.set()
+    await asyncio.gather(first, *others)
+    with pytest.raises(ZeroDivisionError):
+        await ask(engine, 9)
+    lane = engine.models.entry("model").lane
+    assert lane is not None
+    statistics = lane.statistics
+    assert (statistics.succeeded.count, statistics.failed.count) == (3, 1)
+    assert statistics.batches[4].count == 1
+    assert statistics.queued.count == statistics.computed.count >= 3
+    assert abs(statistics.last - time.time()) < 60

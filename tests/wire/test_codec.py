@@ -22,7 +22,7 @@ SHAPE = (1, 2, 3)
 INFO = DenoiserInfo(
     kind="analytic", shape=SHAPE, label_count=3, max_window=5, has_log_evidence=True
 )
-LIMITS = Limits(max_images=4, max_steps=10, max_message_bytes=1 << 16)
+LIMITS = Limits(max_images=4, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 20)
 FLOATS: dict[pb.DType.ValueType, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
     pb.DTYPE_F16: torch.float16,
@@ -199,7 +199,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     message = codec.encode_tensor(torch.from_numpy(x), dtype)
     assert message.dtype == dtype
     assert tuple(message.shape) == x.shape
-    got = torch.from_numpy(codec.decode_tensor(message, "x", 4))
+    got = torch.from_numpy(codec.decode_tensor(message, "x", LIMITS))
     assert got.dtype == torch.float32
     assert torch.equal(got, torch.from_numpy(x).to(FLOATS[dtype]).float())
 
@@ -208,7 +208,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
 @given(x=arrays.arrays(np.uint8, arrays.array_shapes(min_dims=4, max_dims=4, max_side=4)))
 def test_bytes_are_pixels_from_minus_one_to_one(x: np.ndarray) -> None:
     message = pb.Tensor(dtype=pb.DTYPE_U8, shape=x.shape, data=x.tobytes())
-    got = codec.decode_tensor(message, "x", 4)
+    got = codec.decode_tensor(message, "x", LIMITS)
     np.testing.assert_array_equal(got, x.astype(np.float32) / np.float32(127.5) - 1)
 
 
@@ -222,7 +222,7 @@ def test_bytes_are_little_endian() -> None:
 
 def test_a_decoded_tensor_is_the_caller_s_own() -> None:
     message = pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 1, 2], data=bytes(8))
-    codec.decode_tensor(message, "x", 4)[:] += 1
+    codec.decode_tensor(message, "x", LIMITS)[:] += 1
     assert message.data == bytes(8)
 
 

@@ -161,6 +161,8 @@ class DenoiserInfo:
     batch_invariant: bool = True
     has_log_evidence: bool = False
     implementation: str = ""
+    memory_bytes: int = 0
+    """About what weights or bank keep resident; models of one bank share it."""
 
 
 class Denoiser(Protocol):

@@ -10,8 +10,9 @@ Aligned sampling: t = i/n for i = n … 1, from x ~ N(0, I); the last step retur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -45,6 +46,16 @@ class Step:
     """D(x) with which the step was taken; at the end the result."""
     alpha_bar: float
     """ᾱ at which ``x`` stands; 1 at the end."""
+    state: Tensor
+    """What the sampler goes on from: ``x``, in heun's own scale for heun."""
+
+
+@dataclass(frozen=True, eq=False)
+class Resume:
+    """Where a trajectory goes on: a ``Step``'s index and state."""
+
+    index: int
+    state: Tensor
 
 
 Trajectory = Generator[Ask | Step, Tensor | None, None]
@@ -66,20 +77,20 @@ class Options:
         return self.schedule(np.array([i / self.steps]))
 
 
-def ddim(noise: Noise, options: Options) -> Trajectory:
+def ddim(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with η = 0), aligned."""
-    return _ancestral(noise, options, eta=0.0)
+    return _ancestral(noise, options, resume, eta=0.0)
 
 
-def ddpm(noise: Noise, options: Options) -> Trajectory:
+def ddpm(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """Ancestral sampling (Ho et al. 2020; Song et al. 2021, eq. 12 and 16), aligned."""
-    return _ancestral(noise, options, eta=options.eta)
+    return _ancestral(noise, options, resume, eta=options.eta)
 
 
-def _ancestral(noise: Noise, options: Options, eta: float) -> Trajectory:
+def _ancestral(noise: Noise, options: Options, resume: Resume | None, eta: float) -> Trajectory:
     n = options.steps
-    x = noise(0)
-    for i in range(n, 1, -1):
+    taken, x = (resume.index, resume.state) if resume else (0, noise(0))
+    for i in range(n - taken, 1, -1):
         here, there = options.level(i), options.level(i - 1)
         x_hat = yield from _ask(Ask(x, here))
         (a, s), (a_next, s_next) = _scales(here), _scales(there)
@@ -87,28 +98,28 @@ def _ancestral(noise: Noise, options: Options, eta: float) -> Trajectory:
         x = _move(x, x_hat, here, a_next, math.sqrt(max(0.0, s_next**2 - added**2)))
         if added:
             x = x + added * noise(n - i + 1)
-        yield Step(n - i + 1, n, x, x_hat, a_next**2)
+        yield Step(n - i + 1, n, x, x_hat, a_next**2, x)
     x_hat = yield from _ask(Ask(x, options.level(1)))
-    yield Step(n, n, x_hat, x_hat, 1.0)
+    yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
 
 
-def ddim_released(noise: Noise, options: Options) -> Trajectory:
+def ddim_released(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """DDIM in the order of the published ELS code: i = n-1 … 1, and x at t = 0 is the result.
 
     Noise meant for t = 1 is used at t = (n-1)/n, and the window at t = i/n is the one of
     t = (i+1)/n, as its table is indexed from 0. Kept so that published figures can be reproduced.
     """
     n = options.steps
-    x = noise(0)
-    for i in range(n - 1, 0, -1):
+    taken, x = (resume.index, resume.state) if resume else (0, noise(0))
+    for i in range(n - 1 - taken, 0, -1):
         here = options.level(i)
         x_hat = yield from _ask(Ask(x, here, window_level=options.level(i + 1)))
         a_next, s_next = _scales(options.level(i - 1))
         x = _move(x, x_hat, here, a_next, s_next) if i > 1 else x_hat
-        yield Step(n - i, n - 1, x, x_hat, a_next**2)
+        yield Step(n - i, n - 1, x, x_hat, a_next**2, x)
 
 
-def heun(noise: Noise, options: Options) -> Trajectory:
+def heun(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """Heun's method with churn (Karras et al. 2022, algorithm 2), ρ = 7, in VE variables.
 
     From the schedule's σ at t = 1 down to 0.002; two answers a step but for the last. Reports
@@ -117,8 +128,8 @@ def heun(noise: Noise, options: Options) -> Trajectory:
     n = options.steps
     top = float(options.level(n).sigma[0])
     sigmas = _karras(top, max(0.002, MIN_SIGMA), n)
-    x = noise(0) * math.sqrt(1 + top**2)
-    for i in range(n):
+    taken, x = (resume.index, resume.state) if resume else (0, noise(0) * math.sqrt(1 + top**2))
+    for i in range(taken, n):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         gamma = min(options.churn / n, math.sqrt(2) - 1)
         sigma_hat = sigma * (1 + gamma)
@@ -126,7 +137,7 @@ def heun(noise: Noise, options: Options) -> Trajectory:
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise(i + 1)
         x_hat = yield from _ask(Ask(x, _exploding(sigma_hat)))
         if sigma_next == 0:
-            yield Step(n, n, x_hat, x_hat, 1.0)
+            yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
             return
         slope = (x - x_hat) * (1 / sigma_hat)
         euler = x + (sigma_next - sigma_hat) * slope
@@ -134,10 +145,16 @@ def heun(noise: Noise, options: Options) -> Trajectory:
         slope_next = (euler - second) * (1 / sigma_next)
         x = x + (sigma_next - sigma_hat) * 0.5 * (slope + slope_next)
         alpha_bar = 1 / (1 + sigma_next**2)
-        yield Step(i + 1, n, x * math.sqrt(alpha_bar), x_hat, alpha_bar)
+        yield Step(i + 1, n, x * math.sqrt(alpha_bar), x_hat, alpha_bar, x)
 
 
-Sampler = Callable[[Noise, Options], Trajectory]
+class Sampler(Protocol):
+    """Starts a trajectory, or goes on with one."""
+
+    def __call__(self, noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
+        """Return the trajectory; all its noise comes from ``noise``."""
+        ...
+
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
@@ -145,6 +162,17 @@ SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
     "heun": heun,
 }
+
+
+def steps_of(sampler: str, options: Options) -> int:
+    """Return how many steps a trajectory reports."""
+    return options.steps - (sampler == "ddim_released")
+
+
+def questions_of(sampler: str, options: Options, resume: Resume | None = None) -> int:
+    """Return how many questions a trajectory asks, from its start or from where it goes on."""
+    left = steps_of(sampler, options) - (resume.index if resume else 0)
+    return 2 * left - 1 if sampler == "heun" else left
 
 
 def check_options(sampler: str, options: Options) -> None:

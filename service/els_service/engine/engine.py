@@ -3,144 +3,194 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import math
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Denoiser, Integers, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
-from els_service.engine.batcher import Batcher, Observer
-from els_service.engine.repository import ModelRepository
-from els_service.errors import (
-    InvalidArgumentError,
-    LoadError,
-    NotFoundError,
-    UnavailableError,
-    shortened,
-)
+from els_service.engine.device import Device, WorkerDevice
+from els_service.engine.lane import Lane
+from els_service.engine.models import Entry, Models
+from els_service.engine.scheduler import Scheduler
+from els_service.engine.terms import Observer, Terms
+from els_service.errors import DeadlineExceededError, UnavailableError
 
-_log = logging.getLogger(__name__)
-
-_WARM_UP_S = 2.0
-"""A model whose cheapest question takes longer is served cold."""
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
+_NO_TERMS = Terms()
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trajectory to drive.
+
+    Args:
+        trajectory: from a sampler, not yet begun.
+        labels: [count], -1 for none.
+        windows: [count], 0 for the model's own at each level.
+        questions: how many it will ask.
+    """
+
+    trajectory: Trajectory
+    labels: Integers
+    windows: Integers
+    questions: int
 
 
 class Engine:
-    """Models by name; one worker thread computes for all of them.
+    """Models by name, their queues, and the devices that compute for all of them.
 
     Use from one event loop. ``close`` waits for the computation under way.
+
+    Args:
+        observer: told of everything that happens to queries.
+        scheduling: bounds of queues, batches and memory.
+        devices: where models are loaded and computed; None for the CPU.
+        clock: on which deadlines are, in seconds.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._worker = ThreadPoolExecutor(1, "els-worker")
+    def __init__(
+        self,
+        observer: Observer,
+        scheduling: Scheduling | None = None,
+        devices: Sequence[Device] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        scheduling = scheduling or Scheduling()
+        self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
+        self.models = Models(self._devices, scheduling)
+        self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
+        self._clock = clock
         self._helpers = ThreadPoolExecutor(2, "els-helper")
-        self._batchers: dict[str, Batcher] = {}
-        self.faults: dict[str, LoadError] = {}
-        """Why models of the repository are not served."""
-        self.loading = True
+        self._trajectories = 0
+        self._ended = ""
+        """Why nothing is answered any more; empty while something is."""
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Done with the reason once a device can compute no more: the process has to end."""
 
-    @property
-    def models(self) -> dict[str, Denoiser]:
-        """The denoisers that answer, by name, sorted."""
-        return {name: self._batchers[name].denoiser for name in sorted(self._batchers)}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._batchers
-
-    async def load(self, repository: ModelRepository) -> None:
-        """Load and warm every model of a repository; keeps why one is refused in ``faults``."""
-        loop = asyncio.get_running_loop()
-        for name in repository.names():
-            try:
-                denoiser = await loop.run_in_executor(self._worker, _load, repository, name)
-            except LoadError as error:
-                _log.error("model refused", extra={"model": name, "reason": str(error)})
-                self.faults[name] = error
-            except Exception as error:
-                # Others serve even if one fails in a way that nobody foresaw.
-                _log.exception("model refused", extra={"model": name})
-                self.faults[name] = LoadError(name, f"failed at its first question: {error}")
-            else:
-                self.add(name, denoiser)
-        self.loading = False
-
-    def add(self, name: str, denoiser: Denoiser) -> None:
-        """Serve a denoiser under a name."""
-        self._batchers[name] = Batcher(name, denoiser, self._worker, self._observer)
-
-    def denoiser(self, name: str) -> Denoiser:
-        """Return a served denoiser.
-
-        Raises:
-            NotFoundError: There is none of that name; names those there are.
-            UnavailableError: There is none yet.
-        """
-        return self._batcher(name).denoiser
-
-    async def denoise(self, name: str, query: Query, deadline: float = math.inf) -> Denoised:
-        """Return the answer to a query.
+    def denoise(
+        self, name: str, query: Query, terms: Terms = _NO_TERMS, *, version: str = ""
+    ) -> Denoised | asyncio.Future[Denoised]:
+        """Return the answer to a query, or the answer to come where it has to wait.
 
         Args:
             name: of the model.
             query: is checked here.
-            deadline: on ``time.monotonic``'s clock.
+            terms: deadline, priority, caller.
+            version: of the model; empty for the newest.
 
         Raises:
-            NotFoundError: No such model.
+            NotFoundError: No such model or version.
             InvalidArgumentError: The query does not fit the model.
-            DeadlineExceededError: The deadline passed before the work was begun.
+            QueueFullError: More work waits than is allowed.
+            DeadlineExceededError: The answer would come too late; the future may fail so, too.
+            UnavailableError: The engine has to end; likewise.
         """
-        batcher = self._batcher(name)
-        batcher.denoiser.check(query)
-        return await batcher.submit(query, deadline)
+        entry = self.models.entry(name, version)
+        lane = self.models.touch(entry)
+        if lane is None:
+            return asyncio.ensure_future(self._revived(entry, query, terms))
+        return self._submit(lane, query, terms)
 
     async def sample(
-        self,
-        name: str,
-        trajectory: Trajectory,
-        labels: Integers,
-        windows: Integers,
-        deadline: float = math.inf,
-    ) -> AsyncIterator[Step]:
+        self, name: str, run: Run, terms: Terms = _NO_TERMS, *, version: str = ""
+    ) -> AsyncGenerator[Step, None]:
         """Yield the steps of a trajectory; each of its questions is an item like any other.
 
-        Args:
-            name: of the model.
-            trajectory: from a sampler, not yet begun.
-            labels: [count], -1 for none.
-            windows: [count], 0 for the model's own at each level.
-            deadline: on ``time.monotonic``'s clock.
+        Between two steps nothing of it is queued: a reader who takes its time holds nobody up. It
+        is answered by the version that answered its first question, whatever is loaded meanwhile.
 
         Raises:
-            NotFoundError, InvalidArgumentError, DeadlineExceededError: As ``denoise``.
+            NotFoundError, InvalidArgumentError, QueueFullError, DeadlineExceededError,
+            UnavailableError: As ``denoise``.
         """
-        denoiser = self.denoiser(name)
-        large = math.prod(denoiser.info.shape) * len(labels) > _SMALL
+        lane = await self._loaded(self.models.entry(name, version), terms)
+        large = math.prod(lane.denoiser.info.shape) * len(run.labels) > _SMALL
         answer: Tensor | None = None
-        while True:
-            event = await self._advance(trajectory, answer, large)
-            match event:
-                case None:
-                    return
-                case Step():
+        begun = False
+        self._trajectories += 1
+        try:
+            while event := await self._advance(run.trajectory, answer, large):
+                if isinstance(event, Step):
                     answer = None
                     yield event
-                case Ask():
-                    chosen = windows_for(denoiser, event)
-                    own = np.where(windows > 0, windows, chosen[0]) if chosen else windows
-                    level = NoiseLevel(event.level.a, event.level.s)
-                    query = make_query(event.x.float(), level, labels.tolist(), own.tolist())
-                    answer = (await self.denoise(name, query, deadline)).mean.double()
+                    continue
+                query = _question(lane.denoiser, event, run)
+                if not begun:
+                    lane.denoiser.check(query)
+                    self._check_time(lane, query, run, terms)
+                given = self._submit(lane, query, terms, admitted=begun)
+                begun = True
+                answer = (given if isinstance(given, Denoised) else await given).mean.double()
+        finally:
+            self._trajectories -= 1
+
+    def interrupt(self, reason: str) -> None:
+        """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
+        self._ended = reason
+        self._scheduler.interrupt(UnavailableError(reason))
+
+    def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield what can be read at any time: name, labels, value."""
+        for entry in self.models:
+            if entry.lane is not None:
+                labels = {"model": entry.model}
+                yield "els_queue_items", labels, len(entry.lane.queue)
+                yield "els_queue_cost_seconds", labels, entry.lane.waiting_s
+        for model, size in self.models.memory().items():
+            yield "els_model_memory_bytes", {"model": model}, size
+        for device in self._devices:
+            yield "els_device_busy_seconds_total", {"device": device.name}, device.busy_s
+        yield "els_trajectories", {}, self._trajectories
+
+    def close(self) -> None:
+        """Wait for the computation under way and end the threads."""
+        for device in self._devices:
+            device.close()
+        self._helpers.shutdown()
+        self.models.close()
+
+    def _submit(
+        self, lane: Lane, query: Query, terms: Terms, *, admitted: bool = False
+    ) -> Denoised | asyncio.Future[Denoised]:
+        if self._ended:
+            raise UnavailableError(self._ended)
+        lane.denoiser.check(query)
+        return self._scheduler.submit(lane, query, terms, admitted=admitted)
+
+    async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:
+        answer = self._submit(await self._loaded(entry, terms), query, terms)
+        return answer if isinstance(answer, Denoised) else await answer
+
+    async def _loaded(self, entry: Entry, terms: Terms) -> Lane:
+        """Return an entry's lane, loaded again if need be."""
+        lane = self.models.touch(entry)
+        if lane is not None:
+            return lane
+        try:
+            timeout_s = None if math.isinf(terms.deadline) else terms.deadline - self._clock()
+            return await asyncio.wait_for(self.models.revive(entry), timeout_s)
+        except TimeoutError:
+            text = f"{entry.model} was unloaded to save memory and is still being loaded"
+            raise DeadlineExceededError(text) from None
+
+    def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
+        """Raise if a trajectory would be late even if nobody else was there."""
+        slack = terms.deadline - self._clock()
+        each = lane.costs.seconds(lane.denoiser.predict_seconds(query))
+        if lane.costs.trusted(self._clock()) and run.questions * each > slack:
+            raise DeadlineExceededError(
+                f"the trajectory asks {lane.model} {run.questions} times, {each:.3g} s each "
+                f"by prediction: {run.questions * each:.3g} s; the deadline is in {slack:.3g} s"
+            )
 
     async def _advance(
         self, trajectory: Trajectory, answer: Tensor | None, large: bool
@@ -150,21 +200,17 @@ class Engine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._helpers, _send, trajectory, answer)
 
-    def _batcher(self, name: str) -> Batcher:
-        try:
-            return self._batchers[name]
-        except KeyError:
-            if self.loading:
-                raise UnavailableError("models are still being loaded") from None
-            if name in self.faults:
-                raise NotFoundError(f"model: {name} was refused when it was loaded") from None
-            known = shortened(", ".join(sorted(self._batchers)) or "none")
-            raise NotFoundError(f"model: expected one of {known}, got {name!r:.100}") from None
+    def _lose(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
+        self.interrupt(f"{reason}; ask another server")
 
-    def close(self) -> None:
-        """Wait for the computation under way and end the threads."""
-        self._worker.shutdown()
-        self._helpers.shutdown()
+
+def _question(denoiser: Denoiser, ask: Ask, run: Run) -> Query:
+    chosen = windows_for(denoiser, ask)
+    own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
+    level = NoiseLevel(ask.level.a, ask.level.s)
+    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist())
 
 
 def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:
@@ -172,26 +218,3 @@ def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:
         return trajectory.send(answer)
     except StopIteration:
         return None
-
-
-def _load(repository: ModelRepository, name: str) -> Denoiser:
-    """Load a model and ask it a small question, so that the first caller waits for nothing."""
-    denoiser = repository.load(name)
-    questions = list(_small_questions(denoiser))
-    cheapest = min(questions, key=denoiser.predict_seconds)
-    if denoiser.predict_seconds(cheapest) < _WARM_UP_S:
-        denoiser.denoise(cheapest)
-    return denoiser
-
-
-def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
-    """Yield one image with each label and with small and large windows."""
-    info = denoiser.info
-    level = NoiseLevel(np.array([1.0]), np.array([1.0]))
-    for label in range(-1, info.label_count):
-        for window in {0, min(1, info.max_window), info.max_window}:
-            query = make_query(torch.zeros(1, *info.shape), level, label, window)
-            # A label may have no images.
-            with contextlib.suppress(InvalidArgumentError):
-                denoiser.check(query)
-                yield query

@@ -1,5 +1,8 @@
 """Model folders: ``NAME/model.yaml`` with banks and tables beside it, turned into denoisers.
 
+A folder ``NAME/VERSION/model.yaml``, its name a whole number, is a version of the model; a
+``model.yaml`` right in ``NAME`` is version 1.
+
 Nothing here can execute code: YAML is read by the safe loader, tensors come from safetensors, and
 every path, links resolved, stays inside the models root.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Annotated, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -21,6 +25,7 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
 from els_service.errors import LoadError
@@ -72,26 +77,41 @@ class WienerSpec(_Spec):
     bank: str
 
 
-Spec = AnalyticSpec | GaussianSpec | WienerSpec
+class NetworkSpec(_Spec):
+    """A trained network; ``parse_network`` checks the fields, as it must where pydantic is not."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["network"]
+
+
+Spec = AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 _WINDOWS = TypeAdapter(WindowSpec)
 
 
+_FileState = tuple[Path, int, int]
+"""Path, time of change and size: another state is another content."""
+
+
 class ModelRepository:
-    """The models root: says which models there are and loads them; banks are loaded once.
+    """The models root: says which models there are and loads them.
+
+    A bank is held once, however many models stand on it, for as long as one does.
 
     Args:
         root: folder whose children with a ``model.yaml`` are models.
         implementation: of patch attention, as in ``PatchAttention``.
-        device: where banks are held.
     """
 
-    def __init__(self, root: Path, *, implementation: str = "auto", device: str = "cpu") -> None:
+    def __init__(self, root: Path, *, implementation: str = "auto") -> None:
         self.root = root.resolve()
-        self._implementation, self._device = implementation, device
-        self._banks: dict[Path, Bank] = {}
-        self._attentions: dict[Path, PatchAttention] = {}
+        self._implementation = implementation
+        self._banks: WeakValueDictionary[_FileState, Bank] = WeakValueDictionary()
+        self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
+            WeakValueDictionary()
+        )
 
     def names(self) -> list[str]:
         """Return the names of all model folders, sorted.
@@ -104,33 +124,50 @@ class ModelRepository:
         return sorted(
             child.name
             for child in self.root.iterdir()
-            if not child.name.startswith(("_", ".")) and _is_there(child / "model.yaml")
+            if not child.name.startswith(("_", ".")) and _versions(child)
         )
 
-    def load(self, name: str) -> Denoiser:
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a model, ascending; none where there is no such model.
+
+        Raises:
+            LoadError: Two folders claim the same version.
+        """
+        found = [version for version, _ in _versions(self.root / name)]
+        if len(set(found)) < len(found):
+            raise LoadError(self.root / name, "expected each version once, got two model.yaml")
+        return sorted(found)
+
+    def load(self, name: str, version: int = 1, device: str = "cpu") -> Denoiser:
         """Return the denoiser of a model folder.
+
+        Args:
+            name: one of ``names``.
+            version: one of ``versions``.
+            device: where bank or weights are held.
 
         Raises:
             LoadError: A file is missing, malformed, of a wrong version, or outside the root.
         """
-        folder = self.root / name
+        folder = dict(_versions(self.root / name)).get(version, self.root / name)
         path = self._inside(folder, "model.yaml")
         spec = validate(_SPEC, read_yaml(path), path)
         try:
-            return self._build(folder, spec)
+            return self._build(folder, spec, device)
         except LoadError:
             raise
         except Exception as error:
             # The file system, safetensors and torch each refuse in their own ways.
             raise LoadError(path, " ".join(str(error).split())) from error
 
-    def _build(self, folder: Path, spec: Spec) -> Denoiser:
+    def _build(self, folder: Path, spec: Spec, device: str) -> Denoiser:
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
+                bank = self._bank(path)
                 return AnalyticDenoiser(
-                    self._attention(path),
-                    self._bank(path),
+                    self._attention(path, bank, device),
+                    bank,
                     machine=spec.machine,
                     padding=spec.padding,
                     window=self._window(folder, spec.window),
@@ -147,17 +184,26 @@ class ModelRepository:
                 )
             case WienerSpec():
                 return WienerDenoiser(self._bank(self._inside(folder, spec.bank)))
+            case NetworkSpec():
+                document = parse_network(spec.model_dump(), folder / "model.yaml")
+                weights = self._inside(folder, WEIGHTS_FILE)
+                return load_network(document, weights, device)
 
     def _bank(self, path: Path) -> Bank:
-        if path not in self._banks:
-            self._banks[path] = load_bank(path)
-        return self._banks[path]
+        key = _state(path)
+        bank = self._banks.get(key)
+        if bank is None:
+            bank = self._banks[key] = load_bank(path)
+        return bank
 
-    def _attention(self, path: Path) -> PatchAttention:
-        if path not in self._attentions:
-            pixels = self._bank(path).pixels().to(self._device)
-            self._attentions[path] = PatchAttention(pixels, implementation=self._implementation)
-        return self._attentions[path]
+    def _attention(self, path: Path, bank: Bank, device: str) -> PatchAttention:
+        key = _state(path), device
+        attention = self._attentions.get(key)
+        if attention is None:
+            pixels = bank.pixels().to(device)
+            attention = PatchAttention(pixels, implementation=self._implementation)
+            self._attentions[key] = attention
+        return attention
 
     def _window(self, folder: Path, window: int | str | WindowSpec) -> WindowTable | None:
         if isinstance(window, int):
@@ -190,12 +236,29 @@ class ModelRepository:
     def _inside(self, folder: Path, relative: str) -> Path:
         if Path(relative).is_absolute():
             raise LoadError(relative, "expected a path relative to the model's folder")
-        path = (folder / relative).resolve()
+        try:
+            path = (folder / relative).resolve()
+        except (OSError, RuntimeError) as error:
+            raise LoadError(folder / relative, "expected a file, found a loop of links") from error
         if not path.is_relative_to(self.root):
             raise LoadError(path, f"expected a file inside the models root {self.root}")
         if not path.is_file():
             raise LoadError(path, "expected a file, found none")
         return path
+
+
+def _versions(folder: Path) -> list[tuple[int, Path]]:
+    """Return each version of a model with its folder."""
+    found = [(1, folder)] if _is_there(folder / "model.yaml") else []
+    if folder.is_dir():
+        numbered = [child for child in folder.iterdir() if child.name.isdecimal()]
+        found += [(int(child.name), child) for child in numbered if _is_there(child / "model.yaml")]
+    return found
+
+
+def _state(path: Path) -> _FileState:
+    status = path.stat()
+    return path, status.st_mtime_ns, status.st_size
 
 
 def _is_there(path: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from els_service.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from els_service.wire.doors import Doors, caller_of
 from els_service.wire.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ class Calls:
     A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
     """
 
-    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool]) -> None:
-        self._metrics, self._is_model = metrics, is_model
+    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool], doors: Doors) -> None:
+        self._metrics, self._is_model, self._doors = metrics, is_model, doors
         self._in_flight = 0
         self._idle = asyncio.Event()
-        self.draining = False
-        """Whether new calls are refused as UNAVAILABLE."""
+        self.draining = asyncio.Event()
+        """Set when new calls are refused as UNAVAILABLE, and streams should end."""
 
     def register(
         self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
@@ -88,19 +88,37 @@ class Calls:
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
             wrapped = {method: self._wrap(method, handler) for method, handler in handlers.items()}
-            generic = grpc.method_handlers_generic_handler(service, wrapped)
-            server.add_generic_rpc_handlers((generic,))
+            self._add(service, wrapped, server)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new calls and wait until the last answer has left, or for ``timeout_s``."""
-        self.draining = True
+    def admit(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+    ) -> None:
+        """Add a servicer whose calls pass the doors, and are counted only if they do not."""
+        collector = _Collector()
+        add_to_server(servicer, collector)
+        for service, handlers in collector.handlers.items():
+            self._add(service, handlers, server)
+
+    def _add(self, service: str, handlers: dict[str, Handler], server: grpc.aio.Server) -> None:
+        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, self._refuse),))
+
+    async def _refuse(self, method: str, error: ElsError, context: Context) -> NoReturn:
+        await self._fail(error, self._begin(method, None, context))
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until the last answer has left, ``timeout_s`` at most; return whether it has."""
         if self._in_flight:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return not self._in_flight
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         parse = _tolerant(handler.request_deserializer)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(method, handler.stream_stream), parse, handler.response_serializer
+            )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._streaming(method, handler.unary_stream), parse, handler.response_serializer
@@ -150,10 +168,9 @@ class Calls:
             self._idle.set()
 
     def _admit(self, request: Any) -> None:
-        if self.draining:
+        if self.draining.is_set():
             raise UnavailableError("the server is draining; ask another")
-        if isinstance(request, _Malformed):
-            raise InvalidArgumentError("request", "a message of this method", request.reason)
+        check_message(request)
 
     def _end(
         self, code: str, call: _Call, reason: str = "", cause: BaseException | None = None
@@ -174,29 +191,25 @@ class Calls:
                 "code": code,
                 "seconds": round(seconds, 6),
                 "peer": call.context.peer(),
+                "caller": caller_of(call.context),
                 "reason": reason,
             }
             _log.log(level, "call", extra=record, exc_info=cause)
 
     async def _fail(self, error: BaseException, call: _Call) -> NoReturn:
         """Count, log, and end the call with the error's status."""
-        match error:
-            case ElsError():
-                code, text = error.code, str(error)
-                self._end(code, call, text)
-            case asyncio.CancelledError():
-                self._end("CANCELLED", call)
-                raise error
-            case Exception():
-                code, text = "INTERNAL", "internal error; the server's log has the cause"
-                self._end(code, call, text, error)
-            case _:
-                raise error
-        details = _details(error, code, text)
+        if isinstance(error, asyncio.CancelledError):
+            self._end("CANCELLED", call)
+            raise error
+        if not isinstance(error, Exception):
+            raise error
+        status = status_of(error)
+        code = code_pb2.Code.Name(status.code)
+        self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
         await call.context.abort(
             grpc.StatusCode[code],
-            text,
-            (("grpc-status-details-bin", details.SerializeToString()),),
+            status.message,
+            (("grpc-status-details-bin", status.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
 
@@ -208,14 +221,18 @@ async def _write(context: Context, answer: Any) -> None:
         raise asyncio.CancelledError("the caller is gone") from error
 
 
-def deadline_of(context: Context) -> float:
-    """Return the caller's deadline on ``time.monotonic``'s clock, or infinity."""
-    remaining = context.time_remaining()
-    return math.inf if remaining is None else time.monotonic() + remaining
+def check_message(request: object) -> None:
+    """Raise InvalidArgumentError if the bytes of a request were no message."""
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError("request", "a message of this method", request.reason)
 
 
-def _details(error: BaseException, code: str, text: str) -> status_pb2.Status:
-    status = status_pb2.Status(code=code_pb2.Code.Value(code), message=text)
+def status_of(error: Exception) -> status_pb2.Status:
+    """Return what a caller is told of an error: neutral words unless it is one of ours."""
+    if not isinstance(error, ElsError):
+        text = "internal error; the server's log has the cause"
+        return status_pb2.Status(code=code_pb2.INTERNAL, message=text)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=str(error))
     if isinstance(error, InvalidArgumentError | ResourceExhaustedError):
         violation = error.violation
         bad_request = error_details_pb2.BadRequest(
@@ -227,6 +244,10 @@ def _details(error: BaseException, code: str, text: str) -> status_pb2.Status:
             ]
         )
         status.details.add().Pack(bad_request)
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        status.details.add().Pack(retry)
     return status
 
 

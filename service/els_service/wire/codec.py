@@ -23,6 +23,8 @@ from els_service.denoisers.levels import (
     from_sigma,
     from_time,
 )
+from els_service.engine.models import Entry
+from els_service.engine.terms import PRIORITIES
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
@@ -47,23 +49,24 @@ _ENCODED: dict[int, torch.dtype] = {
 Request = pb.DenoiseRequest | pb.ScoreRequest
 
 
-def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> npt.NDArray[np.float32]:
+def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray[np.float32]:
     """Return a tensor's pixels, float32 [B, C, H, W]; u8 as v/127.5 - 1.
 
     Raises:
         InvalidArgumentError: dtype, rank, a dimension, the byte count or a pixel is wrong.
-        ResourceExhaustedError: More than ``max_images`` images.
+        ResourceExhaustedError: Too many images or pixels.
     """
     stored = _STORED.get(message.dtype)
     if stored is None:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     shape = tuple(message.shape)
-    check_shape(shape, field, max_images)
+    check_shape(shape, field, limits)
     size = math.prod(shape) * stored.itemsize
     if len(message.data) != size:
         raise InvalidArgumentError(
             f"{field}.data", f"{size} bytes for {list(shape)}", f"{len(message.data)} bytes"
         )
+    check_pixels(f"{field}.shape", math.prod(shape), limits)
     # A writable copy, as torch takes no read-only memory.
     flat = np.frombuffer(bytearray(message.data), stored)
     if message.dtype == pb.DTYPE_U8:
@@ -76,19 +79,31 @@ def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> npt.NDArra
     return flat.reshape(shape)
 
 
-def check_shape(shape: Sequence[int], field: str, max_images: int) -> None:
+def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
     """Check rank, dimensions and number of images.
 
     Raises:
         InvalidArgumentError: Not four positive dimensions.
-        ResourceExhaustedError: More than ``max_images`` images.
+        ResourceExhaustedError: Too many images.
     """
     if len(shape) != 4:
         raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
     if min(shape) < 1:
         raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
-    if shape[0] > max_images:
-        raise ResourceExhaustedError(f"{field}.shape", f"at most {max_images} images", shape[0])
+    if shape[0] > limits.max_images:
+        expected = f"at most {limits.max_images} images"
+        raise ResourceExhaustedError(f"{field}.shape", expected, shape[0])
+
+
+def check_pixels(field: str, pixels: int, limits: Limits) -> None:
+    """Check the number of pixels, B·C·H·W, that ``field`` asks for.
+
+    Raises:
+        ResourceExhaustedError: Too many.
+    """
+    if pixels > limits.max_pixels:
+        expected = f"at most {limits.max_pixels} pixels (B·C·H·W)"
+        raise ResourceExhaustedError(field, expected, pixels)
 
 
 def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
@@ -139,9 +154,9 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
 
     Raises:
         InvalidArgumentError: A field is wrong, or evidence is asked of a model without.
-        ResourceExhaustedError: Too many images, or the answer would exceed the message limit.
+        ResourceExhaustedError: Too many images or pixels, or the answer would exceed the limit.
     """
-    x = decode_tensor(request.x, "x", limits.max_images)
+    x = decode_tensor(request.x, "x", limits)
     if request.return_log_evidence and not info.has_log_evidence:
         raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
     evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
@@ -204,12 +219,14 @@ def encode_evidence(denoised: Denoised, wanted: bool) -> pb.Tensor | None:
     return encode_tensor(denoised.log_evidence)
 
 
-def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
-    """Return the description of a model."""
+def encode_model(entry: Entry, limits: Limits) -> pb.Model:
+    """Return the description of a served version of a model."""
+    info = entry.info
     channels, height, width = info.shape
     bank, window = info.bank, info.window
     return pb.Model(
-        name=name,
+        name=entry.model,
+        version=str(entry.version),
         kind=info.kind,
         machine=info.machine,
         padding=info.padding,
@@ -228,6 +245,8 @@ def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
             max_message_bytes=limits.max_message_bytes,
             min_sigma=MIN_SIGMA,
             max_sigma=MAX_SIGMA,
+            max_pixels=limits.max_pixels,
+            priority_levels=PRIORITIES,
         ),
         bank=None
         if bank is None
@@ -240,6 +259,7 @@ def encode_model(name: str, info: DenoiserInfo, limits: Limits) -> pb.Model:
         batch_invariant=info.batch_invariant,
         has_log_evidence=info.has_log_evidence,
         implementation=info.implementation,
+        memory_bytes=info.memory_bytes,
     )
 
 

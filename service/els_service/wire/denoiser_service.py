@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
@@ -12,11 +14,21 @@ from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, one_each, score
 from els_service.denoisers.levels import SCHEDULES
 from els_service.denoisers.noise import seeded_noise
-from els_service.denoisers.samplers import SAMPLERS, Options, Step, check_options
-from els_service.engine.engine import Engine
-from els_service.errors import InvalidArgumentError, ResourceExhaustedError
+from els_service.denoisers.samplers import (
+    SAMPLERS,
+    Options,
+    Step,
+    check_options,
+    questions_of,
+    steps_of,
+)
+from els_service.engine.engine import Engine, Run
+from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from els_service.wire import codec
-from els_service.wire.calls import Context, deadline_of
+from els_service.wire.calls import Context, check_message
+from els_service.wire.resume import decode_token, encode_token
+from els_service.wire.streams import in_order
+from els_service.wire.terms import terms_of
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -30,16 +42,13 @@ _SAMPLERS: dict[int, str] = {
 class DenoiserService(DenoiserServiceServicer):
     """Our own contract."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
-        self._engine, self._limits = engine, limits
+    def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
+        self._engine, self._limits, self._draining = engine, limits, draining
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
         """Return the expected clean images."""
         _, answer = await self._answer(request, context)
-        return pb.DenoiseResponse(
-            denoised=codec.encode_tensor(answer.pixels, request.output_dtype),
-            log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
-        )
+        return _encode(answer, request)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Return the scores."""
@@ -49,17 +58,40 @@ class DenoiserService(DenoiserServiceServicer):
             log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
         )
 
-    async def _answer(self, request: codec.Request, context: Context) -> tuple[Query, Denoised]:
-        info = self._engine.denoiser(request.model).info
+    def DenoiseStream(
+        self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
+    ) -> AsyncIterator[pb.DenoiseStreamResponse]:
+        """Return the answers in the order of their requests."""
+        return in_order(requests, partial(self._begin, context), self._draining)
+
+    def _begin(
+        self, context: Context, request: pb.DenoiseRequest
+    ) -> pb.DenoiseStreamResponse | Awaitable[pb.DenoiseStreamResponse]:
+        """Return the answer to one request of a stream, or the answer to come."""
+        check_message(request)
+        _, answer = self._ask(request, context)
+        if isinstance(answer, Denoised):
+            return pb.DenoiseStreamResponse(response=_encode(answer, request))
+        return _encoded(answer, request)
+
+    def _ask(
+        self, request: codec.Request, context: Context
+    ) -> tuple[Query, Denoised | Awaitable[Denoised]]:
+        info = self._engine.models.entry(request.model, request.version).info
         query = codec.decode_query(request, info, self._limits)
-        return query, await self._engine.denoise(request.model, query, deadline_of(context))
+        terms = terms_of(context, request.priority, request.timeout_s)
+        return query, self._engine.denoise(request.model, query, terms, version=request.version)
+
+    async def _answer(self, request: codec.Request, context: Context) -> tuple[Query, Denoised]:
+        query, answer = self._ask(request, context)
+        return query, answer if isinstance(answer, Denoised) else await answer
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
     ) -> AsyncIterator[pb.SampleResponse]:
         """Yield the steps of a trajectory."""
-        info = self._engine.denoiser(request.model).info
-        count = request.count or 1
+        entry = self._engine.models.entry(request.model, request.version)
+        info, count = entry.info, request.count or 1
         self._check_sample(request, info, count)
         name = _SAMPLERS[request.sampler]
         options = Options(
@@ -70,19 +102,33 @@ class DenoiserService(DenoiserServiceServicer):
         )
         check_options(name, options)
         noise = seeded_noise(request.seed, count, info.shape)
-        steps = self._engine.sample(
-            request.model,
-            SAMPLERS[name](noise, options),
+        shape = (count, *info.shape)
+        resume = decode_token(request, entry.version, shape, steps_of(name, options))
+        run = Run(
+            SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
-            deadline_of(context),
+            questions_of(name, options, resume),
         )
-        async for step in steps:
-            message = _encode_step(step, request)
-            if step.index == 1 and request.return_noise:
-                start = await asyncio.to_thread(noise, 0)
-                message.noise.CopyFrom(codec.encode_tensor(start.float(), request.output_dtype))
-            yield message
+        token = request.resume_token
+        terms = terms_of(context, request.priority)
+        steps = self._engine.sample(request.model, run, terms, version=request.version)
+        try:
+            async with contextlib.aclosing(steps):
+                async for step in steps:
+                    token = encode_token(request, entry.version, step.index, step.state)
+                    message = _encode_step(step, request)
+                    if step.index == 1 and request.return_noise:
+                        start = await asyncio.to_thread(noise, 0)
+                        encoded = codec.encode_tensor(start.float(), request.output_dtype)
+                        message.noise.CopyFrom(encoded)
+                    if request.return_resume_token and step.index < step.total:
+                        message.resume_token = token
+                    yield message
+        except UnavailableError:
+            if token:
+                yield pb.SampleResponse(resume_token=token)
+            raise
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
@@ -90,6 +136,8 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
             raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
+        pixels = count * math.prod(info.shape)
+        codec.check_pixels("count", pixels, limits)
         if request.steps < 1:
             raise InvalidArgumentError("steps", "at least 1", request.steps)
         if request.steps > limits.max_steps:
@@ -100,25 +148,38 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        numbers = (2 + request.return_noise) * count * math.prod(info.shape)
-        size = numbers * codec.output_size(request.output_dtype)
+        size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
+        if request.return_resume_token:
+            size += 8 * pixels
         codec.check_answer_size("count", size, limits)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        """Return every model that answers."""
-        models = self._engine.models.items()
+        """Return the newest version of every model that answers."""
         return pb.ListModelsResponse(
             models=[
-                codec.encode_model(name, denoiser.info, self._limits) for name, denoiser in models
+                codec.encode_model(entry, self._limits) for entry in self._engine.models.newest()
             ]
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return one model's description."""
-        info = self._engine.denoiser(request.name).info
-        return pb.GetModelResponse(model=codec.encode_model(request.name, info, self._limits))
+        entry = self._engine.models.entry(request.name, request.version)
+        return pb.GetModelResponse(model=codec.encode_model(entry, self._limits))
+
+
+def _encode(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseResponse:
+    return pb.DenoiseResponse(
+        denoised=codec.encode_tensor(answer.pixels, request.output_dtype),
+        log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
+    )
+
+
+async def _encoded(
+    answer: Awaitable[Denoised], request: pb.DenoiseRequest
+) -> pb.DenoiseStreamResponse:
+    return pb.DenoiseStreamResponse(response=_encode(await answer, request))
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

@@ -1,8 +1,6 @@
 """The Open Inference Protocol: every model under its name, for existing clients.
 
-Inputs: ``x`` FP32 [-1, C, H, W]; exactly one of ``sigma``, ``alpha_bar``, ``time`` FP32 [-1];
-optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised`` and ``score`` FP32
-[-1, C, H, W], ``log_evidence`` FP32 [-1, H, W] where the model has it; only what is asked for.
+What a model takes and gives is told in ``signatures``.
 """
 
 from __future__ import annotations
@@ -16,25 +14,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from els_proto.inference import grpc_service_pb2 as pb
-from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query, score
 from els_service.engine.engine import Engine
-from els_service.errors import InvalidArgumentError, NotFoundError
+from els_service.errors import ElsError, InvalidArgumentError
 from els_service.version import FULL
 from els_service.wire import codec
-from els_service.wire.calls import Context, deadline_of
-
-_VERSION = "1"
-_LEVELS = ("sigma", "alpha_bar", "time")
-
-_INPUTS: dict[str, tuple[str, npt.DTypeLike, str]] = {
-    "x": ("FP32", "<f4", "fp32_contents"),
-    **dict.fromkeys(_LEVELS, ("FP32", "<f4", "fp32_contents")),
-    "label": ("INT64", "<i8", "int64_contents"),
-    "window": ("INT64", "<i8", "int64_contents"),
-}
-"""name → datatype, layout of raw contents, field of typed contents."""
+from els_service.wire.administration_service import EXTENSIONS, Administration, Changed, platform_of
+from els_service.wire.calls import Context
+from els_service.wire.signatures import FP32, INPUTS, LEVELS, inputs_of, outputs_of
+from els_service.wire.terms import terms_of
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], Tensor | None]] = {
     "denoised": lambda query, answer: answer.mean,
@@ -45,11 +34,14 @@ _OUTPUTS: dict[str, Callable[[Query, Denoised], Tensor | None]] = {
 Inputs = dict[str, npt.NDArray[Any]]
 
 
-class InferenceService(GRPCInferenceServiceServicer):
-    """The six base methods of the protocol."""
+class InferenceService(Administration):
+    """The base methods of the protocol; the extensions are inherited."""
 
-    def __init__(self, engine: Engine, limits: Limits, ready: Callable[[], bool]) -> None:
-        self._engine, self._limits, self._ready = engine, limits, ready
+    def __init__(
+        self, engine: Engine, limits: Limits, ready: Callable[[], bool], changed: Changed
+    ) -> None:
+        super().__init__(engine, limits, changed)
+        self._ready = ready
 
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context
@@ -67,33 +59,36 @@ class InferenceService(GRPCInferenceServiceServicer):
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
         """Return whether a model takes requests; an unknown one does not."""
-        served = request.name in self._engine.models and request.version in ("", _VERSION)
-        return pb.ModelReadyResponse(ready=served and self._ready())
+        try:
+            self._engine.models.entry(request.name, request.version)
+        except ElsError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._ready())
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
         """Return name and version with commit."""
-        return pb.ServerMetadataResponse(name="els-denoise", version=FULL)
+        return pb.ServerMetadataResponse(name="els-denoise", version=FULL, extensions=EXTENSIONS)
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
         """Return inputs and outputs of a model."""
-        info = self._model(request.name, request.version)
+        entry = self._engine.models.entry(request.name, request.version)
         metadata = pb.ModelMetadataResponse.TensorMetadata
-        shapes = {"x": [-1, *info.shape], "denoised": [-1, *info.shape], "score": [-1, *info.shape]}
-        shapes["log_evidence"] = [-1, *info.shape[1:]]
+        info = entry.info
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[_VERSION],
-            platform=f"els-denoise_{info.kind}",
+            versions=[str(entry.version)],
+            platform=platform_of(info),
             inputs=[
-                metadata(name=name, datatype=_INPUTS[name][0], shape=shapes.get(name, [-1]))
-                for name in _inputs(info)
+                metadata(name=name, datatype=INPUTS[name].name, shape=shape)
+                for name, shape in inputs_of(info).items()
             ],
             outputs=[
-                metadata(name=name, datatype="FP32", shape=shapes[name]) for name in _outputs(info)
+                metadata(name=name, datatype=FP32.name, shape=shape)
+                for name, shape in outputs_of(info).items()
             ],
         )
 
@@ -101,15 +96,20 @@ class InferenceService(GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         """Return the requested outputs, as raw contents."""
-        info = self._model(request.model_name, request.model_version)
+        entry = self._engine.models.entry(request.model_name, request.model_version)
+        info = entry.info
         wanted = _wanted(request, info)
         query = _query(_decode(request, info), info, self._limits)
-        per_image = {"log_evidence": math.prod(info.shape[1:])}
-        numbers = sum(per_image.get(name, math.prod(info.shape)) for name in wanted)
+        shapes = outputs_of(info)
+        numbers = sum(-math.prod(shapes[name]) for name in wanted)
         codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
-        answer = await self._engine.denoise(request.model_name, query, deadline_of(context))
+        answer = self._engine.denoise(
+            request.model_name, query, terms_of(context), version=request.model_version
+        )
+        if not isinstance(answer, Denoised):
+            answer = await answer
         response = pb.ModelInferResponse(
-            model_name=request.model_name, model_version=_VERSION, id=request.id
+            model_name=request.model_name, model_version=str(entry.version), id=request.id
         )
         for name in wanted:
             tensor = _OUTPUTS[name](query, answer)
@@ -119,25 +119,10 @@ class InferenceService(GRPCInferenceServiceServicer):
             response.raw_output_contents.append(tensor.contiguous().numpy().tobytes())
         return response
 
-    def _model(self, name: str, version: str) -> DenoiserInfo:
-        info = self._engine.denoiser(name).info
-        if version not in ("", _VERSION):
-            raise NotFoundError(f"model_version: expected {_VERSION}, got {version!r:.100}")
-        return info
-
-
-def _inputs(info: DenoiserInfo) -> list[str]:
-    optional = {"label": bool(info.label_count), "window": bool(info.max_window)}
-    return [name for name in _INPUTS if optional.get(name, True)]
-
-
-def _outputs(info: DenoiserInfo) -> list[str]:
-    return [name for name in _OUTPUTS if name != "log_evidence" or info.has_log_evidence]
-
 
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
     """Return the names of the requested outputs; all where none is named."""
-    known = _outputs(info)
+    known = list(outputs_of(info))
     names = [output.name for output in request.outputs]
     for name in names:
         if name not in known:
@@ -154,7 +139,7 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
         raise InvalidArgumentError(
             "raw_input_contents", f"none or {len(request.inputs)} buffers", f"{len(raw)} buffers"
         )
-    known = _inputs(info)
+    known = inputs_of(info)
     decoded: Inputs = {}
     for i, tensor in enumerate(request.inputs):
         filled = [field.name for field, _ in tensor.contents.ListFields()]
@@ -171,9 +156,11 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
 
 def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> npt.NDArray[Any]:
     """Return one input, of the shape and datatype that it declares."""
-    datatype, layout, field = _INPUTS[tensor.name]
-    if tensor.datatype != datatype:
-        raise InvalidArgumentError(f"{tensor.name}.datatype", datatype, repr(tensor.datatype)[:100])
+    datatype = INPUTS[tensor.name]
+    layout = datatype.layout
+    if tensor.datatype != datatype.name:
+        got = repr(tensor.datatype)[:100]
+        raise InvalidArgumentError(f"{tensor.name}.datatype", datatype.name, got)
     shape = tuple(tensor.shape)
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(shape) > 4 or min(shape, default=1) < 1:
@@ -187,7 +174,7 @@ def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> 
                 tensor.name, f"{size} bytes for {list(shape)}", f"{len(raw)} bytes"
             )
         return np.frombuffer(raw, layout).reshape(shape)
-    values = getattr(tensor.contents, field)
+    values = getattr(tensor.contents, datatype.field)
     if len(values) != count:
         raise InvalidArgumentError(
             tensor.name, f"{count} values for {list(shape)}", f"{len(values)} values"
@@ -199,11 +186,12 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of decoded inputs."""
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
-    codec.check_shape(inputs["x"].shape, "x", limits.max_images)
+    codec.check_shape(inputs["x"].shape, "x", limits)
+    codec.check_pixels("x.shape", inputs["x"].size, limits)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
     sigma, alpha_bar, time = (
-        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in _LEVELS
+        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in LEVELS
     )
     level = codec.one_level(sigma, alpha_bar, time, info.schedule)
     return make_query(

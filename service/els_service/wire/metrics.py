@@ -8,6 +8,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
 
+from els_service.engine.terms import Launch
 from els_service.version import COMMIT, VERSION
 
 _SECONDS = (
@@ -77,7 +78,7 @@ class Metrics:
             self._queued[model] = self._queue.labels(model).observe
         self._queued[model](seconds)
 
-    def computed(self, model: str, seconds: float, images: int) -> None:
+    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         """One batch of ``images`` took this long."""
         if model not in self._computed:
             compute, batch = self._compute.labels(model), self._batch.labels(model)
@@ -85,6 +86,12 @@ class Metrics:
         observe_seconds, observe_images = self._computed[model]
         observe_seconds(seconds)
         observe_images(images)
+
+    def dropped(self, model: str, reason: str) -> None:
+        """One query got no answer."""
+
+    def launched(self, launch: Launch) -> None:
+        """One batch with a traced member was computed."""
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
         """Serve ``/metrics`` over HTTP from a thread; ``server_port`` tells where.

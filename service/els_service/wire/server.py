@@ -1,7 +1,7 @@
 """The server: binds, loads, says that it is ready, serves, drains.
 
 bind ports ─► answer health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
-… SIGTERM ─► NOT_SERVING ─► refuse new calls, finish those in flight ─► exit
+… SIGTERM ─► NOT_SERVING ─► grace ─► GOAWAY, finish what is in flight or say where to go on ─► exit
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
 from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from els_service.config import Settings, cpu_limit
+from els_service.engine.device import DeviceLostError, WorkerDevice
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
+from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.metrics import Metrics
 
@@ -58,27 +61,21 @@ def bundled_models() -> Path:
     return Path(str(files("els_service") / "models"))
 
 
-def choose_device(device: str) -> str:
-    """Return ``cpu`` or ``cuda``; ``auto`` takes a GPU where there is one.
+def choose_devices(device: str) -> list[str]:
+    """Return ``cpu``, or every GPU by name; ``auto`` takes GPUs where there are any.
 
     Raises:
         LoadError: ``cuda`` is asked for and there is none.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    count = torch.cuda.device_count()
+    if device == "cuda" and not count:
         raise LoadError("device", "expected a CUDA device, found none")
-    return "cuda" if available and device != "cpu" else "cpu"
+    return [f"cuda:{i}" for i in range(count)] if count and device != "cpu" else ["cpu"]
 
 
 def repository(settings: Settings) -> ModelRepository:
-    """Return the models that the settings name.
-
-    Raises:
-        LoadError: The device is not there.
-    """
-    return ModelRepository(
-        settings.models or bundled_models(), device=choose_device(settings.device)
-    )
+    """Return the models that the settings name."""
+    return ModelRepository(settings.models or bundled_models())
 
 
 class Server:
@@ -87,9 +84,13 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
-        self._engine = Engine(self._metrics)
-        self._calls = Calls(self._metrics, self._engine.__contains__)
+        devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
+        self._engine = Engine(self._metrics, settings.scheduling, devices)
+        self._doors = Doors(settings)
+        self._calls = Calls(self._metrics, self._engine.models.__contains__, self._doors)
         self._health = health.aio.HealthServicer()
+        self._reported: set[str] = set()
+        """Models of which the health says that they are served."""
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
 
@@ -104,22 +105,38 @@ class Server:
         metrics_port = self._serve_metrics()
         await self._report()
         await self._grpc.start()
-        await self._engine.load(models)
-        if not self._engine.models:
-            faults = "; ".join(map(str, self._engine.faults.values())) or "there is none"
+        await self._engine.models.load_all(models)
+        if not self._engine.models.newest():
+            faults = "; ".join(map(str, self._engine.models.faults.values())) or "there is none"
             raise LoadError(models.root, f"expected a model that can be served: {faults}")
         await self._report()
         return Ports(grpc_port, metrics_port)
 
+    @property
+    def lost(self) -> asyncio.Future[str]:
+        """Done with the reason once a device can compute no more."""
+        return self._engine.lost
+
     async def drain(self) -> None:
-        """Say NOT_SERVING, refuse new calls, and wait for those in flight, ``drain_s`` at most."""
+        """Say NOT_SERVING, take calls for ``grace_s``, and wait ``drain_s`` for those in flight.
+
+        What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
+        """
+        settings = self._settings
         # Bounded, as a watcher that takes no bytes would hold it up for ever.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_s):
+            async with asyncio.timeout(settings.drain_s):
                 await self._health.enter_graceful_shutdown()
-        await self._calls.drain(self._settings.drain_s)
+        if not self.lost.done():
+            await asyncio.sleep(settings.grace_s)
+        self._calls.draining.set()
+        goaway = asyncio.ensure_future(self._grpc.stop(settings.drain_s + 2 * _FLUSH_S))
+        if not await self._calls.idle(settings.drain_s):
+            self._engine.interrupt("the server had to end; ask another")
+            await self._calls.idle(_FLUSH_S)
         # Watchers of the health stay until they are sent away.
         await self._grpc.stop(_FLUSH_S)
+        await goaway
 
     async def close(self) -> None:
         """End every call, thread and listener."""
@@ -139,36 +156,51 @@ class Server:
                 ("grpc.max_send_message_length", limits.max_message_bytes),
                 # Otherwise a second server would share the port instead of being told.
                 ("grpc.so_reuseport", 0),
+                *channel_options(self._settings),
             ],
         )
-        ours = DenoiserService(self._engine, limits)
-        protocol = InferenceService(self._engine, limits, self._ready)
+        ours = DenoiserService(self._engine, limits, self._calls.draining)
+        protocol = InferenceService(self._engine, limits, self._ready, self._report)
         self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
         self._calls.register(
             grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if self._settings.reflection:
+            described = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            self._calls.admit(
+                reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+                reflection.aio.ReflectionServicer(described),
+                server,
+            )
+        if self._settings.channelz:
+            self._calls.admit(
+                channelz_pb2_grpc.add_ChannelzServicer_to_server,
+                channelz.aio.ChannelzServicer(),
+                server,
+            )
         return server
 
     def _ready(self) -> bool:
-        return bool(self._engine.models) and not (self._engine.loading or self._calls.draining)
+        models = self._engine.models
+        return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
 
     async def _report(self) -> None:
         overall = _SERVING if self._ready() else _NOT_SERVING
         for service in ("", *_SERVICES):
             await self._health.set(service, overall)
-        for name in self._engine.faults:
+        served = {entry.model for entry in self._engine.models.newest()}
+        gone = (self._reported | self._engine.models.faults.keys()) - served
+        for name in gone:
             await self._health.set(name, _NOT_SERVING)
-        for name in self._engine.models:
+        for name in served:
             await self._health.set(name, _SERVING)
+        self._reported = served
 
     def _bind(self) -> int:
         address = f"{_bracketed(self._settings.host)}:{self._settings.port}"
         try:
-            port = self._grpc.add_insecure_port(address)
+            port = self._doors.bind(self._grpc, address)
         except RuntimeError:
             port = 0
         if not port:
@@ -177,7 +209,7 @@ class Server:
         return port
 
     def _serve_metrics(self) -> int:
-        host, port = self._settings.host, self._settings.metrics_port
+        host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
             self._http = self._metrics.serve(host, port)
         except OSError as error:
@@ -195,8 +227,10 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
 
     Raises:
         LoadError: As ``Server.start``.
+        DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -209,9 +243,11 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
             ports = starting.result()
             _log.info("serving", extra=asdict(ports))
             ready(ports)
-            await stopping
+            await asyncio.wait((stopping, server.lost), return_when=asyncio.FIRST_COMPLETED)
         _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
+        if server.lost.done():
+            raise DeviceLostError(server.lost.result())
     finally:
         starting.cancel()
         stopping.cancel()

@@ -1,0 +1,311 @@
+"""Which models are served, in which versions, and which is unloaded when memory is short.
+
+A load is atomic: all versions of a model are loaded and warmed beside those that serve, then take
+their place between two queries. What was asked of the old ones they still answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from els_service.config import Scheduling
+from els_service.denoisers.base import Denoiser, DenoiserInfo, Query, make_query
+from els_service.denoisers.levels import NoiseLevel
+from els_service.engine.device import Device
+from els_service.engine.lane import Lane
+from els_service.engine.repository import ModelRepository
+from els_service.errors import (
+    ElsError,
+    InvalidArgumentError,
+    LoadError,
+    NotFoundError,
+    UnavailableError,
+    shortened,
+)
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP_S = 2.0
+"""A model whose cheapest question takes longer is served cold."""
+_LOAD_S = 600.0
+"""A first question that takes longer hangs."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One version of a model that is served."""
+
+    model: str
+    version: int
+    info: DenoiserInfo
+    lane: Lane | None
+    """None while it is unloaded for want of memory."""
+    used: int = 0
+    """Larger means asked later."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the index says of one version."""
+
+    model: str
+    version: int
+    state: str
+    """``READY``, ``LOADING`` or ``UNAVAILABLE``."""
+    reason: str = ""
+
+
+class Models:
+    """The models that are served.
+
+    Args:
+        devices: each model is loaded on all of them.
+        scheduling: for the memory budget and for lanes.
+    """
+
+    def __init__(self, devices: Sequence[Device], scheduling: Scheduling) -> None:
+        self._devices, self._scheduling = devices, scheduling
+        self._repository: ModelRepository | None = None
+        self._served: dict[str, dict[int, Entry]] = {}
+        self._newest: dict[str, Entry] = {}
+        self._reasons: dict[str, str] = {}
+        """Why models of the repository are not served."""
+        self._loading: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._reloads: dict[Entry, asyncio.Task[Lane]] = {}
+        self._asked = 0
+        self._loader = ThreadPoolExecutor(1, "els-loader")
+        self.faults: dict[str, LoadError] = {}
+        """Why models of the repository were refused."""
+        self.starting = True
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._served
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield every version served, by name and number."""
+        for _, versions in sorted(self._served.items()):
+            yield from (entry for _, entry in sorted(versions.items()))
+
+    def newest(self) -> list[Entry]:
+        """Return the newest version of each model, by name."""
+        return [entry for _, entry in sorted(self._newest.items())]
+
+    def entry(self, name: str, version: str = "") -> Entry:
+        """Return a served version of a model; the newest where none is named.
+
+        Raises:
+            NotFoundError: There is none of that name or number; names those there are.
+            UnavailableError: Models are still being loaded.
+        """
+        try:
+            return self._served[name][int(version)] if version else self._newest[name]
+        except (KeyError, ValueError):
+            raise self._missing(name, version) from None
+
+    def _missing(self, name: str, version: str) -> ElsError:
+        if name in self._served:
+            known = ", ".join(map(str, sorted(self._served[name])))
+            return NotFoundError(f"version of {name}: expected {known}, got {version!r:.100}")
+        if self.starting:
+            return UnavailableError("models are still being loaded")
+        if name in self._loading:
+            return UnavailableError(f"model: {name} is being loaded")
+        if name in self.faults:
+            return NotFoundError(f"model: {name} was refused when it was loaded")
+        if name in self._reasons:
+            return NotFoundError(f"model: {name} is {self._reasons[name]}")
+        known = shortened(", ".join(sorted(self._served)) or "none")
+        return NotFoundError(f"model: expected one of {known}, got {name!r:.100}")
+
+    def touch(self, entry: Entry) -> Lane | None:
+        """Note that a version is asked; return its lane if it is loaded."""
+        self._asked += 1
+        entry.used = self._asked
+        return entry.lane
+
+    async def revive(self, entry: Entry) -> Lane:
+        """Return the lane of a version that was unloaded for want of memory, loaded again.
+
+        Raises:
+            LoadError: It cannot be loaded any more.
+        """
+        if entry.lane is not None:
+            return entry.lane
+        task = self._reloads.get(entry)
+        if task is None:
+            task = self._reloads[entry] = asyncio.ensure_future(self._reload(entry))
+            task.add_done_callback(lambda _: self._reloads.pop(entry, None))
+        # One caller who leaves must not end the load that others wait for.
+        return await asyncio.shield(task)
+
+    async def _reload(self, entry: Entry) -> Lane:
+        async with self._lock:
+            fresh = await self._load_version(entry.model, entry.version)
+            entry.lane, entry.info = fresh.lane, fresh.info
+            self._make_room(entry)
+        assert fresh.lane is not None
+        return fresh.lane
+
+    async def load_all(self, repository: ModelRepository) -> None:
+        """Load and warm every model of a repository; keeps why one is refused in ``faults``."""
+        self._repository = repository
+        for name in repository.names():
+            with contextlib.suppress(LoadError):
+                await self.load(name)
+        self.starting = False
+
+    async def load(self, name: str) -> None:
+        """Load a model of the repository, or load it anew, while its old version serves.
+
+        Raises:
+            NotFoundError: The repository has no such model.
+            LoadError: It is refused; what served before still does.
+        """
+        async with self._lock:
+            self._loading.add(name)
+            try:
+                versions = await self._in_loader(self._versions_on_disk, name)
+                entries = {version: await self._load_version(name, version) for version in versions}
+            except LoadError as error:
+                _log.error("model refused", extra={"model": name, "reason": str(error)})
+                self.faults[name] = error
+                raise
+            finally:
+                self._loading.discard(name)
+            self._serve(name, entries)
+            for entry in entries.values():
+                self._make_room(entry)
+        _log.info("model loaded", extra={"model": name, "versions": versions})
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model; what it was asked before it still answers.
+
+        Raises:
+            NotFoundError: It is not served.
+        """
+        if name not in self._served:
+            raise self._missing(name, "")
+        del self._served[name], self._newest[name]
+        self._reasons[name] = "unloaded"
+        _log.info("model unloaded", extra={"model": name})
+
+    def add(self, name: str, *denoisers: Denoiser) -> None:
+        """Serve a model from elsewhere: one denoiser for each of the first devices."""
+        placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
+        lane = Lane(name, 1, placed, self._scheduling.starvation_s)
+        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane)})
+
+    async def index(self) -> list[State]:
+        """Return the state of every model of the repository, and of those added."""
+        names = set(self._served) | self._loading
+        if self._repository is not None:
+            names |= set(await self._in_loader(self._repository.names))
+        return [state for name in sorted(names) for state in self._states(name)]
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of each loaded model; a bank of several counts for the first."""
+        counted: set[str] = set()
+        sizes: dict[str, int] = {}
+        for entry in self:
+            info = entry.info
+            # Of other kinds the bank is where they come from, not what they hold.
+            bank = info.bank.fingerprint if info.bank and info.kind == "analytic" else ""
+            if entry.lane is not None and bank not in counted:
+                sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
+                counted |= {bank} if bank else set()
+        return sizes
+
+    def close(self) -> None:
+        """End the loading thread."""
+        self._loader.shutdown(cancel_futures=True)
+
+    def _serve(self, name: str, entries: dict[int, Entry]) -> None:
+        self._served[name] = entries
+        self._newest[name] = entries[max(entries)]
+        self.faults.pop(name, None)
+        self._reasons.pop(name, None)
+
+    def _states(self, name: str) -> Iterator[State]:
+        if name in self._served:
+            for entry in self._served[name].values():
+                reason = "" if entry.lane else "unloaded to save memory until it is asked"
+                yield State(name, entry.version, "READY", reason)
+        elif name in self._loading:
+            yield State(name, 1, "LOADING")
+        else:
+            fault = self.faults.get(name)
+            reason = str(fault) if fault else self._reasons.get(name, "not loaded")
+            yield State(name, 1, "UNAVAILABLE", reason)
+
+    def _versions_on_disk(self, name: str) -> list[int]:
+        repository = self._repository
+        if repository is None or name not in repository.names():
+            raise NotFoundError(f"model: the repository has no {name!r:.100}")
+        return repository.versions(name)
+
+    async def _load_version(self, name: str, version: int) -> Entry:
+        assert self._repository is not None
+        denoisers = {}
+        for device in self._devices:
+            load = partial(self._repository.load, name, version, device.name)
+            denoiser = denoisers[device.name] = await self._in_loader(load)
+            try:
+                await device.run(partial(_warm, denoiser), _LOAD_S)
+            except Exception as error:
+                # Others serve even if one fails in a way that nobody foresaw.
+                _log.exception("model fails", extra={"model": name})
+                raise LoadError(name, f"failed at its first question: {error}") from error
+        lane = Lane(name, version, denoisers, self._scheduling.starvation_s)
+        return Entry(name, version, lane.denoiser.info, lane)
+
+    def _make_room(self, keep: Entry) -> None:
+        """Unload what was used longest ago until the rest fits the budget."""
+        budget = self._scheduling.memory_bytes
+        if budget is None or self._repository is None:
+            return
+        loaded = sorted((entry for entry in self if entry.lane), key=lambda entry: entry.used)
+        for entry in loaded:
+            if sum(self.memory().values()) <= budget:
+                return
+            if entry is not keep:
+                entry.lane = None
+                extra = {"model": entry.model, "version": entry.version, "budget": budget}
+                _log.info("model unloaded to save memory", extra=extra)
+
+    async def _in_loader(self, function: Callable[..., T], *args: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, function, *args)
+
+
+def _warm(denoiser: Denoiser) -> None:
+    """Ask a small question, so that the first caller waits for nothing."""
+    questions = list(_small_questions(denoiser))
+    cheapest = min(questions, key=denoiser.predict_seconds)
+    if denoiser.predict_seconds(cheapest) < _WARM_UP_S:
+        denoiser.denoise(cheapest)
+
+
+def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
+    """Yield one image with each label and with small and large windows."""
+    info = denoiser.info
+    level = NoiseLevel(np.array([1.0]), np.array([1.0]))
+    for label in range(-1, info.label_count):
+        for window in {0, min(1, info.max_window), info.max_window}:
+            query = make_query(torch.zeros(1, *info.shape), level, label, window)
+            # A label may have no images.
+            with contextlib.suppress(InvalidArgumentError):
+                denoiser.check(query)
+                yield query

@@ -1,0 +1,366 @@
+"""Turns the queries that wait for many models into launches on few devices, and keeps promises.
+
+    submit ─► admitted? ─► the model's queue ─► batch ─► device ─► each its rows
+                 │                                │
+                 └ full, or late by prediction    └ late by now: dropped before it is computed
+
+An idle device takes work at once; what comes while it is busy gathers meanwhile, which is all the
+waiting there is. A batch ends where more would save little (its launch is a small part of it), or
+where it would make a member late.
+Models share a device by time, as callers share a model. Everything but the computation happens on
+the event loop, so there are no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from els_service.config import Scheduling
+from els_service.denoisers.base import Denoised, Query
+from els_service.engine.device import Device, DeviceLostError, Outcome
+from els_service.engine.lane import Item, Lane, Ticket, answers
+from els_service.engine.terms import Launch, Observer, Terms
+from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
+
+INLINE_S = 1e-4
+"""Shorter work runs on the event loop: handing it over would take as long."""
+_SHORT_S = 0.02
+"""Predicted time of a batch whose launch costs nothing: others get their turn after it."""
+_LAUNCH_SHARE = 0.05
+"""Part of a batch that its launch may be; batches grow until it is."""
+_PURGE_S = 0.1
+"""How often a full queue is searched for items that are late."""
+_LEAST_RETRY_S = 0.05
+
+Results = Outcome[list[Denoised | Exception]]
+
+
+class Scheduler:
+    """All queues and all devices of a process.
+
+    Args:
+        devices: by which lanes name their denoisers.
+        scheduling: bounds of queues and batches.
+        observer: told of everything.
+        lost: called when a device can compute no more.
+        clock: in seconds; deadlines are on it.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        scheduling: Scheduling,
+        observer: Observer,
+        lost: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._devices, self._terms, self._observer = devices, scheduling, observer
+        self._lost, self.clock = lost, clock
+        self._busy: dict[str, float] = {}
+        """Device → when its batch is predicted to end."""
+        self._lanes: dict[Lane, None] = {}
+        """Those with something waiting."""
+        self._running: dict[Ticket, None] = {}
+        self._virtual = 0.0
+
+    def submit(
+        self, lane: Lane, query: Query, terms: Terms, *, admitted: bool = False
+    ) -> Denoised | asyncio.Future[Denoised]:
+        """Return the answer to a checked query, or the answer to come.
+
+        Cancelling the future takes the query out of the queue.
+
+        Args:
+            lane: whose denoiser answers.
+            query: passed ``Denoiser.check``.
+            terms: deadline, priority and caller.
+            admitted: whether it belongs to work that was let in before: then it always queues.
+
+        Raises:
+            QueueFullError: More work waits than is allowed.
+            DeadlineExceededError: The answer would come too late. The future may fail so, too.
+        """
+        estimate = lane.denoiser.predict_seconds(query)
+        if lane.costs.seconds(estimate) < INLINE_S and not lane.running and "cpu" in lane.denoisers:
+            return self._inline(lane, query, estimate)
+        now = self.clock()
+        if not admitted:
+            self._admit(lane, query, terms, estimate, now)
+        ticket = Ticket(query, terms, now)
+        ticket.answer.add_done_callback(partial(self._left, lane, ticket))
+        most = self._batch_s(lane) / max(lane.costs.marginal(1.0), 1e-9)
+        if not lane.queue and lane not in self._lanes:
+            lane.virtual = max(lane.virtual, self._virtual)
+        for item in ticket.cut(estimate, most):
+            lane.queue.push(item, now)
+        self._lanes[lane] = None
+        self._dispatch()
+        return ticket.answer
+
+    def waiting(self) -> int:
+        """Return how many items wait."""
+        return sum(len(lane.queue) for lane in self._lanes)
+
+    def interrupt(self, error: ElsError) -> None:
+        """Fail everything that waits or is being computed."""
+        tickets = [item.ticket for lane in self._lanes for item in lane.queue]
+        for ticket in [*tickets, *self._running]:
+            _fail(ticket, error)
+
+    def _inline(self, lane: Lane, query: Query, estimate: float) -> Denoised:
+        began = self.clock()
+        try:
+            answer = lane.denoiser.denoise(query)
+        except Exception:
+            self._observer.dropped(lane.model, "faulted")
+            lane.statistics.failed.add(self.clock() - began)
+            raise
+        ended = self.clock()
+        seconds, images = ended - began, len(query)
+        self._observer.computed(lane.model, seconds, images, estimate)
+        lane.costs.learn(estimate, seconds, ended)
+        lane.statistics.batch(images, seconds, time.time())
+        lane.statistics.queued.add(0.0)
+        lane.statistics.computed.add(seconds)
+        lane.statistics.succeeded.add(seconds)
+        return answer
+
+    def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
+        """Raise if the queue is full or the answer would come too late."""
+        allowed, queue = self._terms, lane.queue
+        own = lane.costs.seconds(estimate)
+        if queue and self._is_full(lane, query, own):
+            self._purge(lane, now)
+            if queue and self._is_full(lane, query, own):
+                self._observer.dropped(lane.model, "rejected_full")
+                lane.statistics.failed.add(0.0)
+                excess = lane.waiting_s + own - allowed.queue_s
+                raise QueueFullError(
+                    f"the queue of {lane.model} is full: {lane.waiting_s:.3g} s of work wait, "
+                    f"{allowed.queue_s:g} s and {allowed.queue_bytes} bytes are allowed",
+                    retry_after_s=max(_LEAST_RETRY_S, excess),
+                )
+        slack = terms.deadline - now
+        if not lane.costs.trusted(now) and slack > 0:
+            return
+        wait = self._busy_for(lane, now)
+        everything = wait + own + sum(other.waiting_s for other in self._lanes)
+        if everything <= slack:
+            return
+        predicted = self._predict(lane, terms, estimate, wait)
+        if predicted > slack:
+            self._observer.dropped(lane.model, "rejected_late")
+            lane.statistics.failed.add(0.0)
+            raise DeadlineExceededError(
+                f"the answer of {lane.model} is predicted in {predicted:.3g} s, of which "
+                f"{max(predicted - own, 0.0):.3g} s waiting; the deadline is in {slack:.3g} s",
+                retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
+            )
+
+    def _is_full(self, lane: Lane, query: Query, seconds: float) -> bool:
+        allowed = self._terms
+        return (
+            lane.waiting_s + seconds > allowed.queue_s
+            or lane.queue.size + query.pixels.nbytes > allowed.queue_bytes
+        )
+
+    def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
+        """Return in how many seconds an answer can be expected."""
+        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.caller, terms.priority, estimate))
+        here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
+        # Models share their devices evenly, too.
+        others = sum(
+            min(other.waiting_s, here)
+            for other in self._lanes
+            if other is not lane and not other.denoisers.keys().isdisjoint(lane.denoisers)
+        )
+        return wait + (here + others) / len(lane.denoisers)
+
+    def _busy_for(self, lane: Lane, now: float) -> float:
+        """Return in how many seconds the first of a lane's devices is predicted to be free."""
+        return max(0.0, min(self._busy.get(name, now) for name in lane.denoisers) - now)
+
+    def _purge(self, lane: Lane, now: float) -> None:
+        """Drop what is late already."""
+        if now - lane.purged > _PURGE_S:
+            lane.purged = now
+            for item in list(lane.queue):
+                if item.waiting and now > item.ticket.terms.deadline:
+                    self._expire(lane, item.ticket, now)
+
+    def _dispatch(self) -> None:
+        """Give every idle device its next batch."""
+        for device in self._devices:
+            while device.name not in self._busy:
+                now = self.clock()
+                lane = self._next_lane(device.name, now)
+                if lane is None:
+                    break
+                batch = self._next_batch(lane, now)
+                if not lane.queue:
+                    self._lanes.pop(lane, None)
+                if batch:
+                    self._launch(device, lane, batch, now)
+
+    def _next_lane(self, device: str, now: float) -> Lane | None:
+        """Return the lane with the most urgent item; of several, the one that had least time."""
+        here = [lane for lane in self._lanes if device in lane.denoisers]
+        if len(here) < 2:
+            return here[0] if here else None
+        return min(here, key=lambda lane: (lane.queue.next_priority(now), lane.virtual))
+
+    def _next_batch(self, lane: Lane, now: float) -> list[Item]:
+        """Take from the queue what is worth computing and can be computed in time, together."""
+        batch: list[Item] = []
+        estimate, first_deadline = 0.0, float("inf")
+        longest = self._batch_s(lane)
+        at_most = lane.costs.at_most if lane.costs.trusted(now) else _nothing
+        while item := lane.queue.peek(now):
+            deadline = item.ticket.terms.deadline
+            if now + at_most(item.cost) > deadline:
+                self._expire(lane, item.ticket, now)
+                continue
+            together = estimate + item.cost
+            if batch and (
+                lane.costs.seconds(together) > longest
+                or now + at_most(together) > min(first_deadline, deadline)
+            ):
+                break
+            lane.queue.take(item, now)
+            batch.append(item)
+            estimate, first_deadline = together, min(first_deadline, deadline)
+        return batch
+
+    def _batch_s(self, lane: Lane) -> float:
+        """Return the predicted time that a batch should take, if there is so much to do."""
+        return min(self._terms.batch_s, max(_SHORT_S, lane.costs.fixed_s / _LAUNCH_SHARE))
+
+    def _launch(self, device: Device, lane: Lane, batch: list[Item], now: float) -> None:
+        estimate = sum(item.cost for item in batch)
+        cost = lane.costs.seconds(estimate)
+        self._busy[device.name] = now + cost
+        self._virtual = lane.virtual
+        lane.virtual += cost
+        lane.running += 1
+        for item in batch:
+            waited = now - item.ticket.since
+            self._observer.queued(lane.model, waited)
+            lane.statistics.queued.add(waited)
+            self._running[item.ticket] = None
+        work = partial(answers, lane.denoisers[device.name], [item.query for item in batch])
+        done = device.run(work, self._terms.watchdog_s + 10 * cost)
+        done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
+
+    def _finish(
+        self,
+        device: Device,
+        lane: Lane,
+        batch: list[Item],
+        estimate: float,
+        cost: float,
+        done: asyncio.Future[Results],
+    ) -> None:
+        """Start the next batch, then hand out the results of this one."""
+        del self._busy[device.name]
+        lane.running -= 1
+        error = done.exception()
+        if isinstance(error, DeviceLostError):
+            # It stays busy for ever: nothing else is sent there.
+            self._busy[device.name] = float("inf")
+        elif error is None:
+            outcome = done.result()
+            if not any(isinstance(result, Exception) for result in outcome.value):
+                lane.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
+        self._dispatch()
+        if error is None:
+            self._computed(device, lane, batch, cost, outcome)
+            results: Sequence[Denoised | Exception] = outcome.value
+        else:
+            assert isinstance(error, Exception)
+            results = [error] * len(batch)
+        for item, result in zip(batch, results, strict=True):
+            self._hand_out(lane, item, result)
+        if isinstance(error, DeviceLostError):
+            self._lost(str(error))
+
+    def _hand_out(self, lane: Lane, item: Item, result: Denoised | Exception) -> None:
+        ticket = item.ticket
+        self._running.pop(ticket, None)
+        if ticket.answer.done():
+            if ticket.answer.cancelled():
+                self._observer.dropped(lane.model, "discarded")
+        elif isinstance(result, Exception):
+            self._observer.dropped(lane.model, "faulted")
+            lane.statistics.failed.add(self.clock() - ticket.since)
+            _fail(ticket, result)
+        elif ticket.deliver(item.index, result):
+            lane.statistics.succeeded.add(self.clock() - ticket.since)
+
+    def _computed(
+        self, device: Device, lane: Lane, batch: list[Item], cost: float, outcome: Results
+    ) -> None:
+        """Tell of a batch that was computed."""
+        seconds = outcome.ended - outcome.began
+        images = sum(len(item.query) for item in batch)
+        self._observer.computed(lane.model, seconds, images, cost)
+        lane.statistics.batch(images, seconds, time.time())
+        for _ in batch:
+            lane.statistics.computed.add(seconds)
+        if any(item.ticket.terms.trace is not None for item in batch):
+            # Traces are on the wall clock.
+            offset = time.time_ns() - round(self.clock() * 1e9)
+            self._observer.launched(
+                Launch(
+                    model=lane.model,
+                    device=device.name,
+                    started_ns=round(outcome.began * 1e9) + offset,
+                    ended_ns=round(outcome.ended * 1e9) + offset,
+                    images=images,
+                    cost=cost,
+                    members=tuple(item.ticket.terms.trace for item in batch),
+                    queued_ns=tuple(round(item.ticket.since * 1e9) + offset for item in batch),
+                )
+            )
+
+    def _expire(self, lane: Lane, ticket: Ticket, now: float) -> None:
+        self._observer.dropped(lane.model, "expired")
+        lane.statistics.failed.add(now - ticket.since)
+        # At once, not when the future's callback runs: the caller of this looks at the queue next.
+        _withdraw(lane, ticket)
+        left = ticket.terms.deadline - now
+        state = f"passed {-left:.3g} s ago" if left < 0 else f"in {left:.3g} s cannot be met"
+        _fail(
+            ticket,
+            DeadlineExceededError(
+                f"waited {now - ticket.since:.3g} s in the queue of {lane.model}: "
+                f"the deadline {state}"
+            ),
+        )
+
+    def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
+        """Take what still waits of a ticket out of the queue."""
+        withdrawn = _withdraw(lane, ticket)
+        if withdrawn and answer.cancelled():
+            self._observer.dropped(lane.model, "cancelled")
+        if not lane.queue:
+            self._lanes.pop(lane, None)
+
+
+def _withdraw(lane: Lane, ticket: Ticket) -> bool:
+    """Take a ticket's items out of the queue; return whether there were any."""
+    waiting = [item for item in ticket.items if item.waiting]
+    for item in waiting:
+        lane.queue.drop(item)
+    return bool(waiting)
+
+
+def _fail(ticket: Ticket, error: Exception) -> None:
+    if not ticket.answer.done():
+        ticket.answer.set_exception(error)
+
+
+def _nothing(_: float) -> float:
+    return 0.0

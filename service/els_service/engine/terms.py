@@ -1,0 +1,75 @@
+"""What a caller asks of the engine beside the answer, and what the engine tells its observer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+PRIORITIES = 3
+"""Levels of priority; 1 is first."""
+DEFAULT_PRIORITY = 2
+
+
+@dataclass(slots=True)  # never changed; frozen would cost every call a microsecond
+class Terms:
+    """On which terms a query is answered."""
+
+    deadline: float = math.inf
+    """On the engine's clock; an answer after it is of no use."""
+    priority: int = DEFAULT_PRIORITY
+    caller: str = ""
+    """Whose it is: callers of one priority share a device evenly."""
+    trace: object = None
+    """Handed back to the observer, who knows what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One batch that was computed, for traces; times in nanoseconds since the epoch."""
+
+    model: str
+    device: str
+    started_ns: int
+    ended_ns: int
+    images: int
+    cost: float
+    """Predicted seconds."""
+    members: tuple[object, ...]
+    """``Terms.trace`` of each query."""
+    queued_ns: tuple[int, ...]
+    """When each query came."""
+
+
+class Observer(Protocol):
+    """Told of everything that happens to queries; times in seconds. Called on the event loop."""
+
+    def queued(self, model: str, seconds: float) -> None:
+        """One query waited this long; not called where there was no queue."""
+        ...
+
+    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
+        """One batch took ``seconds``, and ``cost`` had been predicted."""
+        ...
+
+    def dropped(self, model: str, reason: str) -> None:
+        """One query got no answer, for one of ``REASONS``."""
+        ...
+
+    def launched(self, launch: Launch) -> None:
+        """One batch of which a member is traced was computed."""
+        ...
+
+
+REASONS = (
+    "rejected_full",
+    "rejected_late",
+    "expired",
+    "cancelled",
+    "discarded",
+    "faulted",
+    "interrupted",
+)
+"""Refused because the queue is full, or because the answer would come too late; its deadline passed
+while it waited; its caller left before it was computed, or while it was; computing it failed; the
+server had to end."""

@@ -1,0 +1,198 @@
+"""The Open Inference Protocol's extensions: repository, configuration, statistics, log."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from els_proto.inference import grpc_service_pb2 as pb
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
+from els_service import logs
+from els_service.config import Limits
+from els_service.denoisers.base import DenoiserInfo
+from els_service.engine.engine import Engine
+from els_service.engine.lane import Statistics, Tally
+from els_service.engine.models import Entry
+from els_service.engine.terms import DEFAULT_PRIORITY, PRIORITIES
+from els_service.errors import InvalidArgumentError
+from els_service.wire.calls import Context
+from els_service.wire.signatures import INPUTS, inputs_of, outputs_of
+
+EXTENSIONS = ("model_repository", "model_configuration", "statistics", "logging")
+
+_CONFIG_TYPES = {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+_LOG_LEVEL = "log_level"
+
+Changed = Callable[[], Awaitable[None]]
+"""Called when the models that are served are others than before."""
+
+
+class Administration(GRPCInferenceServiceServicer):
+    """The extensions; the base methods are another's."""
+
+    def __init__(self, engine: Engine, limits: Limits, changed: Changed) -> None:
+        self._engine, self._limits, self._changed = engine, limits, changed
+
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        """Return how a model is set up."""
+        entry = self._engine.models.entry(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(entry, self._limits))
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Return what models were asked since they were loaded."""
+        models = self._engine.models
+        entries = [models.entry(request.name, request.version)] if request.name else list(models)
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                _statistics(entry, entry.lane.statistics) for entry in entries if entry.lane
+            ]
+        )
+
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        """Return the state of every model, or of those that are served."""
+        _check_repository(request.repository_name)
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=state.model,
+                    version=str(state.version),
+                    state=state.state,
+                    reason=state.reason,
+                )
+                for state in await self._engine.models.index()
+                if state.state == "READY" or not request.ready
+            ]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model, or load it anew."""
+        _check_repository(request.repository_name)
+        if request.parameters:
+            raise InvalidArgumentError("parameters", "none", sorted(request.parameters))
+        await self._engine.models.load(request.model_name)
+        await self._changed()
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Stop serving a model."""
+        _check_repository(request.repository_name)
+        unknown = sorted(request.parameters.keys() - {"unload_dependents"})
+        if unknown:
+            raise InvalidArgumentError("parameters", "unload_dependents or none", unknown)
+        self._engine.models.unload(request.model_name)
+        await self._changed()
+        return pb.RepositoryModelUnloadResponse()
+
+    async def LogSettings(
+        self, request: pb.LogSettingsRequest, context: Context
+    ) -> pb.LogSettingsResponse:
+        """Change the level of the log if it is given, and return it."""
+        for name, value in request.settings.items():
+            if name != _LOG_LEVEL:
+                raise InvalidArgumentError("settings", _LOG_LEVEL, name)
+            if value.string_param not in logs.LEVELS:
+                expected = f"one of {', '.join(logs.LEVELS)}"
+                raise InvalidArgumentError(f"settings.{name}", expected, value.string_param)
+            logs.set_level(value.string_param)
+        setting = pb.LogSettingsResponse.SettingValue(string_param=logs.level())
+        return pb.LogSettingsResponse(settings={_LOG_LEVEL: setting})
+
+
+def platform_of(info: DenoiserInfo) -> str:
+    """Return the name of a model's kind in this protocol."""
+    return f"els-denoise_{info.kind}"
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidArgumentError("repository_name", "none: there is one repository", name)
+
+
+def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
+    info = entry.info
+    described = {
+        "machine": info.machine,
+        "padding": info.padding,
+        "schedule": info.schedule,
+        "implementation": info.implementation,
+        "batch_invariant": str(info.batch_invariant).lower(),
+        "max_images": str(limits.max_images),
+        "max_steps": str(limits.max_steps),
+        "max_pixels": str(limits.max_pixels),
+        "max_message_bytes": str(limits.max_message_bytes),
+    }
+    return pb.ModelConfig(
+        name=entry.model,
+        platform=platform_of(info),
+        backend="els-denoise",
+        # 0 means that shapes have the batch in them: without it a level would have no axis left,
+        # and the protocol has no word for a number.
+        max_batch_size=0,
+        input=[
+            pb.ModelInput(
+                name=name,
+                data_type=_CONFIG_TYPES[INPUTS[name].name],
+                dims=shape,
+                optional=name != "x",
+            )
+            for name, shape in inputs_of(info).items()
+        ],
+        output=[
+            pb.ModelOutput(name=name, data_type=pb.TYPE_FP32, dims=shape)
+            for name, shape in outputs_of(info).items()
+        ],
+        dynamic_batching=pb.ModelDynamicBatching(
+            preserve_ordering=False,
+            priority_levels=PRIORITIES,
+            default_priority_level=DEFAULT_PRIORITY,
+        ),
+        parameters={
+            name: pb.ModelParameter(string_value=value)
+            for name, value in described.items()
+            if value
+        },
+    )
+
+
+def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
+    batches = statistics.batches
+    # Reading and writing tensors is not told apart; clients want as many of each all the same.
+    nothing = pb.StatisticDuration(count=statistics.computed.count)
+    return pb.ModelStatistics(
+        name=entry.model,
+        version=str(entry.version),
+        last_inference=round(statistics.last * 1e3),
+        inference_count=sum(images * tally.count for images, tally in batches.items()),
+        execution_count=sum(tally.count for tally in batches.values()),
+        inference_stats=pb.InferStatistics(
+            success=_duration(statistics.succeeded),
+            fail=_duration(statistics.failed),
+            queue=_duration(statistics.queued),
+            compute_input=nothing,
+            compute_infer=_duration(statistics.computed),
+            compute_output=nothing,
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(
+                batch_size=images,
+                compute_input=pb.StatisticDuration(count=tally.count),
+                compute_infer=_duration(tally),
+                compute_output=pb.StatisticDuration(count=tally.count),
+            )
+            for images, tally in sorted(batches.items())
+        ],
+    )
+
+
+def _duration(tally: Tally) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=tally.count, ns=round(tally.seconds * 1e9))

@@ -1,0 +1,79 @@
+"""Resume tokens: where a trajectory stopped, as opaque bytes that only its own request may use.
+
+    "els1" · digest of the request (16) · seed u64 · step u32 · state f64 [count, C, H, W]
+
+Little-endian. A token holds nothing secret and is believed nothing: all of it is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.denoisers.samplers import Resume
+from els_service.errors import InvalidArgumentError
+
+_HEAD = struct.Struct("<4s16sQI")
+_MAGIC = b"els1"
+_MAX_STATE = 1e12
+"""Of a number of the state; heun's own scale reaches σ · noise."""
+
+
+def encode_token(request: pb.SampleRequest, version: int, index: int, state: Tensor) -> bytes:
+    """Return the token of a trajectory after step ``index``.
+
+    Args:
+        request: whose trajectory it is.
+        version: of the model that answers.
+        index: of the last step taken.
+        state: [count, C, H, W] float64.
+    """
+    head = _HEAD.pack(_MAGIC, _digest(request, version), request.seed, index)
+    return head + state.contiguous().numpy().astype("<f8", copy=False).tobytes()
+
+
+def decode_token(
+    request: pb.SampleRequest, version: int, shape: tuple[int, ...], steps: int
+) -> Resume | None:
+    """Return where a request wants to go on; None if it starts anew.
+
+    Args:
+        request: with the token.
+        version: of the model that would answer.
+        shape: [count, C, H, W] of the state.
+        steps: that the trajectory has in all.
+
+    Raises:
+        InvalidArgumentError: Not a token of this request to this version of the model.
+    """
+    token = request.resume_token
+    if not token:
+        return None
+    size = _HEAD.size + 8 * math.prod(shape)
+    if len(token) != size:
+        raise InvalidArgumentError("resume_token", f"{size} bytes", f"{len(token)} bytes")
+    magic, digest, seed, index = _HEAD.unpack_from(token)
+    if magic != _MAGIC or digest != _digest(request, version) or seed != request.seed:
+        expected = "a token of this very request, answered by the same version of the model"
+        raise InvalidArgumentError("resume_token", expected, "another")
+    if not 1 <= index < steps:
+        raise InvalidArgumentError("resume_token", f"a step from 1 to {steps - 1}", index)
+    state = np.frombuffer(bytearray(token[_HEAD.size :]), "<f8").reshape(shape)
+    if not np.all(np.abs(state) <= _MAX_STATE):
+        raise InvalidArgumentError("resume_token", "a finite state", "NaN, infinity or more")
+    return Resume(index, torch.from_numpy(state.astype(np.float64, copy=False)))
+
+
+def _digest(request: pb.SampleRequest, version: int) -> bytes:
+    drawn = (
+        *(request.model, version, request.count, request.seed, request.steps, request.sampler),
+        *(list(request.labels), list(request.windows)),
+        *(request.HasField("eta"), request.eta, request.churn),
+    )
+    return hashlib.sha256(repr(drawn).encode()).digest()[:16]

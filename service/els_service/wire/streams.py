@@ -1,0 +1,84 @@
+"""A stream of requests answered in order, several of them under way at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.errors import ElsError, UnavailableError
+from els_service.wire.calls import status_of
+
+_log = logging.getLogger(__name__)
+
+WINDOW = 64
+"""Requests of one stream under way; beyond it the stream is not read, and its caller waits."""
+
+Answer = pb.DenoiseStreamResponse
+Begin = Callable[[pb.DenoiseRequest], Answer | Awaitable[Answer]]
+
+
+async def in_order(
+    requests: AsyncIterator[pb.DenoiseRequest], begin: Begin, draining: asyncio.Event
+) -> AsyncIterator[Answer]:
+    """Yield one answer for each request, in order; what fails is answered with its error.
+
+    Args:
+        requests: read as answers are taken.
+        begin: returns an answer or the answer to come, or raises.
+        draining: once it is set no more is read, what was read is answered, and the stream ends.
+
+    Raises:
+        UnavailableError: It ended because the server drains.
+    """
+    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None] = asyncio.Queue(WINDOW)
+    reader = asyncio.ensure_future(_read(requests, begin, begun))
+    drain = asyncio.ensure_future(_cancel_at(draining, reader))
+    try:
+        while (answer := await begun.get()) is not None:
+            yield answer if isinstance(answer, Answer) else await _settled(answer)
+        if draining.is_set():
+            raise UnavailableError("the server is draining; send the rest to another")
+        await reader
+    finally:
+        for task in (drain, reader):
+            task.cancel()
+        while not begun.empty():
+            left = begun.get_nowait()
+            if isinstance(left, asyncio.Future):
+                left.cancel()
+
+
+async def _read(
+    requests: AsyncIterator[pb.DenoiseRequest],
+    begin: Begin,
+    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None],
+) -> None:
+    try:
+        async for request in requests:
+            try:
+                answer = begin(request)
+            except Exception as error:
+                answer = _failed(error)
+            await begun.put(answer if isinstance(answer, Answer) else asyncio.ensure_future(answer))
+    finally:
+        await begun.put(None)
+
+
+async def _cancel_at(draining: asyncio.Event, reader: asyncio.Task[None]) -> None:
+    await draining.wait()
+    reader.cancel()
+
+
+async def _settled(answer: asyncio.Future[Answer]) -> Answer:
+    try:
+        return await answer
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> Answer:
+    if not isinstance(error, ElsError):
+        _log.error("stream", exc_info=error)
+    return Answer(error=status_of(error))

@@ -1,0 +1,33 @@
+"""On which terms a request is answered: its deadline, its priority, and whose it is."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from els_service.engine.terms import DEFAULT_PRIORITY, PRIORITIES, Terms
+from els_service.errors import InvalidArgumentError
+from els_service.wire.calls import Context
+from els_service.wire.doors import caller_of
+
+
+def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Terms:
+    """Return the terms of a request.
+
+    Args:
+        context: of the call: its deadline counts, and its caller.
+        priority: 1 to ``PRIORITIES``, or 0 for the default.
+        timeout_s: seconds from now after which the answer is of no use, or 0 for none.
+
+    Raises:
+        InvalidArgumentError: priority or timeout_s is out of range.
+    """
+    if not 0 <= priority <= PRIORITIES:
+        raise InvalidArgumentError("priority", f"1 to {PRIORITIES}, or 0", priority)
+    left = context.time_remaining()
+    if timeout_s:
+        if not 0 < timeout_s < math.inf:
+            raise InvalidArgumentError("timeout_s", "a positive number of seconds, or 0", timeout_s)
+        left = timeout_s if left is None else min(left, timeout_s)
+    deadline = math.inf if left is None else time.monotonic() + left
+    return Terms(deadline, priority or DEFAULT_PRIORITY, caller_of(context))

@@ -1,0 +1,124 @@
+"""A world in which time passes only when nothing else is left to do: hours in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tests.engine.conftest import SHAPE
+
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.engine.device import DeviceLostError, Outcome, breaks_device
+
+T = TypeVar("T")
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer once nothing is ready."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        waiting: Any = self
+        if not waiting._ready and waiting._scheduled:
+            self.now = max(self.now, waiting._scheduled[0]._when)
+        super()._run_once()  # type: ignore[misc]  # asyncio's own name for one turn of the loop
+
+
+def simulate(main: Coroutine[Any, Any, T]) -> T:
+    """Return what ``main`` does, in simulated time."""
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        return runner.run(main)
+
+
+def now() -> float:
+    """Return the simulated time."""
+    return asyncio.get_running_loop().time()
+
+
+class SimulatedDevice:
+    """Computes in no time and says when it would have been done."""
+
+    def __init__(self, name: str = "sim") -> None:
+        self.name, self.busy_s, self.work_s = name, 0.0, 0.0
+        self.running = False
+
+    def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
+        assert not self.running, "one batch at a time"
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Outcome[T]] = loop.create_future()
+        self.running, self.work_s, began = True, 0.0, loop.time()
+        try:
+            result: T | Exception = work()
+        except Exception as error:
+            result = error
+
+        def finish() -> None:
+            self.running = False
+            self.busy_s += self.work_s
+            if isinstance(result, Exception):
+                lost = breaks_device(result)
+                done.set_exception(DeviceLostError(str(result)) if lost else result)
+            else:
+                done.set_result(Outcome(result, began, loop.time()))
+
+        loop.call_later(self.work_s, finish)
+        return done
+
+    def close(self) -> None:
+        pass
+
+
+class SimulatedDenoiser:
+    """Answers 2x; an image takes ``image_s`` and a launch ``launch_s``; fails where it is told to.
+
+    Args:
+        device: whose time it takes.
+        image_s: real seconds of an image.
+        launch_s: real seconds that a launch adds.
+        estimate_s: what it predicts of an image, right or wrong.
+        memory: images that fit the memory.
+    """
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        image_s: float,
+        launch_s: float = 0.0,
+        estimate_s: float | None = None,
+        memory: int = 1 << 30,
+    ) -> None:
+        self._device, self.image_s, self._launch_s = device, image_s, launch_s
+        self._estimate_s = image_s if estimate_s is None else estimate_s
+        self._memory = memory
+        self.faults: dict[float, Exception] = {}
+        """By an image's number."""
+        self.begun: list[tuple[float, list[float]]] = []
+        """When each batch was begun, and its images' numbers."""
+
+    @property
+    def info(self) -> DenoiserInfo:
+        return DenoiserInfo(kind="simulated", shape=SHAPE, has_log_evidence=True)
+
+    def check(self, query: Query) -> None:
+        check_query(self.info, query)
+
+    def predict_seconds(self, query: Query) -> float:
+        return self._estimate_s * len(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        numbers = query.pixels[:, 0, 0, 0].tolist()
+        self.begun.append((now(), numbers))
+        if len(query) > self._memory:
+            raise torch.OutOfMemoryError("as told")
+        for number in numbers:
+            if number in self.faults:
+                raise self.faults[number]
+        self._device.work_s += self._launch_s + self.image_s * len(query)
+        return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
