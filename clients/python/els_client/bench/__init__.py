@@ -1,0 +1,24 @@
+"""Loads a server as its callers would, and tells what they would have seen.
+
+>>> from els_client.bench import Plan, run
+>>> report = run(Plan(model="fashion-els", rate_per_s=50, deadline_s=1.0, duration_s=30))
+>>> report.goodput_per_s, report.total.latency.p99_ms
+
+Needs the extra ``bench``.
+"""
+
+from els_client.bench._run import run, run_all
+from els_client.bench.plan import Kind, Plan
+from els_client.bench.report import Generator, Latency, Outcome, Report, Second
+
+__all__ = [
+    "Generator",
+    "Kind",
+    "Latency",
+    "Outcome",
+    "Plan",
+    "Report",
+    "Second",
+    "run",
+    "run_all",
+]
