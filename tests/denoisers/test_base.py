@@ -3,6 +3,7 @@ import pytest
 import torch
 from tests.denoisers.conftest import SHAPE, random_images
 
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, Denoiser, concatenate, make_query, one_each, score
 from els_service.denoisers.levels import from_sigma, from_time
 from els_service.errors import InvalidArgumentError
@@ -75,3 +76,16 @@ def test_the_score_points_the_same_way_for_either_convention(denoiser: Denoiser)
     want = score(exploding, denoiser.denoise(exploding).mean) / a
     error = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
     assert (error <= 2e-4).all()
+
+
+def test_every_kind_tells_what_it_keeps_in_memory(denoiser: Denoiser, labelled: Bank) -> None:
+    pixels = labelled.images.size
+    images = 8 * pixels  # float32, as they are and as they are computed with
+    dimensions = pixels // len(labelled.images)
+    expected = {
+        "analytic": images,
+        "gaussian": 2 * 8 * dimensions,
+        # All images, then five of one label and four of the other: fewer than dimensions.
+        "wiener": images + 4 * dimensions * (9 + 5 + 4),
+    }
+    assert denoiser.info.memory_bytes == expected[denoiser.info.kind]

@@ -26,15 +26,18 @@ class World:
     """An engine on simulated devices."""
 
     scheduling: Scheduling = field(default_factory=Scheduling)
+    count: int = 1
+    """Of devices."""
     observed: Observed = field(default_factory=Observed)
 
     def __post_init__(self) -> None:
-        self.device = SimulatedDevice()
+        self.devices = [SimulatedDevice(f"sim:{i}") for i in range(self.count)]
+        self.device = self.devices[0]
         loop = asyncio.get_running_loop()
-        self.engine = Engine(self.observed, self.scheduling, [self.device], loop.time)
+        self.engine = Engine(self.observed, self.scheduling, self.devices, loop.time)
 
-    def serve(self, name: str, denoiser: SimulatedDenoiser) -> None:
-        self.engine.models.add(name, denoiser)
+    def serve(self, name: str, *denoisers: SimulatedDenoiser) -> None:
+        self.engine.models.add(name, *denoisers)
 
     async def ask(self, *numbers: float, model: str = "model", **terms: object) -> Denoised:
         given = Terms(**terms)  # type: ignore[arg-type]  # the tests name its fields
@@ -228,6 +231,25 @@ def test_models_share_a_device_by_time_not_by_requests() -> None:
         await asyncio.gather(*(caller(m) for m in ("light", "heavy") for _ in range(50)))
         times = [d.image_s * sum(len(n) for _, n in d.begun) for d in (light, heavy)]
         assert max(times) < 1.2 * min(times), times
+
+    simulate(main())
+
+
+def test_two_devices_do_twice_the_work_and_nothing_twice() -> None:
+    async def main() -> None:
+        world = World(Scheduling(queue_s=1e6), count=2)
+        twins = [SimulatedDenoiser(device, 0.1) for device in world.devices]
+        world.serve("model", *twins)
+        only = SimulatedDenoiser(world.devices[0], 0.1)
+        world.serve("only", only)
+        answers = await asyncio.gather(*(world.ask(i) for i in range(200)))
+        assert [values(answer) for answer in answers] == [[2 * i] for i in range(200)]
+        assert now() == pytest.approx(10, rel=0.1)
+        assert sorted(n for twin in twins for _, batch in twin.begun for n in batch) == [
+            *range(200)
+        ]
+        await asyncio.gather(*(world.ask(i, model="only") for i in range(5)))
+        assert len([n for _, batch in only.begun for n in batch]) == 5
 
     simulate(main())
 

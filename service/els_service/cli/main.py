@@ -1,4 +1,4 @@
-"""``els-server run | check | bank``."""
+"""``els-server run | check | bank | train``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from els_service.cli import bank
+from els_service.cli import bank, train
 from els_service.config import Settings, load_settings
 from els_service.errors import LoadError
 from els_service.version import COMMIT, VERSION
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Serve denoisers over gRPC.",
 )
 app.add_typer(bank.app, name="bank")
+app.add_typer(train.app)
 
 _FAULT = 2
 _DEVICE_LOST = 3

@@ -73,6 +73,7 @@ class AnalyticDenoiser:
             bank=bank_info(bank),
             has_log_evidence=True,
             implementation=attention.implementation,
+            memory_bytes=bank_bytes(bank),
         )
 
     @property
@@ -119,3 +120,8 @@ class AnalyticDenoiser:
 def bank_info(bank: Bank) -> BankInfo:
     """Return what callers may know of a bank."""
     return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence)
+
+
+def bank_bytes(bank: Bank) -> int:
+    """Return what a bank takes: its images, and their float32 copy that is computed with."""
+    return bank.images.nbytes + 4 * bank.images.size

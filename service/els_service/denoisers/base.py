@@ -162,7 +162,7 @@ class DenoiserInfo:
     has_log_evidence: bool = False
     implementation: str = ""
     memory_bytes: int = 0
-    """About what weights or bank take while loaded."""
+    """About what weights or bank keep resident; models of one bank share it."""
 
 
 class Denoiser(Protocol):

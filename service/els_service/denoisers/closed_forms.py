@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els_service.denoisers.analytic import bank_info
+from els_service.denoisers.analytic import bank_bytes, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 
@@ -46,7 +46,10 @@ class GaussianDenoiser:
             raise ValueError(f"variance: expected >= 0, got {variance.min().item()}")
         # One number stays a Python float: the arithmetic below is the same, and much faster.
         self._mean, self._variance = _float_or_array(mean), _float_or_array(variance)
-        self._info = DenoiserInfo(kind="gaussian", shape=shape)
+        statistics = (np.asarray(self._mean), np.asarray(self._variance))
+        self._info = DenoiserInfo(
+            kind="gaussian", shape=shape, memory_bytes=sum(array.nbytes for array in statistics)
+        )
 
     @property
     def info(self) -> DenoiserInfo:
@@ -128,6 +131,7 @@ class WienerDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            memory_bytes=bank_bytes(bank) + _spectra_bytes(bank),
         )
 
     @property
@@ -165,6 +169,13 @@ class WienerDenoiser:
         gain = (spectrum.values / (spectrum.values + (s / a) ** 2)).float()
         coordinates = torch.mv(spectrum.vectors.T, x / a - spectrum.mean)
         return spectrum.mean + torch.mv(spectrum.vectors, gain * coordinates)
+
+
+def _spectra_bytes(bank: Bank) -> int:
+    """Return what the eigenvectors take once every label was asked for."""
+    dimensions = math.prod(bank.shape)
+    counts = [len(bank.labels), *np.unique_counts(bank.labels).counts.tolist()]
+    return sum(4 * dimensions * min(count, dimensions) for count in counts)
 
 
 def _spectrum(images: Tensor) -> _Spectrum:

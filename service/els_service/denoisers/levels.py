@@ -64,6 +64,11 @@ def cosine(t: Floats) -> NoiseLevel:
     return NoiseLevel(np.cos(angle), np.sin(angle))
 
 
+def cosine_time(sigma: Floats) -> Floats:
+    """Return the time at which the cosine schedule has s/a = ``sigma``."""
+    return np.arctan(sigma) * (2 * 1.008 / np.pi)
+
+
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine}
 
 

@@ -202,11 +202,11 @@ class Models:
         self._reasons[name] = "unloaded"
         _log.info("model unloaded", extra={"model": name})
 
-    def add(self, name: str, denoiser: Denoiser) -> None:
-        """Serve a denoiser that is no model of the repository, as version 1 on every device."""
-        denoisers = {device.name: denoiser for device in self._devices}
-        lane = Lane(name, 1, denoisers, self._scheduling.starvation_s)
-        self._serve(name, {1: Entry(name, 1, denoiser.info, lane)})
+    def add(self, name: str, *denoisers: Denoiser) -> None:
+        """Serve a model from elsewhere: one denoiser for each of the first devices."""
+        placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
+        lane = Lane(name, 1, placed, self._scheduling.starvation_s)
+        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane)})
 
     async def index(self) -> list[State]:
         """Return the state of every model of the repository, and of those added."""
@@ -220,9 +220,11 @@ class Models:
         counted: set[str] = set()
         sizes: dict[str, int] = {}
         for entry in self:
-            bank = entry.info.bank.fingerprint if entry.info.bank else ""
+            info = entry.info
+            # Of other kinds the bank is where they come from, not what they hold.
+            bank = info.bank.fingerprint if info.bank and info.kind == "analytic" else ""
             if entry.lane is not None and bank not in counted:
-                sizes[entry.model] = sizes.get(entry.model, 0) + entry.info.memory_bytes
+                sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
                 counted |= {bank} if bank else set()
         return sizes
 

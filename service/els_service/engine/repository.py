@@ -25,6 +25,7 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
 from els_service.errors import LoadError
@@ -76,7 +77,15 @@ class WienerSpec(_Spec):
     bank: str
 
 
-Spec = AnalyticSpec | GaussianSpec | WienerSpec
+class NetworkSpec(_Spec):
+    """A trained network; ``parse_network`` checks the fields, as it must where pydantic is not."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["network"]
+
+
+Spec = AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 _WINDOWS = TypeAdapter(WindowSpec)
@@ -175,6 +184,10 @@ class ModelRepository:
                 )
             case WienerSpec():
                 return WienerDenoiser(self._bank(self._inside(folder, spec.bank)))
+            case NetworkSpec():
+                document = parse_network(spec.model_dump(), folder / "model.yaml")
+                weights = self._inside(folder, WEIGHTS_FILE)
+                return load_network(document, weights, device)
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)

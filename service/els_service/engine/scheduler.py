@@ -113,6 +113,7 @@ class Scheduler:
         self._observer.computed(lane.model, seconds, images, estimate)
         lane.costs.learn(estimate, seconds, ended)
         lane.statistics.batch(images, seconds, time.time())
+        lane.statistics.queued.add(0.0)
         lane.statistics.computed.add(seconds)
         lane.statistics.succeeded.add(seconds)
         return answer

@@ -174,6 +174,7 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
         "schedule": info.schedule,
         "implementation": info.implementation,
         "batch_invariant": str(info.batch_invariant).lower(),
+        "max_images": str(limits.max_images),
         "max_steps": str(limits.max_steps),
         "max_pixels": str(limits.max_pixels),
         "max_message_bytes": str(limits.max_message_bytes),
@@ -182,13 +183,14 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
         name=entry.model,
         platform=platform_of(info),
         backend="els-denoise",
-        max_batch_size=limits.max_images,
+        # 0 means that shapes have the batch in them: without it a level would have no axis left,
+        # and the protocol has no word for a number.
+        max_batch_size=0,
         input=[
             pb.ModelInput(
                 name=name,
                 data_type=_CONFIG_TYPES[INPUTS[name].name],
-                # The protocol has no word for a number: [1] stands for one an image.
-                dims=shape or (1,),
+                dims=shape,
                 optional=name != "x",
             )
             for name, shape in inputs_of(info).items()
@@ -212,7 +214,8 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
 
 def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
     batches = statistics.batches
-    nothing = pb.StatisticDuration()
+    # Reading and writing tensors is not told apart; clients want as many of each all the same.
+    nothing = pb.StatisticDuration(count=statistics.computed.count)
     return pb.ModelStatistics(
         name=entry.model,
         version=str(entry.version),
@@ -226,15 +229,13 @@ def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
             compute_input=nothing,
             compute_infer=_duration(statistics.computed),
             compute_output=nothing,
-            cache_hit=nothing,
-            cache_miss=nothing,
         ),
         batch_stats=[
             pb.InferBatchStatistics(
                 batch_size=images,
-                compute_input=nothing,
+                compute_input=pb.StatisticDuration(count=tally.count),
                 compute_infer=_duration(tally),
-                compute_output=nothing,
+                compute_output=pb.StatisticDuration(count=tally.count),
             )
             for images, tally in sorted(batches.items())
         ],

@@ -87,11 +87,11 @@ class InferenceService(Administration):
             versions=[str(entry.version)],
             platform=platform_of(info),
             inputs=[
-                metadata(name=name, datatype=INPUTS[name].name, shape=[-1, *shape])
+                metadata(name=name, datatype=INPUTS[name].name, shape=shape)
                 for name, shape in inputs_of(info).items()
             ],
             outputs=[
-                metadata(name=name, datatype=FP32.name, shape=[-1, *shape])
+                metadata(name=name, datatype=FP32.name, shape=shape)
                 for name, shape in outputs_of(info).items()
             ],
         )
@@ -105,7 +105,7 @@ class InferenceService(Administration):
         wanted = _wanted(request, info)
         query = _query(_decode(request, info), info, self._limits)
         shapes = outputs_of(info)
-        numbers = sum(math.prod(shapes[name]) for name in wanted)
+        numbers = sum(-math.prod(shapes[name]) for name in wanted)
         codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
         answer = self._engine.denoise(
             request.model_name, query, _terms(request, context), version=request.model_version

@@ -33,18 +33,19 @@ OUTPUTS = ("denoised", "score", "log_evidence")
 
 
 def inputs_of(info: DenoiserInfo) -> dict[str, tuple[int, ...]]:
-    """Return each input with the shape of one image's share."""
-    shapes: dict[str, tuple[int, ...]] = {"x": info.shape, **dict.fromkeys(LEVELS, ())}
+    """Return each input with its shape; -1 stands for the number of images."""
+    shapes: dict[str, tuple[int, ...]] = {"x": (-1, *info.shape), **dict.fromkeys(LEVELS, (-1,))}
     if info.label_count:
-        shapes["label"] = ()
+        shapes["label"] = (-1,)
     if info.max_window:
-        shapes["window"] = ()
+        shapes["window"] = (-1,)
     return shapes
 
 
 def outputs_of(info: DenoiserInfo) -> dict[str, tuple[int, ...]]:
-    """Return each output with the shape of one image's share."""
-    shapes: dict[str, tuple[int, ...]] = {"denoised": info.shape, "score": info.shape}
+    """Return each output with its shape; -1 stands for the number of images."""
+    shape = (-1, *info.shape)
+    shapes: dict[str, tuple[int, ...]] = {"denoised": shape, "score": shape}
     if info.has_log_evidence:
-        shapes["log_evidence"] = info.shape[1:]
+        shapes["log_evidence"] = (-1, *info.shape[1:])
     return shapes

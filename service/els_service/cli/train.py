@@ -1,0 +1,20 @@
+"""``els-server train``: the command line of ``els_service.denoisers.train`` under the server's."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command(
+    "train",
+    # One parser for both commands: it also runs where typer is not.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train a network on a data set; leaves a model folder."""
+    from els_service.denoisers.train import main
+
+    raise typer.Exit(main(context.args, program="els-server train"))

@@ -1,0 +1,212 @@
+"""A network behind the one denoiser protocol: batches, buckets, precision, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
+from els_service.denoisers.levels import Floats
+from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
+from els_service.denoisers.networks.modules import Network, build_network
+from els_service.denoisers.networks.parametrisation import parametrise
+from els_service.errors import InvalidArgumentError
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
+"""About what two server cores, or a GPU, do; decides what makes a batch."""
+_LAUNCH_S = 2e-4
+"""Of a call, however small."""
+_DTYPES = {"tf32": torch.float32}
+_DETERMINISTIC_BUCKET = 8
+_COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_CPU_LAYER_BYTES = 2 << 20
+"""Of one layer's output: it is read again at once, and should then still be in the cache."""
+_CPU_SMALLEST = 4
+"""Fewer images than this leave a CPU's cores idle between layers."""
+_LARGEST_BATCH = 64
+"""Beyond it a batch is no faster, only larger in memory."""
+
+
+class NetworkDenoiser:
+    """A trained network.
+
+    Args:
+        network: with its weights; taken over: moved, cast and frozen.
+        document: what it is and how it is run.
+        device: where.
+
+    Raises:
+        ValueError: The device cannot do what ``document.execution`` asks for, or answers would
+            depend on the place in the batch although ``deterministic`` is asked for.
+    """
+
+    def __init__(
+        self, network: Network, document: NetworkDocument, device: torch.device | str = "cpu"
+    ) -> None:
+        self._config, self._execution = document.config, document.execution
+        self._device = torch.device(device)
+        if self._execution.precision == "tf32" and self._device.type != "cuda":
+            raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
+        self._dtype = _dtype(self._execution.precision)
+        self._layout = (
+            torch.channels_last if self._execution.channels_last else torch.contiguous_format
+        )
+        network = network.to(self._device, self._dtype)
+        network.set_layout(self._layout)
+        self._forward = _compiled(network.eval().requires_grad_(False), self._execution.compile)
+        self._buckets = _buckets(self._execution)
+        self._largest = self._buckets[-1] if self._buckets else self._launch_size()
+        self._flops = count_flops(self._config)
+        self._info = self._describe(network, document)
+        if self._execution.deterministic:
+            self._prove_that_places_are_alike()
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """What the network is; ``machine`` is its architecture, ``bank`` its training data."""
+        return self._info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if shape or a label does not fit, or a window is given."""
+        check_query(self._info, query)
+        config = self._config
+        if config.label_count and not config.null_label and (query.labels < 0).any():
+            expected = f"0 to {config.label_count - 1}: this network knows no image without a label"
+            raise InvalidArgumentError("labels", expected, -1)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of operations, padding included."""
+        images = sum(bucket for _, bucket in self._launches(len(query)))
+        return _LAUNCH_S + images * self._flops / _FLOPS_PER_SECOND[self._device.type]
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return D(x); no evidence."""
+        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
+            parts = [
+                self._denoise_part(query[images], bucket)
+                for images, bucket in self._launches(len(query))
+            ]
+        return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
+
+    def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
+        level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
+        x = query.x
+        predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
+        # A product and a sum, never fused: each rounds alike wherever an image stands.
+        mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+        return mean.numpy()
+
+    def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:
+        """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
+        batch = len(scaled)
+        # One's own memory, padded with zeros: alignment and company are always the same.
+        x = torch.zeros(bucket, *self._config.shape).contiguous(memory_format=self._layout)
+        x[:batch] = scaled
+        times = torch.ones(bucket)
+        times[:batch] = torch.from_numpy(time)
+        rows = torch.zeros(bucket, dtype=torch.int64)
+        rows[:batch] = torch.from_numpy(np.where(labels < 0, self._config.label_count, labels))
+        output = self._forward(
+            x.to(self._device, self._dtype), times.to(self._device), rows.to(self._device)
+        )
+        return output[:batch].to(
+            "cpu", torch.float32, memory_format=torch.contiguous_format, copy=True
+        )
+
+    def _launches(self, images: int) -> Iterator[tuple[slice, int]]:
+        """Yield the slices of a batch, each with the batch size it is run at."""
+        for first in range(0, images, self._largest):
+            count = min(self._largest, images - first)
+            bucket = next((size for size in self._buckets if size >= count), count)
+            yield slice(first, first + count), bucket
+
+    def _launch_size(self) -> int:
+        """Return how many images are best computed at once: on a CPU as its caches hold."""
+        if self._device.type != "cpu":
+            return _LARGEST_BATCH
+        _, height, width = self._config.shape
+        layer = self._config.widths[0] * height * width * self._dtype.itemsize
+        return min(_LARGEST_BATCH, max(_CPU_SMALLEST, _CPU_LAYER_BYTES // layer))
+
+    def _prove_that_places_are_alike(self) -> None:
+        """Ask for one image at every place of the bucket: libraries promise nothing."""
+        (bucket,) = self._buckets
+        image = torch.linspace(-2, 2, int(np.prod(self._config.shape))).view(1, *self._config.shape)
+        time, labels = np.full(bucket, 0.5), np.zeros(bucket, np.int64)
+        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
+            places = self._predict(image.repeat(bucket, 1, 1, 1), time, labels, bucket)
+            alone = self._predict(image, time[:1], labels[:1], bucket)
+        if not all(torch.equal(place, alone[0]) for place in places):
+            raise ValueError(
+                f"deterministic: expected the same bits at every place of a batch of {bucket}, "
+                f"got others on this {self._device.type}; another bucket may do"
+            )
+
+    def _describe(self, network: Network, document: NetworkDocument) -> DenoiserInfo:
+        config = self._config
+        return DenoiserInfo(
+            kind="network",
+            shape=config.shape,
+            machine=config.architecture,
+            padding=config.padding,
+            schedule=config.schedule,
+            label_count=config.label_count,
+            label_names=config.label_names,
+            bank=document.data,
+            batch_invariant=self._execution.deterministic,
+            implementation=f"torch {self._execution.precision}",
+            memory_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+        )
+
+
+def count_flops(config: NetworkConfig) -> int:
+    """Return the floating-point operations of convolutions and products for one image."""
+    network = build_network(config, "meta")
+    x = torch.empty(1, *config.shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(x, torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+    return int(counter.get_total_flops())
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return _DTYPES.get(precision) or getattr(torch, precision)
+
+
+def _buckets(execution: Execution) -> tuple[int, ...]:
+    if execution.buckets:
+        return execution.buckets
+    if execution.deterministic:
+        return (_DETERMINISTIC_BUCKET,)
+    return () if execution.compile == "none" else _COMPILED_BUCKETS
+
+
+def _compiled(network: Network, mode: str) -> Forward:
+    if mode == "none":
+        return network
+    options = "reduce-overhead" if mode == "cuda-graphs" else None
+    # Buckets keep the number of shapes small; each is compiled when it first comes.
+    return torch.compile(network, dynamic=False, mode=options)
+
+
+def _column(values: Floats) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1, 1)
+
+
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Set whether float32 products may round their inputs to TF32, for the time being."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

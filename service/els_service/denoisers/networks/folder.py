@@ -1,0 +1,135 @@
+"""Model folders of networks: ``model.yaml`` and ``weights.safetensors``, read and written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from els_service.denoisers.networks.config import (
+    NetworkDocument,
+    describe_network,
+    parse_network,
+)
+from els_service.denoisers.networks.denoiser import NetworkDenoiser
+from els_service.denoisers.networks.modules import build_network
+from els_service.errors import LoadError
+
+MODEL_FILE = "model.yaml"
+WEIGHTS_FILE = "weights.safetensors"
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def load_network(
+    document: NetworkDocument, weights: Path, device: torch.device | str = "cpu"
+) -> NetworkDenoiser:
+    """Return the denoiser of a network.
+
+    Args:
+        document: what it is and how it is run.
+        weights: a safetensors file; float16 and bfloat16 tensors are widened.
+        device: where it shall run.
+
+    Raises:
+        LoadError: The weights are unreadable or not this network's; names the tensor.
+        ValueError: The device cannot do what the document asks for.
+    """
+    network = build_network(document.config, "meta")
+    tensors = read_weights(weights, network.state_dict())
+    network.load_state_dict(tensors, assign=True)
+    return NetworkDenoiser(network, document, device)
+
+
+def load_network_folder(folder: Path, device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """Return the denoiser of a model folder, without the repository's rules on paths.
+
+    Raises:
+        LoadError: A file is missing or refused; names it and the field or tensor.
+    """
+    path = folder / MODEL_FILE
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LoadError(path, " ".join(str(error).split())) from error
+    if not isinstance(content, dict) or content.get("kind") != "network":
+        raise LoadError(path, "kind: expected network")
+    try:
+        return load_network(parse_network(content, path), folder / WEIGHTS_FILE, device)
+    except LoadError:
+        raise
+    except ValueError as error:
+        raise LoadError(path, str(error)) from error
+
+
+def save_network_folder(
+    folder: Path,
+    document: NetworkDocument,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a servable model folder, each file whole or not at all.
+
+    Args:
+        folder: made if it is not there.
+        document: for ``model.yaml``.
+        tensors: the network's state.
+        dtype: in which the weights are stored.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / WEIGHTS_FILE, save(stored))
+    text = yaml.safe_dump(describe_network(document), sort_keys=False, allow_unicode=True)
+    write_atomically(folder / MODEL_FILE, text.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and durably."""
+    # In the same folder, because a rename is atomic only within one file system.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file as float32, checked against a network's state.
+
+    Raises:
+        LoadError: The file is unreadable, or a tensor is missing, unknown, of another shape or
+            type, or not finite; names the tensor.
+    """
+    try:
+        # Read, not mapped: a file that is replaced while it is mapped would change the network.
+        tensors = load(path.read_bytes())
+    except OSError as error:
+        raise LoadError(path, error.strerror or str(error)) from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise LoadError(path, f"expected a safetensors file: {error}") from error
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise LoadError(path, f"{name}: expected a tensor, found none")
+        if name not in expected:
+            raise LoadError(path, f"{name}: expected no such tensor in this architecture")
+        _check_tensor(path, name, tensors[name], expected[name])
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        got, wanted = list(tensor.shape), list(expected.shape)
+        raise LoadError(path, f"{name}: expected shape {wanted}, got {got}")
+    if tensor.dtype not in _FLOATS:
+        raise LoadError(path, f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise LoadError(path, f"{name}: expected finite numbers, got NaN or infinity")

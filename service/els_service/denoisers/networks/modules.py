@@ -1,0 +1,192 @@
+"""The networks of Kamb & Ganguli (ICML 2025): ResNet, UNet, UNet with self-attention.
+
+None normalises over an image, so each output pixel knows nothing but its receptive field — but for
+self-attention, which is there to show where locality fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from els_service.denoisers.networks.config import NetworkConfig
+
+_HEADS = 4
+
+
+class Network(nn.Module):
+    """F(x, t, label): x [B, C, H, W], t [B] in (0, 1], labels int64 [B] → [B, C, H, W].
+
+    In a network with a null label, that is row ``label_count``.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.widths[0]
+        rows = config.label_count + config.null_label
+        self.label = nn.Embedding(rows, width) if rows else None
+        self.body = ResNet(config) if config.architecture == "resnet" else UNet(config)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """Return the prediction, in the dtype of x."""
+        embedding = sinusoids(time, self.config.widths[0]).to(x.dtype)
+        if self.label is not None:
+            embedding = embedding + self.label(labels)
+        output: Tensor = self.body(x, embedding)
+        return output
+
+    def set_layout(self, layout: torch.memory_format) -> None:
+        """Lay the kernels of convolutions out so, in place; images that come should be alike."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def build_network(config: NetworkConfig, device: torch.device | str = "cpu") -> Network:
+    """Return a network with fresh weights, drawn from torch's global generator."""
+    with torch.device(device):
+        return Network(config)
+
+
+def sinusoids(time: Tensor, width: int) -> Tensor:
+    """Return sin and cos of 1000·t at ``width/2`` wavelengths, [B, width] float32 (DDPM)."""
+    half = width // 2
+    rate = -math.log(10_000) / half
+    frequency = torch.exp(rate * torch.arange(half, dtype=torch.float32, device=time.device))
+    angle = 1000 * time.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Condition(nn.Module):
+    """Time and label as one number a channel: Linear, GroupNorm, ReLU; [B, E] → [B, W, 1, 1]."""
+
+    def __init__(self, embedding: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(embedding, width)
+        self.norm = nn.GroupNorm(math.gcd(8, width // 2), width)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return what is added to every pixel."""
+        return functional.relu(self.norm(self.linear(embedding)))[:, :, None, None]
+
+
+def _conv(inputs: int, outputs: int, padding: str) -> nn.Conv2d:
+    mode = cast(Literal["zeros", "circular"], padding)
+    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=mode)
+
+
+class ResNet(nn.Module):
+    """3×3 conv up, residual blocks of one 3×3 conv each, 3×3 conv down."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        channels, (width,), padding = config.shape[0], config.widths, config.padding
+        self.up = _conv(channels, width, padding)
+        self.convs = nn.ModuleList(_conv(width, width, padding) for _ in range(config.blocks))
+        self.conditions = nn.ModuleList(Condition(width, width) for _ in range(config.blocks))
+        self.down = _conv(width, channels, padding)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return the prediction."""
+        hidden: Tensor = self.up(x)
+        for conv, condition in zip(self.convs, self.conditions, strict=True):
+            hidden = hidden + functional.relu(conv(hidden + condition(embedding)))
+        output: Tensor = self.down(hidden)
+        return output
+
+
+class _TwoConvs(nn.Module):
+    """Two 3×3 convs with ReLU, the condition between them."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, padding: str) -> None:
+        super().__init__()
+        self.first = _conv(inputs, outputs, padding)
+        self.second = _conv(outputs, outputs, padding)
+        self.condition = Condition(embedding, outputs)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        hidden = functional.relu(self.first(x)) + self.condition(embedding)
+        return functional.relu(self.second(hidden))
+
+
+class _SelfAttention(nn.Module):
+    """Every pixel attends to every other; added to what came in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = math.gcd(_HEADS, width)
+        self.inputs = nn.Conv2d(width, 3 * width, 1)
+        self.output = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, breadth = x.shape
+        split = self.inputs(x).reshape(batch, 3, self.heads, width // self.heads, height * breadth)
+        query, key, value = split.transpose(-1, -2).contiguous().unbind(1)
+        # Queries and keys of unit length keep the logits in range without a norm over the image.
+        mixed = functional.scaled_dot_product_attention(
+            functional.normalize(query, dim=-1),
+            functional.normalize(key, dim=-1),
+            value,
+            scale=_TEMPERATURE,
+        )
+        result: Tensor = x + self.output(mixed.transpose(-1, -2).reshape(x.shape))
+        return result
+
+
+_TEMPERATURE = 10.0
+
+
+class UNet(nn.Module):
+    """Two convs a block, max-pooling down, transposed convolutions up, skips joined by channels.
+
+    With attention, every block below the full resolution is followed by self-attention.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        channels, widths, padding = config.shape[0], config.widths, config.padding
+        attends = config.architecture == "unet-attention"
+        embedding = widths[0]
+        inputs = (channels, *widths[:-1])
+        self.encoder = nn.ModuleList(
+            _TwoConvs(i, o, embedding, padding) for i, o in zip(inputs, widths, strict=True)
+        )
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose2d(below, above, 2, stride=2)
+            for above, below in itertools.pairwise(widths)
+        )
+        self.decoder = nn.ModuleList(
+            _TwoConvs(2 * width, width, embedding, padding) for width in widths[:-1]
+        )
+        self.encoder_attention = _attention_below(widths, attends)
+        self.decoder_attention = _attention_below(widths[:-1], attends)
+        self.down = _conv(widths[0], channels, padding)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return the prediction."""
+        skips: list[Tensor] = []
+        hidden = x
+        for block, attention in zip(self.encoder, self.encoder_attention, strict=True):
+            hidden = attention(
+                block(functional.max_pool2d(hidden, 2) if skips else hidden, embedding)
+            )
+            skips.append(hidden)
+        skips.pop()
+        levels = zip(self.ups, self.decoder, self.decoder_attention, strict=True)
+        for up, block, attention in reversed(list(levels)):
+            hidden = attention(block(torch.cat([skips.pop(), up(hidden)], dim=1), embedding))
+        output: Tensor = self.down(hidden)
+        return output
+
+
+def _attention_below(widths: tuple[int, ...], attends: bool) -> nn.ModuleList:
+    return nn.ModuleList(
+        _SelfAttention(width) if attends and level else nn.Identity()
+        for level, width in enumerate(widths)
+    )

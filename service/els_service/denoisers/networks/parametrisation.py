@@ -1,0 +1,90 @@
+"""The one place where what a network predicts becomes D(x) = E[x0 | x], and back for training.
+
+Every parametrisation is ``D(x) = c_skip·x + c_out·F(c_in·x, t)`` (Karras et al. 2022, eq. 7). With
+ā = a/√(a² + s²), s̄ = s/√(a² + s²) and σ = s/a, for x = a·x0 + s·ε:
+
+| prediction | F is                  | c_in           | c_skip               | c_out           |
+|------------|-----------------------|----------------|----------------------|-----------------|
+| ``eps``    | ε                     | 1/√(a² + s²)   | 1/a                  | -s/a            |
+| ``x0``     | x0                    | 1/√(a² + s²)   | 0                    | 1               |
+| ``v``      | ā·ε - s̄·x0            | 1/√(a² + s²)   | ā/√(a² + s²)         | -s̄              |
+| ``edm``    | preconditioned, [1]   | 1/(a√(σ²+σd²)) | σd²/(σ²+σd²)/a       | σσd/√(σ²+σd²)   |
+
+v: Salimans & Ho 2022. [1] Karras et al. 2022, table 1, with ``sigma_data`` σd. The network is told
+the time t of its schedule at the same σ, whatever the convention in which the level was named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from els_service.denoisers.levels import Floats, NoiseLevel, cosine, cosine_time
+
+MIN_TIME = 1e-3
+"""Networks are trained at t from here to 1."""
+_MAX_SIGMA = float(cosine(np.ones(1)).sigma[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Parametrisation:
+    """Coefficients of ``D(x) = c_skip·x + c_out·F(c_in·x, t)``, each [B] float64."""
+
+    c_in: Floats
+    c_skip: Floats
+    c_out: Floats
+    time: Floats
+    """MIN_TIME ≤ t ≤ 1."""
+
+
+def parametrise(prediction: str, level: NoiseLevel, sigma_data: float) -> Parametrisation:
+    """Return the coefficients at a noise level.
+
+    Above the trained levels (σ = 80.2 at t = 1) x is shrunk to the highest: there D hardly depends
+    on x, while an untrained ε would be magnified by σ. Below the lowest only t is held.
+
+    Args:
+        prediction: one of ``PREDICTIONS``.
+        level: of each image, [B].
+        sigma_data: standard deviation of the data, for ``edm``.
+    """
+    sigma = np.minimum(level.sigma, _MAX_SIGMA)
+    shrink = sigma / (level.sigma * level.a)
+    a = 1 / np.sqrt(1 + sigma**2)
+    c_in, c_skip, c_out = PREDICTIONS[prediction](a, a * sigma, sigma_data)
+    time = np.clip(cosine_time(sigma), MIN_TIME, 1.0)
+    # The table is written for a² + s² = 1; x·shrink·a is x in that scale.
+    return Parametrisation(c_in * shrink * a, c_skip * shrink * a, c_out, time)
+
+
+_Coefficients = tuple[Floats, Floats, Floats]
+
+
+def _eps(a: Floats, s: Floats, _: float) -> _Coefficients:
+    return np.ones_like(a), 1 / a, -s / a
+
+
+def _x0(a: Floats, s: Floats, _: float) -> _Coefficients:
+    return np.ones_like(a), np.zeros_like(a), np.ones_like(a)
+
+
+def _v(a: Floats, s: Floats, _: float) -> _Coefficients:
+    return np.ones_like(a), a, -s
+
+
+def _edm(a: Floats, s: Floats, sigma_data: float) -> _Coefficients:
+    sigma = s / a
+    total = sigma**2 + sigma_data**2
+    root = np.sqrt(total)
+    return 1 / (a * root), sigma_data**2 / (total * a), sigma * sigma_data / root
+
+
+PREDICTIONS: dict[str, Callable[[Floats, Floats, float], _Coefficients]] = {
+    "eps": _eps,
+    "x0": _x0,
+    "v": _v,
+    "edm": _edm,
+}
+"""a, s (a² + s² = 1) and σd → c_in, c_skip, c_out."""

@@ -1,0 +1,93 @@
+"""The log of a training run: rows of CSV, a picture of the loss, and the record beside a model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from els_service.denoisers.networks.folder import write_atomically
+
+LOG_FILE = "loss.csv"
+PLOT_FILE = "loss.png"
+_HEADER = ("step", "epoch", "loss", "rate", "seconds")
+_SIZE, _MARGIN = (640, 360), 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the log; the loss is the mean since the row before."""
+
+    step: int
+    epoch: float
+    loss: float
+    rate: float
+    seconds: float
+
+
+def read_log(folder: Path, last_step: int) -> list[Row]:
+    """Return the rows up to a step: those after it were lost with their steps."""
+    path = folder / LOG_FILE
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        # A killed run may leave a torn last row.
+        rows = [row for row in csv.reader(file) if len(row) == len(_HEADER)]
+    return [
+        Row(int(step), *map(float, others))
+        for step, *others in rows[1:]
+        if step.isdigit() and int(step) <= last_step
+    ]
+
+
+def write_log(folder: Path, rows: Sequence[Row]) -> None:
+    """Write all rows."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_HEADER)
+    writer.writerows(_fields(row) for row in rows)
+    write_atomically(folder / LOG_FILE, text.getvalue().encode())
+
+
+def append_log(folder: Path, row: Row) -> None:
+    """Add a row."""
+    with (folder / LOG_FILE).open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(_fields(row))
+
+
+def _fields(row: Row) -> tuple[str, ...]:
+    numbers = (f"{row.epoch:.4f}", f"{row.loss:.6g}", f"{row.rate:.6g}", f"{row.seconds:.1f}")
+    return (str(row.step), *numbers)
+
+
+def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
+    """Draw the loss over steps, the loss on a logarithmic axis."""
+    rows = [row for row in rows if row.loss > 0]
+    if len(rows) < 2:
+        return
+    logs = [math.log(row.loss) for row in rows]
+    low, high = min(logs), max(logs)
+    width, height = _SIZE[0] - 2 * _MARGIN, _SIZE[1] - 2 * _MARGIN
+    points = [
+        (
+            _MARGIN + width * row.step / rows[-1].step,
+            _MARGIN + height * (high - value) / max(high - low, 1e-9),
+        )
+        for row, value in zip(rows, logs, strict=True)
+    ]
+    image = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((_MARGIN, _MARGIN, _MARGIN + width, _MARGIN + height), outline="grey")
+    draw.line(points, fill="#1f4e9c", width=2)
+    draw.text((4, _MARGIN - 6), f"{math.exp(high):.3g}", fill="black")
+    draw.text((4, _MARGIN + height - 6), f"{math.exp(low):.3g}", fill="black")
+    draw.text((_MARGIN, _SIZE[1] - 30), "loss over steps", fill="black")
+    draw.text((_SIZE[0] - 2 * _MARGIN, _SIZE[1] - 30), str(rows[-1].step), fill="black")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(folder / PLOT_FILE, buffer.getvalue())
