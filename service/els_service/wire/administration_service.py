@@ -55,9 +55,7 @@ class Administration(GRPCInferenceServiceServicer):
         models = self._engine.models
         entries = [models.entry(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
-            model_stats=[
-                _statistics(entry, entry.lane.statistics) for entry in entries if entry.lane
-            ]
+            model_stats=[_statistics(entry, entry.statistics) for entry in entries]
         )
 
     async def RepositoryIndex(
@@ -86,8 +84,11 @@ class Administration(GRPCInferenceServiceServicer):
         _check_repository(request.repository_name)
         if request.parameters:
             raise InvalidArgumentError("parameters", "none", sorted(request.parameters))
-        await self._engine.models.load(request.model_name)
-        await self._changed()
+        try:
+            await self._engine.models.load(request.model_name)
+        finally:
+            # A model that was refused at its first load has a health, too.
+            await self._changed()
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
