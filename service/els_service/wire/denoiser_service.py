@@ -106,7 +106,7 @@ class DenoiserService(DenoiserServiceServicer):
         check_options(name, options)
         noise = seeded_noise(request.seed, count, info.shape)
         shape = (count, *info.shape)
-        resume = decode_token(request, entry.version, shape, steps_of(name, options))
+        resume = decode_token(request, entry, shape, steps_of(name, options))
         run = Run(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
@@ -119,7 +119,7 @@ class DenoiserService(DenoiserServiceServicer):
         try:
             async with contextlib.aclosing(steps):
                 async for step in steps:
-                    token = encode_token(request, entry.version, step.index, step.state)
+                    token = encode_token(request, entry, step.index, step.state)
                     message = _encode_step(step, request)
                     if step.index == 1 and request.return_noise:
                         start = await asyncio.to_thread(noise, 0)

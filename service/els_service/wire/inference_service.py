@@ -1,6 +1,7 @@
 """The Open Inference Protocol: every model under its name, for existing clients.
 
-What a model takes and gives is told in ``signatures``.
+What a model takes and gives is told in ``signatures``. Two parameters of a request are known, under
+the names that Triton gives them: ``priority``, and ``timeout`` in microseconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query, score
 from els_service.engine.engine import Engine
+from els_service.engine.terms import PRIORITIES, Terms
 from els_service.errors import ElsError, InvalidArgumentError
 from els_service.version import FULL
 from els_service.wire import codec
@@ -29,6 +31,8 @@ _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
     "score": lambda query, answer: score(query, answer.mean).numpy(),
     "log_evidence": lambda query, answer: _evidence(answer),
 }
+
+_MAX_TIMEOUT_US = 2**63 - 1
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -103,7 +107,7 @@ class InferenceService(Administration):
         numbers = sum(-math.prod(shapes[name]) for name in wanted)
         codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
         answer = self._engine.denoise(
-            request.model_name, query, terms_of(context), version=request.model_version
+            request.model_name, query, _terms(request, context), version=request.model_version
         )
         if not isinstance(answer, Denoised):
             answer = await answer
@@ -121,6 +125,28 @@ def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
     if answer.log_evidence is None:
         raise RuntimeError("the model promised log_evidence and has none")
     return answer.log_evidence.numpy()
+
+
+def _terms(request: pb.ModelInferRequest, context: Context) -> Terms:
+    priority = _parameter(request, "priority", PRIORITIES)
+    timeout_us = _parameter(request, "timeout", _MAX_TIMEOUT_US)
+    return terms_of(context, priority, timeout_us / 1e6)
+
+
+def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
+    """Return a whole number among a request's parameters; 0 where it is not given."""
+    if name not in request.parameters:
+        return 0
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise InvalidArgumentError(
+            f"parameters.{name}", "int64_param or uint64_param", kind or "nothing"
+        )
+    value = int(getattr(parameter, kind))
+    if not 0 <= value <= most:
+        raise InvalidArgumentError(f"parameters.{name}", f"0 to {most}", value)
+    return value
 
 
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:

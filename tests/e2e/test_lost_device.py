@@ -1,0 +1,63 @@
+"""A device that hangs or breaks: every caller is told, health says so, the process ends with 3."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from tests.e2e.asking import asked, denoiser, images
+from tests.e2e.odd_server import BREAK, HANG
+from tests.e2e.processes import ODD, serving
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(HANG, "cpu hangs"), (BREAK, "cpu is broken: CUDA error: as told")]
+)
+async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3(
+    models: Path, value: float, reason: str
+) -> None:
+    options = {"ELS_WATCHDOG_S": "0.5", "ELS_DRAIN_S": "2"}
+    with serving("--models", models, program=ODD, **options) as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            stub, health = denoiser(channel), HealthStub(channel)
+            watch: Any = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            assert (await watch.read()).status == SERVING
+            drawn = pb.SampleRequest(model="slow", steps=1000)
+            trajectory = stub.Sample(drawn, timeout=60)
+            assert (await trajectory.read()).index == 1
+            stream = stub.DenoiseStream(timeout=60)
+            await stream.write(asked(images(1)))
+            assert (await stream.read()).response.denoised.data
+            calls = [
+                asyncio.ensure_future(stub.Denoise(asked(images(x)), timeout=60))
+                for x in (value, 1.0, 2.0)
+            ]
+            for _ in range(20):
+                await stream.write(asked(images(3)))
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as told:
+                    await call
+                assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert reason in str(told.value.details())
+            messages = []
+            with pytest.raises(grpc.aio.AioRpcError) as told:
+                while (message := await trajectory.read()) is not grpc.aio.EOF:
+                    messages.append(message)
+            assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert messages[-1].resume_token
+            assert (await watch.read()).status == NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as told:
+                while (answer := await stream.read()) is not grpc.aio.EOF:
+                    assert answer.response.denoised.data or reason in answer.error.message
+            assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.to_thread(server.wait) == (3, "")
