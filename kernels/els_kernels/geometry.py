@@ -47,6 +47,13 @@ class Geometry:
     padding: Padding
     whole: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for whole windows of every place under zero padding: no machine's."""
+        if self.whole and self.sources == "every" and self.padding == "zeros":
+            raise ValueError(
+                "geometry: expected a whole window of every place on the torus, got padding zeros"
+            )
+
 
 GEOMETRIES: dict[tuple[str, str], Geometry] = {
     ("ideal", "zeros"): Geometry("same", "zeros", whole=True),
