@@ -31,7 +31,7 @@ def draw(record: Path) -> Iterator[Path]:
 
 
 def speeds(content: dict[str, Any]) -> dict[str, Series]:
-    """Return pairs a second against k for every shape and padding, of either kind of record."""
+    """Return pairs a second against k for every bank that peers met, of either kind of record."""
     panels: dict[str, Series] = defaultdict(lambda: defaultdict(list))
     for row in content["rows"]:
         if row.get("part") in ("native", "peers"):
@@ -42,6 +42,8 @@ def speeds(content: dict[str, Any]) -> dict[str, Series]:
             continue
         for name, rate in _rates(row):
             panel[name].append((row.get("k", row.get("window")), rate))
+    own = {"native", "triton", "native, boundary-broken", "triton, boundary-broken"}
+    panels = {title: panel for title, panel in panels.items() if not own.issuperset(panel)}
     for panel in panels.values():
         if bound := content.get("exp2_bound"):
             windows = [k for points in panel.values() for k, _ in points]
@@ -72,8 +74,11 @@ def _title(shape: tuple[int, ...], images: int) -> str:
 
 
 def _error_panels(errors: list[Row]) -> Iterator[tuple[Any, str, Series]]:
-    """Yield the worst error over shapes and windows at each t; of budgets the least."""
-    for what, label in (("mean", "mean, ‖error‖ / ‖float64‖"), ("evidence", "log evidence, share")):
+    """Yield painter, title and the worst error over shapes and windows at each t, with the budget."""
+    for what, label in (
+        ("mean", "mean, ‖error‖ / ‖float64‖"),
+        ("evidence", "log evidence, |error| / budget"),
+    ):
         worst: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
         for row in errors:
             error, budget = row[f"{what}_error"], row[f"{what}_budget"]
@@ -92,9 +97,9 @@ def _error_panels(errors: list[Row]) -> Iterator[tuple[Any, str, Series]]:
 def _speed(axes: Axes, series: Series) -> None:
     for name, points in series.items():
         ks, rates = zip(*sorted(points), strict=True)
-        style = {"color": COLOURS[name.partition(",")[0]], "label": name}
+        colour = COLOURS[name.partition(",")[0]]
         broken = "boundary" in name or name == "exp2 bound"
-        axes.plot(ks, rates, ls="--" if broken else "-", marker=None if broken else "o", **style)
+        axes.plot(ks, rates, "--" if broken else "o-", color=colour, label=name)
     axes.set(yscale="log", xlabel="window k", ylabel="pairs a second")
     axes.set_xticks(sorted({k for points in series.values() for k, _ in points}))
 
@@ -114,7 +119,13 @@ def _save(record: Path, what: str, panels: list[tuple[Any, str, Series]]) -> Pat
         paint(axes, series)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    path = record.with_name(f"{record.stem}-{what}.png")
+    names: dict[str, Any] = {}
+    for axes in figure.axes:
+        lines, labels = axes.get_legend_handles_labels()
+        names |= dict(zip(labels, lines, strict=True))
+    figure.legend(
+        list(names.values()), list(names), loc="outside upper center", ncols=6, fontsize=8
+    )
+    path = record.with_name(f"{record.stem.removesuffix(f'-{what}')}-{what}.png")
     figure.savefig(path, dpi=110)
     return path

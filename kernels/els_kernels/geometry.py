@@ -14,8 +14,10 @@ fits, so that no mask and no padding is left::
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +113,14 @@ class Span:
     def single(self) -> bool:
         """Whether the span is one place, which only itself may answer."""
         return bool(self.places.stop - self.places.start == 1)
+
+
+def alike(*questions: Iterable[Hashable]) -> dict[tuple[Any, ...], list[int]]:
+    """Return which images of a batch ask the same: (entry of each list) → images, in order."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for b, key in enumerate(zip(*questions, strict=True)):
+        groups[key].append(b)
+    return groups
 
 
 def zero_padded_spans(length: int, window: int) -> list[Span]:
