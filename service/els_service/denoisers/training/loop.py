@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.networks.config import Execution, NetworkDocument
-from els_service.denoisers.networks.denoiser import Forward, allow_tf32
+from els_service.denoisers.networks.denoiser import Forward, allow_tf32, memory_format
 from els_service.denoisers.networks.folder import save_network_folder, write_atomically
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.training.checkpoint import (
@@ -179,18 +179,13 @@ class _Run:
 
     def _backward(self, forward: Forward, batch: Batch) -> Tensor:
         part = self.settings.part or self.settings.batch
-        layout = _layout(self.settings)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(batch.x), part):
             rows = slice(first, first + part)
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
             ):
-                output = forward(
-                    batch.x[rows].contiguous(memory_format=layout),
-                    batch.time[rows],
-                    batch.labels[rows],
-                )
+                output = forward(batch.x[rows], batch.time[rows], batch.labels[rows])
             error = output.float() - batch.target[rows]
             loss = error.square().sum() / batch.x.numel()
             torch.autograd.backward(loss)
@@ -199,9 +194,7 @@ class _Run:
 
     def _log(self, loss: Tensor, report: Callable[[Row, int], None]) -> None:
         progress = self.progress
-        mean = float(loss) / progress.loss_steps
-        if not math.isfinite(mean):
-            raise ElsError(f"loss: expected a finite number, got {mean} at step {progress.step}")
+        mean = self._finite(loss) / progress.loss_steps
         rate = self.settings.rate_at(progress.step - 1, self.steps)
         epoch = progress.step / self._epoch_steps
         row = Row(progress.step, epoch, mean, rate, progress.seconds)
@@ -211,8 +204,14 @@ class _Run:
         report(row, self.steps)
 
     def _checkpoint(self, loss: Tensor) -> None:
-        self.progress.loss_sum = float(loss)
+        self.progress.loss_sum = self._finite(loss)
         save_checkpoint(self._out, self._state, self._key)
+
+    def _finite(self, loss: Tensor) -> float:
+        value, step = float(loss), self.progress.step
+        if not math.isfinite(value):
+            raise ElsError(f"loss: expected a finite number, got {value} at step {step}")
+        return value
 
 
 def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None:
@@ -225,16 +224,12 @@ def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None
         raise InvalidArgumentError("precision", "float32 or bfloat16 on a CPU", "tf32")
 
 
-def _layout(settings: TrainingSettings) -> torch.memory_format:
-    return torch.channels_last if settings.channels_last else torch.contiguous_format
-
-
 def _new_network(settings: TrainingSettings, device: torch.device) -> Network:
     """Return the network with the weights of its seed, the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_network(settings.network)
-    network.set_layout(_layout(settings))
+    network.set_layout(memory_format(settings.channels_last))
     return network.to(device)
 
 
