@@ -186,14 +186,6 @@ def test_a_network_without_labels_trains_on_unlabelled_images(tmp_path: Path) ->
     assert load_network_folder(tmp_path).info.label_count == 0
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path, bank: Bank) -> None:
-    for part in (0, 3):
-        train(settings(part=part, epochs=1), bank, tmp_path / str(part))
-    ours, others = weights(tmp_path / "0"), weights(tmp_path / "3")
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_targets_are_what_turns_into_the_clean_image_and_of_size_one(
     bank: Bank, prediction: str
@@ -326,7 +318,7 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         (["--arch", "unet", "--widths", "4,4,4,4,4"], "shape: expected height and width divisible"),
         (["--batch", "0"], "batch: expected"),
         (["--precision", "tf32", "--device", "cpu"], "precision: expected"),
-        (["--widths", "8", "--part", "999"], "part: expected"),
+        (["--widths", "8", "--ema", "1"], "ema: expected"),
     ):
         assert main(["--data", str(path), "--out", str(tmp_path / "out"), *extra]) == 2
         assert expected in capsys.readouterr().err

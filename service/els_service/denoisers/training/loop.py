@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
@@ -170,27 +171,20 @@ class _Run:
         step, optimizer = self.progress.step, self._state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.settings.rate_at(step, self.steps)
-        loss = self._backward(forward, self._batches(step))
+        loss = self._loss(forward, self._batches(step))
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self._state.average is not None:
             _follow(self._state.average, self.network, _decay(self.settings.ema, step))
-        return loss
+        return loss.detach()
 
-    def _backward(self, forward: Forward, batch: Batch) -> Tensor:
-        part = self.settings.part or self.settings.batch
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(batch.x), part):
-            rows = slice(first, first + part)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
-            ):
-                output = forward(batch.x[rows], batch.time[rows], batch.labels[rows])
-            error = output.float() - batch.target[rows]
-            loss = error.square().sum() / batch.x.numel()
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        return total
+    def _loss(self, forward: Forward, batch: Batch) -> Tensor:
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
+        ):
+            output = forward(batch.x, batch.time, batch.labels)
+        return functional.mse_loss(output.float(), batch.target)
 
     def _log(self, loss: Tensor, report: Callable[[Row, int], None]) -> None:
         progress = self.progress
