@@ -54,8 +54,8 @@ class NetworkDenoiser:
     ) -> None:
         self._config, self._execution = document.config, document.execution
         self._device = torch.device(device)
-        if self._execution.precision == "tf32" and self._device.type != "cuda":
-            raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
+        if self._device.type != "cuda":
+            _check_without_gpu(self._execution)
         self._dtype = _dtype(self._execution.precision)
         network = network.to(self._device, self._dtype)
         network.set_layout(memory_format(self._execution.channels_last))
@@ -161,6 +161,13 @@ class NetworkDenoiser:
             implementation=f"torch {self._execution.precision}",
             memory_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
         )
+
+
+def _check_without_gpu(execution: Execution) -> None:
+    if execution.precision == "tf32":
+        raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
+    if execution.compile == "cuda-graphs":
+        raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
 
 
 def count_flops(config: NetworkConfig) -> int:
