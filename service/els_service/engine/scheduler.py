@@ -27,6 +27,9 @@ from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
+_SLOW_S = 10 * INLINE_S
+_WRONG = 3
+"""So many answers in a row that were slow, and they are no work for the event loop."""
 _SHORT_S = 0.02
 """Predicted time of a batch whose launch costs nothing: others get their turn after it."""
 _LAUNCH_SHARE = 0.05
@@ -84,7 +87,8 @@ class Scheduler:
             DeadlineExceededError: The answer would come too late. The future may fail so, too.
         """
         estimate = lane.denoiser.predict_seconds(query)
-        if lane.costs.seconds(estimate) < INLINE_S and not lane.running and "cpu" in lane.denoisers:
+        # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
+        if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
             return self._inline(lane, query, estimate)
         now = self.clock()
         if not admitted:
@@ -121,7 +125,7 @@ class Scheduler:
         ended = self.clock()
         seconds, images = ended - began, len(query)
         self._observer.computed(lane.model, seconds, images, estimate)
-        lane.costs.learn(estimate, seconds, ended)
+        lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
         lane.statistics.batch(images, seconds, time.time())
         lane.statistics.queued.add(0.0)
         lane.statistics.computed.add(seconds)
@@ -169,7 +173,7 @@ class Scheduler:
 
     def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
         """Return in how many seconds an answer can be expected."""
-        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.caller, terms.priority, estimate))
+        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.name(), terms.priority, estimate))
         here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
         # Models share their devices evenly, too.
         others = sum(
@@ -274,6 +278,7 @@ class Scheduler:
             outcome = done.result()
             if not any(isinstance(result, Exception) for result in outcome.value):
                 lane.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
+                lane.slow = 0 if outcome.ended - outcome.began < _SLOW_S else lane.slow
         self._dispatch()
         if error is None:
             self._computed(device, lane, batch, cost, outcome)

@@ -128,6 +128,8 @@ def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
 
 
 def _terms(request: pb.ModelInferRequest, context: Context) -> Terms:
+    if not request.parameters:
+        return terms_of(context)
     priority = _parameter(request, "priority", PRIORITIES)
     timeout_us = _parameter(request, "timeout", _MAX_TIMEOUT_US)
     return terms_of(context, priority, timeout_us / 1e6)
