@@ -5,7 +5,7 @@
 >>> report.goodput_per_s, report.total.latency.p99_ms
 
 A call costs a load process about 0.12 ms of a core, what a bare grpc.aio caller costs, and on a
-stream 0.1 ms: one process asks for some 5,000 to 8,000 images of 12 KB a second. Needs the extra
+stream 0.1 ms: on two shared cores one process reached 5,000 and 8,000 a second. Needs the extra
 ``bench``.
 """
 
