@@ -137,7 +137,9 @@ def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
     parameter = request.parameters[name]
     kind = parameter.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param"):
-        raise InvalidArgumentError(f"parameters.{name}", "int64_param or uint64_param", kind or "nothing")
+        raise InvalidArgumentError(
+            f"parameters.{name}", "int64_param or uint64_param", kind or "nothing"
+        )
     value = int(getattr(parameter, kind))
     if not 0 <= value <= most:
         raise InvalidArgumentError(f"parameters.{name}", f"0 to {most}", value)
