@@ -35,6 +35,7 @@ test: lint
 
 bench: install
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --errors
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
 
