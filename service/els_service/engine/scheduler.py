@@ -106,17 +106,23 @@ class Scheduler:
             _fail(ticket, error)
 
     def _inline(self, lane: Lane, query: Query, estimate: float) -> Denoised:
-        began = self.clock()
-        answer = lane.denoiser.denoise(query)
-        ended = self.clock()
-        seconds, images = ended - began, len(query)
-        self._observer.computed(lane.model, seconds, images, estimate)
-        lane.costs.learn(estimate, seconds, ended)
-        lane.statistics.batch(images, seconds, time.time())
-        lane.statistics.queued.add(0.0)
-        lane.statistics.computed.add(seconds)
-        lane.statistics.succeeded.add(seconds)
-        return answer
+        began, answer = self.clock(), None
+        try:
+            answer = lane.denoiser.denoise(query)
+            return answer
+        finally:
+            ended = self.clock()
+            seconds, images = ended - began, len(query)
+            self._observer.computed(lane.model, seconds, images, estimate)
+            lane.statistics.batch(images, seconds, time.time())
+            lane.statistics.queued.add(0.0)
+            lane.statistics.computed.add(seconds)
+            if answer is not None:
+                lane.costs.learn(estimate, seconds, ended)
+                lane.statistics.succeeded.add(seconds)
+            else:
+                self._observer.dropped(lane.model, "faulted")
+                lane.statistics.failed.add(seconds)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""
