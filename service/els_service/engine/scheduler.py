@@ -115,22 +115,22 @@ class Scheduler:
             _fail(ticket, error)
 
     def _inline(self, lane: Lane, query: Query, estimate: float) -> Denoised:
-        began = self.clock()
+        began, answer = self.clock(), None
         try:
             answer = lane.denoiser.denoise(query)
-        except Exception:
-            self._observer.dropped(lane.model, "faulted")
-            lane.statistics.failed.add(self.clock() - began)
-            raise
-        ended = self.clock()
-        seconds, images = ended - began, len(query)
-        self._observer.computed(lane.model, seconds, images, estimate)
-        lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
-        lane.statistics.batch(images, seconds, time.time())
-        lane.statistics.queued.add(0.0)
-        lane.statistics.computed.add(seconds)
-        lane.statistics.succeeded.add(seconds)
-        return answer
+            return answer
+        finally:
+            seconds, images = self.clock() - began, len(query)
+            lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
+            self._observer.computed(lane.model, seconds, images, estimate)
+            lane.statistics.batch(images, seconds, time.time())
+            lane.statistics.queued.add(0.0)
+            lane.statistics.computed.add(seconds)
+            if answer is not None:
+                lane.statistics.succeeded.add(seconds)
+            else:
+                self._observer.dropped(lane.model, "faulted")
+                lane.statistics.failed.add(seconds)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""
