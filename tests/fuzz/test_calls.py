@@ -1,0 +1,94 @@
+"""Every RPC of both services, asked anything: a documented answer, soon, and no harm to others."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.fuzz.good import METHODS, good
+from tests.fuzz.mutations import near
+from tests.fuzz.verdict import ask, begin, finish, full_name, judge, parses
+
+UNARY = [method for method in METHODS if not method.client_streaming]
+HEAVY = {"Denoise", "Score", "Sample", "ModelInfer"}
+EXAMPLES = {True: 120, False: 40}
+
+quick = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("method", UNARY, ids=full_name)
+def test_any_request_is_answered_as_the_contract_says(
+    channel: grpc.Channel, method: MethodDescriptor
+) -> None:
+    @settings(quick, max_examples=EXAMPLES[method.name in HEAVY])
+    @given(data=near(good(method)))
+    def check(data: bytes) -> None:
+        outcome = ask(channel, method, data)
+        judge(method, data, outcome)
+        assert parses(method, data) or outcome.code == "INVALID_ARGUMENT"
+
+    check()
+
+
+@pytest.mark.parametrize("method", UNARY, ids=full_name)
+def test_a_good_request_is_answered(channel: grpc.Channel, method: MethodDescriptor) -> None:
+    @settings(quick, max_examples=10)
+    @given(request=good(method))
+    def check(request: Any) -> None:
+        data = request.SerializeToString()
+        judge(method, data, ask(channel, method, data))
+
+    check()
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[tuple[MethodDescriptor, bytes, bool]]:
+    """Draw calls to make at once, and which of them to give up."""
+    methods = draw(st.lists(st.sampled_from(UNARY), min_size=2, max_size=12))
+    return [(method, draw(near(good(method))), draw(st.booleans())) for method in methods]
+
+
+@settings(quick, max_examples=40)
+@given(crowd=crowds())
+def test_a_crowd_of_any_requests_is_answered_and_who_leaves_harms_nobody(
+    channel: grpc.Channel, crowd: list[tuple[MethodDescriptor, bytes, bool]]
+) -> None:
+    since = time.monotonic()
+    calls = [begin(channel, method, data) for method, data, _ in crowd]
+    for call, (_, _, leaves) in zip(calls, crowd, strict=True):
+        if leaves:
+            call.cancel()
+    for call, (method, data, leaves) in zip(calls, crowd, strict=True):
+        outcome = finish(call, method, since)
+        if not leaves:
+            judge(method, data, outcome)
+
+
+@settings(quick, max_examples=60)
+@given(
+    path=st.sampled_from(
+        [
+            "/grpc.health.v1.Health/Check",
+            "/grpc.health.v1.Health/Watch",
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            "/denoise.v1.DenoiserService/Nothing",
+            "/nothing",
+        ]
+    ),
+    data=st.binary(max_size=64),
+)
+def test_garbage_to_services_that_are_not_ours_ends_and_harms_nobody(
+    channel: grpc.Channel, path: str, data: bytes
+) -> None:
+    call: Any = channel.stream_stream(path)(iter([data]), timeout=5)
+    # A watch of a service has no end: one answer is enough.
+    try:
+        next(call, None)
+    except grpc.RpcError:
+        pass
+    call.cancel()
