@@ -1,0 +1,41 @@
+"""No bytes at all bring a decoder down: it raises an error of ours, or what it returns is sound."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tests.engine.malformed import MALFORMED
+from tests.fuzz.decoders import TARGETS, seeds
+from tests.fuzz.mutations import damage
+
+FOUND: dict[str, list[bytes]] = {}
+"""Bytes that once did, by target."""
+
+
+@st.composite
+def damaged(draw: st.DrawFn, target: str) -> bytes:
+    """Draw good bytes with up to four places damaged."""
+    data = draw(st.sampled_from(seeds()[target]))
+    for _ in range(draw(st.integers(0, 4))):
+        data = damage(draw, data)
+    return data
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_bytes_are_refused_or_sound(target: str) -> None:
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=damaged(target))
+    @example(data=b"")
+    @example(data=b"\xff" * 64)
+    def check(data: bytes) -> None:
+        TARGETS[target](data)
+
+    for data in [*seeds()[target], *FOUND.get(target, [])]:
+        TARGETS[target](data)
+    check()
+
+
+def test_malformed_documents_are_refused_in_one_line() -> None:
+    for document, _ in MALFORMED.values():
+        TARGETS["document"](document if isinstance(document, bytes) else document.encode())
