@@ -7,6 +7,7 @@ import sys
 
 import structlog
 
+_GRPC = "grpc._cython.cygrpc"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -49,6 +50,19 @@ def configure(level: str) -> None:
             ],
         )
     )
+    logging.getLogger(_GRPC).addFilter(_calm)
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
+
+
+def _calm(record: logging.LogRecord) -> bool:
+    """Turn what grpc calls an error of the server, and is a caller who left, into a debug record.
+
+    It says so where a caller hangs up while its answer is on its way.
+    """
+    if record.levelno >= logging.ERROR and str(record.msg).startswith("ExecuteBatchError raised"):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        record.exc_info = record.exc_text = None
+        return logging.getLogger().isEnabledFor(logging.DEBUG)
+    return True
