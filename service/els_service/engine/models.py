@@ -111,7 +111,7 @@ class Models:
             UnavailableError: Models are still being loaded.
         """
         try:
-            return self._served[name][int(version)] if version else self._newest[name]
+            return self._served[name][_number(version)] if version else self._newest[name]
         except (KeyError, ValueError):
             raise self._missing(name, version) from None
 
@@ -286,6 +286,13 @@ class Models:
     async def _in_loader(self, function: Callable[..., T], *args: object) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader, function, *args)
+
+
+def _number(version: str) -> int:
+    """Return the number of a version; ValueError unless it is written in decimal."""
+    if not (version.isascii() and version.isdecimal()):
+        raise ValueError(version)
+    return int(version)
 
 
 def _warm(denoiser: Denoiser) -> None:
