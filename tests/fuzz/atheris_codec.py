@@ -12,8 +12,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# Published for few platforms, and untyped: no dependency of ours.
-import atheris  # type: ignore[import-not-found]
+# Published for few platforms: no dependency of ours.
+import atheris
 
 with atheris.instrument_imports(include=["els_service", "yaml", "safetensors"]):
     from tests.fuzz import decoders

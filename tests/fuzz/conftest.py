@@ -7,9 +7,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from tests.denoisers import networks
 from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.e2e.processes import ServerProcess, serving
-from tests.fuzz.good import SPARE
+from tests.fuzz.good import NETWORK, SPARE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -20,12 +21,16 @@ MOST_FILES = 32
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     """A server of small limits that ends this module unharmed, without an error in its log."""
     documents = {**DOCUMENTS, SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
     models = write_models(tmp_path_factory.mktemp("fuzz") / "models", documents)
+    networks.write_folder(models / NETWORK, networks.config())
     limits = {"ELS_MAX_IMAGES": "8", "ELS_MAX_STEPS": "6"}
-    with serving("--models", models, "--threads", 1, **limits) as process:
+    special: dict[str, str] = getattr(request.module, "ENVIRONMENT", {})
+    with serving("--models", models, "--threads", 1, **limits, **special) as process:
         yield process
         assert process.process.poll() is None
         # grpc's own services answer garbage with an error of theirs.

@@ -91,12 +91,13 @@ def sampling(data: bytes) -> None:
 def _load(name: str, file: str, data: bytes) -> None:
     root = _root()
     (root / name / file).write_bytes(data)
+    refused = ""
     try:
         denoiser = ModelRepository(root, implementation="torch").load(name)
+        assert len(denoiser.info.shape) == 3
     except LoadError as error:
-        assert str(error).isprintable(), str(error)
-        return
-    assert len(denoiser.info.shape) == 3
+        refused = str(error)
+    assert refused.isprintable(), refused
 
 
 @cache

@@ -11,6 +11,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
+from tests.denoisers import networks
 from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -24,7 +25,8 @@ SERVICES: list[ServiceDescriptor] = [
 METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in service.methods]
 SPARE = "spare"
 """The one model that good requests unload; it has ``gaussian``'s shape."""
-NAMES = [*DOCUMENTS, SPARE]
+NETWORK = "network"
+NAMES = [*DOCUMENTS, NETWORK, SPARE]
 _SIZES = {pb.DTYPE_F32: 4, pb.DTYPE_F16: 2, pb.DTYPE_BF16: 2, pb.DTYPE_U8: 1}
 _LEVELS = {"sigma": (1e-4, 1e6), "alpha_bar": (1e-11, 0.99999), "time": (1e-3, 1.0)}
 
@@ -33,12 +35,14 @@ names = st.sampled_from(NAMES)
 
 def shape_of(model: str) -> tuple[int, int, int]:
     """Return the shape of a model's images."""
+    if model == NETWORK:
+        return networks.SHAPE
     return RGB if model in ("gaussian", SPARE) else SHAPE
 
 
 def _pixels(draw: st.DrawFn, shape: Sequence[int]) -> Any:
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    return rng.normal(size=shape) * draw(st.sampled_from([1e-30, 1.0, 100.0, 3e4]))
+    return rng.normal(size=shape) * draw(st.sampled_from([1e-30, 1.0, 100.0, 1e8]))
 
 
 def _level(draw: st.DrawFn, batch: int) -> tuple[str, list[float]]:
@@ -142,7 +146,9 @@ def inferences(draw: st.DrawFn) -> oip.ModelInferRequest:
         else:
             tensor.contents.fp32_contents.extend(array.ravel().tolist())
     outputs = draw(st.sampled_from([[], ["denoised"], ["score", "denoised"], ["log_evidence"]]))
-    request.outputs.extend(oip.ModelInferRequest.InferRequestedOutputTensor(name=n) for n in outputs)
+    request.outputs.extend(
+        oip.ModelInferRequest.InferRequestedOutputTensor(name=n) for n in outputs
+    )
     return request
 
 

@@ -52,7 +52,8 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 def mutate(draw: st.DrawFn, message: Message) -> None:
     """Change one thing in a message, however deep it lies."""
-    field = draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
+    fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
+    field = draw(st.sampled_from(fields))
     if draw(st.integers(0, 9)) == 0:
         message.ClearField(field.name)
     elif _is_map(field):
@@ -103,7 +104,9 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
     place = draw(st.integers(0, len(data)))
     match draw(st.sampled_from(["flip", "cut", "insert", "repeat"])):
         case "flip" if place < len(data):
-            return data[:place] + bytes([data[place] ^ draw(st.integers(1, 255))]) + data[place + 1 :]
+            return (
+                data[:place] + bytes([data[place] ^ draw(st.integers(1, 255))]) + data[place + 1 :]
+            )
         case "cut":
             return data[:place]
         case "insert":

@@ -1,4 +1,7 @@
-"""``DenoiseStream`` of any requests: one answer each, in order, however its caller behaves."""
+"""Streams and crowds of any requests: each its own answer, in order, however callers behave.
+
+The server has memory for one model, so that most requests meet one that is being loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,28 @@ from queue import SimpleQueue
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import status_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fuzz.good import METHODS, good
 from tests.fuzz.mutations import near
-from tests.fuzz.verdict import BOUND_S, CODES, full_name, judge_answers, judge_refusal
+from tests.fuzz.verdict import (
+    BOUND_S,
+    CODES,
+    begin,
+    finish,
+    full_name,
+    judge,
+    judge_answers,
+    judge_refusal,
+)
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 (METHOD,) = (method for method in METHODS if method.client_streaming)
+UNARY = [method for method in METHODS if not method.client_streaming]
+ENVIRONMENT = {"ELS_MEMORY_BYTES": "1"}
 REQUESTS = st.lists(st.one_of(near(good(METHOD)), st.binary(max_size=30)), max_size=12)
 
 quick = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -84,3 +99,26 @@ def test_a_conversation_is_answered_turn_by_turn(
         judge_answer(data, next(call))
     said.put(None)
     assert list(call) == []
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[tuple[MethodDescriptor, bytes, bool]]:
+    """Draw calls to make at once, and which of them to give up."""
+    methods = draw(st.lists(st.sampled_from(UNARY), min_size=2, max_size=12))
+    return [(method, draw(near(good(method))), draw(st.booleans())) for method in methods]
+
+
+@settings(quick, max_examples=40)
+@given(crowd=crowds())
+def test_a_crowd_of_any_requests_is_answered_and_who_leaves_harms_nobody(
+    channel: grpc.Channel, crowd: list[tuple[MethodDescriptor, bytes, bool]]
+) -> None:
+    since = time.monotonic()
+    calls = [begin(channel, method, data) for method, data, _ in crowd]
+    for call, (_, _, leaves) in zip(calls, crowd, strict=True):
+        if leaves:
+            call.cancel()
+    for call, (method, data, leaves) in zip(calls, crowd, strict=True):
+        outcome = finish(call, method, since)
+        if not leaves:
+            judge(method, data, outcome)

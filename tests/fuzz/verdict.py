@@ -135,7 +135,7 @@ def _check_query(request: Any, answer: Any, tensor: pb.Tensor) -> None:
         _check_tensor(answer.log_evidence, [batch, height, width], pb.DTYPE_F32)
 
 
-def _check_sample(request: pb.SampleRequest, answers: list[pb.SampleResponse]) -> None:
+def _check_sample(request: pb.SampleRequest, answers: list[Any]) -> None:
     first, last = answers[0], answers[-1]
     resumed = bool(request.resume_token)
     assert [answer.index for answer in answers] == list(range(first.index, last.total + 1))
