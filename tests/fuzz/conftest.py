@@ -18,6 +18,7 @@ from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 PAUSE_S = 0.02
 MOST_GROWTH = 64 << 20
 MOST_FILES = 32
+MOST_BYTES = 16 << 20
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,11 @@ def server(
     documents = {**DOCUMENTS, SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
     models = write_models(tmp_path_factory.mktemp("fuzz") / "models", documents)
     networks.write_folder(models / NETWORK, networks.config())
-    limits = {"ELS_MAX_IMAGES": "8", "ELS_MAX_STEPS": "6"}
+    limits = {
+        "ELS_MAX_IMAGES": "8",
+        "ELS_MAX_STEPS": "6",
+        "ELS_MAX_MESSAGE_BYTES": str(MOST_BYTES),
+    }
     special: dict[str, str] = getattr(request.module, "ENVIRONMENT", {})
     with serving("--models", models, "--threads", 1, **limits, **special) as process:
         yield process

@@ -52,7 +52,7 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 def mutate(draw: st.DrawFn, message: Message) -> None:
     """Change one thing in a message, however deep it lies."""
-    fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
     field = draw(st.sampled_from(fields))
     if draw(st.integers(0, 9)) == 0:
         message.ClearField(field.name)

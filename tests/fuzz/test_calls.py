@@ -6,10 +6,15 @@ import contextlib
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.e2e.bad_inferences import fp32, infer
+from tests.e2e.models_folder import RGB
+from tests.e2e.processes import ServerProcess
+from tests.fuzz.conftest import MOST_BYTES
 from tests.fuzz.good import METHODS, good
 from tests.fuzz.mutations import near
 from tests.fuzz.verdict import ask, full_name, judge, parses
@@ -68,3 +73,17 @@ def test_garbage_to_services_that_are_not_ours_ends_and_harms_nobody(
     with contextlib.suppress(grpc.RpcError):
         next(call, None)
     call.cancel()
+
+
+def test_an_id_that_makes_the_answer_too_large_is_refused_in_our_words(
+    server: ServerProcess,
+) -> None:
+    x = np.zeros((8, *RGB), "<f4")
+    request = infer(("x", "FP32", x.shape, x.tobytes()), fp32("sigma", 1.0), model="gaussian")
+    request.id = "a" * (MOST_BYTES - x.nbytes - 1000)
+    method = next(method for method in UNARY if method.name == "ModelInfer")
+    with grpc.insecure_channel(server.target, [("grpc.max_send_message_length", -1)]) as wide:
+        data = request.SerializeToString()
+        outcome = ask(wide, method, data)
+    assert outcome.code == "RESOURCE_EXHAUSTED"
+    judge(method, data, outcome)

@@ -118,7 +118,7 @@ class Models:
     def _missing(self, name: str, version: str) -> ElsError:
         if name in self._served:
             known = ", ".join(map(str, sorted(self._served[name])))
-            return NotFoundError(f"version of {name}: expected {known}, got {version!r:.100}")
+            return NotFoundError(f"version of {name}: expected {known}, got {version[:100]!r}")
         if self.starting:
             return UnavailableError("models are still being loaded")
         if name in self._loading:
@@ -128,7 +128,7 @@ class Models:
         if name in self._reasons:
             return NotFoundError(f"model: {name} is {self._reasons[name]}")
         known = shortened(", ".join(sorted(self._served)) or "none")
-        return NotFoundError(f"model: expected one of {known}, got {name!r:.100}")
+        return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
     def touch(self, entry: Entry) -> Lane | None:
         """Note that a version is asked; return its lane if it is loaded."""
@@ -251,7 +251,7 @@ class Models:
     def _versions_on_disk(self, name: str) -> list[int]:
         repository = self._repository
         if repository is None or name not in repository.names():
-            raise NotFoundError(f"model: the repository has no {name!r:.100}")
+            raise NotFoundError(f"model: the repository has no {name[:100]!r}")
         return repository.versions(name)
 
     async def _load_version(self, name: str, version: int) -> Entry:

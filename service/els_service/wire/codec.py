@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
+SHOWN = 100
+"""Elements of a list that an error tells of: there may be millions."""
 _ENVELOPE = 4096
 """Bytes of a response that are not tensor data, at most."""
 
@@ -59,8 +61,8 @@ def decode_tensor(message: pb.Tensor, field: str, max_images: int) -> npt.NDArra
     stored = _STORED.get(message.dtype)
     if stored is None:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
+    check_shape(message.shape, field, max_images)
     shape = tuple(message.shape)
-    check_shape(shape, field, max_images)
     size = math.prod(shape) * stored.itemsize
     if len(message.data) != size:
         raise InvalidArgumentError(
@@ -86,11 +88,25 @@ def check_shape(shape: Sequence[int], field: str, max_images: int) -> None:
         ResourceExhaustedError: More than ``max_images`` images.
     """
     if len(shape) != 4:
-        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
+        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape[:SHOWN]))
     if min(shape) < 1:
         raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
     if shape[0] > max_images:
         raise ResourceExhaustedError(f"{field}.shape", f"at most {max_images} images", shape[0])
+
+
+def check_lengths(limits: Limits, **lists: Sized) -> None:
+    """Check that no list has more values than there may be images.
+
+    Before anything walks along them: a message may hold tens of millions, and everybody waits.
+
+    Raises:
+        InvalidArgumentError: One has.
+    """
+    for field, values in lists.items():
+        if len(values) > limits.max_images:
+            expected = f"at most one for each of {limits.max_images} images"
+            raise InvalidArgumentError(field, expected, f"{len(values)} values")
 
 
 def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
@@ -149,7 +165,10 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
     size = x.size * output_size(request.output_dtype) + evidence
     check_answer_size("x.shape", size, limits)
-    level = decode_level(request.level, info.schedule)
+    given = request.level
+    check_lengths(limits, level=given.sigma or given.alpha_bar or given.time)
+    check_lengths(limits, labels=request.labels, windows=request.windows)
+    level = decode_level(given, info.schedule)
     return make_query(x, level, request.labels, decode_windows(request.windows))
 
 

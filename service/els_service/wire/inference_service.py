@@ -102,7 +102,8 @@ class InferenceService(Administration):
         query = _query(_decode(request, info), info, self._limits)
         shapes = outputs_of(info)
         numbers = sum(math.prod(shapes[name]) for name in wanted)
-        codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
+        size = 4 * len(query) * numbers + len(request.id.encode())
+        codec.check_answer_size("x.shape", size, self._limits)
         answer = self._engine.denoise(
             request.model_name, query, terms_of(context), version=request.model_version
         )
@@ -123,10 +124,11 @@ class InferenceService(Administration):
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
     """Return the names of the requested outputs; all where none is named."""
     known = list(outputs_of(info))
-    names = [output.name for output in request.outputs]
+    # One more than there can be is enough to tell that one comes twice.
+    names = [output.name for output in request.outputs[: len(known) + 1]]
     for name in names:
         if name not in known:
-            raise InvalidArgumentError("outputs", f"among {', '.join(known)}", repr(name)[:100])
+            raise InvalidArgumentError("outputs", f"among {', '.join(known)}", repr(name[:100]))
     if len(set(names)) < len(names):
         raise InvalidArgumentError("outputs", "each name once", names)
     return names or known
@@ -146,7 +148,7 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
         if raw and filled:
             raise InvalidArgumentError(f"inputs[{i}].contents", "none beside raw contents", filled)
         if tensor.name not in known:
-            got = repr(tensor.name)[:100]
+            got = repr(tensor.name[:100])
             raise InvalidArgumentError(f"inputs[{i}].name", f"among {', '.join(known)}", got)
         if tensor.name in decoded:
             raise InvalidArgumentError(f"inputs[{i}].name", "each name once", tensor.name)
@@ -159,13 +161,13 @@ def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> 
     datatype = INPUTS[tensor.name]
     layout = datatype.layout
     if tensor.datatype != datatype.name:
-        got = repr(tensor.datatype)[:100]
+        got = repr(tensor.datatype[:100])
         raise InvalidArgumentError(f"{tensor.name}.datatype", datatype.name, got)
-    shape = tuple(tensor.shape)
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
-    if len(shape) > 4 or min(shape, default=1) < 1:
-        expected = "at most 4 positive dimensions"
-        raise InvalidArgumentError(f"{tensor.name}.shape", expected, list(shape))
+    if len(tensor.shape) > 4 or min(tensor.shape, default=1) < 1:
+        got = list(tensor.shape[: codec.SHOWN])
+        raise InvalidArgumentError(f"{tensor.name}.shape", "at most 4 positive dimensions", got)
+    shape = tuple(tensor.shape)
     count = math.prod(shape)
     if raw is not None:
         size = count * np.dtype(layout).itemsize
@@ -190,21 +192,22 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
     sigma, alpha_bar, time = (
-        _flat(name, inputs[name]).tolist() if name in inputs else [] for name in LEVELS
+        _flat(name, inputs[name], limits).tolist() if name in inputs else [] for name in LEVELS
     )
     level = codec.one_level(sigma, alpha_bar, time, info.schedule)
     return make_query(
         x,
         level,
-        _flat("label", inputs["label"]).tolist() if "label" in inputs else (),
-        codec.decode_windows(_flat("window", inputs["window"]).tolist())
+        _flat("label", inputs["label"], limits).tolist() if "label" in inputs else (),
+        codec.decode_windows(_flat("window", inputs["window"], limits).tolist())
         if "window" in inputs
         else (),
     )
 
 
-def _flat(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _flat(name: str, values: npt.NDArray[Any], limits: Limits) -> npt.NDArray[Any]:
     """Return the values of a per-image input, whatever axes of one they came with."""
+    codec.check_lengths(limits, **{name: values.reshape(-1)})
     if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
     return values.reshape(-1)
