@@ -73,8 +73,7 @@ def _errors(log: Path) -> list[str]:
     return [line for line in lines if json.loads(line)["level"] == "error"]
 
 
-def main() -> None:
-    """Soak, print and record the numbers; exit 1 if they are not flat."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
@@ -85,8 +84,11 @@ def main() -> None:
     parser.add_argument("--fds", type=int, default=4, help="allowed growth in open files")
     parser.add_argument("--threads", type=int, default=2, help="allowed growth in threads")
     parser.add_argument("--out", type=Path, help="where the record goes")
-    options = parser.parse_args()
-    bounds = Bounds(options.mib_per_hour, options.noise_mib, options.fds, options.threads)
+    return parser.parse_args()
+
+
+def _run(options: argparse.Namespace) -> tuple[load.World, list[Sample], list[str]]:
+    """Return how the callers fared, what the server held, and what it did wrong."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         server, ports = _start(load.write_models(Path(folder) / "models"), log)
@@ -96,14 +98,20 @@ def main() -> None:
             code = server.wait(60)
         finally:
             server.kill()
-        errors = _errors(log)
-    print(*world.faults[:_ENOUGH], *errors[:_ENOUGH], sep="\n")
+        wrong = [*world.faults[:_ENOUGH], *_errors(log)[:_ENOUGH]]
+    return world, samples, wrong + ([f"the server ended with {code}"] if code else [])
+
+
+def main() -> None:
+    """Soak, print and record the numbers; exit 1 if they are not flat."""
+    options = _options()
+    bounds = Bounds(options.mib_per_hour, options.noise_mib, options.fds, options.threads)
+    world, samples, wrong = _run(options)
+    print(*wrong, sep="\n")
     verdict = judge(samples, options.warm_up, bounds)
-    faults = [*verdict.faults, *world.faults[:_ENOUGH], *errors[:_ENOUGH]]
-    faults += [f"the server ended with {code}"] if code else []
-    row = {
+    row: dict[str, Any] = {
         **asdict(verdict),
-        "faults": faults,
+        "faults": [*verdict.faults, *wrong],
         "bounds": asdict(bounds),
         "options": {"minutes": options.minutes, "every_s": options.every},
         "rounds": dict(world.answers),
@@ -113,7 +121,7 @@ def main() -> None:
         if name != "samples":
             print(f"{name:>20} {value}")
     print(f"record: {record.write('soak', [row], options.out)}")
-    sys.exit(1 if faults else 0)
+    sys.exit(1 if row["faults"] else 0)
 
 
 if __name__ == "__main__":

@@ -165,8 +165,8 @@ def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> 
         raise InvalidArgumentError(f"{tensor.name}.datatype", datatype.name, got)
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(tensor.shape) > 4 or min(tensor.shape, default=1) < 1:
-        got = list(tensor.shape[: codec.SHOWN])
-        raise InvalidArgumentError(f"{tensor.name}.shape", "at most 4 positive dimensions", got)
+        expected, shown = "at most 4 positive dimensions", list(tensor.shape[: codec.SHOWN])
+        raise InvalidArgumentError(f"{tensor.name}.shape", expected, shown)
     shape = tuple(tensor.shape)
     count = math.prod(shape)
     if raw is not None:
