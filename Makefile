@@ -13,7 +13,7 @@ install: $(VENV)/.installed $(PEER)/.installed
 
 $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[server,gpu,dev]'
+	$(BIN)/pip install --quiet --editable '.[server,tracing,gpu,dev]'
 	touch $@
 
 $(PEER)/.installed:
@@ -35,7 +35,9 @@ test: lint
 
 bench: install
 	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.rpc
+	$(BIN)/python -m benchmarks.kernels --errors
+	$(BIN)/python -m benchmarks.service.peers install
+	$(BIN)/python -m benchmarks.service
 
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
 SECONDS ?= 60

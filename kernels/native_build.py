@@ -20,8 +20,8 @@ LIBRARY = NATIVE / "libels_native.so"
 
 COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    # False alarms of GCC 12 within its own AVX-512 header.
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    # False alarms of GCC 12 within its own AVX-512 header; clang does not know the second.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
     # No vector crosses a function that is called from another file.
     "-Wno-psabi",
 )
@@ -49,31 +49,36 @@ def compile_native(root: Path) -> Path:
     library = root / LIBRARY
     library.unlink(missing_ok=True)
     compiler = _compiler()
-    source = root / NATIVE / "src"
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    kernels = KERNELS if x86 else {"baseline": KERNELS["baseline"]}
     with tempfile.TemporaryDirectory() as folder:
-        jobs: dict[Path, tuple[str, ...]] = {
-            Path(folder, "library.o"): (*COMMON, str(source / "library.cpp"))
-        }
-        for name, flags in kernels.items():
-            symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
-            jobs[Path(folder, f"{name}.o")] = (
-                *COMMON,
-                *flags,
-                *symbol,
-                str(source / "kernel.cpp"),
-            )
-        with ThreadPoolExecutor() as pool:
-            list(
-                pool.map(
-                    lambda job: _run(*compiler, *job[1], "-c", "-o", str(job[0])), jobs.items()
-                )
-            )
+        objects = compile_objects(compiler, root, Path(folder), platform.machine())
         linked = Path(folder, library.name)
-        _run(*compiler, "-shared", "-pthread", *map(str, jobs), "-o", str(linked))
+        run(*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(linked))
         shutil.move(linked, library)
     return library
+
+
+def compile_objects(
+    compiler: list[str], root: Path, folder: Path, machine: str, library: Path | None = None
+) -> list[Path]:
+    """Compile the kernels of a kind of machine and what chooses among them; return the objects.
+
+    ``library`` stands in for the library's own source, which it includes: for tests.
+    """
+    source = root / NATIVE / "src"
+    kernels = KERNELS if machine.lower() in ("x86_64", "amd64") else ("baseline",)
+    jobs: dict[Path, tuple[str, ...]] = {
+        folder / "library.o": (f"-I{source}", str(library or source / "library.cpp"))
+    }
+    for name in kernels:
+        symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
+        jobs[folder / f"{name}.o"] = (*KERNELS[name], *symbol, str(source / "kernel.cpp"))
+
+    def compile_one(job: tuple[Path, tuple[str, ...]]) -> None:
+        run(*compiler, *COMMON, *job[1], "-c", "-o", str(job[0]))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, jobs.items()))
+    return list(jobs)
 
 
 def _compiler() -> list[str]:
@@ -85,7 +90,8 @@ def _compiler() -> list[str]:
     raise NativeBuildError("no C++ compiler found: looked for c++, g++, clang++ and $CXX")
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
+    """Run a compiler, or raise NativeBuildError with what it said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

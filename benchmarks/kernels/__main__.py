@@ -2,10 +2,14 @@
 
     python -m benchmarks.kernels [--repeats 3] [--out FILE.json]
     python -m benchmarks.kernels --device cuda --out FILE.json
+    python -m benchmarks.kernels --errors [--out FILE.json]
+    python -m benchmarks.kernels --plot RECORD.json
 
 On a CPU rows come as they are measured: first against the naive form, in time and memory; then the
 native kernel alone, in batches, and against its peers in the same run (KeOps too where it is
-installed). On a GPU see ``cuda``.
+installed). On a GPU see ``cuda``. ``--errors`` measures each implementation against float64
+instead, over noise levels. Plots come beside a record if matplotlib is there; ``--plot`` draws them
+anew.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -27,20 +32,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best counts")
     parser.add_argument("--out", type=Path, help="where the record goes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--errors", action="store_true", help="errors against float64, no speeds")
+    parser.add_argument("--plot", type=Path, metavar="RECORD", help="draw a record only")
     parser.add_argument("--smoke", action="store_true", help="two tiny GPU cases on a CPU")
     options = parser.parse_args()
+    path: Path = options.plot or options.out or Path("kernels-cuda.json")
     if options.device == "cuda":
         from benchmarks.kernels import cuda
 
-        cuda.run(options.out or Path("kernels-cuda.json"), smoke=options.smoke)
-        return
-    from benchmarks.kernels import cpu, naive
+        cuda.run(path, smoke=options.smoke)
+    elif options.plot is None:
+        from benchmarks.kernels import cpu, errors, naive
 
-    rows = []
-    for row in chain(naive.rows(options.repeats), cpu.rows(options.repeats)):
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    print(f"record: {record.write('kernels-cpu', rows, options.out)}")
+        measured = chain(naive.rows(options.repeats), cpu.rows(options.repeats))
+        rows = []
+        for row in errors.rows() if options.errors else measured:
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        path = record.write(f"kernels-{'errors' if options.errors else 'cpu'}", rows, options.out)
+        print(f"record: {path}")
+    if find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed (pip install 'els-denoise[bench]')")
+        return
+    from benchmarks.kernels import plot
+
+    for picture in plot.draw(path):
+        print(f"plot: {picture}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class PatchAttention:
         """Prepare a bank.
 
         Args:
-            bank: [N, C, H, W] float32, N ≥ 1.
+            bank: [N, C, H, W] float32, finite, N ≥ 1.
             implementation: a key of ``IMPLEMENTATIONS``, or ``auto``, which logs its choice.
 
         Raises:
@@ -70,6 +71,7 @@ class PatchAttention:
                 "bank: expected float32 [N, C, H, W], none of them 0, "
                 f"got {bank.dtype} {list(bank.shape)}"
             )
+        _check_finite("bank", bank)
         if implementation == "auto":
             implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
@@ -95,7 +97,7 @@ class PatchAttention:
         """Return posterior mean and log evidence of every pixel.
 
         Args:
-            x: noisy images [B, C, H, W] float32 on the bank's device, ``x = a·x0 + s·ε``.
+            x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
             a: signal scale of each image [B], > 0.
             s: noise scale of each image [B], > 0.
             window: odd side of each image's patch [B] integers; None where ``geometry.whole``.
@@ -124,6 +126,7 @@ class PatchAttention:
             raise ValueError(
                 f"x: expected torch.float32 on {self.device}, got {x.dtype} on {x.device}"
             )
+        _check_finite("x", x)
 
     def _windows(self, window: Tensor | None, batch: int, geometry: Geometry) -> list[int]:
         if geometry.whole:
@@ -167,12 +170,19 @@ def fastest(bank: Tensor) -> str:
     return "native"
 
 
+def _check_finite(name: str, images: Tensor) -> None:
+    # NaN passes through both ends, and no mask as large as the images is made.
+    for end in torch.stack(images.aminmax()).tolist():
+        if not math.isfinite(end):
+            raise ValueError(f"{name}: expected finite pixels, got {end}")
+
+
 def _positive(name: str, scale: Tensor, batch: int) -> list[float]:
     if scale.shape != (batch,):
         raise ValueError(f"{name}: expected shape [{batch}], got {list(scale.shape)}")
     values = [float(value) for value in scale.tolist()]
     for value in values:
-        if not 0 < value < float("inf"):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return values
 

@@ -14,8 +14,10 @@ fits, so that no mask and no padding is left::
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +48,13 @@ class Geometry:
     sources: Sources
     padding: Padding
     whole: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for whole windows of every place under zero padding: no machine's."""
+        if self.whole and self.sources == "every" and self.padding == "zeros":
+            raise ValueError(
+                "geometry: expected a whole window of every place on the torus, got padding zeros"
+            )
 
 
 GEOMETRIES: dict[tuple[str, str], Geometry] = {
@@ -104,6 +113,14 @@ class Span:
     def single(self) -> bool:
         """Whether the span is one place, which only itself may answer."""
         return bool(self.places.stop - self.places.start == 1)
+
+
+def alike(*questions: Iterable[Hashable]) -> dict[tuple[Any, ...], list[int]]:
+    """Return which images of a batch ask the same: (entry of each list) → images, in order."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for b, key in enumerate(zip(*questions, strict=True)):
+        groups[key].append(b)
+    return groups
 
 
 def zero_padded_spans(length: int, window: int) -> list[Span]:

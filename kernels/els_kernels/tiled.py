@@ -14,12 +14,12 @@ The norm rides along as one more column of the matmul.
 
 Tile shapes depend on the sizes of image, window and range, never on the batch: each image's
 arithmetic is the same alone and in company. Images that ask for the same keys share their tiles.
+Matmuls cut their operands by the number of threads, though: bits hold for one number of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from els_kernels.geometry import Geometry, Padding, Posterior, band, zero_padded_spans
+from els_kernels.geometry import Geometry, Padding, Posterior, alike, band, zero_padded_spans
 
 _LOG2E = math.log2(math.e)
 _TILE = 1 << 20
@@ -57,10 +57,7 @@ class Tiled:
     ) -> Posterior:
         """Return the posteriors; images that share window and range share their key tiles."""
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        groups: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        for b, (k, (lo, hi)) in enumerate(zip(window, ranges, strict=True)):
-            groups[k, lo, hi].append(b)
-        for (k, lo, hi), members in groups.items():
+        for (k, (lo, hi)), members in alike(window, ranges).items():
             queries = [_Query(x[b] - a[b] * self._centre, a[b], s[b]) for b in members]
             states = _attend(queries, self._bank[lo:hi], k, geometry)
             for b, query, (peak, sums) in zip(members, queries, states, strict=True):

@@ -25,6 +25,8 @@ _CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
+# gRPC counts in int32 milliseconds.
+_Seconds = Annotated[float, Field(ge=0.001, le=2e6)]
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,48 @@ class Settings(BaseModel):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: _Port = 50051
     metrics_port: _Port = 9090
+    metrics_host: Annotated[str, Field(min_length=1)] | None = None
+    """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    insecure: bool = False
+    """Listen beyond loopback without TLS: something in front encrypts and authenticates."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate and its chain; read anew when it changes."""
+    tls_key: Path | None = None
+    """PEM file of its private key, not encrypted."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities; clients must then show a certificate of one of them."""
+    tokens: Path | None = None
+    """File of bearer tokens' hashes; callers must then show a token. Read anew when it changes."""
+    reflection: bool = True
+    """Whether the contract can be asked of the server."""
+    channelz: bool = False
+    """Whether gRPC's own view of connections can be asked; needs the role admin."""
+    keepalive_s: _Seconds = 60.0
+    """A connection silent for this long is pinged."""
+    keepalive_timeout_s: _Seconds = 20.0
+    """A ping not answered for this long closes the connection."""
+    client_ping_s: _Seconds = 5.0
+    """How often a client may ping, in calls and between them; one in more haste is sent away."""
+    handshake_s: _Seconds = 20.0
+    """A connection that has not begun to speak HTTP/2 by then is closed."""
+    max_connection_idle_s: _Seconds = 900.0
+    """A connection without calls for this long is closed."""
+    max_connection_age_s: _Seconds = 1800.0
+    """An older connection takes no new calls (GOAWAY), so that clients spread over servers."""
+    max_connection_age_grace_s: _Seconds = 900.0
+    """How long calls may go on on a connection that is too old."""
+    max_concurrent_streams: _Positive = 1024
+    """Calls at once on one connection; a client keeps further ones back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )
+    traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
+    """OTLP collector that speaks gRPC and takes the traces; None for none."""
+    traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the calls that are traced, where the caller has not decided."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     """How long work in flight may take to finish after SIGTERM; then it is told UNAVAILABLE."""
     grace_s: Annotated[float, Field(ge=0)] = 1.0
@@ -78,7 +116,8 @@ class Settings(BaseModel):
     queue_bytes: _Positive = 1 << 30
     """Pixels that may wait for one model, in bytes."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
-    """Predicted time of one batch; a single image may take longer."""
+    """Predicted time of one batch at most, shorter where launches cost little; a single image may
+    take longer."""
     starvation_s: Annotated[float, Field(gt=0)] = 1.0
     """A priority level with work is served at least this often, whatever waits before it."""
     memory_bytes: _Positive | None = None

@@ -34,8 +34,8 @@ def read_yaml(path: Path) -> Any:
         raise LoadError(path, f"expected YAML, got {' '.join(str(error).split())}") from error
 
 
-def validate(adapter: TypeAdapter[_T], content: Any, source: object) -> _T:
-    """Return the content as the adapter's type.
+def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: bool = False) -> _T:
+    """Return the content as the adapter's type; a ``secret`` one is not shown in errors.
 
     Raises:
         LoadError: It does not fit; names ``source`` and every fault.
@@ -44,8 +44,8 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object) -> _T:
         return adapter.validate_python(content)
     except ValidationError as error:
         faults = (
-            f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].lower()}, "
-            f"got {_BRIEF.repr(fault['input'])}"
+            f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].lower()}"
+            + ("" if secret else f", got {_BRIEF.repr(fault['input'])}")
             for fault in error.errors()
         )
-        raise LoadError(source, "; ".join(faults)) from error
+        raise LoadError(source, "; ".join(faults)) from (None if secret else error)

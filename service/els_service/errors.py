@@ -2,6 +2,8 @@
 
     ElsError                    INTERNAL
     ├── InvalidArgumentError    INVALID_ARGUMENT     a field of the request is wrong
+    ├── UnauthenticatedError    UNAUTHENTICATED      no token that is known
+    ├── PermissionDeniedError   PERMISSION_DENIED    a caller without the role
     ├── NotFoundError           NOT_FOUND            no model of that name
     ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
     ├── QueueFullError          RESOURCE_EXHAUSTED   too much work waits; says when to come again
@@ -73,6 +75,18 @@ class InvalidArgumentError(ElsError, ValueError):
     def __init__(self, field: str, expected: str, got: object) -> None:
         self.violation = Violation(field, expected, str(got))
         super().__init__(str(self.violation))
+
+
+class UnauthenticatedError(ElsError):
+    """The caller shows no token that is known; never says which was shown."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(ElsError):
+    """The caller is known, or need not be, but may not do this."""
+
+    code = "PERMISSION_DENIED"
 
 
 class NotFoundError(ElsError):

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import pytest
 from tests.clients.fake_server import FakeDenoiser, served
 
-from els_client import AsyncClient, Client, Step
+from els_client import AsyncClient, Client, Query, Step
 
 
 class Twin:
@@ -23,6 +23,14 @@ class Twin:
         if isinstance(self.client, Client):
             return list(self.client.sample(**options))
         return [step async for step in self.client.sample(**options)]
+
+    async def many(self, queries: Iterable[Query], **options: Any) -> list[Any]:
+        answers = self.client.denoise_many(queries, **options)
+        return list(answers) if isinstance(answers, Iterator) else [one async for one in answers]
+
+    async def operate(self, method: str, *args: Any, **options: Any) -> Any:
+        answer = getattr(self.client.repository, method)(*args, **options)
+        return answer if isinstance(self.client, Client) else await answer
 
     async def close(self) -> None:
         await self.call("close")

@@ -6,6 +6,8 @@ The model's name says how a call goes: see ``_FAILURES`` and ``FakeDenoiser._ent
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager
@@ -15,10 +17,13 @@ import numpy as np
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_status import rpc_status
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1 import denoise_pb2_grpc as pb_grpc
+from els_proto.inference import grpc_service_pb2 as oip
+from els_proto.inference import grpc_service_pb2_grpc as oip_grpc
 
 _READ = {pb.DTYPE_F32: "<f4", pb.DTYPE_F16: "<f2", pb.DTYPE_U8: "u1"}
 _FAILURES = {
@@ -40,11 +45,20 @@ MODELS = {
         schedule="cosine",
         label_count=2,
         label_names=["Boot", "Bag"],
-        limits=pb.Limits(max_images=256, max_steps=1000, max_message_bytes=2**26, max_sigma=80.0),
+        limits=pb.Limits(
+            max_images=256,
+            max_steps=1000,
+            max_message_bytes=2**26,
+            max_sigma=80.0,
+            max_pixels=9,
+            priority_levels=4,
+        ),
         bank=pb.Bank(fingerprint="ab", images=7, source="a box", licence="MIT"),
         batch_invariant=True,
         has_log_evidence=True,
         implementation="cpu",
+        version="3",
+        memory_bytes=1000,
     ),
     "rgb": pb.Model(name="rgb", kind="gaussian", channels=3, height=4, width=6),
 }
@@ -53,12 +67,17 @@ MODELS = {
 class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
     """Answers denoised = 2x, score = -x, evidence = its sum over C; samples count up.
 
-    ``cancelled`` is set when the caller of a slow or endless call is gone.
+    ``cancelled`` is set when the caller of a slow or endless call is gone; ``metadata`` is what
+    each call came with, ``calls`` how often each model was asked.
     """
 
     def __init__(self) -> None:
         self.requests: list[Message] = []
+        self.metadata: list[dict[str, str | bytes]] = []
+        self.remaining_s: list[float | None] = []
+        self.calls: Counter[str] = Counter()
         self.cancelled = threading.Event()
+        self.busy = threading.Lock()
 
     def Denoise(
         self, request: pb.DenoiseRequest, context: grpc.ServicerContext
@@ -67,6 +86,23 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
         x = values(request.x)
         evidence = tensor(x.sum(1)) if request.return_log_evidence else None
         return pb.DenoiseResponse(denoised=tensor(2 * x), log_evidence=evidence)
+
+    def DenoiseStream(
+        self, requests: Iterator[pb.DenoiseRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.DenoiseStreamResponse]:
+        self.calls["stream"] += 1
+        for request in requests:
+            self.requests.append(request)
+            self.calls[request.model] += 1
+            if request.model == "drains" and self.calls["drains"] in (3, 5):
+                context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+            elif request.model in _FAILURES:
+                code, text = _FAILURES[request.model]
+                status = status_pb2.Status(code=code.value[0], message=text)
+                yield pb.DenoiseStreamResponse(error=status)
+            else:
+                answer = pb.DenoiseResponse(denoised=tensor(2 * values(request.x)))
+                yield pb.DenoiseStreamResponse(response=answer)
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         self._enter(request, request.model, context)
@@ -78,7 +114,12 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
         self._enter(request, request.model, context)
         model = MODELS.get(request.model, MODELS["fashion-els"])
         shape = (request.count, model.channels, model.height, model.width)
-        for index in range(1, request.steps + 1):
+        first = int(request.resume_token or b"0") + 1
+        for index in range(first, request.steps + 1):
+            if index > first + 1 and request.model in ("drains", "breaks"):
+                if request.model == "drains":
+                    yield pb.SampleResponse(resume_token=f"{index - 1}".encode())
+                context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
             last = index == request.steps
             x = tensor(np.full(shape, index / request.steps))
             denoised = x if last else tensor(np.zeros(shape))
@@ -89,6 +130,7 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
                 denoised=denoised if request.return_denoised or last else None,
                 alpha_bar=index / request.steps,
                 noise=tensor(np.ones(shape)) if request.return_noise and index == 1 else None,
+                resume_token=f"{index}".encode() if request.return_resume_token else b"",
             )
             if request.model == "endless":
                 self.cancelled.wait(30)
@@ -102,11 +144,25 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
     ) -> pb.GetModelResponse:
-        self._enter(request, request.name, context)
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.remaining_s.append(context.time_remaining())
+        if request.name == "missing":
+            context.abort(*_FAILURES[request.name])
         return pb.GetModelResponse(model=MODELS.get(request.name, MODELS["fashion-els"]))
 
     def _enter(self, request: Message, model: str, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.remaining_s.append(context.time_remaining())
+        self.calls[model] += 1
+        if model == "late":
+            time.sleep(0.1)
+        if model == "stalls":  # One at a time, and the second call takes long.
+            with self.busy:
+                time.sleep(0.4 if self.calls[model] == 2 else 0)
+        if model == "full" and self.calls[model] < 3:
+            context.abort_with_status(try_again(0.15))
         if model in _FAILURES:
             context.abort(*_FAILURES[model])
         if model == "flaky" and len(self.requests) < 3:
@@ -136,29 +192,123 @@ def tensor(array: np.ndarray) -> pb.Tensor:
 
 def bad_request(violations: Mapping[str, str]) -> grpc.Status:
     """Return INVALID_ARGUMENT with details; its message names the first field alone."""
-    detail = any_pb2.Any()
-    detail.Pack(
-        error_details_pb2.BadRequest(
-            field_violations=[
-                error_details_pb2.BadRequest.FieldViolation(field=field, description=text)
-                for field, text in violations.items()
-            ]
-        )
+    detail = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(field=field, description=text)
+            for field, text in violations.items()
+        ]
     )
     field, text = next(iter(violations.items()))
-    status = status_pb2.Status(
-        code=code_pb2.INVALID_ARGUMENT, message=f"{field}: {text}", details=[detail]
-    )
+    return _status(code_pb2.INVALID_ARGUMENT, f"{field}: {text}", detail)
+
+
+def try_again(after_s: float) -> grpc.Status:
+    """Return RESOURCE_EXHAUSTED that says when there will be room."""
+    detail = error_details_pb2.RetryInfo()
+    detail.retry_delay.FromNanoseconds(round(after_s * 1e9))
+    return _status(code_pb2.RESOURCE_EXHAUSTED, "the queue is full", detail)
+
+
+def _status(code: int, message: str, detail: Message) -> grpc.Status:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    status = status_pb2.Status(code=code, message=message, details=[packed])
     answer: grpc.Status = rpc_status.to_status(status)
     return answer
 
 
+class FakeRepository(oip_grpc.GRPCInferenceServiceServicer):
+    """Knows one model; refuses to load another, and whoever has not the token ``admin``."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.level = "info"
+
+    def RepositoryIndex(
+        self, request: oip.RepositoryIndexRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryIndexResponse:
+        index = oip.RepositoryIndexResponse.ModelIndex
+        models = [index(name="fashion-els", version="3", state="READY")]
+        if not request.ready:
+            models.append(index(name="torn", version="1", state="UNAVAILABLE", reason="no bank"))
+        return oip.RepositoryIndexResponse(models=models)
+
+    def RepositoryModelLoad(
+        self, request: oip.RepositoryModelLoadRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryModelLoadResponse:
+        self._enter(context)
+        if request.model_name == "torn":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "torn: no bank")
+        self.done.append(("load", request.model_name))
+        return oip.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(
+        self, request: oip.RepositoryModelUnloadRequest, context: grpc.ServicerContext
+    ) -> oip.RepositoryModelUnloadResponse:
+        self._enter(context)
+        self.done.append(("unload", request.model_name))
+        return oip.RepositoryModelUnloadResponse()
+
+    def ModelStatistics(
+        self, request: oip.ModelStatisticsRequest, context: grpc.ServicerContext
+    ) -> oip.ModelStatisticsResponse:
+        inference = oip.InferStatistics(
+            success=oip.StatisticDuration(count=5, ns=4_000_000_000),
+            fail=oip.StatisticDuration(count=1),
+            queue=oip.StatisticDuration(count=5, ns=1_500_000_000),
+            compute_infer=oip.StatisticDuration(count=5, ns=2_500_000_000),
+        )
+        model = oip.ModelStatistics(
+            name="fashion-els",
+            version="3",
+            inference_count=7,
+            execution_count=2,
+            inference_stats=inference,
+        )
+        return oip.ModelStatisticsResponse(model_stats=[model])
+
+    def LogSettings(
+        self, request: oip.LogSettingsRequest, context: grpc.ServicerContext
+    ) -> oip.LogSettingsResponse:
+        self._enter(context)
+        if "log_level" in request.settings:
+            self.level = request.settings["log_level"].string_param
+        response = oip.LogSettingsResponse()
+        response.settings["log_level"].string_param = self.level
+        return response
+
+    def _enter(self, context: grpc.ServicerContext) -> None:
+        token = dict(context.invocation_metadata()).get("authorization")
+        if token is None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed")
+        if token != "Bearer admin":
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "the role admin is needed")
+
+
 @contextmanager
-def served(denoiser: FakeDenoiser) -> Iterator[str]:
-    """Serve on a free port and yield its address."""
-    server = grpc.server(futures.ThreadPoolExecutor(4))
+def served(
+    denoiser: FakeDenoiser,
+    repository: FakeRepository | None = None,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    health_of: health.HealthServicer | None = None,
+) -> Iterator[str]:
+    """Serve on a free port and yield its address; every connection may ask for health."""
+    server = grpc.server(
+        futures.ThreadPoolExecutor(8),
+        options=[("grpc.http2.min_ping_interval_without_data_ms", 5_000)],
+    )
     pb_grpc.add_DenoiserServiceServicer_to_server(denoiser, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    # The methods that it lacks answer UNIMPLEMENTED: so says the class that it comes from.
+    repository = repository or FakeRepository()  # type: ignore[abstract]
+    oip_grpc.add_GRPCInferenceServiceServicer_to_server(repository, server)
+    health_pb2_grpc.add_HealthServicer_to_server(
+        health_of or health.HealthServicer(experimental_non_blocking=True), server
+    )
+    if credentials:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         yield f"127.0.0.1:{port}"

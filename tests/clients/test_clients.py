@@ -14,11 +14,13 @@ from tests.clients.fake_server import FakeDenoiser
 
 from els_client import (
     AsyncClient,
+    AsyncRepository,
     Client,
     DeadlineExceededError,
     ElsError,
     InvalidArgumentError,
     NotFoundError,
+    Repository,
     ResourceExhaustedError,
     UnavailableError,
 )
@@ -50,6 +52,21 @@ async def test_levels_labels_and_windows_reach_the_server_as_they_were_given(
     assert not request.return_log_evidence
 
 
+async def test_priority_version_and_deadline_reach_the_server(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    for method in ("denoise", "score"):
+        await twin.call(method, X, **ELS, priority=1, version="3", timeout_s=5.0)
+    await twin.steps(model="fashion-els", priority=1, version="3", timeout_s=5.0)
+    for request, remaining_s in zip(fake.requests, fake.remaining_s, strict=True):
+        assert isinstance(request, pb.DenoiseRequest | pb.ScoreRequest | pb.SampleRequest)
+        assert (request.priority, request.version) == (1, "3")
+        assert remaining_s is not None
+        assert 3 < remaining_s < 6
+    await twin.call("model", "fashion-els", version="2")
+    assert fake.requests[-1] == pb.GetModelRequest(name="fashion-els", version="2")
+
+
 async def test_evidence_comes_with_the_denoised_images(twin: Twin) -> None:
     denoised, evidence = await twin.call("denoise_with_evidence", X, **ELS)
     np.testing.assert_array_equal(denoised, 2 * X)
@@ -63,6 +80,8 @@ async def test_models_are_described_in_full(twin: Twin) -> None:
     assert els.window.k == (3, 5)
     assert els.label_names == ("Boot", "Bag")
     assert els.limits.max_images == 256
+    assert (els.limits.max_pixels, els.limits.priority_levels) == (9, 4)
+    assert (els.version, els.memory_bytes) == ("3", 1000)
     assert els.bank.images == 7
     assert rgb.window is None
     assert rgb.bank is None
@@ -154,6 +173,10 @@ async def test_nothing_is_sent_before_the_arguments_are_sound(
         await twin.call("denoise", X[0, 0], **ELS)
     with pytest.raises(ValueError, match="sampler: expected one of"):
         await twin.steps(model="fashion-els", sampler="euler")
+    with pytest.raises(ValueError, match="priority: expected at least 1, got 0"):
+        await twin.call("denoise", X, **ELS, priority=0)
+    with pytest.raises(ValueError, match="in_flight: expected at least 1, got 0"):
+        await twin.many([], in_flight=0)
     assert fake.requests == []
 
 
@@ -229,7 +252,14 @@ def test_an_iterator_that_is_never_asked_starts_no_call(target: str, fake: FakeD
 
 
 def test_the_twins_have_the_same_methods_with_the_same_parameters() -> None:
-    for name, method in vars(Client).items():
-        if not name.startswith("_"):
-            twin = getattr(AsyncClient, name)
-            assert inspect.signature(twin).parameters == inspect.signature(method).parameters
+    for one, other in ((Client, AsyncClient), (Repository, AsyncRepository)):
+        for name, method in vars(one).items():
+            if not name.startswith("_") and callable(method):
+                assert parameters(getattr(other, name)) == parameters(method), name
+
+
+def parameters(method: Any) -> list[tuple[str, object, object]]:
+    """Return them without the types of questions, which may come asynchronously."""
+    return [
+        (name, one.kind, one.default) for name, one in inspect.signature(method).parameters.items()
+    ]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from els_client import ElsError, InvalidArgumentError
+from els_client import ElsError, InvalidArgumentError, Query
 from els_client import _codec as codec
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -126,7 +126,6 @@ def test_an_answer_that_is_no_f32_tensor_is_an_error_of_ours(tensor: pb.Tensor) 
     ids=["window", "model", "label"],
 )
 def test_what_no_message_can_hold_is_an_error_of_our_own(wrong: dict[str, Any]) -> None:
-    level = codec.encode_level(1.0, None, None)
-    question: dict[str, Any] = {"model": "m", "label": None, "window": None, **wrong}
+    query = Query(np.zeros((1, 1, 2, 2)), **{"model": "m", "sigma": 1.0, **wrong})
     with pytest.raises(InvalidArgumentError):
-        codec.encode_query(pb.DenoiseRequest, np.zeros((1, 1, 2, 2)), level=level, **question)
+        codec.encode_query(pb.DenoiseRequest, query)

@@ -86,6 +86,7 @@ def test_weights_may_be_stored_in_half_precision(tmp_path: Path, dtype: torch.dt
         ("schedule", "linear", "schedule: "),
         ("precision", "float8", "precision: expected one of"),
         ("precision", "tf32", "precision: expected float32, bfloat16 or float16 on a CPU"),
+        ("compile", "cuda-graphs", "compile: expected none or default on a CPU"),
         ("compile", "max", "compile: expected one of"),
         ("buckets", [4, 4], "buckets: expected increasing"),
         ("buckets", [0], "buckets: expected"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,24 @@ def test_a_circular_network_commutes_with_shifts(architecture: str) -> None:
     shifted = make_query(question.x.roll((4, 8), (2, 3)), question.level, question.labels.tolist())
     got = model.denoise(shifted).mean
     assert relative_error(got, model.denoise(question).mean.roll((4, 8), (2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_convolutions_pad_as_torch_does_and_keep_the_layout(
+    padding: Literal["zeros", "circular"],
+) -> None:
+    of = config(padding=padding, blocks=1, label_count=0, shape=(1, 5, 4))
+    network = build_network(of)
+    network.set_layout(torch.channels_last)
+    plain = torch.nn.Conv2d(1, 8, 3, padding=1, padding_mode=padding)
+    up = network.body.up
+    assert isinstance(up, torch.nn.Conv2d)
+    plain.load_state_dict(up.state_dict())
+    x = random_images((2, 1, 5, 4))
+    with torch.no_grad():
+        hidden = up(x.clone(memory_format=torch.channels_last))
+        torch.testing.assert_close(hidden, plain(x))
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_resnet_sees_two_pixels_a_conv_and_no_further() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.e2e.models_folder import write_models
-from tests.e2e.processes import ServerProcess, serving
+from tests.e2e.processes import ODD, ServerProcess, serving
 
 from els_client import Client
 
@@ -21,6 +21,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(models: Path) -> Iterator[ServerProcess]:
     """One server process for all tests that leave it as they found it."""
     with serving("--models", models, "--threads", 1) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def odd(models: Path) -> Iterator[ServerProcess]:
+    """A second server, with a model of 20 ms an image and a short queue."""
+    options = {"ELS_QUEUE_S": "2", "ELS_STARVATION_S": "0.3"}
+    with serving("--models", models, "--threads", 1, program=ODD, **options) as process:
         yield process
 
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
+ODD = (sys.executable, Path(__file__).with_name("odd_server.py"))
+"""A program: ``els-server`` with the models of ``odd_server``."""
 START_S = 60
 """Ample: two busy cores take a few seconds."""
 
@@ -42,13 +44,25 @@ class ServerProcess:
     """``els-server run`` on free ports; its stdout is piped, its stderr goes to a file.
 
     It drains without grace unless told otherwise.
+
+    Args:
+        log: where its stderr goes.
+        options: of ``run``; they outrank ours.
+        program: what is run instead of ``els-server``.
+        variables: of its environment.
     """
 
-    def __init__(self, log: Path, *options: object, **variables: str) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *options: object,
+        program: Sequence[object] = (BIN / "els-server",),
+        **variables: str,
+    ) -> None:
         self._log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [BIN / "els-server", "run", "--port=0", "--metrics-port=0", *map(str, options)],
+                [*map(str, program), "run", "--port=0", "--metrics-port=0", *map(str, options)],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=environment(**{"ELS_GRACE_S": "0", **variables}),
@@ -90,10 +104,12 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(*options: object, **variables: str) -> Iterator[ServerProcess]:
+def serving(
+    *options: object, program: Sequence[object] = (BIN / "els-server",), **variables: str
+) -> Iterator[ServerProcess]:
     """Yield a server process that is ready; it is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(Path(folder) / "log", *options, **variables)
+        server = ServerProcess(Path(folder) / "log", *options, program=program, **variables)
         try:
             yield server
         finally:

@@ -130,6 +130,40 @@ def test_the_limit_is_published_and_a_message_over_it_is_refused(
     assert_answers(narrow)
 
 
+def test_pixels_over_their_limit_are_refused_and_the_limit_is_published(models: Path) -> None:
+    with (
+        serving("--models", models, ELS_MAX_PIXELS="6144") as server,
+        grpc.insecure_channel(server.target) as few,
+    ):
+        ours, theirs = DenoiserServiceStub(few), GRPCInferenceServiceStub(few)
+        limits = ours.GetModel(pb.GetModelRequest(name="zeros"), timeout=TIMEOUT_S).model.limits
+        assert (limits.max_pixels, limits.priority_levels) == (6144, 3)
+
+        def asked(images: int) -> pb.DenoiseRequest:
+            shape = (images, 3, 32, 32)
+            x = pb.Tensor(dtype=pb.DTYPE_U8, shape=shape, data=bytes(images * 3072))
+            return denoise(model="gaussian", x=x)
+
+        def inferred(images: int) -> Any:
+            x = fp32("x", *[0.0] * (images * 3072), shape=(images, 3, 32, 32))
+            return infer(x, fp32("sigma", 1.0), model="gaussian")
+
+        told = "at most 6144 pixels (B·C·H·W)"
+        for call, field in (
+            (refused(lambda: ours.Denoise(asked(3), timeout=TIMEOUT_S)), "x.shape"),
+            (refused(lambda: theirs.ModelInfer(inferred(3), timeout=TIMEOUT_S)), "x.shape"),
+            (
+                refused(lambda: ours.Sample(sample(model="gaussian", count=3), timeout=TIMEOUT_S)),
+                "count",
+            ),
+        ):
+            assert_refused(call, "RESOURCE_EXHAUSTED", field, told, "9216")
+        assert ours.Denoise(asked(2), timeout=TIMEOUT_S).denoised.data
+        assert theirs.ModelInfer(inferred(2), timeout=TIMEOUT_S).raw_output_contents
+        drawn = sample(model="gaussian", count=2, steps=1)
+        assert [step.index for step in ours.Sample(drawn, timeout=TIMEOUT_S)] == [1]
+
+
 def test_an_answer_over_the_limit_is_refused_before_it_is_computed(narrow: grpc.Channel) -> None:
     images = 16
     bytes_of_x = images * 3 * 32 * 32

@@ -14,12 +14,13 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.bad_requests import denoise
+from tests.e2e.bad_requests import denoise, sample
 from tests.e2e.models_folder import DOCUMENTS
 from tests.e2e.processes import ServerProcess
 from tests.e2e.refusals import TIMEOUT_S, refused
 
 from els_client import Client
+from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.version import COMMIT, VERSION
 
@@ -85,16 +86,19 @@ def test_metrics_tell_version_and_commit(server: ServerProcess) -> None:
     assert metrics(server)["els_build_info"] == [({"version": VERSION, "commit": COMMIT}, 1.0)]
 
 
-def test_metrics_have_our_prefix_seconds_and_labels(server: ServerProcess, client: Client) -> None:
+def test_metrics_have_known_prefixes_seconds_and_labels(
+    server: ServerProcess, client: Client
+) -> None:
     # Enough pairs to be queued: small questions are answered on the spot.
     client.denoise(np.zeros((256, 1, 6, 5), np.float32), model="circular", sigma=1.0)
     found = metrics(server)
-    assert {name.partition("_")[0] for name in found} == {"els"}
+    assert {name.partition("_")[0] for name in found} == {"els", "grpc", "process"}
     labels = {
         "els_request_seconds": {"model", "method", "code"},
         "els_queue_seconds": {"model"},
         "els_compute_seconds": {"model"},
         "els_batch_size": {"model"},
+        "els_batch_cost_seconds": {"model"},
     }
     for name, expected in labels.items():
         assert {frozenset(found) for found, _ in found[f"{name}_count"]} == {frozenset(expected)}
@@ -122,6 +126,58 @@ def test_every_call_is_counted_under_its_model_method_and_code(
     refused(lambda: stub.Denoise(denoise(model="nobody"), timeout=TIMEOUT_S))
     assert [count(**labels) for labels in asked] == [number + 1 for number in before]
     assert value(server, "els_batch_size_sum", model="ideal") == images + 3 + 2 * 2
+
+
+def test_calls_have_the_metrics_that_grpc_dashboards_know(
+    server: ServerProcess, channel: grpc.Channel
+) -> None:
+    def count(name: str, method: str, kind: str, **labels: str) -> float:
+        labels |= {"grpc_type": kind, "grpc_service": SERVICES[0], "grpc_method": method}
+        return value(server, f"grpc_server_{name}", **labels)
+
+    asked: list[tuple[str, str, str, dict[str, str], int]] = [
+        ("started_total", "GetModel", "unary", {}, 2),
+        ("handled_total", "GetModel", "unary", {"grpc_code": "OK"}, 1),
+        ("handled_total", "GetModel", "unary", {"grpc_code": "NotFound"}, 1),
+        ("handling_seconds_count", "GetModel", "unary", {}, 2),
+        ("msg_sent_total", "GetModel", "unary", {}, 1),
+        ("msg_received_total", "Sample", "server_stream", {}, 1),
+        ("msg_sent_total", "Sample", "server_stream", {}, 3),
+        ("msg_received_total", "DenoiseStream", "bidi_stream", {}, 2),
+        ("msg_sent_total", "DenoiseStream", "bidi_stream", {}, 2),
+    ]
+    before = [count(*one[:3], **one[3]) for one in asked]
+    stub = DenoiserServiceStub(channel)
+    stub.GetModel(pb.GetModelRequest(name="ideal"), timeout=TIMEOUT_S)
+    refused(lambda: stub.GetModel(pb.GetModelRequest(name="nobody"), timeout=TIMEOUT_S))
+    list(stub.Sample(sample(steps=3), timeout=TIMEOUT_S))
+    list(stub.DenoiseStream(iter([denoise(), denoise(labels=[9])]), timeout=TIMEOUT_S))
+    rises = [count(*one[:3], **one[3]) - was for one, was in zip(asked, before, strict=True)]
+    assert rises == [rise for *_, rise in asked]
+    labels = {"model": "ideal", "method": "GetModel", "code": "OK"}
+    assert value(server, "els_request_seconds_count", **labels) >= 1
+
+
+def test_gauges_of_the_engine_and_the_process_are_there(server: ServerProcess) -> None:
+    found = metrics(server)
+    for name in ("els_queue_items", "els_queue_cost_seconds", "els_model_memory_bytes"):
+        assert {labels["model"] for labels, _ in found[name]} <= DOCUMENTS.keys()
+    assert found["els_trajectories"] == [({}, 0.0)]
+    for name in (
+        "els_device_busy_seconds_total",
+        "els_event_loop_lag_seconds_count",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+    ):
+        assert found[name][0][1] > 0
+
+
+def test_logs_carry_the_trace_of_the_caller(server: ServerProcess, channel: grpc.Channel) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    metadata = (("traceparent", f"00-{trace_id}-b7ad6b7169203331-00"),)
+    stub = DenoiserServiceStub(channel)
+    refused(lambda: stub.Denoise(denoise(labels=[9]), timeout=TIMEOUT_S, metadata=metadata))
+    assert server.records()[-1]["trace_id"] == trace_id
 
 
 def test_names_of_unknown_models_make_no_new_time_series(

@@ -69,3 +69,51 @@ def test_a_bad_input_is_refused_in_our_words(report: Any) -> None:
         "StatusCode.INVALID_ARGUMENT",
         "level.sigma: expected s/a from 0.0001 to 1e+06, got -1.0",
     ]
+
+
+def test_priority_and_timeout_are_taken(report: Any) -> None:
+    assert report["urgent"] == report["all"]
+
+
+def test_the_configuration_tells_what_a_load_generator_needs(report: Any) -> None:
+    config = report["config"]
+    assert (config["name"], config["max_batch_size"]) == ("zeros", 256)
+    inputs = {tensor["name"]: tensor for tensor in config["input"]}
+    assert inputs["x"]["dims"] == ["1", "6", "5"]
+    assert inputs["sigma"]["dims"] == inputs["window"]["dims"] == ["1"]
+    optional = sorted(name for name, tensor in inputs.items() if tensor.get("optional"))
+    assert optional == ["alpha_bar", "label", "sigma", "time", "window"]
+    types = {tensor["name"]: tensor["data_type"] for tensor in config["input"] + config["output"]}
+    assert [types[name] for name in ("x", "label", "denoised")] == [
+        *("TYPE_FP32", "TYPE_INT64", "TYPE_FP32")
+    ]
+    assert [output["name"] for output in config["output"]] == ["denoised", "score", "log_evidence"]
+    batching = config["dynamic_batching"]
+    assert (batching["priority_levels"], batching["default_priority_level"]) == ("3", "2")
+    assert config["parameters"]["batch_invariant"] == {"string_value": "true"}
+
+
+def test_the_statistics_count_what_was_asked(report: Any) -> None:
+    (statistics,) = report["statistics"]
+    assert (statistics["name"], statistics["version"]) == ("zeros", "1")
+    images = sum(
+        int(batch["batch_size"]) * int(batch["compute_infer"]["count"])
+        for batch in statistics["batch_stats"]
+    )
+    batches = sum(int(batch["compute_infer"]["count"]) for batch in statistics["batch_stats"])
+    assert int(statistics["inference_count"]) == images >= 10
+    assert int(statistics["execution_count"]) == batches >= 5
+    assert int(statistics["inference_stats"]["success"]["count"]) >= 5
+    assert int(statistics["inference_stats"]["compute_infer"]["ns"]) > 0
+    assert int(statistics["last_inference"]) > 1_700_000_000_000
+
+
+def test_the_level_of_the_log_is_read_and_changed(report: Any) -> None:
+    assert report["log"] == ["info", "debug", "warning", "info"]
+
+
+def test_a_model_is_unloaded_and_loaded(report: Any) -> None:
+    served, unloaded, ready, again, ready_again = report["repository"]
+    assert served == again == {"name": "valid", "version": "1", "state": "READY"}
+    assert (unloaded["state"], unloaded["reason"]) == ("UNAVAILABLE", "unloaded")
+    assert (ready, ready_again) == (False, True)

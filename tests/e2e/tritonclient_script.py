@@ -40,6 +40,31 @@ def values(result: Any, *names: str) -> dict[str, list[float] | None]:
     }
 
 
+def log_levels(client: Any) -> list[str]:
+    """Return the level of the log: before, more of it, less of it, and as it was."""
+    answers = [
+        client.get_log_settings(as_json=True),
+        client.update_log_settings({"log_verbose_level": 1}, as_json=True),
+        client.update_log_settings({"log_verbose_level": 0, "log_info": False}, as_json=True),
+        client.update_log_settings({"log_info": True}, as_json=True),
+    ]
+    return [answer["settings"]["log_level"]["string_param"] for answer in answers]
+
+
+def repository_states(client: Any, model: str) -> list[Any]:
+    """Return what the index says of a model: served, unloaded, and loaded again."""
+
+    def state() -> Any:
+        index = client.get_model_repository_index(as_json=True)["models"]
+        return next(entry for entry in index if entry["name"] == model)
+
+    states = [state()]
+    client.unload_model(model)
+    states += [state(), client.is_model_ready(model)]
+    client.load_model(model)
+    return [*states, state(), client.is_model_ready(model)]
+
+
 def main(target: str) -> None:
     every = ("denoised", "score", "log_evidence")
     client = triton.InferenceServerClient(target)
@@ -68,6 +93,13 @@ def main(target: str) -> None:
         client.infer("zeros", inputs(sigma=(-1.0, 1.0)))
     except triton.InferenceServerException as refusal:
         report["refusal"] = [refusal.status(), refusal.message()]
+    report["urgent"] = values(
+        client.infer("zeros", inputs(), priority=1, timeout=9_000_000), *every
+    )
+    report["config"] = client.get_model_config("zeros", as_json=True)["config"]
+    report["statistics"] = client.get_inference_statistics("zeros", as_json=True)["model_stats"]
+    report["log"] = log_levels(client)
+    report["repository"] = repository_states(client, "valid")
     client.close()
     print(json.dumps(report))
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.denoisers import networks
-from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.e2e.processes import ServerProcess, serving
-from tests.fuzz.good import NETWORK, SPARE
+from tests.fuzz.good import write_world
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -26,9 +24,7 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     """A server of small limits that ends this module unharmed, without an error in its log."""
-    documents = {**DOCUMENTS, SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
-    models = write_models(tmp_path_factory.mktemp("fuzz") / "models", documents)
-    networks.write_folder(models / NETWORK, networks.config())
+    models = write_world(tmp_path_factory.mktemp("fuzz") / "models")
     limits = {
         "ELS_MAX_IMAGES": "8",
         "ELS_MAX_STEPS": "6",

@@ -21,6 +21,8 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, check_query
+from els_service.engine.lane import Statistics
+from els_service.engine.models import Entry
 from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError, ResourceExhaustedError
 from els_service.wire import codec, inference_service
@@ -30,6 +32,7 @@ INFO = DenoiserInfo(
     kind="analytic", shape=SHAPE, label_count=LABELS, max_window=5, has_log_evidence=True
 )
 LIMITS = Limits(max_images=8, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 20)
+_ENTRY = Entry("zeros", 1, INFO, None, Statistics())
 _DRAWN = sample(seed=5, steps=4)
 _STATISTICS = "kind: gaussian\nshape: [1, 6, 5]\nmean: mean.safetensors\nvariance: 1.0\n"
 _WINDOWS = b"sigma: [0.1, 1.0]\nk: [1, 5]\n"
@@ -73,7 +76,7 @@ def token(data: bytes) -> None:
     request = pb.SampleRequest.FromString(_DRAWN.SerializeToString())
     request.resume_token = data
     try:
-        resume = decode_token(request, 1, (1, *SHAPE), 4)
+        resume = decode_token(request, _ENTRY, (1, *SHAPE), 4)
     except InvalidArgumentError:
         return
     assert resume is None or (1 <= resume.index < 4 and bool(resume.state.isfinite().all()))
@@ -83,7 +86,7 @@ def sampling(data: bytes) -> None:
     """Decode a ``SampleRequest`` with its token."""
     try:
         request = pb.SampleRequest.FromString(data)
-        decode_token(request, 1, (1, *SHAPE), 4)
+        decode_token(request, _ENTRY, (1, *SHAPE), 4)
     except (DecodeError, InvalidArgumentError):
         return
 
@@ -158,7 +161,7 @@ def seeds() -> dict[str, list[bytes]]:
     """Return good bytes for each target."""
     root = _root()
     state = torch.zeros(1, *SHAPE, dtype=torch.float64)
-    resumed = encode_token(_DRAWN, 1, 2, state)
+    resumed = encode_token(_DRAWN, _ENTRY, 2, state)
     drawn: Any = pb.SampleRequest.FromString(_DRAWN.SerializeToString())
     drawn.resume_token = resumed
     mean = {"mean": torch.zeros(SHAPE)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,13 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 from tests.denoisers import networks
-from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE
+from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE, write_models
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
+from els_service.engine.lane import Statistics
+from els_service.engine.models import Entry
+from els_service.engine.repository import ModelRepository
 from els_service.wire.resume import encode_token
 
 SERVICES: list[ServiceDescriptor] = [
@@ -31,6 +37,24 @@ _SIZES = {pb.DTYPE_F32: 4, pb.DTYPE_F16: 2, pb.DTYPE_BF16: 2, pb.DTYPE_U8: 1}
 _LEVELS = {"sigma": (1e-4, 1e6), "alpha_bar": (1e-11, 0.99999), "time": (1e-3, 1.0)}
 
 names = st.sampled_from(NAMES)
+
+
+def write_world(root: Path) -> Path:
+    """Write the models that good requests name, and a canary's."""
+    own = {SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
+    write_models(root, DOCUMENTS | own)
+    networks.write_folder(root / NETWORK, networks.config())
+    return root
+
+
+@cache
+def _entries() -> dict[str, Entry]:
+    """Return the models as a server would have them: what resume tokens depend on."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = ModelRepository(write_world(Path(folder) / "models"))
+        return {
+            name: Entry(name, 1, repository.load(name).info, None, Statistics()) for name in NAMES
+        }
 
 
 def shape_of(model: str) -> tuple[int, int, int]:
@@ -116,7 +140,9 @@ def samples(draw: st.DrawFn) -> pb.SampleRequest:
         state = _pixels(draw, (count or 1, *shape_of(model)))
         state *= draw(st.sampled_from([1.0, 1e5, 1e7, float("nan")]))
         index = draw(st.integers(0, steps))
-        request.resume_token = encode_token(request, 1, index, torch.from_numpy(state))
+        request.resume_token = encode_token(
+            request, _entries()[model], index, torch.from_numpy(state)
+        )
     return request
 
 

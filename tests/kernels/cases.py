@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool2d, pad
 
 from els_kernels import GEOMETRIES, Geometry, PatchAttention, Posterior, max_window
+from els_kernels.attention import IMPLEMENTATIONS, Implementation
+from els_kernels.native import Native
 
 NAMES = {f"{machine}-{padding}": geometry for (machine, padding), geometry in GEOMETRIES.items()}
 """Geometries by a name that can stand in a test's id."""
@@ -20,6 +24,26 @@ NAMES = {f"{machine}-{padding}": geometry for (machine, padding), geometry in GE
 # δ/2 of the spread of the bank. Down to t = .05 logits of these small images stay below 1e3, which
 # gives 1e-4. A score is D times a/s² beside a noise of size 1/s; twice that is what is left of it.
 MEAN_BUDGET, SCORE_BUDGET = 1e-4, 2e-4
+
+
+VARIANTS: dict[str, Callable[[Tensor], Implementation]] = {
+    "reference": IMPLEMENTATIONS["reference"],
+    "torch": IMPLEMENTATIONS["torch"],
+    "native-avx512": partial(Native, instruction_set="avx512"),
+    "native-avx2": partial(Native, instruction_set="avx2"),
+    "native-baseline": partial(Native, instruction_set="baseline"),
+    "triton": IMPLEMENTATIONS["triton"],
+}
+"""Every implementation in every way that it can be made to work."""
+
+
+def operator(bank: Tensor, variant: str) -> PatchAttention:
+    """Return the operator with one of ``VARIANTS`` behind it, on a GPU where that needs one."""
+    if variant == "triton" and torch.cuda.is_available():
+        bank = bank.cuda()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, variant, VARIANTS[variant])
+        return PatchAttention(bank, implementation=variant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +61,19 @@ class Case:
     def __len__(self) -> int:
         return len(self.x)
 
-    def attend(self, implementation: str) -> Posterior:
-        return self.ask(PatchAttention(self.bank, implementation=implementation))
+    def attend(self, variant: str) -> Posterior:
+        return self.ask(operator(self.bank, variant))
 
     def ask(self, attention: PatchAttention) -> Posterior:
-        return attention(
-            self.x,
+        mean, evidence = attention(
+            self.x.to(attention.device),
             a=self.a,
             s=self.s,
             window=self.window,
             ranges=self.ranges,
             geometry=self.geometry,
         )
+        return Posterior(mean.cpu(), evidence.cpu())
 
     def __getitem__(self, images: Sequence[int]) -> Case:
         chosen = torch.tensor(images)
@@ -66,10 +91,18 @@ class Case:
         return (a * mean - self.x) / s**2
 
 
-def random_bank(shape: tuple[int, int, int, int], seed: int = 0) -> Tensor:
+def few(implementation: str, images: int) -> int:
+    """Return how many images to ask for: Triton's interpreter takes a thousand times as long."""
+    return -(-images // 5) if implementation == "triton" else images
+
+
+def random_bank(
+    shape: tuple[int, int, int, int], seed: int = 0, *, of_bytes: bool = False
+) -> Tensor:
     """Images [N, C, H, W] whose mean is far from 0, as it is in real banks."""
     generator = torch.Generator().manual_seed(seed)
-    return (0.4 * torch.randn(shape, generator=generator) - 0.3).clamp(-1, 1)
+    bank = (0.4 * torch.randn(shape, generator=generator) - 0.3).clamp(-1, 1)
+    return ((bank + 1) * 127.5).round() / 127.5 - 1 if of_bytes else bank
 
 
 def random_case(
@@ -77,23 +110,26 @@ def random_case(
     shape: tuple[int, int, int, int],
     windows: Sequence[int] | None = None,
     seed: int = 0,
+    *,
+    of_bytes: bool = False,
 ) -> Case:
     """Two queries for each window, of which all that are legal are the default.
 
-    One is a noisy image of the bank, the other a noisy image that is not in it.
+    One is a noisy image of the bank, the other a noisy image that is not in it; they share a range.
     """
     generator = torch.Generator().manual_seed(seed)
     images, _, height, width = shape
     if windows is None:
         windows = [1, 1] if geometry.whole else range(1, max_window(geometry, height, width) + 1, 2)
     batch = 2 * len(windows)
-    bank = random_bank(shape, seed)
+    bank = random_bank(shape, seed, of_bytes=of_bytes)
     times = torch.linspace(0.05, 1, batch, dtype=torch.float64)
     angle = times[torch.randperm(batch, generator=generator)] * math.pi / 2.016
     a, s = angle.cos(), angle.sin()
-    lo = torch.randint(images, (batch,), generator=generator)
-    hi = lo + 1 + (torch.rand(batch, generator=generator) * (images - lo)).long()
-    lo[::4], hi[::4] = 0, images
+    lo = torch.randint(images, (len(windows),), generator=generator)
+    hi = lo + 1 + (torch.rand(len(windows), generator=generator) * (images - lo)).long()
+    lo[::2], hi[::2] = 0, images
+    lo, hi = lo.repeat_interleave(2), hi.repeat_interleave(2)
     clean = torch.cat([bank[lo[::2]], random_bank(shape, seed + 1)[lo[1::2]]])
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     order = torch.arange(batch).view(2, -1).T.flatten()

@@ -1,30 +1,64 @@
+"""Every shared test asks every implementation; those that cannot be had here are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
-from tests.kernels.cases import NAMES
+from tests.kernels.cases import NAMES, VARIANTS
 
-from els_kernels import IMPLEMENTATIONS, Geometry, PatchAttention
+from els_kernels import Geometry
+from els_kernels.native import instruction_sets
 
 
-def is_there(name: str) -> bool:
-    """Return whether an implementation can be had: the native one needs a compiler to be built."""
+@pytest.fixture(scope="package", autouse=True)
+def interpreted() -> Iterator[None]:
+    """Without a GPU Triton's kernels are interpreted, which is settled when triton is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
+def missing(variant: str) -> str | None:
+    """Return why a variant cannot be had here, or None."""
+    if variant == "triton" and find_spec("triton") is None:
+        return "triton is not installed: pip install 'els-denoise[gpu]'"
+    kind, _, name = variant.partition("-")
+    if kind != "native":
+        return None
     try:
-        PatchAttention(torch.zeros(1, 1, 1, 1), implementation=name)
-    except RuntimeError:
-        return False
-    return True
+        known = instruction_sets()
+    except RuntimeError as error:
+        return str(error)
+    return None if name in known else f"this processor has no {name}"
 
 
-THERE = [name for name in IMPLEMENTATIONS if is_there(name)]
-FAST = [name for name in THERE if name != "reference"]
-"""What is judged against the specification: every implementation that is not the specification."""
+def variant(name: str) -> Any:
+    """Return a parameter that is skipped where the variant cannot be had."""
+    reason = missing(name)
+    # Without a compiler, triton or a wide processor the rest of the suite still has to pass.
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
-@pytest.fixture(scope="session", params=FAST)
+@pytest.fixture(scope="session", params=[variant(name) for name in VARIANTS if name != "reference"])
 def implementation(request: pytest.FixtureRequest) -> str:
+    """What is judged against the specification: every variant that is not the specification."""
     return str(request.param)
 
 
-@pytest.fixture(scope="session", params=THERE)
+@pytest.fixture(
+    scope="session", params=[variant(n) for n in VARIANTS if n not in ("reference", "triton")]
+)
+def compiled(request: pytest.FixtureRequest) -> str:
+    """What is fast without a GPU."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=[variant(name) for name in VARIANTS])
 def any_implementation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -1,5 +1,6 @@
 """Whatever patch attention cannot answer it refuses, and says what it expected and got."""
 
+import functools
 import logging
 import math
 from dataclasses import replace
@@ -7,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.cases import NAMES, random_case
+from tests.kernels.cases import NAMES, operator, random_case
 
-from els_kernels import GEOMETRIES, PatchAttention
+from els_kernels import GEOMETRIES, Geometry, PatchAttention
 
 SHAPE = (4, 2, 5, 6)
 BANK = torch.zeros(SHAPE)
@@ -28,9 +29,21 @@ NAN, INF = math.nan, math.inf
         (BANK[..., :0], r"\[4, 2, 5, 0\]"),
     ],
 )
-def test_a_bank_that_is_no_float32_images_is_refused(bank: torch.Tensor, got: str) -> None:
+def test_a_bank_that_is_no_float32_images_is_refused(
+    any_implementation: str, bank: torch.Tensor, got: str
+) -> None:
     with pytest.raises(ValueError, match=rf"bank: expected float32 \[N, C, H, W\].*, got .*{got}"):
-        PatchAttention(bank)
+        operator(bank, any_implementation)
+
+
+@pytest.mark.parametrize(("value", "got"), [(NAN, "nan"), (INF, "inf"), (-INF, "-inf")])
+def test_a_bank_with_a_pixel_that_is_no_number_is_refused(
+    any_implementation: str, value: float, got: str
+) -> None:
+    bank = BANK.clone()
+    bank[1, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=f"bank: expected finite pixels, got {got}"):
+        operator(bank, any_implementation)
 
 
 def test_an_unknown_implementation_is_refused_with_those_there_are() -> None:
@@ -46,6 +59,11 @@ def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     assert f"chose {attention.implementation} for device cpu" in caplog.text
 
 
+@functools.cache
+def prepared(implementation: str) -> PatchAttention:
+    return operator(BANK, implementation)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -53,7 +71,9 @@ def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         ({"x": torch.zeros(2, 2, 6, 5)}, r"x: expected shape \[B, 2, 5, 6\], got \[2, 2, 6, 5\]"),
         ({"x": torch.zeros(0, 2, 5, 6)}, r"x: expected shape .* got \[0, 2, 5, 6\]"),
         ({"x": torch.zeros(2, 2, 5, 6).double()}, "x: expected torch.float32 .*got torch.float64"),
-        ({"x": torch.zeros(2, 2, 5, 6, device="meta")}, "x: expected .* on cpu, got .* on meta"),
+        ({"x": torch.zeros(2, 2, 5, 6, device="meta")}, "x: expected .* on .*, got .* on meta"),
+        ({"x": torch.full((2, 2, 5, 6), NAN)}, "x: expected finite pixels, got nan"),
+        ({"x": torch.full((2, 2, 5, 6), INF)}, "x: expected finite pixels, got inf"),
         ({"a": torch.ones(3)}, r"a: expected shape \[2\], got \[3\]"),
         ({"a": torch.tensor(1.0)}, r"a: expected shape \[2\], got \[\]"),
         ({"a": torch.tensor([1.0, 0.0])}, r"a: expected finite and > 0, got 0.0"),
@@ -81,27 +101,42 @@ def test_auto_says_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         ({"ranges": torch.tensor([[-1, 3], [0, 4]])}, "ranges: expected .*, got lo -1, hi 3"),
     ],
 )
-def test_a_query_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_query_that_does_not_fit_is_refused(
+    any_implementation: str, change: dict[str, Any], message: str
+) -> None:
     case = replace(random_case(NAMES["els-zeros"], SHAPE, [3]), **change)
-    attention = PatchAttention(BANK)
     with pytest.raises(ValueError, match=message):
-        case.ask(attention)
+        prepared(any_implementation)(
+            case.x,
+            a=case.a,
+            s=case.s,
+            window=case.window,
+            ranges=case.ranges,
+            geometry=case.geometry,
+        )
 
 
 @pytest.mark.parametrize("name", ["local-circular", "els-circular", "els-valid"])
 @pytest.mark.parametrize("window", [7, 9, 2])
-def test_a_window_larger_than_the_torus_is_refused(name: str, window: int) -> None:
+def test_a_window_larger_than_the_torus_is_refused(
+    any_implementation: str, name: str, window: int
+) -> None:
     case = random_case(NAMES[name], SHAPE, [3])
     case = replace(case, window=torch.tensor([3, window]))
     with pytest.raises(ValueError, match=f"window: expected odd from 1 to 5, got {window}"):
-        case.attend("torch")
+        case.attend(any_implementation)
 
 
 @pytest.mark.parametrize("name", ["ideal-zeros", "equivariant-circular"])
-def test_a_window_for_a_whole_image_is_refused(name: str) -> None:
+def test_a_window_for_a_whole_image_is_refused(any_implementation: str, name: str) -> None:
     case = replace(random_case(NAMES[name], SHAPE, [1]), window=torch.tensor([3, 3]))
     with pytest.raises(ValueError, match="window: expected None for a whole-image window"):
-        case.attend("torch")
+        case.attend(any_implementation)
+
+
+def test_a_whole_window_of_every_place_is_refused_but_on_the_torus() -> None:
+    with pytest.raises(ValueError, match=r"geometry: expected .* on the torus, got padding zeros"):
+        Geometry("every", "zeros", whole=True)
 
 
 def test_ranges_left_out_mean_the_whole_bank() -> None:

@@ -199,7 +199,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     message = codec.encode_tensor(torch.from_numpy(x), dtype)
     assert message.dtype == dtype
     assert tuple(message.shape) == x.shape
-    got = torch.from_numpy(codec.decode_tensor(message, "x", 4))
+    got = torch.from_numpy(codec.decode_tensor(message, "x", LIMITS))
     assert got.dtype == torch.float32
     assert torch.equal(got, torch.from_numpy(x).to(FLOATS[dtype]).float())
 
@@ -208,7 +208,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
 @given(x=arrays.arrays(np.uint8, arrays.array_shapes(min_dims=4, max_dims=4, max_side=4)))
 def test_bytes_are_pixels_from_minus_one_to_one(x: np.ndarray) -> None:
     message = pb.Tensor(dtype=pb.DTYPE_U8, shape=x.shape, data=x.tobytes())
-    got = codec.decode_tensor(message, "x", 4)
+    got = codec.decode_tensor(message, "x", LIMITS)
     np.testing.assert_array_equal(got, x.astype(np.float32) / np.float32(127.5) - 1)
 
 
@@ -222,7 +222,7 @@ def test_bytes_are_little_endian() -> None:
 
 def test_a_decoded_tensor_is_the_caller_s_own() -> None:
     message = pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 1, 2], data=bytes(8))
-    codec.decode_tensor(message, "x", 4)[:] += 1
+    codec.decode_tensor(message, "x", LIMITS)[:] += 1
     assert message.data == bytes(8)
 
 

@@ -7,19 +7,33 @@
 
 from els_client._async_client import AsyncClient
 from els_client._client import Client
-from els_client._types import Bank, Limits, Model, Step, WindowTable
+from els_client._repository import AsyncRepository, Repository
+from els_client._types import (
+    Bank,
+    Limits,
+    Model,
+    Query,
+    RepositoryModel,
+    Statistics,
+    Step,
+    Tls,
+    WindowTable,
+)
 from els_client.errors import (
     DeadlineExceededError,
     ElsError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
     Violation,
 )
 
 __all__ = [
     "AsyncClient",
+    "AsyncRepository",
     "Bank",
     "Client",
     "DeadlineExceededError",
@@ -28,8 +42,15 @@ __all__ = [
     "Limits",
     "Model",
     "NotFoundError",
+    "PermissionDeniedError",
+    "Query",
+    "Repository",
+    "RepositoryModel",
     "ResourceExhaustedError",
+    "Statistics",
     "Step",
+    "Tls",
+    "UnauthenticatedError",
     "UnavailableError",
     "Violation",
     "WindowTable",

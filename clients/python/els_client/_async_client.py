@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from contextlib import aclosing
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
 from els_client import _codec as codec
-from els_client._channel import CHANNEL_OPTIONS, SAMPLE_TIMEOUT_S, UNARY_TIMEOUT_S, own_errors
-from els_client._types import Images, Integers, Levels, Model, Pixels, Sampler, Step, Want
+from els_client._async_many import Exchange
+from els_client._channel import (
+    SAMPLE_TIMEOUT_S,
+    UNARY_TIMEOUT_S,
+    bearer,
+    open_async_channel,
+    own_errors,
+)
+from els_client._many import Call, Unanswered, check_in_flight
+from els_client._repository import AsyncRepository
+from els_client._retries import Attempts, Trajectory
+from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -29,11 +43,22 @@ class AsyncClient:
         ...     clean = await client.denoise(noisy, model="fashion-els", sigma=0.5)
     """
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout_s: float | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+        wait_when_full: bool = False,
+    ) -> None:
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._wait_when_full = wait_when_full
+        self._metadata = bearer(token)
+        self._channel = open_async_channel(target, tls)
         self._stub = DenoiserServiceStub(self._channel)
+        self._inference = GRPCInferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -50,109 +75,139 @@ class AsyncClient:
         """Close the channel; calls under way are cancelled."""
         await self._channel.close()
 
+    @property
+    def repository(self) -> AsyncRepository:
+        """What an operator may do with this server."""
+        return AsyncRepository(self._operate)
+
     async def models(self) -> list[Model]:
         """Return what ``Client.models`` does."""
         response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
         return [codec.decode_model(model) for model in response.models]
 
-    async def model(self, name: str) -> Model:
+    async def model(self, name: str, *, version: str | None = None) -> Model:
         """Return what ``Client.model`` does."""
-        request = pb.GetModelRequest(name=name)
+        request = pb.GetModelRequest(name=name, version=version or "")
         return codec.decode_model((await self._unary(self._stub.GetModel, request)).model)
 
-    async def denoise(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
-    ) -> Images:
+    async def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return what ``Client.denoise`` does."""
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.DenoiseRequest, x, model, level, label, window)
-        return codec.decode_tensor((await self._unary(self._stub.Denoise, request)).denoised)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised)
 
     async def denoise_with_evidence(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
+        self, x: Pixels, **options: Unpack[QueryOptions]
     ) -> tuple[Images, Images]:
         """Return what ``Client.denoise_with_evidence`` does."""
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.DenoiseRequest, x, model, level, label, window, True)
-        response = await self._unary(self._stub.Denoise, request)
-        return codec.decode_tensor(response.denoised), codec.decode_tensor(response.log_evidence)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query, return_log_evidence=True)
+        answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
-    async def score(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
-    ) -> Images:
+    async def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return what ``Client.score`` does."""
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.ScoreRequest, x, model, level, label, window)
-        return codec.decode_tensor((await self._unary(self._stub.Score, request)).score)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.ScoreRequest, query)
+        answer = await self._unary(self._stub.Score, request, query.timeout_s)
+        return codec.decode_tensor(answer.score)
+
+    @overload
+    def denoise_many(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        *,
+        in_flight: int = 16,
+        return_exceptions: Literal[False] = False,
+    ) -> AsyncGenerator[Images, None]: ...
+
+    @overload
+    def denoise_many(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        *,
+        in_flight: int = 16,
+        return_exceptions: bool,
+    ) -> AsyncGenerator[Images | ElsError, None]: ...
+
+    def denoise_many(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        *,
+        in_flight: int = 16,
+        return_exceptions: bool = False,
+    ) -> AsyncGenerator[Images | ElsError, None]:
+        """Denoise a stream of questions as ``Client.denoise_many`` does; use ``async for``.
+
+        Here an answer is yielded as soon as it is there, even while the next question is not.
+        """
+        check_in_flight(in_flight)
+        return self._many(queries, in_flight, return_exceptions)
 
     def sample(
-        self,
-        *,
-        model: str,
-        count: int = 1,
-        seed: int = 0,
-        steps: int = 20,
-        sampler: Sampler = "ddim",
-        label: Integers | None = None,
-        eta: float | None = 0.0,
-        churn: float = 0.0,
-        want: Collection[Want] = ("x", "denoised"),
-        window: Integers | None = None,
+        self, *, timeout_s: float | None = None, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[Step, None]:
         """Draw images as ``Client.sample`` does; iterate with ``async for``.
 
         A loop left early cancels the call when the iterator is dropped, and at once inside
         ``async with contextlib.aclosing(client.sample(...)) as steps``.
         """
-        request = codec.encode_sample(
-            model=model,
-            count=count,
-            seed=seed,
-            steps=steps,
-            sampler=sampler,
-            label=label,
-            window=window,
-            eta=eta,
-            churn=churn,
-            want=want,
-        )
-        return self._steps(request)
+        timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
+        return self._steps(codec.encode_sample(**options), timeout_s)
+
+    async def _operate(self, method: str, request: Any) -> Any:
+        return await self._unary(getattr(self._inference, method), request, self._sample_timeout_s)
 
     async def _unary(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None = None,
     ) -> _Response:
-        with own_errors():
-            return await method(request, timeout=self._unary_timeout_s)
+        timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
+        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        while True:
+            try:
+                with own_errors():
+                    return await method(request, timeout=attempts.left_s(), metadata=self._metadata)
+            except ResourceExhaustedError as error:
+                pause_s = attempts.pause_if_full_s(error)
+            await asyncio.sleep(pause_s)
 
-    async def _steps(self, request: pb.SampleRequest) -> AsyncGenerator[Step, None]:
-        call = self._stub.Sample(request, timeout=self._sample_timeout_s)
-        try:
-            with own_errors():
-                async for message in call:
-                    yield codec.decode_step(message)
-        finally:
-            call.cancel()
+    async def _steps(
+        self, request: pb.SampleRequest, timeout_s: float
+    ) -> AsyncGenerator[Step, None]:
+        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        trajectory = Trajectory(request, attempts)
+        while True:
+            call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
+            try:
+                with own_errors():
+                    async for message in call:
+                        if step := trajectory.accept(message):
+                            yield step
+                trajectory.check_complete()
+                return
+            except (ResourceExhaustedError, UnavailableError) as error:
+                pause_s = trajectory.pause_s(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
+
+    async def _many(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        in_flight: int,
+        return_exceptions: bool,
+    ) -> AsyncGenerator[Images | ElsError, None]:
+        def open_stream() -> Call:
+            return self._stub.DenoiseStream(metadata=self._metadata)
+
+        unanswered = Unanswered(self._unary_timeout_s)
+        exchange = Exchange(queries, unanswered, in_flight, open_stream)
+        async with aclosing(exchange.answers()) as answers:
+            async for answer in answers:
+                if isinstance(answer, ElsError) and not return_exceptions:
+                    raise answer
+                yield answer

@@ -5,40 +5,117 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from els_client.errors import ElsError, Violation, error_of
+from els_client._types import Tls
+from els_client.errors import ElsError, InvalidArgumentError, Violation, error_of
 
 UNARY_TIMEOUT_S = 60.0
 SAMPLE_TIMEOUT_S = 600.0
 
+Metadata = tuple[tuple[str, str], ...]
+Options = tuple[tuple[str, str | int], ...]
+
 _MAX_MESSAGE_BYTES = 64 * 2**20
+# A server that takes pings every 5 s counts one that comes a little early as abuse.
+_PING_EVERY_MS = 5_500
+_PING_TIMEOUT_MS = 5_000
+# What grpc.aio says, with INTERNAL, of a message that a stream which ends does not take any more.
+_NOT_TAKEN = "Internal error from Core"
 # Every method is a pure question, so asking again harms nobody.
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "methodConfig": [
-        {
-            "name": [{"service": "denoise.v1.DenoiserService"}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
+_RETRY_POLICY = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 3,
+    "retryableStatusCodes": ["UNAVAILABLE"],
 }
-CHANNEL_OPTIONS = (
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    # A message larger than this buffer (by default 256 KiB) would be sent only once.
-    ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
-)
+
+
+def channel_options(*, retried: bool = True) -> Options:
+    """Return the options of a channel: calls go in turn to every server that says it is healthy.
+
+    Without ``retried`` a call is one attempt, for those who count attempts.
+    """
+    service_config: dict[str, Any] = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": ""},
+    }
+    if retried:
+        name = [{"service": "denoise.v1.DenoiserService"}]
+        service_config["methodConfig"] = [{"name": name, "retryPolicy": _RETRY_POLICY}]
+    return (
+        ("grpc.service_config", json.dumps(service_config)),
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        # A message larger than this buffer (by default 256 KiB) would be sent only once.
+        ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
+        ("grpc.enable_retries", int(retried)),
+        ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+        # A ping that measures bandwidth holds the others back; it is given up on as they are.
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
+        ("grpc.http2.max_pings_without_data", 0),
+    )
+
+
+def open_channel(target: str, tls: Tls | None) -> grpc.Channel:
+    """Return a blocking channel.
+
+    Raises:
+        InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
+    """
+    options = channel_options() + _tls_options(tls)
+    if tls is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, _credentials(tls), options=options)
+
+
+def open_async_channel(
+    target: str, tls: Tls | None, options: Options | None = None
+) -> grpc.aio.Channel:
+    """Return a channel for asyncio; errors are those of ``open_channel``."""
+    options = (channel_options() if options is None else options) + _tls_options(tls)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, _credentials(tls), options=options)
+
+
+def bearer(token: str | None) -> Metadata:
+    """Return the metadata that carries a token; the refusal of a malformed one does not show it."""
+    if token is None:
+        return ()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        text = "expected printable ASCII without spaces"
+        raise InvalidArgumentError(f"token: {text}", [Violation("token", text)])
+    return (("authorization", f"Bearer {token}"),)
+
+
+def _tls_options(tls: Tls | None) -> Options:
+    name = tls.server_name if tls else None
+    return (("grpc.ssl_target_name_override", name),) if name else ()
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    if (tls.certificate is None) != (tls.key is None):
+        text = "expected certificate and key together"
+        raise InvalidArgumentError(f"tls: {text}", [Violation("tls", text)])
+    return grpc.ssl_channel_credentials(
+        _content("ca", tls.ca), _content("key", tls.key), _content("certificate", tls.certificate)
+    )
+
+
+def _content(field: str, path: str | Path | None) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path is not None else None
+    except OSError as error:
+        text = f"expected a file that can be read, got {path}: {error.strerror}"
+        raise InvalidArgumentError(f"tls.{field}: {text}", [Violation(field, text)]) from error
 
 
 @contextmanager
@@ -54,19 +131,41 @@ def _translated(error: grpc.RpcError) -> ElsError:
     # Both kinds of channel raise an error that is its own call, which the stubs do not say.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
-    violations = _violations(metadata.get("grpc-status-details-bin", b""))
-    return error_of(error.code().name, error.details() or error.code().name, violations)
+    status = _status_of(metadata.get("grpc-status-details-bin", b""))
+    code = error.code().name
+    if error.details() == _NOT_TAKEN:
+        return error_of("UNAVAILABLE", "the stream ended while it was written to")
+    return _error_of(code, error.details() or code, status)
 
 
-def _violations(details: str | bytes) -> list[Violation]:
-    """Return the wrong fields that a serialised google.rpc.Status names; of garbage, none."""
-    request = error_details_pb2.BadRequest()
+def error_of_status(status: status_pb2.Status) -> ElsError:
+    """Return the error that a ``google.rpc.Status`` inside a message stands for."""
+    code = next((code.name for code in grpc.StatusCode if code.value[0] == status.code), "UNKNOWN")
+    return _error_of(code, status.message or code, status)
+
+
+def _error_of(code: str, message: str, status: status_pb2.Status) -> ElsError:
+    """Return the error with the wrong fields and the wait that ``status`` names in its details."""
+    bad_request = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    violations: list[Violation] = []
+    retry_after_s: float | None = None
+    for detail in status.details:
+        try:
+            if detail.Unpack(bad_request):
+                violations += [
+                    Violation(v.field, v.description) for v in bad_request.field_violations
+                ]
+            elif detail.Unpack(retry):
+                retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        except DecodeError:
+            continue
+    return error_of(code, message, violations, retry_after_s)
+
+
+def _status_of(details: str | bytes) -> status_pb2.Status:
+    """Return a serialised google.rpc.Status; of garbage an empty one."""
     try:
-        return [
-            Violation(violation.field, violation.description)
-            for detail in status_pb2.Status.FromString(details).details
-            if detail.Unpack(request)
-            for violation in request.field_violations
-        ]
+        return status_pb2.Status.FromString(details)
     except DecodeError:
-        return []
+        return status_pb2.Status()

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
 from els_client import _codec as codec
-from els_client._channel import CHANNEL_OPTIONS, SAMPLE_TIMEOUT_S, UNARY_TIMEOUT_S, own_errors
-from els_client._types import Images, Integers, Levels, Model, Pixels, Sampler, Step, Want
+from els_client._channel import (
+    SAMPLE_TIMEOUT_S,
+    UNARY_TIMEOUT_S,
+    bearer,
+    open_channel,
+    own_errors,
+)
+from els_client._many import Call, Unanswered, answers_of, check_in_flight
+from els_client._repository import Repository
+from els_client._retries import Attempts, Trajectory
+from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -21,22 +34,40 @@ _Response = TypeVar("_Response")
 class Client:
     """A blocking client of one server, or of all that a name stands for.
 
-    Safe to share between threads. Calls that find no server are retried for a second or two.
+    Safe to share between threads. Calls go in turn to every server that says it is healthy; those
+    that find none are retried for a second or two. A server that hangs is noticed within about ten
+    seconds, by pings.
 
     Args:
         target: Address, such as ``"127.0.0.1:50051"`` or ``"dns:///els.example:50051"``.
         timeout_s: Deadline of every call in seconds; None means 60, and 600 for ``sample``.
+        tls: How the connection is encrypted; None means not at all.
+        token: Bearer token that every call carries. Without ``tls`` it travels readable: use it so
+            on loopback alone, or where something else encrypts.
+        wait_when_full: Whether a call that a full server refuses is made again when that server
+            says it will have room, as long as the deadline allows.
 
     Example:
         >>> with Client() as client:
         ...     clean = client.denoise(noisy, model="fashion-els", sigma=0.5)
     """
 
-    def __init__(self, target: str = "127.0.0.1:50051", *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout_s: float | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+        wait_when_full: bool = False,
+    ) -> None:
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._wait_when_full = wait_when_full
+        self._metadata = bearer(token)
+        self._channel = open_channel(target, tls)
         self._stub = DenoiserServiceStub(self._channel)
+        self._inference = GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -53,31 +84,26 @@ class Client:
         """Close the channel; calls under way are cancelled."""
         self._channel.close()
 
+    @property
+    def repository(self) -> Repository:
+        """What an operator may do with this server."""
+        return Repository(self._operate)
+
     def models(self) -> list[Model]:
         """Return every model that can be asked now, sorted by name."""
         response = self._unary(self._stub.ListModels, pb.ListModelsRequest())
         return [codec.decode_model(model) for model in response.models]
 
-    def model(self, name: str) -> Model:
-        """Return one model's description.
+    def model(self, name: str, *, version: str | None = None) -> Model:
+        """Return one model's description, by default of its newest version.
 
         Raises:
             NotFoundError: No model has that name; the text says which there are.
         """
-        request = pb.GetModelRequest(name=name)
+        request = pb.GetModelRequest(name=name, version=version or "")
         return codec.decode_model(self._unary(self._stub.GetModel, request).model)
 
-    def denoise(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
-    ) -> Images:
+    def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the clean image expected behind each noisy one, E[x0 | x], float32 [B, C, H, W].
 
         Name exactly one noise level. Level, label and window are one for all images or one each.
@@ -85,96 +111,120 @@ class Client:
         Args:
             x: Noisy images [B, C, H, W] with pixels in [-1, 1] before noise was added; float16,
                 float32 or float64 (rounded to float32), or uint8, where v stands for v/127.5 - 1.
-            model: Name of the model.
-            sigma: Noise level of x = x0 + σ·ε.
-            alpha_bar: Noise level of x = √ᾱ·x0 + √(1-ᾱ)·ε, 0 < ᾱ < 1.
-            time: Time on the model's own schedule, 0 < t <= 1.
-            label: From 0 to ``Model.label_count`` - 1, or -1 for none.
-            window: Odd side of the patch in pixels; None means the model's own.
+            **options: What is said of them.
+
+                - model: Name of the model; needed.
+                - sigma: Noise level of x = x0 + σ·ε.
+                - alpha_bar: Noise level of x = √ᾱ·x0 + √(1-ᾱ)·ε, 0 < ᾱ < 1.
+                - time: Time on the model's own schedule, 0 < t <= 1.
+                - label: From 0 to ``Model.label_count`` - 1, or -1 for none.
+                - window: Odd side of the patch in pixels; by default the model's own.
+                - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
+                - timeout_s: Deadline of this call in seconds; by default the client's.
+                - version: Version of the model; by default the newest.
 
         Raises:
             InvalidArgumentError: A field is wrong; ``violations`` says which.
             NotFoundError: No model has that name.
+            ResourceExhaustedError: The server is full; ``retry_after_s`` says for how long.
             ElsError: Any other failure.
 
         Example:
             >>> client.denoise(noisy, model="fashion-els", sigma=[0.5, 2.0]).shape
             (2, 1, 28, 28)
         """
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.DenoiseRequest, x, model, level, label, window)
-        return codec.decode_tensor(self._unary(self._stub.Denoise, request).denoised)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        answer = self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised)
 
     def denoise_with_evidence(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
+        self, x: Pixels, **options: Unpack[QueryOptions]
     ) -> tuple[Images, Images]:
         """Return what ``denoise`` does and the log evidence of each pixel, float32 [B, H, W].
 
         It is log Σ exp(logit) over a pixel's sources, unnormalised. Arguments and errors are those
         of ``denoise``; also an ``InvalidArgumentError`` unless ``Model.has_log_evidence``.
         """
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.DenoiseRequest, x, model, level, label, window, True)
-        response = self._unary(self._stub.Denoise, request)
-        return codec.decode_tensor(response.denoised), codec.decode_tensor(response.log_evidence)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query, return_log_evidence=True)
+        answer = self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
-    def score(
-        self,
-        x: Pixels,
-        *,
-        model: str,
-        sigma: Levels | None = None,
-        alpha_bar: Levels | None = None,
-        time: Levels | None = None,
-        label: Integers | None = None,
-        window: Integers | None = None,
-    ) -> Images:
+    def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the score of each noisy image, ∇ log p(x), float32 [B, C, H, W] in 1/pixel.
 
         Arguments and errors are those of ``denoise``.
         """
-        level = codec.encode_level(sigma, alpha_bar, time)
-        request = codec.encode_query(pb.ScoreRequest, x, model, level, label, window)
-        return codec.decode_tensor(self._unary(self._stub.Score, request).score)
+        query = Query(x, **options)
+        request = codec.encode_query(pb.ScoreRequest, query)
+        return codec.decode_tensor(self._unary(self._stub.Score, request, query.timeout_s).score)
 
-    def sample(
+    @overload
+    def denoise_many(
         self,
+        queries: Iterable[Query],
         *,
-        model: str,
-        count: int = 1,
-        seed: int = 0,
-        steps: int = 20,
-        sampler: Sampler = "ddim",
-        label: Integers | None = None,
-        eta: float | None = 0.0,
-        churn: float = 0.0,
-        want: Collection[Want] = ("x", "denoised"),
-        window: Integers | None = None,
-    ) -> Generator[Step, None, None]:
-        """Draw images by reverse diffusion; iterates over the steps, the last has the result.
+        in_flight: int = 16,
+        return_exceptions: Literal[False] = False,
+    ) -> Generator[Images, None, None]: ...
 
-        The call starts with the first step asked for. Leaving the loop, or ``close()``, cancels it.
+    @overload
+    def denoise_many(
+        self, queries: Iterable[Query], *, in_flight: int = 16, return_exceptions: bool
+    ) -> Generator[Images | ElsError, None, None]: ...
+
+    def denoise_many(
+        self, queries: Iterable[Query], *, in_flight: int = 16, return_exceptions: bool = False
+    ) -> Generator[Images | ElsError, None, None]:
+        """Denoise a stream of questions: yield one answer each, in their order.
+
+        Questions are drawn while answers are: never are more than ``in_flight`` on their way, and
+        that many are drawn before the first answer is yielded. Should the server end, what it has
+        not answered is asked of the next one.
 
         Args:
-            model: Name of the model.
-            count: How many images, 1 to ``Limits.max_images``.
-            seed: 0 to 2**64 - 1; image i draws its noise from (seed, i), alone or in any batch.
-            steps: 1 to ``Limits.max_steps``; at least 2 for ddim_released.
-            sampler: "ddim", "ddim_released", "ddpm" or "heun".
-            label: One for all images or one each; -1 for none.
-            eta: Noise that each step of ddpm adds, 0 to 1; None means 1 there.
-            churn: Noise that heun adds in all, S_churn of EDM, 0 to ``steps``.
-            want: What each step carries; the last always carries "x" and "denoised", and the
-                first alone "noise", which the trajectory started from.
-            window: Odd side of the patch in pixels, one for all images or one each.
+            queries: Questions, finite or not; a deadline of theirs counts from their arrival.
+            in_flight: Questions on their way, at least 1.
+            return_exceptions: Whether a failed question yields its error in its place; else its
+                error is raised and ends the stream.
+
+        Example:
+            >>> queries = (Query(x, model="fashion-els", sigma=0.5) for x in batches)
+            >>> for clean in client.denoise_many(queries):
+            ...     print(clean.shape)
+        """
+        check_in_flight(in_flight)
+        return self._many(iter(queries), in_flight, return_exceptions)
+
+    def sample(
+        self, *, timeout_s: float | None = None, **options: Unpack[SampleOptions]
+    ) -> Generator[Step, None, None]:
+        """Draw images by reverse diffusion and yield each step; ``x`` of the last is the result.
+
+        A loop left early cancels the call, and a slow one slows the server down. Should the server
+        end before the last step, the next one goes on where it stopped.
+
+        Args:
+            timeout_s: Deadline of all steps together; by default the client's.
+            **options: What is to be drawn, and how.
+
+                - model: Name of the model; needed.
+                - count: How many images, 1 to ``Limits.max_images``; by default 1.
+                - seed: 0 to 2**64 - 1, by default 0; image i draws its noise from (seed, i), alone
+                  or in any batch.
+                - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released.
+                - sampler: "ddim", the default, "ddim_released", "ddpm" or "heun".
+                - label: One for all images or one each; -1 for none.
+                - eta: Noise that each step of ddpm adds, 0 to 1; by default 0, and None means 1.
+                - churn: Noise that heun adds in all, S_churn of EDM, 0 to ``steps``; by default 0.
+                - want: What each step carries, by default "x" and "denoised"; the last always
+                  carries these, and the first alone "noise", which the trajectory started from.
+                - window: Odd side of the patch in pixels, one for all images or one each.
+                - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
+                - version: Version of the model; by default the newest.
+                - survive_breaks: Whether a connection that breaks without a word is outlived too;
+                  each step is then longer by its state.
 
         Raises:
             InvalidArgumentError: A field is wrong; ``violations`` says which.
@@ -185,31 +235,55 @@ class Client:
             >>> for step in client.sample(model="fashion-els", count=2, label=[7, 9]):
             ...     print(step.index, step.total, step.denoised.shape)
         """
-        request = codec.encode_sample(
-            model=model,
-            count=count,
-            seed=seed,
-            steps=steps,
-            sampler=sampler,
-            label=label,
-            window=window,
-            eta=eta,
-            churn=churn,
-            want=want,
-        )
-        return self._steps(request)
+        timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
+        return self._steps(codec.encode_sample(**options), timeout_s)
+
+    def _operate(self, method: str, request: Any) -> Any:
+        return self._unary(getattr(self._inference, method), request, self._sample_timeout_s)
 
     def _unary(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None = None,
     ) -> _Response:
-        with own_errors():
-            return method(request, timeout=self._unary_timeout_s)
+        timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
+        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        while True:
+            try:
+                with own_errors():
+                    return method(request, timeout=attempts.left_s(), metadata=self._metadata)
+            except ResourceExhaustedError as error:
+                pause_s = attempts.pause_if_full_s(error)
+            time.sleep(pause_s)
 
-    def _steps(self, request: pb.SampleRequest) -> Generator[Step, None, None]:
-        call = self._stub.Sample(request, timeout=self._sample_timeout_s)
-        try:
-            with own_errors():
-                for message in call:
-                    yield codec.decode_step(message)
-        finally:
-            call.cancel()
+    def _steps(self, request: pb.SampleRequest, timeout_s: float) -> Generator[Step, None, None]:
+        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        trajectory = Trajectory(request, attempts)
+        while True:
+            call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
+            try:
+                with own_errors():
+                    for message in call:
+                        if step := trajectory.accept(message):
+                            yield step
+                trajectory.check_complete()
+                return
+            except (ResourceExhaustedError, UnavailableError) as error:
+                pause_s = trajectory.pause_s(error)
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
+
+    def _many(
+        self, queries: Iterator[Query], in_flight: int, return_exceptions: bool
+    ) -> Generator[Images | ElsError, None, None]:
+        def open_stream(requests: Iterator[pb.DenoiseRequest]) -> Call:
+            return self._stub.DenoiseStream(requests, metadata=self._metadata)
+
+        unanswered = Unanswered(self._unary_timeout_s)
+        with closing(answers_of(queries, unanswered, in_flight, open_stream)) as answers:
+            for answer in answers:
+                if isinstance(answer, ElsError) and not return_exceptions:
+                    raise answer
+                yield answer

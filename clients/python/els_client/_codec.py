@@ -17,6 +17,7 @@ from els_client._types import (
     Limits,
     Model,
     Pixels,
+    Query,
     Sampler,
     Step,
     Want,
@@ -84,22 +85,18 @@ def _own_refusals() -> Iterator[None]:
 
 @_own_refusals()
 def encode_query(
-    request: type[_Query],
-    x: Pixels,
-    model: str,
-    level: pb.NoiseLevel,
-    label: Integers | None,
-    window: Integers | None,
-    return_log_evidence: bool = False,
+    request: type[_Query], query: Query, *, return_log_evidence: bool = False
 ) -> _Query:
-    """Return the request that asks ``model`` about ``x`` [B, C, H, W]."""
+    """Return the request that asks ``query``, without its deadline: that is the call's."""
     return request(
-        model=model,
-        x=encode_tensor(x),
-        level=level,
-        labels=_listed("label", label, _INTEGERS),
-        windows=_listed("window", window, _INTEGERS),
+        model=query.model,
+        x=encode_tensor(query.x),
+        level=encode_level(query.sigma, query.alpha_bar, query.time),
+        labels=_listed("label", query.label, _INTEGERS),
+        windows=_listed("window", query.window, _INTEGERS),
         return_log_evidence=return_log_evidence,
+        priority=_priority(query.priority),
+        version=query.version or "",
     )
 
 
@@ -107,15 +104,18 @@ def encode_query(
 def encode_sample(
     *,
     model: str,
-    count: int,
-    seed: int,
-    steps: int,
-    sampler: Sampler,
-    label: Integers | None,
-    window: Integers | None,
-    eta: float | None,
-    churn: float,
-    want: Collection[Want],
+    count: int = 1,
+    seed: int = 0,
+    steps: int = 20,
+    sampler: Sampler = "ddim",
+    label: Integers | None = None,
+    eta: float | None = 0.0,
+    churn: float = 0.0,
+    want: Collection[Want] = ("x", "denoised"),
+    window: Integers | None = None,
+    priority: int | None = None,
+    version: str | None = None,
+    survive_breaks: bool = False,
 ) -> pb.SampleRequest:
     """Return the request that draws ``count`` images; ``eta`` None leaves it to the server."""
     if sampler not in _SAMPLERS:
@@ -139,6 +139,9 @@ def encode_sample(
         return_x="x" in want,
         return_denoised="denoised" in want,
         return_noise="noise" in want,
+        priority=_priority(priority),
+        version=version or "",
+        return_resume_token=survive_breaks,
     )
 
 
@@ -185,6 +188,8 @@ def decode_model(model: pb.Model) -> Model:
             limits.max_message_bytes,
             limits.min_sigma,
             limits.max_sigma,
+            limits.max_pixels,
+            limits.priority_levels,
         ),
         bank=Bank(bank.fingerprint, bank.images, bank.source, bank.licence)
         if model.HasField("bank")
@@ -192,6 +197,8 @@ def decode_model(model: pb.Model) -> Model:
         batch_invariant=model.batch_invariant,
         has_log_evidence=model.has_log_evidence,
         implementation=model.implementation,
+        version=model.version,
+        memory_bytes=model.memory_bytes,
     )
 
 
@@ -205,6 +212,14 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
     if array.size and array.dtype.kind not in kinds:
         _refuse(field, "integers" if kinds == _INTEGERS else "numbers", f"{values!r}")
     return array.ravel().tolist()
+
+
+def _priority(priority: int | None) -> int:
+    if priority is None:
+        return 0
+    if priority < 1:
+        _refuse("priority", "at least 1", priority)
+    return priority
 
 
 def _refuse(field: str, expected: str, got: object) -> NoReturn:

@@ -1,12 +1,11 @@
-"""What the commands share: a client whose failures become exit codes, progress and reports."""
+"""What the commands show: progress, reports and tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -16,39 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.table import Column, Table
 
-from els_client._client import Client
-from els_client._types import Model
-from els_client.errors import (
-    DeadlineExceededError,
-    ElsError,
-    InvalidArgumentError,
-    NotFoundError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-
-EXIT_CODES_HELP = (
-    "Exit codes: 0 done · 2 wrong usage or argument · 3 no such model · 4 no server answers"
-    " · 5 deadline exceeded · 6 over a limit · 1 any other failure."
-)
-_EXIT_CODES: dict[type[Exception], int] = {
-    InvalidArgumentError: 2,
-    NotFoundError: 3,
-    UnavailableError: 4,
-    DeadlineExceededError: 5,
-    ResourceExhaustedError: 6,
-}
-
-
-@contextmanager
-def connected(target: str, timeout_s: float | None) -> Iterator[Client]:
-    """Yield a client; a failure inside becomes one line on stderr and an exit code."""
-    try:
-        with Client(target, timeout_s=timeout_s) as client:
-            yield client
-    except (ElsError, OSError) as error:
-        typer.echo(f"els: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
+from els_client._types import Model, RepositoryModel, Statistics
 
 
 def waiting(text: str) -> Status:
@@ -98,4 +65,26 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
             f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
             str(model.bank.images) if model.bank else "–",
         )
+    Console().print(table)
+
+
+def list_repository(
+    models: Sequence[RepositoryModel], asked: Sequence[Statistics], as_json: bool
+) -> None:
+    """Print every model of a repository with what was asked of it."""
+    statistics = {(one.name, one.version): one for one in asked}
+    pairs = [(model, statistics.get((model.name, model.version))) for model in models]
+    if as_json:
+        documents = (
+            dataclasses.asdict(model) | {"statistics": one and dataclasses.asdict(one)}
+            for model, one in pairs
+        )
+        typer.echo(json.dumps(list(documents)))
+        return
+    counts = (Column(name, justify="right") for name in ("answered", "failed", "computed s"))
+    names = (Column(name, no_wrap=True) for name in ("name", "version", "state"))
+    table = Table(*names, *counts, "reason", box=SIMPLE_HEAD)
+    for model, one in pairs:
+        numbers = (one.answered, one.failed, round(one.computed_s, 1)) if one else ("–",) * 3
+        table.add_row(model.name, model.version, model.state, *map(str, numbers), model.reason)
     Console().print(table)

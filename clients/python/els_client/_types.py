@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Collection, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal, Required, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,72 @@ Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
 Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
 Want: TypeAlias = Literal["x", "denoised", "noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """How a channel is encrypted; of ``Tls()`` alone, with the authorities that gRPC trusts.
+
+    Attributes:
+        ca: PEM file of the authorities that may vouch for the server.
+        certificate: PEM file of the client's own certificate chain, for mutual TLS.
+        key: PEM file of its private key.
+        server_name: Name that the server's certificate must bear, if not the target's.
+    """
+
+    ca: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+
+class QueryOptions(TypedDict, total=False):
+    """What may be said of images in a question; ``Client.denoise`` explains it."""
+
+    model: Required[str]
+    sigma: Levels | None
+    alpha_bar: Levels | None
+    time: Levels | None
+    label: Integers | None
+    window: Integers | None
+    priority: int | None
+    timeout_s: float | None
+    version: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One question of many, for ``denoise_many``: the arguments of ``Client.denoise``."""
+
+    x: Pixels
+    _: KW_ONLY
+    model: str
+    sigma: Levels | None = None
+    alpha_bar: Levels | None = None
+    time: Levels | None = None
+    label: Integers | None = None
+    window: Integers | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
+    version: str | None = None
+
+
+class SampleOptions(TypedDict, total=False):
+    """What may be said of a trajectory; ``Client.sample`` explains it."""
+
+    model: Required[str]
+    count: int
+    seed: int
+    steps: int
+    sampler: Sampler
+    label: Integers | None
+    eta: float | None
+    churn: float
+    want: Collection[Want]
+    window: Integers | None
+    priority: int | None
+    version: str | None
+    survive_breaks: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +125,8 @@ class Limits:
     max_message_bytes: int
     min_sigma: float
     max_sigma: float
+    max_pixels: int
+    priority_levels: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +150,8 @@ class Model:
         batch_invariant: Whether an image has the same bits alone and in any batch.
         has_log_evidence: Whether ``denoise_with_evidence`` is answered.
         implementation: Which patch attention answers; empty where none is used.
+        version: A whole number, written in decimal.
+        memory_bytes: About how much memory it takes while loaded.
     """
 
     name: str
@@ -99,11 +170,55 @@ class Model:
     batch_invariant: bool
     has_log_evidence: bool
     implementation: str
+    version: str
+    memory_bytes: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the images it takes."""
         return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True)
+class RepositoryModel:
+    """A model of a server's repository, served or not.
+
+    Attributes:
+        name: What calls name it by.
+        version: A whole number, written in decimal.
+        state: "READY", "LOADING" or "UNAVAILABLE".
+        reason: Why it is not ready; else empty.
+    """
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was asked of a model since it was loaded.
+
+    Attributes:
+        name: Name of the model.
+        version: A whole number, written in decimal.
+        images: Images that were computed.
+        batches: Launches that computed them.
+        answered: Requests that were answered.
+        failed: Requests that were not.
+        queued_s: Seconds that requests waited, in all.
+        computed_s: Seconds that they were computed, in all.
+    """
+
+    name: str
+    version: str
+    images: int
+    batches: int
+    answered: int
+    failed: int
+    queued_s: float
+    computed_s: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)

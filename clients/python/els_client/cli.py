@@ -1,4 +1,4 @@
-"""The command ``els``: a server's models, denoise, score and sample from a terminal."""
+"""The command ``els``: a server's models, denoise, score and sample; the other commands join."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from els_client import _options as options
 from els_client import _pictures as pictures
 from els_client import _terminal as terminal
+from els_client._bench_command import bench
+from els_client._operator_commands import log_level, repository
+from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._types import Images, Sampler, Want
 from els_client.errors import InvalidArgumentError
 from els_proto.build_info import COMMIT
@@ -19,16 +23,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog=terminal.EXIT_CODES_HELP,
+    epilog=options.EXIT_CODES_HELP,
 )
 
-Target = Annotated[str, typer.Option(help="Address of the server.", metavar="HOST:PORT")]
-ModelName = Annotated[str, typer.Option(help="Name of the model.")]
-Timeout = Annotated[
-    float | None,
-    typer.Option(help="Deadline in seconds; by default 60, and 600 to sample.", min=0.001),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Source = Annotated[
     Path, typer.Argument(metavar="IN.png", exists=True, dir_okay=False, show_default=False)
 ]
@@ -40,9 +37,6 @@ Window = Annotated[int | None, typer.Option(help="Odd side of the patch in pixel
 Resize = Annotated[
     bool, typer.Option("--resize", help="Crop and scale the picture to the model's size.")
 ]
-
-_TARGET = "127.0.0.1:50051"
-_MODEL = "fashion-els"
 
 
 def main() -> None:
@@ -56,32 +50,76 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_PEM = {"metavar": "PEM", "exists": True, "dir_okay": False}
+
+
 @app.callback()
 def _els(
     context: typer.Context,
-    target: Target = _TARGET,
-    model: ModelName = _MODEL,
+    target: Annotated[
+        str, typer.Option(help="Address of the server.", metavar="HOST:PORT", envvar="ELS_TARGET")
+    ] = TARGET,
+    model: ModelName = MODEL,
     timeout: Timeout = None,
     as_json: AsJson = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Encrypt; implied by the next three.", envvar="ELS_TLS")
+    ] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="Authorities that may vouch for the server.", envvar="ELS_CA", **_PEM),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Own certificate.", envvar="ELS_CERTIFICATE", **_PEM)
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Own private key.", envvar="ELS_KEY", **_PEM)
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that holds the bearer token.", envvar="ELS_TOKEN_FILE", exists=True
+        ),
+    ] = None,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Tell the version."),
     ] = False,
 ) -> None:
-    """Ask a server of denoisers. The options here may also stand after the command."""
+    """Ask a server of denoisers.
+
+    Of the options here --target, --model, --timeout and --json may also stand after the command.
+    """
+    with options.failures():
+        context.obj = options.door(
+            encrypted=tls, ca=ca, certificate=certificate, key=key, token_file=token_file
+        )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
-    context.default_map = dict.fromkeys(("models", "denoise", "score", "sample"), shared)
+    commands = ("models", "denoise", "score", "sample", "bench", "log-level")
+    nested = {"repository": dict.fromkeys(("index", "load", "unload"), shared)}
+    context.default_map = {**dict.fromkeys(commands, shared), **nested}
+
+
+app.command()(bench)
+app.add_typer(repository, name="repository")
+app.command("log-level")(log_level)
 
 
 @app.command()
-def models(target: Target = _TARGET, timeout: Timeout = None, as_json: AsJson = False) -> None:
+def models(
+    context: typer.Context,
+    target: Target = TARGET,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
     """List the models that can be asked."""
-    with terminal.connected(target, timeout) as client:
+    with options.connected(context, target, timeout) as client:
         terminal.list_models(client.models(), as_json)
 
 
 @app.command()
 def denoise(
+    context: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT.png", show_default=False)],
     sigma: Sigma = None,
@@ -90,8 +128,8 @@ def denoise(
     label: Label = None,
     window: Window = None,
     resize: Resize = False,
-    target: Target = _TARGET,
-    model: ModelName = _MODEL,
+    target: Target = TARGET,
+    model: ModelName = MODEL,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +139,7 @@ def denoise(
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
-    with terminal.connected(target, timeout) as client, terminal.waiting(f"asking {model}"):
+    with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.denoise(x, model=model, **level, label=label, window=window)
         pictures.write(out, answer[0])
@@ -110,6 +148,7 @@ def denoise(
 
 @app.command()
 def score(
+    context: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(metavar="OUT.png|OUT.npy", show_default=False)],
     sigma: Sigma = None,
@@ -118,8 +157,8 @@ def score(
     label: Label = None,
     window: Window = None,
     resize: Resize = False,
-    target: Target = _TARGET,
-    model: ModelName = _MODEL,
+    target: Target = TARGET,
+    model: ModelName = MODEL,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,7 +169,7 @@ def score(
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
-    with terminal.connected(target, timeout) as client, terminal.waiting(f"asking {model}"):
+    with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.score(x, model=model, **level, label=label, window=window)
         pictures.write_score(out, answer)
@@ -139,6 +178,7 @@ def score(
 
 @app.command()
 def sample(
+    context: typer.Context,
     count: Annotated[
         int | None,
         typer.Option(help="Images to draw; by default one, or one a --label.", min=1),
@@ -158,8 +198,8 @@ def sample(
     gif: Annotated[
         Path | None, typer.Option(help="Where the way from noise to images goes.")
     ] = None,
-    target: Target = _TARGET,
-    model: ModelName = _MODEL,
+    target: Target = TARGET,
+    model: ModelName = MODEL,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
@@ -167,7 +207,7 @@ def sample(
     began = clock.perf_counter()
     want: tuple[Want, ...] = ("x",) if gif else ()
     states: list[Images] = []
-    with terminal.connected(target, timeout) as client, terminal.progress() as progress:
+    with options.connected(context, target, timeout) as client, terminal.progress() as progress:
         for path in (out, gif):
             pictures.check_target(path)
         labels = _integers(label)

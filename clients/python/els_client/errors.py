@@ -2,8 +2,10 @@
 
     ElsError                    any other status; `code` says which
     ├── InvalidArgumentError    INVALID_ARGUMENT     a field is wrong (a ValueError)
+    ├── UnauthenticatedError    UNAUTHENTICATED      the token is missing or unknown
+    ├── PermissionDeniedError   PERMISSION_DENIED    the token is not of the role that is needed
     ├── NotFoundError           NOT_FOUND            no model of that name
-    ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
+    ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   full, or over a published limit
     ├── DeadlineExceededError   DEADLINE_EXCEEDED    no answer within `timeout_s` (a TimeoutError)
     └── UnavailableError        UNAVAILABLE          nobody answers there, not even after retries
 
@@ -30,9 +32,11 @@ class ElsError(Exception):
     Attributes:
         code: Name of the gRPC status, such as ``"INTERNAL"``.
         violations: The wrong fields, where the server names them.
+        retry_after_s: When to ask again, where the server says so.
     """
 
     code: str = "UNKNOWN"
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, violations: Sequence[Violation] = ()) -> None:
         super().__init__(message)
@@ -45,6 +49,18 @@ class InvalidArgumentError(ElsError, ValueError):
     code = "INVALID_ARGUMENT"
 
 
+class UnauthenticatedError(ElsError):
+    """The server knows no such token, or none came."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(ElsError):
+    """The token is not of the role that the method needs."""
+
+    code = "PERMISSION_DENIED"
+
+
 class NotFoundError(ElsError):
     """The server has no model of that name."""
 
@@ -52,7 +68,7 @@ class NotFoundError(ElsError):
 
 
 class ResourceExhaustedError(ElsError):
-    """The request is over a limit that ``Model.limits`` publishes, or the server is full."""
+    """The server is full, and ``retry_after_s`` says for how long; or a limit is passed."""
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -73,6 +89,8 @@ _BY_CODE: dict[str, type[ElsError]] = {
     error.code: error
     for error in (
         InvalidArgumentError,
+        UnauthenticatedError,
+        PermissionDeniedError,
         NotFoundError,
         ResourceExhaustedError,
         DeadlineExceededError,
@@ -81,8 +99,14 @@ _BY_CODE: dict[str, type[ElsError]] = {
 }
 
 
-def error_of(code: str, message: str, violations: Sequence[Violation] = ()) -> ElsError:
+def error_of(
+    code: str,
+    message: str,
+    violations: Sequence[Violation] = (),
+    retry_after_s: float | None = None,
+) -> ElsError:
     """Return the error that stands for a status; ``ElsError`` itself where the tree has none."""
     error = _BY_CODE.get(code, ElsError)(message, violations)
     error.code = code
+    error.retry_after_s = retry_after_s
     return error

@@ -140,11 +140,8 @@ class Native:
         """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
 
         Raises:
-            ValueError: Whole windows of every place under zero padding, which no machine has.
             MemoryError: There was none for the partial results.
         """
-        if geometry.whole and geometry.sources == "every" and geometry.padding == "zeros":
-            raise ValueError("geometry: every place answers a whole window on the torus only")
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         scales = torch.tensor([a, s], dtype=torch.float64)

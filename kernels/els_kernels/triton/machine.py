@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import defaultdict
 from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from els_kernels.geometry import Geometry, Posterior, band, zero_padded_spans
+from els_kernels.geometry import Geometry, Posterior, alike, band, zero_padded_spans
 from els_kernels.triton import launch, layout, precision, tuning
 from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
@@ -52,18 +51,15 @@ class TritonAttention:
     ) -> Posterior:
         """Return the posteriors; images that share window, range and precision share launches."""
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        channels, height, width = x.shape[1:]
-        groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
-        for b, (k, (lo, hi)) in enumerate(zip(window, ranges, strict=True)):
-            side = (height, width) if geometry.whole else (min(k, height), min(k, width))
-            terms = precision.query_terms(a[b], s[b], channels * math.prod(side))
-            groups[k, lo, hi, terms].append(b)
+        channels, *size = x.shape[1:]
+        sides = (size if geometry.whole else [min(k, n) for n in size] for k in window)
+        terms_of = map(precision.query_terms, a, s, (channels * math.prod(side) for side in sides))
         parts = (
             (key, members[first : first + _TOGETHER])
-            for key, members in groups.items()
+            for key, members in alike(window, ranges, terms_of).items()
             for first in range(0, len(members), _TOGETHER)
         )
-        for (k, lo, hi, terms), members in parts:
+        for (k, (lo, hi), terms), members in parts:
             queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
             part = self._range(lo, hi)
             # Triton launches on the current device.

@@ -72,8 +72,8 @@ def merge_kernel(
     o_value = tl.arange(0, BLOCK_V)
     m_place, m_value = o_place < PLACES, o_value < VALUES
 
-    # [BLOCK_M], [BLOCK_M, BLOCK_V]
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # [BLOCK_M], [BLOCK_M, BLOCK_V]. Finite and below any logit: no difference is NaN.
+    top = tl.full((BLOCK_M,), -3e38, tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for i_slot in range(SLOTS):
         o_state = (i_batch * SLOTS + i_slot) * PLACES + o_place
@@ -85,10 +85,7 @@ def merge_kernel(
             other=0.0,
         )
         higher = tl.maximum(top, peak)
-        # Where both are -inf their difference is NaN; where one is, it scales by 0.
-        old = tl.where(top > float("-inf"), tl.exp2(top - higher), 0.0)
-        new = tl.where(some, tl.exp2(peak - higher), 0.0)
-        total = total * old[:, None] + sums * new[:, None]
+        total = total * tl.exp2(top - higher)[:, None] + sums * tl.exp2(peak - higher)[:, None]
         top = higher
 
     o_out = i_batch * PLACES + o_place

@@ -1,4 +1,4 @@
-"""``els-server run | check | bank | train``."""
+"""``els-server run | check | bank | train | token``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from els_service.cli import bank, train
+from els_service.cli.token import token
 from els_service.config import Settings, load_settings
 from els_service.errors import LoadError
 from els_service.version import COMMIT, VERSION
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(bank.app, name="bank")
 app.add_typer(train.app)
+app.command()(token)
 
 _FAULT = 2
 _DEVICE_LOST = 3
@@ -40,6 +42,13 @@ Threads = Annotated[
 ]
 LogLevel = Annotated[
     str | None, typer.Option(help="debug, info, warning or error. [default: info]")
+]
+TlsCertificate = Annotated[Path | None, typer.Option(help="PEM file; with --tls-key serves TLS.")]
+TlsKey = Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key.")]
+Tokens = Annotated[Path | None, typer.Option(help="File of tokens; see the command token.")]
+Insecure = Annotated[
+    bool | None,
+    typer.Option(help="Allow plain text beyond loopback: something in front encrypts."),
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings. [env: ELS_CONFIG]")]
 
@@ -62,6 +71,10 @@ def run(
     device: Device = None,
     threads: Threads = None,
     log_level: LogLevel = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tokens: Tokens = None,
+    insecure: Insecure = None,
     config: Config = None,
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
@@ -71,13 +84,14 @@ def run(
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
     settings = _settings(locals())
+    from els_service.logs import configure
+
+    # First, as gRPC asks how it shall log when it is imported.
+    configure(settings.log_level)
     import uvloop
 
     from els_service.engine.device import DeviceLostError
-    from els_service.logs import configure
     from els_service.wire.server import Ports, serve
-
-    configure(settings.log_level)
 
     def ready(ports: Ports) -> None:
         event = {
@@ -107,11 +121,21 @@ def check(
     device: Device = None,
     threads: Threads = None,
     log_level: LogLevel = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tokens: Tokens = None,
+    insecure: Insecure = None,
     config: Config = None,
     config_only: Annotated[bool, typer.Option(help="Leave out the model folders.")] = False,
 ) -> None:
     """Check configuration and model folders; exits with 2 and names each fault."""
     settings = _settings({key: value for key, value in locals().items() if key != "config_only"})
+    from els_service.wire.doors import Doors
+
+    try:
+        Doors(settings)
+    except LoadError as error:
+        raise _refused(error) from error
     typer.echo("configuration: ok")
     if not config_only:
         faults = _check_models(settings)

@@ -76,12 +76,13 @@ def one_each(
         InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
     """
     # Not an abstract base class: every call passes here twice.
-    given = [values] if isinstance(values, (int, np.integer)) else list(values)
-    if not given:
+    given = [values] if isinstance(values, (int, np.integer)) else values
+    count = len(given)
+    if not count:
         return _filled(none, batch)
-    if len(given) not in (1, batch):
-        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{len(given)} values")
-    return np.array(given if len(given) == batch else given * batch, np.int64)
+    if count not in (1, batch):
+        raise InvalidArgumentError(field, f"none, 1 or {batch} values", f"{count} values")
+    return np.array(given if count == batch else list(given) * batch, np.int64)
 
 
 @functools.lru_cache(1024)

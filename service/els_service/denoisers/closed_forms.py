@@ -74,10 +74,10 @@ class GaussianDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return the posterior means; no evidence."""
         # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
-        scales = zip(query.level.a.tolist(), query.level.s.tolist(), strict=True)
-        affine = [self._affine(a, s) for a, s in scales]
-        mean = query.pixels * _per_image([gain for gain, _ in affine])
-        mean += _per_image([rest for _, rest in affine])
+        scales = map(self._affine, query.level.a.tolist(), query.level.s.tolist())
+        gains, rests = zip(*scales, strict=True)
+        mean = query.pixels * _per_image(gains)
+        mean += _per_image(rests)
         return Denoised(mean, None)
 
     def _affine(self, a: float, s: float) -> tuple[_Statistic, _Statistic]:

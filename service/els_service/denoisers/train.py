@@ -26,7 +26,7 @@ from els_service.denoisers.training import (
 )
 from els_service.denoisers.training.record import Row
 from els_service.denoisers.training.settings import PRECISIONS
-from els_service.errors import ElsError
+from els_service.errors import ElsError, InvalidArgumentError
 
 _WIDTHS = {"resnet": (256,), "unet": (64, 128, 256), "unet-attention": (64, 128, 256)}
 """Of the paper."""
@@ -54,9 +54,6 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 def _train(options: argparse.Namespace, command: str) -> None:
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     bank = load_training_data(
         options.data,
         resize=options.resize,
@@ -69,7 +66,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
         _settings(options, bank),
         bank,
         options.out,
-        device=device,
+        device=_device(options.device),
         limits=Limits(
             seconds=60 * options.minutes,
             checkpoint_s=options.checkpoint_seconds,
@@ -81,6 +78,14 @@ def _train(options: argparse.Namespace, command: str) -> None:
     )
     state = "finished" if outcome.finished else "paused: the same command goes on"
     print(f"step {outcome.step} of {outcome.steps}, loss {outcome.loss:.4g}: {state}")
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("device", "cpu, as torch sees no GPU", name)
+    return name
 
 
 def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
@@ -101,7 +106,6 @@ def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
         network=network,
         epochs=options.epochs,
         batch=options.batch,
-        part=options.part,
         rate=options.lr,
         schedule=options.rate_schedule,
         weight_decay=options.weight_decay,
@@ -181,13 +185,11 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    defaults = TrainingSettings.__dataclass_fields__
-    add("--epochs", type=float, default=defaults["epochs"].default, help="passes over the data")
-    add("--batch", type=int, default=defaults["batch"].default, help="images a step")
-    add("--part", type=int, default=0, help="images a pass, 0: all; small parts fit a CPU's cache")
-    add("--lr", type=float, default=defaults["rate"].default, help="highest learning rate")
+    add("--epochs", type=float, default=TrainingSettings.epochs, help="passes over the data")
+    add("--batch", type=int, default=TrainingSettings.batch, help="images a step")
+    add("--lr", type=float, default=TrainingSettings.rate, help="highest learning rate")
     add("--rate-schedule", choices=RATES, default="decay", help="of the learning rate")
-    add("--weight-decay", type=float, default=defaults["weight_decay"].default, help="of AdamW")
+    add("--weight-decay", type=float, default=TrainingSettings.weight_decay, help="of AdamW")
     add("--ema", type=float, default=0.0, help="decay of the moving average of weights, 0: none")
     add(
         "--label-dropout",
@@ -201,7 +203,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
     add("--precision", choices=PRECISIONS, default="float32", help="of the passes")
     add("--channels-last", action=flag, default=True, help="memory layout of images")

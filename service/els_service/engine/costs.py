@@ -36,6 +36,11 @@ class CostModel:
         """Return the predicted seconds that ``estimate`` adds to a batch."""
         return self._rate * estimate
 
+    @property
+    def fixed_s(self) -> float:
+        """Predicted seconds of a batch however small: what batching saves."""
+        return self._fixed
+
     def at_most(self, estimate: float) -> float:
         """Return seconds that a batch exceeds seldom: the prediction and its usual error twice."""
         return self.seconds(estimate) * (1 + 2 * self._error)

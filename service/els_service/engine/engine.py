@@ -141,10 +141,12 @@ class Engine:
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Yield what can be read at any time: name, labels, value."""
         for entry in self.models:
-            if entry.lane is not None:
+            # Asked by another thread: it may be unloaded meanwhile.
+            lane = entry.lane
+            if lane is not None:
                 labels = {"model": entry.model}
-                yield "els_queue_items", labels, len(entry.lane.queue)
-                yield "els_queue_cost_seconds", labels, entry.lane.waiting_s
+                yield "els_queue_items", labels, len(lane.queue)
+                yield "els_queue_cost_seconds", labels, lane.waiting_s
         for model, size in self.models.memory().items():
             yield "els_model_memory_bytes", {"model": model}, size
         for device in self._devices:

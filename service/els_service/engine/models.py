@@ -22,7 +22,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.engine.device import Device
-from els_service.engine.lane import Lane
+from els_service.engine.lane import Lane, Statistics
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     ElsError,
@@ -52,6 +52,8 @@ class Entry:
     info: DenoiserInfo
     lane: Lane | None
     """None while it is unloaded for want of memory."""
+    statistics: Statistics
+    """Of all its lanes."""
     used: int = 0
     """Larger means asked later."""
 
@@ -154,9 +156,10 @@ class Models:
     async def _reload(self, entry: Entry) -> Lane:
         async with self._lock:
             fresh = await self._load_version(entry.model, entry.version)
+            assert fresh.lane is not None
+            fresh.lane.statistics = entry.statistics
             entry.lane, entry.info = fresh.lane, fresh.info
             self._make_room(entry)
-        assert fresh.lane is not None
         return fresh.lane
 
     async def load_all(self, repository: ModelRepository) -> None:
@@ -206,7 +209,7 @@ class Models:
         """Serve a model from elsewhere: one denoiser for each of the first devices."""
         placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
         lane = Lane(name, 1, placed, self._scheduling.starvation_s)
-        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane)})
+        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane, lane.statistics)})
 
     async def index(self) -> list[State]:
         """Return the state of every model of the repository, and of those added."""
@@ -220,9 +223,11 @@ class Models:
         counted: set[str] = set()
         sizes: dict[str, int] = {}
         for entry in self:
-            bank = entry.info.bank.fingerprint if entry.info.bank else ""
+            info = entry.info
+            # Of other kinds the bank is where they come from, not what they hold.
+            bank = info.bank.fingerprint if info.bank and info.kind == "analytic" else ""
             if entry.lane is not None and bank not in counted:
-                sizes[entry.model] = sizes.get(entry.model, 0) + entry.info.memory_bytes
+                sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
                 counted |= {bank} if bank else set()
         return sizes
 
@@ -267,7 +272,7 @@ class Models:
                 _log.exception("model fails", extra={"model": name})
                 raise LoadError(name, f"failed at its first question: {error}") from error
         lane = Lane(name, version, denoisers, self._scheduling.starvation_s)
-        return Entry(name, version, lane.denoiser.info, lane)
+        return Entry(name, version, lane.denoiser.info, lane, lane.statistics)
 
     def _make_room(self, keep: Entry) -> None:
         """Unload what was used longest ago until the rest fits the budget."""

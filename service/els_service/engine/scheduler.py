@@ -5,7 +5,8 @@
                  └ full, or late by prediction    └ late by now: dropped before it is computed
 
 An idle device takes work at once; what comes while it is busy gathers meanwhile, which is all the
-waiting there is. A batch ends where its predicted time does, or where it would make a member late.
+waiting there is. A batch ends where more would save little (its launch is a small part of it), or
+where it would make a member late.
 Models share a device by time, as callers share a model. Everything but the computation happens on
 the event loop, so there are no locks.
 """
@@ -26,6 +27,13 @@ from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
+_SLOW_S = 10 * INLINE_S
+_WRONG = 3
+"""So many answers in a row that were slow, and they are no work for the event loop."""
+_SHORT_S = 0.02
+"""Predicted time of a batch whose launch costs nothing: others get their turn after it."""
+_LAUNCH_SHARE = 0.05
+"""Part of a batch that its launch may be; batches grow until it is."""
 _PURGE_S = 0.1
 """How often a full queue is searched for items that are late."""
 _LEAST_RETRY_S = 0.05
@@ -79,14 +87,15 @@ class Scheduler:
             DeadlineExceededError: The answer would come too late. The future may fail so, too.
         """
         estimate = lane.denoiser.predict_seconds(query)
-        if lane.costs.seconds(estimate) < INLINE_S and not lane.running and "cpu" in lane.denoisers:
+        # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
+        if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
             return self._inline(lane, query, terms, estimate)
         now = self.clock()
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
         ticket = Ticket(query, terms, now)
         ticket.answer.add_done_callback(partial(self._left, lane, ticket))
-        most = self._terms.batch_s / max(lane.costs.marginal(1.0), 1e-9)
+        most = self._batch_s(lane) / max(lane.costs.marginal(1.0), 1e-9)
         if not lane.queue and lane not in self._lanes:
             lane.virtual = max(lane.virtual, self._virtual)
         for item in ticket.cut(estimate, most):
@@ -111,12 +120,18 @@ class Scheduler:
             raise self._too_late(
                 lane, f"the deadline of a question to {lane.model} passed before it was computed"
             )
-        answer = lane.denoiser.denoise(query)
+        try:
+            answer = lane.denoiser.denoise(query)
+        except Exception:
+            self._observer.dropped(lane.model, "faulted")
+            lane.statistics.failed.add(self.clock() - began)
+            raise
         ended = self.clock()
         seconds, images = ended - began, len(query)
         self._observer.computed(lane.model, seconds, images, estimate)
-        lane.costs.learn(estimate, seconds, ended)
+        lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
         lane.statistics.batch(images, seconds, time.time())
+        lane.statistics.queued.add(0.0)
         lane.statistics.computed.add(seconds)
         lane.statistics.succeeded.add(seconds)
         return answer
@@ -169,7 +184,7 @@ class Scheduler:
 
     def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
         """Return in how many seconds an answer can be expected."""
-        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.caller, terms.priority, estimate))
+        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.name(), terms.priority, estimate))
         here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
         # Models share their devices evenly, too.
         others = sum(
@@ -216,6 +231,7 @@ class Scheduler:
         """Take from the queue what is worth computing and can be computed in time, together."""
         batch: list[Item] = []
         estimate, first_deadline = 0.0, float("inf")
+        longest = self._batch_s(lane)
         at_most = lane.costs.at_most if lane.costs.trusted(now) else _nothing
         while item := lane.queue.peek(now):
             deadline = item.ticket.terms.deadline
@@ -224,7 +240,7 @@ class Scheduler:
                 continue
             together = estimate + item.cost
             if batch and (
-                lane.costs.seconds(together) > self._terms.batch_s
+                lane.costs.seconds(together) > longest
                 or now + at_most(together) > min(first_deadline, deadline)
             ):
                 break
@@ -232,6 +248,10 @@ class Scheduler:
             batch.append(item)
             estimate, first_deadline = together, min(first_deadline, deadline)
         return batch
+
+    def _batch_s(self, lane: Lane) -> float:
+        """Return the predicted time that a batch should take, if there is so much to do."""
+        return min(self._terms.batch_s, max(_SHORT_S, lane.costs.fixed_s / _LAUNCH_SHARE))
 
     def _launch(self, device: Device, lane: Lane, batch: list[Item], now: float) -> None:
         estimate = sum(item.cost for item in batch)
@@ -269,6 +289,7 @@ class Scheduler:
             outcome = done.result()
             if not any(isinstance(result, Exception) for result in outcome.value):
                 lane.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
+                lane.slow = 0 if outcome.ended - outcome.began < _SLOW_S else lane.slow
         self._dispatch()
         if error is None:
             self._computed(device, lane, batch, cost, outcome)

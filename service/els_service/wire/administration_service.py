@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
@@ -21,6 +22,14 @@ EXTENSIONS = ("model_repository", "model_configuration", "statistics", "logging"
 
 _CONFIG_TYPES = {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
 _LOG_LEVEL = "log_level"
+_LOG_SETTINGS = {
+    _LOG_LEVEL: "string_param",
+    "log_verbose_level": "uint32_param",
+    "log_info": "bool_param",
+    "log_warning": "bool_param",
+    "log_error": "bool_param",
+}
+"""Names and kinds: ours, and the switches that Triton's clients can set."""
 
 Changed = Callable[[], Awaitable[None]]
 """Called when the models that are served are others than before."""
@@ -46,9 +55,7 @@ class Administration(GRPCInferenceServiceServicer):
         models = self._engine.models
         entries = [models.entry(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
-            model_stats=[
-                _statistics(entry, entry.lane.statistics) for entry in entries if entry.lane
-            ]
+            model_stats=[_statistics(entry, entry.statistics) for entry in entries]
         )
 
     async def RepositoryIndex(
@@ -77,8 +84,11 @@ class Administration(GRPCInferenceServiceServicer):
         _check_repository(request.repository_name)
         for name in request.parameters:
             raise InvalidArgumentError("parameters", "none", name)
-        await self._engine.models.load(request.model_name)
-        await self._changed()
+        try:
+            await self._engine.models.load(request.model_name)
+        finally:
+            # A model that was refused at its first load has a health, too.
+            await self._changed()
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -96,16 +106,54 @@ class Administration(GRPCInferenceServiceServicer):
     async def LogSettings(
         self, request: pb.LogSettingsRequest, context: Context
     ) -> pb.LogSettingsResponse:
-        """Change the level of the log if it is given, and return it."""
-        for name, value in request.settings.items():
-            if name != _LOG_LEVEL:
-                raise InvalidArgumentError("settings", _LOG_LEVEL, name)
-            if value.string_param not in logs.LEVELS:
-                expected = f"one of {', '.join(logs.LEVELS)}"
-                raise InvalidArgumentError(f"settings.{name}", expected, value.string_param)
-            logs.set_level(value.string_param)
-        setting = pb.LogSettingsResponse.SettingValue(string_param=logs.level())
-        return pb.LogSettingsResponse(settings={_LOG_LEVEL: setting})
+        """Change the level of the log where it is given; return it in our word and in Triton's."""
+        given = {
+            name: _setting(name, value.WhichOneof("parameter_choice"), value)
+            for name, value in request.settings.items()
+        }
+        changed = _level({**_switches(logs.level()), **given})
+        if given and changed != logs.level():
+            logs.set_level(changed)
+        response = pb.LogSettingsResponse()
+        for name, value in {_LOG_LEVEL: logs.level(), **_switches(logs.level())}.items():
+            setattr(response.settings[name], _LOG_SETTINGS[name], value)
+        return response
+
+
+def _setting(name: str, kind: str | None, value: pb.LogSettingsRequest.SettingValue) -> Any:
+    """Return the value of a setting that there is, of its own kind."""
+    if name not in _LOG_SETTINGS:
+        known = ", ".join(_LOG_SETTINGS)
+        raise InvalidArgumentError("settings", f"one of {known}", repr(name)[:100])
+    field = f"settings.{name}"
+    if kind != _LOG_SETTINGS[name]:
+        raise InvalidArgumentError(field, _LOG_SETTINGS[name], kind or "nothing")
+    got = getattr(value, kind)
+    if name == _LOG_LEVEL and got not in logs.LEVELS:
+        raise InvalidArgumentError(field, f"one of {', '.join(logs.LEVELS)}", got)
+    if name == "log_error" and not got:
+        raise InvalidArgumentError(field, "true: errors are always told", "false")
+    return got
+
+
+def _switches(level: str) -> dict[str, int]:
+    """Return a level as Triton's switches."""
+    at = logs.LEVELS.index(level)
+    return {
+        "log_verbose_level": int(at == 0),
+        "log_info": at <= 1,
+        "log_warning": at <= 2,
+        "log_error": True,
+    }
+
+
+def _level(settings: dict[str, Any]) -> str:
+    """Return the level that our word or Triton's switches stand for."""
+    named: str | None = settings.get(_LOG_LEVEL)
+    if named is not None:
+        return named
+    on = (settings["log_verbose_level"] > 0, settings["log_info"], settings["log_warning"], True)
+    return logs.LEVELS[on.index(True)]
 
 
 def platform_of(info: DenoiserInfo) -> str:
@@ -126,6 +174,7 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
         "schedule": info.schedule,
         "implementation": info.implementation,
         "batch_invariant": str(info.batch_invariant).lower(),
+        "max_images": str(limits.max_images),
         "max_steps": str(limits.max_steps),
         "max_pixels": str(limits.max_pixels),
         "max_message_bytes": str(limits.max_message_bytes),
@@ -134,13 +183,14 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
         name=entry.model,
         platform=platform_of(info),
         backend="els-denoise",
-        max_batch_size=limits.max_images,
+        # 0 means that shapes have the batch in them: without it a level would have no axis left,
+        # and the protocol has no word for a number.
+        max_batch_size=0,
         input=[
             pb.ModelInput(
                 name=name,
                 data_type=_CONFIG_TYPES[INPUTS[name].name],
-                # The protocol has no word for a number: [1] stands for one an image.
-                dims=shape or (1,),
+                dims=shape,
                 optional=name != "x",
             )
             for name, shape in inputs_of(info).items()
@@ -164,7 +214,8 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
 
 def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
     batches = statistics.batches
-    nothing = pb.StatisticDuration()
+    # Reading and writing tensors is not told apart; clients want as many of each all the same.
+    nothing = pb.StatisticDuration(count=statistics.computed.count)
     return pb.ModelStatistics(
         name=entry.model,
         version=str(entry.version),
@@ -178,15 +229,13 @@ def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
             compute_input=nothing,
             compute_infer=_duration(statistics.computed),
             compute_output=nothing,
-            cache_hit=nothing,
-            cache_miss=nothing,
         ),
         batch_stats=[
             pb.InferBatchStatistics(
                 batch_size=images,
-                compute_input=nothing,
+                compute_input=pb.StatisticDuration(count=tally.count),
                 compute_infer=_duration(tally),
-                compute_output=nothing,
+                compute_output=pb.StatisticDuration(count=tally.count),
             )
             for images, tally in sorted(batches.items())
         ],

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,11 +27,28 @@ from els_service.errors import (
     UnavailableError,
     fit_for_headers,
 )
-from els_service.wire.metrics import Metrics
+from els_service.logs import CALL
+from els_service.wire.doors import Doors, caller_of
+from els_service.wire.metrics import Method, Metrics
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from els_service.wire.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 _LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
+_MODEL_FIELDS = ("model", "model_name", "name")
+"""Where requests name their model."""
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+"""(requests, answers) are streams → ``grpc_type``."""
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
@@ -45,13 +63,23 @@ class _Malformed:
     reason: str
 
 
-class _Call(NamedTuple):
+class _Call:
     """One call under way."""
 
-    method: str
-    request: Any
-    context: Context
-    since: float
+    __slots__ = ("_fields", "context", "method", "request", "since", "trace", "trace_id")
+
+    def __init__(self, method: Method, request: Any, context: Context) -> None:
+        self.method, self.request, self.context = method, request, context
+        self.trace: Span | None = None
+        self.trace_id: str | None = None
+        self.since = time.monotonic()
+        self._fields: dict[str, str] | None = None
+
+    def log_fields(self) -> dict[str, str]:
+        """Return the ids that every record of the call carries; made only if there is one."""
+        if self._fields is None:
+            self._fields = _ids(self.context, self.trace_id)
+        return self._fields
 
 
 class _Collector:
@@ -73,8 +101,15 @@ class Calls:
     A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
     """
 
-    def __init__(self, metrics: Metrics, is_model: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        is_model: Callable[[str], bool],
+        doors: Doors,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._metrics, self._is_model = metrics, is_model
+        self._doors, self._tracing = doors, tracing
         self._in_flight = 0
         self._idle = asyncio.Event()
         self.draining = asyncio.Event()
@@ -87,9 +122,36 @@ class Calls:
         collector = _Collector()
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
-            wrapped = {method: self._wrap(method, handler) for method, handler in handlers.items()}
-            generic = grpc.method_handlers_generic_handler(service, wrapped)
-            server.add_generic_rpc_handlers((generic,))
+            methods = {
+                name: self._method(service, name, handler) for name, handler in handlers.items()
+            }
+            wrapped = {
+                name: self._wrap(methods[name], handler) for name, handler in handlers.items()
+            }
+            self._add(service, wrapped, methods, server)
+
+    def admit(
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+    ) -> None:
+        """Add a servicer whose calls pass the doors, and are counted only if they do not."""
+        collector = _Collector()
+        add_to_server(servicer, collector)
+        for service, handlers in collector.handlers.items():
+            self._add(service, handlers, {}, server)
+
+    def _add(
+        self,
+        service: str,
+        handlers: dict[str, Handler],
+        methods: dict[str, Method],
+        server: grpc.aio.Server,
+    ) -> None:
+        async def refuse(name: str, error: ElsError, context: Context) -> NoReturn:
+            if name not in methods:
+                methods[name] = self._method(service, name, handlers[name])
+            await self._fail(error, self._begin(methods[name], None, context))
+
+        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, refuse),))
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until the last answer has left, ``timeout_s`` at most; return whether it has."""
@@ -99,8 +161,14 @@ class Calls:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
         return not self._in_flight
 
-    def _wrap(self, method: str, handler: Handler) -> Handler:
-        parse = _tolerant(handler.request_deserializer)
+    def _method(self, service: str, name: str, handler: Handler) -> Method:
+        request = handler.request_deserializer.__self__.DESCRIPTOR
+        fields = (field for field in _MODEL_FIELDS if field in request.fields_by_name)
+        kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        return self._metrics.method(kind, service, name, next(fields, ""))
+
+    def _wrap(self, method: Method, handler: Handler) -> Handler:
+        parse = _tolerant(handler.request_deserializer, method)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._streaming(method, handler.stream_stream), parse, handler.response_serializer
@@ -113,7 +181,7 @@ class Calls:
             self._unary(method, handler.unary_unary), parse, handler.response_serializer
         )
 
-    def _unary(self, method: str, behaviour: Any) -> Any:
+    def _unary(self, method: Method, behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
             under_way = self._begin(method, request, context)
             try:
@@ -126,7 +194,7 @@ class Calls:
 
         return call
 
-    def _streaming(self, method: str, behaviour: Any) -> Any:
+    def _streaming(self, method: Method, behaviour: Any) -> Any:
         # Writes by itself: grpc leaves a generator whose caller is gone to the collector, by when
         # the call is freed and asking its context for the peer ends the process.
         async def call(request: Any, context: Context) -> None:
@@ -136,17 +204,26 @@ class Calls:
                 async with contextlib.aclosing(behaviour(request, context)) as answers:
                     async for answer in answers:
                         await _write(context, answer)
+                        method.sent += 1
             except BaseException as error:
                 await self._fail(error, under_way)
             self._end("OK", under_way)
 
         return call
 
-    def _begin(self, method: str, request: Any, context: Context) -> _Call:
+    def _begin(self, method: Method, request: Any, context: Context) -> _Call:
         self._in_flight += 1
         # Not when the handler ends: its answer may have a long way to go yet.
         context.add_done_callback(self._done)
-        return _Call(method, request, context, time.monotonic())
+        method.started += 1
+        call = _Call(method, request, context)
+        if self._tracing is not None:
+            span = self._tracing.begin(method.path, context.invocation_metadata() or ())
+            if span is not None:
+                call.trace, call.trace_id = span, self._tracing.trace_id(span)
+        # Every call has a task of its own, and with it a context.
+        CALL.set(call)
+        return call
 
     def _done(self, context: Context) -> None:
         self._in_flight -= 1
@@ -161,22 +238,23 @@ class Calls:
     def _end(
         self, code: str, call: _Call, reason: str = "", cause: BaseException | None = None
     ) -> None:
-        """Count and log the call."""
-        request = call.request
-        name = getattr(request, "model", "") or getattr(request, "model_name", "")
-        # Any other name would let callers make as many label values as they please.
-        model = name if isinstance(name, str) and self._is_model(name) else ""
+        """Count and log the call, and end its span."""
         seconds = time.monotonic() - call.since
-        self._metrics.answered(model, call.method, code, seconds)
+        name = getattr(call.request, call.method.model_field, "")
+        # Any other name would let callers make as many label values as they please.
+        model = name if self._is_model(name) else ""
+        call.method.end(model, code, seconds, call.trace_id)
+        if self._tracing is not None and call.trace is not None:
+            self._tracing.end(call.trace, code, model)
         level = _LEVELS.get(code, logging.INFO)
         if _log.isEnabledFor(level):
             record = {
-                "request_id": _request_id(call.context),
-                "method": call.method,
+                "method": call.method.name,
                 "model": model,
                 "code": code,
                 "seconds": round(seconds, 6),
                 "peer": call.context.peer(),
+                "caller": caller_of(call.context),
                 "reason": reason,
             }
             _log.log(level, "call", extra=record, exc_info=cause)
@@ -204,6 +282,12 @@ async def _write(context: Context, answer: Any) -> None:
         await context.write(answer)
     except grpc.aio.BaseError as error:
         raise asyncio.CancelledError("the caller is gone") from error
+
+
+def current_trace() -> object | None:
+    """Return what the current call's part of a trace hangs on; None where it is not traced."""
+    call = CALL.get()
+    return None if call is None else call.trace
 
 
 def check_message(request: object) -> None:
@@ -238,18 +322,22 @@ def status_of(error: Exception) -> status_pb2.Status:
     return status
 
 
-def _request_id(context: Any) -> str:
-    """Return the caller's ``x-request-id``, or a new one."""
-    for name, value in context.invocation_metadata() or ():
-        if name == "x-request-id" and isinstance(value, str):
-            return value[:128]
-    return uuid.uuid4().hex
+def _ids(context: Context, trace_id: str | None) -> dict[str, str]:
+    """Return the caller's ``x-request-id`` or a new one, and the trace's id where there is one."""
+    metadata = dict(context.invocation_metadata() or ())
+    ids = {"request_id": metadata.get("x-request-id", "")[:128] or uuid.uuid4().hex}
+    if caller := _TRACEPARENT.match(metadata.get("traceparent", "")):
+        ids["trace_id"] = caller[1]
+    elif trace_id is not None:
+        ids["trace_id"] = trace_id
+    return ids
 
 
-def _tolerant(deserializer: Any) -> Any:
+def _tolerant(deserializer: Any, method: Method) -> Any:
     """Return a deserializer that answers garbage with ``_Malformed``: grpc would say INTERNAL."""
 
     def parse(data: bytes) -> Any:
+        method.received += 1
         try:
             return deserializer(data)
         except DecodeError as error:

@@ -23,6 +23,7 @@ from els_service.denoisers.samplers import (
     steps_of,
 )
 from els_service.engine.engine import Engine, Run
+from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from els_service.wire import codec
 from els_service.wire.calls import Context, check_message
@@ -48,15 +49,18 @@ class DenoiserService(DenoiserServiceServicer):
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
         """Return the expected clean images."""
         _, answer = await self._answer(request, context)
-        return _encode(answer, request)
+        response = pb.DenoiseResponse()
+        _write(response, answer, request)
+        return response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Return the scores."""
         query, answer = await self._answer(request, context)
-        return pb.ScoreResponse(
-            score=codec.encode_tensor(score(query, answer.mean), request.output_dtype),
-            log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
-        )
+        response = pb.ScoreResponse()
+        scores = score(query, answer.mean)
+        codec.write_tensor(response.score, scores, request.output_dtype)
+        codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
+        return response
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
@@ -71,8 +75,8 @@ class DenoiserService(DenoiserServiceServicer):
         check_message(request)
         _, answer = self._ask(request, context)
         if isinstance(answer, Denoised):
-            return pb.DenoiseStreamResponse(response=_encode(answer, request))
-        return _encoded(answer, request)
+            return _streamed(answer, request)
+        return _streamed_later(answer, request)
 
     def _ask(
         self, request: codec.Request, context: Context
@@ -103,30 +107,30 @@ class DenoiserService(DenoiserServiceServicer):
         check_options(name, options)
         noise = seeded_noise(request.seed, count, info.shape)
         shape = (count, *info.shape)
-        resume = decode_token(request, entry.version, shape, steps_of(name, options))
+        resume = decode_token(request, entry, shape, steps_of(name, options))
         run = Run(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
             questions_of(name, options, resume),
         )
-        token = request.resume_token
         terms = terms_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
+        taken: Step | None = None
         try:
             async with contextlib.aclosing(steps):
                 async for step in steps:
-                    token = encode_token(request, entry.version, step.index, step.state)
+                    taken = step
                     message = _encode_step(step, request)
                     if step.index == 1 and request.return_noise:
                         start = await asyncio.to_thread(noise, 0)
                         encoded = codec.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
                     if request.return_resume_token and step.index < step.total:
-                        message.resume_token = token
+                        message.resume_token = _token(request, entry, step)
                     yield message
         except UnavailableError:
-            if token:
+            if token := _token(request, entry, taken):
                 yield pb.SampleResponse(resume_token=token)
             raise
 
@@ -137,6 +141,8 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
             raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
+        pixels = count * math.prod(info.shape)
+        codec.check_pixels("count", pixels, limits)
         if request.steps < 1:
             raise InvalidArgumentError("steps", "at least 1", request.steps)
         if request.steps > limits.max_steps:
@@ -147,7 +153,6 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        pixels = count * math.prod(info.shape)
         size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
         if request.return_resume_token:
             size += 8 * pixels
@@ -169,17 +174,28 @@ class DenoiserService(DenoiserServiceServicer):
         return pb.GetModelResponse(model=codec.encode_model(entry, self._limits))
 
 
-def _encode(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseResponse:
-    return pb.DenoiseResponse(
-        denoised=codec.encode_tensor(answer.pixels, request.output_dtype),
-        log_evidence=codec.encode_evidence(answer, request.return_log_evidence),
-    )
+def _write(response: pb.DenoiseResponse, answer: Denoised, request: pb.DenoiseRequest) -> None:
+    codec.write_tensor(response.denoised, answer.pixels, request.output_dtype)
+    codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
 
 
-async def _encoded(
+def _token(request: pb.SampleRequest, entry: Entry, taken: Step | None) -> bytes:
+    """Return where a trajectory goes on after a step; where it began, if none was taken."""
+    if taken is None:
+        return request.resume_token
+    return encode_token(request, entry, taken.index, taken.state)
+
+
+def _streamed(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseStreamResponse:
+    message = pb.DenoiseStreamResponse()
+    _write(message.response, answer, request)
+    return message
+
+
+async def _streamed_later(
     answer: Awaitable[Denoised], request: pb.DenoiseRequest
 ) -> pb.DenoiseStreamResponse:
-    return pb.DenoiseStreamResponse(response=_encode(await answer, request))
+    return _streamed(await answer, request)
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

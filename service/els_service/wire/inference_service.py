@@ -1,6 +1,7 @@
 """The Open Inference Protocol: every model under its name, for existing clients.
 
-What a model takes and gives is told in ``signatures``.
+What a model takes and gives is told in ``signatures``. Two parameters of a request are known, under
+the names that Triton gives them: ``priority``, and ``timeout`` in microseconds.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query, score
 from els_service.engine.engine import Engine
+from els_service.engine.terms import PRIORITIES, Terms
 from els_service.errors import ElsError, InvalidArgumentError
 from els_service.version import FULL
 from els_service.wire import codec
@@ -25,11 +26,13 @@ from els_service.wire.calls import Context
 from els_service.wire.signatures import FP32, INPUTS, LEVELS, inputs_of, outputs_of
 from els_service.wire.terms import terms_of
 
-_OUTPUTS: dict[str, Callable[[Query, Denoised], Tensor | None]] = {
-    "denoised": lambda query, answer: answer.mean,
-    "score": lambda query, answer: score(query, answer.mean),
-    "log_evidence": lambda query, answer: answer.log_evidence,
+_OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
+    "denoised": lambda query, answer: answer.pixels,
+    "score": lambda query, answer: score(query, answer.mean).numpy(),
+    "log_evidence": lambda query, answer: _evidence(answer),
 }
+
+_MAX_TIMEOUT_US = 2**63 - 1
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -83,11 +86,11 @@ class InferenceService(Administration):
             versions=[str(entry.version)],
             platform=platform_of(info),
             inputs=[
-                metadata(name=name, datatype=INPUTS[name].name, shape=[-1, *shape])
+                metadata(name=name, datatype=INPUTS[name].name, shape=shape)
                 for name, shape in inputs_of(info).items()
             ],
             outputs=[
-                metadata(name=name, datatype=FP32.name, shape=[-1, *shape])
+                metadata(name=name, datatype=FP32.name, shape=shape)
                 for name, shape in outputs_of(info).items()
             ],
         )
@@ -101,11 +104,11 @@ class InferenceService(Administration):
         wanted = _wanted(request, info)
         query = _query(_decode(request, info), info, self._limits)
         shapes = outputs_of(info)
-        numbers = sum(math.prod(shapes[name]) for name in wanted)
+        numbers = sum(-math.prod(shapes[name]) for name in wanted)
         size = 4 * len(query) * numbers + len(request.id.encode())
         codec.check_answer_size("x.shape", size, self._limits)
         answer = self._engine.denoise(
-            request.model_name, query, terms_of(context), version=request.model_version
+            request.model_name, query, _terms(request, context), version=request.model_version
         )
         if not isinstance(answer, Denoised):
             answer = await answer
@@ -113,12 +116,40 @@ class InferenceService(Administration):
             model_name=request.model_name, model_version=str(entry.version), id=request.id
         )
         for name in wanted:
-            tensor = _OUTPUTS[name](query, answer)
-            if tensor is None:
-                raise RuntimeError(f"{request.model_name} promised {name} and has none")
-            response.outputs.add(name=name, datatype="FP32", shape=tensor.shape)
-            response.raw_output_contents.append(tensor.contiguous().numpy().tobytes())
+            array = _OUTPUTS[name](query, answer)
+            response.outputs.add(name=name, datatype="FP32", shape=array.shape)
+            response.raw_output_contents.append(array.tobytes())
         return response
+
+
+def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
+    if answer.log_evidence is None:
+        raise RuntimeError("the model promised log_evidence and has none")
+    return answer.log_evidence.numpy()
+
+
+def _terms(request: pb.ModelInferRequest, context: Context) -> Terms:
+    if not request.parameters:
+        return terms_of(context)
+    priority = _parameter(request, "priority", PRIORITIES)
+    timeout_us = _parameter(request, "timeout", _MAX_TIMEOUT_US)
+    return terms_of(context, priority, timeout_us / 1e6)
+
+
+def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
+    """Return a whole number among a request's parameters; 0 where it is not given."""
+    if name not in request.parameters:
+        return 0
+    parameter = request.parameters[name]
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise InvalidArgumentError(
+            f"parameters.{name}", "int64_param or uint64_param", kind or "nothing"
+        )
+    value = int(getattr(parameter, kind))
+    if not 0 <= value <= most:
+        raise InvalidArgumentError(f"parameters.{name}", f"0 to {most}", value)
+    return value
 
 
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
@@ -144,42 +175,46 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
     known = inputs_of(info)
     decoded: Inputs = {}
     for i, tensor in enumerate(request.inputs):
-        filled = [field.name for field, _ in tensor.contents.ListFields()]
+        name = tensor.name
+        filled = tensor.HasField("contents") and [
+            field.name for field, _ in tensor.contents.ListFields()
+        ]
         if raw and filled:
             raise InvalidArgumentError(f"inputs[{i}].contents", "none beside raw contents", filled)
-        if tensor.name not in known:
-            got = repr(tensor.name[:100])
-            raise InvalidArgumentError(f"inputs[{i}].name", f"among {', '.join(known)}", got)
-        if tensor.name in decoded:
-            raise InvalidArgumentError(f"inputs[{i}].name", "each name once", tensor.name)
-        decoded[tensor.name] = _array(tensor, raw[i] if raw else None)
+        if name not in known:
+            expected = f"among {', '.join(known)}"
+            raise InvalidArgumentError(f"inputs[{i}].name", expected, repr(name[:100]))
+        if name in decoded:
+            raise InvalidArgumentError(f"inputs[{i}].name", "each name once", name)
+        decoded[name] = _array(name, tensor, raw[i] if raw else None)
     return decoded
 
 
-def _array(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> npt.NDArray[Any]:
+def _array(
+    name: str, tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None
+) -> npt.NDArray[Any]:
     """Return one input, of the shape and datatype that it declares."""
-    datatype = INPUTS[tensor.name]
+    datatype = INPUTS[name]
     layout = datatype.layout
     if tensor.datatype != datatype.name:
         got = repr(tensor.datatype[:100])
-        raise InvalidArgumentError(f"{tensor.name}.datatype", datatype.name, got)
+        raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
-    if len(tensor.shape) > 4 or min(tensor.shape, default=1) < 1:
-        expected, shown = "at most 4 positive dimensions", list(tensor.shape[: codec.SHOWN])
-        raise InvalidArgumentError(f"{tensor.name}.shape", expected, shown)
-    shape = tuple(tensor.shape)
+    if len(tensor.shape) > 4 or min(tensor.shape[:], default=1) < 1:
+        expected, shown = "at most 4 positive dimensions", tensor.shape[: codec.SHOWN]
+        raise InvalidArgumentError(f"{name}.shape", expected, shown)
+    # As in the codec: a slice of a repeated field is a list.
+    shape = tuple(tensor.shape[:])
     count = math.prod(shape)
     if raw is not None:
-        size = count * np.dtype(layout).itemsize
+        size = count * layout.itemsize
         if len(raw) != size:
-            raise InvalidArgumentError(
-                tensor.name, f"{size} bytes for {list(shape)}", f"{len(raw)} bytes"
-            )
+            raise InvalidArgumentError(name, f"{size} bytes for {list(shape)}", f"{len(raw)} bytes")
         return np.frombuffer(raw, layout).reshape(shape)
-    values = getattr(tensor.contents, datatype.field)
+    values = getattr(tensor.contents, datatype.field)[:]
     if len(values) != count:
         raise InvalidArgumentError(
-            tensor.name, f"{count} values for {list(shape)}", f"{len(values)} values"
+            name, f"{count} values for {list(shape)}", f"{len(values)} values"
         )
     return np.array(values, layout).reshape(shape)
 
@@ -188,26 +223,23 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of decoded inputs."""
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
-    codec.check_shape(inputs["x"].shape, "x", limits.max_images)
+    codec.check_shape(inputs["x"].shape, "x", limits)
+    codec.check_pixels("x.shape", inputs["x"].size, limits)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
-    sigma, alpha_bar, time = (
-        _flat(name, inputs[name], limits).tolist() if name in inputs else [] for name in LEVELS
-    )
+    sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
     level = codec.one_level(sigma, alpha_bar, time, info.schedule)
-    return make_query(
-        x,
-        level,
-        _flat("label", inputs["label"], limits).tolist() if "label" in inputs else (),
-        codec.decode_windows(_flat("window", inputs["window"], limits).tolist())
-        if "window" in inputs
-        else (),
-    )
+    windows = codec.decode_windows(_per_image("window", inputs, limits))
+    return make_query(x, level, _per_image("label", inputs, limits), windows)
 
 
-def _flat(name: str, values: npt.NDArray[Any], limits: Limits) -> npt.NDArray[Any]:
-    """Return the values of a per-image input, whatever axes of one they came with."""
+def _per_image(name: str, inputs: Inputs, limits: Limits) -> list[Any]:
+    """Return the values of an input if it is there, whatever axes of one they came with."""
+    if name not in inputs:
+        return []
+    values = inputs[name]
     codec.check_lengths(limits, **{name: values.reshape(-1)})
     if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
-    return values.reshape(-1)
+    flat: list[Any] = values.reshape(-1).tolist()
+    return flat

@@ -1,97 +1,164 @@
-"""Prometheus metrics: what was asked, how long it waited and computed, in which company."""
+"""Prometheus metrics: what was asked, how long it waited and computed, in which company.
+
+Everything is counted in plain numbers on the event loop; families are made when they are scraped.
+``grpc_server_…`` have the names, labels and code values of go-grpc-prometheus, so that dashboards
+and alerts written for it work.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from els_service import logs
 from els_service.engine.terms import Launch
 from els_service.version import COMMIT, VERSION
+from els_service.wire.tallies import Tally, family, merged
 
 _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
-_Observe = Callable[[float], None]
+_MODEL = ("model",)
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
+
+_GAUGES = {
+    "els_queue_items": "Items that wait for a batch.",
+    "els_queue_cost_seconds": "Predicted time of the items that wait.",
+    "els_device_busy_seconds_total": "Time that a device computed.",
+    "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
+    "els_trajectories": "Trajectories under way.",
+}
+"""What an engine tells when it is asked, and its help."""
+
+Gauges = Iterable[tuple[str, dict[str, str], float]]
+"""(name, labels, value)."""
 
 
-class Metrics:
-    """All metrics in one registry of their own; is the engine's ``Observer``."""
+class Method:
+    """What became of the calls of one RPC method.
+
+    Args:
+        kind: unary, client_stream, server_stream or bidi_stream.
+        service: full name.
+        name: the method's.
+        model_field: of the request, that names the model; empty where none does.
+    """
+
+    __slots__ = (
+        *("ended", "kind", "labels", "model_field", "name", "path"),
+        *("received", "sent", "started"),
+    )
+
+    def __init__(self, kind: str, service: str, name: str, model_field: str) -> None:
+        self.kind, self.name, self.model_field = kind, name, model_field
+        self.path = f"{service}/{name}"
+        self.labels = kind, service, name
+        self.started = 0
+        """Calls begun; whoever handles them counts, as the messages."""
+        self.received = 0
+        self.sent = 0
+        """Messages of streams of answers; others are the calls that ended well."""
+        self.ended: dict[tuple[str, str], Tally] = {}
+        """Seconds by model and code."""
+
+    def end(self, model: str, code: str, seconds: float, trace_id: str | None = None) -> None:
+        """Count the end of a call."""
+        tally = self.ended.get((model, code))
+        if tally is None:
+            tally = self.ended[model, code] = Tally(_SECONDS)
+        tally.observe(seconds)
+        if trace_id is not None:
+            tally.exemplify(seconds, trace_id)
+
+    def answers(self) -> int:
+        """Return how many messages were sent."""
+        if self.kind in ("server_stream", "bidi_stream"):
+            return self.sent
+        return sum(sum(t.counts) for (_, code), t in list(self.ended.items()) if code == "OK")
+
+
+class _Batches:
+    """What one model's batches were like."""
+
+    __slots__ = ("compute", "cost", "images")
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._requests = Histogram(
-            "els_request_seconds",
-            "Time from a request's arrival to its last answer.",
-            ("model", "method", "code"),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._queue = Histogram(
-            "els_queue_seconds",
-            "Time that an item waited for its batch.",
-            ("model",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._compute = Histogram(
-            "els_compute_seconds",
-            "Time that a batch was computed.",
-            ("model",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._batch = Histogram(
-            "els_batch_size",
-            "Images computed together.",
-            ("model",),
-            buckets=_IMAGES,
-            registry=self.registry,
-        )
-        build = Gauge(
-            "els_build_info",
-            "Always 1; labels tell version and commit.",
-            ("version", "commit"),
-            registry=self.registry,
-        )
-        build.labels(VERSION, COMMIT).set(1)
-        # Looking a child up by its labels costs more than observing it.
-        self._answered: dict[tuple[str, str, str], _Observe] = {}
-        self._queued: dict[str, _Observe] = {}
-        self._computed: dict[str, tuple[_Observe, _Observe]] = {}
+        self.compute, self.cost, self.images = Tally(_SECONDS), Tally(_SECONDS), Tally(_IMAGES)
 
-    def answered(self, model: str, method: str, code: str, seconds: float) -> None:
-        """One request ended."""
-        key = model, method, code
-        if key not in self._answered:
-            self._answered[key] = self._requests.labels(*key).observe
-        self._answered[key](seconds)
+
+class Metrics(Collector):
+    """All metrics in one registry of their own; is the engine's ``Observer``.
+
+    Args:
+        on_launch: told of every batch too.
+    """
+
+    def __init__(self, on_launch: Callable[[Launch], None] | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._on_launch = on_launch
+        self._methods: list[Method] = []
+        self._queued: dict[str, Tally] = {}
+        self._computed: dict[str, _Batches] = {}
+        self._dropped: dict[tuple[str, str], int] = {}
+        self._lag, self._latest_lag = Tally(_LAG), 0.0
+        self.gauges: Callable[[], Gauges] = tuple
+        """Asked at every scrape, in the scraper's thread; names as in ``_GAUGES``."""
+        ProcessCollector(registry=self.registry)
+        self.registry.register(self)
+
+    def method(self, kind: str, service: str, name: str, model_field: str = "") -> Method:
+        """Return the counters of a method, from now on exported; arguments as of ``Method``."""
+        method = Method(kind, service, name, model_field)
+        self._methods.append(method)
+        return method
 
     def queued(self, model: str, seconds: float) -> None:
         """One item waited this long."""
-        if model not in self._queued:
-            self._queued[model] = self._queue.labels(model).observe
-        self._queued[model](seconds)
+        tally = self._queued.get(model)
+        if tally is None:
+            tally = self._queued[model] = Tally(_SECONDS)
+        tally.observe(seconds)
 
     def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
-        """One batch of ``images`` took this long."""
-        if model not in self._computed:
-            compute, batch = self._compute.labels(model), self._batch.labels(model)
-            self._computed[model] = compute.observe, batch.observe
-        observe_seconds, observe_images = self._computed[model]
-        observe_seconds(seconds)
-        observe_images(images)
+        """One batch of ``images`` took this long; ``cost`` seconds were predicted."""
+        batches = self._computed.get(model)
+        if batches is None:
+            batches = self._computed[model] = _Batches()
+        batches.compute.observe(seconds)
+        batches.images.observe(images)
+        batches.cost.observe(cost)
 
     def dropped(self, model: str, reason: str) -> None:
-        """One query got no answer."""
+        """One item has no answer, or one that nobody took."""
+        key = model, reason
+        self._dropped[key] = self._dropped.get(key, 0) + 1
 
     def launched(self, launch: Launch) -> None:
-        """One batch with a traced member was computed."""
+        """One batch ended."""
+        if self._on_launch is not None:
+            self._on_launch(launch)
+
+    def lagged(self, seconds: float) -> None:
+        """The event loop was this late."""
+        self._latest_lag = seconds
+        self._lag.observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family; called in the thread of whoever scrapes."""
+        yield from self._of_calls()
+        yield from self._of_methods()
+        yield from self._of_batches()
+        yield from _of_gauges(self.gauges())
+        yield from self._of_process()
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
         """Serve ``/metrics`` over HTTP from a thread; ``server_port`` tells where.
@@ -100,3 +167,94 @@ class Metrics:
             OSError: The port cannot be bound.
         """
         return start_http_server(port, host, self.registry)
+
+    def _of_calls(self) -> Iterator[Metric]:
+        yield family(
+            "els_request_seconds",
+            "Time from a request's arrival to its last answer.",
+            ("model", "method", "code"),
+            (
+                ((model, method.name, code), tally)
+                for method in self._methods
+                for (model, code), tally in list(method.ended.items())
+            ),
+        )
+
+    def _of_methods(self) -> Iterator[Metric]:
+        started = CounterMetricFamily("grpc_server_started", "Calls begun.", labels=_METHOD)
+        received = CounterMetricFamily(
+            "grpc_server_msg_received", "Messages received.", labels=_METHOD
+        )
+        sent = CounterMetricFamily("grpc_server_msg_sent", "Messages sent.", labels=_METHOD)
+        handled = CounterMetricFamily(
+            "grpc_server_handled", "Calls ended, by status.", labels=(*_METHOD, "grpc_code")
+        )
+        seconds = []
+        for method in self._methods:
+            ended = list(method.ended.items())
+            started.add_metric(method.labels, method.started)
+            received.add_metric(method.labels, method.received)
+            sent.add_metric(method.labels, method.answers())
+            for code in sorted({"OK", *(code for (_, code), _ in ended)}):
+                count = sum(sum(tally.counts) for (_, found), tally in ended if found == code)
+                handled.add_metric((*method.labels, _go_code(code)), count)
+            seconds.append((method.labels, merged([tally for _, tally in ended], _SECONDS)))
+        yield from (started, received, sent, handled)
+        text = "Time from a call's arrival to its end."
+        yield family("grpc_server_handling_seconds", text, _METHOD, seconds)
+
+    def _of_batches(self) -> Iterator[Metric]:
+        queued = [((model,), tally) for model, tally in list(self._queued.items())]
+        computed = [((model,), batches) for model, batches in list(self._computed.items())]
+        text = "Time that an item waited for its batch."
+        yield family("els_queue_seconds", text, _MODEL, queued)
+        compute = [(labels, batches.compute) for labels, batches in computed]
+        yield family("els_compute_seconds", "Time that a batch was computed.", _MODEL, compute)
+        images = [(labels, batches.images) for labels, batches in computed]
+        yield family("els_batch_size", "Images computed together.", _MODEL, images)
+        cost = [(labels, batches.cost) for labels, batches in computed]
+        yield family("els_batch_cost_seconds", "Predicted time of a batch.", _MODEL, cost)
+        dropped = CounterMetricFamily(
+            "els_dropped", "Items without an answer that anyone took.", labels=("model", "reason")
+        )
+        for key, count in list(self._dropped.items()):
+            dropped.add_metric(key, count)
+        yield dropped
+
+    def _of_process(self) -> Iterator[Metric]:
+        text = "How late the event loop was, ten times a second."
+        yield family("els_event_loop_lag_seconds", text, (), [((), self._lag)])
+        text = "How late the event loop was the last time."
+        yield GaugeMetricFamily("els_event_loop_lag_latest_seconds", text, self._latest_lag)
+        text = "Log records that could not be written."
+        yield CounterMetricFamily("els_log_records_lost", text, logs.lost())
+        build = GaugeMetricFamily(
+            "els_build_info",
+            "Always 1; labels tell version and commit.",
+            labels=("version", "commit"),
+        )
+        build.add_metric((VERSION, COMMIT), 1)
+        yield build
+
+
+def _of_gauges(gauges: Gauges) -> list[Metric]:
+    """Return the families; what has the same labels, as versions of a model do, is summed."""
+    sums: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for name, labels, value in gauges:
+        by_labels, key = sums.setdefault(name, {}), tuple(labels.items())
+        by_labels[key] = by_labels.get(key, 0.0) + value
+    families = []
+    for name, by_labels in sums.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        one = Metric(name.removesuffix("_total"), _GAUGES[name], kind)
+        for key, value in by_labels.items():
+            one.add_sample(name, dict(key), value)
+        families.append(one)
+    return families
+
+
+def _go_code(code: str) -> str:
+    """Return a status code as Go writes it: ``InvalidArgument``."""
+    if code == "CANCELLED":
+        return "Canceled"
+    return code if code == "OK" else code.title().replace("_", "")

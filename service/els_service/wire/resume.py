@@ -17,6 +17,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.denoisers.samplers import Resume
+from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError
 
 _HEAD = struct.Struct("<4s16sQI")
@@ -25,32 +26,32 @@ _MAX_STATE = 1e12
 """Of a number of the state; heun's own scale reaches σ · noise."""
 
 
-def encode_token(request: pb.SampleRequest, version: int, index: int, state: Tensor) -> bytes:
+def encode_token(request: pb.SampleRequest, model: Entry, index: int, state: Tensor) -> bytes:
     """Return the token of a trajectory after step ``index``.
 
     Args:
         request: whose trajectory it is.
-        version: of the model that answers.
+        model: that answers.
         index: of the last step taken.
         state: [count, C, H, W] float64.
     """
-    head = _HEAD.pack(_MAGIC, _digest(request, version), request.seed, index)
+    head = _HEAD.pack(_MAGIC, _digest(request, model), request.seed, index)
     return head + state.contiguous().numpy().astype("<f8", copy=False).tobytes()
 
 
 def decode_token(
-    request: pb.SampleRequest, version: int, shape: tuple[int, ...], steps: int
+    request: pb.SampleRequest, model: Entry, shape: tuple[int, ...], steps: int
 ) -> Resume | None:
     """Return where a request wants to go on; None if it starts anew.
 
     Args:
         request: with the token.
-        version: of the model that would answer.
+        model: that would answer.
         shape: [count, C, H, W] of the state.
         steps: that the trajectory has in all.
 
     Raises:
-        InvalidArgumentError: Not a token of this request to this version of the model.
+        InvalidArgumentError: Not a token of this request to this version and content of the model.
     """
     token = request.resume_token
     if not token:
@@ -59,8 +60,8 @@ def decode_token(
     if len(token) != size:
         raise InvalidArgumentError("resume_token", f"{size} bytes", f"{len(token)} bytes")
     magic, digest, seed, index = _HEAD.unpack_from(token)
-    if magic != _MAGIC or digest != _digest(request, version) or seed != request.seed:
-        expected = "a token of this very request, answered by the same version of the model"
+    if magic != _MAGIC or digest != _digest(request, model) or seed != request.seed:
+        expected = "a token of this very request, answered by the same model"
         raise InvalidArgumentError("resume_token", expected, "another")
     if not 1 <= index < steps:
         raise InvalidArgumentError("resume_token", f"a step from 1 to {steps - 1}", index)
@@ -70,10 +71,14 @@ def decode_token(
     return Resume(index, torch.from_numpy(state.astype(np.float64, copy=False)))
 
 
-def _digest(request: pb.SampleRequest, version: int) -> bytes:
+def _digest(request: pb.SampleRequest, model: Entry) -> bytes:
+    info = model.info
     drawn = (
-        *(request.model, version, request.count, request.seed, request.steps, request.sampler),
+        *(request.model, request.count, request.seed, request.steps, request.sampler),
         *(list(request.labels), list(request.windows)),
         *(request.HasField("eta"), request.eta, request.churn),
+        # A version that was loaded anew may be another model; only weights cannot be told apart.
+        *(model.version, info.kind, info.machine, info.padding, info.schedule, info.shape),
+        *(info.window, info.bank.fingerprint if info.bank else ""),
     )
     return hashlib.sha256(repr(drawn).encode()).digest()[:16]

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
 from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
@@ -30,10 +32,15 @@ from els_service.engine.device import DeviceLostError, WorkerDevice
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.wire import loop_lag
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
+from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.metrics import Metrics
+
+if TYPE_CHECKING:
+    from els_service.wire.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -81,10 +88,15 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._metrics = Metrics()
+        self._tracing = _tracing(settings)
+        self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
-        self._calls = Calls(self._metrics, self._engine.models.__contains__)
+        self._metrics.gauges = self._engine.gauges
+        self._doors = Doors(settings)
+        is_model = self._engine.models.__contains__
+        self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
+        self._lag: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._reported: set[str] = set()
         """Models of which the health says that they are served."""
@@ -98,6 +110,7 @@ class Server:
             LoadError: A port is in use, the models folder is missing, or no model can be loaded.
         """
         models = repository(self._settings)
+        self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
         grpc_port = self._bind()
         metrics_port = self._serve_metrics()
         await self._report()
@@ -139,6 +152,10 @@ class Server:
         """End every call, thread and listener."""
         await self._grpc.stop(None)
         self._engine.close()
+        if self._lag is not None:
+            self._lag.cancel()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         if self._http is not None:
             http, thread = self._http
             await asyncio.to_thread(http.shutdown)
@@ -153,6 +170,7 @@ class Server:
                 ("grpc.max_send_message_length", limits.max_message_bytes),
                 # Otherwise a second server would share the port instead of being told.
                 ("grpc.so_reuseport", 0),
+                *channel_options(self._settings),
             ],
         )
         ours = DenoiserService(self._engine, limits, self._calls.draining)
@@ -162,9 +180,19 @@ class Server:
             grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if self._settings.reflection:
+            described = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            self._calls.admit(
+                reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+                reflection.aio.ReflectionServicer(described),
+                server,
+            )
+        if self._settings.channelz:
+            self._calls.admit(
+                channelz_pb2_grpc.add_ChannelzServicer_to_server,
+                channelz.aio.ChannelzServicer(),
+                server,
+            )
         return server
 
     def _ready(self) -> bool:
@@ -186,7 +214,7 @@ class Server:
     def _bind(self) -> int:
         address = f"{_bracketed(self._settings.host)}:{self._settings.port}"
         try:
-            port = self._grpc.add_insecure_port(address)
+            port = self._doors.bind(self._grpc, address)
         except RuntimeError:
             port = 0
         if not port:
@@ -195,13 +223,25 @@ class Server:
         return port
 
     def _serve_metrics(self) -> int:
-        host, port = self._settings.host, self._settings.metrics_port
+        host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
             self._http = self._metrics.serve(host, port)
         except OSError as error:
             address = f"{_bracketed(host)}:{port}"
             raise LoadError(address, f"cannot serve metrics: {error.strerror}") from error
         return self._http[0].server_port
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """Return what makes the spans; nothing of it is imported where nobody takes them."""
+    if settings.traces is None:
+        return None
+    try:
+        from els_service.wire.tracing import Tracing
+    except ImportError as error:
+        needs = "expected the extra 'tracing' to be installed: pip install 'els-denoise[tracing]'"
+        raise LoadError("traces", f"{needs} ({error})") from error
+    return Tracing(settings.traces, settings.traces_ratio)
 
 
 async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
@@ -216,6 +256,7 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,13 +7,19 @@ optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised``
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 
 from els_service.denoisers.base import DenoiserInfo
 
 LEVELS = ("sigma", "alpha_bar", "time")
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -21,30 +27,41 @@ class Datatype:
     """How numbers travel: protocol's name, layout of raw contents, field of typed contents."""
 
     name: str
-    layout: npt.DTypeLike
+    layout: np.dtype[Any]
     field: str
 
 
-FP32 = Datatype("FP32", "<f4", "fp32_contents")
-INT64 = Datatype("INT64", "<i8", "int64_contents")
+FP32 = Datatype("FP32", np.dtype("<f4"), "fp32_contents")
+INT64 = Datatype("INT64", np.dtype("<i8"), "int64_contents")
 
 INPUTS = {"x": FP32, **dict.fromkeys(LEVELS, FP32), "label": INT64, "window": INT64}
 OUTPUTS = ("denoised", "score", "log_evidence")
 
 
-def inputs_of(info: DenoiserInfo) -> dict[str, tuple[int, ...]]:
-    """Return each input with the shape of one image's share."""
-    shapes: dict[str, tuple[int, ...]] = {"x": info.shape, **dict.fromkeys(LEVELS, ())}
-    if info.label_count:
-        shapes["label"] = ()
-    if info.max_window:
-        shapes["window"] = ()
-    return shapes
+def inputs_of(info: DenoiserInfo) -> Shapes:
+    """Return each input with its shape; -1 stands for the number of images."""
+    return _inputs(info.shape, info.label_count > 0, info.max_window > 0)
 
 
-def outputs_of(info: DenoiserInfo) -> dict[str, tuple[int, ...]]:
-    """Return each output with the shape of one image's share."""
-    shapes: dict[str, tuple[int, ...]] = {"denoised": info.shape, "score": info.shape}
-    if info.has_log_evidence:
-        shapes["log_evidence"] = info.shape[1:]
-    return shapes
+def outputs_of(info: DenoiserInfo) -> Shapes:
+    """Return each output with its shape; -1 stands for the number of images."""
+    return _outputs(info.shape, info.has_log_evidence)
+
+
+# Every ModelInfer asks for both.
+@functools.lru_cache(256)
+def _inputs(shape: tuple[int, ...], labelled: bool, windowed: bool) -> Shapes:
+    shapes: dict[str, tuple[int, ...]] = {"x": (-1, *shape), **dict.fromkeys(LEVELS, (-1,))}
+    if labelled:
+        shapes["label"] = (-1,)
+    if windowed:
+        shapes["window"] = (-1,)
+    return MappingProxyType(shapes)
+
+
+@functools.lru_cache(256)
+def _outputs(shape: tuple[int, ...], has_log_evidence: bool) -> Shapes:
+    shapes = {"denoised": (-1, *shape), "score": (-1, *shape)}
+    if has_log_evidence:
+        shapes["log_evidence"] = (-1, *shape[1:])
+    return MappingProxyType(shapes)

@@ -30,17 +30,20 @@ async def in_order(
         draining: once it is set no more is read, what was read is answered, and the stream ends.
 
     Raises:
-        UnavailableError: It ended because the server drains.
+        UnavailableError: It ended because the server drains, before the caller had ended it.
     """
-    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None] = asyncio.Queue(WINDOW)
-    reader = asyncio.ensure_future(_read(requests, begin, begun))
+    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None] = asyncio.Queue()
+    room = asyncio.Semaphore(WINDOW)
+    reader = asyncio.ensure_future(_read(requests, begin, begun, room))
     drain = asyncio.ensure_future(_cancel_at(draining, reader))
     try:
         while (answer := await begun.get()) is not None:
             yield answer if isinstance(answer, Answer) else await _settled(answer)
-        if draining.is_set():
+            room.release()
+        await asyncio.wait((reader,))
+        if reader.cancelled():
             raise UnavailableError("the server is draining; send the rest to another")
-        await reader
+        reader.result()
     finally:
         for task in (drain, reader):
             task.cancel()
@@ -54,16 +57,22 @@ async def _read(
     requests: AsyncIterator[pb.DenoiseRequest],
     begin: Begin,
     begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None],
+    room: asyncio.Semaphore,
 ) -> None:
     try:
+        # Before a request is read: one that was read is answered, whenever the reading ends.
+        await room.acquire()
         async for request in requests:
             try:
                 answer = begin(request)
             except Exception as error:
                 answer = _failed(error)
-            await begun.put(answer if isinstance(answer, Answer) else asyncio.ensure_future(answer))
+            begun.put_nowait(
+                answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+            )
+            await room.acquire()
     finally:
-        await begun.put(None)
+        begun.put_nowait(None)
 
 
 async def _cancel_at(draining: asyncio.Event, reader: asyncio.Task[None]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from els_service.engine.terms import DEFAULT_PRIORITY, PRIORITIES, Terms
 from els_service.errors import InvalidArgumentError
-from els_service.wire.calls import Context
+from els_service.wire.calls import Context, current_trace
+from els_service.wire.doors import caller_of
 
 
 def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Terms:
@@ -29,4 +31,5 @@ def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Ter
             raise InvalidArgumentError("timeout_s", "a positive number of seconds, or 0", timeout_s)
         left = timeout_s if left is None else min(left, timeout_s)
     deadline = math.inf if left is None else time.monotonic() + left
-    return Terms(deadline, priority or DEFAULT_PRIORITY, context.peer())
+    caller = partial(caller_of, context)
+    return Terms(deadline, priority or DEFAULT_PRIORITY, caller, current_trace())

@@ -6,7 +6,6 @@ Training and comparison read them where nothing but torch, numpy, safetensors an
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +228,6 @@ def _data(value: Any) -> BankInfo:
     for name, kind in kinds.items():
         if not isinstance(value[name], kind):
             raise InvalidArgumentError(f"data.{name}", kind.__name__, value[name])
-        if kind is str and not re.fullmatch(r"[^\x00-\x1f\x7f]*", value[name]):
+        if kind is str and not value[name].isprintable():
             raise InvalidArgumentError(f"data.{name}", "printable text", ascii(value[name]))
     return BankInfo(**value)

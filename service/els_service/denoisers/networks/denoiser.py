@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
@@ -53,14 +54,11 @@ class NetworkDenoiser:
     ) -> None:
         self._config, self._execution = document.config, document.execution
         self._device = torch.device(device)
-        if self._execution.precision == "tf32" and self._device.type != "cuda":
-            raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
+        if self._device.type != "cuda":
+            _check_without_gpu(self._execution)
         self._dtype = _dtype(self._execution.precision)
-        self._layout = (
-            torch.channels_last if self._execution.channels_last else torch.contiguous_format
-        )
         network = network.to(self._device, self._dtype)
-        network.set_layout(self._layout)
+        network.set_layout(memory_format(self._execution.channels_last))
         self._forward = _compiled(network.eval().requires_grad_(False), self._execution.compile)
         self._buckets = _buckets(self._execution)
         self._largest = self._buckets[-1] if self._buckets else self._launch_size()
@@ -106,18 +104,16 @@ class NetworkDenoiser:
 
     def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:
         """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
-        batch = len(scaled)
-        # One's own memory, padded with zeros: alignment and company are always the same.
-        x = torch.zeros(bucket, *self._config.shape).contiguous(memory_format=self._layout)
-        x[:batch] = scaled
-        times = torch.ones(bucket)
-        times[:batch] = torch.from_numpy(time)
-        rows = torch.zeros(bucket, dtype=torch.int64)
-        rows[:batch] = torch.from_numpy(np.where(labels < 0, self._config.label_count, labels))
+        # The product is in memory of its own, so alignment is always the same; padding is zeros.
+        padding = bucket - len(scaled)
+        x = functional.pad(scaled, (0, 0, 0, 0, 0, 0, 0, padding))
+        times = functional.pad(torch.from_numpy(time).float(), (0, padding))
+        chosen = torch.from_numpy(np.where(labels < 0, self._config.label_count, labels))
+        rows = functional.pad(chosen, (0, padding))
         output = self._forward(
             x.to(self._device, self._dtype), times.to(self._device), rows.to(self._device)
         )
-        return output[:batch].to(
+        return output[: len(scaled)].to(
             "cpu", torch.float32, memory_format=torch.contiguous_format, copy=True
         )
 
@@ -167,6 +163,13 @@ class NetworkDenoiser:
         )
 
 
+def _check_without_gpu(execution: Execution) -> None:
+    if execution.precision == "tf32":
+        raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
+    if execution.compile == "cuda-graphs":
+        raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
+
+
 def count_flops(config: NetworkConfig) -> int:
     """Return the floating-point operations of convolutions and products for one image."""
     network = build_network(config, "meta")
@@ -174,6 +177,11 @@ def count_flops(config: NetworkConfig) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(x, torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
     return int(counter.get_total_flops())
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return torch's name of a layout."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _dtype(precision: str) -> torch.dtype:

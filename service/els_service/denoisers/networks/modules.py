@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ class Network(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.layout = torch.contiguous_format
         width = config.widths[0]
         rows = config.label_count + config.null_label
         self.label = nn.Embedding(rows, width) if rows else None
@@ -38,11 +38,13 @@ class Network(nn.Module):
         embedding = sinusoids(time, self.config.widths[0]).to(x.dtype)
         if self.label is not None:
             embedding = embedding + self.label(labels)
-        output: Tensor = self.body(x, embedding)
+        # A clone, as one channel counts as laid out either way, and what follows would be mixed.
+        output: Tensor = self.body(x.clone(memory_format=self.layout), embedding)
         return output
 
     def set_layout(self, layout: torch.memory_format) -> None:
-        """Lay the kernels of convolutions out so, in place; images that come should be alike."""
+        """Compute in this layout; the kernels of convolutions are laid out so in place."""
+        self.layout = layout
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=layout)
@@ -76,9 +78,19 @@ class Condition(nn.Module):
         return functional.relu(self.norm(self.linear(embedding)))[:, :, None, None]
 
 
-def _conv(inputs: int, outputs: int, padding: str) -> nn.Conv2d:
-    mode = cast(Literal["zeros", "circular"], padding)
-    return nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode=mode)
+class _Conv(nn.Conv2d):
+    """A 3×3 convolution; circular padding keeps the layout, which torch's own does not."""
+
+    def __init__(self, inputs: int, outputs: int, padding: str) -> None:
+        super().__init__(inputs, outputs, 3, padding=int(padding == "zeros"))
+        self.wraps = padding == "circular"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of the padded image."""
+        if self.wraps:
+            x = torch.cat([x[..., -1:], x, x[..., :1]], dim=-1)
+            x = torch.cat([x[..., -1:, :], x, x[..., :1, :]], dim=-2)
+        return super().forward(x)
 
 
 class ResNet(nn.Module):
@@ -87,10 +99,10 @@ class ResNet(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         channels, (width,), padding = config.shape[0], config.widths, config.padding
-        self.up = _conv(channels, width, padding)
-        self.convs = nn.ModuleList(_conv(width, width, padding) for _ in range(config.blocks))
+        self.up = _Conv(channels, width, padding)
+        self.convs = nn.ModuleList(_Conv(width, width, padding) for _ in range(config.blocks))
         self.conditions = nn.ModuleList(Condition(width, width) for _ in range(config.blocks))
-        self.down = _conv(width, channels, padding)
+        self.down = _Conv(width, channels, padding)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return the prediction."""
@@ -106,8 +118,8 @@ class _TwoConvs(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding: int, padding: str) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, padding)
-        self.second = _conv(outputs, outputs, padding)
+        self.first = _Conv(inputs, outputs, padding)
+        self.second = _Conv(outputs, outputs, padding)
         self.condition = Condition(embedding, outputs)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -166,7 +178,7 @@ class UNet(nn.Module):
         )
         self.encoder_attention = _attention_below(widths, attends)
         self.decoder_attention = _attention_below(widths[:-1], attends)
-        self.down = _conv(widths[0], channels, padding)
+        self.down = _Conv(widths[0], channels, padding)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return the prediction."""

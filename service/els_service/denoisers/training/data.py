@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,13 +125,20 @@ class Batches:
         level = cosine(numbers.integers(1, _TIMES + 1, len(chosen)) / _TIMES)
         p = parametrise(settings.network.prediction, level, settings.network.sigma_data)
         columns = np.stack([level.a, level.s, p.c_in, p.c_skip, p.c_out, p.time])
-        on_device = torch.from_numpy(columns).float().to(self._device)
+        on_device = self._sent(columns.astype(np.float32))
         a, s, c_in, c_skip, c_out = on_device[:5, :, None, None, None]
-        x0 = _scaled(self._images[torch.from_numpy(chosen).to(self._device)])
+        x0 = _scaled(self._images[self._sent(chosen)])
         x = a * x0 + s * self._noise(x0, seed)
-        labels = torch.from_numpy(self._withheld(self._labels[chosen], numbers))
+        labels = self._sent(self._withheld(self._labels[chosen], numbers))
         target = (x0 - c_skip * x) / c_out
-        return Batch(c_in * x, on_device[5], labels.to(self._device), target)
+        return Batch(c_in * x, on_device[5], labels, target)
+
+    def _sent(self, array: npt.NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return tensor
+        # From pinned memory: any other copy would wait until the GPU's work so far is done.
+        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _chosen(self, step: int) -> npt.NDArray[np.int64]:
         """Return the step's part of an endless row of shuffled epochs."""

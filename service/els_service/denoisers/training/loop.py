@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.networks.config import Execution, NetworkDocument
-from els_service.denoisers.networks.denoiser import Forward, allow_tf32
+from els_service.denoisers.networks.denoiser import Forward, allow_tf32, memory_format
 from els_service.denoisers.networks.folder import save_network_folder, write_atomically
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.training.checkpoint import (
@@ -170,38 +171,24 @@ class _Run:
         step, optimizer = self.progress.step, self._state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.settings.rate_at(step, self.steps)
-        loss = self._backward(forward, self._batches(step))
+        loss = self._loss(forward, self._batches(step))
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self._state.average is not None:
             _follow(self._state.average, self.network, _decay(self.settings.ema, step))
-        return loss
+        return loss.detach()
 
-    def _backward(self, forward: Forward, batch: Batch) -> Tensor:
-        part = self.settings.part or self.settings.batch
-        layout = _layout(self.settings)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(batch.x), part):
-            rows = slice(first, first + part)
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
-            ):
-                output = forward(
-                    batch.x[rows].contiguous(memory_format=layout),
-                    batch.time[rows],
-                    batch.labels[rows],
-                )
-            error = output.float() - batch.target[rows]
-            loss = error.square().sum() / batch.x.numel()
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        return total
+    def _loss(self, forward: Forward, batch: Batch) -> Tensor:
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"
+        ):
+            output = forward(batch.x, batch.time, batch.labels)
+        return functional.mse_loss(output.float(), batch.target)
 
     def _log(self, loss: Tensor, report: Callable[[Row, int], None]) -> None:
         progress = self.progress
-        mean = float(loss) / progress.loss_steps
-        if not math.isfinite(mean):
-            raise ElsError(f"loss: expected a finite number, got {mean} at step {progress.step}")
+        mean = self._finite(loss) / progress.loss_steps
         rate = self.settings.rate_at(progress.step - 1, self.steps)
         epoch = progress.step / self._epoch_steps
         row = Row(progress.step, epoch, mean, rate, progress.seconds)
@@ -211,8 +198,14 @@ class _Run:
         report(row, self.steps)
 
     def _checkpoint(self, loss: Tensor) -> None:
-        self.progress.loss_sum = float(loss)
+        self.progress.loss_sum = self._finite(loss)
         save_checkpoint(self._out, self._state, self._key)
+
+    def _finite(self, loss: Tensor) -> float:
+        value, step = float(loss), self.progress.step
+        if not math.isfinite(value):
+            raise ElsError(f"loss: expected a finite number, got {value} at step {step}")
+        return value
 
 
 def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None:
@@ -225,16 +218,12 @@ def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None
         raise InvalidArgumentError("precision", "float32 or bfloat16 on a CPU", "tf32")
 
 
-def _layout(settings: TrainingSettings) -> torch.memory_format:
-    return torch.channels_last if settings.channels_last else torch.contiguous_format
-
-
 def _new_network(settings: TrainingSettings, device: torch.device) -> Network:
     """Return the network with the weights of its seed, the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_network(settings.network)
-    network.set_layout(_layout(settings))
+    network.set_layout(memory_format(settings.channels_last))
     return network.to(device)
 
 

@@ -56,8 +56,6 @@ class TrainingSettings:
     network: NetworkConfig
     epochs: float = 300
     batch: int = 128
-    part: int = 0
-    """Images in one pass forward and back, 0 for all of a batch: small parts fit a CPU's cache."""
     rate: float = 1e-4
     """The highest learning rate."""
     schedule: str = "decay"
@@ -76,7 +74,6 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         _check("epochs", "0 < epochs <= 1e6", self.epochs, 0 < self.epochs <= 1e6)
         _check("batch", "1 to 65536", self.batch, 1 <= self.batch <= 65536)
-        _check("part", "0 to batch", self.part, 0 <= self.part <= self.batch)
         _check("rate", "0 < rate <= 1", self.rate, 0 < self.rate <= 1)
         _check("schedule", f"one of {', '.join(RATES)}", self.schedule, self.schedule in RATES)
         _check("weight_decay", "0 to 1", self.weight_decay, 0 <= self.weight_decay <= 1)

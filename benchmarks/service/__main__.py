@@ -1,0 +1,66 @@
+"""Our server beside bare handlers and peers, in one run; a dated record comes of it.
+
+    python -m benchmarks.service.peers install
+    python -m benchmarks.service [--rounds 12] [--seconds 2] [--peers kserve …] [--out FILE]
+    python -m benchmarks.service --only overload fairness
+
+Loopback only. One process keeps 16 calls of a 12 KB image in flight over the same raw stub for
+every server; rounds alternate, a figure is the median, a ratio the median of pairs with its 95 %
+bootstrap interval. Then NVIDIA's ``perf_analyzer``, unmodified, asks us and PyTriton.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.service import loads, overhead, perf_analyzer
+from benchmarks.service.peers import installed
+
+PEERS = ("kserve", "mlserver", "pytriton")
+
+PARTS = ("overhead", "perf_analyzer", "batching", "overload", "fairness")
+
+_LONG = ("rounds", "table")
+"""What is in the record alone."""
+
+
+def main() -> None:
+    """Measure, print a table, write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of every target")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="all if not said")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="all if not said")
+    parser.add_argument("--overload-seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, help="where the record goes")
+    options = parser.parse_args()
+    needed = [*options.peers] if "overhead" in options.only else []
+    needed += ["perf_analyzer"] if "perf_analyzer" in options.only else []
+    if missing := [name for name in needed if not installed(name)]:
+        parser.error(f"run python -m benchmarks.service.peers install {' '.join(missing)}")
+    rounds, seconds, peers = options.rounds, options.seconds, options.peers
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "overhead": lambda: overhead.measure(rounds=rounds, seconds=seconds, peers=peers),
+        "perf_analyzer": lambda: perf_analyzer.measure(seconds=seconds, peers=peers),
+        "batching": lambda: loads.batching(rounds=rounds, seconds=seconds),
+        "overload": lambda: [loads.overload(seconds=options.overload_seconds)],
+        "fairness": lambda: [loads.fairness(seconds=10 * seconds, rounds=max(3, rounds // 4))],
+    }
+    rows = []
+    for part in options.only:
+        found = parts[part]()
+        rows += found
+        for row in found:
+            told = (f"{key} {value}" for key, value in row.items() if key not in _LONG)
+            print("  ".join(told), flush=True)
+    print(f"record: {record.write('service', rows, options.out)}")
+
+
+if __name__ == "__main__":
+    main()

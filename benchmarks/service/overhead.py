@@ -1,0 +1,143 @@
+"""What our server costs a call, beside bare handlers and peers, by alternating rounds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvloop
+
+from benchmarks.service import load, messages
+from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, Method
+from benchmarks.service.peers import REQUIREMENTS, peer
+from benchmarks.service.servers import Running, baselines, els_server
+from benchmarks.service.statistics import ratio_of_pairs
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
+from els_service.wire.denoiser_service import DenoiserService
+
+STREAMS = DenoiserService.DenoiseStream is not DenoiserServiceServicer.DenoiseStream
+"""Whether our server has the streaming call."""
+
+_START_S = 90.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One server asked one thing, and what came of each round."""
+
+    name: str
+    server: Running
+    method: Method
+    rates: list[float] = field(default_factory=list)
+    """Calls a second."""
+    cpu_us: list[float] = field(default_factory=list)
+    """CPU time of the server's processes a call, µs."""
+
+
+GOALS: tuple[tuple[str, str, float], ...] = (
+    ("denoise", "bare_denoise", 0.80),
+    ("denoise", "echo", 0.65),
+    ("infer", "bare_infer", 0.80),
+    ("infer", "kserve", 1.3),
+    ("infer", "mlserver", 1.6),
+    ("infer", "pytriton", 1.6),
+    ("stream", "denoise", 1.4),
+    ("stream", "bare_stream", 0.0),
+)
+"""Which rate is to be at least how many times which other; 0 where the ratio is only told."""
+
+
+def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row a target and one a ratio.
+
+    Args:
+        rounds: of every target; each round goes through them all, every other one backwards.
+        seconds: length of a target's turn.
+        peers: to run beside us.
+    """
+    with ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        targets = _start(stack, peers)
+        runner.run(_warm(targets))
+        for number in range(rounds):
+            # There and back, so that a slow drift falls on both sides of a pair.
+            for target in targets if number % 2 == 0 else targets[::-1]:
+                runner.run(_turn(target, seconds))
+    rows = [_summary(target, seconds) for target in targets]
+    return rows + _ratios({target.name: target for target in targets})
+
+
+def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
+    """Start every server; those that are compared stand next to each other."""
+    ours, bare = stack.enter_context(els_server()), stack.enter_context(baselines())
+    targets = [
+        Target("echo", bare, ECHO),
+        Target("bare_denoise", bare, DENOISE),
+        Target("denoise", ours, DENOISE),
+    ]
+    if STREAMS:
+        targets += [
+            Target("stream", ours, DENOISE_STREAM),
+            Target("bare_stream", bare, DENOISE_STREAM),
+        ]
+    targets += [Target("bare_infer", bare, MODEL_INFER), Target("infer", ours, MODEL_INFER)]
+    for name in peers:
+        targets.append(Target(name, stack.enter_context(peer(name)), MODEL_INFER))
+    return targets
+
+
+async def _warm(targets: Sequence[Target]) -> None:
+    """Wait until each target answers, and rightly."""
+    for target in targets:
+        ask = load.first_streamed if target.method is DENOISE_STREAM else load.first_answer
+        answer = await ask(target.server.port, target.method, _START_S)
+        bare = target.name == "echo" or target.name.startswith("bare")
+        messages.check(target.method, answer, bare=bare)
+
+
+async def _turn(target: Target, seconds: float) -> None:
+    loop = load.stream if target.method is DENOISE_STREAM else load.unary
+    before = target.server.cpu_seconds()
+    rate = await loop(target.server.port, target.method, seconds)
+    cpu = target.server.cpu_seconds() - before
+    target.rates.append(rate)
+    target.cpu_us.append(1e6 * cpu / (rate * seconds))
+
+
+def _summary(target: Target, seconds: float) -> dict[str, Any]:
+    return {
+        "target": target.name,
+        "version": " ".join(REQUIREMENTS.get(target.name, ())),
+        "per_second": round(statistics.median(target.rates), 1),
+        "server_cpu_us": round(statistics.median(target.cpu_us), 1),
+        "callers": load.CALLERS,
+        "round_s": seconds,
+        "rounds": [round(rate, 1) for rate in target.rates],
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _ratios(targets: dict[str, Target]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for ours, theirs, goal in GOALS:
+        if ours in targets and theirs in targets:
+            ratio, low, high = ratio_of_pairs(targets[ours].rates, targets[theirs].rates)
+            cpu, _, _ = ratio_of_pairs(targets[theirs].cpu_us, targets[ours].cpu_us)
+            rows.append(
+                {
+                    "ratio": f"{ours} / {theirs}",
+                    "median": round(ratio, 3),
+                    "low": round(low, 3),
+                    "high": round(high, 3),
+                    # Disturbed less by what else the machine does.
+                    "by_server_cpu": round(cpu, 3),
+                    "goal": goal,
+                    # The whole interval has to say so.
+                    "reached": "yes" if low >= goal else "no" if high < goal else "open",
+                }
+            )
+    return rows

@@ -1,0 +1,97 @@
+"""Server processes on loopback: each in a session of its own, ended by its id."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.service.messages import MODEL, MODEL_YAML
+
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that leads a session, and the port that it was told to serve."""
+
+    pid: int
+    port: int
+    log: Path
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the session's living processes so far."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                # The name, in parentheses, may hold spaces; the rest starts at field 3.
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.pid:
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path], port: int, environment: Mapping[str, str] | None = None
+) -> Iterator[Running]:
+    """Run a server until the block ends, then end every process of its session.
+
+    Args:
+        command: that serves 127.0.0.1:``port``.
+        port: a free one.
+        environment: variables; None for this process's.
+    """
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            yield Running(server.pid, port, Path(log.name))
+        except BaseException as error:
+            if said := Path(log.name).read_text():
+                error.add_note(f"{command[0]} said: …{said[-2000:]}")
+            raise
+        finally:
+            # First the leader, that it may end its children in good order.
+            server.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(_STOP_S)
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@contextmanager
+def els_server() -> Iterator[Running]:
+    """Run our server as it is shipped, metrics and all, with one Gaussian model."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / MODEL
+        folder.mkdir()
+        (folder / "model.yaml").write_text(MODEL_YAML)
+        port = free_port()
+        program = Path(sys.executable).with_name("els-server")
+        command = (program, "run", "--models", root, f"--port={port}", "--metrics-port=0")
+        with running(command, port) as server:
+            yield server
+
+
+@contextmanager
+def baselines() -> Iterator[Running]:
+    """Run the bare handlers."""
+    port = free_port()
+    with running((sys.executable, "-m", "benchmarks.service.baselines", str(port)), port) as server:
+        yield server

@@ -1,0 +1,213 @@
+"""The command ``els bench``: a load, a table of what it showed, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from els_client import _options as options
+from els_client import _terminal as terminal
+from els_client._options import MODEL, TARGET, ModelName, Target
+from els_client.bench import Outcome, Plan, Report, run
+from els_client.bench.plan import KINDS, Kind
+
+_Value = TypeVar("_Value")
+_LOAD, _ASKED, _LENGTH, _OUT = "Who calls", "What is asked", "How long", "What is kept"
+
+
+def _parser(parse: Callable[[str], _Value], expected: str) -> Callable[[str], _Value]:
+    """Return a parser whose refusal says what was expected."""
+
+    def parsed(text: str) -> _Value:
+        try:
+            return parse(text)
+        except ValueError:
+            raise typer.BadParameter(f"expected {expected}, got {text!r}") from None
+
+    return parsed
+
+
+def _mix(text: str) -> dict[Kind, float]:
+    given = dict(part.split("=") for part in text.split(","))
+    if unknown := set(given) - set(KINDS):
+        raise ValueError(unknown)
+    return {kind: float(given[kind]) for kind in KINDS if kind in given}
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(":")
+    return float(low), float(high or low)
+
+
+def bench(
+    context: typer.Context,
+    callers: Annotated[
+        int | None,
+        typer.Option(
+            help="Closed loop: so many callers, each asks again when answered; by default 8.",
+            min=1,
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Open loop: so many calls a second at random times, however slow the answers;"
+            " latency counts from the time at which a call was to start.",
+            min=0.001,
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes that call.", min=1, rich_help_panel=_LOAD)
+    ] = 1,
+    connections: Annotated[
+        int, typer.Option(help="Connections of each.", min=1, rich_help_panel=_LOAD)
+    ] = 1,
+    mix: Annotated[
+        str,
+        typer.Option(help="Weights: denoise=8,score=1,sample=1.", rich_help_panel=_ASKED),
+    ] = "denoise=1",
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Denoise over DenoiseStream.", rich_help_panel=_ASKED),
+    ] = False,
+    images: Annotated[
+        int, typer.Option(help="Images in one call.", min=1, rich_help_panel=_ASKED)
+    ] = 1,
+    sigma: Annotated[
+        str,
+        typer.Option(
+            help="Noise level σ, or LOW:HIGH, log-uniform between.", rich_help_panel=_ASKED
+        ),
+    ] = "0.1:10",
+    label: Annotated[
+        int | None, typer.Option(help="Label of all images.", rich_help_panel=_ASKED)
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(help="Steps of a sample.", min=1, rich_help_panel=_ASKED)
+    ] = 20,
+    priority: Annotated[
+        int | None, typer.Option(help="From 1, the first.", min=1, rich_help_panel=_ASKED)
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which an answer is of no use; it travels with the call.",
+            min=0.001,
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    warm_up: Annotated[
+        float, typer.Option(help="Seconds that do not count.", min=0, rich_help_panel=_LENGTH)
+    ] = 1.0,
+    duration: Annotated[
+        float, typer.Option(help="Seconds that count.", min=0.1, rich_help_panel=_LENGTH)
+    ] = 10.0,
+    count: Annotated[
+        int | None,
+        typer.Option(help="End sooner, after so many calls.", min=1, rich_help_panel=_LENGTH),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of times, kinds and pixels.", min=0, rich_help_panel=_LENGTH)
+    ] = 0,
+    json: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Everything, with series.", rich_help_panel=_OUT),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Curves of it.", rich_help_panel=_OUT),
+    ] = None,
+    target: Target = TARGET,
+    model: ModelName = MODEL,
+) -> None:
+    """Load a server, and tell what its callers would have seen.
+
+    Latencies are of answered calls. Goodput counts answers that came before --deadline. The last
+    lines say whether the load itself kept up: if it lagged or used a whole core, give it more
+    --processes. Needs the extra "bench".
+
+    For example:
+
+        els bench --callers 16 --duration 30
+
+        els bench --rate 200 --deadline 1 --mix denoise=8,score=1,sample=1 --plot load.png
+    """
+    door: options.Door = context.obj
+    with options.failures():
+        plan = Plan(
+            target=target,
+            tls=door.tls,
+            token=door.token,
+            model=model,
+            callers=8 if callers is None and rate is None else callers,
+            rate_per_s=rate,
+            processes=processes,
+            connections=connections,
+            mix=_parser(_mix, f"weights of {', '.join(KINDS)}, like denoise=8,score=1")(mix),
+            stream=stream,
+            images=images,
+            sigma=_parser(_range, "a number or LOW:HIGH")(sigma),
+            label=label,
+            steps=steps,
+            priority=priority,
+            deadline_s=deadline,
+            warm_up_s=warm_up,
+            duration_s=duration,
+            count=count,
+            seed=seed,
+        )
+        report = _run(plan)
+        if json:
+            report.write(json)
+        if plot:
+            from els_client.bench.plot import draw  # An extra, slow to import.
+
+            draw([report], plot)
+    _show(report)
+
+
+def _run(plan: Plan) -> Report:
+    try:
+        with terminal.waiting(f"loading {plan.model} at {plan.target}"):
+            return run(plan)
+    except ModuleNotFoundError as error:
+        typer.echo(f"els: {error.name} is missing: pip install 'els-denoise[bench]'", err=True)
+        raise typer.Exit(1) from None
+
+
+def _show(report: Report) -> None:
+    names = ("calls", "ok", "good", "late", "p50", "p90", "p99", "p99.9", "max")
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    kind_column = Column(no_wrap=True)
+    table = Table(kind_column, *columns, box=SIMPLE_HEAD, caption="latencies in ms")
+    rows = dict(report.kinds) if len(report.kinds) == 1 else {**report.kinds, "all": report.total}
+    for kind, outcome in rows.items():
+        table.add_row(kind, *_cells(outcome))
+    Console().print(table)
+    typer.echo(
+        f"{report.throughput_per_s:.1f} answers/s, {report.goodput_per_s:.1f} of them good,"
+        f" {report.images_per_s:.1f} images/s over {report.seconds_counted:.1f} s"
+    )
+    if report.total.errors:
+        errors = ", ".join(f"{code} {count}" for code, count in report.total.errors.items())
+        typer.echo(f"failed: {errors}")
+    generator = report.generator
+    typer.echo(
+        f"the load: calls started up to {generator.lag_p99_ms:.1f} ms late (p99),"
+        f" busiest process used {generator.busy_share:.2f} of a core"
+    )
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    latency = outcome.latency
+    counts = (outcome.calls, outcome.ok, outcome.good, outcome.late)
+    times = (latency.p50_ms, latency.p90_ms, latency.p99_ms, latency.p999_ms, latency.max_ms)
+    return [*map(str, counts), *(f"{value:.1f}" for value in times)]

@@ -1,0 +1,89 @@
+"""How the commands reach their server: options that stand before a command, and its client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from els_client._client import Client
+from els_client._types import Tls
+from els_client.errors import (
+    DeadlineExceededError,
+    ElsError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+
+TARGET = "127.0.0.1:50051"
+MODEL = "fashion-els"
+
+Target = Annotated[str, typer.Option(help="Address of the server.", metavar="HOST:PORT")]
+ModelName = Annotated[str, typer.Option(help="Name of the model.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Deadline in seconds; by default 60, and 600 to sample.", min=0.001),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+
+EXIT_CODES_HELP = (
+    "Exit codes: 0 done · 2 wrong usage or argument · 3 no such model · 4 no server answers"
+    " · 5 deadline exceeded · 6 full or over a limit · 7 not allowed · 1 any other failure."
+)
+_EXIT_CODES: dict[type[Exception], int] = {
+    InvalidArgumentError: 2,
+    NotFoundError: 3,
+    UnavailableError: 4,
+    DeadlineExceededError: 5,
+    ResourceExhaustedError: 6,
+    UnauthenticatedError: 7,
+    PermissionDeniedError: 7,
+}
+
+
+@dataclass(frozen=True)
+class Door:
+    """How to get in: with which certificates, and with which token."""
+
+    tls: Tls | None = None
+    token: str | None = field(default=None, repr=False)
+
+
+def door(
+    *,
+    encrypted: bool,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    token_file: Path | None,
+) -> Door:
+    """Return what the options say; any file of TLS asks for TLS."""
+    tls = Tls(ca=ca, certificate=certificate, key=key)
+    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    return Door(tls if encrypted or tls != Tls() else None, token)
+
+
+@contextmanager
+def connected(context: typer.Context, target: str, timeout_s: float | None) -> Iterator[Client]:
+    """Yield a client; a failure inside becomes one line on stderr and an exit code."""
+    door: Door = context.obj
+    with failures(), Client(target, timeout_s=timeout_s, tls=door.tls, token=door.token) as client:
+        yield client
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn a failure inside into one line on stderr and an exit code."""
+    try:
+        yield
+    except (ElsError, OSError) as error:
+        typer.echo(f"els: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None

@@ -1,0 +1,108 @@
+"""When a failed call is worth another attempt, and after what pause: both clients ask here."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+from els_client import _codec as codec
+from els_client._types import Step
+from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError, error_of
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+_MAX_BARREN_ATTEMPTS = 5
+
+
+class Attempts:
+    """The attempts of one call: until when, and how many in a row were in vain.
+
+    Args:
+        timeout_s: For all of them together; None means without end.
+        wait_when_full: Whether a server that says when it will have room is asked again then.
+    """
+
+    def __init__(self, timeout_s: float | None, *, wait_when_full: bool = False) -> None:
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._wait_when_full = wait_when_full
+        self._barren = 0
+
+    def left_s(self) -> float | None:
+        """Return what is left of the deadline."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def progressed(self) -> None:
+        """Begin to count anew: this attempt was not in vain."""
+        self._barren = 0
+
+    def pause_if_full_s(self, error: ElsError) -> float:
+        """Return how long to wait for a full server, or raise ``error``."""
+        full = isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None
+        if not (full and self._wait_when_full):
+            raise error
+        return self._pause_s(error)
+
+    def pause_if_away_s(self, error: ElsError) -> float:
+        """Return how long to wait before a server's successor is asked, or raise ``error``."""
+        if not isinstance(error, UnavailableError) or self._barren >= _MAX_BARREN_ATTEMPTS:
+            raise error
+        return self._pause_s(error)
+
+    def _pause_s(self, error: ElsError) -> float:
+        backoff = min(math.ldexp(_FIRST_PAUSE_S, self._barren), _LONGEST_PAUSE_S)
+        # Random, or all who were refused together would come back together.
+        pause = max(error.retry_after_s or 0.0, backoff) * random.uniform(1.0, 1.25)
+        left = self.left_s()
+        if left is not None and left <= pause:
+            raise error
+        self._barren += 1
+        return pause
+
+
+class Trajectory:
+    """A sample that outlives the server that began it: each step once, in order.
+
+    Attributes:
+        request: What the next attempt asks.
+        attempts: When to ask.
+    """
+
+    def __init__(self, request: pb.SampleRequest, attempts: Attempts) -> None:
+        self.request = request
+        self.attempts = attempts
+        self._index = 0
+        self._total = -1
+
+    def accept(self, message: pb.SampleResponse) -> Step | None:
+        """Return the step that a message carries, if it does and it is new.
+
+        Raises:
+            ElsError: A step is missing between the last one and this.
+        """
+        if message.resume_token:
+            self.request.resume_token = message.resume_token
+        # A token alone has index 0; an attempt from an older token begins with steps that came.
+        if message.index <= self._index:
+            return None
+        if message.index != self._index + 1:
+            text = f"the server answered step {message.index} after step {self._index}"
+            raise error_of("INTERNAL", text)
+        self._index, self._total = message.index, message.total
+        self.attempts.progressed()
+        return codec.decode_step(message)
+
+    def check_complete(self) -> None:
+        """Raise an ``ElsError`` unless the last step has come."""
+        if self._index != self._total:
+            text = f"the server ended after step {self._index} of {self._total}"
+            raise error_of("INTERNAL", text)
+
+    def pause_s(self, error: ElsError) -> float:
+        """Return how long to wait before the next attempt, or raise ``error``."""
+        if isinstance(error, ResourceExhaustedError):
+            return self.attempts.pause_if_full_s(error)
+        if not self.request.resume_token:
+            raise error
+        return self.attempts.pause_if_away_s(error)

@@ -1,0 +1,189 @@
+"""How calls of a load travel: one by one, or on a stream; each is counted when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from els_client._channel import Metadata, bearer, error_of_status, own_errors
+from els_client.bench._requests import Requests
+from els_client.bench.plan import Kind, Plan
+from els_client.bench.tally import Tally
+from els_client.errors import ElsError
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+_SERVICE = "/denoise.v1.DenoiserService/"
+_REOPEN_AFTER_S = 0.1
+# How long a call without a deadline may take.
+_PATIENCE_S = 600.0
+
+# Called once when a call has ended, whatever became of it.
+Done: TypeAlias = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What all calls of a process share."""
+
+    plan: Plan
+    requests: Requests
+    tally: Tally
+    image_bytes: int
+
+    @property
+    def metadata(self) -> Metadata:
+        """What authorises each call."""
+        return bearer(self.plan.token)
+
+    def remaining_s(self, intended: float) -> float | None:
+        """Return what is left of the deadline of a call that was to start at ``intended``."""
+        if self.plan.deadline_s is None:
+            return None
+        return max(intended + self.plan.deadline_s - time.monotonic(), 1e-3)
+
+    def is_whole(self, tensor: pb.Tensor) -> bool:
+        """Return whether an answer has as many bytes as its images need."""
+        return len(tensor.data) == self.plan.images * self.image_bytes
+
+
+class UnaryCalls:
+    """Calls of their own, over several connections in turn."""
+
+    def __init__(self, load: Load, channels: list[grpc.aio.Channel]) -> None:
+        self._load = load
+        self._metadata = load.metadata
+        self._tasks: set[asyncio.Task[None]] = set()
+        stubs = [_methods(channel) for channel in channels]
+        self._stubs = itertools.cycle(stubs)
+
+    def submit(self, kind: Kind, intended: float, done: Done) -> None:
+        """Start a call now."""
+        task = asyncio.get_running_loop().create_task(self._call(kind, intended))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: done())
+
+    async def close(self) -> None:
+        """Cancel what is still in flight; it counts as unfinished."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _call(self, kind: Kind, intended: float) -> None:
+        load, sent = self._load, time.monotonic()
+        left = load.remaining_s(intended)
+        timeout = _PATIENCE_S if left is None else left
+        if left is not None and kind != "sample":
+            timeout += load.plan.grace_s
+        body = load.requests.body(kind, left)
+        try:
+            call = next(self._stubs)[kind](body, timeout=timeout, metadata=self._metadata)
+            answer = await (_last(call) if kind == "sample" else call)
+            code = "OK" if answer and load.is_whole(_tensor(answer)) else "MALFORMED"
+        except grpc.aio.AioRpcError as error:
+            code = error.code().name
+        except asyncio.CancelledError:
+            load.tally.add_unanswered(kind, "UNFINISHED", intended)
+            raise
+        end = time.monotonic()
+        load.tally.add(kind, intended=intended, sent=sent, end=end, code=code)
+
+
+class StreamCalls:
+    """Denoise over one ``DenoiseStream``, opened anew when it ends."""
+
+    def __init__(self, load: Load, channel: grpc.aio.Channel) -> None:
+        self._load = load
+        # The stubs know no method without a serialiser.
+        self._method: Any = channel.stream_stream(
+            f"{_SERVICE}DenoiseStream",
+            response_deserializer=pb.DenoiseStreamResponse.FromString,
+        )
+        self._waiting: asyncio.Queue[tuple[float, Done]] = asyncio.Queue()
+        self._pending: deque[tuple[float, float, Done]] = deque()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def submit(self, kind: Kind, intended: float, done: Done) -> None:
+        """Send a request as soon as the stream takes it."""
+        self._waiting.put_nowait((intended, done))
+
+    async def close(self) -> None:
+        """End the stream; what was not answered counts as unfinished, what was not sent as such."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        for intended, *_ in self._pending:
+            self._load.tally.add_unanswered("denoise", "UNFINISHED", intended)
+        while not self._waiting.empty():
+            self._load.tally.add_unanswered("denoise", "UNSENT", self._waiting.get_nowait()[0])
+
+    async def _run(self) -> None:
+        while True:
+            call = self._method(metadata=self._load.metadata)
+            writer = asyncio.get_running_loop().create_task(self._write(call))
+            try:
+                with own_errors():
+                    async for answer in call:
+                        self._end(self._code(answer))
+                code = "UNAVAILABLE"  # The server ended a stream that we had not.
+            except ElsError as error:
+                code = error.code
+            finally:
+                writer.cancel()
+                call.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            while self._pending:
+                self._end(code)
+            await asyncio.sleep(_REOPEN_AFTER_S)
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            intended, done = await self._waiting.get()
+            self._pending.append((intended, time.monotonic(), done))
+            await call.write(self._load.requests.body("denoise", self._load.remaining_s(intended)))
+
+    def _code(self, answer: pb.DenoiseStreamResponse) -> str:
+        if answer.HasField("error"):
+            return error_of_status(answer.error).code
+        return "OK" if self._load.is_whole(answer.response.denoised) else "MALFORMED"
+
+    def _end(self, code: str) -> None:
+        intended, sent, done = self._pending.popleft()
+        end = time.monotonic()
+        self._load.tally.add("denoise", intended=intended, sent=sent, end=end, code=code)
+        done()
+
+
+def _methods(channel: grpc.aio.Channel) -> dict[Kind, Any]:
+    """Return each kind's method; requests are bytes that were serialised before."""
+    return {
+        "denoise": channel.unary_unary(
+            f"{_SERVICE}Denoise", response_deserializer=pb.DenoiseResponse.FromString
+        ),
+        "score": channel.unary_unary(
+            f"{_SERVICE}Score", response_deserializer=pb.ScoreResponse.FromString
+        ),
+        "sample": channel.unary_stream(
+            f"{_SERVICE}Sample", response_deserializer=pb.SampleResponse.FromString
+        ),
+    }
+
+
+async def _last(call: Any) -> pb.SampleResponse | None:
+    """Return the last message of a sample, or nothing where it was not the last step's."""
+    last = None
+    async for message in call:
+        last = message
+    return last if last is not None and 0 < last.index == last.total else None
+
+
+def _tensor(answer: pb.DenoiseResponse | pb.ScoreResponse | pb.SampleResponse) -> pb.Tensor:
+    if isinstance(answer, pb.DenoiseResponse):
+        return answer.denoised
+    return answer.score if isinstance(answer, pb.ScoreResponse) else answer.x

@@ -1,0 +1,122 @@
+"""What a load is made of: who calls how often, what is asked, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from els_client._types import Tls
+from els_client.errors import InvalidArgumentError, Violation
+
+Kind: TypeAlias = Literal["denoise", "score", "sample"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A load on one model of one server; every default is small.
+
+    With ``callers`` the loop is closed: each caller asks again when it is answered. With
+    ``rate_per_s`` it is open: calls start at random times (a Poisson process) whatever becomes of
+    the earlier ones, and a latency counts from the time at which the call was to start.
+
+    Attributes:
+        name: What the report calls this load.
+        target: Address of the server.
+        tls: How the connection is encrypted; None means not.
+        token: Bearer token; in no report.
+        model: Name of the model.
+        version: Version of the model; None means the newest.
+        callers: Calls in flight of a closed loop, over all processes.
+        rate_per_s: Calls a second of an open loop, over all processes.
+        mix: How often each kind is asked, relative to each other.
+        stream: Whether denoise goes over ``DenoiseStream``, one stream a connection.
+        images: Images in one call.
+        sigma: Least and largest noise level σ; each image's own is log-uniform between.
+        label: Label of all images; None means unconditional.
+        window: Odd side of the patch in pixels; None means the model's own.
+        steps: Steps of a sample.
+        processes: Processes that ask, at most one for each caller.
+        connections: Connections of each process.
+        warm_up_s: How long the load runs before it counts.
+        duration_s: How long calls are started after that.
+        count: Calls that are started after warm-up at most; None means no bound but time.
+        deadline_s: When an answer is of no more use; it travels with the call.
+        grace_s: How much longer the caller listens, so that late answers are seen; a sample's
+            deadline is the call's own and has no grace.
+        drain_s: How long answers are waited for at the end.
+        priority: 1 (first) to ``Limits.priority_levels``; None means the server's default.
+        seed: Of arrivals, kinds, pixels and levels.
+    """
+
+    name: str = "load"
+    target: str = "127.0.0.1:50051"
+    tls: Tls | None = None
+    token: str | None = field(default=None, repr=False)
+    model: str = "fashion-els"
+    version: str | None = None
+    callers: int | None = None
+    rate_per_s: float | None = None
+    mix: Mapping[Kind, float] = field(default_factory=lambda: {"denoise": 1.0})
+    stream: bool = False
+    images: int = 1
+    sigma: tuple[float, float] = (0.1, 10.0)
+    label: int | None = None
+    window: int | None = None
+    steps: int = 20
+    processes: int = 1
+    connections: int = 1
+    warm_up_s: float = 1.0
+    duration_s: float = 10.0
+    count: int | None = None
+    deadline_s: float | None = None
+    grace_s: float = 1.0
+    drain_s: float = 60.0
+    priority: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no load can be made of.
+
+        Raises:
+            InvalidArgumentError: With the field, what was expected and what came.
+        """
+        _expect(
+            (self.callers is None) != (self.rate_per_s is None),
+            "callers",
+            "either callers or rate_per_s",
+            f"{self.callers} and {self.rate_per_s}",
+        )
+        counts = ("callers", "rate_per_s", "images", "steps", "processes", "connections")
+        for name in (*counts, "duration_s", "count", "deadline_s"):
+            value = getattr(self, name)
+            _expect(value is None or value > 0, name, "more than 0", value)
+        for name in ("warm_up_s", "grace_s", "drain_s"):
+            _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        low, high = self.sigma
+        _expect(0 < low <= high, "sigma", "0 < low <= high", f"{low} and {high}")
+        known = set(self.mix) <= set(KINDS)
+        sound = known and min(self.mix.values(), default=0) >= 0 and sum(self.mix.values()) > 0
+        _expect(sound, "mix", f"a weight for any of {', '.join(KINDS)}", dict(self.mix))
+        if self.callers is not None:
+            _expect(self.processes <= self.callers, "processes", "at most callers", self.processes)
+        if self.count is not None:
+            _expect(self.processes <= self.count, "processes", "at most count", self.processes)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report may tell of the plan: all but the token and the files of TLS."""
+        hidden = ("token", "tls")
+        facts = {name: value for name, value in vars(self).items() if name not in hidden}
+        return facts | {"mix": dict(self.mix), "tls": self.tls is not None}
+
+
+def _expect(sound: bool, name: str, expected: str, got: object) -> None:
+    if not sound:
+        text = f"expected {expected}, got {got}"
+        raise InvalidArgumentError(f"{name}: {text}", [Violation(name, text)])
+
+
+def share(total: int, index: int, parts: int) -> int:
+    """Return the part of ``total`` that falls to part ``index`` of ``parts``."""
+    return total // parts + (index < total % parts)

@@ -1,0 +1,67 @@
+"""Draws a report: latency and goodput over time, and how rare long waits are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from els_client.bench.report import Outcome, Report, latencies_of
+
+
+def draw(reports: Sequence[Report], path: Path) -> None:
+    """Write a picture (PNG, SVG or PDF by its suffix) of several loads side by side in time."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    over_time, rates, tail = figure.subplots(1, 3)
+    for report in reports:
+        _draw_latency(over_time, report)
+        _draw_rates(rates, report)
+        for kind, outcome in report.kinds.items():
+            _draw_tail(tail, f"{report.plan['name']}: {kind}", outcome)
+    for axes, title, x, y in (
+        (over_time, "latency", "second", "ms"),
+        (rates, "calls ended", "second", "calls a second"),
+        (tail, "how many waited longer", "ms", "share of answers"),
+    ):
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_latency(axes: Axes, report: Report) -> None:
+    answered = [second for second in report.series if second.ok]
+    for name, style in (("p50_ms", "-"), ("p99_ms", "--")):
+        values = [getattr(second, name) for second in answered]
+        label = _label(report, name.removesuffix("_ms"))
+        axes.plot([second.second for second in answered], values, style, label=label)
+    axes.set_yscale("log")
+
+
+def _draw_rates(axes: Axes, report: Report) -> None:
+    # The last second is one of stragglers, not of load.
+    whole = [second for second in report.series if second.second < report.seconds_counted]
+    for name, style in (("good", "-"), ("failed", ":")):
+        values = [getattr(second, name) for second in whole]
+        axes.plot([second.second for second in whole], values, style, label=_label(report, name))
+
+
+def _label(report: Report, name: str) -> str:
+    return f"{report.plan['name']}: {name}"
+
+
+def _draw_tail(axes: Axes, label: str, outcome: Outcome) -> None:
+    if not outcome.ok:
+        return
+    recorded = latencies_of(outcome).get_recorded_iterator()
+    ms, counts = zip(
+        *((item.value_iterated_to / 1e3, item.count_at_value_iterated_to) for item in recorded),
+        strict=True,
+    )
+    longer = 1 - np.cumsum(counts) / outcome.ok
+    axes.step(ms, np.maximum(longer, 0.5 / outcome.ok), where="post", label=label)
+    axes.set(xscale="log", yscale="log")

@@ -1,0 +1,140 @@
+"""What one process counts: outcomes, latencies and each second's share of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+# hdrhistogram ships no types.
+Histogram: TypeAlias = Any
+
+_LONGEST_US = 3_600_000_000
+
+
+def histogram(digits: int = 3) -> Histogram:
+    """Return an empty histogram of 1 µs to 1 h, exact to ``digits`` significant digits."""
+    from hdrh.histogram import HdrHistogram  # An extra: the command line imports this without it.
+
+    return HdrHistogram(1, _LONGEST_US, digits)
+
+
+def add_seconds(target: Histogram, seconds: float) -> None:
+    """Count one duration; what lies outside the range counts at its edge."""
+    target.record_value(min(max(round(seconds * 1e6), 1), _LONGEST_US))
+
+
+@dataclass
+class Outcome:
+    """How the calls of one kind ended; latencies are of those that were answered."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+    good: int = 0
+    late: int = 0
+    latest_s: float = 0.0
+    latencies: Histogram = field(default_factory=histogram)
+
+
+@dataclass
+class Second:
+    """One second of the load, by the time at which its calls ended."""
+
+    ok: int = 0
+    good: int = 0
+    failed: int = 0
+    latencies: Histogram = field(default_factory=lambda: histogram(2))
+
+
+class Tally:
+    """Counts calls as they end.
+
+    Args:
+        start: When calls begin to count, in seconds of ``time.monotonic``.
+        stop: When they cease to be started.
+        deadline_s: When an answer ceases to be good.
+    """
+
+    def __init__(self, *, start: float, stop: float, deadline_s: float | None) -> None:
+        self.start, self.stop = start, stop
+        self._deadline_s = math.inf if deadline_s is None else deadline_s
+        self.outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
+        self.lag = histogram()
+        self.in_window: Counter[str] = Counter()
+        self.last_end = start
+        self._seconds: dict[int, dict[str, Any]] = {}
+        self._second = Second()
+        self._now = 0
+
+    def add(self, kind: str, *, intended: float, sent: float, end: float, code: str) -> None:
+        """Count a call that was to start at ``intended``, did so at ``sent``, ended at ``end``."""
+        latency = end - intended
+        late = latency > self._deadline_s
+        if end >= self.start:
+            self._add_to_second(end, latency, code == "OK", late)
+        if intended < self.start:
+            return  # It belongs to the warm-up.
+        outcome = self.outcomes[kind]
+        outcome.codes[code] += 1
+        self.last_end = max(self.last_end, end)
+        add_seconds(self.lag, sent - intended)
+        if code != "OK":
+            return
+        add_seconds(outcome.latencies, latency)
+        outcome.good += not late
+        if late:
+            outcome.late += 1
+            outcome.latest_s = max(outcome.latest_s, latency - self._deadline_s)
+
+    def add_unanswered(self, kind: str, code: str, intended: float) -> None:
+        """Count a call of which nothing more will be heard."""
+        if intended >= self.start:
+            self.outcomes[kind].codes[code] += 1
+
+    def _add_to_second(self, end: float, latency: float, ok: bool, late: bool) -> None:
+        if (now := int(end - self.start)) != self._now:
+            self._seal()
+            self._now = now
+        second = self._second
+        second.ok += ok
+        second.good += ok and not late
+        second.failed += not ok
+        if end < self.stop:
+            self.in_window.update(ok=ok, good=ok and not late)
+        if ok:
+            add_seconds(second.latencies, latency)
+
+    def _seal(self) -> None:
+        """Put the second that is over away: as text a histogram is small."""
+        self._seconds[self._now] = _second_document(self._second)
+        self._second = Second()
+
+    def document(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        self._seal()
+        outcomes = {
+            kind: {
+                "codes": dict(outcome.codes),
+                "good": outcome.good,
+                "late": outcome.late,
+                "latest_s": outcome.latest_s,
+                "latencies": outcome.latencies.encode().decode(),
+            }
+            for kind, outcome in self.outcomes.items()
+        }
+        return {
+            "outcomes": outcomes,
+            "seconds": [[second, facts] for second, facts in self._seconds.items()],
+            "in_window": dict(self.in_window),
+            "lag": self.lag.encode().decode(),
+            "last_end_s": self.last_end - self.start,
+        }
+
+
+def _second_document(second: Second) -> dict[str, Any]:
+    return {
+        "ok": second.ok,
+        "good": second.good,
+        "failed": second.failed,
+        "latencies": second.latencies.encode().decode(),
+    }

@@ -1,0 +1,212 @@
+"""Who gets in: which addresses may be bound, whose calls are taken, how long connections last.
+
+Beyond loopback a server listens with TLS, or where ``insecure`` says that something in front of it
+encrypts. Once there are tokens every call needs one but health checks, which probes ask; methods of
+administration need the role admin. Without tokens those are left to callers on loopback: a client
+certificate says who somebody is, not what they may do. A proxy on the same machine makes everybody
+such a caller, so behind one there should be tokens.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from ipaddress import IPv6Address, ip_address
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+import grpc
+
+from els_service.config import Settings
+from els_service.errors import ElsError, LoadError, PermissionDeniedError
+from els_service.wire import tls
+from els_service.wire.tokens import Tokens
+
+_ADMIN_SERVICES = frozenset({"grpc.channelz.v1.Channelz"})
+_ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload", "LogSettings"})
+_LOOPBACK = "127.0.0.1"
+_PING_STRIKES = 2
+"""Pings in too much haste before a connection is closed."""
+_PING_JITTER = 0.8
+"""A client's clock and the way make pings come closer together than they were sent."""
+
+_caller: ContextVar[str] = ContextVar("caller")
+
+Handler = Any
+"""A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
+Refuse = Callable[[str, ElsError, Any], Awaitable[NoReturn]]
+"""Ends a call, by the method's name and its context, with an error's status."""
+
+
+class Doors:
+    """The doors that the settings describe; files are read and judged at once.
+
+    Raises:
+        LoadError: The address is open to others and nothing guards it, or a file does not fit.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._credentials = tls.credentials(settings)
+        self._tokens = Tokens(settings.tokens) if settings.tokens else None
+        _check_exposure(settings)
+
+    def bind(self, server: grpc.aio.Server, address: str) -> int:
+        """Return the port that a server now listens on.
+
+        Raises:
+            RuntimeError: It cannot.
+        """
+        if self._credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._credentials)
+
+    def guarded(
+        self, service: str, handlers: Mapping[str, Handler], refuse: Refuse
+    ) -> grpc.GenericRpcHandler:
+        """Return a service's handlers, by method, for callers who may call them."""
+        if self._tokens is not None:
+            return _ByToken(service, handlers, self._tokens, refuse)
+        admitted = {
+            method: _local_only(method, handler, refuse)
+            if _needs_admin(service, method)
+            else handler
+            for method, handler in handlers.items()
+        }
+        return grpc.method_handlers_generic_handler(service, admitted)
+
+
+class _ByToken(grpc.GenericRpcHandler):
+    """Takes the calls that show a token, before anything of their message is read."""
+
+    def __init__(
+        self, service: str, handlers: Mapping[str, Handler], tokens: Tokens, refuse: Refuse
+    ) -> None:
+        self._paths = {
+            f"/{service}/{method}": (method, handler, _needs_admin(service, method))
+            for method, handler in handlers.items()
+        }
+        self._tokens, self._refuse = tokens, refuse
+
+    def service(self, details: grpc.HandlerCallDetails) -> Handler:
+        """Return the handler of a call, None where it is another service's."""
+        found = self._paths.get(details.method)
+        if found is None:
+            return None
+        method, handler, admin = found
+        try:
+            # Each call is a task of its own, so the variable is the call's.
+            _caller.set(self._tokens.caller(details.invocation_metadata, admin=admin))
+        except ElsError as error:
+            return _refusal(method, error, self._refuse)
+        return handler
+
+
+def _refusal(method: str, error: ElsError, refuse: Refuse) -> Handler:
+    # Of streams, as those alone do not read before they answer.
+    async def call(requests: object, context: Any) -> None:
+        await refuse(method, error, context)
+
+    return grpc.stream_stream_rpc_method_handler(call)
+
+
+def _local_only(method: str, handler: Handler, refuse: Refuse) -> Handler:
+    """Return the handler of a unary method for callers on loopback."""
+
+    async def call(request: Any, context: Any) -> Any:
+        if not _is_local(context.peer()):
+            text = f"{method}: expected a caller on loopback, as there are no tokens"
+            await refuse(method, PermissionDeniedError(text), context)
+        return await handler.unary_unary(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(
+        call, handler.request_deserializer, handler.response_serializer
+    )
+
+
+def caller_of(context: Any) -> str:
+    """Return who makes a call: the token's name, else the peer, which is one connection."""
+    return _caller.get(None) or context.peer()
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int]]:
+    """Return how long connections live and what they may carry, as gRPC's channel arguments.
+
+    A peer that answers no ping is cut off by the ping's timeout, a minute unless it is set;
+    keepalive's own counts something else.
+    """
+    seconds = {
+        "grpc.keepalive_time_ms": settings.keepalive_s,
+        "grpc.keepalive_timeout_ms": settings.keepalive_timeout_s,
+        "grpc.http2.ping_timeout_ms": settings.keepalive_timeout_s,
+        "grpc.http2.min_ping_interval_without_data_ms": settings.client_ping_s * _PING_JITTER,
+        "grpc.server_handshake_timeout_ms": settings.handshake_s,
+        "grpc.max_connection_idle_ms": settings.max_connection_idle_s,
+        "grpc.max_connection_age_ms": settings.max_connection_age_s,
+        "grpc.max_connection_age_grace_ms": settings.max_connection_age_grace_s,
+    }
+    return [
+        *((name, max(1, round(1e3 * value))) for name, value in seconds.items()),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_ping_strikes", _PING_STRIKES),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+    ]
+
+
+def allow_connections() -> None:
+    """Let this process open as many files as it may: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def metrics_host(settings: Settings) -> str:
+    """Return where metrics are served, which is plain HTTP: on loopback unless another is named."""
+    if settings.metrics_host is not None:
+        return settings.metrics_host
+    return settings.host if _is_loopback(settings.host) else _LOOPBACK
+
+
+def _check_exposure(settings: Settings) -> None:
+    if settings.insecure or settings.tls_certificate or _is_loopback(settings.host):
+        return
+    got = "tokens, which would travel in plain text" if settings.tokens else "no protection"
+    raise LoadError(
+        "host",
+        f"expected loopback, or tls_certificate and tls_key, got {settings.host} with {got}; "
+        "say --insecure if something in front of it encrypts",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether every address of a host is this machine's alone.
+
+    Raises:
+        LoadError: It has none.
+    """
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        expected = "expected an address, or a name that has one"
+        raise LoadError("host", f"{expected}, got {host}: {error.strerror}") from error
+    return all(map(_is_loopback_address, found))
+
+
+def _is_loopback_address(text: str) -> bool:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+def _is_local(peer: str) -> bool:
+    """Return whether a peer, ``ipv4:127.0.0.1:5`` or ``ipv6:%5B::1%5D:5``, is on this machine."""
+    _, _, address = peer.partition(":")
+    return _is_loopback_address(unquote(address).rpartition(":")[0].strip("[]"))
+
+
+def _needs_admin(service: str, method: str) -> bool:
+    return service in _ADMIN_SERVICES or method in _ADMIN_METHODS

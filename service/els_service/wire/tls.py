@@ -1,0 +1,84 @@
+"""TLS from PEM files: every handshake gets the newest pair that is whole."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from els_service.config import Settings
+from els_service.errors import LoadError
+from els_service.wire.watched import Watched, warn_if_public
+
+
+@dataclass(frozen=True)
+class _Files:
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
+
+
+def credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """Return the server's credentials, None without TLS.
+
+    A changed file counts from the next handshake on; connections stay as they are. With a client CA
+    a handshake without a certificate of it fails.
+
+    Raises:
+        LoadError: One of the files is missing in the settings, unreadable, or does not fit.
+    """
+    files = _files(settings)
+    if files is None:
+        return None
+    watched = Watched(files.paths, lambda: _read(files))
+    served = watched.current()
+
+    def newest() -> grpc.ServerCertificateConfiguration | None:
+        # None leaves the one before: building a context takes gRPC longer than a handshake.
+        nonlocal served
+        current = watched.current()
+        if current is served:
+            return None
+        served = current
+        return current
+
+    # The stubs do not know that None means no change.
+    return grpc.dynamic_ssl_server_credentials(
+        served,
+        newest,  # type: ignore[arg-type]
+        require_client_authentication=files.client_ca is not None,
+    )
+
+
+def _files(settings: Settings) -> _Files | None:
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate and key:
+        return _Files(certificate, key, settings.tls_client_ca)
+    for name in ("tls_certificate", "tls_key", "tls_client_ca"):
+        if path := getattr(settings, name):
+            missing = "tls_key" if certificate else "tls_certificate"
+            raise LoadError(name, f"expected {missing} beside it, got {path} alone")
+    return None
+
+
+def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
+    """Return what the files hold, checked: gRPC itself would tell nobody but its log."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # The empty password, as OpenSSL would ask a terminal for one.
+        context.load_cert_chain(files.certificate, files.key, password="")
+        if files.client_ca:
+            context.load_verify_locations(files.client_ca)
+        pair = files.key.read_bytes(), files.certificate.read_bytes()
+        authorities = files.client_ca.read_bytes() if files.client_ca else None
+    except (OSError, ValueError) as error:
+        names = ", ".join(map(str, files.paths))
+        raise LoadError(names, f"expected a certificate, its key and PEM, got {error}") from error
+    warn_if_public(files.key)
+    return grpc.ssl_server_certificate_configuration([pair], authorities)

@@ -1,0 +1,58 @@
+"""HTTP/2 by hand, for peers that no library would be: frames as RFC 9113 lays them out."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
+MAX_CONCURRENT_STREAMS = 3
+
+
+def frame(kind: int, *, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
+    """Return a frame."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def headers(path: str) -> bytes:
+    """Return a block of a call's headers, as literals that no table knows."""
+    fields = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": path,
+        ":authority": "localhost",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    return b"".join(
+        b"\x10" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in fields.items()
+    )
+
+
+BEGINNING = PREFACE + frame(SETTINGS)
+
+
+@contextmanager
+def connected(port: int, sent: bytes = b"") -> Iterator[socket.socket]:
+    """Yield a socket to a server, over which some bytes have been sent, if it took them all."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as peer:
+        with contextlib.suppress(ConnectionError):
+            peer.sendall(sent)
+        yield peer
+
+
+def received(peer: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+    """Yield kind, flags and payload of each frame until the server closes the connection."""
+    with peer.makefile("rb") as stream:
+        try:
+            while head := stream.read(9):
+                size, kind, flags = int.from_bytes(head[:3]), head[3], head[4]
+                yield kind, flags, stream.read(size)
+        except ConnectionError:
+            return

@@ -1,0 +1,70 @@
+"""``els-server`` with models that are slow, fail, hang or break their device when they are told to.
+
+usage: odd_server.py run [options of els-server run]
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from els_service.cli import main
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.engine.models import Models
+from els_service.engine.repository import ModelRepository
+
+SHAPE = (1, 6, 5)
+FAULT, HANG, BREAK = 1e6, 2e6, 3e6
+"""What an image is filled with that makes the computation fail, hang, or break the device."""
+IMAGE_S = 0.02
+
+
+class Odd:
+    """Answers 2x and, as evidence, the sum over C.
+
+    Args:
+        image_s: how long it sleeps for each image.
+        memory: images that fit the memory.
+    """
+
+    def __init__(self, image_s: float = IMAGE_S, memory: int = 1 << 30) -> None:
+        self._image_s, self._memory = image_s, memory
+
+    @property
+    def info(self) -> DenoiserInfo:
+        return DenoiserInfo(kind="odd", shape=SHAPE, has_log_evidence=True)
+
+    def check(self, query: Query) -> None:
+        check_query(self.info, query)
+
+    def predict_seconds(self, query: Query) -> float:
+        return self._image_s * len(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        if len(query) > self._memory:
+            raise torch.OutOfMemoryError("as told")
+        time.sleep(self._image_s * len(query))
+        first = set(query.pixels[:, 0, 0, 0].tolist())
+        if FAULT in first:
+            raise ZeroDivisionError("as told")
+        if BREAK in first:
+            raise RuntimeError("CUDA error: as told")
+        if HANG in first:
+            threading.Event().wait()
+        return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
+
+
+async def _load_all(self: Models, repository: ModelRepository) -> None:
+    self.add("slow", Odd())
+    await _load(self, repository)
+
+
+_load = Models.load_all
+
+if __name__ == "__main__":
+    with patch.object(Models, "load_all", _load_all):
+        main()

@@ -1,0 +1,68 @@
+"""A device that hangs or breaks: every caller is told, health says so, the process ends with 3."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from tests.e2e.asking import asked, denoiser, images
+from tests.e2e.odd_server import BREAK, HANG
+from tests.e2e.processes import ODD, serving
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(HANG, "cpu hangs"), (BREAK, "cpu is broken: CUDA error: as told")]
+)
+async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3(
+    models: Path, value: float, reason: str
+) -> None:
+    options = {"ELS_WATCHDOG_S": "0.5", "ELS_DRAIN_S": "2"}
+    with serving("--models", models, program=ODD, **options) as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            stub = denoiser(channel)
+            health: Any = HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            assert (await watch.read()).status == SERVING
+            drawn = pb.SampleRequest(model="slow", steps=1000)
+            trajectory = stub.Sample(drawn, timeout=60)
+            assert (await trajectory.read()).index == 1
+            stream = stub.DenoiseStream(timeout=60)
+            await stream.write(asked(images(1)))
+            assert (await stream.read()).response.denoised.data
+            calls = [
+                asyncio.ensure_future(stub.Denoise(asked(images(x)), timeout=60))
+                for x in (value, 1.0, 2.0)
+            ]
+            for _ in range(20):
+                await stream.write(asked(images(3)))
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError) as told:
+                    await call
+                assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert reason in str(told.value.details())
+            assert (await rest_of(trajectory))[-1].resume_token
+            assert (await watch.read()).status == NOT_SERVING
+            for answer in await rest_of(stream):
+                assert answer.response.denoised.data or reason in answer.error.message
+        assert await asyncio.to_thread(server.wait) == (3, "")
+
+
+async def rest_of(call: Any) -> list[Any]:
+    """Return the messages that come before the call ends with UNAVAILABLE."""
+    messages = []
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while (message := await call.read()) is not grpc.aio.EOF:
+            messages.append(message)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+    return messages

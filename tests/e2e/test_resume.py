@@ -1,0 +1,199 @@
+"""Trajectories that stop and go on: the same bits on any server, and no token is believed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tests.e2e.asking import denoiser
+from tests.e2e.bad_requests import denoise
+from tests.e2e.processes import ServerProcess, serving
+from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "ddim": {"sampler": pb.SAMPLER_DDIM},
+    "released": {"sampler": pb.SAMPLER_DDIM_RELEASED, "steps": 6},
+    "ddpm": {"sampler": pb.SAMPLER_DDPM, "eta": 0.7},
+    "heun": {"sampler": pb.SAMPLER_HEUN, "churn": 3},
+}
+STATE = 32
+"""Where a token's state begins."""
+
+
+@pytest.fixture
+async def aio(server: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(server.target) as channel:
+        yield channel
+
+
+def drawn(**changes: Any) -> pb.SampleRequest:
+    """Return a request of two images in five steps that asks for everything."""
+    fields: dict[str, Any] = {
+        "model": "zeros",
+        "count": 2,
+        "seed": 9,
+        "steps": 5,
+        "labels": [1, -1],
+        "return_x": True,
+        "return_denoised": True,
+        "return_resume_token": True,
+    }
+    return pb.SampleRequest(**{**fields, **changes})
+
+
+async def steps(channel: grpc.aio.Channel, request: pb.SampleRequest) -> list[pb.SampleResponse]:
+    return [step async for step in denoiser(channel).Sample(request, timeout=60)]
+
+
+@pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
+async def test_a_token_of_any_step_goes_on_with_the_same_bits_on_any_server(
+    aio: grpc.aio.Channel, odd: ServerProcess, options: dict[str, Any]
+) -> None:
+    whole = await steps(aio, drawn(**options))
+    assert [step.index for step in whole] == [1, 2, 3, 4, 5]
+    assert [bool(step.resume_token) for step in whole] == [True] * 4 + [False]
+    async with grpc.aio.insecure_channel(odd.target) as other:
+        for channel in (aio, other):
+            for taken in range(1, 5):
+                token = whole[taken - 1].resume_token
+                rest = await steps(channel, drawn(**options, resume_token=token))
+                assert rest == whole[taken:]
+
+
+@pytest.fixture(scope="module")
+def token(channel: grpc.Channel) -> bytes:
+    """A token of ``drawn()`` after two steps."""
+    calls = DenoiserServiceStub(channel).Sample(drawn(), timeout=TIMEOUT_S)
+    return next(bytes(step.resume_token) for step in calls if step.index == 2)
+
+
+OTHER_REQUESTS: dict[str, dict[str, Any]] = {
+    "seed": {"seed": 10},
+    "model": {"model": "circular"},
+    "steps": {"steps": 6},
+    "sampler": {"sampler": pb.SAMPLER_DDPM},
+    "labels": {"labels": [1, 2]},
+    "windows": {"windows": [3]},
+    "eta": {"eta": 0.0},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_REQUESTS.values(), ids=OTHER_REQUESTS)
+def test_a_token_of_another_request_is_refused(
+    channel: grpc.Channel, token: bytes, changes: dict[str, Any]
+) -> None:
+    request = drawn(**changes, resume_token=token)
+    call = refused(lambda: DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S))
+    assert_refused(call, "INVALID_ARGUMENT", "resume_token", "a token of this very", "another")
+
+
+def test_a_token_is_good_whatever_is_returned_and_whoever_is_first(
+    channel: grpc.Channel, token: bytes
+) -> None:
+    request = drawn(return_x=False, return_denoised=False, priority=1, resume_token=token)
+    answers = DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S)
+    assert [answer.index for answer in answers] == [3, 4, 5]
+
+
+def _state(token: bytes, value: float) -> bytes:
+    return token[:STATE] + struct.pack("<d", value) + token[STATE + 8 :]
+
+
+def _step(token: bytes, index: int) -> bytes:
+    return token[: STATE - 4] + struct.pack("<I", index) + token[STATE:]
+
+
+DAMAGES: dict[str, tuple[Any, str, str]] = {
+    "truncated": (lambda t: t[:-1], "512 bytes", "511 bytes"),
+    "longer": (lambda t: t + b"\0", "512 bytes", "513 bytes"),
+    "a stub": (lambda t: b"els1", "512 bytes", "4 bytes"),
+    "magic": (lambda t: b"els2" + t[4:], "a token of this very request", "another"),
+    "digest": (lambda t: t[:4] + b"\0" * 16 + t[20:], "a token of this very", "another"),
+    "seed": (lambda t: t[:20] + b"\x08" + t[21:], "a token of this very", "another"),
+    "zeros": (lambda t: bytes(512), "a token of this very request", "another"),
+    "NaN": (lambda t: _state(t, float("nan")), "a finite state", "NaN"),
+    "infinity": (lambda t: _state(t, float("-inf")), "a finite state", "NaN, infinity"),
+    "huge": (lambda t: _state(t, 1e300), "a finite state", "NaN, infinity or more"),
+    "step 0": (lambda t: _step(t, 0), "a step from 1 to 4", "0"),
+    "last step": (lambda t: _step(t, 5), "a step from 1 to 4", "5"),
+    "no step": (lambda t: _step(t, 2**32 - 1), "a step from 1 to 4", "4294967295"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_token_is_refused(
+    channel: grpc.Channel, token: bytes, damage: tuple[Any, str, str]
+) -> None:
+    change, expected, got = damage
+    request = drawn(resume_token=change(token))
+    call = refused(lambda: DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S))
+    assert_refused(call, "INVALID_ARGUMENT", "resume_token", expected, got)
+
+
+async def test_a_server_that_must_end_hands_out_tokens_and_another_goes_on_with_the_same_bits(
+    models: Path, aio: grpc.aio.Channel
+) -> None:
+    plain: dict[str, Any] = {"return_denoised": False, "return_resume_token": False}
+    requests = [drawn(**{**options, **plain, "steps": 1000}) for options in SAMPLERS.values()]
+    requests.append(drawn(model="gaussian", count=8, labels=[], steps=400, **plain))
+    with serving("--models", models, "--threads", 1, ELS_DRAIN_S="0") as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            calls = [denoiser(channel).Sample(request, timeout=60) for request in requests]
+            begun = [[await call.read()] for call in calls]
+            server.terminate()
+            await asyncio.gather(*map(read_to_its_end, calls, begun))
+            for call in calls:
+                assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.to_thread(server.wait) == (0, "")
+    for request, seen in zip(requests, begun, strict=True):
+        last = seen.pop()
+        assert last == pb.SampleResponse(resume_token=last.resume_token)
+        assert last.resume_token
+        request.ClearField("resume_token")
+        whole = await steps(aio, request)
+        assert seen == whole[: len(seen)]
+        request.resume_token = last.resume_token
+        assert await steps(aio, request) == whole[len(seen) :]
+
+
+async def read_to_its_end(call: Any, seen: list[pb.SampleResponse]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError):  # its code is looked at by the caller
+        while (message := await call.read()) is not grpc.aio.EOF:
+            seen.append(message)
+
+
+async def test_readers_that_stall_do_not_slow_another_caller_down(
+    server: ServerProcess, aio: grpc.aio.Channel
+) -> None:
+    alone = await median_latency_s(aio)
+    async with grpc.aio.insecure_channel(server.target) as other:
+        big = pb.SampleRequest(
+            model="gaussian", count=64, steps=1000, return_x=True, return_denoised=True
+        )
+        stalled = [denoiser(other).Sample(big, timeout=60) for _ in range(8)]
+        for call in stalled:
+            assert (await call.read()).index == 1
+        await median_latency_s(aio)  # by now their buffers are full
+        assert await median_latency_s(aio) < 3 * alone + 0.005
+        for call in stalled:
+            call.cancel()
+
+
+async def median_latency_s(channel: grpc.aio.Channel) -> float:
+    clock = asyncio.get_running_loop().time
+    latencies = []
+    for _ in range(100):
+        began = clock()
+        await denoiser(channel).Denoise(denoise(), timeout=TIMEOUT_S)
+        latencies.append(clock() - began)
+    return float(np.median(latencies))

@@ -1,0 +1,95 @@
+"""Streams in order: what was read is answered, whoever ends the stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.errors import UnavailableError
+from els_service.wire.streams import WINDOW, Answer, in_order
+
+
+class Caller:
+    """Sends requests for ever, or a few; counts those that were read and begun."""
+
+    def __init__(self, count: int = 1 << 30) -> None:
+        self._count = count
+        self.read = self.begun = 0
+        self.go = asyncio.Event()
+        self.futures: list[asyncio.Future[Answer]] = []
+
+    async def requests(self) -> AsyncIterator[pb.DenoiseRequest]:
+        while self.read < self._count:
+            await asyncio.sleep(0)
+            self.read += 1
+            yield pb.DenoiseRequest(model=str(self.read))
+
+    def begin(self, request: pb.DenoiseRequest) -> asyncio.Future[Answer]:
+        self.begun += 1
+        future = asyncio.ensure_future(self._answer(request))
+        self.futures.append(future)
+        return future
+
+    async def _answer(self, request: pb.DenoiseRequest) -> Answer:
+        await self.go.wait()
+        answer = Answer()
+        answer.error.message = request.model
+        return answer
+
+    async def turns(self) -> None:
+        for _ in range(5 * WINDOW):
+            await asyncio.sleep(0)
+
+
+async def test_no_more_than_the_window_is_read_until_an_answer_is_taken() -> None:
+    caller = Caller()
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    assert caller.read == caller.begun == WINDOW
+    caller.go.set()
+    assert (await first).error.message == "1"
+    assert (await anext(stream)).error.message == "2"
+    await caller.turns()
+    assert caller.read == caller.begun == WINDOW + 1
+
+
+async def test_a_drain_ends_a_stream_after_all_that_was_read_is_answered() -> None:
+    caller, draining = Caller(), asyncio.Event()
+    stream = aiter(in_order(caller.requests(), caller.begin, draining))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    draining.set()
+    caller.go.set()
+    assert (await first).error.message == "1"
+    for i in range(1, caller.read):
+        assert (await anext(stream)).error.message == str(i + 1)
+    with pytest.raises(UnavailableError):
+        await anext(stream)
+
+
+async def test_a_stream_that_its_caller_had_ended_ends_well_in_a_drain() -> None:
+    caller, draining = Caller(count=3), asyncio.Event()
+    stream = aiter(in_order(caller.requests(), caller.begin, draining))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    draining.set()
+    caller.go.set()
+    assert (await first).error.message == "1"
+    assert [answer.error.message async for answer in stream] == ["2", "3"]
+
+
+async def test_whoever_leaves_a_stream_leaves_nothing_under_way() -> None:
+    caller = Caller()
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    first.cancel()
+    await asyncio.wait([first, *caller.futures], timeout=10)
+    assert all(future.cancelled() for future in [first, *caller.futures])
+    read = caller.read
+    await caller.turns()
+    assert caller.read == read
