@@ -89,7 +89,7 @@ class Scheduler:
         estimate = lane.denoiser.predict_seconds(query)
         # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
         if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
-            return self._inline(lane, query, estimate)
+            return self._inline(lane, query, terms, estimate)
         now = self.clock()
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
@@ -114,8 +114,12 @@ class Scheduler:
         for ticket in [*tickets, *self._running]:
             _fail(ticket, error)
 
-    def _inline(self, lane: Lane, query: Query, estimate: float) -> Denoised:
+    def _inline(self, lane: Lane, query: Query, terms: Terms, estimate: float) -> Denoised:
         began, answer = self.clock(), None
+        if began > terms.deadline:
+            raise self._too_late(
+                lane, f"the deadline of a question to {lane.model} passed before it was computed"
+            )
         try:
             answer = lane.denoiser.denoise(query)
             return answer
@@ -156,13 +160,20 @@ class Scheduler:
             return
         predicted = self._predict(lane, terms, estimate, wait)
         if predicted > slack:
-            self._observer.dropped(lane.model, "rejected_late")
-            lane.statistics.failed.add(0.0)
-            raise DeadlineExceededError(
+            raise self._too_late(
+                lane,
                 f"the answer of {lane.model} is predicted in {predicted:.3g} s, of which "
                 f"{max(predicted - own, 0.0):.3g} s waiting; the deadline is in {slack:.3g} s",
                 retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
             )
+
+    def _too_late(
+        self, lane: Lane, text: str, retry_after_s: float | None = None
+    ) -> DeadlineExceededError:
+        """Count a query that is refused for its deadline, and return what its caller is told."""
+        self._observer.dropped(lane.model, "rejected_late")
+        lane.statistics.failed.add(0.0)
+        return DeadlineExceededError(text, retry_after_s=retry_after_s)
 
     def _is_full(self, lane: Lane, query: Query, seconds: float) -> bool:
         allowed = self._terms

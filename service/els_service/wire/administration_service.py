@@ -82,8 +82,8 @@ class Administration(GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model, or load it anew."""
         _check_repository(request.repository_name)
-        if request.parameters:
-            raise InvalidArgumentError("parameters", "none", sorted(request.parameters))
+        for name in request.parameters:
+            raise InvalidArgumentError("parameters", "none", name)
         try:
             await self._engine.models.load(request.model_name)
         finally:
@@ -96,9 +96,9 @@ class Administration(GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelUnloadResponse:
         """Stop serving a model."""
         _check_repository(request.repository_name)
-        unknown = sorted(request.parameters.keys() - {"unload_dependents"})
-        if unknown:
-            raise InvalidArgumentError("parameters", "unload_dependents or none", unknown)
+        for name in request.parameters:
+            if name != "unload_dependents":
+                raise InvalidArgumentError("parameters", "unload_dependents or none", name)
         self._engine.models.unload(request.model_name)
         await self._changed()
         return pb.RepositoryModelUnloadResponse()

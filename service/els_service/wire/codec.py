@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
+SHOWN = 100
+"""Elements of a list that an error tells of: there may be millions."""
 _ENVELOPE = 4096
 """Bytes of a response that are not tensor data, at most."""
 
@@ -60,7 +62,7 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
     if stored is None:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
-    shape = tuple(message.shape[:])
+    shape = tuple(message.shape[:SHOWN])
     check_shape(shape, field, limits)
     size, data = math.prod(shape) * stored.itemsize, message.data
     if len(data) != size:
@@ -88,7 +90,7 @@ def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
         ResourceExhaustedError: Too many images.
     """
     if len(shape) != 4:
-        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
+        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape[:SHOWN]))
     if min(shape) < 1:
         raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
     if shape[0] > limits.max_images:
@@ -105,6 +107,20 @@ def check_pixels(field: str, pixels: int, limits: Limits) -> None:
     if pixels > limits.max_pixels:
         expected = f"at most {limits.max_pixels} pixels (B·C·H·W)"
         raise ResourceExhaustedError(field, expected, pixels)
+
+
+def check_lengths(limits: Limits, **lists: Sized) -> None:
+    """Check that no list has more values than there may be images.
+
+    Before anything walks along them: a message may hold tens of millions, and everybody waits.
+
+    Raises:
+        InvalidArgumentError: One has.
+    """
+    for field, values in lists.items():
+        if len(values) > limits.max_images:
+            expected = f"at most one for each of {limits.max_images} images"
+            raise InvalidArgumentError(field, expected, f"{len(values)} values")
 
 
 def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
@@ -163,8 +179,12 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
     size = x.size * output_size(request.output_dtype) + evidence
     check_answer_size("x.shape", size, limits)
-    level = decode_level(request.level, info.schedule)
-    return make_query(x, level, request.labels[:], decode_windows(request.windows[:]))
+    given = request.level
+    labels, windows = request.labels, request.windows
+    check_lengths(limits, level=given.sigma or given.alpha_bar or given.time)
+    check_lengths(limits, labels=labels, windows=windows)
+    level = decode_level(given, info.schedule)
+    return make_query(x, level, labels[:], decode_windows(windows[:]))
 
 
 def decode_windows(windows: Sequence[int]) -> Sequence[int]:
