@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import Denoiser
 from els_service.denoisers.comparison.drawing import Draw, Drawn, Report, draw
 from els_service.denoisers.comparison.figure import draw_figure
 from els_service.denoisers.comparison.report import summarise
@@ -64,7 +64,7 @@ class Subjects:
     network: Network
     bank: Bank
     windows: Windows
-    machines: Mapping[str, AnalyticDenoiser]
+    machines: Mapping[str, Denoiser]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def _draw_machines(
     }
 
 
-def describe_machine(machine: AnalyticDenoiser) -> dict[str, Any]:
+def describe_machine(machine: Denoiser) -> dict[str, Any]:
     """Return what a record says of a machine."""
     info = machine.info
     described: dict[str, Any] = {"machine": info.machine, "padding": info.padding}
@@ -175,6 +175,7 @@ def _record(
         "format": "els-compare-1",
         "command": command,
         **asdict(settings),
+        "network_steps": list(settings.network_steps),
         "network": subjects.network.described(),
         "bank": describe_bank(subjects.bank, subjects.network.denoiser.info),
         "windows": subjects.windows.source,
