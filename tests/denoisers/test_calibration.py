@@ -140,7 +140,7 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert list(served.info.window.k) == [level["k"] for level in record["levels"]]
     served.denoise(make_query(np.zeros((1, *SHAPE), np.float32), cosine(np.array([0.5])), 1))
     network = open_network("net", models)
-    assert find_windows(network).source == str(out / "windows.yaml")
+    assert find_windows(network).source == "net-els/windows.yaml"
     assert record["network"]["fingerprint"] == network.fingerprint
     assert (record["samples"], record["seed"], record["search"]) == (3, 1, "all")
     assert all(set(level["median_cosine"]) == {"3", "5", "7"} for level in record["levels"])

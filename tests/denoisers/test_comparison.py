@@ -161,7 +161,7 @@ def test_the_figure_shows_noise_network_and_machines_in_this_order(tmp_path: Pat
     settings = replace(SMALL, network_steps=(3, 2))
     compare(one, settings, tmp_path, look=Look(columns=2))
     noise = seeded_noise(0, 4, SHAPE)(0)
-    rows = [noise, *(samples(tmp_path, n) for n in ("network-3", "network-2", "els", "local"))]
+    rows = [noise / 3, *(samples(tmp_path, n) for n in ("network-3", "network-2", "els", "local"))]
     rows.append(samples(tmp_path, "ideal"))
     assert_shows(tmp_path / "compare.png", rows, columns=2)
     compare(one, settings, tmp_path, look=Look(columns=9, hidden=("ideal",)))
@@ -304,7 +304,7 @@ def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) ->
     for fingerprint, machine, found in (
         ("another", "els", "auto"),
         (network.fingerprint, "local", "auto"),
-        (network.fingerprint, "els", str(beside / "windows.yaml")),
+        (network.fingerprint, "els", "net-els/windows.yaml"),
     ):
         content = {"network": {"fingerprint": fingerprint}, "machine": machine}
         (beside / "calibration.json").write_text(json.dumps(content))
@@ -314,7 +314,7 @@ def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) ->
     assert table is not None
     assert table.k == (3, 7)
     assert find_windows(network, "auto").table is None
-    assert find_windows(network, str(beside)).source == str(beside / "windows.yaml")
+    assert find_windows(network, str(beside)).source == "net-els/windows.yaml"
     constant = find_windows(network, "5").table
     assert constant is not None
     assert constant.at(np.array([0.1, 10])).tolist() == [5, 5]

@@ -168,16 +168,20 @@ def _write(
     """Write table and record; and a model, where there is none."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
     write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomically(out / WINDOWS_FILE, yaml.safe_dump(table, sort_keys=False).encode())
+    write_atomically(out / WINDOWS_FILE, _text(table))
     if (out / MODEL_FILE).exists():
         return
     where = os.path.relpath(bank.resolve(), out.resolve())
     info = machine.info
     model = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
-    text = yaml.safe_dump(model | {"bank": where, "window": "auto"}, sort_keys=False)
-    write_atomically(out / MODEL_FILE, text.encode())
+    write_atomically(out / MODEL_FILE, _text(model | {"bank": where, "window": "auto"}))
     if not bank.resolve().is_relative_to(out.resolve().parent):
         print(f"to serve it, put the bank inside the folder of models and name it in {MODEL_FILE}")
+
+
+def _text(document: Mapping[str, Any]) -> bytes:
+    # Lists in one line, the rest in lines of its own.
+    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100).encode()
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

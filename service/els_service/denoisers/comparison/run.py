@@ -195,7 +195,8 @@ def _rows(
     shown = min(look.columns, settings.count)
     shape = next(iter(networks.values())).images.shape[1:]
     noise = seeded_noise(settings.seed, shown, (shape[0], shape[1], shape[2]))(0)
-    rows = {"noise": noise}
+    # At a third of its contrast, or most of it would be black or white.
+    rows = {"noise": noise / 3}
     rows |= {f"network {steps}": one.images[:shown] for steps, one in networks.items()}
     rows |= {
         _SHORT.get(name, name): one.images[:shown]

@@ -236,7 +236,7 @@ def _from_file(path: Path) -> Windows:
         table = WindowTable(tuple(map(float, content["sigma"])), tuple(map(int, content["k"])))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise LoadError(path, f"expected windows: {' '.join(str(error).split())}") from error
-    return Windows(table, str(path))
+    return Windows(table, f"{path.resolve().parent.name}/{path.name}")
 
 
 def choose_device(name: str) -> str:
