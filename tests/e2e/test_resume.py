@@ -38,14 +38,8 @@ async def aio(server: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:
 def drawn(**changes: Any) -> pb.SampleRequest:
     """Return a request of two images in five steps that asks for everything."""
     fields: dict[str, Any] = {
-        "model": "zeros",
-        "count": 2,
-        "seed": 9,
-        "steps": 5,
-        "labels": [1, -1],
-        "return_x": True,
-        "return_denoised": True,
-        "return_resume_token": True,
+        **{"model": "zeros", "count": 2, "seed": 9, "steps": 5, "labels": [1, -1]},
+        **{"return_x": True, "return_denoised": True, "return_resume_token": True},
     }
     return pb.SampleRequest(**{**fields, **changes})
 
