@@ -145,6 +145,8 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert (record["samples"], record["seed"], record["search"]) == (3, 1, "all")
     assert all(set(level["median_cosine"]) == {"3", "5", "7"} for level in record["levels"])
     assert set(record["k_by_label"]) == {"0", "1"}
+    shown = CliRunner().invoke(app, ["calibrate", "--help"])
+    assert (shown.exit_code, "--search" in shown.output) == (0, True)
     again = tmp_path / "again"
     subprocess.run(
         [sys.executable, "-c", _BARE, *told(tmp_path, "--out", str(again))],
@@ -184,6 +186,7 @@ def test_what_cannot_be_calibrated_is_refused_by_name(
         (["--machine", "elz"], "machines: expected some of"),
         (["--windows", "4"], "windows: expected odd numbers from 1 to 15, got 4"),
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
+        (["--seed", "-1"], "seed: expected"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
     ):
         assert main([*told(tmp_path), *extra]) == 2

@@ -368,6 +368,7 @@ def test_what_does_not_go_together_is_refused_by_name(
         (net, bank, ["--figure-without", "local", "--machines", "els"], "figure-without: expected"),
         (net, bank, ["--network-steps", "3,3"], "network-steps: expected numbers, each once"),
         (net, bank, ["--steps", "1", "--indexing", "released"], "steps: expected at least 2"),
+        (net, bank, ["--windows", "4"], "windows: expected an odd number, got 4"),
         (net, bank, ["--seed", "-1"], "seed: expected"),
         (net, bank, ["--threads", "-1"], "threads: expected"),
     ):

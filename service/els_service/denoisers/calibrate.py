@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from els_service.denoisers.comparison.calibration import (
     calibrate,
     trajectory,
 )
-from els_service.denoisers.comparison.drawing import Draw
+from els_service.denoisers.comparison.drawing import Draw, check_seed
 from els_service.denoisers.comparison.options import (
     add_shared,
     positive,
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 
 def _calibrate(options: argparse.Namespace, command: str) -> None:
+    check_seed(options.seed)
     device = prepared_device(options)
     network = open_network(options.network, options.models, device)
     info = network.denoiser.info
@@ -73,34 +74,40 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     windows = _candidates(options.windows, machine)
     out = options.out or _beside(network, options.machine)
     _check_folder(out, machine)
-    how = Draw(options.seed, options.steps, "ddim", info.label_count)
     settings = {
         "network": network.described(),
         "bank": describe_bank(bank, info),
         "machine": machine.info.machine,
         "padding": machine.info.padding,
-        "samples": options.samples,
-        "steps": options.steps,
-        "seed": options.seed,
-        "search": options.search,
+        **{name: getattr(options, name) for name in ("samples", "steps", "seed", "search")},
         "windows": list(windows),
     }
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / _JOURNAL, settings)
-    progress, places = Progress("calibrate"), len(windows)
-
-    def report(level: int, window: int) -> None:
-        progress((level - 1) * places + windows.index(window), options.steps * places)
-
+    how = Draw(options.seed, options.steps, "ddim", info.label_count)
     labels = how.labels(0, options.samples)
-    points = trajectory(network.denoiser, how, options.samples)
+    progress = Progress("calibrate")
     found = calibrate(
-        machine, points, labels, windows, journal, search=options.search, report=report
+        machine,
+        trajectory(network.denoiser, how, options.samples),
+        labels,
+        windows,
+        journal,
+        search=options.search,
+        report=_reporter(progress, windows, options.steps),
     )
-    progress(options.steps * places, options.steps * places)
+    progress(1, 1)
     _write(out, machine, options.bank, found, _record(settings, found, labels, command))
     journal.file.unlink()
     print(f"windows {' '.join(map(str, found.k))}\nwritten: {out}")
+
+
+def _reporter(
+    progress: Progress, windows: Sequence[int], levels: int
+) -> Callable[[int, int], None]:
+    return lambda level, window: progress(
+        (level - 1) * len(windows) + windows.index(window), levels * len(windows)
+    )
 
 
 def _candidates(asked: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tuple[int, ...]:
@@ -157,7 +164,8 @@ def _record(
         for sigma, k, row in zip(found.sigma, found.k, found.cosines, strict=True)
     ]
     record = {"format": "els-calibration-1", "command": command, **settings, "levels": levels}
-    if settings["network"]["label_count"]:
+    # A climb has seen too few windows to say what another label would have chosen.
+    if settings["network"]["label_count"] and settings["search"] == "all":
         record["k_by_label"] = best_by_label(found, labels)
     return record
 

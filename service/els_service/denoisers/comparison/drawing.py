@@ -17,7 +17,7 @@ from torch import Tensor
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.networks.folder import write_atomically
 from els_service.denoisers.samplers import Options, sample, steps_of
-from els_service.errors import ElsError, LoadError
+from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
 _FORMAT = "els-compare-1"
 _CHUNK_S = 30.0
@@ -43,6 +43,12 @@ class Draw:
         if not self.label_count:
             return [-1] * count
         return [i % self.label_count for i in range(first, first + count)]
+
+
+def check_seed(seed: int) -> None:
+    """Raise InvalidArgumentError if noise cannot be drawn from a seed."""
+    if not 0 <= seed < 1 << 64:
+        raise InvalidArgumentError("seed", "0 to 2**64 - 1", seed)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser
-from els_service.denoisers.comparison.drawing import Draw, Drawn, Report, draw
+from els_service.denoisers.comparison.drawing import Draw, Drawn, Report, check_seed, draw
 from els_service.denoisers.comparison.figure import draw_figure
 from els_service.denoisers.comparison.report import summarise
 from els_service.denoisers.comparison.subjects import Network, Windows, describe_bank
@@ -45,8 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InvalidArgumentError("count", "at least 1", self.count)
-        if not 0 <= self.seed < 1 << 64:
-            raise InvalidArgumentError("seed", "0 to 2**64 - 1", self.seed)
+        check_seed(self.seed)
         if self.indexing not in INDEXINGS:
             raise InvalidArgumentError("indexing", " or ".join(INDEXINGS), self.indexing)
         steps = self.network_steps

@@ -204,6 +204,8 @@ def find_windows(network: Network, asked: str = "calibrated") -> Windows:
     if asked == "auto":
         return Windows(None, "auto")
     if asked.isdecimal():
+        if int(asked) % 2 == 0:
+            raise InvalidArgumentError("windows", "an odd number", asked)
         return Windows(WindowTable.constant(int(asked)), "constant")
     if asked == "calibrated":
         found = _calibrated(network)
