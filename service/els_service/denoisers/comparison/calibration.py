@@ -1,7 +1,7 @@
 """Windows by noise level with which a machine's score is most like a network's.
 
-Along the network's own trajectories (Kamb & Ganguli, ICML 2025, appendix): at each level the window
-whose score has the largest cosine with the network's, median over samples.
+Along the network's own trajectories (Kamb & Ganguli, ICML 2025, appendix): at each level, for each
+sample, the window whose score has the largest cosine with the network's; of these the median.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def calibrate(
     search: str = "all",
     report: Callable[[int, int], None] = lambda level, window: None,
 ) -> Calibration:
-    """Return the windows with the largest median cosine; of equals the smallest.
+    """Return for each level the upper median of the windows that are the samples' best.
 
     Args:
         machine: with a window.
@@ -144,8 +144,8 @@ def calibrate(
         labels: of the samples, -1 for none: whose images of the bank may answer.
         windows: candidates, increasing.
         journal: keeps what is done.
-        search: ``all`` candidates; or ``climb``: from the best one of the level below, its
-            neighbours as long as they are better, at about a third of the cost.
+        search: ``all`` candidates; or ``climb``: from the one of the level below, its neighbours
+            as long as the median cosine grows, at about a third of the cost.
         report: told level (from 1) and window of what is computed next.
     """
     table: list[Mapping[int, Floats]] = []
@@ -153,11 +153,12 @@ def calibrate(
     for i, point in enumerate(points, 1):
         row = _Row(machine, point, labels, journal, i, report)
         if search == "all":
-            best = max(windows, key=row.median)
+            for k in windows:
+                row.median(k)
         else:
-            best = _climb(row.median, windows, chosen[-1] if chosen else windows[0])
-        chosen.append(best)
+            _climb(row.median, windows, chosen[-1] if chosen else windows[0])
         table.append({k: row.cosines[k] for k in sorted(row.cosines)})
+        chosen.append(_median_best(table[-1]))
     sigma = tuple(float(point.level.sigma[0]) for point in points)
     return Calibration(sigma, tuple(chosen), tuple(table))
 
@@ -184,25 +185,31 @@ class _Row:
         return float(np.median(self.cosines[window]))
 
 
-def _climb(height: Callable[[int], float], windows: Sequence[int], start: int) -> int:
-    """Return the window from which no neighbour is higher."""
+def _climb(height: Callable[[int], float], windows: Sequence[int], start: int) -> None:
+    """Ask for heights until a window's neighbours are known not to be higher."""
     here = windows.index(start)
     while True:
         beside = windows[max(0, here - 1) : here + 2]
         higher = max(beside, key=height)
         # Of equals the one that is held: else two could hand over to each other for ever.
         if height(higher) <= height(windows[here]):
-            return windows[here]
+            return
         here = windows.index(higher)
 
 
 def best_by_label(calibration: Calibration, labels: Sequence[int]) -> dict[int, list[int]]:
     """Return for each label the windows that its samples alone would have chosen."""
     return {
-        label: [_best(row, np.array(labels) == label) for row in calibration.cosines]
+        label: [_median_best(row, np.array(labels) == label) for row in calibration.cosines]
         for label in sorted(set(labels))
     }
 
 
-def _best(row: Mapping[int, Floats], samples: npt.NDArray[np.bool_]) -> int:
-    return max(row, key=lambda k: float(np.median(row[k][samples])))
+def _median_best(
+    row: Mapping[int, Floats], samples: npt.NDArray[np.bool_] | slice = slice(None)
+) -> int:
+    """Return the upper median of each sample's best window; of equals the smallest is best."""
+    windows = np.array(list(row))
+    cosines = np.stack(list(row.values()))[:, samples]
+    best = np.sort(windows[cosines.argmax(0)])
+    return int(best[len(best) // 2])
