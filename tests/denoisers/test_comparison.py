@@ -28,29 +28,21 @@ from tests.denoisers.comparing import (
 from typer.testing import CliRunner
 
 from els_service.cli.main import app
-from els_service.denoisers.banks import make_bank
 from els_service.denoisers.base import Denoised, Denoiser, Query
 from els_service.denoisers.closed_forms import GaussianDenoiser
 from els_service.denoisers.compare import main
-from els_service.denoisers.comparison.agreement import agreement, median_interval
 from els_service.denoisers.comparison.figure import cell_corner, draw_figure
 from els_service.denoisers.comparison.run import Look, Settings, compare
 from els_service.denoisers.comparison.subjects import (
     build_machines,
-    find_windows,
-    open_bank,
     open_network,
 )
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
-from els_service.errors import ElsError, InvalidArgumentError, LoadError
+from els_service.errors import ElsError, LoadError
 
 SMALL = Settings(count=4, network_steps=(3,), machine_steps=3)
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
-
-
-def images(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def samples(out: Path, name: str) -> torch.Tensor:
@@ -61,44 +53,6 @@ def record(out: Path) -> dict[str, Any]:
     """What is written, without what differs from run to run."""
     content: dict[str, Any] = json.loads((out / "compare.json").read_text())
     return {name: value for name, value in content.items() if name not in ("command", "seconds")}
-
-
-def test_agreement_is_that_of_the_textbook() -> None:
-    target, other = images(5, 3, 4, 6), images(5, 3, 4, 6, seed=1)
-    found = agreement(0.5 * target + other, target)
-    for i in range(5):
-        got, want = (of.double()[i].flatten().numpy() for of in (0.5 * target + other, target))
-        assert found.pearson_r[i] == pytest.approx(np.corrcoef(got, want)[0, 1])
-        assert found.explained[i] == pytest.approx(1 - ((got - want) ** 2).mean() / want.var())
-    np.testing.assert_allclose(found.r2, found.pearson_r**2)
-
-
-def test_scale_and_offset_lower_what_is_explained_but_not_r() -> None:
-    target = images(3, 1, 8, 8)
-    target -= target.mean((1, 2, 3), keepdim=True)
-    halved, turned = agreement(target / 2, target), agreement(-target, target)
-    np.testing.assert_allclose(halved.pearson_r, 1)
-    np.testing.assert_allclose(halved.explained, 0.75, rtol=1e-5)
-    np.testing.assert_allclose(turned.pearson_r, -1)
-    np.testing.assert_allclose(turned.explained, -3, rtol=1e-5)
-
-
-def test_images_without_contrast_agree_with_nothing() -> None:
-    flat, target = torch.zeros(1, 1, 4, 4), images(1, 1, 4, 4)
-    for pair in ((flat, target), (target, flat)):
-        found = agreement(*pair)
-        assert found.pearson_r == 0
-        assert np.isfinite(found.explained)
-
-
-def test_the_interval_holds_the_median_and_shrinks_with_more_images() -> None:
-    values = np.random.default_rng(0).normal(size=400)
-    few, many = median_interval(values[:25]), median_interval(values)
-    assert few[0] == np.median(values[:25])
-    assert few[1] < few[0] < few[2]
-    # The standard error of a normal median is 1.2533 / √N.
-    assert many[2] - many[1] == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.3)
-    assert median_interval(values) == many
 
 
 def test_a_machine_compared_with_itself_agrees_entirely(tmp_path: Path) -> None:
@@ -276,70 +230,6 @@ def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     save_file(tensors, folder / "weights.safetensors")
     with pytest.raises(ElsError, match="network-3: expected finite images, got NaN or infinity"):
         compare(replace(one, network=open_network(str(folder))), SMALL, tmp_path / "out")
-
-
-def test_machines_take_the_network_s_padding_unless_they_are_told_another() -> None:
-    bank = squares(labelled=False)
-    zeros = subjects(bank, None, "els").network.denoiser.info
-    names = ("els", "local", "ideal", "equivariant", "els-valid", "els-circular")
-    for padding in ("zeros", "circular"):
-        machines = build_machines(names, bank, replace(zeros, padding=padding))
-        found = {name: machine.info.padding for name, machine in machines.items()}
-        assert found == {
-            "els": padding,
-            "local": padding,
-            "ideal": "zeros",
-            "equivariant": "circular",
-            "els-valid": "valid",
-            "els-circular": "circular",
-        }
-
-
-def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) -> None:
-    network = open_network(str(write_network(tmp_path / "net")))
-    assert find_windows(network).source == "auto"
-    beside = tmp_path / "net-els"
-    beside.mkdir()
-    (beside / "windows.yaml").write_text(TABLE)
-    for fingerprint, machine, found in (
-        ("another", "els", "auto"),
-        (network.fingerprint, "local", "auto"),
-        (network.fingerprint, "els", "net-els/windows.yaml"),
-    ):
-        content = {"network": {"fingerprint": fingerprint}, "machine": machine}
-        (beside / "calibration.json").write_text(json.dumps(content))
-        assert find_windows(network).source == found
-    (tmp_path / "net" / "windows.yaml").write_text(TABLE.replace("5", "7"))
-    table = find_windows(network).table
-    assert table is not None
-    assert table.k == (3, 7)
-    assert find_windows(network, "auto").table is None
-    assert find_windows(network, str(beside)).source == "net-els/windows.yaml"
-    constant = find_windows(network, "5").table
-    assert constant is not None
-    assert constant.at(np.array([0.1, 10])).tolist() == [5, 5]
-
-
-@pytest.mark.parametrize("content", ["sigma: [1]\nk: [2]", "k: [3]", "[]", "{", "sigma: 1\nk: 3"])
-def test_a_table_that_is_none_is_refused_by_its_file(tmp_path: Path, content: str) -> None:
-    network = open_network(str(write_network(tmp_path / "net")))
-    (tmp_path / "net" / "windows.yaml").write_text(content)
-    with pytest.raises(LoadError, match=r"windows\.yaml: expected windows"):
-        find_windows(network)
-    with pytest.raises(InvalidArgumentError, match="windows: expected calibrated"):
-        find_windows(network, str(tmp_path / "nowhere"))
-
-
-def test_a_bank_is_cut_to_as_many_of_each_label(tmp_path: Path) -> None:
-    labels = np.array([0] * 10 + [1] * 3)
-    whole = make_bank(squares(images=13).images, labels)
-    write_bank(tmp_path / "bank.safetensors", whole)
-    info = open_network(str(write_network(tmp_path / "net"))).denoiser.info
-    cut = open_bank(tmp_path / "bank.safetensors", info, 9)
-    assert np.bincount(cut.labels).tolist() == [4, 3]
-    np.testing.assert_array_equal(cut.images, whole.images[[0, 1, 2, 3, 10, 11, 12]])
-    with pytest.raises(InvalidArgumentError, match="bank-limit: expected at least 2"):
-        open_bank(tmp_path / "bank.safetensors", info, 1)
 
 
 def test_what_does_not_go_together_is_refused_by_name(

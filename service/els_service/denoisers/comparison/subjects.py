@@ -90,6 +90,7 @@ def _newest(folder: Path) -> Path:
 
 def _count(weights: Path) -> int:
     with safe_open(weights, framework="np") as tensors:
+        # It has keys, but cannot be iterated.
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     return sum(int(np.prod(shape)) for shape in shapes)
 
