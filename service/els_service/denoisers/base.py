@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -222,6 +222,15 @@ class Denoiser(Protocol):
 
     def denoise(self, query: Query) -> Denoised:
         """Return the expected clean images."""
+        ...
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """A denoiser of latents that can turn them into images."""
+
+    def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
         ...
 
 

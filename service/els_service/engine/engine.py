@@ -8,12 +8,22 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoised, Denoiser, Integers, Query, make_query
+from els_service.denoisers.base import (
+    Condition,
+    Decodes,
+    Denoised,
+    Denoiser,
+    Integers,
+    Query,
+    make_query,
+)
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
 from els_service.engine.device import Device, WorkerDevice
@@ -21,7 +31,7 @@ from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
 from els_service.engine.scheduler import Scheduler
 from els_service.engine.terms import Observer, Terms
-from els_service.errors import DeadlineExceededError, UnavailableError
+from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
@@ -37,12 +47,14 @@ class Run:
         labels: [count], -1 for none.
         windows: [count], 0 for the model's own at each level.
         questions: how many it will ask.
+        conditions: one for each image, or none.
     """
 
     trajectory: Trajectory
     labels: Integers
     windows: Integers
     questions: int
+    conditions: tuple[Condition, ...] = ()
 
 
 class Engine:
@@ -69,6 +81,7 @@ class Engine:
         self.models = Models(self._devices, scheduling)
         self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
         self._clock = clock
+        self._watchdog_s = scheduling.watchdog_s
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
         self._ended = ""
@@ -132,6 +145,28 @@ class Engine:
                 answer = (given if isinstance(given, Denoised) else await given).mean.double()
         finally:
             self._trajectories -= 1
+
+    async def decode(
+        self, name: str, latents: npt.NDArray[np.float32], *, version: str = ""
+    ) -> npt.NDArray[np.float32]:
+        """Return the images of latents [B, C, H, W], one launch each, between others' batches.
+
+        Raises:
+            NotFoundError, UnavailableError: As ``denoise``.
+            InvalidArgumentError: The model has no decoder.
+        """
+        lane = await self._loaded(self.models.entry(name, version), _NO_TERMS)
+        device = next(one for one in self._devices if one.name in lane.denoisers)
+        denoiser = lane.denoisers[device.name]
+        if not isinstance(denoiser, Decodes):
+            raise InvalidArgumentError("return_decoded", "false for this model", "true")
+        images = []
+        for i in range(len(latents)):
+            work = partial(denoiser.decode, latents[i : i + 1])
+            images.append((await device.run(work, self._watchdog_s)).value)
+            if self._ended:
+                raise UnavailableError(self._ended)
+        return np.concatenate(images)
 
     def interrupt(self, reason: str) -> None:
         """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
@@ -212,7 +247,7 @@ def _question(denoiser: Denoiser, ask: Ask, run: Run) -> Query:
     chosen = windows_for(denoiser, ask)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
-    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist())
+    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
 def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:

@@ -12,7 +12,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, one_each, score
-from els_service.denoisers.levels import SCHEDULES
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -99,7 +98,7 @@ class DenoiserService(DenoiserServiceServicer):
         name = _SAMPLERS[request.sampler]
         options = Options(
             steps=request.steps,
-            schedule=SCHEDULES[info.schedule],
+            schedule=info.levels,
             eta=request.eta if request.HasField("eta") else 1.0,
             churn=request.churn,
         )
@@ -112,6 +111,7 @@ class DenoiserService(DenoiserServiceServicer):
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
             questions_of(name, options, resume),
+            codec.decode_conditions(request, info, count),
         )
         token = request.resume_token
         terms = terms_of(context, request.priority)
@@ -127,11 +127,20 @@ class DenoiserService(DenoiserServiceServicer):
                         message.noise.CopyFrom(encoded)
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = token
+                    if request.return_decoded and step.index == step.total:
+                        await self._decode(message, step, request)
                     yield message
         except UnavailableError:
             if token:
                 yield pb.SampleResponse(resume_token=token)
             raise
+
+    async def _decode(
+        self, message: pb.SampleResponse, step: Step, request: pb.SampleRequest
+    ) -> None:
+        latents = step.x.float().numpy()
+        images = await self._engine.decode(request.model, latents, version=request.version)
+        codec.write_tensor(message.decoded, images, request.output_dtype)
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
@@ -154,6 +163,12 @@ class DenoiserService(DenoiserServiceServicer):
         size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
         if request.return_resume_token:
             size += 8 * pixels
+        if request.return_decoded:
+            if info.decoded_shape is None:
+                raise InvalidArgumentError("return_decoded", "false for this model", "true")
+            decoded = count * math.prod(info.decoded_shape)
+            codec.check_pixels("count", decoded, limits)
+            size += decoded * codec.output_size(request.output_dtype)
         codec.check_answer_size("count", size, limits)
 
     async def ListModels(

@@ -25,7 +25,7 @@ from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.errors import LoadError
 
 Inside = Callable[[str], Path]
-"""Name within the model's folder → path; raises LoadError where it leaves the root or is no file."""
+"""Name in the model's folder → path; raises LoadError where it leaves the root or is no file."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"

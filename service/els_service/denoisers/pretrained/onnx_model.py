@@ -37,7 +37,7 @@ _FLOATS = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _INTEGERS = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
-_TYPES = _FLOATS | _INTEGERS
+_TYPES: dict[str, np.dtype[Any]] = {**_FLOATS, **_INTEGERS}
 _LARGEST_BATCH = 16
 """Images at once: beyond it a batch is no faster, only larger in memory."""
 
@@ -292,8 +292,7 @@ def load_onnx(document: OnnxDocument, file: str, inside: Inside) -> OnnxDenoiser
     import onnxruntime
 
     path = inside(file)
-    parent = Path(file).parent
-    model = read_onnx(path, lambda name: inside(str(parent / name)))
+    model = read_onnx(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -302,9 +301,7 @@ def load_onnx(document: OnnxDocument, file: str, inside: Inside) -> OnnxDenoiser
     # Threads that spin for work would take the cores from other models.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime's errors share no class of their own.
         text = " ".join(str(error).split())

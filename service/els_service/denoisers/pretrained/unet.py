@@ -37,7 +37,7 @@ from els_service.denoisers.pretrained.folder import (
     load_part,
     read_trained,
 )
-from els_service.errors import InvalidArgumentError, LoadError
+from els_service.errors import InvalidArgumentError
 
 UNCONDITIONAL = ("UNet2DModel",)
 CONDITIONAL = ("UNet2DModel", "UNet2DConditionModel")
@@ -130,9 +130,7 @@ class UnetDenoiser:
 
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
         trained = self._trained
-        level = parametrise(
-            trained.prediction, query.level, max_sigma=trained.timesteps.max_sigma
-        )
+        level = parametrise(trained.prediction, query.level, max_sigma=trained.timesteps.max_sigma)
         x, timestep = query.x, trained.timesteps.at(level.sigma)
         predicted = self._predict(x * _column(level.c_in), timestep, query)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
