@@ -336,7 +336,9 @@ async def test_models_that_do_not_fit_the_memory_at_once_are_all_answered(
     with serving("--models", root, "--threads", 1, ELS_MEMORY_BYTES=str(BUDGET)) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             model = (
-                await denoiser(channel).GetModel(pb.GetModelRequest(name="own-0"), timeout=TIMEOUT_S)
+                await denoiser(channel).GetModel(
+                    pb.GetModelRequest(name="own-0"), timeout=TIMEOUT_S
+                )
             ).model
             assert BUDGET / BANKS < model.memory_bytes < BUDGET  # some of them, but not all
             expected = {name: await answer(channel, model=name) for name in SIX}

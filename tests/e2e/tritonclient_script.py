@@ -93,7 +93,9 @@ def main(target: str) -> None:
         client.infer("zeros", inputs(sigma=(-1.0, 1.0)))
     except triton.InferenceServerException as refusal:
         report["refusal"] = [refusal.status(), refusal.message()]
-    report["urgent"] = values(client.infer("zeros", inputs(), priority=1, timeout=9_000_000), *every)
+    report["urgent"] = values(
+        client.infer("zeros", inputs(), priority=1, timeout=9_000_000), *every
+    )
     report["config"] = client.get_model_config("zeros", as_json=True)["config"]
     report["statistics"] = client.get_inference_statistics("zeros", as_json=True)["model_stats"]
     report["log"] = log_levels(client)

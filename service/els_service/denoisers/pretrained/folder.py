@@ -24,6 +24,8 @@ from els_service.denoisers.networks.folder import read_weights
 from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.errors import LoadError
 
+Only = Mapping[str, tuple[object, ...]]
+"""Field → the values that we can do; others are refused."""
 Inside = Callable[[str], Path]
 """Name in the model's folder → path; raises LoadError where it leaves the root or is no file."""
 
@@ -42,7 +44,7 @@ _SCHEDULERS = (
 _LEVEL_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 _MOST_TIMESTEPS = 100_000
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-_ONLY: dict[str, tuple[object, ...]] = {
+_ONLY: Only = {
     "prediction_type": tuple(_PREDICTIONS),
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False, None),
@@ -93,9 +95,7 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
     for name, value in config.items():
         if name not in known:
             raise LoadError(path, f"{name}: expected no such field")
-        if name in _ONLY and value not in _ONLY[name]:
-            allowed = ", ".join(map(str, _ONLY[name]))
-            raise LoadError(path, f"{name}: expected one of {allowed}, got {value!r:.80}")
+        _check_value(name, value, _ONLY, path)
     # Of another scheduler's fields theirs takes no notice either.
     said = {name: config.get(name, default) for name, default in own.items()}
     clip = said.get("clip_sample_range", 1.0) if said.get("clip_sample") else None
@@ -114,7 +114,8 @@ def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
     levels = {name: said[name] for name in _LEVEL_FIELDS}
     try:
         # Every one of their schedulers makes the same levels of these fields.
-        alpha_bar = diffusers.DDPMScheduler(**levels).alphas_cumprod.double().numpy()
+        schedule: Any = diffusers.DDPMScheduler(**levels)
+        alpha_bar = schedule.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             return Timesteps(np.sqrt((1 - alpha_bar) / alpha_bar), whole)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
@@ -137,13 +138,14 @@ class Part:
         return LoadError(self.path, f"{field}: expected {expected}, got {self.config[field]!r:.80}")
 
 
-def build_part(inside: Inside, part: str, classes: tuple[str, ...]) -> Part:
+def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) -> Part:
     """Return a part of the folder, its weights unread.
 
     Args:
         inside: of the diffusers folder.
         part: ``unet`` or ``vae``.
         classes: names of the classes of diffusers that it may be.
+        only: fields of which not every value will do.
 
     Raises:
         LoadError: The configuration is unreadable, or its class refuses it; names the field.
@@ -152,9 +154,10 @@ def build_part(inside: Inside, part: str, classes: tuple[str, ...]) -> Part:
     config = _read_config(path)
     kind = _class_of(config, classes, path)
     defaults = _fields(kind)
-    for name in config:
+    for name, value in config.items():
         if name not in defaults:
             raise LoadError(path, f"{name}: expected no such field of {kind.__name__}")
+        _check_value(name, value, only, path)
     try:
         with torch.device("meta"):
             module = kind(**config)
@@ -213,6 +216,12 @@ def _current_name(stored: str, expected: Mapping[str, object]) -> str:
         if last == old and f"{layer}.{new}.{tensor}" in expected:
             return f"{layer}.{new}.{tensor}"
     return stored
+
+
+def _check_value(name: str, value: object, only: Only, path: Path) -> None:
+    if name in only and value not in only[name]:
+        allowed = ", ".join(map(str, only[name]))
+        raise LoadError(path, f"{name}: expected one of {allowed}, got {value!r:.80}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.pretrained.folder import Inside, Part, build_part, load_part
+from els_service.denoisers.pretrained.folder import Inside, Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (
     CONDITIONAL,
     UnetDenoiser,
@@ -32,6 +32,7 @@ from els_service.denoisers.pretrained.unet import (
 from els_service.errors import LoadError
 
 _VAES = ("AutoencoderKL",)
+_ONLY: Only = {"latents_mean": (None,), "latents_std": (None,)}
 
 
 class LatentDenoiser:
@@ -97,16 +98,12 @@ def load_latent(inside: Inside, options: UnetOptions, device: str) -> LatentDeno
     Raises:
         LoadError: A file is missing or refused; names it and the field or tensor.
     """
-    part = build_part(inside, "vae", _VAES)
-    for name in ("latents_mean", "latents_std"):
-        if part.config[name] is not None:
-            raise part.refuse(name, "none")
-    for name, optional in (("scaling_factor", False), ("shift_factor", True)):
-        value = part.config[name]
-        if not (isinstance(value, int | float) and (optional or value > 0)) and not (
-            optional and value is None
-        ):
-            raise part.refuse(name, "a number" if optional else "a positive number")
+    part = build_part(inside, "vae", _VAES, _ONLY)
+    scale, shift = part.config["scaling_factor"], part.config["shift_factor"]
+    if not (isinstance(scale, int | float) and scale > 0):
+        raise part.refuse("scaling_factor", "a positive number")
+    if not isinstance(shift, int | float | None):
+        raise part.refuse("shift_factor", "a number")
     unet = load_unet(inside, options, device, CONDITIONAL)
     decoded_shape = _decoded_shape(part, unet.info.shape)
     load_part(inside, "vae", part, variant=options.variant, device=device)

@@ -31,6 +31,7 @@ from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.parametrisation import parametrise
 from els_service.denoisers.pretrained.folder import (
     Inside,
+    Only,
     Part,
     Trained,
     build_part,
@@ -48,7 +49,7 @@ _LAUNCH_S = 1e-3
 """Of a call, however small: these networks have many layers."""
 _LARGEST_BATCH = 16
 """Rows at once: beyond it a batch is no faster, only larger in memory."""
-_ONLY: dict[str, tuple[object, ...]] = {
+_ONLY: Only = {
     "time_embedding_type": ("positional", "learned"),
     "class_embed_type": (None,),
     "addition_embed_type": (None,),
@@ -180,7 +181,7 @@ def load_unet(
     Raises:
         LoadError: A file is missing or refused; names it and the field or tensor.
     """
-    part = build_part(inside, "unet", classes)
+    part = build_part(inside, "unet", classes, _ONLY)
     _check(part, options)
     trained = read_trained(inside, whole=part.config.get("time_embedding_type") == "learned")
     flops = _count_flops(part)
@@ -227,9 +228,6 @@ def memory_of(module: nn.Module) -> int:
 def _check(part: Part, options: UnetOptions) -> None:
     """Raise LoadError if the UNet wants or gives what a denoiser does not."""
     config = part.config
-    for name, allowed in _ONLY.items():
-        if name in config and config[name] not in allowed:
-            raise part.refuse(name, "one of " + ", ".join(map(str, allowed)))
     if config["out_channels"] != config["in_channels"]:
         raise part.refuse("out_channels", f"{config['in_channels']}, as in_channels")
     labels = config.get("num_class_embeds")
