@@ -48,6 +48,8 @@ class Step:
     """ᾱ at which ``x`` stands; 1 at the end."""
     state: Tensor
     """What the sampler goes on from: ``x``, in heun's own scale for heun."""
+    decoded: Tensor | None = None
+    """At the end of a latent model's trajectory the images of ``x``, float32, if asked for."""
 
 
 @dataclass(frozen=True, eq=False)

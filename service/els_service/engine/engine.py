@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
@@ -31,7 +31,7 @@ from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
 from els_service.engine.scheduler import Scheduler
 from els_service.engine.terms import Observer, Terms
-from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
@@ -48,6 +48,7 @@ class Run:
         windows: [count], 0 for the model's own at each level.
         questions: how many it will ask.
         conditions: one for each image, or none.
+        decode: whether the last step brings the images of its latents, too.
     """
 
     trajectory: Trajectory
@@ -55,6 +56,7 @@ class Run:
     windows: Integers
     questions: int
     conditions: tuple[Condition, ...] = ()
+    decode: bool = False
 
 
 class Engine:
@@ -134,6 +136,8 @@ class Engine:
             while event := await self._advance(run.trajectory, answer, large):
                 if isinstance(event, Step):
                     answer = None
+                    if run.decode and event.index == event.total:
+                        event = replace(event, decoded=await self._decoded(lane, event.x))
                     yield event
                     continue
                 query = _question(lane.denoiser, event, run)
@@ -145,28 +149,6 @@ class Engine:
                 answer = (given if isinstance(given, Denoised) else await given).mean.double()
         finally:
             self._trajectories -= 1
-
-    async def decode(
-        self, name: str, latents: npt.NDArray[np.float32], *, version: str = ""
-    ) -> npt.NDArray[np.float32]:
-        """Return the images of latents [B, C, H, W], one launch each, between others' batches.
-
-        Raises:
-            NotFoundError, UnavailableError: As ``denoise``.
-            InvalidArgumentError: The model has no decoder.
-        """
-        lane = await self._loaded(self.models.entry(name, version), _NO_TERMS)
-        device = next(one for one in self._devices if one.name in lane.denoisers)
-        denoiser = lane.denoisers[device.name]
-        if not isinstance(denoiser, Decodes):
-            raise InvalidArgumentError("return_decoded", "false for this model", "true")
-        images = []
-        for i in range(len(latents)):
-            work = partial(denoiser.decode, latents[i : i + 1])
-            images.append((await device.run(work, self._watchdog_s)).value)
-            if self._ended:
-                raise UnavailableError(self._ended)
-        return np.concatenate(images)
 
     def interrupt(self, reason: str) -> None:
         """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
@@ -218,6 +200,17 @@ class Engine:
         except TimeoutError:
             text = f"{entry.model} was unloaded to save memory and is still being loaded"
             raise DeadlineExceededError(text) from None
+
+    async def _decoded(self, lane: Lane, latents: Tensor) -> Tensor:
+        """Return the images of latents [B, C, H, W], one launch each, between others' batches."""
+        device = next(one for one in self._devices if one.name in lane.denoisers)
+        denoiser = lane.denoisers[device.name]
+        assert isinstance(denoiser, Decodes)  # as its info says
+        images = []
+        for latent in latents.float().numpy():
+            work = partial(denoiser.decode, latent[None])
+            images.append((await device.run(work, self._watchdog_s)).value)
+        return torch.from_numpy(np.concatenate(images))
 
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""

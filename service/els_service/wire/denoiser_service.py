@@ -112,6 +112,7 @@ class DenoiserService(DenoiserServiceServicer):
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
             questions_of(name, options, resume),
             codec.decode_conditions(request, info, count),
+            request.return_decoded,
         )
         token = request.resume_token
         terms = terms_of(context, request.priority)
@@ -127,20 +128,11 @@ class DenoiserService(DenoiserServiceServicer):
                         message.noise.CopyFrom(encoded)
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = token
-                    if request.return_decoded and step.index == step.total:
-                        await self._decode(message, step, request)
                     yield message
         except UnavailableError:
             if token:
                 yield pb.SampleResponse(resume_token=token)
             raise
-
-    async def _decode(
-        self, message: pb.SampleResponse, step: Step, request: pb.SampleRequest
-    ) -> None:
-        latents = step.x.float().numpy()
-        images = await self._engine.decode(request.model, latents, version=request.version)
-        codec.write_tensor(message.decoded, images, request.output_dtype)
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
@@ -216,4 +208,7 @@ def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:
         if request.return_denoised or last
         else None,
         alpha_bar=step.alpha_bar,
+        decoded=None
+        if step.decoded is None
+        else codec.encode_tensor(step.decoded, request.output_dtype),
     )
