@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMPipeline,
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -172,6 +173,9 @@ def test_every_scheduler_says_the_same_levels(tmp_path: Path, kind: Any) -> None
     network = unet()
     for name, schedule in (("theirs", scheduler(kind)), ("ours", scheduler())):
         served(tmp_path, network, schedule, name=name)
+    # A field of others, as Stable Diffusion's has; theirs takes no notice of it either.
+    if kind is PNDMScheduler:
+        edit(tmp_path / "theirs" / "scheduler" / "scheduler_config.json", clip_sample=True)
     query = make_query(random_images((2, *SHAPE)), from_sigma([0.3, 3.0]))
     repository = ModelRepository(tmp_path)
     theirs, ours = (repository.load(name).denoise(query).pixels for name in ("theirs", "ours"))
@@ -203,9 +207,9 @@ def test_a_network_that_learned_its_timesteps_is_told_the_nearest(tmp_path: Path
     denoiser = served(tmp_path, network, schedule)
     sigma = 1.01 * np.sqrt(1 / schedule.alphas_cumprod.double().numpy() - 1)[[40]]
     x = random_images((1, *SHAPE))
-    noise = network(x / np.float32(np.sqrt(1 + sigma[0] ** 2)), torch.tensor([40])).sample
+    noise = network(x / float(np.sqrt(1 + sigma[0] ** 2)), torch.tensor([40])).sample
     got = denoiser.denoise(make_query(x, from_sigma(sigma))).mean
-    assert_close(got, x - np.float32(sigma[0]) * noise)
+    assert_close(got, x - float(sigma[0]) * noise)
 
 
 @pytest.mark.parametrize("null", [False, True])
@@ -364,8 +368,17 @@ def test_a_folder_outside_the_models_root_is_refused(tmp_path: Path, folder: str
         ModelRepository(root).load("model")
 
 
+def test_nothing_of_theirs_is_imported_unless_a_model_needs_it() -> None:
+    code = (
+        "import sys, els_service.wire.server, els_service.denoisers.pretrained.latent\n"
+        "print(sorted({'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "model", DOCUMENT, unet=unet(), scheduler=scheduler())
-    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(LoadError, match=r"kind: expected an installation with the extra"):
         ModelRepository(tmp_path).load("model")

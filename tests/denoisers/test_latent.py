@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,49 @@ def test_guided_ddim_takes_the_steps_of_their_loop(
         assert_close(step.x, x)
 
 
+# Of their pipelines those with text are importable only beside it.
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+# Its optional parts warn of each other.
+@pytest.mark.filterwarnings("ignore")
+def test_guided_ddim_takes_the_steps_of_stable_diffusion(denoiser: LatentDenoiser) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    reached = []
+
+    def note(_: Any, __: int, ___: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        reached.append(tensors["latents"])
+        return tensors
+
+    pipeline = StableDiffusionPipeline(
+        **parts() | {"scheduler": scheduler(steps_offset=1)},
+        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
+        requires_safety_checker=False,
+    )
+    images = pipeline(
+        prompt_embeds=states(0),
+        negative_prompt_embeds=states(1),
+        guidance_scale=7.5,
+        num_inference_steps=N,
+        latents=NOISE(0).float(),
+        height=16,
+        width=16,
+        output_type="np",
+        callback_on_step_end=note,
+    ).images
+    options = Options(steps=N, schedule=denoiser.info.levels)
+    given = conditions(guidance=7.5)
+
+    def answer(ask: Ask) -> Tensor:
+        query = make_query(ask.x.float(), ask.level, conditions=given)
+        return denoiser.denoise(query).mean.double()
+
+    _, steps = run(SAMPLERS["ddim"](NOISE, options), answer)
+    for step, state in zip(steps, reached, strict=True):
+        assert_close(step.x, state)
+    ours = torch.from_numpy(denoiser.decode(steps[-1].x.float().numpy()))
+    assert_close((ours / 2 + 0.5).permute(0, 2, 3, 1), torch.from_numpy(np.array(images)))
+
+
 def test_sampled_latents_decode_to_the_images_of_their_vae(denoiser: LatentDenoiser) -> None:
     options = Options(steps=N, schedule=denoiser.info.levels)
     *_, last = sample(denoiser, count=COUNT, options=options, conditions=conditions()[:1])
@@ -116,7 +160,7 @@ def test_sampled_latents_decode_to_the_images_of_their_vae(denoiser: LatentDenoi
     vae = autoencoder()
     want = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
     assert_close(torch.from_numpy(denoiser.decode(latents.numpy())), want)
-    assert denoiser.decode(1e3 * latents.numpy()).max() <= 1
+    assert denoiser.decode((1e3 * latents).numpy()).max() <= 1
 
 
 def test_an_unconditional_folder_ends_where_their_pipeline_does(tmp_path: Path) -> None:

@@ -256,8 +256,7 @@ def test_a_document_that_does_not_fit_the_graph_is_refused_by_name(
     tmp_path: Path, fields: dict[str, Any], reason: str
 ) -> None:
     error = refusal(tmp_path / "models", scaled(), **fields)
-    assert reason.split(": ")[0] in str(error)
-    assert reason in str(error).replace("onnx.", "") or reason in str(error)
+    assert reason in str(error)
 
 
 def _wide(output: str = "y") -> Any:

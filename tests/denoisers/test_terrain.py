@@ -41,7 +41,7 @@ def test_it_answers_what_the_graph_itself_answers(terrain: Denoiser) -> None:
     assert terrain.info.shape == (1, 128, 128)
     sigma = np.array([0.05, 1.0, 80.0], np.float32)
     x = torch.randn(3, 1, 128, 128) * torch.from_numpy(sigma).view(-1, 1, 1, 1)
-    got = terrain.denoise(make_query(x, from_sigma(sigma))).pixels
+    got = terrain.denoise(make_query(x, from_sigma(sigma.tolist()))).pixels
     graph = onnxruntime.InferenceSession(FETCHED, providers=["CPUExecutionProvider"])
     difficulty = np.full(3, 0.5, np.float32)
     inputs = {"noisy": x.numpy(), "sigma": sigma, "difficulty": difficulty}

@@ -30,6 +30,11 @@ class Condition:
     guidance: float = 1.0
     """Classifier-free: D = D(unconditional) + guidance·(D(given) - D(unconditional))."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.given.nbytes * (1 if self.unconditional is None else 2)
+
 
 @dataclass(eq=False, slots=True)  # never changed; see NoiseLevel
 class Query:
@@ -52,6 +57,11 @@ class Query:
     def x(self) -> Tensor:
         """The pixels as a tensor on the CPU, which shares their memory."""
         return torch.from_numpy(self.pixels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pixels and conditions."""
+        return self.pixels.nbytes + sum(condition.nbytes for condition in self.conditions)
 
     def __getitem__(self, images: slice) -> Query:
         return Query(

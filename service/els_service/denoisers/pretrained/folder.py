@@ -233,8 +233,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise LoadError(path, f"expected a readable JSON file, got {text}") from error
     if not isinstance(content, dict):
         raise LoadError(path, f"expected a JSON object, got {type(content).__name__}")
-    hidden = ("_diffusers_version", "_name_or_path", "_use_default_values")
-    return {name: value for name, value in content.items() if name not in hidden}
+    return {
+        name: value
+        for name, value in content.items()
+        if name == "_class_name" or not name.startswith("_")
+    }
 
 
 def _class_of(config: dict[str, Any], classes: tuple[str, ...], path: Path) -> Any:

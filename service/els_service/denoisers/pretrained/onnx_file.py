@@ -37,9 +37,15 @@ def read_onnx(path: Path) -> bytes | Path:
         # The file system and protobuf each refuse in their own ways.
         raise LoadError(path, f"expected a readable ONNX file, got {error}") from error
     external = False
+    functions = {(function.domain, function.name) for function in model.functions}
     for message in _messages(model):
         if isinstance(message, onnx.NodeProto):
-            _check_operator(message, model, path)
+            if (
+                message.domain not in _DOMAINS
+                and (message.domain, message.op_type) not in functions
+            ):
+                operator = f"{message.domain}.{message.op_type} in node {message.name}"
+                raise LoadError(path, f"expected operators of ONNX or onnxruntime, got {operator}")
         elif isinstance(message, onnx.TensorProto):
             if message.data_location == onnx.TensorProto.EXTERNAL:
                 external = True
@@ -57,13 +63,6 @@ def _messages(message: Any) -> Iterator[Any]:
         for field, value in current.ListFields():
             if field.message_type is not None:
                 waiting.extend(value if field.is_repeated else [value])
-
-
-def _check_operator(node: Any, model: Any, path: Path) -> None:
-    functions = {(function.domain, function.name) for function in model.functions}
-    if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
-        expected = "expected operators of ONNX or onnxruntime"
-        raise LoadError(path, f"{expected}, got {node.domain}.{node.op_type} in node {node.name}")
 
 
 def _check_location(tensor: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ constant. It runs on the CPU, with as many threads as torch has, in onnxruntime'
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,13 +32,13 @@ _TOLD: dict[str, Callable[[Floats], Floats]] = {
 }
 """σ = s/a → what a graph is told of it; ``time`` is the cosine schedule's."""
 LEVELS = tuple(_TOLD)
-_FLOATS = {
+_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
 }
-_INTEGERS = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
-_TYPES: dict[str, np.dtype[Any]] = {**_FLOATS, **_INTEGERS}
 _LARGEST_BATCH = 16
 """Images at once: beyond it a batch is no faster, only larger in memory."""
 
@@ -129,8 +130,9 @@ class OnnxDenoiser:
             raise InvalidArgumentError("labels", expected, -1)
 
     def predict_seconds(self, query: Query) -> float:
-        """Return what as many images took, one by one, when the model was loaded."""
-        return self._seconds * (self._graph.batch or len(query))
+        """Return the time of as many images by the one that was tried when the model was loaded."""
+        batch = self._graph.batch or 1
+        return self._seconds * math.ceil(len(query) / batch)
 
     def denoise(self, query: Query) -> Denoised:
         """Return D(x); no evidence.
@@ -158,7 +160,7 @@ class OnnxDenoiser:
         return mean
 
     def _try(self, path: Path) -> float:
-        """Return the seconds of one launch, by image; the first one warms up."""
+        """Return the seconds of one image, or of one fixed batch; the first one warms up."""
         seconds = 0.0
         try:
             for sigma in (1.0, self._document.sigma_range[1]):
@@ -171,7 +173,7 @@ class OnnxDenoiser:
             # onnxruntime's errors share no class of their own.
             text = " ".join(str(error).split())
             raise LoadError(path, f"failed at its first question: {text:.300}") from error
-        return seconds / (self._graph.batch or 1)
+        return seconds
 
 
 class _Graph:
