@@ -236,7 +236,7 @@ def test_a_result_is_the_same_alone_and_in_company_to_rounding(tmp_path: Path) -
     sigmas = np.geomspace(0.05, 20, 19)
     query = make_query(random_images((19, *SHAPE)), from_sigma(sigmas))
     together = denoiser.denoise(query).mean
-    for i in range(19):
+    for i in (0, 15, 16, 18):
         assert_close(together[i : i + 1], denoiser.denoise(query[i : i + 1]).mean)
     assert not denoiser.info.batch_invariant
     assert denoiser.predict_seconds(query) > denoiser.predict_seconds(query[:1]) > 0

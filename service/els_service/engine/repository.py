@@ -10,6 +10,7 @@ every path, links resolved, stays inside the models root.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
@@ -25,24 +26,22 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
-from els_service.denoisers.pretrained.folder import Inside
-from els_service.denoisers.pretrained.latent import load_latent
-from els_service.denoisers.pretrained.onnx_model import OnnxDocument, load_onnx
-from els_service.denoisers.pretrained.unet import UnetOptions, load_unet
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
+from els_service.engine.pretrained_specs import (
+    DiffusersSpec,
+    LatentSpec,
+    OnnxSpec,
+    PretrainedSpec,
+    load_pretrained,
+)
 from els_service.errors import LoadError
 
 CALIBRATED = "windows.yaml"
 """A table {sigma, k} in a model's folder, which ``window: auto`` takes."""
 _LARGEST = 1 << 29
 """Numbers of an image that the largest legal message can hold."""
-
-
-_Shape = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
-_Sigma = Annotated[float, Field(ge=MIN_SIGMA, le=MAX_SIGMA)]
 
 
 class _Spec(BaseModel):
@@ -74,7 +73,7 @@ class GaussianSpec(_Spec):
     """A Gaussian prior; ``mean`` and ``variance`` are numbers, one a channel, or a file."""
 
     kind: Literal["gaussian"]
-    shape: _Shape
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
     mean: float | list[float] | str
     variance: float | list[float] | str
 
@@ -94,72 +93,7 @@ class NetworkSpec(_Spec):
     kind: Literal["network"]
 
 
-class _UnetSpec(BaseModel):
-    """A diffusers folder, as it is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    folder: str = "."
-    """Of ``unet`` and ``scheduler``, relative to the model's."""
-    variant: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = ""
-    null_label: bool = False
-
-
-class DiffusersSpec(_UnetSpec):
-    """A ``UNet2DModel`` of diffusers."""
-
-    kind: Literal["diffusers"]
-
-
-class LatentSpec(_UnetSpec):
-    """A UNet of diffusers over the latents of the folder's ``vae``."""
-
-    kind: Literal["latent"]
-    condition_rows: Annotated[int, Field(ge=1, le=4096)] = 77
-
-
-class OnnxLevelSpec(BaseModel):
-    """What a graph is told of the noise level."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-
-    input: str
-    told_as: Annotated[Literal["sigma", "log_sigma", "alpha_bar", "time"], Field(alias="as")] = (
-        "sigma"
-    )
-    range: Annotated[list[_Sigma], Field(min_length=2, max_length=2)] = [0.002, 80.0]
-
-
-class OnnxLabelSpec(BaseModel):
-    """The input that takes labels."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    input: str
-    count: Annotated[int, Field(ge=1, le=100_000)]
-
-
-class OnnxSpec(BaseModel):
-    """An ONNX graph; see ``OnnxDocument``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    kind: Literal["onnx"]
-    file: str
-    input: str
-    output: str
-    level: OnnxLevelSpec
-    prediction: Literal["x0", "eps", "v"] = "x0"
-    scaling: Literal["exploding", "preserving"] = "exploding"
-    label: OnnxLabelSpec | None = None
-    constants: dict[str, float | list[float]] = {}
-    shape: _Shape | None = None
-    deterministic: bool = False
-
-
-Spec = (
-    AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec | DiffusersSpec | LatentSpec | OnnxSpec
-)
+Spec = AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec | PretrainedSpec
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 _WINDOWS = TypeAdapter(WindowSpec)
@@ -265,24 +199,8 @@ class ModelRepository:
                 document = parse_network(spec.model_dump(), folder / "model.yaml")
                 weights = self._inside(folder, WEIGHTS_FILE)
                 return load_network(document, weights, device)
-            case DiffusersSpec():
-                options = UnetOptions(variant=spec.variant, null_label=spec.null_label)
-                return load_unet(self._within(folder, spec.folder), options, device)
-            case LatentSpec():
-                options = UnetOptions(
-                    variant=spec.variant,
-                    null_label=spec.null_label,
-                    condition_rows=spec.condition_rows,
-                )
-                return load_latent(self._within(folder, spec.folder), options, device)
-            case OnnxSpec():
-                return load_onnx(_onnx_document(spec), spec.file, self._within(folder, "."))
-
-    def _within(self, folder: Path, relative: str) -> Inside:
-        """Return how files of a folder within a model's folder are found."""
-        if Path(relative).is_absolute():
-            raise LoadError(relative, "expected a path relative to the model's folder")
-        return lambda name: self._inside(folder, f"{relative}/{name}")
+            case DiffusersSpec() | LatentSpec() | OnnxSpec():
+                return load_pretrained(spec, partial(self._inside, folder), device)
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)
@@ -340,27 +258,6 @@ class ModelRepository:
         if not path.is_file():
             raise LoadError(path, "expected a file, found none")
         return path
-
-
-def _onnx_document(spec: OnnxSpec) -> OnnxDocument:
-    lowest, highest = spec.level.range
-    if lowest >= highest:
-        raise ValueError(f"level.range: expected two increasing numbers, got {spec.level.range}")
-    channels, height, width = spec.shape or (0, 0, 0)
-    return OnnxDocument(
-        input=spec.input,
-        output=spec.output,
-        level=spec.level.input,
-        level_as=spec.level.told_as,
-        prediction=spec.prediction,
-        exploding=spec.scaling == "exploding",
-        sigma_range=(lowest, highest),
-        label=spec.label.input if spec.label else None,
-        label_count=spec.label.count if spec.label else 0,
-        constants=spec.constants,
-        shape=(channels, height, width) if spec.shape else None,
-        deterministic=spec.deterministic,
-    )
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:

@@ -83,5 +83,6 @@ def _digest(request: pb.SampleRequest, model: Entry) -> bytes:
     )
     digest = hashlib.sha256(repr(drawn).encode())
     for tensor in (request.conditioning, request.unconditional):
-        digest.update(repr((tensor.dtype, list(tensor.shape))).encode() + tensor.data)
+        digest.update(repr((tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.data)
     return digest.digest()[:16]

@@ -255,9 +255,8 @@ def _count_flops(part: Part) -> int:
     except Exception as error:
         # Theirs to refuse: sizes that cannot be halved so often, and the like.
         text = " ".join(str(error).split())
-        raise part.refuse("sample_size", f"a size that the blocks can halve ({text:.120})") from (
-            error
-        )
+        expected = f"a size that the blocks can halve ({text:.120})"
+        raise part.refuse("sample_size", expected) from error
     if output.shape != x.shape:
         raise part.refuse("sample_size", f"one that is kept, not {list(output.shape[2:])}")
     return int(counter.get_total_flops())
