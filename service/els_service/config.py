@@ -114,7 +114,7 @@ class Settings(BaseModel):
     queue_s: Annotated[float, Field(gt=0)] = 30.0
     """Work that may wait for one model, in predicted seconds; more is RESOURCE_EXHAUSTED."""
     queue_bytes: _Positive = 1 << 30
-    """Pixels that may wait for one model, in bytes."""
+    """Pixels and conditions that may wait for one model, in bytes."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
     """Predicted time of one batch at most, shorter where launches cost little; a single image may
     take longer."""

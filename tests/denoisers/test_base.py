@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,10 +26,11 @@ def test_values_are_none_one_or_one_for_each_image(
 @pytest.mark.parametrize("field", ["labels", "windows"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_any_other_number_of_values_is_refused(field: str, count: int) -> None:
+    values: dict[str, Any] = {field: [1] * count}
     with pytest.raises(
         InvalidArgumentError, match=f"{field}: expected none, 1 or 3 values, got {count} values"
     ):
-        make_query(torch.zeros(3, *SHAPE), from_sigma([1.0]), **{field: [1] * count})
+        make_query(torch.zeros(3, *SHAPE), from_sigma([1.0]), **values)
 
 
 def test_queries_are_taken_apart_and_put_together_again() -> None:

@@ -5,18 +5,35 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els_service.denoisers.levels import NoiseLevel
+from els_service.denoisers.levels import SCHEDULES, NoiseLevel, Schedule
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import InvalidArgumentError
 
 Integers = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False, slots=True)  # never changed; see NoiseLevel
+class Condition:
+    """What one image shall show, in the numbers that a conditional network attends to."""
+
+    given: npt.NDArray[np.float32]
+    """[T, W]: T rows, as of a text's tokens."""
+    unconditional: npt.NDArray[np.float32] | None = None
+    """[T, W], as of an empty text; where there is guidance."""
+    guidance: float = 1.0
+    """Classifier-free: D = D(unconditional) + guidance·(D(given) - D(unconditional))."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.given.nbytes * (1 if self.unconditional is None else 2)
 
 
 @dataclass(eq=False, slots=True)  # never changed; see NoiseLevel
@@ -30,6 +47,8 @@ class Query:
     """[B]; -1 stands for none."""
     windows: Integers
     """[B]; 0 stands for the model's own."""
+    conditions: tuple[Condition, ...] = ()
+    """One for each image, or none at all."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,9 +58,18 @@ class Query:
         """The pixels as a tensor on the CPU, which shares their memory."""
         return torch.from_numpy(self.pixels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pixels and conditions."""
+        return self.pixels.nbytes + sum(condition.nbytes for condition in self.conditions)
+
     def __getitem__(self, images: slice) -> Query:
         return Query(
-            self.pixels[images], self.level[images], self.labels[images], self.windows[images]
+            self.pixels[images],
+            self.level[images],
+            self.labels[images],
+            self.windows[images],
+            self.conditions[images],
         )
 
 
@@ -50,13 +78,17 @@ def make_query(
     level: NoiseLevel,
     labels: int | Sequence[int] = (),
     windows: int | Sequence[int] = (),
+    conditions: Sequence[Condition] = (),
 ) -> Query:
-    """Return a query; level, labels and windows may be one for all images, labels and windows none.
+    """Return a query; everything beside x may be one for all images, and all but the level none.
 
     Raises:
-        InvalidArgumentError: The number of levels, labels or windows fits neither.
+        InvalidArgumentError: The number of levels, labels, windows or conditions fits neither.
     """
     batch = len(x)
+    if len(conditions) not in (0, 1, batch):
+        expected = f"none, 1 or {batch} conditions"
+        raise InvalidArgumentError("conditioning", expected, len(conditions))
     if len(level) not in (1, batch):
         raise InvalidArgumentError("level", f"1 value or {batch}", f"{len(level)} values")
     return Query(
@@ -64,6 +96,7 @@ def make_query(
         level.repeat(batch),
         one_each("labels", labels, batch, none=-1),
         one_each("windows", windows, batch, none=0),
+        tuple(conditions) * (batch if len(conditions) == 1 else 1),
     )
 
 
@@ -105,6 +138,7 @@ def concatenate(queries: Sequence[Query]) -> Query:
         ),
         np.concatenate([query.labels for query in queries]),
         np.concatenate([query.windows for query in queries]),
+        tuple(condition for query in queries for condition in query.conditions),
     )
 
 
@@ -156,6 +190,9 @@ class DenoiserInfo:
     max_window: int = 0
     """0 where there is no window to choose."""
     schedule: str = "cosine"
+    """Named in ``SCHEDULES``, or ``timesteps`` where ``own_schedule`` is."""
+    own_schedule: Schedule | None = None
+    """The levels that a network was trained at, where they are not a named schedule's."""
     label_count: int = 0
     label_names: tuple[str, ...] = ()
     bank: BankInfo | None = None
@@ -164,6 +201,17 @@ class DenoiserInfo:
     implementation: str = ""
     memory_bytes: int = 0
     """About what weights or bank keep resident; models of one bank share it."""
+    condition_width: int = 0
+    """W of the conditions that every image needs; 0 where the model takes none."""
+    condition_rows: int = 0
+    """Most rows of a condition."""
+    decoded_shape: tuple[int, int, int] | None = None
+    """(C, H, W) of the images that a latent model's images decode to; else None."""
+
+    @property
+    def levels(self) -> Schedule:
+        """The model's own schedule: time → level."""
+        return self.own_schedule or SCHEDULES[self.schedule]
 
 
 class Denoiser(Protocol):
@@ -187,8 +235,17 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
+class Decodes(Protocol):
+    """A denoiser of latents that can turn them into images."""
+
+    def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
+        ...
+
+
 def check_query(info: DenoiserInfo, query: Query) -> None:
-    """Check shape, labels and windows against what a denoiser takes.
+    """Check shape, labels, windows and conditions against what a denoiser takes.
 
     Raises:
         InvalidArgumentError: One of them does not fit; says field, expected and got.
@@ -198,6 +255,8 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
         raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.pixels.shape)}")
     _check_labels(info, query.labels.tolist())
     _check_windows(info, query.windows.tolist())
+    if info.condition_width or query.conditions:
+        _check_conditions(info, query)
 
 
 def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
@@ -218,3 +277,20 @@ def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
             raise InvalidArgumentError("windows", "none for a model without a window", k)
         if k % 2 == 0 or not 1 <= k <= info.max_window:
             raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)
+
+
+def _check_conditions(info: DenoiserInfo, query: Query) -> None:
+    if not info.condition_width:
+        raise InvalidArgumentError("conditioning", "none for this model", "some")
+    expected = f"[1 to {info.condition_rows}, {info.condition_width}] for each image"
+    if not query.conditions:
+        raise InvalidArgumentError("conditioning", expected, "none")
+    for condition in query.conditions:
+        rows, width = condition.given.shape
+        if width != info.condition_width or not 1 <= rows <= info.condition_rows:
+            raise InvalidArgumentError("conditioning", expected, [rows, width])
+        other = condition.unconditional
+        if other is not None and other.shape != condition.given.shape:
+            raise InvalidArgumentError(
+                "unconditional", f"shape {[rows, width]}, as conditioning", list(other.shape)
+            )

@@ -10,14 +10,14 @@ Aligned sampling: t = i/n for i = n … 1, from x ~ N(0, I); the last step retur
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from els_service.denoisers.base import Denoiser, make_query
+from els_service.denoisers.base import Condition, Denoiser, make_query
 from els_service.denoisers.levels import MIN_SIGMA, NoiseLevel, Schedule, cosine
 from els_service.denoisers.noise import Noise, seeded_noise
 from els_service.errors import InvalidArgumentError
@@ -48,6 +48,8 @@ class Step:
     """ᾱ at which ``x`` stands; 1 at the end."""
     state: Tensor
     """What the sampler goes on from: ``x``, in heun's own scale for heun."""
+    decoded: Tensor | None = None
+    """At the end of a latent model's trajectory the images of ``x``, float32, if asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +201,7 @@ def sample(
     sampler: str = "ddim",
     options: Options | None = None,
     labels: int | list[int] = -1,
+    conditions: Sequence[Condition] = (),
 ) -> Iterator[Step]:
     """Yield the steps of ``count`` images drawn together; image i draws from (seed, first + i)."""
     options = options or Options()
@@ -216,7 +219,7 @@ def sample(
             yield event
         else:
             windows = windows_for(denoiser, event)
-            query = make_query(event.x.float(), event.level, labels, windows)
+            query = make_query(event.x.float(), event.level, labels, windows, conditions)
             answer = denoiser.denoise(query).mean.double()
 
 

@@ -7,13 +7,23 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoised, Denoiser, Integers, Query, make_query
+from els_service.denoisers.base import (
+    Condition,
+    Decodes,
+    Denoised,
+    Denoiser,
+    Integers,
+    Query,
+    make_query,
+)
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
 from els_service.engine.device import Device, WorkerDevice
@@ -37,12 +47,16 @@ class Run:
         labels: [count], -1 for none.
         windows: [count], 0 for the model's own at each level.
         questions: how many it will ask.
+        conditions: one for each image, or none.
+        decode: whether the last step brings the images of its latents, too.
     """
 
     trajectory: Trajectory
     labels: Integers
     windows: Integers
     questions: int
+    conditions: tuple[Condition, ...] = ()
+    decode: bool = False
 
 
 class Engine:
@@ -69,6 +83,7 @@ class Engine:
         self.models = Models(self._devices, scheduling)
         self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
         self._clock = clock
+        self._watchdog_s = scheduling.watchdog_s
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
         self._ended = ""
@@ -121,6 +136,8 @@ class Engine:
             while event := await self._advance(run.trajectory, answer, large):
                 if isinstance(event, Step):
                     answer = None
+                    if run.decode and event.index == event.total:
+                        event = replace(event, decoded=await self._decoded(lane, event.x))
                     yield event
                     continue
                 query = _question(lane.denoiser, event, run)
@@ -184,6 +201,17 @@ class Engine:
             text = f"{entry.model} was unloaded to save memory and is still being loaded"
             raise DeadlineExceededError(text) from None
 
+    async def _decoded(self, lane: Lane, latents: Tensor) -> Tensor:
+        """Return the images of latents [B, C, H, W], one launch each, between others' batches."""
+        device = next(one for one in self._devices if one.name in lane.denoisers)
+        denoiser = lane.denoisers[device.name]
+        assert isinstance(denoiser, Decodes)  # as its info says
+        images = []
+        for latent in latents.float().numpy():
+            work = partial(denoiser.decode, latent[None])
+            images.append((await device.run(work, self._watchdog_s)).value)
+        return torch.from_numpy(np.concatenate(images))
+
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""
         slack = terms.deadline - self._clock()
@@ -212,7 +240,7 @@ def _question(denoiser: Denoiser, ask: Ask, run: Run) -> Query:
     chosen = windows_for(denoiser, ask)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
-    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist())
+    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
 def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:

@@ -131,7 +131,7 @@ class Item:
     def __init__(self, ticket: Ticket, index: int, query: Query, cost: float) -> None:
         self.ticket, self.index, self.query, self.cost = ticket, index, query, cost
         self.priority, self.caller = ticket.terms.priority, ticket.caller
-        self.size = query.pixels.nbytes
+        self.size = query.nbytes
         self.waiting = False
 
 

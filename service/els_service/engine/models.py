@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoiser, DenoiserInfo, Query, make_query
+from els_service.denoisers.base import Condition, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.engine.device import Device
 from els_service.engine.lane import Lane, Statistics
@@ -312,9 +312,12 @@ def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
     """Yield one image with each label and with small and large windows."""
     info = denoiser.info
     level = NoiseLevel(np.array([1.0]), np.array([1.0]))
+    width = info.condition_width
+    conditions = [Condition(np.zeros((1, width), np.float32))] if width else []
     for label in range(-1, info.label_count):
         for window in {0, min(1, info.max_window), info.max_window}:
-            query = make_query(torch.zeros(1, *info.shape), level, label, window)
+            x = torch.zeros(1, *info.shape)
+            query = make_query(x, level, label, window, conditions)
             # A label may have no images.
             with contextlib.suppress(InvalidArgumentError):
                 denoiser.check(query)

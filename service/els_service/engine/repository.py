@@ -10,6 +10,7 @@ every path, links resolved, stays inside the models root.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
@@ -28,6 +29,13 @@ from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
+from els_service.engine.pretrained_specs import (
+    DiffusersSpec,
+    LatentSpec,
+    OnnxSpec,
+    PretrainedSpec,
+    load_pretrained,
+)
 from els_service.errors import LoadError
 
 CALIBRATED = "windows.yaml"
@@ -85,7 +93,7 @@ class NetworkSpec(_Spec):
     kind: Literal["network"]
 
 
-Spec = AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec
+Spec = AnalyticSpec | GaussianSpec | WienerSpec | NetworkSpec | PretrainedSpec
 _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 _WINDOWS = TypeAdapter(WindowSpec)
@@ -159,6 +167,9 @@ class ModelRepository:
             return self._build(folder, spec, device)
         except LoadError:
             raise
+        except ModuleNotFoundError as error:
+            expected = "expected an installation with the extra of this kind of model"
+            raise LoadError(path, f"kind: {expected}, got no module {error.name}") from error
         except Exception as error:
             # The file system, safetensors and torch each refuse in their own ways.
             raise LoadError(path, " ".join(str(error).split())) from error
@@ -191,6 +202,8 @@ class ModelRepository:
                 document = parse_network(spec.model_dump(), folder / "model.yaml")
                 weights = self._inside(folder, WEIGHTS_FILE)
                 return load_network(document, weights, device)
+            case DiffusersSpec() | LatentSpec() | OnnxSpec():
+                return load_pretrained(spec, partial(self._inside, folder), device)
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)

@@ -179,7 +179,7 @@ class Scheduler:
         allowed = self._terms
         return (
             lane.waiting_s + seconds > allowed.queue_s
-            or lane.queue.size + query.pixels.nbytes > allowed.queue_bytes
+            or lane.queue.size + query.nbytes > allowed.queue_bytes
         )
 
     def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
+from els_service.denoisers.base import Condition, Denoised, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import (
     MAX_SIGMA,
     MIN_SIGMA,
-    SCHEDULES,
     NoiseLevel,
+    Schedule,
     from_alpha_bar,
     from_sigma,
     from_time,
@@ -48,7 +48,10 @@ _ENCODED: dict[int, torch.dtype] = {
     pb.DTYPE_BF16: torch.bfloat16,
 }
 
+MAX_GUIDANCE = 100.0
+
 Request = pb.DenoiseRequest | pb.ScoreRequest
+Conditioned = Request | pb.SampleRequest
 
 
 def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray[np.float32]:
@@ -58,28 +61,86 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
         InvalidArgumentError: dtype, rank, a dimension, the byte count or a pixel is wrong.
         ResourceExhaustedError: Too many images or pixels.
     """
-    stored = _STORED.get(message.dtype)
-    if stored is None:
-        raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
     shape = tuple(message.shape[:SHOWN])
+    if message.dtype not in _STORED:
+        raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     check_shape(shape, field, limits)
-    size, data = math.prod(shape) * stored.itemsize, message.data
+    data = _data(message, field, shape)
+    check_pixels(f"{field}.shape", math.prod(shape), limits)
+    return _numbers(data, message.dtype, field, shape)
+
+
+def _data(message: pb.Tensor, field: str, shape: tuple[int, ...]) -> bytes:
+    """Return the bytes of a tensor, each access to which is a copy; as many as its shape asks."""
+    size, data = math.prod(shape) * _STORED[message.dtype].itemsize, message.data
     if len(data) != size:
         raise InvalidArgumentError(
             f"{field}.data", f"{size} bytes for {list(shape)}", f"{len(data)} bytes"
         )
-    check_pixels(f"{field}.shape", math.prod(shape), limits)
+    return data
+
+
+def _numbers(
+    data: bytes, dtype: int, field: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Return the numbers that bytes of the right size stand for."""
     # A writable copy, as torch takes no read-only memory.
-    flat = np.frombuffer(bytearray(data), stored)
-    if message.dtype == pb.DTYPE_U8:
+    flat = np.frombuffer(bytearray(data), _STORED[dtype])
+    if dtype == pb.DTYPE_U8:
         return (flat.astype(np.float32) / np.float32(127.5) - 1).reshape(shape)
-    if message.dtype == pb.DTYPE_BF16:
+    if dtype == pb.DTYPE_BF16:
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
-    elif message.dtype == pb.DTYPE_F16:
+    elif dtype == pb.DTYPE_F16:
         flat = flat.astype(np.float32)
     check_finite(flat, field)
     return flat.reshape(shape)
+
+
+def decode_conditions(
+    request: Conditioned, info: DenoiserInfo, batch: int
+) -> tuple[Condition, ...]:
+    """Return the condition of each image; none where the request has none.
+
+    Raises:
+        InvalidArgumentError: A field is wrong, or does not go with the others or the model.
+    """
+    guidance = request.guidance or 1.0
+    if not request.HasField("conditioning"):
+        if request.HasField("unconditional"):
+            raise InvalidArgumentError("unconditional", "none without conditioning", "one")
+        if request.guidance:
+            raise InvalidArgumentError("guidance", "0 without conditioning", guidance)
+        return ()
+    if not abs(guidance) <= MAX_GUIDANCE:
+        raise InvalidArgumentError("guidance", f"-{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}", guidance)
+    if request.HasField("unconditional") != (guidance != 1):
+        expected = "one where guidance is neither 0 nor 1, else none"
+        got = "one" if request.HasField("unconditional") else "none"
+        raise InvalidArgumentError("unconditional", expected, got)
+    given = _conditions(request.conditioning, "conditioning", info, batch)
+    if guidance == 1:
+        return tuple(Condition(one) for one in given)
+    without = _conditions(request.unconditional, "unconditional", info, batch)
+    return tuple(Condition(one, other, guidance) for one, other in zip(given, without, strict=True))
+
+
+def _conditions(
+    message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
+) -> npt.NDArray[np.float32]:
+    """Return [batch, T, W] of a tensor of one condition, or one for each image."""
+    shape = tuple(message.shape[:])
+    # Before the numbers are read: a model's rows bound the work.
+    if not info.condition_width:
+        raise InvalidArgumentError(field, "none for this model", list(shape))
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == info.condition_width
+    if not fits or not 1 <= shape[1] <= info.condition_rows:
+        expected = f"[1 or {batch}, 1 to {info.condition_rows}, {info.condition_width}]"
+        raise InvalidArgumentError(f"{field}.shape", expected, list(shape))
+    if message.dtype not in _ENCODED:
+        raise InvalidArgumentError(f"{field}.dtype", _names(_ENCODED), message.dtype)
+    numbers = _numbers(_data(message, field, shape), message.dtype, field, shape)
+    return np.broadcast_to(numbers, (batch, *shape[1:]))
 
 
 def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
@@ -138,7 +199,7 @@ def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
             raise InvalidArgumentError(field, expected, illegal[0])
 
 
-def decode_level(message: pb.NoiseLevel, schedule: str) -> NoiseLevel:
+def decode_level(message: pb.NoiseLevel, schedule: Schedule) -> NoiseLevel:
     """Return the one level that is given, of one or more images.
 
     Raises:
@@ -148,7 +209,7 @@ def decode_level(message: pb.NoiseLevel, schedule: str) -> NoiseLevel:
 
 
 def one_level(
-    sigma: Sequence[float], alpha_bar: Sequence[float], time: Sequence[float], schedule: str
+    sigma: Sequence[float], alpha_bar: Sequence[float], time: Sequence[float], schedule: Schedule
 ) -> NoiseLevel:
     """Return the level of the one list that is not empty.
 
@@ -160,7 +221,7 @@ def one_level(
     if alpha_bar and not sigma and not time:
         return from_alpha_bar(alpha_bar)
     if time and not sigma and not alpha_bar:
-        return from_time(time, SCHEDULES[schedule])
+        return from_time(time, schedule)
     named = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
     got = " and ".join(name for name, values in named.items() if values) or "none"
     raise InvalidArgumentError("level", "exactly one of sigma, alpha_bar, time", got)
@@ -183,8 +244,9 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     labels, windows = request.labels, request.windows
     check_lengths(limits, level=given.sigma or given.alpha_bar or given.time)
     check_lengths(limits, labels=labels, windows=windows)
-    level = decode_level(given, info.schedule)
-    return make_query(x, level, labels[:], decode_windows(windows[:]))
+    level = decode_level(given, info.levels)
+    conditions = decode_conditions(request, info, len(x))
+    return make_query(x, level, labels[:], decode_windows(windows[:]), conditions)
 
 
 def decode_windows(windows: Sequence[int]) -> Sequence[int]:
@@ -294,6 +356,10 @@ def encode_model(entry: Entry, limits: Limits) -> pb.Model:
         has_log_evidence=info.has_log_evidence,
         implementation=info.implementation,
         memory_bytes=info.memory_bytes,
+        conditioning=pb.Conditioning(max_rows=info.condition_rows, width=info.condition_width)
+        if info.condition_width
+        else None,
+        decoded_shape=info.decoded_shape,
     )
 
 

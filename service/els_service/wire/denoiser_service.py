@@ -12,7 +12,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, one_each, score
-from els_service.denoisers.levels import SCHEDULES
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -100,7 +99,7 @@ class DenoiserService(DenoiserServiceServicer):
         name = _SAMPLERS[request.sampler]
         options = Options(
             steps=request.steps,
-            schedule=SCHEDULES[info.schedule],
+            schedule=info.levels,
             eta=request.eta if request.HasField("eta") else 1.0,
             churn=request.churn,
         )
@@ -113,6 +112,8 @@ class DenoiserService(DenoiserServiceServicer):
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
             questions_of(name, options, resume),
+            codec.decode_conditions(request, info, count),
+            request.return_decoded,
         )
         terms = terms_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
@@ -156,6 +157,12 @@ class DenoiserService(DenoiserServiceServicer):
         size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
         if request.return_resume_token:
             size += 8 * pixels
+        if request.return_decoded:
+            if info.decoded_shape is None:
+                raise InvalidArgumentError("return_decoded", "false for this model", "true")
+            decoded = count * math.prod(info.decoded_shape)
+            codec.check_pixels("count", decoded, limits)
+            size += decoded * codec.output_size(request.output_dtype)
         codec.check_answer_size("count", size, limits)
 
     async def ListModels(
@@ -210,4 +217,7 @@ def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:
         if request.return_denoised or last
         else None,
         alpha_bar=step.alpha_bar,
+        decoded=None
+        if step.decoded is None
+        else codec.encode_tensor(step.decoded, request.output_dtype),
     )

@@ -228,7 +228,7 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
     sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
-    level = codec.one_level(sigma, alpha_bar, time, info.schedule)
+    level = codec.one_level(sigma, alpha_bar, time, info.levels)
     windows = codec.decode_windows(_per_image("window", inputs, limits))
     return make_query(x, level, _per_image("label", inputs, limits), windows)
 

@@ -76,9 +76,13 @@ def _digest(request: pb.SampleRequest, model: Entry) -> bytes:
     drawn = (
         *(request.model, request.count, request.seed, request.steps, request.sampler),
         *(list(request.labels), list(request.windows)),
-        *(request.HasField("eta"), request.eta, request.churn),
+        *(request.HasField("eta"), request.eta, request.churn, request.guidance),
         # A version that was loaded anew may be another model; only weights cannot be told apart.
         *(model.version, info.kind, info.machine, info.padding, info.schedule, info.shape),
         *(info.window, info.bank.fingerprint if info.bank else ""),
     )
-    return hashlib.sha256(repr(drawn).encode()).digest()[:16]
+    digest = hashlib.sha256(repr(drawn).encode())
+    for tensor in (request.conditioning, request.unconditional):
+        digest.update(repr((tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.data)
+    return digest.digest()[:16]

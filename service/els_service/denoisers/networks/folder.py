@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -102,8 +103,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, expected: dict[str, Tensor], renamed: Callable[[str], str] = str
+) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file as float32, checked against a network's state.
+
+    Args:
+        path: of the file.
+        expected: the state, of which shapes count.
+        renamed: name in the file → name in the state.
 
     Raises:
         LoadError: The file is unreadable, or a tensor is missing, unknown, of another shape or
@@ -111,7 +119,7 @@ def read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     try:
         # Read, not mapped: a file that is replaced while it is mapped would change the network.
-        tensors = load(path.read_bytes())
+        tensors = {renamed(name): value for name, value in load(path.read_bytes()).items()}
     except OSError as error:
         raise LoadError(path, error.strerror or str(error)) from error
     except (SafetensorError, ValueError, KeyError) as error:

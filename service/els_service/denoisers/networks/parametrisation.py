@@ -35,28 +35,35 @@ class Parametrisation:
     c_in: Floats
     c_skip: Floats
     c_out: Floats
-    time: Floats
-    """MIN_TIME ≤ t ≤ 1."""
+    sigma: Floats
+    """s/a of c_in·x, at most the highest that was trained."""
+
+    @property
+    def time(self) -> Floats:
+        """Time of ``sigma`` on the cosine schedule, MIN_TIME ≤ t ≤ 1."""
+        return np.clip(cosine_time(self.sigma), MIN_TIME, 1.0)
 
 
-def parametrise(prediction: str, level: NoiseLevel, sigma_data: float) -> Parametrisation:
+def parametrise(
+    prediction: str, level: NoiseLevel, sigma_data: float = 0.5, *, max_sigma: float = _MAX_SIGMA
+) -> Parametrisation:
     """Return the coefficients at a noise level.
 
-    Above the trained levels (σ = 80.2 at t = 1) x is shrunk to the highest: there D hardly depends
-    on x, while an untrained ε would be magnified by σ. Below the lowest only t is held.
+    Above the trained levels x is shrunk to the highest: there D hardly depends on x, while an
+    untrained ε would be magnified by σ. Below the lowest only what the network is told is held.
 
     Args:
         prediction: one of ``PREDICTIONS``.
         level: of each image, [B].
         sigma_data: standard deviation of the data, for ``edm``.
+        max_sigma: highest s/a that was trained; 80.2 is the cosine schedule's at t = 1.
     """
-    sigma = np.minimum(level.sigma, _MAX_SIGMA)
+    sigma = np.minimum(level.sigma, max_sigma)
     shrink = sigma / (level.sigma * level.a)
     a = 1 / np.sqrt(1 + sigma**2)
     c_in, c_skip, c_out = PREDICTIONS[prediction](a, a * sigma, sigma_data)
-    time = np.clip(cosine_time(sigma), MIN_TIME, 1.0)
     # The table is written for a² + s² = 1; x·shrink·a is x in that scale.
-    return Parametrisation(c_in * shrink * a, c_skip * shrink * a, c_out, time)
+    return Parametrisation(c_in * shrink * a, c_skip * shrink * a, c_out, sigma)
 
 
 _Coefficients = tuple[Floats, Floats, Floats]

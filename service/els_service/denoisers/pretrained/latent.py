@@ -1,0 +1,130 @@
+"""Latent diffusion: a denoiser of latents, and the decoder that turns latents into images.
+
+Everything that is denoised is a latent: the model's shape is the latents', levels are of latents in
+the VAE's scaled units (``scaling_factor``), and batches, scores and samplers know of no VAE. Only
+at the end of a trajectory, if the caller wants it, latents are decoded to images in [-1, 1]:
+``decode``, one launch of its own. So the contract needs three fields of a request (conditioning,
+unconditional, guidance: each image its own, mixed freely in a batch), one flag and one field of
+``Sample``, and a description in ``Model``.
+
+Text encoders are not served: a caller brings their output, as a tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.pretrained.folder import Inside, Only, Part, build_part, load_part
+from els_service.denoisers.pretrained.unet import (
+    CONDITIONAL,
+    UnetDenoiser,
+    UnetOptions,
+    load_unet,
+    memory_of,
+)
+from els_service.errors import LoadError
+
+_VAES = ("AutoencoderKL",)
+_ONLY: Only = {"latents_mean": (None,), "latents_std": (None,)}
+
+
+class LatentDenoiser:
+    """A UNet over latents, with the VAE's decoder, in float32.
+
+    Args:
+        unet: the denoiser.
+        part: the VAE with its weights; its encoder is dropped.
+        decoded_shape: (C, H, W) of an image.
+        device: where the weights are.
+    """
+
+    def __init__(
+        self, unet: UnetDenoiser, part: Part, decoded_shape: tuple[int, int, int], device: str
+    ) -> None:
+        self._unet, self._device = unet, device
+        self._vae: Any = part.module
+        self._vae.encoder = nn.Identity()
+        self._scale: float = part.config["scaling_factor"]
+        self._shift: float = part.config["shift_factor"] or 0.0
+        self._info = dataclasses.replace(
+            unet.info,
+            kind="latent",
+            decoded_shape=decoded_shape,
+            memory_bytes=unet.info.memory_bytes + memory_of(part.module),
+        )
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """What the model is; ``shape`` is the latents'."""
+        return self._info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if shape, a label or a condition does not fit."""
+        self._unet.check(query)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of operations."""
+        return self._unet.predict_seconds(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return D(x), latents."""
+        return self._unet.denoise(query)
+
+    def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
+        with torch.inference_mode():
+            scaled = torch.from_numpy(latents).to(self._device) / self._scale + self._shift
+            # One at a time: an image takes far more memory than its latent.
+            images = [self._vae.decode(one[None], return_dict=False)[0] for one in scaled]
+            pixels: npt.NDArray[np.float32] = torch.cat(images).clamp_(-1, 1).cpu().numpy()
+        return pixels
+
+
+def load_latent(inside: Inside, options: UnetOptions, device: str) -> LatentDenoiser:
+    """Return the denoiser of a diffusers folder: ``vae``, ``unet`` and ``scheduler``.
+
+    Args:
+        inside: of the diffusers folder.
+        options: how the UNet is to be understood.
+        device: where it shall run.
+
+    Raises:
+        LoadError: A file is missing or refused; names it and the field or tensor.
+    """
+    part = build_part(inside, "vae", _VAES, _ONLY)
+    scale, shift = part.config["scaling_factor"], part.config["shift_factor"]
+    if not (isinstance(scale, int | float) and scale > 0):
+        raise part.refuse("scaling_factor", "a positive number")
+    if not isinstance(shift, int | float | None):
+        raise part.refuse("shift_factor", "a number")
+    unet = load_unet(inside, options, device, CONDITIONAL)
+    decoded_shape = _decoded_shape(part, unet.info.shape)
+    load_part(inside, "vae", part, variant=options.variant, device=device)
+    return LatentDenoiser(unet, part, decoded_shape, device)
+
+
+def _decoded_shape(part: Part, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images of latents (C, H, W).
+
+    Raises:
+        LoadError: The VAE has latents of another number of channels.
+    """
+    if part.config["latent_channels"] != shape[0]:
+        raise part.refuse("latent_channels", f"{shape[0]}, as the unet's in_channels")
+    module: Any = part.module
+    try:
+        with torch.inference_mode():
+            latents = torch.empty(1, *shape, device="meta")
+            _, channels, height, width = module.decode(latents, return_dict=False)[0].shape
+    except Exception as error:
+        # Theirs to refuse.
+        text = " ".join(str(error).split())
+        raise LoadError(part.path, f"expected a decoder of {list(shape)}, got {text}") from error
+    return channels, height, width

@@ -1,0 +1,92 @@
+"""Reads an ONNX file and refuses what a graph from elsewhere must not bring.
+
+Operators of custom domains would need a library that executes; data outside the file's folder is
+not ours to read; weights that are no numbers answer nothing. The rest onnxruntime judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from els_service.errors import LoadError
+
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+"""Operators that onnxruntime has of itself."""
+
+
+def read_onnx(path: Path) -> bytes | Path:
+    """Return what onnxruntime may load: the file's bytes, its path where data lies beside it.
+
+    Args:
+        path: of the file, links resolved.
+
+    Raises:
+        LoadError: Not an ONNX file, or one with custom operators, data that leaves its folder, or
+            weights that are no numbers; names the operator or tensor.
+    """
+    import onnx
+
+    try:
+        content = path.read_bytes()
+        model = onnx.load_model_from_string(content)
+    except Exception as error:
+        # The file system and protobuf each refuse in their own ways.
+        raise LoadError(path, f"expected a readable ONNX file, got {error}") from error
+    external = False
+    functions = {(function.domain, function.name) for function in model.functions}
+    for message in _messages(model):
+        if isinstance(message, onnx.NodeProto):
+            if (
+                message.domain not in _DOMAINS
+                and (message.domain, message.op_type) not in functions
+            ):
+                operator = f"{message.domain}.{message.op_type} in node {message.name}"
+                raise LoadError(path, f"expected operators of ONNX or onnxruntime, got {operator}")
+        elif isinstance(message, onnx.TensorProto):
+            if message.data_location == onnx.TensorProto.EXTERNAL:
+                external = True
+                _check_location(message, path)
+            _check_numbers(message, path)
+    return path if external else content
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and all that it holds, however deep: subgraphs, attributes."""
+    waiting = [message]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        for field, value in current.ListFields():
+            if field.message_type is not None:
+                waiting.extend(value if field.is_repeated else [value])
+
+
+def _check_location(tensor: Any, path: Path) -> None:
+    """Raise LoadError if a tensor's data lies where it may not."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    location = where.get("location", "")
+    try:
+        data = (path.parent / location).resolve()
+        allowed = data.is_relative_to(path.parent) and data.is_file()
+    except (OSError, RuntimeError, ValueError):
+        allowed = False  # a loop of links, or no path at all
+    if not allowed:
+        expected = f"expected external data in {path.parent}"
+        raise LoadError(path, f"{tensor.name}: {expected}, got {location!r:.120}")
+
+
+def _check_numbers(tensor: Any, path: Path) -> None:
+    from onnx import numpy_helper
+
+    try:
+        values = numpy_helper.to_array(tensor, base_dir=str(path.parent))
+    except Exception as error:
+        # Sizes that do not agree, types that it does not know: each in its own way.
+        text = " ".join(str(error).split())
+        raise LoadError(path, f"{tensor.name}: expected a tensor, got {text:.200}") from error
+    if values.dtype.kind == "f" and np.isnan(values).any():
+        raise LoadError(path, f"{tensor.name}: expected numbers, got NaN")

@@ -1,0 +1,219 @@
+"""Latent, diffusers and ONNX models on a real server: conditions, guidance, decoded samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from tests.denoisers.pretrained import (
+    LATENT,
+    SHAPE,
+    WIDTH,
+    autoencoder,
+    conditional_unet,
+    scheduler,
+    unet,
+    write_folder,
+)
+from tests.denoisers.test_onnx_models import gaussian, write
+from tests.e2e.processes import ServerProcess, serving
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.denoisers.base import Condition, make_query
+from els_service.denoisers.levels import from_sigma
+from els_service.denoisers.pretrained.latent import LatentDenoiser
+from els_service.denoisers.samplers import Options, sample
+from els_service.engine.repository import ModelRepository
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pretrained")
+    parts = {"unet": conditional_unet(), "vae": autoencoder(), "scheduler": scheduler()}
+    write_folder(root / "latent", "kind: latent\n", **parts)
+    write_folder(root / "pixels", "kind: diffusers\n", unet=unet(), scheduler=scheduler())
+    write(root, gaussian())
+    return root
+
+
+@pytest.fixture(scope="module")
+def process(root: Path) -> Iterator[ServerProcess]:
+    with serving("--models", root, "--threads", 1) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def stub(process: ServerProcess) -> Iterator[Any]:
+    with grpc.insecure_channel(process.target) as channel:
+        yield DenoiserServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def latent(root: Path) -> LatentDenoiser:
+    denoiser = ModelRepository(root).load("latent")
+    assert isinstance(denoiser, LatentDenoiser)
+    return denoiser
+
+
+def tensor(array: Array) -> pb.Tensor:
+    return pb.Tensor(dtype=pb.DTYPE_F32, shape=array.shape, data=array.astype("<f4").tobytes())
+
+
+def array(message: pb.Tensor) -> Array:
+    return np.frombuffer(message.data, "<f4").reshape(message.shape).astype(np.float32)
+
+
+def normal(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+GIVEN, WITHOUT = normal(0, 2, 5, WIDTH), normal(1, 1, 5, WIDTH)
+GUIDED: dict[str, Any] = {
+    "conditioning": tensor(GIVEN),
+    "unconditional": tensor(WITHOUT),
+    "guidance": 4.0,
+}
+CONDITIONS = [Condition(given, WITHOUT[0], 4.0) for given in GIVEN]
+
+
+def request(**fields: Any) -> pb.DenoiseRequest:
+    x, level = tensor(normal(2, 2, *LATENT)), pb.NoiseLevel(sigma=[0.5, 5.0])
+    return pb.DenoiseRequest(model="latent", x=x, level=level, **fields)
+
+
+def draw(stub: Any, **fields: Any) -> list[pb.SampleResponse]:
+    default = {"model": "latent", "count": 2, "steps": STEPS, "seed": 7, "return_decoded": True}
+    chosen: dict[str, Any] = default | GUIDED | fields
+    return list(stub.Sample(pb.SampleRequest(**chosen), timeout=60))
+
+
+def close(got: Array, want: Array) -> bool:
+    return bool(np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want))
+
+
+def test_a_latent_model_is_described(stub: Any) -> None:
+    models = {model.name: model for model in stub.ListModels(pb.ListModelsRequest()).models}
+    model = models["latent"]
+    assert (model.kind, model.schedule) == ("latent", "timesteps")
+    assert (model.channels, model.height, model.width) == LATENT
+    assert model.conditioning == pb.Conditioning(max_rows=77, width=WIDTH)
+    assert list(model.decoded_shape) == [3, 16, 16]
+    for name in ("pixels", "model"):
+        assert not models[name].HasField("conditioning")
+        assert not models[name].decoded_shape
+
+
+def test_each_image_is_answered_as_it_was_conditioned(stub: Any, latent: LatentDenoiser) -> None:
+    query = make_query(normal(2, 2, *LATENT), from_sigma([0.5, 5.0]), (), (), CONDITIONS)
+    got = array(stub.Denoise(request(**GUIDED), timeout=60).denoised)
+    assert close(got, latent.denoise(query).pixels)
+    one = array(stub.Denoise(request(conditioning=tensor(WITHOUT)), timeout=60).denoised)
+    assert not close(one, got)
+
+
+def test_time_is_of_the_timesteps_that_the_network_was_trained_at(stub: Any) -> None:
+    schedule = scheduler()
+    alpha_bar = schedule.alphas_cumprod[[9, 99]].double().tolist()
+    x = tensor(normal(3, 2, *SHAPE))
+    got, want = (
+        array(stub.Denoise(pb.DenoiseRequest(model="pixels", x=x, level=level)).denoised)
+        for level in (pb.NoiseLevel(time=[0.1, 1.0]), pb.NoiseLevel(alpha_bar=alpha_bar))
+    )
+    assert close(got, want)
+
+
+def test_a_sample_ends_with_the_images_of_its_latents(stub: Any, latent: LatentDenoiser) -> None:
+    *earlier, last = draw(stub)
+    options = Options(steps=STEPS, schedule=latent.info.levels)
+    *_, want = sample(latent, count=2, seed=7, options=options, conditions=CONDITIONS)
+    assert close(array(last.x), want.x.float().numpy())
+    assert close(array(last.decoded), latent.decode(want.x.float().numpy()))
+    assert array(last.decoded).shape == (2, 3, 16, 16)
+    assert not any(message.HasField("decoded") for message in earlier)
+    assert not draw(stub, return_decoded=False)[-1].HasField("decoded")
+
+
+def test_a_token_resumes_what_was_conditioned_so_and_nothing_else(stub: Any) -> None:
+    first, *_, last = draw(stub, return_resume_token=True)
+    token = first.resume_token
+    resumed = draw(stub, resume_token=token)
+    assert (len(resumed), resumed[-1].decoded) == (STEPS - 1, last.decoded)
+    for other in ({"guidance": 4.5}, {"conditioning": tensor(GIVEN + 1)}):
+        with pytest.raises(grpc.RpcError, match="resume_token: expected a token of this very"):
+            draw(stub, resume_token=token, **other)
+
+
+def test_an_onnx_model_answers(stub: Any) -> None:
+    x, level = normal(4, 1, 2, 4, 5), pb.NoiseLevel(sigma=[2.0])
+    got = stub.Denoise(pb.DenoiseRequest(model="model", x=tensor(x), level=level)).denoised
+    assert close(array(got), x * np.float32(0.2))
+
+
+OTHER = tensor(np.full((2, 5, WIDTH), np.nan, np.float32))
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({}, "conditioning: expected [1 to 77, 6] for each image, got none"),
+    ({"conditioning": tensor(GIVEN[0])}, "conditioning.shape: expected [1 or 2, 1 to 77, 6]"),
+    ({"conditioning": tensor(normal(0, 3, 5, WIDTH))}, "conditioning.shape: expected"),
+    ({"conditioning": tensor(normal(0, 2, 5, 7))}, "conditioning.shape: expected"),
+    ({"conditioning": tensor(normal(0, 2, 78, WIDTH))}, "conditioning.shape: expected"),
+    ({"conditioning": OTHER}, "conditioning: expected finite"),
+    (
+        {"conditioning": pb.Tensor(dtype=pb.DTYPE_U8, shape=[1, 1, WIDTH], data=bytes(WIDTH))},
+        "conditioning.dtype: expected one of DTYPE_F32",
+    ),
+    (
+        {"conditioning": pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, WIDTH])},
+        "conditioning.data: expected 24 bytes",
+    ),
+    ({"unconditional": tensor(WITHOUT)}, "unconditional: expected none without conditioning"),
+    ({"guidance": 2.0}, "guidance: expected 0 without conditioning"),
+    ({"conditioning": tensor(GIVEN), "guidance": 2.0}, "unconditional: expected one where"),
+    (
+        {"conditioning": tensor(GIVEN), "unconditional": tensor(WITHOUT)},
+        "unconditional: expected one where guidance is neither 0 nor 1, else none, got one",
+    ),
+    (GUIDED | {"guidance": 1e3}, "guidance: expected -100 to 100"),
+    (GUIDED | {"guidance": float("nan")}, "guidance: expected -100 to 100"),
+    (GUIDED | {"unconditional": tensor(normal(0, 1, 4, WIDTH))}, "unconditional: expected shape"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), BAD)
+def test_a_bad_condition_is_refused_by_field(
+    stub: Any, fields: dict[str, Any], reason: str
+) -> None:
+    calls = (
+        lambda: stub.Denoise(request(**fields), timeout=60),
+        lambda: list(stub.Sample(pb.SampleRequest(model="latent", count=2, steps=2, **fields))),
+    )
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as error:
+            call()
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert reason in str(error.value.details())
+
+
+def test_models_without_conditions_or_decoder_refuse_both(stub: Any) -> None:
+    x, level = tensor(normal(0, 1, *SHAPE)), pb.NoiseLevel(sigma=[1.0])
+    asked = pb.DenoiseRequest(model="pixels", x=x, level=level, conditioning=tensor(WITHOUT))
+    with pytest.raises(grpc.RpcError, match="conditioning: expected none for this model"):
+        stub.Denoise(asked)
+    with pytest.raises(grpc.RpcError, match="return_decoded: expected false for this model"):
+        list(stub.Sample(pb.SampleRequest(model="pixels", steps=1, return_decoded=True)))
+
+
+def test_the_library_is_the_same_whatever_torch_seed(latent: LatentDenoiser) -> None:
+    torch.manual_seed(9)
+    query = make_query(normal(2, 2, *LATENT), from_sigma([1.0]), (), (), CONDITIONS)
+    first = latent.denoise(query).pixels
+    torch.manual_seed(10)
+    np.testing.assert_array_equal(latent.denoise(query).pixels, first)
