@@ -47,8 +47,22 @@ terrain: install $(TERRAIN)
 
 bench: install
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --errors
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
+
+# Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
+SECONDS ?= 60
+MINUTES ?= 10
+
+.PHONY: fuzz soak
+
+fuzz: install
+	$(BIN)/pip install --quiet 'atheris>=3,<4'
+	$(BIN)/python -m tests.fuzz.atheris_codec --seconds $(SECONDS)
+
+soak: install
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) $(PEER) .terrain proto/python demo.png

@@ -25,7 +25,7 @@ def draw(record: Path) -> Iterator[Path]:
     panels = speeds(content)
     if panels:
         yield _save(record, "speed", [(_speed, title, series) for title, series in panels.items()])
-    errors = [row for row in content["rows"] if row.get("part") == "errors"]
+    errors = [row for row in content.get("rows", []) if row.get("part") == "errors"]
     if errors:
         yield _save(record, "errors", list(_error_panels(errors)))
 
@@ -33,7 +33,7 @@ def draw(record: Path) -> Iterator[Path]:
 def speeds(content: dict[str, Any]) -> dict[str, Series]:
     """Return pairs a second against k for every bank that peers met, of either kind of record."""
     panels: dict[str, Series] = defaultdict(lambda: defaultdict(list))
-    for row in content["rows"]:
+    for row in content.get("rows", []):
         if row.get("part") in ("native", "peers"):
             panel = panels[_title((row["channels"], row["side"], row["side"]), row["images"])]
         elif row.get("name") == "window":
@@ -74,7 +74,7 @@ def _title(shape: tuple[int, ...], images: int) -> str:
 
 
 def _error_panels(errors: list[Row]) -> Iterator[tuple[Any, str, Series]]:
-    """Yield painter, title and the worst error over shapes and windows at each t, with the budget."""
+    """Yield painter, title, and the worst error of all shapes and windows at each t."""
     for what, label in (
         ("mean", "mean, ‖error‖ / ‖float64‖"),
         ("evidence", "log evidence, |error| / budget"),

@@ -38,11 +38,11 @@ _RECOVERED_S = 2.0
 
 
 @contextmanager
-def _server(*options: object) -> Iterator[Running]:
+def _server(*options: str | Path) -> Iterator[Running]:
     """Run our server as it is shipped, until it has answered."""
     port = free_port()
     program = Path(sys.executable).with_name("els-server")
-    command = [program, "run", f"--port={port}", "--metrics-port=0", *map(str, options)]
+    command = (program, "run", f"--port={port}", "--metrics-port=0", *options)
     with running(command, port) as server, Client(f"127.0.0.1:{port}", timeout_s=2.0) as client:
         end = time.monotonic() + _START_S
         while True:

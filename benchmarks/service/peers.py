@@ -70,6 +70,8 @@ def peer(name: str) -> Iterator[Running]:
             program = _PROGRAMS / f"{name}_server.py"
             command = (VENVS / name / "bin" / "python", program, str(port))
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        # PyTriton unpacks itself here, and would leave that in the home folder.
+        environment["PYTRITON_HOME"] = folder
         with running(command, port, environment) as server:
             yield server
 

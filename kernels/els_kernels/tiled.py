@@ -32,6 +32,8 @@ from els_kernels.geometry import Geometry, Padding, Posterior, alike, band, zero
 _LOG2E = math.log2(math.e)
 _TILE = 1 << 20
 """Floats of unfolded keys and of logits in one tile: 4 MiB, at home in a server CPU's cache."""
+_SUMMED = 1 << 12
+"""Keys of one tile at most: so many weights are added in float32, tiles in float64."""
 _BLOCK = 1 << 22
 """Floats of unfolded queries held at once: 16 MiB."""
 
@@ -149,7 +151,7 @@ class _Cell:
         states = [
             (
                 query.new_full((places, 1), -math.inf),
-                query.new_zeros(places, self.values.shape[1] + 1),
+                query.new_zeros(places, self.values.shape[1] + 1, dtype=torch.float64),
             )
             for _ in patches
         ]
@@ -164,7 +166,7 @@ class _Cell:
         """Yield keys [T, D+1] (patch, half its squared norm) and values [T, V+1] (response, 1)."""
         images, responses, rows, cols = self.values.shape
         depth = self.query.shape[1] * self.window[0] * self.window[1] + 1
-        size = max(64, min(max(1024, _TILE // places), _TILE // depth))
+        size = max(64, min(max(1024, _TILE // places), _TILE // depth, _SUMMED))
         together = max(1, size // (rows * cols))
         step = rows if rows * cols <= size else max(1, size // cols)
         for first in range(0, images, together):
@@ -193,7 +195,7 @@ def _absorb(logits: Tensor, values: Tensor, peak: Tensor, sums: Tensor) -> None:
     # The maximum is set, never added to: from -inf the old sums are scaled by exactly 0.
     top = torch.maximum(peak, logits.amax(1, keepdim=True))
     logits.sub_(top).exp2_()
-    sums.mul_(torch.exp2(peak - top)).addmm_(logits, values)
+    sums.mul_(torch.exp2(peak - top)).add_(logits @ values)
     peak.copy_(top)
 
 
@@ -271,7 +273,8 @@ def _same_place(
 
 def _empty_state(bank: Tensor) -> State:
     channels, height, width = bank.shape[1:]
-    return bank.new_full((height, width), -math.inf), bank.new_zeros(channels + 1, height, width)
+    sums = bank.new_zeros(channels + 1, height, width, dtype=torch.float64)
+    return bank.new_full((height, width), -math.inf), sums
 
 
 def _whole(queries: list[_Query], bank: Tensor) -> list[State]:

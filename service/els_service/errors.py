@@ -22,6 +22,7 @@ from typing import ClassVar
 
 _LONGEST = 200
 """Characters of one part of a text: a status travels in headers, of which 8 KiB are safe."""
+_MOST_BYTES = 1500
 
 
 class ElsError(Exception):
@@ -51,6 +52,19 @@ class Violation:
 def shortened(text: str) -> str:
     """Return the text, its end replaced by "…" if it is long."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def fit_for_headers(text: str) -> str:
+    """Return the text, cut to as many bytes as a status may have: sent twice, it triples."""
+    data = text.encode()
+    return text if len(data) <= _MOST_BYTES else data[:_MOST_BYTES].decode(errors="ignore") + "…"
+
+
+def printable(text: str) -> str:
+    """Return the text with everything escaped that is no sign: it may reach terminals and UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class InvalidArgumentError(ElsError, ValueError):
@@ -123,5 +137,6 @@ class LoadError(ElsError, ValueError):
     code = "FAILED_PRECONDITION"
 
     def __init__(self, path: object, reason: str) -> None:
-        self.path, self.reason = str(path), reason
-        super().__init__(f"{path}: {reason}")
+        # Names of files and keys of documents may hold anything.
+        self.path, self.reason = printable(str(path)), printable(reason)
+        super().__init__(f"{self.path}: {self.reason}")

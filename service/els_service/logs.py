@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
+_GRPC = "grpc._cython.cygrpc"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -80,6 +81,7 @@ def configure(level: str) -> None:
             ],
         )
     )
+    logging.getLogger(_GRPC).addFilter(_calm)
     logging.getLogger().handlers = [handler]
     set_level(level)
     # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
@@ -116,3 +118,15 @@ def _add_call(
     if (call := CALL.get()) is not None:
         event.update(call.log_fields())
     return event
+
+
+def _calm(record: logging.LogRecord) -> bool:
+    """Turn what grpc calls an error of the server, and is a caller who left, into a debug record.
+
+    It says so where a caller hangs up while its answer is on its way.
+    """
+    if record.levelno >= logging.ERROR and str(record.msg).startswith("ExecuteBatchError raised"):
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        record.exc_info = record.exc_text = None
+        return logging.getLogger().isEnabledFor(logging.DEBUG)
+    return True

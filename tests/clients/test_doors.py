@@ -184,10 +184,13 @@ class Hole:
         self._sockets: list[socket.socket] = [self._listener]
 
     def __enter__(self) -> Hole:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # Ends the wait for a connection.
+        self._accepting.join()
         for one in self._sockets:
             one.close()
 

@@ -24,10 +24,15 @@ IMAGE_S = 0.02
 
 
 class Odd:
-    """Answers 2x and, as evidence, the sum over C; sleeps ``image_s`` for each image."""
+    """Answers 2x and, as evidence, the sum over C.
 
-    def __init__(self, image_s: float = IMAGE_S) -> None:
-        self._image_s = image_s
+    Args:
+        image_s: how long it sleeps for each image.
+        memory: images that fit the memory.
+    """
+
+    def __init__(self, image_s: float = IMAGE_S, memory: int = 1 << 30) -> None:
+        self._image_s, self._memory = image_s, memory
 
     @property
     def info(self) -> DenoiserInfo:
@@ -40,6 +45,8 @@ class Odd:
         return self._image_s * len(query)
 
     def denoise(self, query: Query) -> Denoised:
+        if len(query) > self._memory:
+            raise torch.OutOfMemoryError("as told")
         time.sleep(self._image_s * len(query))
         first = set(query.pixels[:, 0, 0, 0].tolist())
         if FAULT in first:

@@ -60,7 +60,9 @@ async def test_a_drain_answers_every_call_in_flight_and_refuses_new_ones(models:
             late: Any = DenoiserServiceStub(channel).Sample(refusal, timeout=TIMEOUT_S)
             with pytest.raises(grpc.aio.AioRpcError) as turned_away:
                 await late.read()
-            assert turned_away.value.code() is grpc.StatusCode.UNAVAILABLE
+            # The latter where grpc itself drops a call that its own shutdown has overtaken.
+            refused = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            assert turned_away.value.code() in refused
 
             indices = await asyncio.gather(*map(rest_of, slow))
             assert indices == [list(range(2, 21))] * 8

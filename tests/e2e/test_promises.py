@@ -44,7 +44,7 @@ def retry_after_s(error: grpc.aio.AioRpcError) -> float:
     (detail,) = status.details
     retry = error_details_pb2.RetryInfo()
     assert detail.Unpack(retry)
-    return retry.retry_delay.ToNanoseconds() / 1e9
+    return float(retry.retry_delay.ToTimedelta().total_seconds())
 
 
 async def test_a_full_queue_says_when_to_come_again_and_answers_all_that_it_took(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -38,8 +39,14 @@ async def aio(server: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:
 def drawn(**changes: Any) -> pb.SampleRequest:
     """Return a request of two images in five steps that asks for everything."""
     fields: dict[str, Any] = {
-        **{"model": "zeros", "count": 2, "seed": 9, "steps": 5, "labels": [1, -1]},
-        **{"return_x": True, "return_denoised": True, "return_resume_token": True},
+        "model": "zeros",
+        "count": 2,
+        "seed": 9,
+        "steps": 5,
+        "labels": [1, -1],
+        "return_x": True,
+        "return_denoised": True,
+        "return_resume_token": True,
     }
     return pb.SampleRequest(**{**fields, **changes})
 
@@ -160,11 +167,9 @@ async def test_a_server_that_must_end_hands_out_tokens_and_another_goes_on_with_
 
 
 async def read_to_its_end(call: Any, seen: list[pb.SampleResponse]) -> None:
-    try:
+    with contextlib.suppress(grpc.aio.AioRpcError):  # its code is looked at by the caller
         while (message := await call.read()) is not grpc.aio.EOF:
             seen.append(message)
-    except grpc.aio.AioRpcError:
-        pass  # its code is looked at by the caller
 
 
 async def test_readers_that_stall_do_not_slow_another_caller_down(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.e2e.models_folder import DOCUMENTS, tiny_bank, write_models
 from tests.engine.malformed import BANK, ELS, GAUSSIAN, MALFORMED
 
 from els_service.denoisers.analytic import AnalyticDenoiser
-from els_service.denoisers.banks import Bank, load_bank
+from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.windows import WindowTable, default_windows
@@ -172,6 +173,19 @@ def test_every_kind_is_loaded_and_answers(root: Path, name: str) -> None:
     denoiser = load(root, DOCUMENTS[name])
     x = torch.zeros(2, *denoiser.info.shape)
     assert denoiser.denoise(make_query(x, from_sigma([0.5]))).mean.shape == x.shape
+
+
+def test_a_bank_that_is_replaced_within_a_tick_of_the_clock_is_read_anew(root: Path) -> None:
+    write(root, ELS)
+    models, path = ModelRepository(root), root / "_banks" / "tiny.safetensors"
+    os.utime(path, ns=(1, 1))
+    old = models.load("model")
+    save_bank(tiny_bank(seed=1), path)
+    os.utime(path, ns=(1, 1))
+    new = models.load("model")
+    assert old.info.bank is not None
+    assert new.info.bank is not None
+    assert old.info.bank.fingerprint != new.info.bank.fingerprint
 
 
 def test_models_of_one_bank_share_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,3 +251,16 @@ async def test_a_device_that_hangs_is_noticed_and_its_callers_are_told(observed:
     finally:
         recorder.go.set()
         engine.close()
+
+
+async def test_what_fails_at_once_is_counted_as_what_fails_in_a_batch(
+    engine: Engine, observed: Observed
+) -> None:
+    recorder = Recorder(seconds=1e-6)
+    recorder.fails_on = {9.0}
+    engine.models.add("model", recorder)
+    with pytest.raises(ZeroDivisionError):
+        await ask(engine, 9)
+    assert observed.reasons == ["faulted"]
+    assert observed.waits == []
+    assert engine.models.entry("model").statistics.failed.count == 1

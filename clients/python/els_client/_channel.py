@@ -33,7 +33,8 @@ _RETRY_POLICY = {
     "initialBackoff": "0.1s",
     "maxBackoff": "2s",
     "backoffMultiplier": 3,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    # The latter is what grpc's own shutdown makes of a call that it overtakes.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 
 

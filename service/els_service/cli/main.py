@@ -1,4 +1,4 @@
-"""``els-server run | check | bank | train | token``."""
+"""``els-server run | check | bank | train | calibrate | compare | token``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from els_service.cli import bank, train
+from els_service.cli import bank, calibrate, compare, train
 from els_service.cli.token import token
 from els_service.config import Settings, load_settings
 from els_service.errors import LoadError
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.add_typer(bank.app, name="bank")
 app.add_typer(train.app)
+app.add_typer(calibrate.app)
+app.add_typer(compare.app)
 app.command()(token)
 
 _FAULT = 2

@@ -19,6 +19,10 @@ MAX_DIMENSIONS = 4096
 """Above it a covariance and its eigenvectors are too large to be served."""
 
 
+_LARGEST = {"mean": 1e9, "variance": 1e18}
+"""Larger statistics would overflow scores at the lowest noise."""
+
+
 class GaussianDenoiser:
     """The posterior mean under x0 ~ N(μ, diag v): ``μ + a·v / (a²·v + s²) · (x - a·μ)``.
 
@@ -28,7 +32,7 @@ class GaussianDenoiser:
         variance: v ≥ 0, likewise.
 
     Raises:
-        ValueError: μ or v does not broadcast, is not finite, or v is negative.
+        ValueError: μ or v does not broadcast, is not finite or vast, or v is negative.
     """
 
     def __init__(self, shape: tuple[int, int, int], mean: Tensor, variance: Tensor) -> None:
@@ -40,8 +44,11 @@ class GaussianDenoiser:
                     f"{name}: expected something that broadcasts to {list(shape)}, "
                     f"got shape {list(value.shape)}"
                 ) from None
-            if not value.isfinite().all():
-                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+            if not (value.abs() <= _LARGEST[name]).all():
+                got = value.double().abs().max().item()
+                raise ValueError(
+                    f"{name}: expected finite numbers to {_LARGEST[name]:g}, got {got}"
+                )
         if (variance < 0).any():
             raise ValueError(f"variance: expected >= 0, got {variance.min().item()}")
         # One number stays a Python float: the arithmetic below is the same, and much faster.

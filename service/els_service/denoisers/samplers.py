@@ -196,16 +196,18 @@ def sample(
     denoiser: Denoiser,
     *,
     count: int = 1,
+    first: int = 0,
     seed: int = 0,
     sampler: str = "ddim",
     options: Options | None = None,
     labels: int | list[int] = -1,
     conditions: Sequence[Condition] = (),
 ) -> Iterator[Step]:
-    """Yield the steps of ``count`` images drawn together; image i draws from (seed, i)."""
+    """Yield the steps of ``count`` images drawn together; image i draws from (seed, first + i)."""
     options = options or Options()
     check_options(sampler, options)
-    trajectory = SAMPLERS[sampler](seeded_noise(seed, count, denoiser.info.shape), options)
+    noise = seeded_noise(seed, count, denoiser.info.shape, first)
+    trajectory = SAMPLERS[sampler](noise, options)
     answer: Tensor | None = None
     while True:
         try:

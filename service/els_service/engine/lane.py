@@ -76,6 +76,10 @@ class Lane:
         """Device seconds had, in the scheduler's virtual time."""
         self.running = 0
         """Batches being computed."""
+        self.on_cpu = "cpu" in denoisers
+        """Whether small work may be done on the event loop."""
+        self.slow = 0
+        """Answers in a row that took the event loop too long."""
         self.purged = 0.0
         """When late items were last looked for."""
 
@@ -90,6 +94,7 @@ class Ticket:
 
     def __init__(self, query: Query, terms: Terms, since: float) -> None:
         self.query, self.terms, self.since = query, terms, since
+        self.caller = terms.name()
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
         self.items: list[Item] = []
         self._missing = 0
@@ -125,7 +130,7 @@ class Item:
 
     def __init__(self, ticket: Ticket, index: int, query: Query, cost: float) -> None:
         self.ticket, self.index, self.query, self.cost = ticket, index, query, cost
-        self.priority, self.caller = ticket.terms.priority, ticket.terms.caller
+        self.priority, self.caller = ticket.terms.priority, ticket.caller
         self.size = query.nbytes
         self.waiting = False
 

@@ -113,14 +113,14 @@ class Models:
             UnavailableError: Models are still being loaded.
         """
         try:
-            return self._served[name][int(version)] if version else self._newest[name]
+            return self._served[name][_number(version)] if version else self._newest[name]
         except (KeyError, ValueError):
             raise self._missing(name, version) from None
 
     def _missing(self, name: str, version: str) -> ElsError:
         if name in self._served:
             known = ", ".join(map(str, sorted(self._served[name])))
-            return NotFoundError(f"version of {name}: expected {known}, got {version!r:.100}")
+            return NotFoundError(f"version of {name}: expected {known}, got {version[:100]!r}")
         if self.starting:
             return UnavailableError("models are still being loaded")
         if name in self._loading:
@@ -130,7 +130,7 @@ class Models:
         if name in self._reasons:
             return NotFoundError(f"model: {name} is {self._reasons[name]}")
         known = shortened(", ".join(sorted(self._served)) or "none")
-        return NotFoundError(f"model: expected one of {known}, got {name!r:.100}")
+        return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
     def touch(self, entry: Entry) -> Lane | None:
         """Note that a version is asked; return its lane if it is loaded."""
@@ -256,7 +256,7 @@ class Models:
     def _versions_on_disk(self, name: str) -> list[int]:
         repository = self._repository
         if repository is None or name not in repository.names():
-            raise NotFoundError(f"model: the repository has no {name!r:.100}")
+            raise NotFoundError(f"model: the repository has no {name[:100]!r}")
         return repository.versions(name)
 
     async def _load_version(self, name: str, version: int) -> Entry:
@@ -291,6 +291,13 @@ class Models:
     async def _in_loader(self, function: Callable[..., T], *args: object) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader, function, *args)
+
+
+def _number(version: str) -> int:
+    """Return the number of a version; ValueError unless it is written in decimal."""
+    if not (version.isascii() and version.isdecimal()):
+        raise ValueError(version)
+    return int(version)
 
 
 def _warm(denoiser: Denoiser) -> None:

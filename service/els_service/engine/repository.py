@@ -99,8 +99,8 @@ _SPEC: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind
 _WINDOWS = TypeAdapter(WindowSpec)
 
 
-_FileState = tuple[Path, int, int]
-"""Path, time of change and size: another state is another content."""
+_FileState = tuple[Path, int, int, int]
+"""Path, number, time of change and size: another state is another content."""
 
 
 class ModelRepository:
@@ -122,7 +122,7 @@ class ModelRepository:
         )
 
     def names(self) -> list[str]:
-        """Return the names of all model folders, sorted.
+        """Return the names of all model folders, sorted; a name that cannot be printed is none.
 
         Raises:
             LoadError: The root is no folder.
@@ -132,7 +132,10 @@ class ModelRepository:
         return sorted(
             child.name
             for child in self.root.iterdir()
-            if not child.name.startswith(("_", ".")) and _versions(child)
+            if not child.name.startswith(("_", "."))
+            # Others, such as names that are no UTF-8, could not be told to a caller.
+            and child.name.isprintable()
+            and _versions(child)
         )
 
     def versions(self, name: str) -> list[int]:
@@ -251,12 +254,13 @@ class ModelRepository:
             raise LoadError(relative, "expected a path relative to the model's folder")
         try:
             path = (folder / relative).resolve()
+            if not path.is_relative_to(self.root):
+                raise LoadError(path, f"expected a file inside the models root {self.root}")
+            if not path.is_file():
+                raise LoadError(path, "expected a file, found none")
         except (OSError, RuntimeError) as error:
-            raise LoadError(folder / relative, "expected a file, found a loop of links") from error
-        if not path.is_relative_to(self.root):
-            raise LoadError(path, f"expected a file inside the models root {self.root}")
-        if not path.is_file():
-            raise LoadError(path, "expected a file, found none")
+            # A link to itself, a name too long, a folder that may not be read.
+            raise LoadError(folder / relative, f"expected a file, got {error}") from error
         return path
 
 
@@ -271,9 +275,12 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
 
 def _state(path: Path) -> _FileState:
     status = path.stat()
-    return path, status.st_mtime_ns, status.st_size
+    return path, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _is_there(path: Path) -> bool:
     # A link to nowhere is a model that is refused, not one that is overlooked.
-    return path.exists() or path.is_symlink()
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError:
+        return True

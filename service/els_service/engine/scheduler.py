@@ -27,6 +27,9 @@ from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
+_SLOW_S = 10 * INLINE_S
+_WRONG = 3
+"""So many answers in a row that were slow, and they are no work for the event loop."""
 _SHORT_S = 0.02
 """Predicted time of a batch whose launch costs nothing: others get their turn after it."""
 _LAUNCH_SHARE = 0.05
@@ -84,8 +87,9 @@ class Scheduler:
             DeadlineExceededError: The answer would come too late. The future may fail so, too.
         """
         estimate = lane.denoiser.predict_seconds(query)
-        if lane.costs.seconds(estimate) < INLINE_S and not lane.running and "cpu" in lane.denoisers:
-            return self._inline(lane, query, estimate)
+        # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
+        if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
+            return self._inline(lane, query, terms, estimate)
         now = self.clock()
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
@@ -110,23 +114,27 @@ class Scheduler:
         for ticket in [*tickets, *self._running]:
             _fail(ticket, error)
 
-    def _inline(self, lane: Lane, query: Query, estimate: float) -> Denoised:
-        began = self.clock()
+    def _inline(self, lane: Lane, query: Query, terms: Terms, estimate: float) -> Denoised:
+        began, answer = self.clock(), None
+        if began > terms.deadline:
+            raise self._too_late(
+                lane, f"the deadline of a question to {lane.model} passed before it was computed"
+            )
         try:
             answer = lane.denoiser.denoise(query)
-        except Exception:
-            self._observer.dropped(lane.model, "faulted")
-            lane.statistics.failed.add(self.clock() - began)
-            raise
-        ended = self.clock()
-        seconds, images = ended - began, len(query)
-        self._observer.computed(lane.model, seconds, images, estimate)
-        lane.costs.learn(estimate, seconds, ended)
-        lane.statistics.batch(images, seconds, time.time())
-        lane.statistics.queued.add(0.0)
-        lane.statistics.computed.add(seconds)
-        lane.statistics.succeeded.add(seconds)
-        return answer
+            return answer
+        finally:
+            seconds, images = self.clock() - began, len(query)
+            lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
+            self._observer.computed(lane.model, seconds, images, estimate)
+            lane.statistics.batch(images, seconds, time.time())
+            lane.statistics.queued.add(0.0)
+            lane.statistics.computed.add(seconds)
+            if answer is not None:
+                lane.statistics.succeeded.add(seconds)
+            else:
+                self._observer.dropped(lane.model, "faulted")
+                lane.statistics.failed.add(seconds)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""
@@ -152,13 +160,20 @@ class Scheduler:
             return
         predicted = self._predict(lane, terms, estimate, wait)
         if predicted > slack:
-            self._observer.dropped(lane.model, "rejected_late")
-            lane.statistics.failed.add(0.0)
-            raise DeadlineExceededError(
+            raise self._too_late(
+                lane,
                 f"the answer of {lane.model} is predicted in {predicted:.3g} s, of which "
                 f"{max(predicted - own, 0.0):.3g} s waiting; the deadline is in {slack:.3g} s",
                 retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
             )
+
+    def _too_late(
+        self, lane: Lane, text: str, retry_after_s: float | None = None
+    ) -> DeadlineExceededError:
+        """Count a query that is refused for its deadline, and return what its caller is told."""
+        self._observer.dropped(lane.model, "rejected_late")
+        lane.statistics.failed.add(0.0)
+        return DeadlineExceededError(text, retry_after_s=retry_after_s)
 
     def _is_full(self, lane: Lane, query: Query, seconds: float) -> bool:
         allowed = self._terms
@@ -169,7 +184,7 @@ class Scheduler:
 
     def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
         """Return in how many seconds an answer can be expected."""
-        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.caller, terms.priority, estimate))
+        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.name(), terms.priority, estimate))
         here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
         # Models share their devices evenly, too.
         others = sum(
@@ -274,6 +289,7 @@ class Scheduler:
             outcome = done.result()
             if not any(isinstance(result, Exception) for result in outcome.value):
                 lane.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
+                lane.slow = 0 if outcome.ended - outcome.began < _SLOW_S else lane.slow
         self._dispatch()
         if error is None:
             self._computed(device, lane, batch, cost, outcome)

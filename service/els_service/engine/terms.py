@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +19,15 @@ class Terms:
     deadline: float = math.inf
     """On the engine's clock; an answer after it is of no use."""
     priority: int = DEFAULT_PRIORITY
-    caller: str = ""
-    """Whose it is: callers of one priority share a device evenly."""
+    caller: str | Callable[[], str] = ""
+    """Whose it is, or who knows: callers of one priority share a device evenly. Only queries that
+    have to wait are asked for it."""
     trace: object = None
     """Handed back to the observer, who knows what it is."""
+
+    def name(self) -> str:
+        """Return the caller's name."""
+        return self.caller if isinstance(self.caller, str) else self.caller()
 
 
 @dataclass(frozen=True, slots=True)

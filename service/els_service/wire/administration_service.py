@@ -82,8 +82,8 @@ class Administration(GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model, or load it anew."""
         _check_repository(request.repository_name)
-        if request.parameters:
-            raise InvalidArgumentError("parameters", "none", sorted(request.parameters))
+        for name in request.parameters:
+            raise InvalidArgumentError("parameters", "none", name)
         try:
             await self._engine.models.load(request.model_name)
         finally:
@@ -96,9 +96,9 @@ class Administration(GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelUnloadResponse:
         """Stop serving a model."""
         _check_repository(request.repository_name)
-        unknown = sorted(request.parameters.keys() - {"unload_dependents"})
-        if unknown:
-            raise InvalidArgumentError("parameters", "unload_dependents or none", unknown)
+        for name in request.parameters:
+            if name != "unload_dependents":
+                raise InvalidArgumentError("parameters", "unload_dependents or none", name)
         self._engine.models.unload(request.model_name)
         await self._changed()
         return pb.RepositoryModelUnloadResponse()
@@ -106,7 +106,7 @@ class Administration(GRPCInferenceServiceServicer):
     async def LogSettings(
         self, request: pb.LogSettingsRequest, context: Context
     ) -> pb.LogSettingsResponse:
-        """Change the level of the log if it is given, and return it, in our word and in Triton's."""
+        """Change the level of the log where it is given; return it in our word and in Triton's."""
         given = {
             name: _setting(name, value.WhichOneof("parameter_choice"), value)
             for name, value in request.settings.items()
@@ -114,11 +114,10 @@ class Administration(GRPCInferenceServiceServicer):
         changed = _level({**_switches(logs.level()), **given})
         if given and changed != logs.level():
             logs.set_level(changed)
-        value = pb.LogSettingsResponse.SettingValue
-        settings = {_LOG_LEVEL: value(string_param=logs.level())}
-        for name, switch in _switches(logs.level()).items():
-            settings[name] = value(**{_LOG_SETTINGS[name]: switch})
-        return pb.LogSettingsResponse(settings=settings)
+        response = pb.LogSettingsResponse()
+        for name, value in {_LOG_LEVEL: logs.level(), **_switches(logs.level())}.items():
+            setattr(response.settings[name], _LOG_SETTINGS[name], value)
+        return response
 
 
 def _setting(name: str, kind: str | None, value: pb.LogSettingsRequest.SettingValue) -> Any:

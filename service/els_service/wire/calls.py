@@ -25,6 +25,7 @@ from els_service.errors import (
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
+    fit_for_headers,
 )
 from els_service.logs import CALL
 from els_service.wire.doors import Doors, caller_of
@@ -300,7 +301,9 @@ def status_of(error: Exception) -> status_pb2.Status:
     if not isinstance(error, ElsError):
         text = "internal error; the server's log has the cause"
         return status_pb2.Status(code=code_pb2.INTERNAL, message=text)
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=str(error))
+    status = status_pb2.Status(
+        code=code_pb2.Code.Value(error.code), message=fit_for_headers(str(error))
+    )
     if isinstance(error, InvalidArgumentError | ResourceExhaustedError):
         violation = error.violation
         bad_request = error_details_pb2.BadRequest(

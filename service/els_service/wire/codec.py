@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
+SHOWN = 100
+"""Elements of a list that an error tells of: there may be millions."""
 _ENVELOPE = 4096
 """Bytes of a response that are not tensor data, at most."""
 
@@ -60,7 +62,7 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
         ResourceExhaustedError: Too many images or pixels.
     """
     # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
-    shape = tuple(message.shape[:])
+    shape = tuple(message.shape[:SHOWN])
     if message.dtype not in _STORED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     check_shape(shape, field, limits)
@@ -127,7 +129,7 @@ def _conditions(
     message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
 ) -> npt.NDArray[np.float32]:
     """Return [batch, T, W] of a tensor of one condition, or one for each image."""
-    shape = tuple(message.shape[:])
+    shape = tuple(message.shape[:SHOWN])
     # Before the numbers are read: a model's rows bound the work.
     if not info.condition_width:
         raise InvalidArgumentError(field, "none for this model", list(shape))
@@ -149,7 +151,7 @@ def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
         ResourceExhaustedError: Too many images.
     """
     if len(shape) != 4:
-        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape))
+        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape[:SHOWN]))
     if min(shape) < 1:
         raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
     if shape[0] > limits.max_images:
@@ -166,6 +168,20 @@ def check_pixels(field: str, pixels: int, limits: Limits) -> None:
     if pixels > limits.max_pixels:
         expected = f"at most {limits.max_pixels} pixels (B·C·H·W)"
         raise ResourceExhaustedError(field, expected, pixels)
+
+
+def check_lengths(limits: Limits, **lists: Sized) -> None:
+    """Check that no list has more values than there may be images.
+
+    Before anything walks along them: a message may hold tens of millions, and everybody waits.
+
+    Raises:
+        InvalidArgumentError: One has.
+    """
+    for field, values in lists.items():
+        if len(values) > limits.max_images:
+            expected = f"at most one for each of {limits.max_images} images"
+            raise InvalidArgumentError(field, expected, f"{len(values)} values")
 
 
 def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
@@ -224,10 +240,13 @@ def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
     evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
     size = x.size * output_size(request.output_dtype) + evidence
     check_answer_size("x.shape", size, limits)
-    level = decode_level(request.level, info.levels)
-    windows = decode_windows(request.windows[:])
+    given = request.level
+    labels, windows = request.labels, request.windows
+    check_lengths(limits, level=given.sigma or given.alpha_bar or given.time)
+    check_lengths(limits, labels=labels, windows=windows)
+    level = decode_level(given, info.levels)
     conditions = decode_conditions(request, info, len(x))
-    return make_query(x, level, request.labels[:], windows, conditions)
+    return make_query(x, level, labels[:], decode_windows(windows[:]), conditions)
 
 
 def decode_windows(windows: Sequence[int]) -> Sequence[int]:

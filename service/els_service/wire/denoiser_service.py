@@ -22,6 +22,7 @@ from els_service.denoisers.samplers import (
     steps_of,
 )
 from els_service.engine.engine import Engine, Run
+from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from els_service.wire import codec
 from els_service.wire.calls import Context, check_message
@@ -114,28 +115,29 @@ class DenoiserService(DenoiserServiceServicer):
             codec.decode_conditions(request, info, count),
             request.return_decoded,
         )
-        token = request.resume_token
         terms = terms_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
+        taken: Step | None = None
         try:
             async with contextlib.aclosing(steps):
                 async for step in steps:
-                    token = encode_token(request, entry, step.index, step.state)
+                    taken = step
                     message = _encode_step(step, request)
                     if step.index == 1 and request.return_noise:
                         start = await asyncio.to_thread(noise, 0)
                         encoded = codec.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
                     if request.return_resume_token and step.index < step.total:
-                        message.resume_token = token
+                        message.resume_token = _token(request, entry, step)
                     yield message
         except UnavailableError:
-            if token:
+            if token := _token(request, entry, taken):
                 yield pb.SampleResponse(resume_token=token)
             raise
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
+        codec.check_lengths(limits, labels=request.labels, windows=request.windows)
         if count < 1:
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
@@ -182,6 +184,13 @@ class DenoiserService(DenoiserServiceServicer):
 def _write(response: pb.DenoiseResponse, answer: Denoised, request: pb.DenoiseRequest) -> None:
     codec.write_tensor(response.denoised, answer.pixels, request.output_dtype)
     codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
+
+
+def _token(request: pb.SampleRequest, entry: Entry, taken: Step | None) -> bytes:
+    """Return where a trajectory goes on after a step; where it began, if none was taken."""
+    if taken is None:
+        return request.resume_token
+    return encode_token(request, entry, taken.index, taken.state)
 
 
 def _streamed(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseStreamResponse:

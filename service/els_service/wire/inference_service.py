@@ -105,7 +105,8 @@ class InferenceService(Administration):
         query = _query(_decode(request, info), info, self._limits)
         shapes = outputs_of(info)
         numbers = sum(-math.prod(shapes[name]) for name in wanted)
-        codec.check_answer_size("x.shape", 4 * len(query) * numbers, self._limits)
+        size = 4 * len(query) * numbers + len(request.id.encode())
+        codec.check_answer_size("x.shape", size, self._limits)
         answer = self._engine.denoise(
             request.model_name, query, _terms(request, context), version=request.model_version
         )
@@ -128,6 +129,8 @@ def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
 
 
 def _terms(request: pb.ModelInferRequest, context: Context) -> Terms:
+    if not request.parameters:
+        return terms_of(context)
     priority = _parameter(request, "priority", PRIORITIES)
     timeout_us = _parameter(request, "timeout", _MAX_TIMEOUT_US)
     return terms_of(context, priority, timeout_us / 1e6)
@@ -152,10 +155,11 @@ def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
 def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
     """Return the names of the requested outputs; all where none is named."""
     known = list(outputs_of(info))
-    names = [output.name for output in request.outputs]
+    # One more than there can be is enough to tell that one comes twice.
+    names = [output.name for output in request.outputs[: len(known) + 1]]
     for name in names:
         if name not in known:
-            raise InvalidArgumentError("outputs", f"among {', '.join(known)}", repr(name)[:100])
+            raise InvalidArgumentError("outputs", f"among {', '.join(known)}", repr(name[:100]))
     if len(set(names)) < len(names):
         raise InvalidArgumentError("outputs", "each name once", names)
     return names or known
@@ -179,7 +183,7 @@ def _decode(request: pb.ModelInferRequest, info: DenoiserInfo) -> Inputs:
             raise InvalidArgumentError(f"inputs[{i}].contents", "none beside raw contents", filled)
         if name not in known:
             expected = f"among {', '.join(known)}"
-            raise InvalidArgumentError(f"inputs[{i}].name", expected, repr(name)[:100])
+            raise InvalidArgumentError(f"inputs[{i}].name", expected, repr(name[:100]))
         if name in decoded:
             raise InvalidArgumentError(f"inputs[{i}].name", "each name once", name)
         decoded[name] = _array(name, tensor, raw[i] if raw else None)
@@ -193,10 +197,10 @@ def _array(
     datatype = INPUTS[name]
     layout = datatype.layout
     if tensor.datatype != datatype.name:
-        got = repr(tensor.datatype)[:100]
+        got = repr(tensor.datatype[:100])
         raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
     # As in the codec: a slice of a repeated field is a list.
-    shape = tuple(tensor.shape[:])
+    shape = tuple(tensor.shape[: codec.SHOWN])
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(shape) > 4 or min(shape, default=1) < 1:
         expected = "at most 4 positive dimensions"
@@ -223,17 +227,18 @@ def _query(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     codec.check_pixels("x.shape", inputs["x"].size, limits)
     x = np.array(inputs["x"], np.float32)
     codec.check_finite(x.reshape(-1), "x")
-    sigma, alpha_bar, time = (_per_image(name, inputs) for name in LEVELS)
+    sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
     level = codec.one_level(sigma, alpha_bar, time, info.levels)
-    windows = codec.decode_windows(_per_image("window", inputs))
-    return make_query(x, level, _per_image("label", inputs), windows)
+    windows = codec.decode_windows(_per_image("window", inputs, limits))
+    return make_query(x, level, _per_image("label", inputs, limits), windows)
 
 
-def _per_image(name: str, inputs: Inputs) -> list[Any]:
+def _per_image(name: str, inputs: Inputs, limits: Limits) -> list[Any]:
     """Return the values of an input if it is there, whatever axes of one they came with."""
     if name not in inputs:
         return []
     values = inputs[name]
+    codec.check_lengths(limits, **{name: values.reshape(-1)})
     if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
     flat: list[Any] = values.reshape(-1).tolist()

@@ -7,8 +7,10 @@ and alerts written for it work.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -19,6 +21,8 @@ from els_service import logs
 from els_service.engine.terms import Launch
 from els_service.version import COMMIT, VERSION
 from els_service.wire.tallies import Tally, family, merged
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
@@ -166,7 +170,10 @@ class Metrics(Collector):
         Raises:
             OSError: The port cannot be bound.
         """
-        return start_http_server(port, host, self.registry)
+        server, thread = start_http_server(port, host, self.registry)
+        # The library would print a traceback where a scraper hangs up.
+        server.handle_error = _scraper_left  # type: ignore[method-assign]
+        return server, thread
 
     def _of_calls(self) -> Iterator[Metric]:
         yield family(
@@ -258,3 +265,8 @@ def _go_code(code: str) -> str:
     if code == "CANCELLED":
         return "Canceled"
     return code if code == "OK" else code.title().replace("_", "")
+
+
+def _scraper_left(request: Any, client_address: Any) -> None:
+    """Take the place of ``socketserver.BaseServer.handle_error``."""
+    _log.debug("a scraper left", extra={"peer": str(client_address)}, exc_info=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -135,7 +136,7 @@ class Server:
         settings = self._settings
         # Bounded, as a watcher that takes no bytes would hold it up for ever.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(settings.drain_s):
+            async with asyncio.timeout(max(settings.drain_s, _FLUSH_S)):
                 await self._health.enter_graceful_shutdown()
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
@@ -268,6 +269,9 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         if starting.done():
             ports = starting.result()
             _log.info("serving", extra=asdict(ports))
+            # What is there now stays: it need not be searched for garbage again and again.
+            gc.collect()
+            gc.freeze()
             ready(ports)
             await asyncio.wait((stopping, server.lost), return_when=asyncio.FIRST_COMPLETED)
         _log.info("draining", extra={"at_most_s": settings.drain_s})
@@ -275,6 +279,7 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         if server.lost.done():
             raise DeviceLostError(server.lost.result())
     finally:
+        gc.unfreeze()
         starting.cancel()
         stopping.cancel()
         await server.close()

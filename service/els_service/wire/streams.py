@@ -14,8 +14,12 @@ _log = logging.getLogger(__name__)
 
 WINDOW = 64
 """Requests of one stream under way; beyond it the stream is not read, and its caller waits."""
+_SHARE = 1 << 20
+"""Bytes of a request that stands for one: larger ones leave room for fewer."""
 
 Answer = pb.DenoiseStreamResponse
+Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
+"""Answers, each with the room that its request took; None where there is no other."""
 Begin = Callable[[pb.DenoiseRequest], Answer | Awaitable[Answer]]
 
 
@@ -32,14 +36,16 @@ async def in_order(
     Raises:
         UnavailableError: It ended because the server drains, before the caller had ended it.
     """
-    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None] = asyncio.Queue()
+    begun: Begun = asyncio.Queue()
     room = asyncio.Semaphore(WINDOW)
     reader = asyncio.ensure_future(_read(requests, begin, begun, room))
     drain = asyncio.ensure_future(_cancel_at(draining, reader))
     try:
-        while (answer := await begun.get()) is not None:
+        while (oldest := await begun.get()) is not None:
+            answer, size = oldest
             yield answer if isinstance(answer, Answer) else await _settled(answer)
-            room.release()
+            for _ in range(size):
+                room.release()
         await asyncio.wait((reader,))
         if reader.cancelled():
             raise UnavailableError("the server is draining; send the rest to another")
@@ -49,14 +55,14 @@ async def in_order(
             task.cancel()
         while not begun.empty():
             left = begun.get_nowait()
-            if isinstance(left, asyncio.Future):
-                left.cancel()
+            if left is not None and isinstance(left[0], asyncio.Future):
+                left[0].cancel()
 
 
 async def _read(
     requests: AsyncIterator[pb.DenoiseRequest],
     begin: Begin,
-    begun: asyncio.Queue[Answer | asyncio.Future[Answer] | None],
+    begun: Begun,
     room: asyncio.Semaphore,
 ) -> None:
     try:
@@ -67,10 +73,11 @@ async def _read(
                 answer = begin(request)
             except Exception as error:
                 answer = _failed(error)
-            begun.put_nowait(
-                answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
-            )
-            await room.acquire()
+            ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+            size = min(WINDOW, 1 + _size(request) // _SHARE)
+            begun.put_nowait((ready, size))
+            for _ in range(size):
+                await room.acquire()
     finally:
         begun.put_nowait(None)
 
@@ -85,6 +92,11 @@ async def _settled(answer: asyncio.Future[Answer]) -> Answer:
         return await answer
     except Exception as error:
         return _failed(error)
+
+
+def _size(request: object) -> int:
+    # What is no message has no size, and is not kept.
+    return request.ByteSize() if isinstance(request, pb.DenoiseRequest) else 0
 
 
 def _failed(error: Exception) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from els_service.engine.terms import DEFAULT_PRIORITY, PRIORITIES, Terms
 from els_service.errors import InvalidArgumentError
@@ -30,5 +31,5 @@ def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Ter
             raise InvalidArgumentError("timeout_s", "a positive number of seconds, or 0", timeout_s)
         left = timeout_s if left is None else min(left, timeout_s)
     deadline = math.inf if left is None else time.monotonic() + left
-    caller = caller_of(context)
+    caller = partial(caller_of, context)
     return Terms(deadline, priority or DEFAULT_PRIORITY, caller, current_trace())

@@ -4,7 +4,9 @@
 >>> report = run(Plan(model="fashion-els", rate_per_s=50, deadline_s=1.0, duration_s=30))
 >>> report.goodput_per_s, report.total.latency.p99_ms
 
-Needs the extra ``bench``.
+A call costs a load process about 0.12 ms of a core, what a bare grpc.aio caller costs, and on a
+stream 0.1 ms: on two shared cores one process reached 5,000 and 8,000 a second. Needs the extra
+``bench``.
 """
 
 from els_client.bench._run import run, run_all

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -66,11 +66,9 @@ class Lanes:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for what is in flight, then give up on the rest."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        except TimeoutError:
-            pass
         await self._unary.close()
         for stream in self._streams:
             await stream.close()
@@ -93,8 +91,7 @@ async def closed_loop(load: Load, lanes: Lanes, callers: int, count: int | None)
 
     for _ in range(callers):
         ask()
-    if tally.stop < math.inf:
-        loop.call_later(tally.stop - time.monotonic(), over.set)
+    loop.call_later(tally.stop - time.monotonic(), over.set)
     await over.wait()
 
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
 from els_service.denoisers.levels import Floats
@@ -172,6 +171,9 @@ def _check_without_gpu(execution: Execution) -> None:
 
 def count_flops(config: NetworkConfig) -> int:
     """Return the floating-point operations of convolutions and products for one image."""
+    # Here, because it imports triton, which a server without networks has no use for.
+    from torch.utils.flop_counter import FlopCounterMode
+
     network = build_network(config, "meta")
     x = torch.empty(1, *config.shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():

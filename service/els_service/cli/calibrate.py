@@ -1,0 +1,20 @@
+"""``els-server calibrate``: runs the command line of ``els_service.denoisers.calibrate``."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command(
+    "calibrate",
+    # One parser for both commands: it also runs where typer is not.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def calibrate(context: typer.Context) -> None:
+    """Fit a machine's windows to a network; leaves windows.yaml in an analytic model folder."""
+    from els_service.denoisers.calibrate import main
+
+    raise typer.Exit(main(context.args, program="els-server calibrate"))

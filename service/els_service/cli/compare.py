@@ -1,0 +1,20 @@
+"""``els-server compare``: runs the command line of ``els_service.denoisers.compare``."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command(
+    "compare",
+    # One parser for both commands: it also runs where typer is not.
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def compare(context: typer.Context) -> None:
+    """Compare a network with machines: compare.json and a figure."""
+    from els_service.denoisers.compare import main
+
+    raise typer.Exit(main(context.args, program="els-server compare"))

@@ -1,0 +1,1 @@
+"""Networks beside the machines that predict them: calibration, comparison, figure and record."""

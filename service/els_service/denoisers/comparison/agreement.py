@@ -1,0 +1,59 @@
+"""How well one image predicts another, and medians over many with their uncertainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from els_service.denoisers.levels import Floats
+
+_RESAMPLES = 10_000
+_BLOCK = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Of each image, [N] float64."""
+
+    pearson_r: Floats
+    """0 where one of the two images has no contrast."""
+    explained: Floats
+    """1 - SSE/SST: 1 for the same image, 0 for one no better than the target's mean, else below;
+    0 where the target has no contrast."""
+
+    @property
+    def r2(self) -> Floats:
+        """The square of ``pearson_r``: the variance explained once scale and offset are fitted."""
+        return self.pearson_r**2
+
+
+def agreement(predicted: Tensor, target: Tensor) -> Agreement:
+    """Return how well ``predicted`` [N, C, H, W] predicts ``target``, over all pixels and channels.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if predicted.shape != target.shape:
+        raise ValueError(f"expected images {list(target.shape)}, got {list(predicted.shape)}")
+    got, want = (images.double().flatten(1).numpy() for images in (predicted, target))
+    error = np.square(got - want).sum(1)
+    got, want = (images - images.mean(1, keepdims=True) for images in (got, want))
+    total = np.square(want).sum(1)
+    size = np.sqrt(np.square(got).sum(1) * total)
+    product = (got * want).sum(1)
+    pearson_r = np.divide(product, size, out=np.zeros_like(size), where=size > 0)
+    unexplained = np.divide(error, total, out=np.ones_like(total), where=total > 0)
+    return Agreement(pearson_r, 1 - unexplained)
+
+
+def median_interval(values: Floats, seed: int = 0) -> tuple[float, float, float]:
+    """Return the median and the ends of its 95 % percentile bootstrap interval."""
+    draw = np.random.default_rng(seed)
+    medians = [
+        np.median(draw.choice(values, (_BLOCK, len(values))), axis=1)
+        for _ in range(_RESAMPLES // _BLOCK)
+    ]
+    low, high = np.quantile(np.concatenate(medians), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)

@@ -1,0 +1,194 @@
+"""Calibration: finds known windows, repeats itself, goes on, leaves a model that serves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.denoisers.comparing import SHAPE, squares, subjects, write_bank, write_network
+from typer.testing import CliRunner
+
+from els_service.cli.main import app
+from els_service.denoisers.base import make_query
+from els_service.denoisers.calibrate import main
+from els_service.denoisers.comparison.calibration import (
+    Calibration,
+    Journal,
+    best_by_label,
+    calibrate,
+    trajectory,
+)
+from els_service.denoisers.comparison.drawing import Draw
+from els_service.denoisers.comparison.subjects import find_windows, open_network
+from els_service.denoisers.levels import cosine
+from els_service.denoisers.windows import WindowTable
+from els_service.engine.repository import ModelRepository
+from els_service.errors import LoadError
+
+STEPS, SAMPLES = 5, 4
+HIDDEN = (3, 3, 5, 7, 5)
+CANDIDATES = (1, 3, 5, 7)
+
+
+@pytest.fixture(scope="module")
+def sigma() -> tuple[float, ...]:
+    return tuple(cosine(np.arange(1, STEPS + 1) / STEPS).sigma.tolist())
+
+
+@pytest.mark.parametrize("search", ["all", "climb"])
+@pytest.mark.parametrize("labels", [0, 2])
+def test_the_windows_of_a_machine_are_found_again(
+    tmp_path: Path, sigma: tuple[float, ...], search: str, labels: int
+) -> None:
+    bank = squares()
+    hidden = subjects(bank, WindowTable(sigma, HIDDEN), "els").machines["els"]
+    how = Draw(seed=3, steps=STEPS, label_count=labels)
+    points = trajectory(hidden, how, SAMPLES)
+    machine = subjects(bank, None, "els").machines["els"]
+    journal = Journal(tmp_path / "journal.json", {})
+    of = how.labels(0, SAMPLES)
+    found = calibrate(machine, points, of, CANDIDATES, journal, search=search)
+    assert found.table == WindowTable(sigma, HIDDEN)
+    for k, row in zip(HIDDEN, found.cosines, strict=True):
+        np.testing.assert_allclose(row[k], 1, atol=1e-12)
+        assert len(row) == len(CANDIDATES) or search == "climb"
+    if labels:
+        assert best_by_label(found, of) == {0: list(HIDDEN), 1: list(HIDDEN)}
+
+
+def test_the_median_over_samples_decides_and_each_label_may_differ() -> None:
+    rows = {3: np.array([0.9, 0.1, 0.9, 0.1]), 5: np.array([0.6, 0.6, 0.6, 0.6])}
+    found = Calibration((1.0,), (5,), (rows,))
+    assert best_by_label(found, [0, 1, 0, 1]) == {0: [3], 1: [5]}
+
+
+def test_a_run_goes_on_from_its_journal(tmp_path: Path, sigma: tuple[float, ...]) -> None:
+    machine = subjects(squares(), None, "els").machines["els"]
+    points = trajectory(machine, Draw(steps=2), SAMPLES)
+    computed: list[tuple[int, int]] = []
+
+    def run(**settings: Any) -> Calibration:
+        journal = Journal(tmp_path / "journal.json", {"seed": 0} | settings)
+        report = computed.append
+        return calibrate(
+            machine,
+            points,
+            [-1] * SAMPLES,
+            CANDIDATES,
+            journal,
+            report=lambda level, k: report((level, k)),
+        )
+
+    first = run()
+    file = json.loads((tmp_path / "journal.json").read_text())
+    # As if it had been killed in the middle: what is kept is trusted, what is not is computed.
+    file["cosines"] = {key: kept for key, kept in file["cosines"].items() if key[0] == "1"}
+    file["cosines"]["1/7"] = [2.0] * SAMPLES
+    (tmp_path / "journal.json").write_text(json.dumps(file))
+    second = run()
+    assert second.k == (7, first.k[1])
+    np.testing.assert_array_equal(second.cosines[1][3], first.cosines[1][3])
+    with pytest.raises(LoadError, match="seed: expected 0 as begun, got 1"):
+        run(seed=1)
+    (tmp_path / "journal.json").write_text("{")
+    with pytest.raises(LoadError, match="expected a calibration's journal"):
+        run()
+
+
+def told(folder: Path, *extra: str) -> list[str]:
+    """The arguments of a small calibration."""
+    text = f"{folder}/models/net --bank {folder}/models/_banks/squares.safetensors --samples 3"
+    return [*f"{text} --steps 3 --windows 7,3,5 --device cpu --threads 1".split(), *extra]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of models with a network and a bank."""
+    write_network(tmp_path / "models" / "net")
+    write_bank(tmp_path / "models" / "_banks" / "squares.safetensors")
+    return tmp_path / "models"
+
+
+# Calibration must run where only torch, numpy, safetensors, PyYAML and Pillow are.
+_BARE = """
+import sys
+for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "prometheus_client"):
+    sys.modules[name] = None
+import runpy
+sys.argv[0] = "calibrate"
+runpy.run_module("els_service.denoisers.calibrate", run_name="__main__")
+"""
+
+
+def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, models: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", *told(tmp_path)])
+    assert result.exit_code == 0, result.output
+    out = models / "net-els"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "calibration.json",
+        "model.yaml",
+        "windows.yaml",
+    ]
+    record = json.loads((out / "calibration.json").read_text())
+    served = ModelRepository(models).load("net-els")
+    assert served.info.window is not None
+    assert list(served.info.window.k) == [level["k"] for level in record["levels"]]
+    served.denoise(make_query(np.zeros((1, *SHAPE), np.float32), cosine(np.array([0.5])), 1))
+    network = open_network("net", models)
+    assert find_windows(network).source == "net-els/windows.yaml"
+    assert record["network"]["fingerprint"] == network.fingerprint
+    assert (record["samples"], record["seed"], record["search"]) == (3, 1, "all")
+    assert all(set(level["median_cosine"]) == {"3", "5", "7"} for level in record["levels"])
+    assert set(record["k_by_label"]) == {"0", "1"}
+    shown = CliRunner().invoke(app, ["calibrate", "--help"])
+    assert (shown.exit_code, "--search" in shown.output) == (0, True)
+    again = tmp_path / "again"
+    subprocess.run(
+        [sys.executable, "-c", _BARE, *told(tmp_path, "--out", str(again))],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    ours = json.loads((again / "calibration.json").read_text())
+    assert ours | {"command": ""} == record | {"command": ""}
+
+
+def test_windows_are_written_into_a_model_that_is_there_and_fits(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = models / "mine"
+    folder.mkdir()
+    fits = "kind: analytic\nmachine: els\nbank: ../_banks/squares.safetensors\n"
+    for content, expected in (
+        ("kind: wiener\nbank: x", "kind: expected analytic, got wiener"),
+        (fits + "padding: circular", "padding: expected zeros, got circular"),
+        (fits + "window: 5", "window: expected auto, got 5"),
+        ("- 1", "expected a model"),
+        (fits, ""),
+    ):
+        (folder / "model.yaml").write_text(content)
+        code = main(told(tmp_path, "--out", str(folder)))
+        assert (code, expected in capsys.readouterr().err) == (2 if expected else 0, True)
+    assert (folder / "model.yaml").read_text() == fits
+    assert ModelRepository(models).load("mine").info.window is not None
+
+
+def test_what_cannot_be_calibrated_is_refused_by_name(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for extra, expected in (
+        (["--machine", "ideal"], "machine: expected one with a window, got ideal"),
+        (["--machine", "elz"], "machines: expected some of"),
+        (["--windows", "4"], "windows: expected odd numbers from 1 to 15, got 4"),
+        (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
+        (["--seed", "-1"], "seed: expected"),
+        (["--bank-limit", "1"], "bank-limit: expected at least 2"),
+    ):
+        assert main([*told(tmp_path), *extra]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (models / "net-els").exists()

@@ -1,0 +1,91 @@
+"""Networks, banks, machines and windows as a comparison finds them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.denoisers.comparing import (
+    squares,
+    subjects,
+    write_bank,
+    write_network,
+)
+
+from els_service.denoisers.banks import make_bank
+from els_service.denoisers.comparison.subjects import (
+    build_machines,
+    find_windows,
+    open_bank,
+    open_network,
+)
+from els_service.errors import InvalidArgumentError, LoadError
+
+TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
+
+
+def test_machines_take_the_network_s_padding_unless_they_are_told_another() -> None:
+    bank = squares(labelled=False)
+    zeros = subjects(bank, None, "els").network.denoiser.info
+    names = ("els", "local", "ideal", "equivariant", "els-valid", "els-circular")
+    for padding in ("zeros", "circular"):
+        machines = build_machines(names, bank, replace(zeros, padding=padding))
+        found = {name: machine.info.padding for name, machine in machines.items()}
+        assert found == {
+            "els": padding,
+            "local": padding,
+            "ideal": "zeros",
+            "equivariant": "circular",
+            "els-valid": "valid",
+            "els-circular": "circular",
+        }
+
+
+def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) -> None:
+    network = open_network(str(write_network(tmp_path / "net")))
+    assert find_windows(network).source == "auto"
+    beside = tmp_path / "net-els"
+    beside.mkdir()
+    (beside / "windows.yaml").write_text(TABLE)
+    for fingerprint, machine, found in (
+        ("another", "els", "auto"),
+        (network.fingerprint, "local", "auto"),
+        (network.fingerprint, "els", "net-els/windows.yaml"),
+    ):
+        content = {"network": {"fingerprint": fingerprint}, "machine": machine}
+        (beside / "calibration.json").write_text(json.dumps(content))
+        assert find_windows(network).source == found
+    (tmp_path / "net" / "windows.yaml").write_text(TABLE.replace("5", "7"))
+    table = find_windows(network).table
+    assert table is not None
+    assert table.k == (3, 7)
+    assert find_windows(network, "auto").table is None
+    assert find_windows(network, str(beside)).source == "net-els/windows.yaml"
+    constant = find_windows(network, "5").table
+    assert constant is not None
+    assert constant.at(np.array([0.1, 10])).tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("content", ["sigma: [1]\nk: [2]", "k: [3]", "[]", "{", "sigma: 1\nk: 3"])
+def test_a_table_that_is_none_is_refused_by_its_file(tmp_path: Path, content: str) -> None:
+    network = open_network(str(write_network(tmp_path / "net")))
+    (tmp_path / "net" / "windows.yaml").write_text(content)
+    with pytest.raises(LoadError, match=r"windows\.yaml: expected windows"):
+        find_windows(network)
+    with pytest.raises(InvalidArgumentError, match="windows: expected calibrated"):
+        find_windows(network, str(tmp_path / "nowhere"))
+
+
+def test_a_bank_is_cut_to_as_many_of_each_label(tmp_path: Path) -> None:
+    labels = np.array([0] * 10 + [1] * 3)
+    whole = make_bank(squares(images=13).images, labels)
+    write_bank(tmp_path / "bank.safetensors", whole)
+    info = open_network(str(write_network(tmp_path / "net"))).denoiser.info
+    cut = open_bank(tmp_path / "bank.safetensors", info, 9)
+    assert np.bincount(cut.labels).tolist() == [4, 3]
+    np.testing.assert_array_equal(cut.images, whole.images[[0, 1, 2, 3, 10, 11, 12]])
+    with pytest.raises(InvalidArgumentError, match="bank-limit: expected at least 2"):
+        open_bank(tmp_path / "bank.safetensors", info, 1)

@@ -1,0 +1,208 @@
+"""Good requests of every RPC of both services, from which the nearly good ones are made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from hypothesis import strategies as st
+from tests.denoisers import networks
+from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE, write_models
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.inference import grpc_service_pb2 as oip
+from els_service.engine.lane import Statistics
+from els_service.engine.models import Entry
+from els_service.engine.repository import ModelRepository
+from els_service.wire.resume import encode_token
+
+SERVICES: list[ServiceDescriptor] = [
+    pb.DESCRIPTOR.services_by_name["DenoiserService"],
+    oip.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+]
+METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in service.methods]
+SPARE = "spare"
+"""The one model that good requests unload; it has ``gaussian``'s shape."""
+NETWORK = "network"
+NAMES = [*DOCUMENTS, NETWORK, SPARE]
+_SIZES = {pb.DTYPE_F32: 4, pb.DTYPE_F16: 2, pb.DTYPE_BF16: 2, pb.DTYPE_U8: 1}
+_LEVELS = {"sigma": (1e-4, 1e6), "alpha_bar": (1e-11, 0.99999), "time": (1e-3, 1.0)}
+
+names = st.sampled_from(NAMES)
+
+
+def write_world(root: Path) -> Path:
+    """Write the models that good requests name, and a canary's."""
+    own = {SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
+    write_models(root, DOCUMENTS | own)
+    networks.write_folder(root / NETWORK, networks.config())
+    return root
+
+
+@cache
+def _entries() -> dict[str, Entry]:
+    """Return the models as a server would have them: what resume tokens depend on."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = ModelRepository(write_world(Path(folder) / "models"))
+        return {
+            name: Entry(name, 1, repository.load(name).info, None, Statistics()) for name in NAMES
+        }
+
+
+def shape_of(model: str) -> tuple[int, int, int]:
+    """Return the shape of a model's images."""
+    if model == NETWORK:
+        return networks.SHAPE
+    return RGB if model in ("gaussian", SPARE) else SHAPE
+
+
+def _pixels(draw: st.DrawFn, shape: Sequence[int]) -> Any:
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    return rng.normal(size=shape) * draw(st.sampled_from([1e-30, 1.0, 100.0, 1e8]))
+
+
+def _level(draw: st.DrawFn, batch: int) -> tuple[str, list[float]]:
+    name = draw(st.sampled_from(list(_LEVELS)))
+    each = draw(st.sampled_from([1, batch]))
+    return name, draw(st.lists(st.floats(*_LEVELS[name]), min_size=each, max_size=each))
+
+
+def _labels(draw: st.DrawFn, model: str, batch: int) -> list[int]:
+    size = draw(st.sampled_from([0, 1, batch]))
+    highest = -1 if shape_of(model) == RGB else LABELS - 1
+    return draw(st.lists(st.integers(-1, highest), min_size=size, max_size=size))
+
+
+@st.composite
+def queries(draw: st.DrawFn, kind: Any) -> Message:
+    """Draw a request of Denoise or Score."""
+    model, batch = draw(names), draw(st.integers(1, 4))
+    shape = (batch, *shape_of(model))
+    dtype = draw(st.sampled_from(list(_SIZES)))
+    level, values = _level(draw, batch)
+    pixels = _pixels(draw, shape)
+    match dtype:
+        case pb.DTYPE_F32:
+            data = pixels.astype("<f4").tobytes()
+        case pb.DTYPE_F16:
+            data = np.clip(pixels, -6e4, 6e4).astype("<f2").tobytes()
+        case pb.DTYPE_BF16:
+            data = torch.from_numpy(pixels).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+        case _:
+            data = np.random.default_rng(1).bytes(pixels.size)
+    request: Message = kind(
+        model=model,
+        x=pb.Tensor(dtype=dtype, shape=shape, data=data),
+        level=pb.NoiseLevel(**{level: values}),
+        labels=_labels(draw, model, batch),
+        windows=draw(st.sampled_from([[], [3]])) if model in ("zeros", "local", "valid") else [],
+        output_dtype=draw(st.sampled_from([0, 1, 2, 3])),
+        return_log_evidence=model in WITH_EVIDENCE and draw(st.booleans()),
+        priority=draw(st.integers(0, 3)),
+        timeout_s=draw(st.sampled_from([0.0, 0.0, 1e-9, 1e-3, 1.0, 1e308])),
+        version=draw(st.sampled_from(["", "", "1"])),
+    )
+    return request
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> pb.SampleRequest:
+    """Draw a request of Sample, some with a token of its own that was tampered with."""
+    model, count, steps = draw(names), draw(st.integers(0, 3)), draw(st.integers(2, 5))
+    sampler = draw(st.integers(0, 4))
+    request = pb.SampleRequest(
+        model=model,
+        count=count,
+        steps=steps,
+        sampler=pb.Sampler.ValueType(sampler),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        labels=_labels(draw, model, count or 1),
+        return_x=draw(st.booleans()),
+        return_denoised=draw(st.booleans()),
+        return_noise=draw(st.booleans()),
+        return_resume_token=draw(st.booleans()),
+        output_dtype=pb.DType.ValueType(draw(st.integers(0, 3))),
+        priority=draw(st.integers(0, 3)),
+    )
+    if sampler == pb.SAMPLER_DDPM:
+        request.eta = draw(st.floats(0, 1))
+    if sampler == pb.SAMPLER_HEUN:
+        request.churn = draw(st.floats(0, steps))
+    if draw(st.booleans()):
+        state = _pixels(draw, (count or 1, *shape_of(model)))
+        state *= draw(st.sampled_from([1.0, 1e5, 1e7, float("nan")]))
+        index = draw(st.integers(0, steps))
+        request.resume_token = encode_token(
+            request, _entries()[model], index, torch.from_numpy(state)
+        )
+    return request
+
+
+@st.composite
+def inferences(draw: st.DrawFn) -> oip.ModelInferRequest:
+    """Draw a request of ModelInfer, raw or typed."""
+    model, batch = draw(names), draw(st.integers(1, 4))
+    shape = (batch, *shape_of(model))
+    level, values = _level(draw, batch)
+    request = oip.ModelInferRequest(model_name=model, id=draw(st.text(max_size=20)))
+    inputs: dict[str, Any] = {
+        "x": _pixels(draw, shape).astype("<f4"),
+        level: np.array(values, "<f4"),
+    }
+    if labels := _labels(draw, model, batch):
+        inputs["label"] = np.array(labels, "<i8")
+    if shape_of(model) == RGB:
+        inputs.pop("label", None)
+    raw = draw(st.booleans())
+    for name, array in inputs.items():
+        datatype = "INT64" if name == "label" else "FP32"
+        tensor = request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        if raw:
+            request.raw_input_contents.append(array.tobytes())
+        elif name == "label":
+            tensor.contents.int64_contents.extend(array.tolist())
+        else:
+            tensor.contents.fp32_contents.extend(array.ravel().tolist())
+    outputs = draw(st.sampled_from([[], ["denoised"], ["score", "denoised"], ["log_evidence"]]))
+    request.outputs.extend(
+        oip.ModelInferRequest.InferRequestedOutputTensor(name=n) for n in outputs
+    )
+    return request
+
+
+def _log_settings(level: str) -> oip.LogSettingsRequest:
+    value = oip.LogSettingsRequest.SettingValue(string_param=level)
+    return oip.LogSettingsRequest(settings={"log_level": value})
+
+
+_KNOWN: dict[str, st.SearchStrategy[Any]] = {
+    "Denoise": queries(pb.DenoiseRequest),
+    "DenoiseStream": queries(pb.DenoiseRequest),
+    "Score": queries(pb.ScoreRequest),
+    "Sample": samples(),
+    "ModelInfer": inferences(),
+    "GetModel": st.builds(pb.GetModelRequest, name=names),
+    "ModelReady": st.builds(oip.ModelReadyRequest, name=names),
+    "ModelMetadata": st.builds(oip.ModelMetadataRequest, name=names),
+    "ModelConfig": st.builds(oip.ModelConfigRequest, name=names),
+    "ModelStatistics": st.builds(oip.ModelStatisticsRequest, name=names),
+    "RepositoryModelLoad": st.builds(oip.RepositoryModelLoadRequest, model_name=names),
+    "RepositoryModelUnload": st.just(oip.RepositoryModelUnloadRequest(model_name=SPARE)),
+    "LogSettings": st.sampled_from(["debug", "info", "warning"]).map(_log_settings),
+}
+
+
+def good(method: MethodDescriptor) -> st.SearchStrategy[Any]:
+    """Return the good requests of a method; those of a method unknown here are empty."""
+    kind = GetMessageClass(method.input_type)
+    requests = _KNOWN.get(method.name, st.builds(kind))
+    # What mutations change must not be what the next example starts from.
+    return requests.map(lambda request: kind.FromString(request.SerializeToString()))
