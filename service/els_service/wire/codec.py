@@ -129,7 +129,7 @@ def _conditions(
     message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
 ) -> npt.NDArray[np.float32]:
     """Return [batch, T, W] of a tensor of one condition, or one for each image."""
-    shape = tuple(message.shape[:])
+    shape = tuple(message.shape[:SHOWN])
     # Before the numbers are read: a model's rows bound the work.
     if not info.condition_width:
         raise InvalidArgumentError(field, "none for this model", list(shape))

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from els_service.denoisers.base import (
     Condition,
@@ -241,6 +240,9 @@ def _count_flops(part: Part) -> int:
     Raises:
         LoadError: It does not.
     """
+    # Here, because it imports triton, which a server without networks has no use for.
+    from torch.utils.flop_counter import FlopCounterMode
+
     shape, width = shape_of(part), condition_width(part)
     inputs: dict[str, Tensor] = {}
     if width:
