@@ -85,18 +85,22 @@ def make_query(
     Raises:
         InvalidArgumentError: The number of levels, labels, windows or conditions fits neither.
     """
-    batch = len(x)
-    if len(conditions) not in (0, 1, batch):
-        expected = f"none, 1 or {batch} conditions"
-        raise InvalidArgumentError("conditioning", expected, len(conditions))
-    if len(level) not in (1, batch):
-        raise InvalidArgumentError("level", f"1 value or {batch}", f"{len(level)} values")
+    batch, levels = len(x), len(level.s)
+    if levels != batch:
+        if levels != 1:
+            raise InvalidArgumentError("level", f"1 value or {batch}", f"{levels} values")
+        level = level.repeat(batch)
+    if conditions:
+        if len(conditions) not in (1, batch):
+            expected = f"none, 1 or {batch} conditions"
+            raise InvalidArgumentError("conditioning", expected, len(conditions))
+        conditions = tuple(conditions) * (batch // len(conditions))
     return Query(
         x.numpy() if isinstance(x, Tensor) else x,
-        level.repeat(batch),
+        level,
         one_each("labels", labels, batch, none=-1),
         one_each("windows", windows, batch, none=0),
-        tuple(conditions) * (batch if len(conditions) == 1 else 1),
+        tuple(conditions),
     )
 
 

@@ -137,7 +137,8 @@ class DenoiserService(DenoiserServiceServicer):
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
-        codec.check_lengths(limits, labels=request.labels, windows=request.windows)
+        codec.few("labels", request.labels, limits)
+        codec.few("windows", request.windows, limits)
         if count < 1:
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:

@@ -238,8 +238,10 @@ def _per_image(name: str, inputs: Inputs, limits: Limits) -> list[Any]:
     if name not in inputs:
         return []
     values = inputs[name]
-    codec.check_lengths(limits, **{name: values.reshape(-1)})
     if max(values.shape, default=1) != values.size:
         raise InvalidArgumentError(f"{name}.shape", "[1] or [B]", list(values.shape))
+    if values.size > limits.max_images:
+        expected = f"at most one for each of {limits.max_images} images"
+        raise InvalidArgumentError(name, expected, f"{values.size} values")
     flat: list[Any] = values.reshape(-1).tolist()
     return flat
