@@ -32,8 +32,10 @@ _WRONG = 3
 """So many answers in a row that were slow, and they are no work for the event loop."""
 _SHORT_S = 0.02
 """Predicted time of a batch whose launch costs nothing: others get their turn after it."""
-_LAUNCH_SHARE = 0.05
+_LAUNCH_SHARE = 0.2
 """Part of a batch that its launch may be; batches grow until it is."""
+_HAND_OUT_S = 0.002
+"""Of a deadline: an answer that is computed has yet to be handed out."""
 _PURGE_S = 0.1
 """How often a full queue is searched for items that are late."""
 _LEAST_RETRY_S = 0.05
@@ -233,15 +235,16 @@ class Scheduler:
         estimate, first_deadline = 0.0, float("inf")
         longest = self._batch_s(lane)
         at_most = lane.costs.at_most if lane.costs.trusted(now) else _nothing
+        until = now + _HAND_OUT_S
         while item := lane.queue.peek(now):
             deadline = item.ticket.terms.deadline
-            if now + at_most(item.cost) > deadline:
+            if until + at_most(item.cost) > deadline:
                 self._expire(lane, item.ticket, now)
                 continue
             together = estimate + item.cost
             if batch and (
                 lane.costs.seconds(together) > longest
-                or now + at_most(together) > min(first_deadline, deadline)
+                or until + at_most(together) > min(first_deadline, deadline)
             ):
                 break
             lane.queue.take(item, now)
@@ -305,15 +308,21 @@ class Scheduler:
     def _hand_out(self, lane: Lane, item: Item, result: Denoised | Exception) -> None:
         ticket = item.ticket
         self._running.pop(ticket, None)
+        now = self.clock()
         if ticket.answer.done():
             if ticket.answer.cancelled():
                 self._observer.dropped(lane.model, "discarded")
+        elif now > ticket.terms.deadline:
+            self._observer.dropped(lane.model, "discarded")
+            lane.statistics.failed.add(now - ticket.since)
+            late = now - ticket.terms.deadline
+            _fail(ticket, DeadlineExceededError(f"{lane.model} took {late:.3g} s too long"))
         elif isinstance(result, Exception):
             self._observer.dropped(lane.model, "faulted")
-            lane.statistics.failed.add(self.clock() - ticket.since)
+            lane.statistics.failed.add(now - ticket.since)
             _fail(ticket, result)
         elif ticket.deliver(item.index, result):
-            lane.statistics.succeeded.add(self.clock() - ticket.since)
+            lane.statistics.succeeded.add(now - ticket.since)
 
     def _computed(
         self, device: Device, lane: Lane, batch: list[Item], cost: float, outcome: Results
