@@ -96,6 +96,26 @@ def test_a_caller_who_leaves_is_not_charged() -> None:
     assert order(queue).index(back) <= 1
 
 
+def test_a_flood_of_which_most_is_dropped_does_not_get_ahead() -> None:
+    queue = filled(*(Piece("flood") for _ in range(50)))
+    for _ in range(20):
+        for _ in range(3):
+            late = queue.peek(0.0)
+            assert late is not None
+            queue.drop(late)
+            queue.push(Piece("flood"), 0.0)
+        modest = Piece("modest")
+        queue.push(modest, 0.0)
+        for turn in range(3):
+            head = queue.peek(0.0)
+            assert head is not None
+            queue.take(head, 0.0)
+            queue.push(Piece("flood"), 0.0)
+            if head is modest:
+                break
+        assert turn < 2
+
+
 def test_what_is_ahead_counts_each_caller_up_to_ones_own() -> None:
     queue = filled(
         *(Piece("flood", cost=2) for _ in range(50)),

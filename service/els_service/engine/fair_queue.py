@@ -105,11 +105,15 @@ class FairQueue(Generic[T]):
         self._remove(level, item)
 
     def drop(self, item: T) -> None:
-        """Remove an item that will not be served; its caller is not charged for it."""
+        """Remove an item that will not be served; a caller of whom nothing is left starts afresh.
+
+        One who has more waiting keeps its place in virtual time: were it given back the cost of
+        what came too late, a flood of which most comes too late would always be next.
+        """
         level = self._levels[item.priority - 1]
-        finish = level.finish.get(item.caller, 0.0)
-        level.finish[item.caller] = max(level.virtual, finish - item.cost)
         self._remove(level, item)
+        if item.caller not in level.owed:
+            level.finish.pop(item.caller, None)
         if len(level.heap) > 2 * level.live + 64:
             level.heap = [entry for entry in level.heap if entry[2].waiting]
             heapq.heapify(level.heap)
