@@ -30,7 +30,7 @@ INLINE_S = 1e-4
 _SLOW_S = 10 * INLINE_S
 _WRONG = 3
 """So many answers in a row that were slow, and they are no work for the event loop."""
-_SHORT_S = 0.02
+_SHORT_S = 0.01
 """Predicted time of a batch whose launch costs nothing: others get their turn after it."""
 _LAUNCH_SHARE = 0.2
 """Part of a batch that its launch may be; batches grow until it is."""
