@@ -5,6 +5,7 @@ Runs inside every build (editable, wheel); what it writes is never committed.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -62,7 +63,7 @@ def compile_contracts(root: Path) -> None:
             "grpc_tools.protoc",
             # The virtual path makes generated imports absolute: from els_proto.denoise.v1 import …
             f"-Iels_proto={proto}",
-            f"-I{sysconfig.get_path('purelib')}",  # google/rpc/*.proto of googleapis-common-protos
+            f"-I{_common_contracts()}",
             f"--python_out={out}",
             f"--grpc_python_out={out}",
             f"--mypy_out={out}",
@@ -79,6 +80,14 @@ def compile_contracts(root: Path) -> None:
     (package / "build_info.py").write_text(
         f'"""Generated: which commit this build is of."""\n\nCOMMIT = "{_commit(root)}"\n'
     )
+
+
+def _common_contracts() -> Path:
+    """Return the folder with google/rpc/status.proto, which googleapis-common-protos installs."""
+    # Found as Python would: a build has its packages elsewhere than its interpreter.
+    spec = importlib.util.find_spec("google.rpc")
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ()))).parents[1]
 
 
 def _platform() -> str:
