@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import torch
 from tests.kernels.cases import NAMES, VARIANTS
 
 from els_kernels import Geometry
 from els_kernels.native import instruction_sets
-
-
-@pytest.fixture(scope="package", autouse=True)
-def interpreted() -> Iterator[None]:
-    """Without a GPU Triton's kernels are interpreted, which is settled when triton is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield
 
 
 def missing(variant: str) -> str | None:
