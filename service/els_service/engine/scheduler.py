@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -68,7 +69,8 @@ class Scheduler:
         """Device → when its batch is predicted to end."""
         self._lanes: dict[Lane, None] = {}
         """Those with something waiting."""
-        self._running: dict[Ticket, None] = {}
+        self._running: Counter[Ticket] = Counter()
+        """Tickets with parts that are being computed, and how many."""
         self._virtual = 0.0
 
     def submit(
@@ -267,7 +269,7 @@ class Scheduler:
             waited = now - item.ticket.since
             self._observer.queued(lane.model, waited)
             lane.statistics.queued.add(waited)
-            self._running[item.ticket] = None
+            self._running[item.ticket] += 1
         work = partial(answers, lane.denoisers[device.name], [item.query for item in batch])
         done = device.run(work, self._terms.watchdog_s + 10 * cost)
         done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
@@ -307,7 +309,9 @@ class Scheduler:
 
     def _hand_out(self, lane: Lane, item: Item, result: Denoised | Exception) -> None:
         ticket = item.ticket
-        self._running.pop(ticket, None)
+        self._running[ticket] -= 1
+        if not self._running[ticket]:
+            del self._running[ticket]
         now = self.clock()
         if ticket.answer.done():
             if ticket.answer.cancelled():
