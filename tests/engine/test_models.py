@@ -35,10 +35,6 @@ async def mean(engine: Engine, name: str, version: str = "") -> float:
     return float(answer.pixels[0, 0, 0, 0])
 
 
-def states(index: list[object]) -> list[tuple[object, ...]]:
-    return [(s.model, s.version, s.state) for s in index]  # type: ignore[attr-defined]
-
-
 async def test_good_models_are_served_and_bad_ones_are_explained(
     engine: Engine, tmp_path: Path
 ) -> None:
