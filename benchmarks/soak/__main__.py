@@ -80,7 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pause-ms", type=float, default=50.0, help="longest pause of a caller")
     parser.add_argument("--warm-up", type=float, default=0.4, help="fraction that is discarded")
     parser.add_argument("--mib-per-hour", type=float, default=8.0, help="allowed slope of memory")
-    parser.add_argument("--noise-mib", type=float, default=8.0, help="allowed whatever the length")
+    parser.add_argument("--noise-mib", type=float, default=2.0, help="allowed whatever the length")
     parser.add_argument("--fds", type=int, default=4, help="allowed growth in open files")
     parser.add_argument("--threads", type=int, default=2, help="allowed growth in threads")
     parser.add_argument("--out", type=Path, help="where the record goes")

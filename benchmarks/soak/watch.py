@@ -29,10 +29,7 @@ class Bounds:
     mib_per_hour: float
     """Slope of the resident memory."""
     noise_mib: float
-    """Growth that a short run may show whatever its slope: malloc's arenas settle in steps of MiB.
-
-    Measured where nothing leaks: Python's objects and blocks stay the same in number.
-    """
+    """Growth that a short run may show whatever its slope."""
     fds: int
     """Growth in open files, first against last quarter."""
     threads: int

@@ -125,6 +125,7 @@ def test_determinism_that_a_library_does_not_give_is_not_promised(
 
 # torch's compiler imports what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+# On a CPU it writes C++.
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling needs a C++ compiler")
 def test_a_compiled_network_answers_alike() -> None:
     of, query = config(widths=(4,), blocks=1), concatenate(pool()[:3])

@@ -10,8 +10,9 @@ from typing import Any
 import uvicorn
 import uvloop
 
-PORT = int(sys.argv.pop(1))  # before KServe, once imported, reads the command line itself
+PORT = int(sys.argv.pop(1))
 
+# Only now, because KServe reads the command line when it is imported.
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer  # noqa: E402
 from kserve.protocol.grpc import server as kserve_grpc  # noqa: E402
 

@@ -118,6 +118,8 @@ def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
         alpha_bar = schedule.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             return Timesteps(np.sqrt((1 - alpha_bar) / alpha_bar), whole)
+    # What diffusers' schedulers raise where a field is wrong; the last but one for a schedule that
+    # they do not have.
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise LoadError(path, f"{', '.join(_LEVEL_FIELDS)}: {text}") from error
