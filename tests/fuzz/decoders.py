@@ -16,6 +16,7 @@ from tests.denoisers import networks
 from tests.e2e.bad_inferences import SIGMA, X, infer
 from tests.e2e.bad_requests import denoise, sample
 from tests.e2e.models_folder import DOCUMENTS, LABELS, SHAPE, write_models
+from tests.wire.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
@@ -25,7 +26,6 @@ from els_service.engine.lane import Statistics
 from els_service.engine.models import Entry
 from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError, ResourceExhaustedError
-from els_service.wire import codec, inference_service
 from els_service.wire.resume import decode_token, encode_token
 
 INFO = DenoiserInfo(
@@ -41,7 +41,7 @@ _WINDOWS = b"sigma: [0.1, 1.0]\nk: [1, 5]\n"
 def query(data: bytes) -> None:
     """Decode a ``DenoiseRequest``."""
     try:
-        decoded = codec.decode_query(pb.DenoiseRequest.FromString(data), INFO, LIMITS)
+        decoded = open_denoise(pb.DenoiseRequest.FromString(data), INFO, LIMITS)
         check_query(INFO, decoded)
     except (DecodeError, InvalidArgumentError, ResourceExhaustedError):
         return
@@ -52,8 +52,7 @@ def inference(data: bytes) -> None:
     """Decode a ``ModelInferRequest``."""
     try:
         request = oip.ModelInferRequest.FromString(data)
-        inference_service._wanted(request, INFO)
-        decoded = inference_service._query(inference_service._decode(request, INFO), INFO, LIMITS)
+        decoded = open_inference(request, INFO, LIMITS)
         check_query(INFO, decoded)
     except (DecodeError, InvalidArgumentError, ResourceExhaustedError):
         return

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tests.e2e.bad_requests import denoise
 from tests.fuzz.decoders import INFO, LIMITS, TARGETS, seeds
 from tests.fuzz.mutations import damage
+from tests.wire.opened import open_denoise
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import InvalidArgumentError
-from els_service.wire import codec
 
 SLOW = {"weights", "network", "statistics"}
 FOUND: dict[str, list[bytes]] = {}
@@ -50,10 +50,10 @@ def test_lists_of_millions_are_refused_by_their_length(field: str) -> None:
     request: Any = denoise()
     getattr(request, field).extend([1] * 2_000_000)
     with pytest.raises(InvalidArgumentError, match="at most one for each of 8 images, got 2000000"):
-        codec.decode_query(request, INFO, LIMITS)
+        open_denoise(request, INFO, LIMITS)
 
 
 def test_a_level_of_millions_is_refused_by_its_length() -> None:
     request = denoise(level=pb.NoiseLevel(time=[0.5] * 2_000_000))
     with pytest.raises(InvalidArgumentError, match="at most one for each of 8 images, got 2000000"):
-        codec.decode_query(request, INFO, LIMITS)
+        open_denoise(request, INFO, LIMITS)

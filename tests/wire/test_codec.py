@@ -10,13 +10,14 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tests.wire.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, check_query
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
-from els_service.wire import codec, inference_service
+from els_service.wire import codec
 
 SHAPE = (1, 2, 3)
 INFO = DenoiserInfo(
@@ -89,7 +90,7 @@ def outcome(action: Any) -> Any:
 @settings(max_examples=600, deadline=None)
 @given(request=requests)
 def test_a_request_is_a_valid_query_or_an_error_that_says_why(request: pb.DenoiseRequest) -> None:
-    result = outcome(lambda: codec.decode_query(request, INFO, LIMITS))
+    result = outcome(lambda: open_denoise(request, INFO, LIMITS))
     if isinstance(result, Query):
         assert_valid(result)
 
@@ -102,7 +103,7 @@ def test_any_bytes_that_parse_are_a_valid_query_or_an_error(data: bytes) -> None
         request.ParseFromString(data)
     except Exception:
         return
-    result = outcome(lambda: codec.decode_query(request, INFO, LIMITS))
+    result = outcome(lambda: open_denoise(request, INFO, LIMITS))
     if isinstance(result, Query):
         assert_valid(result)
 
@@ -160,18 +161,12 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def decoded(request: inference_pb.ModelInferRequest) -> Query:
-    inference_service._wanted(request, INFO)
-    inputs = inference_service._decode(request, INFO)
-    return inference_service._query(inputs, INFO, LIMITS)
-
-
 @settings(max_examples=400, deadline=None)
 @given(request=inferences())
 def test_an_inference_is_a_valid_query_or_an_error_that_says_why(
     request: inference_pb.ModelInferRequest,
 ) -> None:
-    result = outcome(lambda: decoded(request))
+    result = outcome(lambda: open_inference(request, INFO, LIMITS))
     if isinstance(result, Query):
         assert_valid(result)
 
@@ -180,8 +175,13 @@ def test_the_fuzz_finds_valid_queries_too() -> None:
     def valid(action: Any) -> bool:
         return isinstance(outcome(action), Query)
 
-    find(requests, lambda request: valid(lambda: codec.decode_query(request, INFO, LIMITS)))
-    find(inferences(), lambda request: valid(lambda: decoded(request)))
+    find(requests, lambda request: valid(lambda: open_denoise(request, INFO, LIMITS)))
+    find(inferences(), lambda request: valid(lambda: open_inference(request, INFO, LIMITS)))
+
+
+def pixels_of(message: pb.Tensor) -> np.ndarray:
+    shape = codec.decode_shape(message, len(message.data), "x", LIMITS)
+    return codec.decode_pixels(message.data, message.dtype, "x", shape)
 
 
 pixels = arrays.arrays(
@@ -199,7 +199,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     message = codec.encode_tensor(torch.from_numpy(x), dtype)
     assert message.dtype == dtype
     assert tuple(message.shape) == x.shape
-    got = torch.from_numpy(codec.decode_tensor(message, "x", LIMITS))
+    got = torch.from_numpy(pixels_of(message))
     assert got.dtype == torch.float32
     assert torch.equal(got, torch.from_numpy(x).to(FLOATS[dtype]).float())
 
@@ -208,7 +208,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
 @given(x=arrays.arrays(np.uint8, arrays.array_shapes(min_dims=4, max_dims=4, max_side=4)))
 def test_bytes_are_pixels_from_minus_one_to_one(x: np.ndarray) -> None:
     message = pb.Tensor(dtype=pb.DTYPE_U8, shape=x.shape, data=x.tobytes())
-    got = codec.decode_tensor(message, "x", LIMITS)
+    got = pixels_of(message)
     np.testing.assert_array_equal(got, x.astype(np.float32) / np.float32(127.5) - 1)
 
 
@@ -222,7 +222,7 @@ def test_bytes_are_little_endian() -> None:
 
 def test_a_decoded_tensor_is_the_caller_s_own() -> None:
     message = pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 1, 2], data=bytes(8))
-    codec.decode_tensor(message, "x", LIMITS)[:] += 1
+    pixels_of(message)[:] += 1
     assert message.data == bytes(8)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Condition, Denoised, DenoiserInfo, Query, make_query
+from els_service.denoisers.base import Condition, Denoised, DenoiserInfo
 from els_service.denoisers.levels import (
     MAX_SIGMA,
     MIN_SIGMA,
@@ -56,11 +56,11 @@ Request = pb.DenoiseRequest | pb.ScoreRequest
 Conditioned = Request | pb.SampleRequest
 
 
-def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray[np.float32]:
-    """Return a tensor's pixels, float32 [B, C, H, W]; u8 as v/127.5 - 1.
+def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> tuple[int, ...]:
+    """Return [B, C, H, W] of a tensor with ``size`` bytes of pixels.
 
     Raises:
-        InvalidArgumentError: dtype, rank, a dimension, the byte count or a pixel is wrong.
+        InvalidArgumentError: dtype, rank, a dimension or the byte count is wrong.
         ResourceExhaustedError: Too many images or pixels.
     """
     # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
@@ -68,25 +68,28 @@ def decode_tensor(message: pb.Tensor, field: str, limits: Limits) -> npt.NDArray
     if message.dtype not in _STORED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     check_shape(shape, field, limits)
-    data = _data(message, field, shape)
+    _check_bytes(size, message.dtype, field, shape)
     check_pixels(f"{field}.shape", math.prod(shape), limits)
-    return _numbers(data, message.dtype, field, shape)
+    return shape
 
 
-def _data(message: pb.Tensor, field: str, shape: tuple[int, ...]) -> bytes:
-    """Return the bytes of a tensor, each access to which is a copy; as many as its shape asks."""
-    size, data = math.prod(shape) * _STORED[message.dtype].itemsize, message.data
-    if len(data) != size:
+def _check_bytes(size: int, dtype: int, field: str, shape: tuple[int, ...]) -> None:
+    expected = math.prod(shape) * _STORED[dtype].itemsize
+    if size != expected:
         raise InvalidArgumentError(
-            f"{field}.data", f"{size} bytes for {list(shape)}", f"{len(data)} bytes"
+            f"{field}.data", f"{expected} bytes for {list(shape)}", f"{size} bytes"
         )
-    return data
 
 
-def _numbers(
+def decode_pixels(
     data: bytes, dtype: int, field: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Return the numbers that bytes of the right size stand for."""
+    """Return the numbers that bytes stand for, float32 of ``shape``; u8 as v/127.5 - 1.
+
+    Raises:
+        InvalidArgumentError: The byte count or a number is wrong.
+    """
+    _check_bytes(len(data), dtype, field, shape)
     # A writable copy, as torch takes no read-only memory.
     flat = np.frombuffer(bytearray(data), _STORED[dtype])
     if dtype == pb.DTYPE_U8:
@@ -141,7 +144,7 @@ def _conditions(
         raise InvalidArgumentError(f"{field}.shape", expected, list(shape))
     if message.dtype not in _ENCODED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_ENCODED), message.dtype)
-    numbers = _numbers(_data(message, field, shape), message.dtype, field, shape)
+    numbers = decode_pixels(message.data, message.dtype, field, shape)
     return np.broadcast_to(numbers, (batch, *shape[1:]))
 
 
@@ -233,25 +236,6 @@ def one_level(
     raise InvalidArgumentError("level", "exactly one of sigma, alpha_bar, time", got)
 
 
-def decode_query(request: Request, info: DenoiserInfo, limits: Limits) -> Query:
-    """Return the query of a request; that it fits the model is checked by the engine.
-
-    Raises:
-        InvalidArgumentError: A field is wrong, or evidence is asked of a model without.
-        ResourceExhaustedError: Too many images or pixels, or the answer would exceed the limit.
-    """
-    x = decode_tensor(request.x, "x", limits)
-    if request.return_log_evidence and not info.has_log_evidence:
-        raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
-    evidence = x.size // x.shape[1] * 4 if request.return_log_evidence else 0
-    size = x.size * output_size(request.output_dtype) + evidence
-    check_answer_size("x.shape", size, limits)
-    level = decode_level(request.level, info.levels, limits)
-    labels = few("labels", request.labels, limits)
-    windows = decode_windows(few("windows", request.windows, limits))
-    return make_query(x, level, labels, windows, decode_conditions(request, info, len(x)))
-
-
 def decode_windows(windows: Sequence[int]) -> Sequence[int]:
     """Return the windows of a request.
 
@@ -273,6 +257,16 @@ def output_size(dtype: int) -> int:
     if dtype not in _ENCODED:
         raise InvalidArgumentError("output_dtype", _names(_ENCODED), dtype)
     return _STORED[dtype].itemsize
+
+
+def answer_size(shape: Sequence[int], dtype: int, evidence: bool) -> int:
+    """Return the bytes of the tensors that answer images [B, C, H, W].
+
+    Raises:
+        InvalidArgumentError: Not a dtype of answers.
+    """
+    pixels = math.prod(shape)
+    return pixels * output_size(dtype) + (pixels // shape[1] * 4 if evidence else 0)
 
 
 def check_answer_size(field: str, size: int, limits: Limits) -> None:
@@ -312,9 +306,9 @@ def write_tensor(
     message.data = array.tobytes()
 
 
-def write_evidence(message: pb.Tensor, denoised: Denoised, wanted: bool) -> None:
-    """Fill an empty message with the log evidence [B, H, W] f32 if it is wanted."""
-    if wanted and denoised.log_evidence is not None:
+def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:
+    """Fill an empty message with the log evidence [B, H, W] f32, if there is any."""
+    if denoised.log_evidence is not None:
         write_tensor(message, denoised.log_evidence)
 
 

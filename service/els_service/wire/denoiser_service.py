@@ -26,6 +26,7 @@ from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from els_service.wire import codec
 from els_service.wire.calls import Context, check_message
+from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
 from els_service.wire.resume import decode_token, encode_token
 from els_service.wire.streams import in_order
 from els_service.wire.terms import terms_of
@@ -44,21 +45,27 @@ class DenoiserService(DenoiserServiceServicer):
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
         self._engine, self._limits, self._draining = engine, limits, draining
+        self._denoise = Envelopes(engine.models, limits)
+        self._score = Envelopes(engine.models, limits)
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
         """Return the expected clean images."""
-        _, answer = await self._answer(request, context)
+        envelope, query = self._denoise.open(request)
+        answer = self._ask(envelope, query, context)
         response = pb.DenoiseResponse()
-        _write(response, answer, request)
+        _write(response, answer if isinstance(answer, Denoised) else await answer, envelope)
         return response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Return the scores."""
-        query, answer = await self._answer(request, context)
+        envelope, query = self._score.open(request)
+        answer = self._ask(envelope, query, context)
+        if not isinstance(answer, Denoised):
+            answer = await answer
         response = pb.ScoreResponse()
-        scores = score(query, answer.mean)
-        codec.write_tensor(response.score, scores, request.output_dtype)
-        codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
+        codec.write_tensor(response.score, score(query, answer.mean), envelope.output_dtype)
+        if envelope.log_evidence:
+            codec.write_evidence(response.log_evidence, answer)
         return response
 
     def DenoiseStream(
@@ -72,22 +79,17 @@ class DenoiserService(DenoiserServiceServicer):
     ) -> pb.DenoiseStreamResponse | Awaitable[pb.DenoiseStreamResponse]:
         """Return the answer to one request of a stream, or the answer to come."""
         check_message(request)
-        _, answer = self._ask(request, context)
+        envelope, query = self._denoise.open(request)
+        answer = self._ask(envelope, query, context)
         if isinstance(answer, Denoised):
-            return _streamed(answer, request)
-        return _streamed_later(answer, request)
+            return _streamed(answer, envelope)
+        return _streamed_later(answer, envelope)
 
     def _ask(
-        self, request: codec.Request, context: Context
-    ) -> tuple[Query, Denoised | Awaitable[Denoised]]:
-        info = self._engine.models.entry(request.model, request.version).info
-        query = codec.decode_query(request, info, self._limits)
-        terms = terms_of(context, request.priority, request.timeout_s)
-        return query, self._engine.denoise(request.model, query, terms, version=request.version)
-
-    async def _answer(self, request: codec.Request, context: Context) -> tuple[Query, Denoised]:
-        query, answer = self._ask(request, context)
-        return query, answer if isinstance(answer, Denoised) else await answer
+        self, envelope: DenoiseEnvelope, query: Query, context: Context
+    ) -> Denoised | Awaitable[Denoised]:
+        terms = terms_of(context, envelope.priority, envelope.timeout_s)
+        return self._engine.denoise(envelope.model, query, terms, version=envelope.version)
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
@@ -182,9 +184,10 @@ class DenoiserService(DenoiserServiceServicer):
         return pb.GetModelResponse(model=codec.encode_model(entry, self._limits))
 
 
-def _write(response: pb.DenoiseResponse, answer: Denoised, request: pb.DenoiseRequest) -> None:
-    codec.write_tensor(response.denoised, answer.pixels, request.output_dtype)
-    codec.write_evidence(response.log_evidence, answer, request.return_log_evidence)
+def _write(response: pb.DenoiseResponse, answer: Denoised, envelope: DenoiseEnvelope) -> None:
+    codec.write_tensor(response.denoised, answer.pixels, envelope.output_dtype)
+    if envelope.log_evidence:
+        codec.write_evidence(response.log_evidence, answer)
 
 
 def _token(request: pb.SampleRequest, entry: Entry, taken: Step | None) -> bytes:
@@ -194,16 +197,16 @@ def _token(request: pb.SampleRequest, entry: Entry, taken: Step | None) -> bytes
     return encode_token(request, entry, taken.index, taken.state)
 
 
-def _streamed(answer: Denoised, request: pb.DenoiseRequest) -> pb.DenoiseStreamResponse:
+def _streamed(answer: Denoised, envelope: DenoiseEnvelope) -> pb.DenoiseStreamResponse:
     message = pb.DenoiseStreamResponse()
-    _write(message.response, answer, request)
+    _write(message.response, answer, envelope)
     return message
 
 
 async def _streamed_later(
-    answer: Awaitable[Denoised], request: pb.DenoiseRequest
+    answer: Awaitable[Denoised], envelope: DenoiseEnvelope
 ) -> pb.DenoiseStreamResponse:
-    return _streamed(await answer, request)
+    return _streamed(await answer, envelope)
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

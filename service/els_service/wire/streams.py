@@ -69,12 +69,12 @@ async def _read(
         # Before a request is read: one that was read is answered, whenever the reading ends.
         await room.acquire()
         async for request in requests:
+            size = min(WINDOW, 1 + _size(request) // _SHARE)
             try:
                 answer = begin(request)
             except Exception as error:
                 answer = _failed(error)
             ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
-            size = min(WINDOW, 1 + _size(request) // _SHARE)
             begun.put_nowait((ready, size))
             for _ in range(size):
                 await room.acquire()
