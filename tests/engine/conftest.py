@@ -117,7 +117,7 @@ def ask(
     """Return a call under way that asks for one image of each number."""
 
     async def call() -> Denoised:
-        answer = engine.denoise(model, query(*numbers), Terms(**terms))
+        answer = engine.denoise(engine.models.entry(model), query(*numbers), Terms(**terms))
         return answer if isinstance(answer, Denoised) else await answer
 
     return asyncio.ensure_future(call())

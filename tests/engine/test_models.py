@@ -30,7 +30,7 @@ def write(root: Path, name: str, mean: float, version: str = "") -> None:
 async def mean(engine: Engine, name: str, version: str = "") -> float:
     """Return what a Gaussian without variance answers: its mean."""
     x = np.zeros((1, 1, 2, 2), np.float32)
-    answer = engine.denoise(name, make_query(x, from_sigma([1.0])), version=version)
+    answer = engine.denoise(engine.models.entry(name, version), make_query(x, from_sigma([1.0])))
     answer = answer if isinstance(answer, Denoised) else await answer
     return float(answer.pixels[0, 0, 0, 0])
 

@@ -206,7 +206,10 @@ async def test_a_query_that_does_not_fit_never_reaches_a_batch(engine: Engine) -
     engine.models.add("model", recorder)
     engine.models.starting = False
     with pytest.raises(InvalidArgumentError, match="x: expected shape"):
-        engine.denoise("model", replace(query(1), pixels=np.zeros((1, 1, 5, 5), np.float32)))
+        engine.denoise(
+            engine.models.entry("model"),
+            replace(query(1), pixels=np.zeros((1, 1, 5, 5), np.float32)),
+        )
     with pytest.raises(NotFoundError, match="expected one of model, got 'other'"):
         await ask(engine, 1, model="other")
     assert recorder.batches == []

@@ -41,7 +41,7 @@ class World:
 
     async def ask(self, *numbers: float, model: str = "model", **terms: object) -> Denoised:
         given = Terms(**terms)  # type: ignore[arg-type]  # the tests name its fields
-        answer = self.engine.denoise(model, query(*numbers), given)
+        answer = self.engine.denoise(self.engine.models.entry(model), query(*numbers), given)
         return answer if isinstance(answer, Denoised) else await answer
 
     def is_idle(self) -> bool:

@@ -29,7 +29,7 @@ class _OneModel:
 def open_denoise(request: pb.DenoiseRequest, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of a request, which stays as it is."""
     opener = Envelopes(_one(info), limits)
-    first, again = (opener.open(_copy(request))[1] for _ in range(2))
+    first, again = (opener.open(_copy(request))[2] for _ in range(2))
     _assert_same(first, again)
     return first
 
@@ -37,7 +37,7 @@ def open_denoise(request: pb.DenoiseRequest, info: DenoiserInfo, limits: Limits)
 def open_inference(request: oip.ModelInferRequest, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of a request, which stays as it is."""
     opener = Orders(_one(info), limits)
-    (_, first, name), (_, again, _) = (opener.open(_copy(request)) for _ in range(2))
+    (*_, first, name), (*_, again, _) = (opener.open(_copy(request)) for _ in range(2))
     assert name == request.id
     _assert_same(first, again)
     return first

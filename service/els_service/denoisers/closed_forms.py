@@ -53,6 +53,7 @@ class GaussianDenoiser:
             raise ValueError(f"variance: expected >= 0, got {variance.min().item()}")
         # One number stays a Python float: the arithmetic below is the same, and much faster.
         self._mean, self._variance = _float_or_array(mean), _float_or_array(variance)
+        self._centred = not np.any(self._mean)
         statistics = (np.asarray(self._mean), np.asarray(self._variance))
         self._info = DenoiserInfo(
             kind="gaussian", shape=shape, memory_bytes=sum(array.nbytes for array in statistics)
@@ -74,10 +75,13 @@ class GaussianDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return the posterior means; no evidence."""
         # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
-        scales = map(self._affine, query.level.a.tolist(), query.level.s.tolist())
-        gains, rests = zip(*scales, strict=True)
-        mean = query.pixels * _per_image(gains)
-        mean += _per_image(rests)
+        scales = [
+            self._affine(a, s)
+            for a, s in zip(query.level.a.tolist(), query.level.s.tolist(), strict=True)
+        ]
+        mean = query.pixels * _per_image([gain for gain, _ in scales])
+        if not self._centred:
+            mean += _per_image([rest for _, rest in scales])
         return Denoised(mean, None)
 
     def _affine(self, a: float, s: float) -> tuple[_Statistic, _Statistic]:

@@ -92,28 +92,26 @@ class Engine:
         """Done with the reason once a device can compute no more: the process has to end."""
 
     def denoise(
-        self, name: str, query: Query, terms: Terms = _NO_TERMS, *, version: str = ""
+        self, entry: Entry, query: Query, terms: Terms = _NO_TERMS, *, checked: bool = False
     ) -> Denoised | asyncio.Future[Denoised]:
         """Return the answer to a query, or the answer to come where it has to wait.
 
         Args:
-            name: of the model.
-            query: is checked here.
+            entry: of ``models``.
+            query: noisy images.
             terms: deadline, priority, caller.
-            version: of the model; empty for the newest.
+            checked: whether the query is known to fit; else that is checked here.
 
         Raises:
-            NotFoundError: No such model or version.
             InvalidArgumentError: The query does not fit the model.
             QueueFullError: More work waits than is allowed.
             DeadlineExceededError: The answer would come too late; the future may fail so, too.
             UnavailableError: The engine has to end; likewise.
         """
-        entry = self.models.entry(name, version)
         lane = self.models.touch(entry)
         if lane is None:
             return asyncio.ensure_future(self._revived(entry, query, terms))
-        return self._submit(lane, query, terms)
+        return self._submit(lane, query, terms, checked=checked)
 
     async def sample(
         self, name: str, run: Run, terms: Terms = _NO_TERMS, *, version: str = ""
@@ -178,11 +176,18 @@ class Engine:
         self.models.close()
 
     def _submit(
-        self, lane: Lane, query: Query, terms: Terms, *, admitted: bool = False
+        self,
+        lane: Lane,
+        query: Query,
+        terms: Terms,
+        *,
+        checked: bool = False,
+        admitted: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
         if self._ended:
             raise UnavailableError(self._ended)
-        lane.denoiser.check(query)
+        if not checked:
+            lane.denoiser.check(query)
         return self._scheduler.submit(lane, query, terms, admitted=admitted)
 
     async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:

@@ -52,6 +52,13 @@ class Statistics:
             tally = self.batches[images] = Tally()
         tally.add(seconds)
 
+    def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
+        """Count a query that was computed when it came."""
+        self.batch(images, seconds, now)
+        self.queued.count += 1
+        self.computed.add(seconds)
+        (self.succeeded if succeeded else self.failed).add(seconds)
+
 
 class Lane:
     """One version of a model, loaded. Queries in it are answered even when a newer one is served.

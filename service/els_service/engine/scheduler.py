@@ -131,14 +131,10 @@ class Scheduler:
             seconds, images = self.clock() - began, len(query)
             lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
             self._observer.computed(lane.model, seconds, images, estimate)
-            lane.statistics.batch(images, seconds, time.time())
-            lane.statistics.queued.add(0.0)
-            lane.statistics.computed.add(seconds)
-            if answer is not None:
-                lane.statistics.succeeded.add(seconds)
-            else:
+            succeeded = answer is not None
+            lane.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
+            if not succeeded:
                 self._observer.dropped(lane.model, "faulted")
-                lane.statistics.failed.add(seconds)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""

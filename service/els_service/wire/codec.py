@@ -295,15 +295,19 @@ def write_tensor(
     dtype: pb.DType.ValueType = pb.DTYPE_F32,
 ) -> None:
     """Fill an empty tensor message where it stands; one that is made apart would be copied."""
+    message.dtype = dtype or pb.DTYPE_F32
+    message.shape[:] = tensor.shape
+    message.data = bytes_of(tensor, dtype)
+
+
+def bytes_of(tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType) -> bytes:
+    """Return float32 numbers as messages carry them in ``dtype``, which passed ``output_size``."""
     if dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_F32):
-        message.dtype = pb.DTYPE_F32
         array: npt.NDArray[Any] = tensor.numpy() if isinstance(tensor, Tensor) else tensor
     else:
-        message.dtype = dtype
         # Through its bits: numpy has no bf16.
         array = torch.as_tensor(tensor).to(_ENCODED[dtype]).view(torch.int16).numpy()
-    message.shape[:] = array.shape
-    message.data = array.tobytes()
+    return array.tobytes()
 
 
 def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:

@@ -50,20 +50,20 @@ class DenoiserService(DenoiserServiceServicer):
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
         """Return the expected clean images."""
-        envelope, query = self._denoise.open(request)
-        answer = self._ask(envelope, query, context)
+        entry, envelope, query = self._denoise.open(request)
+        answer = self._ask(entry, envelope, query, context)
         response = pb.DenoiseResponse()
         _write(response, answer if isinstance(answer, Denoised) else await answer, envelope)
         return response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Return the scores."""
-        envelope, query = self._score.open(request)
-        answer = self._ask(envelope, query, context)
+        entry, envelope, query = self._score.open(request)
+        answer = self._ask(entry, envelope, query, context)
         if not isinstance(answer, Denoised):
             answer = await answer
         response = pb.ScoreResponse()
-        codec.write_tensor(response.score, score(query, answer.mean), envelope.output_dtype)
+        envelope.write(response.score, score(query, answer.mean))
         if envelope.log_evidence:
             codec.write_evidence(response.log_evidence, answer)
         return response
@@ -79,17 +79,17 @@ class DenoiserService(DenoiserServiceServicer):
     ) -> pb.DenoiseStreamResponse | Awaitable[pb.DenoiseStreamResponse]:
         """Return the answer to one request of a stream, or the answer to come."""
         check_message(request)
-        envelope, query = self._denoise.open(request)
-        answer = self._ask(envelope, query, context)
+        entry, envelope, query = self._denoise.open(request)
+        answer = self._ask(entry, envelope, query, context)
         if isinstance(answer, Denoised):
             return _streamed(answer, envelope)
         return _streamed_later(answer, envelope)
 
     def _ask(
-        self, envelope: DenoiseEnvelope, query: Query, context: Context
+        self, entry: Entry, envelope: DenoiseEnvelope, query: Query, context: Context
     ) -> Denoised | Awaitable[Denoised]:
         terms = terms_of(context, envelope.priority, envelope.timeout_s)
-        return self._engine.denoise(envelope.model, query, terms, version=envelope.version)
+        return self._engine.denoise(entry, query, terms, checked=envelope.checked)
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
@@ -185,7 +185,7 @@ class DenoiserService(DenoiserServiceServicer):
 
 
 def _write(response: pb.DenoiseResponse, answer: Denoised, envelope: DenoiseEnvelope) -> None:
-    codec.write_tensor(response.denoised, answer.pixels, envelope.output_dtype)
+    envelope.write(response.denoised, answer.pixels)
     if envelope.log_evidence:
         codec.write_evidence(response.log_evidence, answer)
 

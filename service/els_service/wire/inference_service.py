@@ -91,9 +91,9 @@ class InferenceService(Administration):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         """Return the requested outputs, as raw contents."""
-        order, query, name = self._orders.open(request)
+        entry, order, query, name = self._orders.open(request)
         terms = terms_of(context, order.priority, order.timeout_s)
-        answer = self._engine.denoise(order.model, query, terms, version=order.version)
+        answer = self._engine.denoise(entry, query, terms, checked=order.checked)
         if not isinstance(answer, Denoised):
             answer = await answer
         response = pb.ModelInferResponse()

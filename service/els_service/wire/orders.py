@@ -21,7 +21,7 @@ from els_service.engine.models import Entry, Models
 from els_service.engine.terms import PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.wire import codec
-from els_service.wire.envelopes import KEY_BYTES, Envelope, Kept, lock
+from els_service.wire.envelopes import KEY_BYTES, Envelope, Kept, share
 from els_service.wire.signatures import FP32, INPUTS, LEVELS, inputs_of, outputs_of
 
 _MAX_TIMEOUT_US = 2**63 - 1
@@ -58,8 +58,8 @@ class Orders:
         self._models, self._limits = models, limits
         self._kept: Kept[Order] = Kept(models)
 
-    def open(self, request: pb.ModelInferRequest) -> tuple[Order, Query, str]:
-        """Return a request's order, query and id; takes contents and id out of the request.
+    def open(self, request: pb.ModelInferRequest) -> tuple[Entry, Order, Query, str]:
+        """Return a request's model, order, query and id; takes contents and id out of the request.
 
         Raises:
             NotFoundError, UnavailableError: No such model.
@@ -74,8 +74,9 @@ class Orders:
             raw = raw[:]
             request.ClearField("raw_input_contents")
             key = request.SerializeToString(), *raw[1:]
-        order = self._kept.get(key)
-        if order is not None:
+        kept = self._kept.get(key)
+        if kept is not None:
+            entry, order = kept
             x = _buffer("x", raw[0], FP32.layout, order.blank.pixels.shape)
         else:
             entry = self._models.entry(request.model_name, request.model_version)
@@ -85,7 +86,7 @@ class Orders:
             if key and request.inputs[0].name == "x" and sum(map(len, key)) <= KEY_BYTES:
                 self._kept.put(key, order)
         codec.check_answer_size("x.shape", order.size + len(name.encode()), self._limits)
-        return order, order.query(x), name
+        return entry, order, order.query(x), name
 
 
 def seal(request: pb.ModelInferRequest, inputs: Inputs, entry: Entry, limits: Limits) -> Order:
@@ -97,7 +98,6 @@ def seal(request: pb.ModelInferRequest, inputs: Inputs, entry: Entry, limits: Li
     """
     outputs = _wanted(request, entry.info)
     blank = _blank(inputs, entry.info, limits)
-    lock(blank)
     response = pb.ModelInferResponse(
         model_name=request.model_name, model_version=str(entry.version)
     )
@@ -107,9 +107,10 @@ def seal(request: pb.ModelInferRequest, inputs: Inputs, entry: Entry, limits: Li
         response.outputs.add(name=name, datatype=FP32.name, shape=shape)
         size += math.prod(shape) * FP32.layout.itemsize
     return Order(
+        entry.info,
+        share(blank, entry),
         request.model_name,
         request.model_version,
-        entry.info,
         blank,
         _parameter(request, "priority", PRIORITIES),
         _parameter(request, "timeout", _MAX_TIMEOUT_US) / 1e6,

@@ -1,0 +1,114 @@
+"""What is kept of a request serves the next one like it, and no other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.e2e.bad_requests import denoise
+from tests.e2e.models_folder import LABELS, SHAPE
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.config import Limits
+from els_service.denoisers.base import DenoiserInfo
+from els_service.engine.lane import Statistics
+from els_service.engine.models import Entry
+from els_service.errors import InvalidArgumentError
+from els_service.wire import envelopes
+from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
+
+INFO = DenoiserInfo(kind="analytic", shape=SHAPE, label_count=LABELS, has_log_evidence=True)
+LIMITS = Limits(max_images=8, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 20)
+
+
+class OneModel:
+    """Stands for ``Models``; the model may be loaded anew."""
+
+    def __init__(self) -> None:
+        self.info = INFO
+
+    def entry(self, name: str, version: str = "") -> Entry:
+        return Entry(name, 1, self.info, None, Statistics())
+
+
+@pytest.fixture
+def models() -> OneModel:
+    return OneModel()
+
+
+@pytest.fixture
+def opener(models: Any) -> Envelopes:
+    return Envelopes(models, LIMITS)
+
+
+def opened(opener: Envelopes, request: pb.DenoiseRequest) -> DenoiseEnvelope:
+    _, envelope, _ = opener.open(request)
+    return envelope
+
+
+def test_one_envelope_serves_requests_that_differ_in_their_pixels_alone(opener: Envelopes) -> None:
+    other = denoise()
+    other.x.data = np.full(30, 0.5, "<f4").tobytes()
+    _, first, blank = opener.open(denoise())
+    _, second, half = opener.open(other)
+    assert first is second
+    assert (blank.pixels.max(), half.pixels.max()) == (0, 0.5)
+    assert half.pixels.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "other"},
+        {"version": "1"},
+        {"level": pb.NoiseLevel(sigma=[2.0])},
+        {"labels": [1]},
+        {"windows": [3]},
+        {"output_dtype": pb.DTYPE_F16},
+        {"return_log_evidence": True},
+        {"priority": 1},
+        {"timeout_s": 2.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_request_that_differs_in_anything_else_has_its_own(
+    opener: Envelopes, changes: dict[str, Any]
+) -> None:
+    assert opened(opener, denoise()) is not opened(opener, denoise(**changes))
+
+
+def test_pixels_of_a_known_envelope_are_checked_all_the_same(opener: Envelopes) -> None:
+    opened(opener, denoise())
+    bad = denoise()
+    bad.x.data = np.full(30, np.nan, "<f4").tobytes()
+    with pytest.raises(InvalidArgumentError, match="finite pixels"):
+        opener.open(bad)
+    bad = denoise()
+    bad.x.data = bytes(119)
+    with pytest.raises(InvalidArgumentError, match="expected 120 bytes"):
+        opener.open(bad)
+
+
+def test_a_model_that_is_loaded_anew_judges_anew(models: OneModel, opener: Envelopes) -> None:
+    request = denoise(return_log_evidence=True)
+    opened(opener, denoise(return_log_evidence=True))
+    models.info = replace(INFO, has_log_evidence=False)
+    with pytest.raises(InvalidArgumentError, match="return_log_evidence"):
+        opener.open(request)
+
+
+def test_what_is_kept_is_bounded(opener: Envelopes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envelopes, "_KEPT", 3)
+    for sigma in range(1, 9):
+        opened(opener, denoise(level=pb.NoiseLevel(sigma=[sigma])))
+        assert len(opener._kept._kept) <= 3
+    first = opened(opener, denoise(model="m" * envelopes.KEY_BYTES))
+    assert opened(opener, denoise(model="m" * envelopes.KEY_BYTES)) is not first
+
+
+def test_what_queries_share_cannot_be_written(opener: Envelopes) -> None:
+    _, _, query = opener.open(denoise(labels=[1]))
+    for shared in (query.level.a, query.level.s, query.labels, query.windows):
+        assert not shared.flags.writeable
