@@ -58,7 +58,7 @@ def _lower(value: object) -> object:
 class Settings(BaseModel):
     """Everything that ``els-server run`` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
@@ -67,6 +67,9 @@ class Settings(BaseModel):
     metrics_port: _Port = 9090
     metrics_host: Annotated[str, Field(min_length=1)] | None = None
     """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    health_port: _Port | None = None
+    """Port that answers health checks alone, in plain text, for probes that speak no TLS; None for
+    none. Health is answered at ``port``, too."""
     insecure: bool = False
     """Listen beyond loopback without TLS: something in front encrypts and authenticates."""
     tls_certificate: Path | None = None

@@ -126,14 +126,6 @@ async def test_one_bad_model_is_named_and_not_serving_while_the_others_serve(
             assert str(root / name / "model.yaml") in refusals[name]
 
 
-def test_without_one_model_that_can_be_served_the_server_refuses_to_start(tmp_path: Path) -> None:
-    root = write_models(tmp_path / "models", {"bad": "kind: analytic\nmachine: x\n"})
-    done = run("els-server", "run", "--models", root, "--port=0", "--metrics-port=0")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert str(root / "bad" / "model.yaml") in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("option", ["port", "metrics-port"])
 def test_a_port_in_use_is_named_and_the_server_refuses_to_start(models: Path, option: str) -> None:
     with socket.socket() as taken:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
 
-    Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
+    Without a model that can be served it says so and waits: health is NOT_SERVING until one is
+    loaded. Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
 
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
@@ -93,14 +95,15 @@ def run(
     import uvloop
 
     from els_service.engine.device import DeviceLostError
-    from els_service.wire.server import Ports, serve
+    from els_service.wire.server import Started, serve
 
-    def ready(ports: Ports) -> None:
-        event = {
-            "event": "ready",
-            "grpc_port": ports.grpc_port,
-            "metrics_port": ports.metrics_port,
+    def ready(started: Started) -> None:
+        ports = {
+            name: port
+            for name, port in asdict(started).items()
+            if name.endswith("_port") and port is not None
         }
+        event = {"event": "ready" if started.ready else "no model is served", **ports}
         print(json.dumps(event), flush=True)
 
     try:
@@ -132,10 +135,10 @@ def check(
 ) -> None:
     """Check configuration and model folders; exits with 2 and names each fault."""
     settings = _settings({key: value for key, value in locals().items() if key != "config_only"})
-    from els_service.wire.doors import Doors
+    from els_service.wire.preflight import check_settings
 
     try:
-        Doors(settings)
+        check_settings(settings)
     except LoadError as error:
         raise _refused(error) from error
     typer.echo("configuration: ok")
