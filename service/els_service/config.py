@@ -63,8 +63,11 @@ class Settings(BaseModel):
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen at; beyond loopback TLS is needed, or ``insecure``."""
     port: _Port = 50051
+    """Port of gRPC; 0 takes any that is free, here and below."""
     metrics_port: _Port = 9090
+    """Port of /metrics."""
     metrics_host: Annotated[str, Field(min_length=1)] | None = None
     """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
     health_port: _Port | None = None
@@ -101,11 +104,13 @@ class Settings(BaseModel):
     max_concurrent_streams: _Positive = 1024
     """Calls at once on one connection; a client keeps further ones back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models compute; auto takes every GPU there is, else the CPU."""
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )
+    """What is logged: records of this level and above."""
     traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
     """OTLP collector that speaks gRPC and takes the traces; None for none."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01

@@ -1,0 +1,76 @@
+"""The ConfigMap's settings, from the typed ones: ``python -m deploy.settings`` writes them.
+
+``base/settings.env`` names every setting: those that differ on Kubernetes with their value, the
+others as a comment with their default. With ``--check`` the file is compared, not written.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from els_service.config import Settings
+
+FILE = Path(__file__).with_name("base") / "settings.env"
+PREFIX = "ELS_"
+
+CHOSEN: Mapping[str, Any] = {
+    "host": "0.0.0.0",
+    "metrics_host": "0.0.0.0",
+    "health_port": 50052,
+    "queue_bytes": 512 << 20,
+    "grace_s": 5.0,
+    "drain_s": 30.0,
+}
+"""What is set on Kubernetes; the overlays and components add to it."""
+
+_HEAD = """\
+Settings of els-server run. Written by `python -m deploy.settings` (make deploy-settings): change
+CHOSEN there, or set a key in an overlay's configMapGenerator with `behavior: merge`.
+"""
+
+
+def render() -> str:
+    """Return the file's content, which ``kubectl kustomize`` reads as an env file."""
+    # The chosen values have to be legal, and are told as the server would understand them.
+    settings = Settings.model_validate(CHOSEN)
+    parts = [_comment(_HEAD)]
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        line = f"{PREFIX}{name.upper()}={'' if value is None else _text(value)}"
+        if not field.description:
+            raise ValueError(f"{name}: expected a docstring below the setting, got none")
+        parts.append(f"{_comment(field.description)}\n{line if name in CHOSEN else '# ' + line}")
+    return "\n\n".join(parts) + "\n"
+
+
+def unknown(variables: Mapping[str, str]) -> list[str]:
+    """Return the names among ``ELS_…`` variables that no setting has, sorted."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in variables if name.startswith(PREFIX) and name not in known)
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 98, initial_indent="# ", subsequent_indent="# ")
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def main() -> int:
+    """Write the file, or compare it; return 1 where it differs."""
+    if "--check" not in sys.argv[1:]:
+        FILE.write_text(render())
+        return 0
+    if FILE.read_text() == render():
+        return 0
+    print(f"{FILE}: differs from the settings; run python -m deploy.settings", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
