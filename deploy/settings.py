@@ -15,14 +15,19 @@ from typing import Any
 from els_service.config import Settings
 
 FILE = Path(__file__).with_name("base") / "settings.env"
-PREFIX = "ELS_"
 
 CHOSEN: Mapping[str, Any] = {
+    # Who may connect is for the NetworkPolicies to say.
     "host": "0.0.0.0",
     "metrics_host": "0.0.0.0",
     "health_port": 50052,
+    # Clients ask the DNS anew when a connection ends: so long may they overlook a new replica.
+    "max_connection_age_s": 300.0,
+    # Beside 0.4 GiB of the server itself in a limit of 2 GiB.
     "queue_bytes": 512 << 20,
+    # Told NOT_SERVING, clients and proxies look elsewhere.
     "grace_s": 5.0,
+    # terminationGracePeriodSeconds depends on it.
     "drain_s": 30.0,
 }
 """What is set on Kubernetes; the overlays and components add to it."""
@@ -40,17 +45,11 @@ def render() -> str:
     parts = [_comment(_HEAD)]
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        line = f"{PREFIX}{name.upper()}={'' if value is None else _text(value)}"
+        line = f"ELS_{name.upper()}={'' if value is None else _text(value)}"
         if not field.description:
             raise ValueError(f"{name}: expected a docstring below the setting, got none")
         parts.append(f"{_comment(field.description)}\n{line if name in CHOSEN else '# ' + line}")
     return "\n\n".join(parts) + "\n"
-
-
-def unknown(variables: Mapping[str, str]) -> list[str]:
-    """Return the names among ``ELS_…`` variables that no setting has, sorted."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    return sorted(name for name in variables if name.startswith(PREFIX) and name not in known)
 
 
 def _comment(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -182,6 +183,12 @@ def _environment() -> dict[str, str]:
     return {
         name: value for name, value in variables.items() if value and not _SERVICE_LINK.match(value)
     }
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of ``ELS_…`` variables that are no setting, sorted; misspelt, perhaps."""
+    known = {"ELS_CONFIG", *(f"ELS_{name.upper()}" for name in Settings.model_fields)}
+    return sorted(name for name in environment if name.startswith("ELS_") and name not in known)
 
 
 def cpu_limit() -> int:

@@ -12,6 +12,7 @@ from deploy import rendered
 
 from els_service.config import Settings
 
+COMMAND = ("els-server", "check", "--config-only", "--strict")
 Combination = tuple[str, tuple[str, ...]]
 
 needs_kubectl = pytest.mark.skipif(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
+import grpc
 import numpy as np
 import pytest
 import yaml
 from deploy import rendered
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from prometheus_client.parser import text_string_to_metric_families
 from tests.deploy.manifests import (
+    COMMAND,
     Combination,
     built,
     each_combination,
@@ -24,7 +30,7 @@ from tests.deploy.manifests import (
     selected,
     settings,
 )
-from tests.e2e.processes import serving
+from tests.e2e.processes import ServerProcess, run, serving
 
 from els_client import Client
 from els_service.wire.health import ALIVE
@@ -190,33 +196,44 @@ def test_a_scaler_has_the_number_of_replicas_to_itself(scaler: str) -> None:
     assert target["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
 
 
-def test_scalers_ask_for_metrics_and_labels_that_the_server_has() -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """A real server with the settings of overlays/cpu, on free ports."""
+    variables = {**environment(("cpu", ())), "ELS_HEALTH_PORT": "0", "ELS_THREADS": "1"}
+    with serving(**variables) as process:
+        yield process
+
+
+def test_with_the_settings_of_an_overlay_a_server_is_probed_and_asked(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{server.ready['health_port']}") as channel:
+        stub: Any = HealthStub(channel)
+        for probe in ("startupProbe", "readinessProbe"):
+            asked = pods(("cpu", ())).server[probe]["grpc"].get("service", "")
+            status = stub.Check(health_pb2.HealthCheckRequest(service=asked), timeout=30).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+    out = tmp_path / "grid.png"
+    shared = ("--target", server.target, "--model", "fashion-wiener", "--out", out)
+    done = run("els", "sample", "--label", "7", "--steps", 2, *shared)
+    assert (done.returncode, out.exists()) == (0, True), done.stderr
+
+
+def test_scalers_ask_for_metrics_and_labels_that_the_server_has(server: ServerProcess) -> None:
     (scaled,) = of_kind(("cpu", ("keda",)), "ScaledObject")
     queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
-    with serving(ELS_THREADS="1") as server:
-        with Client(server.target) as client:
-            client.denoise(np.zeros((1, 1, 28, 28), np.float32), model="fashion-wiener", sigma=1)
-        with urlopen(server.metrics_url, timeout=30) as page:
-            families = list(text_string_to_metric_families(page.read().decode()))
-    samples = {one.name: one.labels for family in families for one in family.samples}
-    values = {
-        value for family in families for one in family.samples for value in one.labels.values()
-    }
-    asked = [
-        (name, labels)
-        for query in queries
-        for name, labels in re.findall(r"(els_\w+)\{(.*?)\}", query)
-    ]
+    with Client(server.target) as client:
+        client.denoise(np.zeros((1, 1, 28, 28), np.float32), model="fashion-wiener", sigma=1)
+    with urlopen(server.metrics_url, timeout=30) as page:
+        families = text_string_to_metric_families(page.read().decode())
+        samples = [sample for family in families for sample in family.samples]
+    asked = [one for query in queries for one in re.findall(r"(els_\w+)\{(.*?)\}", query)]
     assert [name for name, _ in asked] == ["els_queue_cost_seconds", "els_request_seconds_bucket"]
     for name, matchers in asked:
-        assert name in samples
-        for label, value in re.findall(r'(\w+)="(.*?)"', matchers):
-            # The namespace is Prometheus' own label of what it scrapes.
-            if label == "namespace":
-                assert value == scaled["metadata"]["namespace"]
-            else:
-                assert label in samples[name]
-                assert value in values
+        wanted = dict(re.findall(r'(\w+)="(.*?)"', matchers))
+        # Prometheus' own label of what it scrapes.
+        assert wanted.pop("namespace") == scaled["metadata"]["namespace"]
+        assert any(one.name == name and wanted.items() <= one.labels.items() for one in samples)
 
 
 def test_names_in_the_certificate_are_those_of_the_services() -> None:
@@ -236,7 +253,7 @@ def test_the_init_container_sees_the_same_settings_and_files_as_the_server() -> 
     for combination in rendered.combinations():
         found = pods(combination)
         check = found.spec["initContainers"][0]
-        assert check["command"] == ["els-server", "check", "--config-only"]
+        assert tuple(check["command"]) == COMMAND
         assert check["image"] == found.server["image"]
         assert check["envFrom"] == found.server["envFrom"]
         paths = {one["mountPath"] for one in check["volumeMounts"]}
@@ -256,6 +273,26 @@ def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays()
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_caller_in_the_cluster_is_let_in_and_asks_the_service_by_its_name() -> None:
+    job, _ = yaml.safe_load_all((rendered.DEPLOY / "ask.yaml").read_text())
+    template = job["spec"]["template"]
+    (callers,) = (
+        one
+        for one in of_kind(("cpu", ()), "NetworkPolicy")
+        if one["metadata"]["name"] == "els-denoise-callers"
+    )
+    ((peer,),) = (rule["from"] for rule in callers["spec"]["ingress"])
+    assert selected(peer["podSelector"]["matchLabels"], template["metadata"]["labels"])
+    (container,) = template["spec"]["containers"]
+    assert container["image"] == pods(("cpu", ())).server["image"]
+    variables = {one["name"]: one["value"] for one in container["env"]}
+    assert variables["ELS_TARGET"] in {
+        f"dns:///{one['metadata']['name']}.{one['metadata']['namespace']}.svc.cluster.local:"
+        f"{one['spec']['ports'][0]['port']}"
+        for one in of_kind(("cpu", ()), "Service")
+    }
 
 
 def test_every_exception_of_the_policies_has_its_reason_above_it() -> None:

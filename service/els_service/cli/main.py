@@ -14,7 +14,7 @@ import typer
 
 from els_service.cli import bank, calibrate, compare, train
 from els_service.cli.token import token
-from els_service.config import Settings, load_settings
+from els_service.config import Settings, load_settings, unknown_variables
 from els_service.errors import LoadError
 from els_service.version import COMMIT, VERSION
 
@@ -132,13 +132,20 @@ def check(
     insecure: Insecure = None,
     config: Config = None,
     config_only: Annotated[bool, typer.Option(help="Leave out the model folders.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse ELS_… variables that are no setting, too.")
+    ] = False,
 ) -> None:
     """Check configuration and model folders; exits with 2 and names each fault."""
-    settings = _settings({key: value for key, value in locals().items() if key != "config_only"})
+    flags = dict(locals())
+    del flags["config_only"], flags["strict"]
+    settings = _settings(flags)
     from els_service.wire.preflight import check_settings
 
     try:
         check_settings(settings)
+        if strict and (unknown := unknown_variables(os.environ)):
+            raise LoadError(", ".join(unknown), "expected names of settings, got others")
     except LoadError as error:
         raise _refused(error) from error
     typer.echo("configuration: ok")
