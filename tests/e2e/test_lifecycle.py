@@ -25,7 +25,7 @@ from els_service.config import Settings
 from els_service.wire.server import stop_at_most_s
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-BUSY_S = 10
+BUSY_S = 30
 """What a busy machine may add."""
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
