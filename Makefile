@@ -64,5 +64,32 @@ fuzz: install
 soak: install
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
+# What deploy/ needs: tools in environments of their own, see deploy/README.md.
+DEPLOY := .venv-deploy
+POLICY := .venv-checkov
+
+.PHONY: deploy-tools deploy-settings deploy-checks
+
+deploy-tools: $(DEPLOY)/.installed $(POLICY)/.installed
+
+$(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet --requirement deploy/tools.txt
+	$(DEPLOY)/bin/python -m deploy.schemas $(DEPLOY)/crds.json
+	touch $@
+
+$(POLICY)/.installed: deploy/tools-policy.txt
+	$(PYTHON) -m venv $(POLICY)
+	$(POLICY)/bin/pip install --quiet --requirement deploy/tools-policy.txt
+	touch $@
+
+deploy-settings: $(VENV)/.installed
+	$(BIN)/python -m deploy.settings
+
+deploy-checks: install deploy-tools
+	$(DEPLOY)/bin/python -m deploy.checks
+	$(DEPLOY)/bin/shellcheck .ci/run $(shell find deploy -name '*.sh')
+	$(BIN)/pytest tests/deploy
+
 clean:
-	rm -rf $(VENV) $(PEER) .terrain proto/python demo.png
+	rm -rf $(VENV) $(PEER) $(DEPLOY) $(POLICY) .terrain proto/python demo.png

@@ -18,6 +18,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "host": ("10.0.0.1", "10.0.0.2", "::1"),
     "port": (1, 2, 0),
     "metrics_port": (1, 2, 0),
+    "health_port": (1, 2, 0),
     "metrics_host": ("10.0.0.1", "10.0.0.2", "::1"),
     "insecure": (True, True, True),
     "tls_certificate": (Path("/a"), Path("/b"), Path("/c")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,15 +59,21 @@ def _lower(value: object) -> object:
 class Settings(BaseModel):
     """Everything that ``els-server run`` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen at; beyond loopback TLS is needed, or ``insecure``."""
     port: _Port = 50051
+    """Port of gRPC; 0 takes any that is free, here and below."""
     metrics_port: _Port = 9090
+    """Port of /metrics."""
     metrics_host: Annotated[str, Field(min_length=1)] | None = None
     """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    health_port: _Port | None = None
+    """Port that answers health checks alone, in plain text, for probes that speak no TLS; None for
+    none. Health is answered at ``port``, too."""
     insecure: bool = False
     """Listen beyond loopback without TLS: something in front encrypts and authenticates."""
     tls_certificate: Path | None = None
@@ -98,11 +105,13 @@ class Settings(BaseModel):
     max_concurrent_streams: _Positive = 1024
     """Calls at once on one connection; a client keeps further ones back."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models compute; auto takes every GPU there is, else the CPU."""
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )
+    """What is logged: records of this level and above."""
     traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
     """OTLP collector that speaks gRPC and takes the traces; None for none."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -174,6 +183,12 @@ def _environment() -> dict[str, str]:
     return {
         name: value for name, value in variables.items() if value and not _SERVICE_LINK.match(value)
     }
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of ``ELS_…`` variables that are no setting, sorted; misspelt, perhaps."""
+    known = {"ELS_CONFIG", *(f"ELS_{name.upper()}" for name in Settings.model_fields)}
+    return sorted(name for name in environment if name.startswith("ELS_") and name not in known)
 
 
 def cpu_limit() -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.e2e.models_folder import DOCUMENTS, write_models
 from typer.testing import CliRunner, Result
 
@@ -107,3 +110,43 @@ def test_check_of_the_configuration_alone_leaves_out_the_models(
     sound = run("check", "--config-only", "--models", tmp_path / "none")
     assert (sound.exit_code, sound.stdout) == (0, "configuration: ok\n")
     assert run("check", "--config-only", "--config", config).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "fault"),
+    [
+        (("--host", "0.0.0.0"), {}, "host: expected loopback, or tls_certificate and tls_key"),
+        (("--host", "192.0.2.1", "--insecure"), {}, "host: expected an address of this machine"),
+        ((), {"ELS_METRICS_HOST": "192.0.2.1"}, "metrics_host: expected an address of this"),
+        (("--port", 9090), {}, "metrics_port: expected another port than port, got 9090"),
+        ((), {"ELS_HEALTH_PORT": "50051"}, "health_port: expected another port than port"),
+        (("--tls-key", "/nowhere.pem"), {}, "tls_key: expected tls_certificate beside it"),
+        (("--tokens", "/nowhere.yaml"), {}, "/nowhere.yaml: expected a readable file"),
+        ((), {"ELS_TRACES": "http://collector:4317"}, "traces: expected the extra 'tracing'"),
+    ],
+)
+def test_check_refuses_what_a_start_would_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[object, ...],
+    variables: dict[str, str],
+    fault: str,
+) -> None:
+    # As if the extra were not installed.
+    monkeypatch.setitem(sys.modules, "els_service.wire.tracing", None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run("check", "--config-only", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert fault in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
+def test_check_refuses_a_gpu_that_is_not_there() -> None:
+    result = run("check", "--config-only", "--device", "cuda")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "device: expected a CUDA device, found none" in result.stderr
+
+
+def test_check_takes_ports_that_are_in_use_at_the_moment() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run("check", "--config-only", "--port", taken.getsockname()[1]).exit_code == 0

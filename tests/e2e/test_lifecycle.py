@@ -21,8 +21,12 @@ from tests.e2e.refusals import TIMEOUT_S, refused
 from els_client import AsyncClient, Client, Step, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.config import Settings
+from els_service.wire.server import stop_at_most_s
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
+BUSY_S = 30
+"""What a busy machine may add."""
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -97,7 +101,8 @@ def test_a_drain_ends_in_bounded_time_even_if_a_caller_never_reads(models: Path)
             call: Any = DenoiserServiceStub(channel).Sample(request, timeout=60)
             next(call)
             server.terminate()
-            assert server.wait(timeout_s=20) == (0, "")
+            at_most_s = stop_at_most_s(Settings(drain_s=0.5, grace_s=0))
+            assert server.wait(at_most_s + BUSY_S) == (0, "")
             call.cancel()
         with Client(server.target, timeout_s=20) as client, pytest.raises(UnavailableError):
             client.models()
@@ -124,14 +129,6 @@ async def test_one_bad_model_is_named_and_not_serving_while_the_others_serve(
         }
         for name in ("bad", "late"):
             assert str(root / name / "model.yaml") in refusals[name]
-
-
-def test_without_one_model_that_can_be_served_the_server_refuses_to_start(tmp_path: Path) -> None:
-    root = write_models(tmp_path / "models", {"bad": "kind: analytic\nmachine: x\n"})
-    done = run("els-server", "run", "--models", root, "--port=0", "--metrics-port=0")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert str(root / "bad" / "model.yaml") in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("option", ["port", "metrics-port"])

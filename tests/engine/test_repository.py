@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,51 @@ def test_a_root_that_is_no_folder_is_refused(root: Path) -> None:
     for path in (root / "none", root / "_banks" / "tiny.safetensors"):
         with pytest.raises(LoadError, match="expected a folder of models"):
             ModelRepository(path).names()
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be somebody whom permissions stop, even where the tests run as root."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    """A models root, with one model, that everybody can reach, and what is in it be closed."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield write_models(Path(folder) / "models", {"good": DOCUMENTS["gaussian"]})
+
+
+def test_a_folder_that_may_not_be_read_is_refused_by_name_and_the_others_load(
+    volume: Path,
+) -> None:
+    closed = write(volume, GAUSSIAN, "closed").parent
+    closed.chmod(0)
+    with as_nobody():
+        assert ModelRepository(volume).names() == ["closed", "good"]
+        assert "expected a file, got [Errno 13]" in refusal(volume, "closed").reason
+        assert ModelRepository(volume).load("good").info.kind == "gaussian"
+    closed.chmod(0o755)
+
+
+def test_what_a_file_system_keeps_for_itself_is_no_model(volume: Path) -> None:
+    (volume / "lost+found").mkdir(mode=0o700)
+    with as_nobody():
+        assert ModelRepository(volume).names() == ["good"]
+
+
+def test_a_root_that_may_not_be_read_is_refused_with_the_reason(volume: Path) -> None:
+    volume.chmod(0)
+    with as_nobody(), pytest.raises(LoadError, match="can be read, got Permission denied"):
+        ModelRepository(volume).names()
+    volume.chmod(0o755)
 
 
 @pytest.mark.parametrize("name", sorted(DOCUMENTS))

@@ -16,6 +16,7 @@ from els_client._channel import (
     SAMPLE_TIMEOUT_S,
     UNARY_TIMEOUT_S,
     bearer,
+    channel_options,
     open_async_channel,
     own_errors,
 )
@@ -51,12 +52,13 @@ class AsyncClient:
         tls: Tls | None = None,
         token: str | None = None,
         wait_when_full: bool = False,
+        healthy_only: bool = True,
     ) -> None:
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
         self._wait_when_full = wait_when_full
         self._metadata = bearer(token)
-        self._channel = open_async_channel(target, tls)
+        self._channel = open_async_channel(target, tls, channel_options(healthy_only=healthy_only))
         self._stub = DenoiserServiceStub(self._channel)
         self._inference = GRPCInferenceServiceStub(self._channel)
 

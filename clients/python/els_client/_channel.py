@@ -38,15 +38,15 @@ _RETRY_POLICY = {
 }
 
 
-def channel_options(*, retried: bool = True) -> Options:
+def channel_options(*, retried: bool = True, healthy_only: bool = True) -> Options:
     """Return the options of a channel: calls go in turn to every server that says it is healthy.
 
-    Without ``retried`` a call is one attempt, for those who count attempts.
+    Without ``retried`` a call is one attempt, for those who count attempts; without
+    ``healthy_only`` calls go to every server that answers.
     """
-    service_config: dict[str, Any] = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": ""},
-    }
+    service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if healthy_only:
+        service_config["healthCheckConfig"] = {"serviceName": ""}
     if retried:
         name = [{"service": "denoise.v1.DenoiserService"}]
         service_config["methodConfig"] = [{"name": name, "retryPolicy": _RETRY_POLICY}]
@@ -65,13 +65,13 @@ def channel_options(*, retried: bool = True) -> Options:
     )
 
 
-def open_channel(target: str, tls: Tls | None) -> grpc.Channel:
-    """Return a blocking channel.
+def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> grpc.Channel:
+    """Return a blocking channel; ``healthy_only`` as of ``channel_options``.
 
     Raises:
         InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
     """
-    options = channel_options() + _tls_options(tls)
+    options = channel_options(healthy_only=healthy_only) + _tls_options(tls)
     if tls is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, _credentials(tls), options=options)

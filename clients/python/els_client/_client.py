@@ -46,6 +46,8 @@ class Client:
             on loopback alone, or where something else encrypts.
         wait_when_full: Whether a call that a full server refuses is made again when that server
             says it will have room, as long as the deadline allows.
+        healthy_only: Whether servers are left out that say they are not healthy. An operator who
+            brings the first model to a server has to reach it before it is.
 
     Example:
         >>> with Client() as client:
@@ -60,12 +62,13 @@ class Client:
         tls: Tls | None = None,
         token: str | None = None,
         wait_when_full: bool = False,
+        healthy_only: bool = True,
     ) -> None:
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
         self._wait_when_full = wait_when_full
         self._metadata = bearer(token)
-        self._channel = open_channel(target, tls)
+        self._channel = open_channel(target, tls, healthy_only=healthy_only)
         self._stub = DenoiserServiceStub(self._channel)
         self._inference = GRPCInferenceServiceStub(self._channel)
 

@@ -27,7 +27,7 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """List every model with its version and state, and what was asked of it."""
-    with options.connected(context, target, timeout) as client:
+    with options.connected(context, target, timeout, healthy_only=False) as client:
         models = client.repository.index(ready=ready)
         asked = client.repository.statistics() if any(m.state == "READY" for m in models) else []
         terminal.list_repository(models, asked, as_json)
@@ -39,7 +39,7 @@ def load(
 ) -> None:
     """Load a model, or load it anew; its callers notice nothing. Needs the role admin."""
     with (
-        options.connected(context, target, timeout) as client,
+        options.connected(context, target, timeout, healthy_only=False) as client,
         terminal.waiting(f"loading {name}"),
     ):
         client.repository.load(name)
@@ -51,7 +51,7 @@ def unload(
     context: typer.Context, name: Name, target: Target = TARGET, timeout: Timeout = None
 ) -> None:
     """Stop serving a model. Needs the role admin."""
-    with options.connected(context, target, timeout) as client:
+    with options.connected(context, target, timeout, healthy_only=False) as client:
         client.repository.unload(name)
     typer.echo(f"unloaded {name}")
 
@@ -65,5 +65,5 @@ def log_level(
     timeout: Timeout = None,
 ) -> None:
     """Tell how much the server logs, and change it. Needs the role admin."""
-    with options.connected(context, target, timeout) as client:
+    with options.connected(context, target, timeout, healthy_only=False) as client:
         typer.echo(client.repository.log_level(level))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,10 +72,13 @@ def door(
 
 
 @contextmanager
-def connected(context: typer.Context, target: str, timeout_s: float | None) -> Iterator[Client]:
+def connected(
+    context: typer.Context, target: str, timeout_s: float | None, *, healthy_only: bool = True
+) -> Iterator[Client]:
     """Yield a client; a failure inside becomes one line on stderr and an exit code."""
     door: Door = context.obj
-    with failures(), Client(target, timeout_s=timeout_s, tls=door.tls, token=door.token) as client:
+    how: dict[str, Any] = {"tls": door.tls, "token": door.token, "healthy_only": healthy_only}
+    with failures(), Client(target, timeout_s=timeout_s, **how) as client:
         yield client
 
 

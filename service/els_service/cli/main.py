@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from els_service.cli import bank, calibrate, compare, train
 from els_service.cli.token import token
-from els_service.config import Settings, load_settings
+from els_service.config import Settings, load_settings, unknown_variables
 from els_service.errors import LoadError
 from els_service.version import COMMIT, VERSION
 
@@ -81,7 +82,8 @@ def run(
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
 
-    Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
+    Without a model that can be served it says so and waits: health is NOT_SERVING until one is
+    loaded. Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
 
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
@@ -93,14 +95,15 @@ def run(
     import uvloop
 
     from els_service.engine.device import DeviceLostError
-    from els_service.wire.server import Ports, serve
+    from els_service.wire.server import Started, serve
 
-    def ready(ports: Ports) -> None:
-        event = {
-            "event": "ready",
-            "grpc_port": ports.grpc_port,
-            "metrics_port": ports.metrics_port,
+    def ready(started: Started) -> None:
+        ports = {
+            name: port
+            for name, port in asdict(started).items()
+            if name.endswith("_port") and port is not None
         }
+        event = {"event": "ready" if started.ready else "no model is served", **ports}
         print(json.dumps(event), flush=True)
 
     try:
@@ -129,13 +132,20 @@ def check(
     insecure: Insecure = None,
     config: Config = None,
     config_only: Annotated[bool, typer.Option(help="Leave out the model folders.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse ELS_… variables that are no setting, too.")
+    ] = False,
 ) -> None:
     """Check configuration and model folders; exits with 2 and names each fault."""
-    settings = _settings({key: value for key, value in locals().items() if key != "config_only"})
-    from els_service.wire.doors import Doors
+    flags = dict(locals())
+    del flags["config_only"], flags["strict"]
+    settings = _settings(flags)
+    from els_service.wire.preflight import check_settings
 
     try:
-        Doors(settings)
+        check_settings(settings)
+        if strict and (unknown := unknown_variables(os.environ)):
+            raise LoadError(", ".join(unknown), "expected names of settings, got others")
     except LoadError as error:
         raise _refused(error) from error
     typer.echo("configuration: ok")

@@ -163,12 +163,18 @@ class Models:
         return fresh.lane
 
     async def load_all(self, repository: ModelRepository) -> None:
-        """Load and warm every model of a repository; keeps why one is refused in ``faults``."""
+        """Load and warm every model of a repository; keeps why one is refused in ``faults``.
+
+        Raises:
+            LoadError: The repository cannot be read.
+        """
         self._repository = repository
-        for name in repository.names():
-            with contextlib.suppress(LoadError):
-                await self.load(name)
-        self.starting = False
+        try:
+            for name in await self._in_loader(repository.names):
+                with contextlib.suppress(LoadError):
+                    await self.load(name)
+        finally:
+            self.starting = False
 
     async def load(self, name: str) -> None:
         """Load a model of the repository, or load it anew, while its old version serves.

@@ -9,7 +9,9 @@ every path, links resolved, stays inside the models root.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,6 +42,8 @@ from els_service.errors import LoadError
 
 CALIBRATED = "windows.yaml"
 """A table {sigma, k} in a model's folder, which ``window: auto`` takes."""
+_FILE_SYSTEMS_OWN = "lost+found"
+"""On a volume of its own; nobody but root may read it."""
 _LARGEST = 1 << 29
 """Numbers of an image that the largest legal message can hold."""
 
@@ -114,25 +118,43 @@ class ModelRepository:
     """
 
     def __init__(self, root: Path, *, implementation: str = "auto") -> None:
-        self.root = root.resolve()
+        self._given, self.root = root, Path(os.path.realpath(root))
         self._implementation = implementation
         self._banks: WeakValueDictionary[_FileState, Bank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
 
+    def check_is_there(self) -> None:
+        """Return if there is something, even if it is no folder or cannot be read now.
+
+        Raises:
+            LoadError: There is nothing: a name that is wrong, rather than a volume that is empty.
+        """
+        try:
+            self._given.lstat()
+        except FileNotFoundError as error:
+            raise LoadError(self.root, "expected a folder of models, found nothing") from error
+        except OSError:
+            # There, but not to be had at the moment; whoever reads it says why.
+            return
+
     def names(self) -> list[str]:
         """Return the names of all model folders, sorted; a name that cannot be printed is none.
 
         Raises:
-            LoadError: The root is no folder.
+            LoadError: The root is no folder, or one that cannot be read.
         """
-        if not self.root.is_dir():
-            raise LoadError(self.root, "expected a folder of models")
+        try:
+            children = list(self.root.iterdir())
+        except OSError as error:
+            expected = "expected a folder of models that can be read"
+            raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
         return sorted(
             child.name
-            for child in self.root.iterdir()
+            for child in children
             if not child.name.startswith(("_", "."))
+            and child.name != _FILE_SYSTEMS_OWN
             # Others, such as names that are no UTF-8, could not be told to a caller.
             and child.name.isprintable()
             and _versions(child)
@@ -267,9 +289,12 @@ class ModelRepository:
 def _versions(folder: Path) -> list[tuple[int, Path]]:
     """Return each version of a model with its folder."""
     found = [(1, folder)] if _is_there(folder / "model.yaml") else []
-    if folder.is_dir():
-        numbered = [child for child in folder.iterdir() if child.name.isdecimal()]
-        found += [(int(child.name), child) for child in numbered if _is_there(child / "model.yaml")]
+    # A folder that may not be read is a model that is refused.
+    with contextlib.suppress(OSError):
+        if folder.is_dir():
+            numbered = [child for child in folder.iterdir() if child.name.isdecimal()]
+            versions = [child for child in numbered if _is_there(child / "model.yaml")]
+            found += [(int(child.name), child) for child in versions]
     return found
 
 

@@ -148,6 +148,8 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
     }
     return [
         *((name, max(1, round(1e3 * value))) for name, value in seconds.items()),
+        # Otherwise a second server would share the port instead of being told.
+        ("grpc.so_reuseport", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", _PING_STRIKES),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),

@@ -7,23 +7,20 @@ bind ports ─► answer health NOT_SERVING ─► load and warm models ─► S
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
@@ -37,11 +34,11 @@ from els_service.wire import loop_lag
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
+from els_service.wire.health import ALIVE, Health
 from els_service.wire.inference_service import InferenceService
+from els_service.wire.listening import bind, bracketed
 from els_service.wire.metrics import Metrics
-
-if TYPE_CHECKING:
-    from els_service.wire.tracing import Tracing
+from els_service.wire.preflight import tracing_maker
 
 _log = logging.getLogger(__name__)
 
@@ -49,17 +46,20 @@ _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
-_SERVING = health_pb2.HealthCheckResponse.SERVING
 _FLUSH_S = 0.5
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_CLOSE_S = 6.0
+"""Spans are sent within 5 s, and who scrapes is waited for."""
+_REMEDY = "fill the folder, then RepositoryModelLoad each model, or start anew"
 
 
 @dataclass(frozen=True)
-class Ports:
-    """Where a server listens."""
+class Started:
+    """Where a server listens, and whether it has something to serve."""
 
+    ready: bool
     grpc_port: int
     metrics_port: int
+    health_port: int | None
 
 
 def bundled_models() -> Path:
@@ -89,7 +89,8 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._tracing = _tracing(settings)
+        make_tracing = tracing_maker(settings)
+        self._tracing = make_tracing() if make_tracing else None
         self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
@@ -98,30 +99,30 @@ class Server:
         is_model = self._engine.models.__contains__
         self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
         self._lag: asyncio.Task[None] | None = None
-        self._health = health.aio.HealthServicer()
-        self._reported: set[str] = set()
-        """Models of which the health says that they are served."""
+        self._health = Health(_SERVICES)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
 
-    async def start(self) -> Ports:
-        """Bind both ports, load every model, and serve; returns when they are warm.
+    async def start(self) -> Started:
+        """Bind the ports, load every model, and serve; returns when they are warm.
+
+        Without a model that can be served it stays NOT_SERVING, until one is loaded.
 
         Raises:
-            LoadError: A port is in use, the models folder is missing, or no model can be loaded.
+            LoadError: A port is in use, or there is nothing where the models should be.
         """
-        models = repository(self._settings)
+        settings = self._settings
+        models = repository(settings)
+        models.check_is_there()
         self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
-        grpc_port = self._bind()
+        grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         await self._report()
+        health_port = await self._serve_health()
         await self._grpc.start()
-        await self._engine.models.load_all(models)
-        if not self._engine.models.newest():
-            faults = "; ".join(map(str, self._engine.models.faults.values())) or "there is none"
-            raise LoadError(models.root, f"expected a model that can be served: {faults}")
+        await self._load(models)
         await self._report()
-        return Ports(grpc_port, metrics_port)
+        return Started(self._ready(), grpc_port, metrics_port, health_port)
 
     @property
     def lost(self) -> asyncio.Future[str]:
@@ -134,10 +135,7 @@ class Server:
         What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
         """
         settings = self._settings
-        # Bounded, as a watcher that takes no bytes would hold it up for ever.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(settings.drain_s, _FLUSH_S)):
-                await self._health.enter_graceful_shutdown()
+        await self._health.leave(max(settings.drain_s, _FLUSH_S))
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
         self._calls.draining.set()
@@ -152,6 +150,7 @@ class Server:
     async def close(self) -> None:
         """End every call, thread and listener."""
         await self._grpc.stop(None)
+        await self._health.close()
         self._engine.close()
         if self._lag is not None:
             self._lag.cancel()
@@ -169,8 +168,6 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", limits.max_message_bytes),
-                # Otherwise a second server would share the port instead of being told.
-                ("grpc.so_reuseport", 0),
                 *channel_options(self._settings),
             ],
         )
@@ -180,9 +177,9 @@ class Server:
         self._calls.register(
             grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._health.register(server)
         if self._settings.reflection:
-            described = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            described = (*_SERVICES, ALIVE, reflection.SERVICE_NAME)
             self._calls.admit(
                 reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
                 reflection.aio.ReflectionServicer(described),
@@ -201,56 +198,58 @@ class Server:
         return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
 
     async def _report(self) -> None:
-        overall = _SERVING if self._ready() else _NOT_SERVING
-        for service in ("", *_SERVICES):
-            await self._health.set(service, overall)
-        served = {entry.model for entry in self._engine.models.newest()}
-        gone = (self._reported | self._engine.models.faults.keys()) - served
-        for name in gone:
-            await self._health.set(name, _NOT_SERVING)
-        for name in served:
-            await self._health.set(name, _SERVING)
-        self._reported = served
+        models = self._engine.models
+        served = {entry.model for entry in models.newest()}
+        await self._health.report(ready=self._ready(), served=served, refused=models.faults)
 
-    def _bind(self) -> int:
-        address = f"{_bracketed(self._settings.host)}:{self._settings.port}"
+    async def _load(self, models: ModelRepository) -> None:
+        """Load what can be loaded; if that is nothing, say so and stay: models may come later."""
+        _log.info("loading models", extra={"models": str(models.root)})
+        reason = "there is none"
         try:
-            port = self._doors.bind(self._grpc, address)
-        except RuntimeError:
-            port = 0
-        if not port:
-            reason = _why_not(self._settings.host, self._settings.port)
-            raise LoadError(address, f"cannot listen: {reason}")
-        return port
+            await self._engine.models.load_all(models)
+        except LoadError as error:
+            reason = str(error)
+        if not self._engine.models.newest():
+            faults = "; ".join(map(str, self._engine.models.faults.values()))
+            extra = {"models": str(models.root), "reason": faults or reason, "remedy": _REMEDY}
+            _log.error("no model is served", extra=extra)
+
+    async def _serve_health(self) -> int | None:
+        settings = self._settings
+        if settings.health_port is None:
+            return None
+        address = settings.host, settings.health_port
+        return await self._health.listen(
+            lambda server: bind(server.add_insecure_port, *address), channel_options(settings)
+        )
 
     def _serve_metrics(self) -> int:
         host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
             self._http = self._metrics.serve(host, port)
         except OSError as error:
-            address = f"{_bracketed(host)}:{port}"
+            address = f"{bracketed(host)}:{port}"
             raise LoadError(address, f"cannot serve metrics: {error.strerror}") from error
         return self._http[0].server_port
 
 
-def _tracing(settings: Settings) -> Tracing | None:
-    """Return what makes the spans; nothing of it is imported where nobody takes them."""
-    if settings.traces is None:
-        return None
-    try:
-        from els_service.wire.tracing import Tracing
-    except ImportError as error:
-        needs = "expected the extra 'tracing' to be installed: pip install 'els-denoise[tracing]'"
-        raise LoadError("traces", f"{needs} ({error})") from error
-    return Tracing(settings.traces, settings.traces_ratio)
+def stop_at_most_s(settings: Settings) -> float:
+    """Return how long a stop takes at most after SIGTERM, but for a batch that is being computed.
+
+    Watchers of the health are told, then new calls are taken for the grace, then those in flight
+    may finish, then the rest is told, then what listens and sends is closed.
+    """
+    told = max(settings.drain_s, _FLUSH_S)
+    return told + settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
 
 
-async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
+async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Args:
         settings: what to serve and where.
-        ready: called once, when every loadable model is warm.
+        ready: called once, when every loadable model is warm, or there is none.
 
     Raises:
         LoadError: As ``Server.start``.
@@ -267,12 +266,13 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
-            ports = starting.result()
-            _log.info("serving", extra=asdict(ports))
+            started = starting.result()
+            if started.ready:
+                _log.info("serving", extra=asdict(started))
             # What is there now stays: it need not be searched for garbage again and again.
             gc.collect()
             gc.freeze()
-            ready(ports)
+            ready(started)
             await asyncio.wait((stopping, server.lost), return_when=asyncio.FIRST_COMPLETED)
         _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
@@ -283,20 +283,3 @@ async def serve(settings: Settings, ready: Callable[[Ports], None]) -> None:
         starting.cancel()
         stopping.cancel()
         await server.close()
-
-
-def _why_not(host: str, port: int) -> str:
-    """Return the system's reason for refusing an address, which grpc does not pass on."""
-    try:
-        socket.create_server((host, port), family=_family(host)).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return "the port is in use or the host is not ours"
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

