@@ -43,7 +43,10 @@ def tokens(tmp_path: Path) -> TokenFile:
     return file
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "fd00::1", "0"])
+FOREIGN = ["10.1.2.3", "fd00::1"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", *FOREIGN])
 @pytest.mark.parametrize("with_tokens", [False, True])
 def test_an_address_beyond_loopback_needs_tls_or_insecure(
     host: str, with_tokens: bool, tokens: TokenFile, certificates: Certificates
@@ -57,7 +60,9 @@ def test_an_address_beyond_loopback_needs_tls_or_insecure(
     assert "say --insecure if" in result.stderr
     assert result.stderr.count("\n") == 1
     for guard in (["--insecure"], certificates.options):
-        assert check("--host", host, *options, *guard).exit_code == 0
+        guarded = check("--host", host, *options, *guard)
+        assert guarded.exit_code == (2 if host in FOREIGN else 0)
+        assert ("host: expected an address of this machine" in guarded.stderr) is (host in FOREIGN)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "::ffff:127.0.0.1"])

@@ -33,8 +33,12 @@ def bind(add: Callable[[str], int], host: str, port: int) -> int:
 
 def why_not(host: str, port: int) -> str:
     """Return the system's reason for refusing an address; empty where it takes it."""
+    six = ":" in host
+    family = socket.AF_INET6 if six else socket.AF_INET
     try:
-        socket.create_server((host, port), family=_family(host)).close()
+        # Both stacks, as gRPC does: ::ffff:127.0.0.1 is an address, too.
+        dual = six and socket.has_dualstack_ipv6()
+        socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -43,7 +47,3 @@ def why_not(host: str, port: int) -> str:
 def bracketed(host: str) -> str:
     """Return a host as it stands before a port."""
     return f"[{host}]" if ":" in host else host
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
