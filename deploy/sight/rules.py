@@ -16,9 +16,11 @@ OBJECTIVE = 0.995
 """Share of calls, over 30 days, that the service answers as it promised."""
 BUDGET = round(1 - OBJECTIVE, 6)
 
-ASKING = 'method=~"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
-"""Calls that ask a model, not those that ask about the server."""
-_BROKEN = 'code=~"DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|RESOURCE_EXHAUSTED|UNAVAILABLE"'
+_ASK = '"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
+"""Methods that ask a model, not those that ask about the server."""
+ASKING = f"method=~{_ASK}"
+_CALLS = f"grpc_server_handled_total{{grpc_method=~{_ASK}"
+_BROKEN = 'grpc_code=~"DeadlineExceeded|FailedPrecondition|Internal|ResourceExhausted|Unavailable"'
 """Ends that are the service's fault, or its lack of capacity."""
 _ASKED, _ERRORS = "namespace_job:els_calls:rate5m", "namespace_job:els_errors:rate5m"
 _WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
@@ -187,11 +189,8 @@ def document() -> dict[str, Any]:
 
 
 def _records() -> Iterator[dict[str, str]]:
-    asked = f"sum by (namespace, job) (rate(els_request_seconds_count{{{ASKING}}}[5m]))"
-    broken = asked.replace(ASKING, f"{ASKING}, {_BROKEN}")
-    yield _recording(_ASKED, asked)
-    # Where nothing broke yet there is no such series, but there is a rate: none.
-    yield _recording(_ERRORS, f"{broken} or 0 * {_ASKED}")
+    yield _recording(_ASKED, f"sum by (namespace, job) (rate({_CALLS}}}[5m]))")
+    yield _recording(_ERRORS, f"sum by (namespace, job) (rate({_CALLS}, {_BROKEN}}}[5m]))")
     for window in _WINDOWS:
         # Of what is recorded: days of every replica's own series would be too much to read.
         ratio = f"sum_over_time({_ERRORS}[{window}]) / sum_over_time({_ASKED}[{window}])"
