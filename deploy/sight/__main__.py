@@ -36,7 +36,6 @@ def generated() -> dict[str, str]:
     documents = {
         "deploy/sight/alerts.yaml": rules.document(),
         f"{component}/kustomization.yaml": manifests.kustomization(),
-        f"{component}/networkpolicy.yaml": manifests.network_policy(),
         f"{component}/podmonitor.yaml": manifests.pod_monitor(),
         f"{component}/prometheusrule.yaml": manifests.prometheus_rule(),
     }

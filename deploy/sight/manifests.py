@@ -20,7 +20,7 @@ def kustomization() -> dict[str, Any]:
     return {
         "apiVersion": "kustomize.config.k8s.io/v1alpha1",
         "kind": "Component",
-        "resources": ["podmonitor.yaml", "prometheusrule.yaml", "networkpolicy.yaml"],
+        "resources": ["podmonitor.yaml", "prometheusrule.yaml"],
     }
 
 
@@ -52,21 +52,4 @@ def prometheus_rule() -> dict[str, Any]:
         "kind": "PrometheusRule",
         "metadata": _METADATA,
         "spec": rules.document(),
-    }
-
-
-def network_policy() -> dict[str, Any]:
-    """Return what lets the scraper in beside a default-deny; policies add up."""
-    scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {**_METADATA, "name": "els-denoise-scrape"},
-        "spec": {
-            "podSelector": {"matchLabels": SERVER},
-            "policyTypes": ["Ingress"],
-            "ingress": [
-                {"from": [scraper], "ports": [{"protocol": "TCP", "port": "metrics"}]},
-            ],
-        },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from string import Template
@@ -10,12 +11,20 @@ import promql_parser as promql
 
 TARGET = {"namespace", "pod", "container", "endpoint", "instance", "job"}
 """Labels whose values are the deployment's."""
+_BLOCK = re.compile(r"^```promql\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_METRIC = re.compile(r"`((?:els|grpc_server|process)_[a-z0-9_]+|up)`")
 _VARIABLES = {"namespace": ".*", "pod": ".*", "model": ".*", "__rate_interval": "1m"}
 
 
 def as_grafana(expression: str) -> str:
     """Return an expression, its variables replaced by everything there is."""
     return Template(expression).substitute(_VARIABLES)
+
+
+def queries_of(runbook: str) -> list[str]:
+    """Return what a runbook tells to look at: its queries, and the metrics that its text names."""
+    blocks = _BLOCK.findall(runbook)
+    return [line for block in blocks for line in block.splitlines()] + _METRIC.findall(runbook)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import yaml
 from deploy.sight.rules import error_ratio
 from tests.deploy import traffic
 from tests.deploy.prometheus import Prometheus, needs, scraping
-from tests.deploy.promql import TARGET, as_grafana, selections
+from tests.deploy.promql import TARGET, as_grafana, queries_of, selections
 from tests.e2e.processes import ODD, ServerProcess, serving
 
 from els_service.engine.terms import REASONS
@@ -68,6 +68,12 @@ def rules() -> list[str]:
     return [rule["expr"] for rule in documents(RULES) if "expr" in rule]
 
 
+def runbooks() -> list[str]:
+    """Return every query and metric that a runbook tells to look at."""
+    pages = sorted((DEPLOY / "sight" / "runbooks").glob("*.md"))
+    return [query for page in pages for query in queries_of(page.read_text())]
+
+
 def scalers() -> list[str]:
     """Return every PromQL query, and every name of a metric, of what scales."""
     found = [one for path in DEPLOY.rglob("*.yaml") for one in documents(path)]
@@ -85,6 +91,7 @@ def asked() -> dict[str, list[str]]:
         "dashboard": [expression for _, expression in panels()],
         "variables": variables(),
         "rules": rules(),
+        "runbooks": runbooks(),
         "scalers": scalers(),
     }
 
@@ -112,7 +119,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             yield World(server, prometheus)
 
 
-@pytest.mark.parametrize("place", ["dashboard", "variables", "rules", "scalers"])
+@pytest.mark.parametrize("place", ["dashboard", "variables", "rules", "runbooks", "scalers"])
 def test_every_metric_label_and_value_that_is_asked_for_is_there(world: World, place: str) -> None:
     expressions = asked()[place]
     assert expressions or place == "scalers"
@@ -153,6 +160,7 @@ async def test_a_drain_that_a_call_outlives_is_alerted_even_when_the_replica_is_
         world.server.terminate()
         for expression in ("els_draining_seconds > 0 and els_serving == 0", cut_short):
             await asyncio.to_thread(world.prometheus.until, expression)
-        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.AioRpcError, match="the server had to end"):
+            await traffic.rest_of(call)
     assert await asyncio.to_thread(world.server.wait) == (0, "")
     await asyncio.to_thread(world.prometheus.until, f"up == 0 and on (pod) {cut_short}")

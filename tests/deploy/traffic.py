@@ -19,7 +19,7 @@ from els_proto.inference import grpc_service_pb2 as oip
 
 QUEUE_S = "1"
 """Setting of the server: what may wait."""
-DRAIN_S = "3"
+DRAIN_S = "2"
 _TIMEOUT_S = 30
 
 
@@ -95,6 +95,12 @@ async def trajectory(channel: grpc.aio.Channel) -> Any:
     call = denoiser(channel).Sample(pb.SampleRequest(model="slow", steps=1000), timeout=60)
     assert (await call.read()).index == 1
     return call
+
+
+async def rest_of(call: Any) -> None:
+    """Read what still comes of a call; raises as the call does."""
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 async def _ends(code: str, call: Any) -> None:
