@@ -148,6 +148,15 @@ def test_every_panel_has_lines_and_every_legend_its_labels(world: World) -> None
 def test_all_that_can_become_of_a_question_was_seen(world: World) -> None:
     for reason in set(REASONS) - {"interrupted"}:
         assert world.prometheus.query(f'els_dropped_total{{reason="{reason}"}} > 0'), reason
+    for code in (
+        "Canceled",
+        "DeadlineExceeded",
+        "FailedPrecondition",
+        "Internal",
+        "NotFound",
+        "OK",
+    ):
+        assert world.prometheus.query(f'grpc_server_handled_total{{grpc_code="{code}"}} > 0'), code
 
 
 # The last, as it ends the server.
