@@ -48,9 +48,10 @@ class Prometheus:
         found: list[dict[str, str]] = self._get("series", {"match[]": selector})
         return found
 
-    def until(self, expression: str) -> None:
-        """Wait until an expression has a sample."""
+    def until(self, expression: str) -> list[dict[str, Any]]:
+        """Return an expression's samples once it has any; a busy machine misses scrapes."""
         waited(lambda: bool(self.query(expression)), expression)
+        return self.query(expression)
 
     def _get(self, path: str, parameters: Mapping[str, str]) -> Any:
         with urlopen(f"{self._url}{path}?{urlencode(parameters)}", timeout=WAIT_S) as page:
@@ -69,7 +70,7 @@ def waited(condition: Callable[[], bool], what: str) -> None:
 def scraping(
     folder: Path, target: str, rules: Path, labels: Mapping[str, str]
 ) -> Iterator[Prometheus]:
-    """Yield a Prometheus that scrapes a target several times a second and evaluates rules.
+    """Yield a Prometheus that scrapes a target twice a second and evaluates rules.
 
     Args:
         folder: for its configuration, data and log.
@@ -78,7 +79,7 @@ def scraping(
         labels: what a pod's discovery would add; ``job`` among them.
     """
     static = {"targets": [target], "labels": dict(labels)}
-    often = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "300ms")
+    often = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "500ms")
     config = {
         "global": often,
         "rule_files": [str(rules)],

@@ -19,7 +19,7 @@ from els_proto.inference import grpc_service_pb2 as oip
 
 QUEUE_S = "1"
 """Setting of the server: what may wait."""
-DRAIN_S = "2"
+DRAIN_S = "4"
 _TIMEOUT_S = 30
 
 
