@@ -51,6 +51,12 @@ bench: install
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
 
+# What is generated for operators; a test compares.
+.PHONY: deploy-sight
+
+deploy-sight: $(VENV)/.installed
+	$(BIN)/python -m deploy.sight
+
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
 SECONDS ?= 60
 MINUTES ?= 10
@@ -70,7 +76,10 @@ POLICY := .venv-checkov
 
 .PHONY: deploy-tools deploy-settings deploy-checks
 
+# Prometheus with promtool is the distribution's.
 deploy-tools: $(DEPLOY)/.installed $(POLICY)/.installed
+	command -v promtool || { apt-get update --quiet && \
+		apt-get install --quiet --yes --no-install-recommends prometheus; }
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +38,7 @@ from els_service.wire.doors import Doors, allow_connections, channel_options, me
 from els_service.wire.health import ALIVE, Health
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.listening import bind, bracketed
-from els_service.wire.metrics import Metrics
+from els_service.wire.metrics import Gauges, Metrics
 from els_service.wire.preflight import tracing_maker
 
 _log = logging.getLogger(__name__)
@@ -94,11 +95,13 @@ class Server:
         self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
-        self._metrics.gauges = self._engine.gauges
+        self._metrics.gauges = self._gauges
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
         self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
         self._lag: asyncio.Task[None] | None = None
+        self._told_to_end: float | None = None
+        """When, on the monotonic clock."""
         self._health = Health(_SERVICES)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
@@ -135,6 +138,7 @@ class Server:
         What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
         """
         settings = self._settings
+        self._told_to_end = time.monotonic()
         await self._health.leave(max(settings.drain_s, _FLUSH_S))
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
@@ -192,6 +196,17 @@ class Server:
                 server,
             )
         return server
+
+    def _gauges(self) -> Gauges:
+        """Yield what the engine tells, and the server's own state and bounds, at any time."""
+        settings, since = self._settings, self._told_to_end
+        yield from self._engine.gauges()
+        yield "els_calls_in_flight", {}, self._calls.in_flight
+        yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
+        yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
+        yield "els_queue_limit_seconds", {}, settings.queue_s
+        yield "els_serving", {}, self._ready() and since is None
+        yield "els_watchdog_seconds", {}, settings.watchdog_s
 
     def _ready(self) -> bool:
         models = self._engine.models
