@@ -117,7 +117,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         target = f"127.0.0.1:{server.ready['metrics_port']}"
         with scraping(folder, target, RULES, POD) as prometheus:
             prometheus.until("els_serving == 1")
-            asyncio.run(traffic.every_end(server.target))
+            asyncio.run(traffic.most_ends(server.target))
+            # A rate needs a sample from before.
+            prometheus.until('els_dropped_total{reason="rejected_full"} == 0')
+            asyncio.run(traffic.overload(server.target))
             prometheus.until('rate(els_dropped_total{reason="rejected_full"}[1m]) > 0')
             prometheus.until(f"{error_ratio('1h')} > 0")
             yield World(server, prometheus)

@@ -29,12 +29,17 @@ def models(root: Path) -> Path:
     return write_models(root, {**chosen, "bad": "kind: analytic\nmachine: x\n"})
 
 
-async def every_end(target: str) -> None:
-    """Ask a fresh odd server in every way, and have it end calls in every way but by draining."""
+async def most_ends(target: str) -> None:
+    """Ask a fresh odd server in every way; calls end in every way but overload and draining."""
     async with AsyncClient(target) as client, grpc.aio.insecure_channel(target) as channel:
         await _answered(client, channel)
         await _refused(channel)
         await _late_or_unwanted(channel)
+
+
+async def overload(target: str) -> None:
+    """Have an odd server refuse calls as its queue is full."""
+    async with grpc.aio.insecure_channel(target) as channel:
         await _overloaded(channel)
 
 
