@@ -2,10 +2,10 @@
 
 A server process is loaded by sixteen callers of fifteen kinds: good, hurried, bad, leaving ones,
 streams, reconnections, bytes that are no gRPC, reloads. Every few seconds its resident memory, what
-its allocators have handed out, open files and threads are read. After the warm-up they are flat: the
-robust slopes (Theil-Sen) of memory by hour and by the callers' rounds, and the growth of the rest,
-stay within the bounds. Exits 1 with the numbers if not, or if any caller was treated wrongly,
-or the server logged an error or did not end well.
+its allocators have handed out, open files and threads are read. After the warm-up the robust slopes
+(Theil-Sen) of memory, by hour and by the callers' rounds, and the growth of the rest must stay
+within the bounds. Exits 1 with the numbers if they do not, or if any caller was treated wrongly, or
+the server logged an error or did not end well.
 """
 
 from __future__ import annotations
