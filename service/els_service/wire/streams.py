@@ -54,6 +54,8 @@ async def in_order(
     finally:
         for task in (drain, reader):
             task.cancel()
+        # A request that it waits for it waits for until the call ends; how that ends is known here.
+        reader.add_done_callback(_forget)
         while not begun.empty():
             left = begun.get_nowait()
             if left is not None and isinstance(left[0], asyncio.Future):
@@ -88,6 +90,12 @@ async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], begun: Be
     await draining.wait()
     reader.cancel()
     begun.put_nowait(None)
+
+
+def _forget(reader: asyncio.Task[None]) -> None:
+    """Take what a task raised, which would else be logged as an error."""
+    if not reader.cancelled():
+        reader.exception()
 
 
 async def _settled(answer: asyncio.Future[Answer]) -> Answer:
