@@ -1,10 +1,11 @@
 """Soaks a real server: python -m benchmarks.soak [--minutes 10] [--out FILE].
 
 A server process is loaded by sixteen callers of fifteen kinds: good, hurried, bad, leaving ones,
-streams, reconnections, bytes that are no gRPC, reloads. Every few seconds its resident memory, open
-files and threads are read. After the warm-up they must be flat: the robust slope of the memory
-(Theil-Sen) and the growth of the rest stay within the bounds. Exits 1 with the numbers if not, or
-if any caller was treated wrongly, or the server logged an error or did not end well.
+streams, reconnections, bytes that are no gRPC, reloads. Every few seconds its resident memory, what
+its allocators have handed out, open files and threads are read. After the warm-up the robust slopes
+(Theil-Sen) of memory, by hour and by the callers' rounds, and the growth of the rest must stay
+within the bounds. Exits 1 with the numbers if they do not, or if any caller was treated wrongly, or
+the server logged an error or did not end well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ async def _soak(
         world = load.World(target, metrics, channel)
         callers = asyncio.ensure_future(load.run(world, stop, options.pause_ms / 1e3))
         while (seconds := time.monotonic() - began) < options.minutes * 60:
-            samples.append(look_at(pid, seconds))
+            page = await asyncio.to_thread(load.scrape, metrics)
+            samples.append(look_at(pid, page, seconds, world.answers.total()))
             await asyncio.wait([callers], timeout=options.every)
             if callers.done() or len(world.faults) > _ENOUGH:
                 break
@@ -81,6 +83,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=float, default=0.4, help="fraction that is discarded")
     parser.add_argument("--mib-per-hour", type=float, default=8.0, help="allowed slope of memory")
     parser.add_argument("--noise-mib", type=float, default=2.0, help="allowed whatever the length")
+    parser.add_argument("--bytes-per-round", type=float, default=2.0, help="allowed of malloc's")
+    parser.add_argument("--malloc-noise-mib", type=float, default=0.3, help="whatever the rounds")
+    parser.add_argument("--blocks-per-round", type=float, default=0.01, help="allowed of Python's")
+    parser.add_argument("--blocks-noise", type=float, default=2000.0, help="whatever the rounds")
     parser.add_argument("--fds", type=int, default=4, help="allowed growth in open files")
     parser.add_argument("--threads", type=int, default=2, help="allowed growth in threads")
     parser.add_argument("--out", type=Path, help="where the record goes")
@@ -105,7 +111,7 @@ def _run(options: argparse.Namespace) -> tuple[load.World, list[Sample], list[st
 def main() -> None:
     """Soak, print and record the numbers; exit 1 if they are not flat."""
     options = _options()
-    bounds = Bounds(options.mib_per_hour, options.noise_mib, options.fds, options.threads)
+    bounds = Bounds(**{field.name: getattr(options, field.name) for field in fields(Bounds)})
     world, samples, wrong = _run(options)
     print(*wrong, sep="\n")
     verdict = judge(samples, options.warm_up, bounds)
@@ -115,10 +121,11 @@ def main() -> None:
         "bounds": asdict(bounds),
         "options": {"minutes": options.minutes, "every_s": options.every},
         "rounds": dict(world.answers),
+        "columns": [field.name for field in fields(Sample)],
         "samples": [list(asdict(sample).values()) for sample in samples],
     }
     for name, value in row.items():
-        if name != "samples":
+        if name not in ("samples", "columns"):
             print(f"{name:>20} {value}")
     print(f"record: {record.write('soak', [row], options.out)}")
     sys.exit(1 if row["faults"] else 0)

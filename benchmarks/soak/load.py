@@ -205,12 +205,14 @@ async def look(world: World) -> None:
     await world.ours.ListModels(pb.ListModelsRequest())
     await world.protocol.ModelStatistics(oip.ModelStatisticsRequest())
     await world.protocol.RepositoryIndex(oip.RepositoryIndexRequest())
-    await asyncio.to_thread(_scrape, world.metrics_url)
+    await asyncio.to_thread(scrape, world.metrics_url)
 
 
-def _scrape(url: str) -> None:
+def scrape(url: str) -> str:
+    """Return the page of metrics."""
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as page:
-        page.read()
+        text: str = page.read().decode()
+        return text
 
 
 CALLERS: tuple[Callable[[World], Awaitable[None]], ...] = (

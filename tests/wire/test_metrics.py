@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import time
 from threading import Event, Thread
 
@@ -138,6 +139,20 @@ def test_memory_and_file_descriptors_of_the_process_are_there() -> None:
     metrics = Metrics()
     assert (sample(metrics, "process_resident_memory_bytes") or 0) > 1 << 20
     assert (sample(metrics, "process_open_fds") or 0) > 0
+
+
+# There is nothing to count with elsewhere.
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+def test_memory_that_malloc_has_handed_out_counts_until_it_is_freed() -> None:
+    metrics, taken = Metrics(), 50 << 20
+    before = sample(metrics, "els_malloc_used_bytes") or 0
+    block = bytearray(taken)
+    during = sample(metrics, "els_malloc_used_bytes") or 0
+    del block
+    after = sample(metrics, "els_malloc_used_bytes") or 0
+    assert during - before == pytest.approx(taken, rel=0.1)
+    assert after - before == pytest.approx(0, abs=taken / 10)
+    assert (sample(metrics, "els_python_blocks") or 0) > 1000
 
 
 def test_an_exemplar_names_the_latest_trace_of_its_bucket_in_openmetrics_alone() -> None:

@@ -28,6 +28,7 @@ from els_service.errors import (
     fit_for_headers,
 )
 from els_service.logs import CALL
+from els_service.wire.batches import check_cancelled
 from els_service.wire.doors import Doors, caller_of
 from els_service.wire.metrics import Method, Metrics
 
@@ -295,6 +296,7 @@ async def _write(context: Context, answer: Any) -> None:
         await context.write(answer)
     except grpc.aio.BaseError as error:
         raise asyncio.CancelledError("the caller is gone") from error
+    check_cancelled()
 
 
 def current_trace() -> object | None:

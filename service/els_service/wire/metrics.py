@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from els_service import logs
 from els_service.engine.terms import REASONS, Launch
 from els_service.version import COMMIT, VERSION
+from els_service.wire import heap
 from els_service.wire.tallies import Tally, family, merged
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,11 @@ _GAUGES = {
     "els_watchdog_seconds": "Time over a batch's prediction after which a device counts as lost.",
 }
 """What engine and server tell when they are asked, and its help."""
+_HEAP = {
+    "els_python_blocks": "Blocks of memory that Python's objects take.",
+    "els_malloc_used_bytes": "Bytes that malloc has handed out: what grows without end is a leak.",
+    "els_malloc_free_bytes": "Bytes that malloc keeps for later; they may be resident.",
+}
 
 Gauges = Iterable[tuple[str, dict[str, str], float]]
 """(name, labels, value)."""
@@ -247,6 +253,8 @@ class Metrics(Collector):
         yield family("els_event_loop_lag_seconds", text, (), [((), self._lag)])
         text = "How late the event loop was the last time."
         yield GaugeMetricFamily("els_event_loop_lag_latest_seconds", text, self._latest_lag)
+        for name, value in heap.sizes():
+            yield GaugeMetricFamily(name, _HEAP[name], value)
         text = "Log records that could not be written."
         yield CounterMetricFamily("els_log_records_lost", text, logs.lost())
         build = GaugeMetricFamily(

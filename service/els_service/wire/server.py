@@ -32,6 +32,7 @@ from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.wire import loop_lag
+from els_service.wire.batches import make_server
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
@@ -168,12 +169,12 @@ class Server:
 
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
-        server = grpc.aio.server(
-            options=[
+        server = make_server(
+            [
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 ("grpc.max_send_message_length", limits.max_message_bytes),
                 *channel_options(self._settings),
-            ],
+            ]
         )
         ours = DenoiserService(self._engine, limits, self._calls.draining)
         protocol = InferenceService(self._engine, limits, self._ready, self._report)

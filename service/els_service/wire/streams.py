@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import ElsError, UnavailableError
+from els_service.wire.batches import check_cancelled
 from els_service.wire.calls import status_of
 
 _log = logging.getLogger(__name__)
@@ -39,20 +40,22 @@ async def in_order(
     begun: Begun = asyncio.Queue()
     room = asyncio.Semaphore(WINDOW)
     reader = asyncio.ensure_future(_read(requests, begin, begun, room))
-    drain = asyncio.ensure_future(_cancel_at(draining, reader))
+    drain = asyncio.ensure_future(_end_at(draining, reader, begun))
     try:
         while (oldest := await begun.get()) is not None:
             answer, size = oldest
             yield answer if isinstance(answer, Answer) else await _settled(answer)
             for _ in range(size):
                 room.release()
-        await asyncio.wait((reader,))
-        if reader.cancelled():
+        # While it waits for a request it cannot be stopped.
+        if not reader.done() or reader.cancelled():
             raise UnavailableError("the server is draining; send the rest to another")
         reader.result()
     finally:
         for task in (drain, reader):
             task.cancel()
+        # A request that it waits for it waits for until the call ends; how that ends is known here.
+        reader.add_done_callback(_forget)
         while not begun.empty():
             left = begun.get_nowait()
             if left is not None and isinstance(left[0], asyncio.Future):
@@ -69,6 +72,7 @@ async def _read(
         # Before a request is read: one that was read is answered, whenever the reading ends.
         await room.acquire()
         async for request in requests:
+            check_cancelled()
             size = min(WINDOW, 1 + _size(request) // _SHARE)
             try:
                 answer = begin(request)
@@ -82,9 +86,16 @@ async def _read(
         begun.put_nowait(None)
 
 
-async def _cancel_at(draining: asyncio.Event, reader: asyncio.Task[None]) -> None:
+async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], begun: Begun) -> None:
     await draining.wait()
     reader.cancel()
+    begun.put_nowait(None)
+
+
+def _forget(reader: asyncio.Task[None]) -> None:
+    """Take what a task raised, which would else be logged as an error."""
+    if not reader.cancelled():
+        reader.exception()
 
 
 async def _settled(answer: asyncio.Future[Answer]) -> Answer:
