@@ -23,8 +23,13 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.lane import Item, Lane, Ticket, answers
-from els_service.engine.terms import Launch, Observer, Terms
-from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
+from els_service.engine.terms import Launch, Observer, Terms, timed_out
+from els_service.errors import (
+    DeadlineExceededError,
+    ElsError,
+    QueueFullError,
+    UnavailableError,
+)
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
@@ -369,8 +374,13 @@ class Scheduler:
     def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
         """Take what still waits of a ticket out of the queue."""
         withdrawn = _withdraw(lane, ticket)
+        ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
-            self._observer.dropped(lane.model, "cancelled")
+            now = self.clock()
+            late = timed_out(ticket.terms.deadline - now, now - ticket.since)
+            self._observer.dropped(lane.model, "expired" if late else "cancelled")
+        if not answer.cancelled() and type(answer.exception()) is UnavailableError:
+            self._observer.dropped(lane.model, "interrupted")
         if not lane.queue:
             self._lanes.pop(lane, None)
 

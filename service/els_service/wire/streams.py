@@ -102,4 +102,6 @@ def _size(request: object) -> int:
 def _failed(error: Exception) -> Answer:
     if not isinstance(error, ElsError):
         _log.error("stream", exc_info=error)
+    # Its frames know the request, and it them: they would stay until garbage is collected.
+    error.__traceback__ = None
     return Answer(error=status_of(error))
