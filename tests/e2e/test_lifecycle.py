@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,42 @@ def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_pa
     assert (process.returncode, stdout) == (0, b"")
     assert b"Traceback" not in stderr
     assert b"exception" not in stderr
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.9])
+def test_sigterm_while_the_program_is_loaded_ends_it_with_exit_code_0(
+    models: Path, after_s: float
+) -> None:
+    process = subprocess.Popen(
+        [BIN / "els-server", "run", "--models", models, "--port=0", "--metrics-port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(ELS_GRACE_S="0"),
+    )
+    try:
+        time.sleep(after_s)  # nothing tells how far an import is
+        process.terminate()
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert (process.returncode, b"Traceback" in stderr) == (0, False)
+
+
+def test_sigterm_again_and_again_changes_neither_the_drain_nor_the_exit_code(models: Path) -> None:
+    with serving("--models", models, "--threads", 1) as server, Client(server.target) as client:
+        steps = client.sample(model="zeros", count=32, steps=40)
+        assert next(steps).index == 1
+        stop = threading.Event()
+
+        def insist() -> None:
+            while server.process.poll() is None and not stop.wait(0.005):
+                server.terminate()
+
+        insisting = threading.Thread(target=insist)
+        insisting.start()
+        try:
+            assert [step.index for step in steps] == list(range(2, 41))
+            assert server.wait() == (0, "")
+        finally:
+            stop.set()
+            insisting.join()
