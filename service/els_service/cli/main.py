@@ -35,7 +35,9 @@ _FAULT = 2
 _DEVICE_LOST = 3
 
 Models = Annotated[Path | None, typer.Option(help="Folder of models; replaces the bundled ones.")]
-Host = Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")]
+Host = Annotated[
+    str | None, typer.Option(help="Address to bind, or unix:PATH. [default: 127.0.0.1]")
+]
 Port = Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free. [default: 50051]")]
 MetricsPort = Annotated[
     int | None, typer.Option(help="Port of /metrics; 0 takes any free. [default: 9090]")
