@@ -24,8 +24,10 @@ def bind(add: Callable[[str], int], host: str, port: int) -> int:
         LoadError: It cannot listen there; says why.
     """
     address, bound = address_of(host, port), 0
-    # gRPC would take a socket of the file system from the server that listens there.
-    reason = os.strerror(errno.EADDRINUSE) if is_unix(host) and _is_taken(host) else ""
+    reason = ""
+    if is_unix(host):
+        # gRPC would take a socket of the file system from the server that listens there.
+        reason = os.strerror(errno.EADDRINUSE) if _is_taken(host) else why_not(host, port)
     try:
         bound = 0 if reason else add(address)
     except RuntimeError:
