@@ -64,7 +64,8 @@ class Settings(BaseModel):
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen at; beyond loopback TLS is needed, or ``insecure``."""
+    """Address to listen at; beyond loopback TLS is needed, or ``insecure``. Or ``unix:PATH``, a
+    socket that its file's permissions guard."""
     port: _Port = 50051
     """Port of gRPC; 0 takes any that is free, here and below."""
     metrics_port: _Port = 9090

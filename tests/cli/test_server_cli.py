@@ -65,6 +65,22 @@ def test_check_names_each_model_that_is_refused_and_why(tmp_path: Path) -> None:
         assert str(root / name / "model.yaml") in line
 
 
+def test_check_looks_at_every_version(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {"old": "kind: magic\n"})
+    (root / "old" / "model.yaml").unlink()
+    for number in (2, 3):
+        folder = root / "old" / str(number)
+        folder.mkdir()
+        (folder / "model.yaml").write_text(DOCUMENTS["zeros"].replace("../", "../../"))
+    result = run("check", "--models", root)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "old version 2: ok, analytic els\nold version 3: ok, analytic els" in result.stdout
+    (root / "old" / "3" / "model.yaml").write_text("kind: magic\n")
+    result = run("check", "--models", root)
+    assert result.exit_code == 2
+    assert str(root / "old" / "3" / "model.yaml") in result.stderr
+
+
 def test_check_of_a_folder_without_models_is_a_fault(tmp_path: Path) -> None:
     result = run("check", "--models", tmp_path)
     assert result.exit_code == 2

@@ -212,7 +212,10 @@ def test_the_command_prints_a_table_and_writes_a_record_and_a_picture(
 
 @pytest.mark.parametrize(
     "args",
-    [("--mix", "dream=1"), ("--mix", "7"), ("--sigma", "low"), ("--rate", "1", "--callers", "1")],
+    [
+        *(("--mix", "dream=1"), ("--mix", "7"), ("--sigma", "low")),
+        *(("--rate", "1", "--callers", "1"), ("--json", "/no/where"), ("--plot", "/no/where.png")),
+    ],
 )
 def test_a_wrong_load_is_exit_code_two(args: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["bench", *args])

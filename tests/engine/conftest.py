@@ -11,6 +11,7 @@ import torch
 
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
 from els_service.denoisers.levels import from_sigma
+from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
 from els_service.engine.terms import REASONS, Launch, Terms
 
@@ -59,6 +60,13 @@ class Recorder:
     async def until_entered(self) -> None:
         """Wait until the next batch is being computed."""
         assert await asyncio.to_thread(self.entered.acquire, True, WAIT_S)
+
+
+class Steady(CostModel):
+    """Predicts what the denoiser does: which batches there are is not up to a busy machine."""
+
+    def learn(self, estimate: float, seconds: float, now: float) -> None:
+        """Take no notice."""
 
 
 class Observed:
@@ -126,6 +134,9 @@ def ask(
 async def held(engine: Engine, recorder: Recorder) -> asyncio.Task[Denoised]:
     """Serve a recorder; return a call whose batch is computed until ``recorder.go`` is set."""
     engine.models.add("model", recorder)
+    lane = engine.models.entry("model").lane
+    assert lane is not None
+    lane.costs = Steady()
     recorder.go.clear()
     first = ask(engine, 0)
     await recorder.until_entered()

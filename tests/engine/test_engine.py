@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.engine.conftest import Recorder, ask, held, turns, values
+from tests.engine.conftest import Observed, Recorder, ask, held, turns, values
 
+from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -25,7 +26,12 @@ from els_service.denoisers.samplers import (
 from els_service.engine.engine import Engine, Run
 from els_service.engine.repository import ModelRepository
 from els_service.engine.terms import Terms
-from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from els_service.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    QueueFullError,
+    UnavailableError,
+)
 
 
 def run_of(
@@ -126,6 +132,29 @@ async def test_between_two_steps_a_trajectory_holds_nothing(engine: Engine) -> N
     assert values(await ask(engine, 1)) == [2]
     await steps.aclose()
     assert {name: value for name, _, value in engine.gauges()}["els_trajectories"] == 0
+
+
+async def test_readers_who_take_no_steps_hold_so_much_and_no_more(observed: Observed) -> None:
+    engine, recorder = Engine(observed, Scheduling(queue_bytes=1000)), Recorder()
+    engine.models.add("model", recorder)
+    shape = recorder.info.shape
+    try:
+        # Six numbers an image, 24 bytes each.
+        begun = [engine.sample("model", run_of(shape, count=count)) for count in (1, 5)]
+        for steps in begun:
+            await anext(steps)
+        late = engine.sample("model", run_of(shape, count=1))
+        with pytest.raises(QueueFullError, match="hold 864 bytes; 1000 are allowed"):
+            await anext(late)
+        assert observed.reasons == ["rejected_full"]
+        for steps in begun:
+            await steps.aclose()
+        # Alone it may be as large as the limits of a call allow.
+        alone = engine.sample("model", run_of(shape, count=20))
+        assert (await anext(alone)).index == 1
+        await alone.aclose()
+    finally:
+        engine.close()
 
 
 async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_step(

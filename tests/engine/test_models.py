@@ -8,15 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.engine.conftest import Observed, Recorder, ask, held, turns, values
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoised, DenoiserInfo, make_query
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
-from els_service.errors import DeadlineExceededError, LoadError, NotFoundError, UnavailableError
+from els_service.errors import (
+    DeadlineExceededError,
+    LoadError,
+    NotFoundError,
+    QueueFullError,
+    UnavailableError,
+)
 
 GAUSSIAN = "kind: gaussian\nshape: [1, 2, 2]\nmean: {mean}\nvariance: 0\n"
 
@@ -68,6 +75,21 @@ async def test_a_model_that_fails_at_its_first_question_does_not_take_the_others
     await engine.models.load_all(repository)
     assert [entry.model for entry in engine.models.newest()] == ["zeros"]
     assert "failed at its first question" in str(engine.models.faults["ideal"])
+
+
+async def test_a_device_that_breaks_at_a_first_question_ends_the_engine(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(Recorder):
+        def denoise(self, query: Query) -> Denoised:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    write(tmp_path, "a", 0.0)
+    repository = ModelRepository(tmp_path)
+    monkeypatch.setattr(repository, "load", lambda *_: Poisoned())
+    await engine.models.load_all(repository)
+    assert "illegal memory access" in str(engine.models.faults["a"])
+    assert "cpu is broken" in await asyncio.wait_for(engine.lost, 30)
 
 
 async def test_a_model_asked_for_while_others_are_loaded_is_unavailable_then_not_found(
@@ -200,10 +222,10 @@ async def test_over_the_memory_budget_the_model_asked_longest_ago_sleeps_until_i
         engine.close()
 
 
-async def test_who_cannot_wait_for_a_sleeping_model_is_told(
+async def test_who_cannot_wait_for_a_sleeping_model_or_is_one_too_many_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(Observed(), Scheduling(memory_bytes=150))
+    engine = Engine(Observed(), Scheduling(memory_bytes=150, queue_bytes=60))
     for name in "ab":
         write(tmp_path, name, 0.0)
     repository = ModelRepository(tmp_path)
@@ -221,6 +243,8 @@ async def test_who_cannot_wait_for_a_sleeping_model_is_told(
         patient = ask(engine, 1, model="a")
         with pytest.raises(DeadlineExceededError, match="still being loaded"):
             await ask(engine, 2, model="a", deadline=time.monotonic() + 0.02)
+        with pytest.raises(QueueFullError, match="24 bytes; 60 are allowed"):
+            await ask(engine, 3, 4, model="a")
         go.set()
         assert values(await patient) == [2]
     finally:

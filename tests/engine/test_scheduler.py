@@ -109,6 +109,29 @@ async def test_a_query_whose_deadline_passes_while_it_waits_is_not_computed(
     await first
 
 
+async def test_who_gives_up_at_its_deadline_is_late_and_who_does_before_has_left(
+    observed: Observed,
+) -> None:
+    now = 0.0
+    engine, recorder = Engine(observed, clock=lambda: now), Recorder()
+    try:
+        first = await held(engine, recorder)
+        # gRPC cancels a call whose deadline passes, and its caller does so a little before.
+        for deadline, left_at in ((1.0, 1.01), (1.0, 0.985), (1.0, 0.9), (math.inf, 9.0)):
+            now = 0.0
+            gives_up = ask(engine, 1, deadline=deadline)
+            await turns()
+            now = left_at
+            gives_up.cancel()
+            await turns()
+        recorder.go.set()
+        await first
+    finally:
+        recorder.go.set()
+        engine.close()
+    assert observed.reasons == ["expired", "expired", "cancelled", "cancelled"]
+
+
 async def test_a_query_that_comes_after_its_deadline_is_refused_at_the_door(
     engine: Engine, observed: Observed
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,8 +16,9 @@ from els_service.wire.streams import WINDOW, Answer, in_order
 class Caller:
     """Sends requests for ever, or a few; counts those that were read and begun."""
 
-    def __init__(self, count: int = 1 << 30) -> None:
+    def __init__(self, count: int = 1 << 30, shape: tuple[int, ...] = ()) -> None:
         self._count = count
+        self._x = pb.Tensor(shape=shape, data=bytes(math.prod(shape)))
         self.read = self.begun = 0
         self.go = asyncio.Event()
         self.futures: list[asyncio.Future[Answer]] = []
@@ -25,7 +27,7 @@ class Caller:
         while self.read < self._count:
             await asyncio.sleep(0)
             self.read += 1
-            yield pb.DenoiseRequest(model=str(self.read))
+            yield pb.DenoiseRequest(model=str(self.read), x=self._x)
 
     def begin(self, request: pb.DenoiseRequest) -> asyncio.Future[Answer]:
         self.begun += 1
@@ -55,6 +57,21 @@ async def test_no_more_than_the_window_is_read_until_an_answer_is_taken() -> Non
     assert (await anext(stream)).error.message == "2"
     await caller.turns()
     assert caller.read == caller.begun == WINDOW + 1
+
+
+async def test_requests_whose_answers_are_large_leave_room_for_fewer() -> None:
+    caller = Caller(shape=(16, 3, 32, 32))  # u8: 48 KiB asked, 192 KiB answered
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    assert caller.read == WINDOW
+    caller = Caller(shape=(256, 3, 32, 32))  # 16 times as large: 7 MiB while it is computed
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    second = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    assert caller.read == -(-WINDOW // 7)
+    for waiting in (first, second):
+        waiting.cancel()
 
 
 async def test_a_drain_ends_a_stream_after_all_that_was_read_is_answered() -> None:

@@ -302,15 +302,16 @@ async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
 async def test_a_computed_call_leads_to_its_batch_and_the_batch_to_its_calls(
     traced: Traced,
 ) -> None:
-    # Enough pairs to be queued: small questions are answered on the spot.
+    # Enough pairs to be queued, and a small question that is answered on the spot.
     many = denoise(x=tensor(shape=(256, *SHAPE), data=bytes(256 * 120)), model="circular")
-    await asyncio.gather(*(traced.stub.Denoise(many, timeout=TIMEOUT_S) for _ in range(3)))
+    asked = [many, many, many, denoise()]
+    await asyncio.gather(*(traced.stub.Denoise(one, timeout=TIMEOUT_S) for one in asked))
     spans = await traced.spans()
     calls, queues, computes, batches = (
         [span for span in spans if span.name == name]
         for name in (METHOD, "queue", "compute", "batch")
     )
-    assert len(calls) == 3
+    assert len(calls) == len(asked)
     by_id = {span.span_id: span for span in calls}
     linked = {(link.span_id, batch.span_id) for batch in batches for link in batch.links}
     assert {call for call, _ in linked} == by_id.keys()

@@ -16,6 +16,7 @@ from els_client import _terminal as terminal
 from els_client._options import MODEL, TARGET, ModelName, Target
 from els_client.bench import Outcome, Plan, Report, run
 from els_client.bench.plan import KINDS, Kind
+from els_client.errors import InvalidArgumentError
 
 _Value = TypeVar("_Value")
 _LOAD, _ASKED, _LENGTH, _OUT = "Who calls", "What is asked", "How long", "What is kept"
@@ -164,14 +165,18 @@ def bench(
             count=count,
             seed=seed,
         )
+        for path in (json, plot):
+            # Before the load: what it showed would be lost.
+            if path and not path.parent.is_dir():
+                raise InvalidArgumentError(f"{path}: expected a folder that is there")
         report = _run(plan)
+        _show(report)
         if json:
             report.write(json)
         if plot:
             from els_client.bench.plot import draw  # An extra, slow to import.
 
             draw([report], plot)
-    _show(report)
 
 
 def _run(plan: Plan) -> Report:

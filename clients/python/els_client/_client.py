@@ -39,7 +39,8 @@ class Client:
     seconds, by pings.
 
     Args:
-        target: Address, such as ``"127.0.0.1:50051"`` or ``"dns:///els.example:50051"``.
+        target: Address, such as ``"127.0.0.1:50051"``, ``"dns:///els.example:50051"`` or
+            ``"unix:/run/els.sock"``.
         timeout_s: Deadline of every call in seconds; None means 60, and 600 for ``sample``.
         tls: How the connection is encrypted; None means not at all.
         token: Bearer token that every call carries. Without ``tls`` it travels readable: use it so

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +35,9 @@ _FAULT = 2
 _DEVICE_LOST = 3
 
 Models = Annotated[Path | None, typer.Option(help="Folder of models; replaces the bundled ones.")]
-Host = Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")]
+Host = Annotated[
+    str | None, typer.Option(help="Address to bind, or unix:PATH. [default: 127.0.0.1]")
+]
 Port = Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free. [default: 50051]")]
 MetricsPort = Annotated[
     int | None, typer.Option(help="Port of /metrics; 0 takes any free. [default: 9090]")
@@ -115,6 +118,9 @@ def run(
         print(f"els-server: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: a thread that hangs on the device would be waited for.
         os._exit(_DEVICE_LOST)
+    finally:
+        # The loop's handlers went with it: a second signal would end the process with its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @app.command()
@@ -167,8 +173,10 @@ def _check_models(settings: Settings) -> int:
         raise _refused(error) from error
     for name in names:
         try:
-            info = models.load(name).info
-            typer.echo(f"{name}: ok, {info.kind} {info.machine}".rstrip())
+            for version in models.versions(name):
+                info = models.load(name, version).info
+                told = name if version == 1 else f"{name} version {version}"
+                typer.echo(f"{told}: ok, {info.kind} {info.machine}".rstrip())
         except LoadError as error:
             faults += 1
             typer.echo(f"{name}: {error}", err=True)

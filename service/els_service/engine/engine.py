@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,15 +27,18 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
-from els_service.engine.device import Device, WorkerDevice
+from els_service.engine.device import Device, DeviceLostError, WorkerDevice
 from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
+from els_service.engine.room import Room
 from els_service.engine.scheduler import Scheduler
 from els_service.engine.terms import Observer, Terms
 from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
+_HELD = 24
+"""Bytes that a trajectory holds of each number: state and answer in float64, a message of both."""
 _NO_TERMS = Terms()
 
 
@@ -80,12 +84,13 @@ class Engine:
     ) -> None:
         scheduling = scheduling or Scheduling()
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
-        self.models = Models(self._devices, scheduling)
+        self.models = Models(self._devices, scheduling, self._lose)
         self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
         self._clock = clock
         self._watchdog_s = scheduling.watchdog_s
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
+        self._room = Room(scheduling.queue_bytes, observer)
         self._ended = ""
         """Why nothing is answered any more; empty while something is."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -125,28 +130,38 @@ class Engine:
             NotFoundError, InvalidArgumentError, QueueFullError, DeadlineExceededError,
             UnavailableError: As ``denoise``.
         """
-        lane = await self._loaded(self.models.entry(name, version), terms)
-        large = math.prod(lane.denoiser.info.shape) * len(run.labels) > _SMALL
-        answer: Tensor | None = None
-        begun = False
+        entry = self.models.entry(name, version)
+        numbers = math.prod(entry.info.shape) * len(run.labels)
         self._trajectories += 1
         try:
-            while event := await self._advance(run.trajectory, answer, large):
-                if isinstance(event, Step):
-                    answer = None
-                    if run.decode and event.index == event.total:
-                        event = replace(event, decoded=await self._decoded(lane, event.x))
-                    yield event
-                    continue
-                query = _question(lane.denoiser, event, run)
-                if not begun:
-                    lane.denoiser.check(query)
-                    self._check_time(lane, query, run, terms)
-                given = self._submit(lane, query, terms, admitted=begun)
-                begun = True
-                answer = (given if isinstance(given, Denoised) else await given).mean.double()
+            # A reader who takes no steps keeps it for as long as it likes.
+            with self._room.taken(name, _HELD * numbers):
+                async with aclosing(self._steps(entry, run, terms, numbers > _SMALL)) as steps:
+                    async for step in steps:
+                        yield step
         finally:
             self._trajectories -= 1
+
+    async def _steps(
+        self, entry: Entry, run: Run, terms: Terms, large: bool
+    ) -> AsyncGenerator[Step, None]:
+        lane = await self._loaded(entry, terms)
+        answer: Tensor | None = None
+        begun = False
+        while event := await self._advance(run.trajectory, answer, large):
+            if isinstance(event, Step):
+                answer = None
+                if run.decode and event.index == event.total:
+                    event = replace(event, decoded=await self._decoded(lane, event.x))
+                yield event
+                continue
+            query = _question(lane.denoiser, event, run)
+            if not begun:
+                lane.denoiser.check(query)
+                self._check_time(lane, query, run, terms)
+            given = self._submit(lane, query, terms, admitted=begun)
+            begun = True
+            answer = (given if isinstance(given, Denoised) else await given).mean.double()
 
     def interrupt(self, reason: str) -> None:
         """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
@@ -194,7 +209,9 @@ class Engine:
         return self._scheduler.submit(lane, query, terms, admitted=admitted)
 
     async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:
-        answer = self._submit(await self._loaded(entry, terms), query, terms)
+        with self._room.taken(entry.model, query.nbytes):
+            lane = await self._loaded(entry, terms)
+        answer = self._submit(lane, query, terms)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def _loaded(self, entry: Entry, terms: Terms) -> Lane:
@@ -217,7 +234,11 @@ class Engine:
         images = []
         for latent in latents.float().numpy():
             work = partial(denoiser.decode, latent[None])
-            images.append((await device.run(work, self._watchdog_s)).value)
+            try:
+                images.append((await device.run(work, self._watchdog_s)).value)
+            except DeviceLostError as error:
+                self._lose(str(error))
+                raise
         return torch.from_numpy(np.concatenate(images))
 
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:

@@ -21,7 +21,7 @@ import torch
 from els_service.config import Scheduling
 from els_service.denoisers.base import Condition, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
-from els_service.engine.device import Device
+from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.lane import Lane, Statistics
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
@@ -75,10 +75,13 @@ class Models:
     Args:
         devices: each model is loaded on all of them.
         scheduling: for the memory budget and for lanes.
+        lost: called when a device can compute no more.
     """
 
-    def __init__(self, devices: Sequence[Device], scheduling: Scheduling) -> None:
-        self._devices, self._scheduling = devices, scheduling
+    def __init__(
+        self, devices: Sequence[Device], scheduling: Scheduling, lost: Callable[[str], None]
+    ) -> None:
+        self._devices, self._scheduling, self._lost = devices, scheduling, lost
         self._repository: ModelRepository | None = None
         self._served: dict[str, dict[int, Entry]] = {}
         self._newest: dict[str, Entry] = {}
@@ -283,6 +286,8 @@ class Models:
             except Exception as error:
                 # Others serve even if one fails in a way that nobody foresaw.
                 _log.exception("model fails", extra={"model": name})
+                if isinstance(error, DeviceLostError):
+                    self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
         lane = Lane(name, version, denoisers, self._scheduling.starvation_s)
         return Entry(name, version, lane.denoiser.info, lane, lane.statistics)

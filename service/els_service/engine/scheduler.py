@@ -23,8 +23,13 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.lane import Item, Lane, Ticket, answers
-from els_service.engine.terms import Launch, Observer, Terms
-from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
+from els_service.engine.terms import Launch, Observer, Terms, timed_out
+from els_service.errors import (
+    DeadlineExceededError,
+    ElsError,
+    QueueFullError,
+    UnavailableError,
+)
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
@@ -137,6 +142,9 @@ class Scheduler:
             lane.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
             if not succeeded:
                 self._observer.dropped(lane.model, "faulted")
+            if terms.trace is not None:
+                traced = [(terms.trace, began)]
+                self._tell(lane, "cpu", traced, images, estimate, began, began + seconds)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""
@@ -337,19 +345,33 @@ class Scheduler:
         for _ in batch:
             lane.statistics.computed.add(seconds)
         if any(item.ticket.terms.trace is not None for item in batch):
-            offset = _wall_ns(self.clock)
-            self._observer.launched(
-                Launch(
-                    model=lane.model,
-                    device=device.name,
-                    started_ns=round(outcome.began * 1e9) + offset,
-                    ended_ns=round(outcome.ended * 1e9) + offset,
-                    images=images,
-                    cost=cost,
-                    members=tuple(item.ticket.terms.trace for item in batch),
-                    queued_ns=tuple(round(item.ticket.since * 1e9) + offset for item in batch),
-                )
+            traced = [(item.ticket.terms.trace, item.ticket.since) for item in batch]
+            self._tell(lane, device.name, traced, images, cost, outcome.began, outcome.ended)
+
+    def _tell(
+        self,
+        lane: Lane,
+        device: str,
+        members: Sequence[tuple[object, float]],
+        images: int,
+        cost: float,
+        began: float,
+        ended: float,
+    ) -> None:
+        """Tell of what was computed, for traces; members with the time at which each came."""
+        offset = _wall_ns(self.clock)
+        self._observer.launched(
+            Launch(
+                model=lane.model,
+                device=device,
+                started_ns=round(began * 1e9) + offset,
+                ended_ns=round(ended * 1e9) + offset,
+                images=images,
+                cost=cost,
+                members=tuple(trace for trace, _ in members),
+                queued_ns=tuple(round(since * 1e9) + offset for _, since in members),
             )
+        )
 
     def _expire(self, lane: Lane, ticket: Ticket, now: float) -> None:
         self._observer.dropped(lane.model, "expired")
@@ -369,8 +391,13 @@ class Scheduler:
     def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
         """Take what still waits of a ticket out of the queue."""
         withdrawn = _withdraw(lane, ticket)
+        ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
-            self._observer.dropped(lane.model, "cancelled")
+            now = self.clock()
+            late = timed_out(ticket.terms.deadline - now, now - ticket.since)
+            self._observer.dropped(lane.model, "expired" if late else "cancelled")
+        if not answer.cancelled() and type(answer.exception()) is UnavailableError:
+            self._observer.dropped(lane.model, "interrupted")
         if not lane.queue:
             self._lanes.pop(lane, None)
 

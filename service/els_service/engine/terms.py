@@ -10,6 +10,7 @@ from typing import Protocol
 PRIORITIES = 3
 """Levels of priority; 1 is first."""
 DEFAULT_PRIORITY = 2
+_ON_ITS_WAY_S = 0.05
 
 
 @dataclass(slots=True)  # never changed; frozen would cost every call a microsecond
@@ -28,6 +29,19 @@ class Terms:
     def name(self) -> str:
         """Return the caller's name."""
         return self.caller if isinstance(self.caller, str) else self.caller()
+
+
+def timed_out(left_s: float, waited_s: float) -> bool:
+    """Return whether a query that is given up on is late, not its caller who changed its mind.
+
+    A caller gives up by its own clock. gRPC rounds the rest of a deadline up by 1 % at most when it
+    tells a server, and the request was on its way for a while.
+
+    Args:
+        left_s: until the deadline as it is known here.
+        waited_s: since the query came.
+    """
+    return left_s <= _ON_ITS_WAY_S + 0.01 * (left_s + waited_s) and left_s < math.inf
 
 
 @dataclass(frozen=True, slots=True)

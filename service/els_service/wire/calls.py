@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from els_service.engine.terms import timed_out
 from els_service.errors import (
     ElsError,
     InvalidArgumentError,
@@ -42,8 +43,6 @@ _log = logging.getLogger(__name__)
 _LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
 _MODEL_FIELDS = ("model", "model_name", "name")
 """Where requests name their model."""
-_LATE_S = 0.05
-"""Our deadline is the caller's, and the time that the request travelled: his passes first."""
 _KINDS = {
     (False, False): "unary",
     (True, False): "client_stream",
@@ -196,6 +195,7 @@ class Calls:
                 self._admit(request)
                 answer = await behaviour(request, context)
             except BaseException as error:
+                del request  # grpc keeps this frame until garbage is collected
                 await self._fail(error, under_way)
             self._end("OK", under_way)
             return answer
@@ -214,6 +214,7 @@ class Calls:
                         await _write(context, answer)
                         method.sent += 1
             except BaseException as error:
+                del request
                 await self._fail(error, under_way)
             self._end("OK", under_way)
 
@@ -270,25 +271,23 @@ class Calls:
     async def _fail(self, error: BaseException, call: _Call) -> NoReturn:
         """Count, log, and end the call with the error's status."""
         if isinstance(error, asyncio.CancelledError):
-            self._end("DEADLINE_EXCEEDED" if _is_late(call.context) else "CANCELLED", call)
-            raise error
+            self._end("DEADLINE_EXCEEDED" if _is_late(call) else "CANCELLED", call)
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame
         if not isinstance(error, Exception):
             raise error
         status = status_of(error)
         code = code_pb2.Code.Name(status.code)
         self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
+        call.request = error.__traceback__ = None  # likewise
         await call.context.abort(
             grpc.StatusCode[code],
             status.message,
             (("grpc-status-details-bin", status.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
-
-
-def _is_late(context: Context) -> bool:
-    """Return whether a caller who left had no time left: gRPC cancels the call for both."""
-    left = context.time_remaining()
-    return left is not None and left < _LATE_S
 
 
 async def _write(context: Context, answer: Any) -> None:
@@ -335,6 +334,12 @@ def status_of(error: Exception) -> status_pb2.Status:
         retry.retry_delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         status.details.add().Pack(retry)
     return status
+
+
+def _is_late(call: _Call) -> bool:
+    """Return whether a cancelled call's deadline has passed: its caller's may, a little before."""
+    left = call.context.time_remaining()
+    return left is not None and timed_out(left, time.monotonic() - call.since)
 
 
 def _ids(context: Context, trace_id: str | None) -> dict[str, str]:

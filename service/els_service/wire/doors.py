@@ -2,26 +2,24 @@
 
 Beyond loopback a server listens with TLS, or where ``insecure`` says that something in front of it
 encrypts. Once there are tokens every call needs one but health checks, which probes ask; methods of
-administration need the role admin. Without tokens those are left to callers on loopback: a client
-certificate says who somebody is, not what they may do. A proxy on the same machine makes everybody
-such a caller, so behind one there should be tokens.
+administration need the role admin. Without tokens those are left to callers on loopback or on a
+socket of the file system: a client certificate says who somebody is, not what they may do. A proxy
+on the same machine makes everybody such a caller, so behind one there should be tokens.
 """
 
 from __future__ import annotations
 
 import resource
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from ipaddress import IPv6Address, ip_address
 from typing import Any, NoReturn
-from urllib.parse import unquote
 
 import grpc
 
 from els_service.config import Settings
 from els_service.errors import ElsError, LoadError, PermissionDeniedError
 from els_service.wire import tls
+from els_service.wire.addresses import is_local, is_loopback, with_port
 from els_service.wire.tokens import Tokens
 
 _ADMIN_SERVICES = frozenset({"grpc.channelz.v1.Channelz"})
@@ -115,7 +113,7 @@ def _local_only(method: str, handler: Handler, refuse: Refuse) -> Handler:
     """Return the handler of a unary method for callers on loopback."""
 
     async def call(request: Any, context: Any) -> Any:
-        if not _is_local(context.peer()):
+        if not is_local(context.peer()):
             text = f"{method}: expected a caller on loopback, as there are no tokens"
             await refuse(method, PermissionDeniedError(text), context)
         return await handler.unary_unary(request, context)
@@ -166,11 +164,11 @@ def metrics_host(settings: Settings) -> str:
     """Return where metrics are served, which is plain HTTP: on loopback unless another is named."""
     if settings.metrics_host is not None:
         return settings.metrics_host
-    return settings.host if _is_loopback(settings.host) else _LOOPBACK
+    return with_port(settings.host) if is_loopback(settings.host) else _LOOPBACK
 
 
 def _check_exposure(settings: Settings) -> None:
-    if settings.insecure or settings.tls_certificate or _is_loopback(settings.host):
+    if settings.insecure or settings.tls_certificate or is_loopback(settings.host):
         return
     got = "tokens, which would travel in plain text" if settings.tokens else "no protection"
     raise LoadError(
@@ -178,36 +176,6 @@ def _check_exposure(settings: Settings) -> None:
         f"expected loopback, or tls_certificate and tls_key, got {settings.host} with {got}; "
         "say --insecure if something in front of it encrypts",
     )
-
-
-def _is_loopback(host: str) -> bool:
-    """Return whether every address of a host is this machine's alone.
-
-    Raises:
-        LoadError: It has none.
-    """
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        expected = "expected an address, or a name that has one"
-        raise LoadError("host", f"{expected}, got {host}: {error.strerror}") from error
-    return all(map(_is_loopback_address, found))
-
-
-def _is_loopback_address(text: str) -> bool:
-    try:
-        address = ip_address(text)
-    except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
-
-
-def _is_local(peer: str) -> bool:
-    """Return whether a peer, ``ipv4:127.0.0.1:5`` or ``ipv6:%5B::1%5D:5``, is on this machine."""
-    _, _, address = peer.partition(":")
-    return _is_loopback_address(unquote(address).rpartition(":")[0].strip("[]"))
 
 
 def _needs_admin(service: str, method: str) -> bool:

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import stat
 from collections.abc import Callable
 
 from els_service.errors import LoadError
+from els_service.wire.addresses import UNIX, address_of, is_unix
 
 
 def bind(add: Callable[[str], int], host: str, port: int) -> int:
-    """Return the port that a gRPC server now listens on.
+    """Return the port that a gRPC server now listens on; 0 for a socket of the file system.
 
     Args:
         add: of the server, takes an address; 0 or RuntimeError where it cannot.
-        host: name or address.
+        host: name or address, or ``unix:PATH``.
         port: 0 takes any that is free.
 
     Raises:
         LoadError: It cannot listen there; says why.
     """
-    address = f"{bracketed(host)}:{port}"
+    address, bound = address_of(host, port), 0
+    reason = ""
+    if is_unix(host):
+        # gRPC would take a socket of the file system from the server that listens there.
+        reason = os.strerror(errno.EADDRINUSE) if _is_taken(host) else why_not(host, port)
     try:
-        bound = add(address)
+        bound = 0 if reason else add(address)
     except RuntimeError:
         bound = 0
     if not bound:
         # grpc does not pass the system's reason on.
-        reason = why_not(host, port) or "the port is in use or the host is not ours"
+        reason = reason or why_not(host, port) or "the port is in use or the host is not ours"
         raise LoadError(address, f"cannot listen: {reason}")
-    return bound
+    return 0 if is_unix(host) else bound
 
 
 def why_not(host: str, port: int) -> str:
@@ -36,6 +44,8 @@ def why_not(host: str, port: int) -> str:
     six = ":" in host
     family = socket.AF_INET6 if six else socket.AF_INET
     try:
+        if is_unix(host):
+            return _why_not_unix(host.removeprefix(UNIX))
         # Both stacks, as gRPC does: ::ffff:127.0.0.1 is an address, too.
         dual = six and socket.has_dualstack_ipv6()
         socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
@@ -44,6 +54,19 @@ def why_not(host: str, port: int) -> str:
     return ""
 
 
-def bracketed(host: str) -> str:
-    """Return a host as it stands before a port."""
-    return f"[{host}]" if ":" in host else host
+def _is_taken(host: str) -> bool:
+    """Return whether a server listens at a socket of the file system; a dead one's is left."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            return probe.connect_ex(host.removeprefix(UNIX)) == 0
+        except OSError:
+            return False  # the path is too long
+
+
+def _why_not_unix(path: str) -> str:
+    if os.path.lexists(path):
+        return "" if stat.S_ISSOCK(os.lstat(path).st_mode) else os.strerror(errno.EEXIST)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.bind(path)
+    os.unlink(path)
+    return ""

@@ -32,13 +32,14 @@ from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.wire import loop_lag
+from els_service.wire.addresses import address_of, with_port
 from els_service.wire.batches import make_server
 from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.health import ALIVE, Health
 from els_service.wire.inference_service import InferenceService
-from els_service.wire.listening import bind, bracketed
+from els_service.wire.listening import bind
 from els_service.wire.metrics import Gauges, Metrics
 from els_service.wire.preflight import tracing_maker
 
@@ -60,6 +61,7 @@ class Started:
 
     ready: bool
     grpc_port: int
+    """0 for a socket of the file system."""
     metrics_port: int
     health_port: int | None
 
@@ -235,7 +237,7 @@ class Server:
         settings = self._settings
         if settings.health_port is None:
             return None
-        address = settings.host, settings.health_port
+        address = with_port(settings.host), settings.health_port
         return await self._health.listen(
             lambda server: bind(server.add_insecure_port, *address), channel_options(settings)
         )
@@ -245,8 +247,9 @@ class Server:
         try:
             self._http = self._metrics.serve(host, port)
         except OSError as error:
-            address = f"{bracketed(host)}:{port}"
-            raise LoadError(address, f"cannot serve metrics: {error.strerror}") from error
+            raise LoadError(
+                address_of(host, port), f"cannot serve metrics: {error.strerror}"
+            ) from error
         return self._http[0].server_port
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -16,7 +17,8 @@ _log = logging.getLogger(__name__)
 WINDOW = 64
 """Requests of one stream under way; beyond it the stream is not read, and its caller waits."""
 _SHARE = 1 << 20
-"""Bytes of a request that stands for one: larger ones leave room for fewer."""
+"""Bytes that one of them may hold; one that holds more leaves room for fewer. So a stream whose
+caller does not read its answers holds ``WINDOW * _SHARE`` bytes, and the request read last."""
 
 Answer = pb.DenoiseStreamResponse
 Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
@@ -73,12 +75,12 @@ async def _read(
         await room.acquire()
         async for request in requests:
             check_cancelled()
-            size = min(WINDOW, 1 + _size(request) // _SHARE)
             try:
                 answer = begin(request)
             except Exception as error:
                 answer = _failed(error)
             ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+            size = min(WINDOW, 1 + _held(request, ready) // _SHARE)
             begun.put_nowait((ready, size))
             for _ in range(size):
                 await room.acquire()
@@ -105,12 +107,18 @@ async def _settled(answer: asyncio.Future[Answer]) -> Answer:
         return _failed(error)
 
 
-def _size(request: object) -> int:
-    # What is no message has no size, and is not kept.
-    return request.ByteSize() if isinstance(request, pb.DenoiseRequest) else 0
+def _held(request: pb.DenoiseRequest, answer: Answer | asyncio.Future[Answer]) -> int:
+    """Return how many bytes a request and its answer hold at most, until the answer is taken."""
+    if isinstance(answer, Answer):
+        return answer.ByteSize()
+    # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
+    # evidence as pixels at most. The request holds pixels no more.
+    return request.ByteSize() + 8 * math.prod(request.x.shape)
 
 
 def _failed(error: Exception) -> Answer:
     if not isinstance(error, ElsError):
         _log.error("stream", exc_info=error)
+    # Its frames know the request, and it them: they would stay until garbage is collected.
+    error.__traceback__ = None
     return Answer(error=status_of(error))
