@@ -28,7 +28,6 @@ from els_service.errors import (
     DeadlineExceededError,
     ElsError,
     QueueFullError,
-    UnavailableError,
 )
 
 INLINE_S = 1e-4
@@ -396,8 +395,6 @@ class Scheduler:
             now = self.clock()
             late = timed_out(ticket.terms.deadline - now, now - ticket.since)
             self._observer.dropped(lane.model, "expired" if late else "cancelled")
-        if not answer.cancelled() and type(answer.exception()) is UnavailableError:
-            self._observer.dropped(lane.model, "interrupted")
         if not lane.queue:
             self._lanes.pop(lane, None)
 
