@@ -21,6 +21,7 @@ from torch.nn.functional import pad, unfold
 
 from els_kernels import GEOMETRIES, PatchAttention, Posterior
 from els_kernels import attention as attention_module
+from els_kernels.__main__ import main
 from els_kernels.native import Native, binding, instruction_sets
 
 BANK = torch.zeros(3, 1, 4, 4)
@@ -126,6 +127,15 @@ def test_without_the_library_native_says_why_and_auto_takes_torch(
         PatchAttention(BANK, implementation="native")
     assert PatchAttention(BANK).implementation == "torch"
     assert "no working C++ compiler was at hand" in caplog.text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_who_asks_is_told_what_there_is_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    native, triton, torch_line = capsys.readouterr().out.splitlines()
+    assert native.startswith("native     no: native: missing.so was not built")
+    assert triton.startswith("triton     ")
+    assert torch_line.startswith(f"torch      {torch.__version__}, ")
 
 
 def test_ctrl_c_ends_a_long_call_after_the_tasks_under_way(best: str) -> None:
