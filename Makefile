@@ -17,6 +17,7 @@ install: $(VENV)/.installed $(PEER)/.installed
 $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[server,tracing,gpu,dev]'
+	@$(BIN)/python -m els_kernels
 	touch $@
 
 $(PEER)/.installed:

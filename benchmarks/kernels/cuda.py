@@ -13,11 +13,12 @@ import datetime
 import json
 import math
 import platform
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels import cuda_peers as peers
-from els_kernels import GEOMETRIES, count_pairs
+from els_kernels import GEOMETRIES, Geometry, count_pairs
 from els_kernels.reference import Reference
 from els_kernels.triton.machine import Form, TritonAttention
 
 LIMIT_S = 450.0
-_PEERS_UP_TO = 1000
-"""Images of a bank whose unfolded patches fit memory at any window."""
+_PEER_BATCH = 16
+"""Queries that peers get at once: one alone would leave most of the chip idle."""
+_PEER_IMAGES = (64, 1000)
+_PEER_FLOPS = 6e12
+"""Of one run of a peer, as far as so few images allow: a fraction of a second."""
 
 
 @dataclass(frozen=True)
@@ -111,33 +115,46 @@ def call(case: Case, attention: TritonAttention, x: Tensor) -> Tensor:
 def check(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
     """Return errors of every machine and form against float64; raise where a budget is broken."""
     rows = []
-    # Few coloured images: their float64 reference takes the processor longer than all the rest.
-    shapes = [((1, 20, 17), 40, 5), ((3, 16, 16), 9, 11), ((1, 28, 28), 40, 3)]
-    for shape, images, k in [((1, 8, 9), 9, 5)] if smoke else shapes:
-        for machine, geometry in GEOMETRIES.items():
+    for machine, geometry in GEOMETRIES.items():
+        for shape, images, k in [((1, 8, 9), 9, 5)] if smoke else _shapes(geometry):
             forms: tuple[Form | None, ...] = (None,)
             if geometry.sources == "every" and not geometry.whole:
                 small = shape[0] * k * k <= 128
                 forms = ("direct", "diagonal") if small else ("diagonal",)
-            for form in forms:
-                for t in (0.05, 0.5, 0.95):
-                    case = Case("check", machine, shape, images, k, 2, form, t)
-                    rows.append(compare(case, device))
+            for t in (0.05, 0.5, 0.95):
+                case = Case("check", machine, shape, images, k, 2, None, t)
+                rows += compare(case, forms, device)
     return rows
 
 
-def compare(case: Case, device: torch.device) -> dict[str, Any]:
-    """Return one case's error. Raises where it breaks the budget or is not a number."""
+def _shapes(geometry: Geometry) -> list[tuple[tuple[int, int, int], int, int]]:
+    """Return shape, images and window of each check.
+
+    The float64 reference takes N·(HW)²·k²C multiplications on the processor. Where the window is
+    the image that leaves small ones, or the check would outlast the timings.
+    """
+    if geometry.whole and geometry.sources == "every":
+        return [((1, 9, 8), 70, 1), ((1, 20, 17), 5, 1), ((3, 16, 16), 9, 1)]
+    return [((1, 20, 17), 40, 5), ((3, 16, 16), 9, 11), ((1, 28, 28), 40, 3)]
+
+
+def compare(
+    case: Case, forms: tuple[Form | None, ...], device: torch.device
+) -> list[dict[str, Any]]:
+    """Return each form's error. Raises where it breaks the budget or is not a number."""
     bank = make_bank(case, torch.device("cpu"), 1)
     x = make_query(case, bank, 2)
     # The reference answers as the operator does, but for lists where it takes tensors.
     want = call(case, Reference(bank), x)  # type: ignore[arg-type]
-    got = call(case, TritonAttention(bank.to(device), form=case.form), x.to(device)).cpu()
-    errors = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
-    error = float(errors.max())
-    if not error <= 1e-4:
-        raise AssertionError(f"{case}: error {error:.1e} against float64, budget 1e-4")
-    return {**asdict(case), "error": error}
+    rows = []
+    for form in forms:
+        got = call(case, TritonAttention(bank.to(device), form=form), x.to(device)).cpu()
+        errors = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+        error = float(errors.max())
+        if not error <= 1e-4:
+            raise RuntimeError(f"{case}, {form}: error {error:.1e} against float64, budget 1e-4")
+        rows.append({**asdict(case), "form": form, "error": error})
+    return rows
 
 
 def seconds(work: Callable[[int], object], device: torch.device, budget_s: float) -> list[float]:
@@ -183,21 +200,27 @@ def measure(case: Case, device: torch.device, bound: float) -> dict[str, Any]:
 
 
 def measure_peers(case: Case, bank: Tensor, device: torch.device) -> dict[str, Any]:
-    """Return pairs a second of each peer on one image and as many images as their patches allow."""
+    """Return pairs a second of each peer, on a batch of its own and as many images as are quick."""
     a, s = level(case.t)
-    small = bank[: min(_PEERS_UP_TO, case.images)]
-    x = make_query(case, bank, 9)[:1]
-    problem = peers.unfolded(x, small, a, s, case.window)
-    pairs = problem.queries.shape[0] * problem.keys.shape[0]
-    want = peers.by_matmul(problem)
+    plane, depth = math.prod(case.shape[1:]), case.shape[0] * case.window**2
+    least, most = _PEER_IMAGES
+    images = int(_PEER_FLOPS / (4 * depth * _PEER_BATCH * plane**2))
+    small = bank[: min(max(least, images), most, case.images)]
+    x = make_query(replace(case, images=len(small), batch=_PEER_BATCH), small, 9)
+    pairs = x.shape[0] * plane * len(small) * plane
     answer: dict[str, Any] = {}
-    for name, attend in peers.PEERS.items():
+    want: Tensor | None = None
+    for name, (align, attend) in peers.PEERS.items():
         if name == "flex_attention" and case.window not in (3, 11):
             continue
         try:
-            error = float((attend(problem) - want).norm() / want.norm())
-            # mypy cannot infer a lambda whose default holds the loop variable.
-            times = seconds(lambda _, f=attend: f(problem), device, 0.5)  # type: ignore[misc]
+            problem = peers.unfolded(x, small, a, s, case.window, align)
+            got = attend(problem)
+            # The first, a plain matmul, is what the others are held to.
+            want = got if want is None else want
+            error = float((got - want).norm() / want.norm())
+            # mypy cannot infer lambdas whose defaults hold the loop variables.
+            times = seconds(lambda _, f=attend, p=problem: f(p), device, 0.5)  # type: ignore[misc]
         except Exception as failure:
             answer[name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
             continue
@@ -207,10 +230,9 @@ def measure_peers(case: Case, bank: Tensor, device: torch.device) -> dict[str, A
 
 def record(device: torch.device) -> tuple[dict[str, Any], float]:
     """Return where and when this ran, and the exp2 bound in pairs a second."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(), "torch": torch.__version__,
         "triton": triton.__version__, "chip": platform.machine(),
     }  # fmt: skip
@@ -223,13 +245,25 @@ def record(device: torch.device) -> tuple[dict[str, Any], float]:
     return about, properties.multi_processor_count * clock * 16
 
 
+def _commit() -> str:
+    # A bare machine may have neither git nor a checkout.
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    return said.stdout.strip() or "unknown"
+
+
 def run(out: Path, *, smoke: bool = False) -> None:
     """Check, measure, and write the JSON file ``out`` anew after every case.
 
     Raises:
-        RuntimeError: A result was wrong; nothing is timed.
+        RuntimeError: There is no GPU, or a result was wrong; nothing is timed.
     """
     began = time.monotonic()
+    if not smoke and not torch.cuda.is_available():
+        raise RuntimeError(f"expected a GPU that torch {torch.__version__} can use, found none")
     device = torch.device("cpu" if smoke else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
     about, bound = record(device)
@@ -241,13 +275,18 @@ def run(out: Path, *, smoke: bool = False) -> None:
     if smoke:
         todo = [Case("window", ("els", "circular"), (1, 8, 8), 3, k, 1) for k in (3, 5)]
     rows: list[dict[str, Any]] = []
+    _write(out, result, rows, todo)
     while todo and time.monotonic() - began < LIMIT_S:
         case = todo.pop(0)
         rows.append(measure(case, device, bound))
         print(_line(rows[-1]), flush=True)
-        result |= {"rows": rows, "left_out": [asdict(case) for case in todo]}
-        out.write_text(json.dumps(result, indent=1))
+        _write(out, result, rows, todo)
     print(f"{len(todo)} cases left out, {time.monotonic() - began:.0f} s")
+
+
+def _write(out: Path, result: dict[str, Any], rows: list[dict[str, Any]], todo: list[Case]) -> None:
+    left_out = [asdict(case) for case in todo]
+    out.write_text(json.dumps({**result, "rows": rows, "left_out": left_out}, indent=1))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -17,26 +17,44 @@ class Problem:
     """Attention whose scale is folded into the queries and whose bias is one more column."""
 
     queries: Tensor
-    """[HW, D] float32."""
+    """[B·HW, D] float32."""
     keys: Tensor
     """[N·HW, D] float32."""
     values: Tensor
     """[N·HW, 16] float32: the centre pixel, then zeros."""
+    wide_values: Tensor
+    """[N·HW, D] float32: the same, as deep as the keys."""
 
 
-def unfolded(x: Tensor, bank: Tensor, a: float, s: float, window: int) -> Problem:
-    """Return the problem of one image [1, C, H, W] and a bank [N, C, H, W]."""
+def unfolded(
+    x: Tensor, bank: Tensor, a: float, s: float, window: int, align: Callable[[int], int]
+) -> Problem:
+    """Return the problem of images [B, C, H, W] of one level and a bank [N, C, H, W].
+
+    ``align`` rounds the depth of a patch up to what a contender takes.
+    """
     keys = _unfold(bank, window)
     norm = keys.square().sum(1, keepdim=True)
     queries = _unfold(x, window) * (a / s**2)
     bias = queries.new_full((len(queries), 1), -(a * a) / (2 * s * s))
     values = bank.permute(0, 2, 3, 1).flatten(0, 2)
-    depth = 1 << max(4, keys.shape[1].bit_length())
+    depth = max(16, align(keys.shape[1] + 1))
     return Problem(
         _widen(torch.cat([queries, bias], 1), depth),
         _widen(torch.cat([keys, norm], 1), depth),
         _widen(values, 16),
+        _widen(values, depth),
     )
+
+
+def whole_vectors(depth: int) -> int:
+    """Return the next multiple of 8."""
+    return -(-depth // 8) * 8
+
+
+def power_of_two(depth: int) -> int:
+    """Return the next power of two."""
+    return 1 << (depth - 1).bit_length()
 
 
 def _unfold(images: Tensor, window: int) -> Tensor:
@@ -50,7 +68,7 @@ def _widen(rows: Tensor, width: int) -> Tensor:
     return pad(rows, (0, width - rows.shape[1])).contiguous()
 
 
-def by_matmul(problem: Problem, tile: int = 1 << 17) -> Tensor:
+def by_matmul(problem: Problem, tile: int = 1 << 15) -> Tensor:
     """Return the answer by matmuls over tiles of keys with an online softmax: the unfold form."""
     peak = problem.queries.new_full((len(problem.queries), 1), -torch.inf)
     weight = torch.zeros_like(peak)
@@ -69,11 +87,18 @@ def by_matmul(problem: Problem, tile: int = 1 << 17) -> Tensor:
 
 
 def by_sdpa(problem: Problem) -> Tensor:
-    """Return the answer of torch's fused attention in float32."""
-    q, k, v = (part[None, None] for part in (problem.queries, problem.keys, problem.values))
-    return scaled_dot_product_attention(q, k, pad(v, (0, q.shape[-1] - v.shape[-1])), scale=1.0)[
-        0, 0, :, : problem.values.shape[1]
-    ]
+    """Return the answer of torch's fused attention in float32, values as deep as the keys."""
+    return _sdpa(problem.queries, problem.keys, problem.wide_values)
+
+
+def by_narrow_sdpa(problem: Problem) -> Tensor:
+    """Return the same with values of 16, which not every kernel behind it takes."""
+    return _sdpa(problem.queries, problem.keys, problem.values)
+
+
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    q, k, v = (part[None, None] for part in (queries, keys, values))
+    return scaled_dot_product_attention(q, k, v, scale=1.0)[0, 0, :, :16]
 
 
 def by_flex(problem: Problem) -> Tensor:
@@ -90,8 +115,10 @@ def _flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-PEERS: dict[str, Callable[[Problem], Tensor]] = {
-    "unfold": by_matmul,
-    "sdpa": by_sdpa,
-    "flex_attention": by_flex,
+PEERS: dict[str, tuple[Callable[[int], int], Callable[[Problem], Tensor]]] = {
+    "unfold": (whole_vectors, by_matmul),
+    "sdpa": (whole_vectors, by_sdpa),
+    "sdpa, narrow values": (whole_vectors, by_narrow_sdpa),
+    "flex_attention": (power_of_two, by_flex),
 }
+"""Name → (how it wants its depth, how it answers)."""

@@ -84,18 +84,20 @@ def measure(form: str, shape: tuple[int, int, int], k: int, repeats: int) -> Any
     return result.numpy(), min(times), peak
 
 
-def _in_process(*arguments: Any) -> Any:
+def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``work`` returns in a fresh process, whose memory is its own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=_child, args=(there, arguments))
+    child = context.Process(target=_child, args=(there, work, arguments))
     child.start()
+    there.close()
     answer = here.recv()
     child.join()
     return answer
 
 
-def _child(pipe: Connection, arguments: Any) -> None:
-    pipe.send(measure(*arguments))
+def _child(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    pipe.send(work(*arguments))
 
 
 def rows(repeats: int) -> Iterator[Row]:
@@ -106,7 +108,7 @@ def rows(repeats: int) -> Iterator[Row]:
     """
     for shape in SHAPES:
         for k in WINDOWS:
-            runs = {form: _in_process(form, shape, k, repeats) for form in FORMS}
+            runs = {form: in_process(measure, form, shape, k, repeats) for form in FORMS}
             expected, naive_s, naive_bytes = runs["naive"]
             row: Row = {"shape": shape, "k": k, "images": IMAGES, "naive_s": naive_s}
             row["naive_mib"] = naive_bytes / 2**20

@@ -98,8 +98,8 @@ def _speed(axes: Axes, series: Series) -> None:
     for name, points in series.items():
         ks, rates = zip(*sorted(points), strict=True)
         colour = COLOURS[name.partition(",")[0]]
-        broken = "boundary" in name or name == "exp2 bound"
-        axes.plot(ks, rates, "--" if broken else "o-", color=colour, label=name)
+        variant = "," in name or name == "exp2 bound"
+        axes.plot(ks, rates, "--" if variant else "o-", color=colour, label=name)
     axes.set(yscale="log", xlabel="window k", ylabel="pairs a second")
     axes.set_xticks(sorted({k for points in series.values() for k, _ in points}))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from els_kernels.triton import create as create_triton
 from els_kernels.triton import unavailable as triton_unavailable
 
 _log = logging.getLogger(__name__)
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_REACH = 1e18
+"""Distance in units of s up to which logits, 1e36, and all that makes them fit a float32."""
 
 
 class Implementation(Protocol):
@@ -52,9 +56,11 @@ class PatchAttention:
         ℓ(u; n, y) = -‖x[u+Ω] - a·φ_n[y+Ω]‖² / (2 s²)
         mean[u]    = Σ softmax(ℓ) φ_n[y]        log_evidence[u] = logsumexp(ℓ)
 
-    Results are bitwise the same for an image alone and in any batch, in any order.
+    Results are bitwise the same for an image alone and in any batch, in any order. They carry no
+    gradient, and neither autocast nor a default device changes them.
     """
 
+    @torch.no_grad()
     def __init__(self, bank: Tensor, *, implementation: str = "auto") -> None:
         """Prepare a bank.
 
@@ -66,12 +72,13 @@ class PatchAttention:
             ValueError: bank or implementation is not as above; says expected and got.
             RuntimeError: ``native`` or ``triton`` was asked for and cannot be had; says why.
         """
-        if bank.ndim != 4 or bank.dtype != torch.float32 or 0 in bank.shape:
+        if not _is_images(bank) or 0 in bank.shape:
             raise ValueError(
-                "bank: expected float32 [N, C, H, W], none of them 0, "
-                f"got {bank.dtype} {list(bank.shape)}"
+                f"bank: expected float32 [N, C, H, W], none of them 0, got {_describe(bank)}"
             )
-        _check_finite("bank", bank)
+        # A negated view has its sign beside its memory.
+        bank = bank.resolve_neg()
+        self._largest = _magnitudes("bank", bank[None])[0]
         if implementation == "auto":
             implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
@@ -82,8 +89,10 @@ class PatchAttention:
         self.images = len(bank)
         self.shape = (bank.shape[1], bank.shape[2], bank.shape[3])
         self.device = bank.device
-        self._attend = IMPLEMENTATIONS[implementation](bank)
+        with torch.autocast(bank.device.type, enabled=False):
+            self._attend = IMPLEMENTATIONS[implementation](bank)
 
+    @torch.no_grad()
     def __call__(
         self,
         x: Tensor,
@@ -99,7 +108,8 @@ class PatchAttention:
         Args:
             x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
             a: signal scale of each image [B], > 0.
-            s: noise scale of each image [B], > 0.
+            s: noise scale of each image [B], > 0, and large enough that logits fit a float32:
+                ``(|x| + a·|φ|)·√(C·H·W)/s`` and ``a/s`` up to 1e18.
             window: odd side of each image's patch [B] integers; None where ``geometry.whole``.
             ranges: images of the bank that may answer, [B, 2] integers ``lo, hi`` (half-open);
                 None for all.
@@ -109,49 +119,60 @@ class PatchAttention:
             ValueError: an argument is not as above; says which, expected and got.
         """
         self._check_query(x)
+        x = x.resolve_neg()
         batch = len(x)
-        return self._attend(
-            x,
-            _positive("a", a, batch),
-            _positive("s", s, batch),
-            self._windows(window, batch, geometry),
-            self._ranges(ranges, batch),
-            geometry,
-        )
+        if not isinstance(geometry, Geometry):
+            raise ValueError(f"geometry: expected a Geometry, got {geometry!r}")
+        scales = _positive("a", a, batch), _positive("s", s, batch)
+        self._check_logits(_magnitudes("x", x), *scales)
+        windows = self._windows(window, batch, geometry)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._attend(x, *scales, windows, self._ranges(ranges, batch), geometry)
 
     def _check_query(self, x: Tensor) -> None:
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape or len(x) == 0:
-            raise ValueError(f"x: expected shape [B, {_join(self.shape)}], got {list(x.shape)}")
-        if x.dtype != torch.float32 or x.device != self.device:
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape or len(x) == 0:
+            raise ValueError(f"x: expected shape [B, {_join(self.shape)}], got {_describe(x)}")
+        if not _is_images(x) or x.device != self.device:
             raise ValueError(
-                f"x: expected torch.float32 on {self.device}, got {x.dtype} on {x.device}"
+                f"x: expected torch.float32 on {self.device}, got {_describe(x)} on {x.device}"
             )
-        _check_finite("x", x)
+
+    def _check_logits(self, sizes: list[float], a: list[float], s: list[float]) -> None:
+        root = math.sqrt(math.prod(self.shape))
+        for size, a_b, s_b in zip(sizes, a, s, strict=True):
+            # In this order nothing overflows: s may be 1e-300.
+            reach = max((size + a_b * self._largest) * root, a_b)
+            if reach > _REACH * s_b:
+                raise ValueError(
+                    "s: expected noise beside which logits fit a float32, "
+                    f"s >= {reach / _REACH:.1e} here, got {s_b}"
+                )
 
     def _windows(self, window: Tensor | None, batch: int, geometry: Geometry) -> list[int]:
         if geometry.whole:
             if window is not None:
-                raise ValueError("window: expected None for a whole-image window, got a tensor")
+                raise ValueError(
+                    f"window: expected None for a whole-image window, got {_describe(window)}"
+                )
             return [1] * batch
-        if window is None or window.shape != (batch,) or window.is_floating_point():
-            raise ValueError(f"window: expected integers [{batch}], got {_describe(window)}")
+        windows = _integers("window", window, (batch,))
         largest = max_window(geometry, *self.shape[1:])
-        for k in window.tolist():
+        for k in windows:
             if k % 2 == 0 or not 1 <= k <= largest:
                 raise ValueError(f"window: expected odd from 1 to {largest}, got {k}")
-        return [int(k) for k in window.tolist()]
+        return windows
 
     def _ranges(self, ranges: Tensor | None, batch: int) -> list[tuple[int, int]]:
         if ranges is None:
             return [(0, self.images)] * batch
-        if ranges.shape != (batch, 2) or ranges.is_floating_point():
-            raise ValueError(f"ranges: expected integers [{batch}, 2], got {_describe(ranges)}")
-        for lo, hi in ranges.tolist():
+        ends = _integers("ranges", ranges, (batch, 2))
+        limits = list(zip(ends[::2], ends[1::2], strict=True))
+        for lo, hi in limits:
             if not 0 <= lo < hi <= self.images:
                 raise ValueError(
                     f"ranges: expected 0 <= lo < hi <= {self.images}, got lo {lo}, hi {hi}"
                 )
-        return [(int(lo), int(hi)) for lo, hi in ranges.tolist()]
+        return limits
 
 
 def fastest(bank: Tensor) -> str:
@@ -170,16 +191,29 @@ def fastest(bank: Tensor) -> str:
     return "native"
 
 
-def _check_finite(name: str, images: Tensor) -> None:
+def _is_images(images: object) -> TypeGuard[Tensor]:
+    return (
+        isinstance(images, Tensor)
+        and images.ndim == 4
+        and images.dtype == torch.float32
+        and images.layout == torch.strided
+    )
+
+
+def _magnitudes(name: str, images: Tensor) -> list[float]:
+    """Return the largest |pixel| of each image; a pixel that is no number is an error."""
     # NaN passes through both ends, and no mask as large as the images is made.
-    for end in torch.stack(images.aminmax()).tolist():
-        if not math.isfinite(end):
-            raise ValueError(f"{name}: expected finite pixels, got {end}")
+    ends = torch.stack(images.flatten(1).aminmax(dim=1), dim=1).tolist()
+    for pair in ends:
+        for end in pair:
+            if not math.isfinite(end):
+                raise ValueError(f"{name}: expected finite pixels, got {end}")
+    return [max(-low, high) for low, high in ends]
 
 
 def _positive(name: str, scale: Tensor, batch: int) -> list[float]:
-    if scale.shape != (batch,):
-        raise ValueError(f"{name}: expected shape [{batch}], got {list(scale.shape)}")
+    if not isinstance(scale, Tensor) or scale.shape != (batch,) or scale.is_complex():
+        raise ValueError(f"{name}: expected numbers [{batch}], got {_describe(scale)}")
     values = [float(value) for value in scale.tolist()]
     for value in values:
         if not 0 < value < math.inf:
@@ -187,8 +221,17 @@ def _positive(name: str, scale: Tensor, batch: int) -> list[float]:
     return values
 
 
-def _describe(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+def _integers(name: str, values: Tensor | None, shape: tuple[int, ...]) -> list[int]:
+    if not isinstance(values, Tensor) or values.shape != shape or values.dtype not in _INTEGERS:
+        raise ValueError(f"{name}: expected integers {list(shape)}, got {_describe(values)}")
+    return [int(value) for value in values.flatten().tolist()]
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{layout}{value.dtype} {list(value.shape)}"
 
 
 def _join(shape: tuple[int, ...]) -> str:

@@ -140,9 +140,9 @@ def zero_padded_spans(length: int, window: int) -> list[Span]:
 def band(length: int, window: int, padding: Padding) -> Tensor:
     """Return the 0/1 matrix [length, length] whose product sums each place's window (float64).
 
-    ``zeros`` clips the window at the ends, the others wrap it.
+    ``zeros`` clips the window at the ends, the others wrap it. It lies on the CPU.
     """
-    place = torch.arange(length)
+    place = torch.arange(length, device="cpu")
     distance = place[:, None] - place[None, :]
     r = window // 2
     inside = distance.abs() <= r if padding == "zeros" else (distance + r) % length < window

@@ -47,7 +47,7 @@ def _attend(
     queries = _patches(x[None], offsets, wraps)[0]
     keys = _patches(bank, offsets, wraps)
     values = bank.flatten(2).transpose(1, 2)
-    allowed = _sources(height, width, window, geometry)
+    allowed = _sources(height, width, window, geometry, x.device)
     mean, evidence = [], []
     for u, query in enumerate(queries):
         sources = allowed[u]
@@ -75,7 +75,8 @@ def _offsets(height: int, width: int, window: int, geometry: Geometry) -> list[t
 def _patches(images: Tensor, offsets: list[tuple[int, int]], wraps: bool) -> Tensor:
     """Return the patch at every place, [N, HW, |Ω|·C]; outside an image it is zero or wraps."""
     height, width = images.shape[-2:]
-    y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    y = torch.arange(height, device=images.device)[:, None]
+    x = torch.arange(width, device=images.device)[None, :]
     shifted = []
     for dy, dx in offsets:
         moved = images[:, :, (y + dy) % height, (x + dx) % width]
@@ -86,14 +87,16 @@ def _patches(images: Tensor, offsets: list[tuple[int, int]], wraps: bool) -> Ten
     return torch.cat(shifted, dim=1).transpose(1, 2)
 
 
-def _sources(height: int, width: int, window: int, geometry: Geometry) -> Tensor:
+def _sources(
+    height: int, width: int, window: int, geometry: Geometry, device: torch.device
+) -> Tensor:
     """Return which place y may answer which place u: bool [HW, HW] (u, y)."""
     if geometry.sources == "same":
-        return torch.eye(height * width, dtype=torch.bool)
+        return torch.eye(height * width, dtype=torch.bool, device=device)
     if geometry.padding == "circular":
-        return torch.ones(height * width, height * width, dtype=torch.bool)
+        return torch.ones(height * width, height * width, dtype=torch.bool, device=device)
     r = window // 2
-    row, col = _signature(height, r), _signature(width, r)
+    row, col = _signature(height, r, device), _signature(width, r, device)
     if geometry.padding == "valid":
         interior = (row == r).all(-1)[:, None] & (col == r).all(-1)[None, :]
         return interior.flatten().expand(height * width, -1)
@@ -103,7 +106,7 @@ def _sources(height: int, width: int, window: int, geometry: Geometry) -> Tensor
     return allowed.reshape(height * width, height * width)
 
 
-def _signature(length: int, r: int) -> Tensor:
+def _signature(length: int, r: int, device: torch.device) -> Tensor:
     """Return (min(i, r), min(length-1-i, r)) for every place i: [length, 2]."""
-    place = torch.arange(length)
+    place = torch.arange(length, device=device)
     return torch.stack([place.clamp(max=r), (length - 1 - place).clamp(max=r)], dim=-1)

@@ -14,7 +14,8 @@ The norm rides along as one more column of the matmul.
 
 Tile shapes depend on the sizes of image, window and range, never on the batch: each image's
 arithmetic is the same alone and in company. Images that ask for the same keys share their tiles.
-Matmuls cut their operands by the number of threads, though: bits hold for one number of them.
+Matmuls cut their operands by the number of threads, though: bits hold for one number of them. And
+torch's threads do not survive a fork: ask in a child only if nobody has asked before it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import signal
+import threading
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.nn.functional import pad, unfold
 
 from els_kernels import GEOMETRIES, PatchAttention, Posterior
 from els_kernels import attention as attention_module
+from els_kernels.__main__ import main
 from els_kernels.native import Native, binding, instruction_sets
 
 BANK = torch.zeros(3, 1, 4, 4)
@@ -124,6 +127,32 @@ def test_without_the_library_native_says_why_and_auto_takes_torch(
         PatchAttention(BANK, implementation="native")
     assert PatchAttention(BANK).implementation == "torch"
     assert "no working C++ compiler was at hand" in caplog.text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_who_asks_is_told_what_there_is_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    native, triton, torch_line = capsys.readouterr().out.splitlines()
+    assert native.startswith("native     no: native: missing.so was not built")
+    assert triton.startswith("triton     ")
+    assert torch_line.startswith(f"torch      {torch.__version__}, ")
+
+
+def test_ctrl_c_ends_a_long_call_after_the_tasks_under_way(best: str) -> None:
+    # 16 queries of 1e9 pairs: seconds of work in tasks of some milliseconds.
+    bank = torch.zeros(1600, 1, 28, 28)
+    attention, ones = operator(bank, best), torch.ones(16)
+    x, k = torch.zeros(16, 1, 28, 28), torch.full((16,), 3)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attention(x, a=ones, s=ones, window=k, geometry=GEOMETRIES["els", "circular"])
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    (worker,) = (thread for thread in threading.enumerate() if thread.name == "els-native")
+    worker.join(1)
+    assert not worker.is_alive()
 
 
 def test_an_unknown_instruction_set_is_an_error_that_names_the_known(best: str) -> None:

@@ -1,11 +1,12 @@
 """Every implementation against the float64 reference, by every path through its tiles."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from tests.kernels.cases import NAMES, Case, assert_within_budget, few, random_case
+from tests.kernels.cases import NAMES, Case, assert_within_budget, few, operator, random_case
 
 from els_kernels import GEOMETRIES, Geometry, Posterior, max_window, tiled
 
@@ -83,6 +84,36 @@ def test_an_answer_does_not_depend_on_how_the_bank_lies_in_memory(
         x=case.x.to(memory_format=torch.channels_last),
     )
     assert_within_budget(case, strided.attend(implementation), want)
+
+
+def test_the_callers_modes_change_no_bit_and_an_answer_carries_no_gradient(
+    any_implementation: str,
+) -> None:
+    case = random_case(GEOMETRIES["els", "zeros"], (5, 2, 6, 5), [3, 11])
+    want = case.attend(any_implementation)
+    learned = replace(case, bank=case.bank.clone().requires_grad_(), x=case.x.requires_grad_())
+    negated = replace(case, x=torch._neg_view(-case.x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = [case.attend(any_implementation), learned.attend(any_implementation)]
+    answers.append(negated.attend(any_implementation))
+    attention = operator(case.bank, any_implementation)
+    # A default device for which there is no memory: whoever forgets the bank's finds nothing.
+    with torch.device("meta"):
+        answers.append(case.ask(attention))
+    for got in answers:
+        assert torch.equal(got.mean, want.mean)
+        assert torch.equal(got.log_evidence, want.log_evidence)
+        assert not got.mean.requires_grad
+
+
+def test_python_threads_that_ask_at_once_get_the_same_bits(compiled: str) -> None:
+    case = random_case(GEOMETRIES["els", "circular"], (40, 1, 9, 8), [3, 5])
+    attention = operator(case.bank, compiled)
+    want = case.ask(attention)
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: case.ask(attention), range(32)):
+            assert torch.equal(got.mean, want.mean)
+            assert torch.equal(got.log_evidence, want.log_evidence)
 
 
 @pytest.mark.parametrize("preserving", [False, True], ids=["exploding", "preserving"])

@@ -6,6 +6,7 @@ The library is loaded when the first bank is prepared, never on import.
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class _Call(ctypes.Structure):
         ("ranges", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
         ("log_evidence", ctypes.c_void_p),
+        ("stop", ctypes.c_int32),
     )
 
 
@@ -144,9 +146,9 @@ class Native:
         """
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        scales = torch.tensor([a, s], dtype=torch.float64)
-        windows = torch.tensor(window, dtype=torch.int64)
-        limits = torch.tensor(ranges, dtype=torch.int64)
+        scales = torch.tensor([a, s], dtype=torch.float64, device="cpu")
+        windows = torch.tensor(window, dtype=torch.int64, device="cpu")
+        limits = torch.tensor(ranges, dtype=torch.int64, device="cpu")
         call = _Call(
             kernel=self._kernel,
             threads=torch.get_num_threads(),
@@ -168,6 +170,28 @@ class Native:
             mean=answer.mean.data_ptr(),
             log_evidence=answer.log_evidence.data_ptr(),
         )
-        if _library().els_attend(ctypes.byref(call)) != 0:
+        # What the library reads and writes lives at least as long as it runs.
+        if _run(call, (self, x, scales, windows, limits, answer)) != 0:
             raise MemoryError("native: no memory for the partial results of this batch")
         return answer
+
+
+def _run(call: _Call, alive: object) -> int:
+    """Return what the library says of a call; Ctrl-C ends it after the tasks under way.
+
+    Signals reach Python in the main thread alone, and only while that is not inside the library.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return int(_library().els_attend(ctypes.byref(call)))
+    said: list[int] = []
+
+    def work(alive: object) -> None:
+        said.append(_library().els_attend(ctypes.byref(call)))
+
+    worker = threading.Thread(target=work, args=(alive,), name="els-native")
+    try:
+        worker.start()
+        worker.join()
+    finally:
+        call.stop = 1
+    return said[0]

@@ -1,9 +1,10 @@
 """Compiles every kernel with every tuned tile for every chip, without a GPU, and reads the binary.
 
-    python -m els_kernels.triton.compile [--arch sm90] [--markdown]
+    python -m els_kernels.triton.compile [--arch sm90] [--only diagonal]
 
 prints registers, spills, shared memory, matrix instructions and, for the inner loop, instructions a
-pair by class with the bound that they put on an H200: the static roofline.
+pair by class with the bound that they put on an H200: the static roofline. It ends with what is
+wrong (a spill, shared memory over the chip's, no matrix instruction) and then with exit code 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ _TARGETS: dict[Arch, GPUTarget] = {
 }
 _HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
 _MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|v_mfma)")
+_UNITS: dict[Arch, str] = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
+"""The matrix instruction that is a chip's own."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,23 @@ def build(binary: Binary) -> Report:
     if binary.arch == "gfx942":
         return _read_amd(compiled.asm["amdgcn"], shared)
     return _read_nvidia(compiled.asm["cubin"], shared, binary)
+
+
+def faults(binary: Binary, report: Report) -> list[str]:
+    """Return what must not be: spills, shared memory over the chip's, the wrong matrix unit."""
+    limit = tuning.SHARED_BYTES[binary.arch]
+    # 32 × 32 tiles are too small for the wide instructions of Hopper and Blackwell.
+    small = binary.kernel is same_place_kernel and binary.arch != "gfx942"
+    unit = "HMMA" if small else _UNITS[binary.arch]
+    found = []
+    if report.spills:
+        found.append(f"expected no spills, got {report.spills}")
+    if report.shared > limit:
+        found.append(f"expected at most {limit} bytes of shared memory, got {report.shared}")
+    kinds = report.matrix.split(", ")
+    if binary.matrix and not any(kind.startswith(unit) for kind in kinds):
+        found.append(f"expected {unit}, got {report.matrix}")
+    return [f"{binary.arch} {binary.name}: {fault}" for fault in found]
 
 
 def _type(name: str, binary: Binary) -> str:
@@ -251,19 +272,27 @@ def bound(loop: dict[str, float], operations: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Compile and print."""
+def main() -> int:
+    """Compile and print; return 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=get_args(Arch), action="append")
-    arches: list[Arch] = parser.parse_args().arch or list(get_args(Arch))
+    parser.add_argument("--only", default="", help="what a kernel's name must hold")
+    options = parser.parse_args()
     print(
         "| chip | kernel | tile | warps | registers | spills | shared KiB | matrix "
         "| exp2 | float | memory | other | matrix bound | exp2 bound | issue bound |"
     )
     print("|---" * 15 + "|")
-    for arch in arches:
+    wrong = []
+    for arch in options.arch or get_args(Arch):
         for binary in binaries(arch):
-            print(_row(binary, build(binary)), flush=True)
+            if options.only in binary.name:
+                report = build(binary)
+                wrong += faults(binary, report)
+                print(_row(binary, report), flush=True)
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _row(binary: Binary, report: Report) -> str:
@@ -282,4 +311,4 @@ def _row(binary: Binary, report: Report) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -216,10 +216,11 @@ def bands(
 ) -> tuple[Tensor, Tensor]:
     """Return the matrices that sum a window's rows and columns; all ones for None."""
     if window is None:
-        sides = (torch.ones(height, height), torch.ones(width, width))
+        sides = (torch.ones(n, n, device=device) for n in (height, width))
     else:
-        sides = (band(height, window, padding), band(width, window, padding))
-    return sides[0].to(device, torch.float16), sides[1].to(device, torch.float16)
+        sides = (band(n, window, padding) for n in (height, width))
+    rows, cols = (side.to(device, torch.float16) for side in sides)
+    return rows, cols
 
 
 def walk_of(padding: Padding, height: int, width: int, window: int) -> Walk:

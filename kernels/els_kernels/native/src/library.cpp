@@ -1,17 +1,17 @@
 // The C interface: chooses a kernel, cuts a call into tasks, runs them, merges their answers.
 //
-// A task is one query and one chunk of the bank, or a part of one. They depend on the bank and on the range that is
-// asked for, never on the batch or the number of threads, and their answers are merged in order:
-// the bits of an answer do not depend on company. Tasks of one chunk follow each other, so that its
-// tiles are still in the cache for the next query.
+// A task is one query and one chunk of the bank, or a part of one. They depend on the bank and on
+// the range that is asked for, never on the batch or the number of threads, and their answers are
+// merged in order: the bits of an answer do not depend on company. Tasks of one chunk follow each
+// other, so that its tiles are still in the cache for the next query.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -61,19 +61,22 @@ Buffer<T> allocate(std::size_t count) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
-// Call work(worker, task) for every task. Threads live for this call only: nothing is left over
-// that a fork could break, and what they cost (20 µs) is small beside any call worth splitting.
-void for_each(std::size_t tasks, int threads, const std::function<void(int, std::size_t)>& work) {
+// Call work(worker, task) for every task, or until `stop` is set. Threads live for this call only:
+// nothing is left over that a fork could break, and what they cost (20 µs) is small beside any call
+// worth splitting.
+void for_each(std::size_t tasks, int threads, const volatile std::int32_t& stop,
+              const std::function<void(int, std::size_t)>& work) {
   std::atomic<std::size_t> next{0};
   auto loop = [&](int worker) {
-    for (std::size_t task; (task = next.fetch_add(1)) < tasks;) work(worker, task);
+    for (std::size_t task; (task = next.fetch_add(1)) < tasks && stop == 0;)
+      work(worker, task);
   };
   std::vector<std::thread> crew;
   crew.reserve(threads);
   try {
     while (int(crew.size()) + 1 < threads && crew.size() + 1 < tasks)
       crew.emplace_back(loop, int(crew.size()) + 1);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // No more threads to be had: those there are do the work, with the same result.
   }
   loop(0);
@@ -130,6 +133,7 @@ struct ElsCall {
   const std::int64_t* ranges;  // [B][2]
   float* mean;              // [B][C][H][W]
   float* log_evidence;      // [B][H][W]
+  volatile std::int32_t stop;  // set from outside to have no more tasks begun
 };
 }
 
@@ -218,7 +222,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
   std::vector<Buffer<float>> scratch;
   for (int i = 0; i < threads; ++i) scratch.push_back(allocate<float>(kernel.scratch_floats(bank)));
 
-  for (std::int64_t begin = 0; begin < call.batch;) {
+  for (std::int64_t begin = 0; begin < call.batch && call.stop == 0;) {
     // As many images as the memory for partial results allows, at least one.
     std::vector<Prepared> images;
     std::vector<Task> tasks;
@@ -244,7 +248,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
     std::vector<Partial> partials(slots);
     for (std::size_t i = 0; i < slots; ++i)
       partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
-    for_each(tasks.size(), threads, [&](int worker, std::size_t i) {
+    for_each(tasks.size(), threads, call.stop, [&](int worker, std::size_t i) {
       const Prepared& image = images[tasks[i].image];
       const std::int64_t first = first_tile(tasks[i]);
       const Share share = {first, std::min(image.last, first + image.chunk),
@@ -252,7 +256,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
       kernel.attend(bank, geometry, image.query, share, scratch[worker].get(),
                     partials[image.slot + tasks[i].index]);
     });
-    for_each(images.size() * bank.height, threads, [&](int, std::size_t i) {
+    for_each(images.size() * bank.height, threads, call.stop, [&](int, std::size_t i) {
       const std::size_t index = i / bank.height, row = i % bank.height * bank.width;
       for (std::size_t u = row; u < row + bank.width; ++u)
         merge(call, bank, images[index], begin + std::int64_t(index),
