@@ -51,6 +51,15 @@ bench: install
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
 
+# What is generated for operators; a test compares.
+.PHONY: deploy-sight deploy-tools
+
+deploy-sight: $(VENV)/.installed
+	$(BIN)/python -m deploy.sight
+
+deploy-tools:
+	apt-get install --yes --no-install-recommends prometheus
+
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
 SECONDS ?= 60
 MINUTES ?= 10

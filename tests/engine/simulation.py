@@ -49,6 +49,10 @@ class SimulatedDevice:
         self.name, self.busy_s, self.work_s = name, 0.0, 0.0
         self.running = False
 
+    @property
+    def running_s(self) -> float:
+        return 0.0
+
     def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
         assert not self.running, "one batch at a time"
         loop = asyncio.get_running_loop()

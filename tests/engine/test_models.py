@@ -116,6 +116,22 @@ async def test_a_reload_that_fails_leaves_the_old_model_serving(
         await engine.models.load("model")
     assert await mean(engine, "model") == 1
     assert [state.state for state in await engine.models.index()] == ["READY"]
+    assert engine.models.refused() == {"model": True}
+    write(tmp_path, "model", 3.0)
+    await engine.models.load("model")
+    assert engine.models.refused() == {"model": False}
+
+
+async def test_who_unloads_a_model_that_was_refused_hears_no_more_of_it(
+    engine: Engine, tmp_path: Path
+) -> None:
+    write(tmp_path, "model", 1.0)
+    await engine.models.load_all(ModelRepository(tmp_path))
+    (tmp_path / "model" / "model.yaml").write_text("kind: magic\n")
+    with pytest.raises(LoadError, match="magic"):
+        await engine.models.load("model")
+    engine.models.unload("model")
+    assert engine.models.refused() == {}
 
 
 async def test_what_an_unloaded_model_was_asked_before_it_still_answers(engine: Engine) -> None:

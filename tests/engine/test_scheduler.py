@@ -215,7 +215,9 @@ async def test_a_query_that_does_not_fit_never_reaches_a_batch(engine: Engine) -
     assert recorder.batches == []
 
 
-async def test_an_interrupted_engine_tells_everyone_and_takes_nothing_more(engine: Engine) -> None:
+async def test_an_interrupted_engine_tells_everyone_and_takes_nothing_more(
+    engine: Engine, observed: Observed
+) -> None:
     recorder = Recorder()
     running = await held(engine, recorder)
     waiting = ask(engine, 1)
@@ -224,6 +226,7 @@ async def test_an_interrupted_engine_tells_everyone_and_takes_nothing_more(engin
     for call in (running, waiting, ask(engine, 2)):
         with pytest.raises(UnavailableError, match="it is late"):
             await call
+    assert observed.reasons == ["interrupted", "interrupted"]
     recorder.go.set()
 
 

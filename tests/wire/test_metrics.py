@@ -86,7 +86,8 @@ def test_a_method_that_nobody_called_is_there_with_zeros() -> None:
     metrics = Metrics()
     metrics.method("unary", METHOD["grpc_service"], "Denoise")
     assert sample(metrics, "grpc_server_started_total", **METHOD) == 0
-    assert sample(metrics, "grpc_server_handled_total", **METHOD, grpc_code="OK") == 0
+    for code in ("OK", "Canceled", "Internal"):
+        assert sample(metrics, "grpc_server_handled_total", **METHOD, grpc_code=code) == 0
     assert sample(metrics, "grpc_server_handling_seconds_count", **METHOD) == 0
 
 
@@ -111,6 +112,7 @@ def test_what_an_engine_tells_is_kept_by_model() -> None:
         assert sample(metrics, f"{name}_count", model="m") == 1
     assert sample(metrics, "els_dropped_total", model="m", reason="expired") == 2
     assert sample(metrics, "els_dropped_total", model="m", reason="cancelled") == 1
+    assert sample(metrics, "els_dropped_total", model="m", reason="faulted") == 0
 
 
 def test_gauges_are_asked_for_at_every_scrape() -> None:

@@ -43,6 +43,11 @@ class Device(Protocol):
         """Seconds spent computing so far."""
         ...
 
+    @property
+    def running_s(self) -> float:
+        """Seconds since the work under way began; 0 where there is none. From any thread."""
+        ...
+
     def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
         """Return the outcome to come, or what ``work`` raised.
 
@@ -78,10 +83,18 @@ class WorkerDevice:
         self.busy_s = 0.0
         self.lost: str = ""
         """Why nothing can be computed here any more; empty while all is well."""
+        self._began: float | None = None
+        """When the work under way began."""
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._work, name=f"els-{name}", daemon=True)
         self._thread.start()
+
+    @property
+    def running_s(self) -> float:
+        """Seconds since the work under way began; see ``Device``."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
         """Return the outcome to come; see ``Device``."""
@@ -105,12 +118,14 @@ class WorkerDevice:
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
                 job.begun, began = True, time.monotonic()
+                self._began = began
                 try:
                     result: Any = job.work()
                 except BaseException as error:
                     # Whatever it is: the thread must go on, and the caller must be told.
                     result = error
                 outcome = Outcome(result, began, time.monotonic())
+                self._began = None
                 try:
                     self._loop.call_soon_threadsafe(self._deliver, job, outcome)
                 except RuntimeError:

@@ -166,6 +166,9 @@ class Engine:
             yield "els_model_memory_bytes", {"model": model}, size
         for device in self._devices:
             yield "els_device_busy_seconds_total", {"device": device.name}, device.busy_s
+            yield "els_device_running_seconds", {"device": device.name}, device.running_s
+        for model, refused in self.models.refused().items():
+            yield "els_model_refused", {"model": model}, refused
         yield "els_trajectories", {}, self._trajectories
 
     def close(self) -> None:

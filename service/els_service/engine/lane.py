@@ -99,8 +99,8 @@ class Lane:
 class Ticket:
     """One query and its answer to come, computed in one part or several."""
 
-    def __init__(self, query: Query, terms: Terms, since: float) -> None:
-        self.query, self.terms, self.since = query, terms, since
+    def __init__(self, model: str, query: Query, terms: Terms, since: float) -> None:
+        self.model, self.query, self.terms, self.since = model, query, terms, since
         self.caller = terms.name()
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
         self.items: list[Item] = []

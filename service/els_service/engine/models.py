@@ -202,6 +202,7 @@ class Models:
         if name not in self._served:
             raise self._missing(name, "")
         del self._served[name], self._newest[name]
+        self.faults.pop(name, None)
         self._reasons[name] = "unloaded"
         _log.info("model unloaded", extra={"model": name})
 
@@ -230,6 +231,12 @@ class Models:
                 sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
                 counted |= {bank} if bank else set()
         return sizes
+
+    def refused(self) -> dict[str, bool]:
+        """Return, of each model that is served or was refused, whether its latest load was."""
+        # Asked by another thread: copied in one step each.
+        served, faults = list(self._served), list(self.faults)
+        return dict.fromkeys(served, False) | dict.fromkeys(faults, True)
 
     def close(self) -> None:
         """End the loading thread."""

@@ -97,7 +97,7 @@ class Scheduler:
         now = self.clock()
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
-        ticket = Ticket(query, terms, now)
+        ticket = Ticket(lane.model, query, terms, now)
         ticket.answer.add_done_callback(partial(self._left, lane, ticket))
         most = self._batch_s(lane) / max(lane.costs.marginal(1.0), 1e-9)
         if not lane.queue and lane not in self._lanes:
@@ -116,7 +116,9 @@ class Scheduler:
         """Fail everything that waits or is being computed."""
         tickets = [item.ticket for lane in self._lanes for item in lane.queue]
         for ticket in [*tickets, *self._running]:
-            _fail(ticket, error)
+            if not ticket.answer.done():
+                self._observer.dropped(ticket.model, "interrupted")
+                ticket.answer.set_exception(error)
 
     def _inline(self, lane: Lane, query: Query, terms: Terms, estimate: float) -> Denoised:
         began, answer = self.clock(), None

@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _LEVELS = {"OK": logging.DEBUG, "INTERNAL": logging.ERROR}
 _MODEL_FIELDS = ("model", "model_name", "name")
 """Where requests name their model."""
+_LATE_S = 0.05
+"""Our deadline is the caller's, and the time that the request travelled: his passes first."""
 _KINDS = {
     (False, False): "unary",
     (True, False): "client_stream",
@@ -153,6 +155,11 @@ class Calls:
 
         server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, refuse),))
 
+    @property
+    def in_flight(self) -> int:
+        """Calls whose answers have not left."""
+        return self._in_flight
+
     async def idle(self, timeout_s: float) -> bool:
         """Wait until the last answer has left, ``timeout_s`` at most; return whether it has."""
         if self._in_flight:
@@ -262,7 +269,7 @@ class Calls:
     async def _fail(self, error: BaseException, call: _Call) -> NoReturn:
         """Count, log, and end the call with the error's status."""
         if isinstance(error, asyncio.CancelledError):
-            self._end("CANCELLED", call)
+            self._end("DEADLINE_EXCEEDED" if _is_late(call.context) else "CANCELLED", call)
             raise error
         if not isinstance(error, Exception):
             raise error
@@ -275,6 +282,12 @@ class Calls:
             (("grpc-status-details-bin", status.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
+
+
+def _is_late(context: Context) -> bool:
+    """Return whether a caller who left had no time left: gRPC cancels the call for both."""
+    left = context.time_remaining()
+    return left is not None and left < _LATE_S
 
 
 async def _write(context: Context, answer: Any) -> None:

@@ -13,12 +13,13 @@ from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
+from grpc import StatusCode
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from els_service import logs
-from els_service.engine.terms import Launch
+from els_service.engine.terms import REASONS, Launch
 from els_service.version import COMMIT, VERSION
 from els_service.wire.tallies import Tally, family, merged
 
@@ -32,16 +33,25 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 _MODEL = ("model",)
+_CODES = tuple(code.name for code in StatusCode)
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 
 _GAUGES = {
     "els_queue_items": "Items that wait for a batch.",
     "els_queue_cost_seconds": "Predicted time of the items that wait.",
+    "els_calls_in_flight": "Calls begun whose answers have not left.",
     "els_device_busy_seconds_total": "Time that a device computed.",
+    "els_device_running_seconds": "Time since a device began what it computes; 0 while idle.",
+    "els_drain_limit_seconds": "Time of a drain after which calls in flight are interrupted.",
+    "els_draining_seconds": "Time since the server was told to end; 0 before.",
+    "els_model_refused": "1 where the latest load of a model was refused, else 0.",
     "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
+    "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",
+    "els_serving": "1 while the health of the server is SERVING, else 0.",
     "els_trajectories": "Trajectories under way.",
+    "els_watchdog_seconds": "Time over a batch's prediction after which a device counts as lost.",
 }
-"""What an engine tells when it is asked, and its help."""
+"""What engine and server tell when they are asked, and its help."""
 
 Gauges = Iterable[tuple[str, dict[str, str], float]]
 """(name, labels, value)."""
@@ -202,7 +212,9 @@ class Metrics(Collector):
             started.add_metric(method.labels, method.started)
             received.add_metric(method.labels, method.received)
             sent.add_metric(method.labels, method.answers())
-            for code in sorted({"OK", *(code for (_, code), _ in ended)}):
+            # From zero on, as go-grpc-prometheus can: a rate cannot see the call that makes a
+            # series.
+            for code in _CODES:
                 count = sum(sum(tally.counts) for (_, found), tally in ended if found == code)
                 handled.add_metric((*method.labels, _go_code(code)), count)
             seconds.append((method.labels, merged([tally for _, tally in ended], _SECONDS)))
@@ -224,8 +236,10 @@ class Metrics(Collector):
         dropped = CounterMetricFamily(
             "els_dropped", "Items without an answer that anyone took.", labels=("model", "reason")
         )
-        for key, count in list(self._dropped.items()):
-            dropped.add_metric(key, count)
+        # From zero on, as above.
+        for model in {*list(self._computed), *(model for model, _ in list(self._dropped))}:
+            for reason in REASONS:
+                dropped.add_metric((model, reason), self._dropped.get((model, reason), 0))
         yield dropped
 
     def _of_process(self) -> Iterator[Metric]:

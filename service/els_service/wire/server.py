@@ -12,6 +12,7 @@ import gc
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -38,7 +39,7 @@ from els_service.wire.calls import Calls
 from els_service.wire.denoiser_service import DenoiserService
 from els_service.wire.doors import Doors, allow_connections, channel_options, metrics_host
 from els_service.wire.inference_service import InferenceService
-from els_service.wire.metrics import Metrics
+from els_service.wire.metrics import Gauges, Metrics
 
 if TYPE_CHECKING:
     from els_service.wire.tracing import Tracing
@@ -93,11 +94,13 @@ class Server:
         self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
-        self._metrics.gauges = self._engine.gauges
+        self._metrics.gauges = self._gauges
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
         self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
         self._lag: asyncio.Task[None] | None = None
+        self._told_to_end: float | None = None
+        """When, on the monotonic clock."""
         self._health = health.aio.HealthServicer()
         self._reported: set[str] = set()
         """Models of which the health says that they are served."""
@@ -134,6 +137,7 @@ class Server:
         What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
         """
         settings = self._settings
+        self._told_to_end = time.monotonic()
         # Bounded, as a watcher that takes no bytes would hold it up for ever.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(settings.drain_s, _FLUSH_S)):
@@ -195,6 +199,17 @@ class Server:
                 server,
             )
         return server
+
+    def _gauges(self) -> Gauges:
+        """Yield what the engine tells, and the server's own state and bounds, at any time."""
+        settings, since = self._settings, self._told_to_end
+        yield from self._engine.gauges()
+        yield "els_calls_in_flight", {}, self._calls.in_flight
+        yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
+        yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
+        yield "els_queue_limit_seconds", {}, settings.queue_s
+        yield "els_serving", {}, self._ready() and since is None
+        yield "els_watchdog_seconds", {}, settings.watchdog_s
 
     def _ready(self) -> bool:
         models = self._engine.models
