@@ -91,15 +91,14 @@ def _cases(device: str, only: Sequence[str], widths: Sequence[int]) -> Iterator[
     for execution in EXECUTIONS[device]:
         named = " ".join([execution.precision, execution.compile.replace("none", "eager")])
         for name in (name for name in ARCHITECTURES if name in only):
-            yield named_case(name, named, execution, device, widths)
+            yield _paper_case(name, named, execution, device, widths)
     if "diffusers" in only:
-        narrow = {"widths": widths} if widths else {}
-        yield "diffusers", "float32 eager", lambda batch: cases.diffusers(device, **narrow)
+        yield "diffusers", "float32 eager", lambda batch: cases.diffusers(device, widths)
     if "onnx-terrain" in only and device == "cpu":
         yield "onnx-terrain", "onnxruntime", lambda batch: cases.terrain()
 
 
-def named_case(
+def _paper_case(
     name: str, named: str, execution: Execution, device: str, widths: Sequence[int]
 ) -> Case:
     """Return a case of the paper's; compiled, it has the one bucket that is timed."""

@@ -55,7 +55,8 @@ class Pair:
             level = from_sigma(sigma)
         else:
             level = from_alpha_bar(numbers.uniform(0.01, 0.99, batch))
-        return make_query(x, level, numbers.integers(0, labelled, batch) if labelled else ())
+        labels = numbers.integers(0, labelled, batch).tolist() if labelled else ()
+        return make_query(x, level, labels)
 
 
 def paper(architecture: str, execution: Execution, device: str, widths: Sequence[int] = ()) -> Pair:
@@ -97,7 +98,7 @@ def _clean(x: Tensor, noise: Tensor, level: NoiseLevel, device: str) -> Images:
     return clean
 
 
-def diffusers(device: str, widths: Sequence[int] = (64, 128, 128), side: int = 32) -> Pair:
+def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
     """Return a ``UNet2DModel`` of colour images, with random weights, from a folder it wrote.
 
     Raises:
@@ -107,9 +108,10 @@ def diffusers(device: str, widths: Sequence[int] = (64, 128, 128), side: int = 3
 
     from els_service.denoisers.pretrained.unet import UnetOptions, load_unet
 
+    widths = widths or (64, 128, 128)
     torch.manual_seed(0)
     unet: Any = UNet2DModel(
-        sample_size=side,
+        sample_size=32,
         block_out_channels=tuple(widths),
         down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * (len(widths) - 1)),
         up_block_types=(*["AttnUpBlock2D"] * (len(widths) - 1), "UpBlock2D"),

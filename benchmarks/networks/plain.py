@@ -96,8 +96,10 @@ def _two_convs(weights: Weights, name: str, x: Tensor, embedding: Tensor) -> Ten
 def _attention(weights: Weights, name: str, x: Tensor) -> Tensor:
     batch, width, height, breadth = x.shape
     heads = math.gcd(4, width)
-    split = _conv(weights, f"{name}.inputs", x, padding=0).flatten(2)
-    query, key, value = split.unflatten(1, (3, heads, -1)).transpose(-1, -2).unbind(1)
+    split = _conv(weights, f"{name}.inputs", x, padding=0).reshape(
+        batch, 3, heads, -1, height * breadth
+    )
+    query, key, value = split.transpose(-1, -2).unbind(1)
     mixed = scaled_dot_product_attention(
         normalize(query, dim=-1), normalize(key, dim=-1), value, scale=10.0
     )
