@@ -27,6 +27,10 @@ def els(*args: str) -> Result:
     return CliRunner().invoke(app, args, catch_exceptions=False)
 
 
+def drawn(fake: FakeDenoiser) -> list[pb.SampleRequest]:
+    return [one for one in fake.requests if isinstance(one, pb.SampleRequest)]
+
+
 def pixels(path: str) -> np.ndarray:
     with Image.open(path) as picture:
         return np.asarray(picture)
@@ -51,7 +55,8 @@ def test_shared_options_stand_before_or_after_the_command(target: str, fake: Fak
     before = els("--target", target, "--json", "--model", "rgb", "sample", "--steps", "1")
     after = els("sample", "--steps", "1", "--target", target, "--json", "--model", "rgb")
     assert json.loads(before.stdout)["model"] == json.loads(after.stdout)["model"] == "rgb"
-    assert fake.requests[0] == fake.requests[1]
+    first, second = drawn(fake)
+    assert first == second
 
 
 def test_denoise_sends_the_bytes_of_the_picture_and_writes_the_answer(
@@ -132,7 +137,7 @@ def test_sample_writes_a_grid_and_the_way_there(target: str, fake: FakeDenoiser)
 def test_eta_is_left_to_the_server_unless_given(target: str, fake: FakeDenoiser) -> None:
     els("sample", "--sampler", "ddpm", "--target", target)
     els("sample", "--sampler", "ddpm", "--eta", "0", "--target", target)
-    unset, zero = fake.requests
+    unset, zero = drawn(fake)
     assert isinstance(unset, pb.SampleRequest)
     assert isinstance(zero, pb.SampleRequest)
     assert (unset.HasField("eta"), zero.HasField("eta")) == (False, True)

@@ -129,3 +129,41 @@ def test_what_no_message_can_hold_is_an_error_of_our_own(wrong: dict[str, Any]) 
     query = Query(np.zeros((1, 1, 2, 2)), **{"model": "m", "sigma": 1.0, **wrong})
     with pytest.raises(InvalidArgumentError):
         codec.encode_query(pb.DenoiseRequest, query)
+
+
+CONDITION = np.zeros((1, 2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditioning": CONDITION[0]}, r"conditioning: expected shape \[1 or B, T, W\], got"),
+        ({"conditioning": [[[0.0]]]}, "conditioning: expected a numpy array, got list"),
+        (
+            {"unconditional": CONDITION.astype(np.uint8)},
+            "unconditional: expected float16, float32 or float64, got uint8",
+        ),
+        ({"guidance": 0}, "guidance: expected a number other than 0"),
+        ({"guidance": "much"}, "request: "),
+    ],
+)
+def test_conditions_that_cannot_be_sent_are_refused_by_field(
+    options: dict[str, Any], message: str
+) -> None:
+    query = Query(np.zeros((1, 1, 2, 2)), model="m", sigma=1.0, **options)
+    with pytest.raises(InvalidArgumentError, match=message):
+        codec.encode_query(pb.ScoreRequest, query)
+    with pytest.raises(InvalidArgumentError, match=message):
+        codec.encode_sample(**SAMPLE | options)
+
+
+def test_conditions_travel_and_none_are_left_out() -> None:
+    query = Query(np.zeros((1, 1, 2, 2)), model="m", sigma=1.0)
+    bare = codec.encode_query(pb.DenoiseRequest, query)
+    assert not bare.HasField("conditioning")
+    assert not bare.HasField("unconditional")
+    given = {"conditioning": CONDITION, "unconditional": CONDITION + 1, "guidance": 2}
+    request = codec.encode_sample(**SAMPLE | given | {"want": ("decoded",)})
+    assert list(request.conditioning.shape) == [1, 2, 3]
+    assert np.frombuffer(request.unconditional.data, "<f4").tolist() == [1.0] * 6
+    assert (request.guidance, request.return_decoded, request.return_x) == (2.0, True, False)

@@ -192,13 +192,18 @@ def test_weights_of_another_network_are_refused_by_tensor(
 def test_a_pickle_is_refused_unread_and_so_is_a_torn_or_absent_file(tmp_path: Path) -> None:
     path = write_folder(tmp_path, config()) / "weights.safetensors"
     whole = path.read_bytes()
-    for content in (pickle.dumps({"a": 1}), b"", whole[:-1], whole[:100]):
+    for content in (b"", whole[:-1], whole[:100]):
         path.write_bytes(content)
         with pytest.raises(LoadError, match=r"weights\.safetensors: expected a safetensors file"):
             load_network_folder(tmp_path)
-    torch.save({"a": torch.zeros(1)}, path)
-    with pytest.raises(LoadError, match=r"weights\.safetensors: expected a safetensors file"):
-        load_network_folder(tmp_path)
+    tensors = {"a": torch.zeros(1)}
+    torch.save(tensors, tmp_path / "now.pt")
+    torch.save(tensors, tmp_path / "once.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("now.pt", "once.pt", "plain.pkl"):
+        path.write_bytes((tmp_path / name).read_bytes())
+        with pytest.raises(LoadError, match=r"weights\.safetensors: .* a pickle can execute code"):
+            load_network_folder(tmp_path)
     path.unlink()
     with pytest.raises(LoadError, match=r"weights\.safetensors: No such file"):
         load_network_folder(tmp_path)

@@ -321,6 +321,9 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         (["--batch", "0"], "batch: expected"),
         (["--precision", "tf32", "--device", "cpu"], "precision: expected"),
         (["--widths", "8", "--ema", "1"], "ema: expected"),
+        (["--threads", "-1"], "threads: expected 0 or more, got -1"),
+        (["--minutes", "-1"], "seconds: expected at least 0, got -60.0"),
+        (["--checkpoint-seconds", "nan"], "checkpoint_s: expected at least 0, got nan"),
     ):
         assert main(["--data", str(path), "--out", str(tmp_path / "out"), *extra]) == 2
         assert expected in capsys.readouterr().err
@@ -328,6 +331,18 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         train(settings(network={"shape": (1, 4, 4)}), bank, tmp_path / "out")
     with pytest.raises(InvalidArgumentError, match="label_dropout"):
         settings(label_dropout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("resize", "abc"), ("resize", "8x"), ("widths", "8,"), ("log-steps", "0"), ("limit", "0")],
+)
+def test_an_option_that_is_no_number_is_named(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--data", "x", "--out", "y", f"--{option}", value])
+    assert f"{option}: expected a whole number above 0, got" in capsys.readouterr().err
 
 
 def test_the_server_s_command_trains_too(tmp_path: Path, bank: Bank) -> None:

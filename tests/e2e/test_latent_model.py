@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.denoisers.pretrained import (
     LATENT,
     SHAPE,
@@ -22,10 +23,13 @@ from tests.denoisers.pretrained import (
 )
 from tests.denoisers.test_onnx_models import gaussian, write
 from tests.e2e.processes import ServerProcess, serving
+from typer.testing import CliRunner
 
+from els_client import AsyncClient, Client, Conditioning, InvalidArgumentError, Query
+from els_client.cli import app
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
-from els_service.denoisers.base import Condition, make_query
+from els_service.denoisers.base import Condition, make_query, score
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.pretrained.latent import LatentDenoiser
 from els_service.denoisers.samplers import Options, sample
@@ -200,6 +204,66 @@ def test_a_bad_condition_is_refused_by_field(
             call()
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert reason in str(error.value.details())
+
+
+ASKED: dict[str, Any] = {
+    "model": "latent",
+    "conditioning": GIVEN,
+    "unconditional": WITHOUT.astype(np.float64),
+    "guidance": 4.0,
+}
+
+
+def test_the_client_conditions_and_guides_every_call(
+    process: ServerProcess, latent: LatentDenoiser
+) -> None:
+    x = normal(2, 2, *LATENT)
+    query = make_query(x, from_sigma([0.5, 5.0]), (), (), CONDITIONS)
+    mean = latent.denoise(query)
+    with Client(process.target) as client:
+        model = client.model("latent")
+        assert model.conditioning == Conditioning(max_rows=77, width=WIDTH)
+        assert model.decoded_shape == (3, 16, 16)
+        plain = client.model("pixels")
+        assert (plain.conditioning, plain.decoded_shape) == (None, None)
+        assert close(client.denoise(x, sigma=[0.5, 5.0], **ASKED), mean.pixels)
+        assert close(client.score(x, sigma=[0.5, 5.0], **ASKED), score(query, mean.mean).numpy())
+        (streamed,) = client.denoise_many([Query(x, sigma=[0.5, 5.0], **ASKED)])
+        assert close(streamed, mean.pixels)
+        with pytest.raises(InvalidArgumentError, match="conditioning: expected none for this"):
+            client.denoise(normal(3, 1, *SHAPE), sigma=1.0, **ASKED | {"model": "pixels"})
+
+
+async def test_both_clients_draw_images_of_guided_latents(process: ServerProcess) -> None:
+    drawing: dict[str, Any] = {"count": 2, "steps": STEPS, "seed": 7, "want": ("decoded",)}
+    with Client(process.target) as client:
+        first, *_, last = client.sample(**drawing, **ASKED)
+    async with AsyncClient(process.target) as other:
+        *_, same = [step async for step in other.sample(**drawing, **ASKED)]
+    assert last.decoded.shape == (2, 3, 16, 16)
+    assert np.abs(last.decoded).max() <= 1
+    np.testing.assert_array_equal(same.decoded, last.decoded)
+    with pytest.raises(AttributeError, match="no decoded"):
+        _ = first.decoded
+
+
+def test_the_command_line_writes_the_decoded_images(process: ServerProcess, tmp_path: Path) -> None:
+    np.save(tmp_path / "given.npy", GIVEN)
+    np.save(tmp_path / "without.npy", WITHOUT)
+    arguments = ["sample", "--target", process.target, "--model", "latent", "--count", "2"]
+    arguments += ["--steps", "2", "--out", str(tmp_path / "grid.png")]
+    refused = CliRunner().invoke(app, arguments)
+    assert (refused.exit_code, "els: conditioning: expected" in refused.stderr) == (2, True)
+    arguments += ["--conditioning", str(tmp_path / "given.npy"), "--guidance", "4"]
+    arguments += ["--unconditional", str(tmp_path / "without.npy")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert (grid.mode, grid.size) == ("RGB", (2 * 16 * 7, 16 * 7))
+    refused = CliRunner().invoke(app, [*arguments, "--gif", str(tmp_path / "steps.gif")])
+    assert "gif: expected none, as steps of a latent model are latents" in refused.stderr
+    (tmp_path / "given.npy").write_bytes(b"no array")
+    refused = CliRunner().invoke(app, arguments)
+    assert (refused.exit_code, "expected an array in .npy" in refused.stderr) == (2, True)
 
 
 def test_models_without_conditions_or_decoder_refuse_both(stub: Any) -> None:

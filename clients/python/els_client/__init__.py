@@ -10,6 +10,7 @@ from els_client._client import Client
 from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
+    Conditioning,
     Limits,
     Model,
     Query,
@@ -36,6 +37,7 @@ __all__ = [
     "AsyncRepository",
     "Bank",
     "Client",
+    "Conditioning",
     "DeadlineExceededError",
     "ElsError",
     "InvalidArgumentError",

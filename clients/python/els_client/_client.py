@@ -123,6 +123,11 @@ class Client:
                 - time: Time on the model's own schedule, 0 < t <= 1.
                 - label: From 0 to ``Model.label_count`` - 1, or -1 for none.
                 - window: Odd side of the patch in pixels; by default the model's own.
+                - conditioning: Floats [1 or B, T, W] that a model with ``Model.conditioning``
+                  attends to, such as a text encoder's output; needed there, elsewhere refused.
+                - unconditional: Likewise, of its T, for no text; where there is guidance.
+                - guidance: g of D(unconditional) + g·(D(conditioning) - D(unconditional)),
+                  |g| <= 100; by default 1, which is none.
                 - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
                 - timeout_s: Deadline of this call in seconds; by default the client's.
                 - version: Version of the model; by default the newest.
@@ -223,8 +228,10 @@ class Client:
                 - eta: Noise that each step of ddpm adds, 0 to 1; by default 0, and None means 1.
                 - churn: Noise that heun adds in all, S_churn of EDM, 0 to ``steps``; by default 0.
                 - want: What each step carries, by default "x" and "denoised"; the last always
-                  carries these, and the first alone "noise", which the trajectory started from.
+                  carries these. The first alone carries "noise", which the trajectory started
+                  from, the last alone "decoded", the images of a latent model.
                 - window: Odd side of the patch in pixels, one for all images or one each.
+                - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
                 - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.
                 - survive_breaks: Whether a connection that breaks without a word is outlived too;

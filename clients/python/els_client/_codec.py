@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from els_client._types import (
     Bank,
+    Conditioning,
+    Conditions,
     Images,
     Integers,
     Levels,
@@ -35,6 +38,7 @@ _DTYPES: dict[type[np.generic], tuple[str, pb.DType.ValueType]] = {
     np.float16: ("<f2", pb.DTYPE_F16),
     np.uint8: ("u1", pb.DTYPE_U8),
 }
+_FLOATS = (np.float16, np.float32, np.float64)
 _SAMPLERS: dict[str, pb.Sampler.ValueType] = {
     "ddim": pb.SAMPLER_DDIM,
     "ddim_released": pb.SAMPLER_DDIM_RELEASED,
@@ -49,12 +53,24 @@ _REALS = "iuf"
 
 def encode_tensor(x: Pixels) -> pb.Tensor:
     """Return ``x`` [B, C, H, W] as a tensor; float64 is rounded to float32."""
+    return _tensor("x", x, "[B, C, H, W]", _DTYPES.keys())
+
+
+def _conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
+    """Return conditions [1 or B, T, W] as a tensor; None is left out of the message."""
+    return None if given is None else _tensor(field, given, "[1 or B, T, W]", _FLOATS)
+
+
+def _tensor(
+    field: str, x: npt.NDArray[Any], shape: str, dtypes: Collection[type[np.generic]]
+) -> pb.Tensor:
     if not isinstance(x, np.ndarray):
-        _refuse("x", "a numpy array", type(x).__name__)
-    if x.ndim != 4:
-        _refuse("x", "shape [B, C, H, W]", f"shape {list(x.shape)}")
-    if x.dtype.type not in _DTYPES:
-        _refuse("x", "float16, float32, float64 or uint8", x.dtype)
+        _refuse(field, "a numpy array", type(x).__name__)
+    if x.ndim != shape.count(",") + 1:
+        _refuse(field, f"shape {shape}", f"shape {list(x.shape)}")
+    if x.dtype.type not in dtypes:
+        *others, last = sorted(dtype.__name__ for dtype in dtypes)
+        _refuse(field, f"{', '.join(others)} or {last}", x.dtype)
     layout, dtype = _DTYPES[x.dtype.type]
     with np.errstate(over="ignore"):  # beyond float32 it is infinite, which the server refuses
         data = x.astype(layout, copy=False).tobytes()
@@ -94,6 +110,9 @@ def encode_query(
         level=encode_level(query.sigma, query.alpha_bar, query.time),
         labels=_listed("label", query.label, _INTEGERS),
         windows=_listed("window", query.window, _INTEGERS),
+        conditioning=_conditions("conditioning", query.conditioning),
+        unconditional=_conditions("unconditional", query.unconditional),
+        guidance=_guidance(query.guidance),
         return_log_evidence=return_log_evidence,
         priority=_priority(query.priority),
         version=query.version or "",
@@ -113,6 +132,9 @@ def encode_sample(
     churn: float = 0.0,
     want: Collection[Want] = ("x", "denoised"),
     window: Integers | None = None,
+    conditioning: Conditions | None = None,
+    unconditional: Conditions | None = None,
+    guidance: float | None = None,
     priority: int | None = None,
     version: str | None = None,
     survive_breaks: bool = False,
@@ -134,11 +156,15 @@ def encode_sample(
         sampler=_SAMPLERS[sampler],
         labels=_listed("label", label, _INTEGERS),
         windows=_listed("window", window, _INTEGERS),
+        conditioning=_conditions("conditioning", conditioning),
+        unconditional=_conditions("unconditional", unconditional),
+        guidance=_guidance(guidance),
         eta=eta,
         churn=churn,
         return_x="x" in want,
         return_denoised="denoised" in want,
         return_noise="noise" in want,
+        return_decoded="decoded" in want,
         priority=_priority(priority),
         version=version or "",
         return_resume_token=survive_breaks,
@@ -162,12 +188,14 @@ def decode_step(step: pb.SampleResponse) -> Step:
         _x=decode_tensor(step.x) if step.HasField("x") else None,
         _denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
         _noise=decode_tensor(step.noise) if step.HasField("noise") else None,
+        _decoded=decode_tensor(step.decoded) if step.HasField("decoded") else None,
     )
 
 
 def decode_model(model: pb.Model) -> Model:
     """Return a model's description."""
-    window, bank, limits = model.window, model.bank, model.limits
+    window, bank, limits, wanted = model.window, model.bank, model.limits, model.conditioning
+    decoded = model.decoded_shape
     return Model(
         name=model.name,
         kind=model.kind,
@@ -199,6 +227,10 @@ def decode_model(model: pb.Model) -> Model:
         implementation=model.implementation,
         version=model.version,
         memory_bytes=model.memory_bytes,
+        conditioning=Conditioning(wanted.max_rows, wanted.width)
+        if model.HasField("conditioning")
+        else None,
+        decoded_shape=(decoded[0], decoded[1], decoded[2]) if decoded else None,
     )
 
 
@@ -212,6 +244,15 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
     if array.size and array.dtype.kind not in kinds:
         _refuse(field, "integers" if kinds == _INTEGERS else "numbers", f"{values!r}")
     return array.ravel().tolist()
+
+
+def _guidance(guidance: float | None) -> float:
+    if guidance is None:
+        return 0.0
+    if guidance == 0:  # On the wire 0 means 1.
+        expected = "a number other than 0, which asks for the unconditional as conditioning alone"
+        _refuse("guidance", expected, guidance)
+    return guidance
 
 
 def _priority(priority: int | None) -> int:

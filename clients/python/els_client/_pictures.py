@@ -53,6 +53,19 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
 
 
+def read_numbers(path: Path) -> npt.NDArray[Any]:
+    """Return the array of a ``.npy`` file; one that holds objects is not read.
+
+    Raises:
+        InvalidArgumentError: It is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{path}: expected an array in .npy: {error}") from None
+
+
 def check_target(path: Path | None) -> None:
     """Check that a picture can be written there, before long work for it begins.
 

@@ -15,7 +15,8 @@ Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8]
 Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
 Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
-Want: TypeAlias = Literal["x", "denoised", "noise"]
+Want: TypeAlias = Literal["x", "denoised", "noise", "decoded"]
+Conditions: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class QueryOptions(TypedDict, total=False):
     time: Levels | None
     label: Integers | None
     window: Integers | None
+    conditioning: Conditions | None
+    unconditional: Conditions | None
+    guidance: float | None
     priority: int | None
     timeout_s: float | None
     version: str | None
@@ -61,6 +65,9 @@ class Query:
     time: Levels | None = None
     label: Integers | None = None
     window: Integers | None = None
+    conditioning: Conditions | None = None
+    unconditional: Conditions | None = None
+    guidance: float | None = None
     priority: int | None = None
     timeout_s: float | None = None
     version: str | None = None
@@ -79,6 +86,9 @@ class SampleOptions(TypedDict, total=False):
     churn: float
     want: Collection[Want]
     window: Integers | None
+    conditioning: Conditions | None
+    unconditional: Conditions | None
+    guidance: float | None
     priority: int | None
     version: str | None
     survive_breaks: bool
@@ -117,6 +127,14 @@ class Bank:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What a model wants to be told of each image: [1 to ``max_rows``, ``width``] numbers."""
+
+    max_rows: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """What one call may ask for; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level."""
 
@@ -135,14 +153,16 @@ class Model:
 
     Attributes:
         name: What calls name it by.
-        kind: "analytic", "gaussian" or "wiener".
-        machine: Of analytic models "ideal", "local", "equivariant" or "els"; else empty.
+        kind: "analytic", "gaussian", "wiener", "network", "diffusers", "onnx" or "latent".
+        machine: Of analytic models "ideal", "local", "equivariant" or "els"; of networks their
+            architecture; else empty.
         padding: Of analytic models "zeros", "circular" or "valid"; else empty.
         channels: C of its images.
         height: H of its images.
         width: W of its images.
         window: None where there is none to choose.
-        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)).
+        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)); "timesteps": those that the network was
+            trained at.
         label_count: Labels are 0 … label_count-1; 0 means unconditional.
         label_names: Empty, or one name a label.
         limits: What one call may ask for.
@@ -152,6 +172,8 @@ class Model:
         implementation: Which patch attention answers; empty where none is used.
         version: A whole number, written in decimal.
         memory_bytes: About how much memory it takes while loaded.
+        conditioning: None where it takes none; else every question needs one.
+        decoded_shape: (C, H, W) of the images that a latent model's latents decode to; else None.
     """
 
     name: str
@@ -172,6 +194,8 @@ class Model:
     implementation: str
     version: str
     memory_bytes: int
+    conditioning: Conditioning | None = None
+    decoded_shape: tuple[int, int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -237,6 +261,7 @@ class Step:
     _x: Images | None
     _denoised: Images | None
     _noise: Images | None = None
+    _decoded: Images | None = None
 
     @property
     def x(self) -> Images:
@@ -264,6 +289,15 @@ class Step:
             AttributeError: It was not wanted, or this is not the first step.
         """
         return _wanted("noise", self._noise)
+
+    @property
+    def decoded(self) -> Images:
+        """Images in [-1, 1] of a latent model's ``x``: float32 [count, *Model.decoded_shape].
+
+        Raises:
+            AttributeError: They were not wanted, or this is not the last step.
+        """
+        return _wanted("decoded", self._decoded)
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"

@@ -51,6 +51,7 @@ def _show_version(asked: bool) -> None:
 
 
 _PEM = {"metavar": "PEM", "exists": True, "dir_okay": False}
+_NPY = {"metavar": "NPY", "exists": True, "dir_okay": False}
 
 
 @app.callback()
@@ -194,6 +195,15 @@ def sample(
         float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1 there.")
     ] = None,
     churn: Annotated[float, typer.Option(help="Noise of heun in all, 0 to steps.")] = 0.0,
+    conditioning: Annotated[
+        Path | None, typer.Option(help="What a latent model attends to, [1 or N, T, W].", **_NPY)
+    ] = None,
+    unconditional: Annotated[
+        Path | None, typer.Option(help="The same of an empty text, for guidance.", **_NPY)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength of the condition; by default 1.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the grid of images goes.")] = Path("grid.png"),
     gif: Annotated[
         Path | None, typer.Option(help="Where the way from noise to images goes.")
@@ -203,15 +213,20 @@ def sample(
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw images from noise and write them as one grid."""
+    """Draw images from noise and write them as one grid; a latent model's are decoded."""
     began = clock.perf_counter()
-    want: tuple[Want, ...] = ("x",) if gif else ()
     states: list[Images] = []
     with options.connected(context, target, timeout) as client, terminal.progress() as progress:
         for path in (out, gif):
             pictures.check_target(path)
         labels = _integers(label)
         count = count or len(labels) or 1
+        given = None if conditioning is None else pictures.read_numbers(conditioning)
+        without = None if unconditional is None else pictures.read_numbers(unconditional)
+        decoded = client.model(model).decoded_shape is not None
+        if decoded and gif:
+            raise InvalidArgumentError("gif: expected none, as steps of a latent model are latents")
+        want: set[Want] = {"decoded"} if decoded else {"x"} if gif else set()
         bar = progress.add_task(f"{model} draws {count}", total=steps)
         for step in client.sample(
             model=model,
@@ -223,10 +238,13 @@ def sample(
             eta=eta,
             churn=churn,
             want=want,
+            conditioning=given,
+            unconditional=without,
+            guidance=guidance,
         ):
             progress.update(bar, completed=step.index, total=step.total)
             if gif or step.index == step.total:
-                states.append(step.x)
+                states.append(step.decoded if decoded else step.x)
         pictures.write_grid(out, states[-1])
         if gif:
             pictures.write_gif(gif, states)

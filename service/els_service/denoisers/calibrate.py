@@ -18,6 +18,13 @@ import numpy as np
 import yaml
 
 from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.command_line import (
+    Progress,
+    listed,
+    positive,
+    prepared_device,
+    refusing,
+)
 from els_service.denoisers.comparison.calibration import (
     SEARCHES,
     Calibration,
@@ -27,13 +34,7 @@ from els_service.denoisers.comparison.calibration import (
     trajectory,
 )
 from els_service.denoisers.comparison.drawing import Draw, check_seed
-from els_service.denoisers.comparison.options import (
-    add_shared,
-    positive,
-    prepared_device,
-    refusing,
-)
-from els_service.denoisers.comparison.progress import Progress
+from els_service.denoisers.comparison.options import add_shared
 from els_service.denoisers.comparison.subjects import (
     RECORD_FILE,
     WINDOWS_FILE,
@@ -214,12 +215,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--steps", type=positive("steps"), default=20, help="of each, and levels of the table")
     add("--seed", type=int, default=_SEED, help="of the noise: not the one that `compare` takes")
     add("--search", choices=SEARCHES, default="all", help="all windows; or climb, a third as long")
-    add("--windows", type=_numbers, metavar="K[,K]", help="odd candidates; None: 3 to the side")
+    add(
+        "--windows",
+        type=listed("windows"),
+        metavar="K[,K]",
+        help="odd candidates; None: 3 to the side",
+    )
     return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(positive("windows")(number) for number in text.split(","))
 
 
 if __name__ == "__main__":

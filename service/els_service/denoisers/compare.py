@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from els_service.denoisers.comparison.options import (
-    add_shared,
+from els_service.denoisers.command_line import (
+    Progress,
+    listed,
     positive,
     prepared_device,
     refusing,
 )
-from els_service.denoisers.comparison.progress import Progress
+from els_service.denoisers.comparison.options import add_shared
 from els_service.denoisers.comparison.run import INDEXINGS, Look, Settings, Subjects, compare
 from els_service.denoisers.comparison.subjects import (
     build_machines,
@@ -125,7 +126,7 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive("steps"), default=Settings.machine_steps, help="of both")
     add(
         "--network-steps",
-        type=_numbers,
+        type=listed("network-steps"),
         metavar="N[,N]",
         help="of the network instead, as in 20,150; the first is under `machines` in the record",
     )
@@ -136,10 +137,6 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(positive("network-steps")(number) for number in text.split(","))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from els_service.denoisers.banks import Bank
+from els_service.denoisers.command_line import Progress, listed, positive, prepared_device, refusing
 from els_service.denoisers.networks.config import ARCHITECTURES, NetworkConfig
 from els_service.denoisers.networks.parametrisation import PREDICTIONS
 from els_service.denoisers.training import (
@@ -26,12 +26,10 @@ from els_service.denoisers.training import (
 )
 from els_service.denoisers.training.record import Row
 from els_service.denoisers.training.settings import PRECISIONS
-from els_service.errors import ElsError, InvalidArgumentError
 
 _WIDTHS = {"resnet": (256,), "unet": (64, 128, 256), "unet-attention": (64, 128, 256)}
 """Of the paper."""
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
-_REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -44,16 +42,17 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(program or "python -m els_service.denoisers.train")
     options = parser.parse_args(arguments)
-    try:
-        _train(options, shlex.join([*parser.prog.split(), *arguments]))
-    except (ElsError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return _REFUSED
-    return 0
+    command = shlex.join([*parser.prog.split(), *arguments])
+    return refusing(parser.prog, lambda: _train(options, command))
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    device = prepared_device(options)
+    limits = Limits(
+        seconds=60 * options.minutes,
+        checkpoint_s=options.checkpoint_seconds,
+        log_steps=options.log_steps,
+    )
     bank = load_training_data(
         options.data,
         resize=options.resize,
@@ -66,26 +65,14 @@ def _train(options: argparse.Namespace, command: str) -> None:
         _settings(options, bank),
         bank,
         options.out,
-        device=_device(options.device),
-        limits=Limits(
-            seconds=60 * options.minutes,
-            checkpoint_s=options.checkpoint_seconds,
-            log_steps=options.log_steps,
-        ),
+        device=device,
+        limits=limits,
         command=command,
         storage=_STORAGE[options.store],
         report=_reporter(),
     )
     state = "finished" if outcome.finished else "paused: the same command goes on"
     print(f"step {outcome.step} of {outcome.steps}, loss {outcome.loss:.4g}: {state}")
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("device", "cpu, as torch sees no GPU", name)
-    return name
 
 
 def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
@@ -119,20 +106,8 @@ def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
 
 
 def _reporter() -> Callable[[Row, int], None]:
-    """Return what prints each row to stderr, on one line where that is a terminal."""
-    start, first = time.monotonic(), -1
-    end = "\r" if sys.stderr.isatty() else "\n"
-
-    def report(row: Row, steps: int) -> None:
-        nonlocal first, start
-        if first < 0:
-            first, start = row.step, time.monotonic()
-        rate = (row.step - first) / max(time.monotonic() - start, 1e-9)
-        left = f"{(steps - row.step) / rate / 60:.1f} min left" if rate else ""
-        text = f"step {row.step}/{steps}  loss {row.loss:.4f}  {rate:.2f} steps/s  {left}"
-        print(f"{text:<70}", end=end, file=sys.stderr, flush=True)
-
-    return report
+    progress = Progress("train")
+    return lambda row, steps: progress(row.step, steps, f"loss {row.loss:.4f}")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -161,7 +136,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, required=True, metavar="MODEL_DIR", help="the model folder")
     add("--resize", type=_size, metavar="HxW", help="fit every image to HxW, or N for NxN")
-    add("--limit", type=int, metavar="N", help="take the first N images at most of each part")
+    add(
+        "--limit",
+        type=positive("limit"),
+        metavar="N",
+        help="take the first N images at most of each part",
+    )
     add("--label-names", type=_names, default=(), metavar="A,B,…", help="one a label")
     add("--unconditional", action="store_true", help="leave labels out")
     add("--source", default="", help="where the images come from, for the record")
@@ -173,7 +153,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add("--arch", choices=ARCHITECTURES, default="resnet", help="architecture")
     add(
         "--widths",
-        type=_widths,
+        type=listed("widths"),
         metavar="W,…",
         help="channels: one number for a resnet, one a resolution for a unet; else the paper's",
     )
@@ -210,21 +190,17 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=flag, default=False, help="torch.compile the network")
     add("--minutes", type=float, default=float("inf"), help="pause after so many")
     add("--checkpoint-seconds", type=float, default=30.0, help="between checkpoints")
-    add("--log-steps", type=int, default=50, help="steps a row of the log")
+    add("--log-steps", type=positive("log-steps"), default=50, help="steps a row of the log")
     add("--store", choices=_STORAGE, default="float32", help="precision of the stored weights")
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    height, *width = map(positive("resize"), text.lower().split("x", 1))
+    return height, width[0] if width else height
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    return tuple(int(width) for width in text.split(","))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from safetensors import safe_open
 
@@ -240,16 +239,3 @@ def _from_file(path: Path) -> Windows:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise LoadError(path, f"expected windows: {' '.join(str(error).split())}") from error
     return Windows(table, f"{path.resolve().parent.name}/{path.name}")
-
-
-def choose_device(name: str) -> str:
-    """Return the device of ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        InvalidArgumentError: There is no GPU.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("device", "cpu, as torch sees no GPU", name)
-    return name

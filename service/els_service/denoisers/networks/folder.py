@@ -24,6 +24,8 @@ from els_service.errors import LoadError
 MODEL_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
 
+_PICKLES = (b"PK\x03\x04", b"\x80")
+"""How files of ``torch.save`` begin, today's and those before torch 1.6."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -119,9 +121,13 @@ def read_weights(
     """
     try:
         # Read, not mapped: a file that is replaced while it is mapped would change the network.
-        tensors = {renamed(name): value for name, value in load(path.read_bytes()).items()}
+        content = path.read_bytes()
     except OSError as error:
         raise LoadError(path, error.strerror or str(error)) from error
+    if content.startswith(_PICKLES):
+        raise LoadError(path, "expected safetensors: a pickle can execute code when it is read")
+    try:
+        tensors = {renamed(name): value for name, value in load(content).items()}
     except (SafetensorError, ValueError, KeyError) as error:
         raise LoadError(path, f"expected a safetensors file: {error}") from error
     for name in sorted(expected.keys() | tensors.keys()):

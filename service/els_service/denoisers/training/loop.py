@@ -45,12 +45,22 @@ RECORD_FILE = "training.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When a call pauses, saves and reports; none of it changes the weights that come out."""
+    """When a call pauses, saves and reports; none of it changes the weights that come out.
+
+    Raises:
+        InvalidArgumentError: A field is negative, or not a number, or there are no log steps.
+    """
 
     seconds: float = math.inf
     """After which the run pauses; the same call goes on with it."""
     checkpoint_s: float = 30.0
     log_steps: int = 50
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("seconds", 0), ("checkpoint_s", 0), ("log_steps", 1)):
+            value = getattr(self, name)
+            if not value >= lowest:
+                raise InvalidArgumentError(name, f"at least {lowest}", value)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Inference of networks: our execution beside plain eager code of the same weights."""

@@ -1,0 +1,189 @@
+"""Images a second of networks behind our protocol, beside plain eager code of the same weights.
+
+    python -m benchmarks.networks [--device cuda] [--only resnet …] [--rounds 9] [--out FILE]
+
+Plain code is written apart (``plain``), or diffusers' and onnxruntime's own; it gets the same
+images, levels, labels, weights and threads, and answers D(x) on the CPU too. Answers are compared
+before anything is timed. Rounds alternate; a rate is the median, a ratio the median of pairs with
+its 95 % bootstrap interval. Needs torch, numpy, PyYAML and safetensors; a network whose library or
+file is missing, or for which no time is left, is named in the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record
+from benchmarks.networks import cases
+from benchmarks.service.statistics import ratio_of_pairs
+from els_service.denoisers.base import Query
+from els_service.denoisers.networks import Execution
+
+Row = dict[str, Any]
+Case = tuple[str, str, Callable[[int], cases.Pair]]
+"""Network, how ours is run, and what makes the pair for a batch size."""
+
+LIMIT_MINUTES = 7.5
+"""Where a GPU is lent for calls of ten, this leaves time to start."""
+ARCHITECTURES = ("resnet", "unet", "unet-attention")
+NETWORKS = (*ARCHITECTURES, "diffusers", "onnx-terrain")
+EXECUTIONS = {
+    "cpu": (Execution(),),
+    "cuda": (
+        Execution(precision="bfloat16", compile="cuda-graphs"),
+        Execution(precision="tf32", compile="cuda-graphs"),
+        Execution(precision="tf32"),
+        Execution(),
+    ),
+}
+"""The first is what is recommended there."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``cpu`` leaves out what other processes take; with one thread, as others wait by spinning."""
+BUDGET = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
+"""‖difference‖/‖plain‖ of D(x) above which nothing is timed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print each row, write the record."""
+    options = _parser().parse_args(arguments)
+    if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
+        raise SystemExit("clock: expected wall, or one thread of a CPU")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    until = time.monotonic() + 60 * options.minutes
+    rows = []
+    for row in measure(options, until):
+        rows.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items() if key != "rounds"))
+    print(f"record: {record.write('networks-' + options.device, rows, options.out)}")
+
+
+def measure(options: argparse.Namespace, until: float) -> Iterator[Row]:
+    """Yield a row a network, execution and batch size; ``until`` is of ``time.monotonic``."""
+    for name, execution, make in _cases(options.device, options.only, options.widths):
+        for batch in options.batches:
+            row: Row = {
+                "network": name,
+                "execution": execution,
+                "batch": batch,
+                "clock": options.clock,
+            }
+            if time.monotonic() > until:
+                yield row | {"left_out": "no time left"}
+                continue
+            try:
+                pair = make(batch)
+            except (ModuleNotFoundError, FileNotFoundError) as error:
+                yield row | {"left_out": str(error)}
+                continue
+            yield row | _facts(options.device) | _timed(pair, batch, execution, options, until)
+
+
+def _cases(device: str, only: Sequence[str], widths: Sequence[int]) -> Iterator[Case]:
+    for execution in EXECUTIONS[device]:
+        named = " ".join([execution.precision, execution.compile.replace("none", "eager")])
+        for name in (name for name in ARCHITECTURES if name in only):
+            yield _paper_case(name, named, execution, device, widths)
+    if "diffusers" in only:
+        yield "diffusers", "float32 eager", lambda batch: cases.diffusers(device, widths)
+    if "onnx-terrain" in only and device == "cpu":
+        yield "onnx-terrain", "onnxruntime", lambda batch: cases.terrain()
+
+
+def _paper_case(
+    name: str, named: str, execution: Execution, device: str, widths: Sequence[int]
+) -> Case:
+    """Return a case of the paper's; compiled, it has the one bucket that is timed."""
+
+    def make(batch: int) -> cases.Pair:
+        buckets = () if execution.compile == "none" else (batch,)
+        chosen = Execution(
+            precision=execution.precision, compile=execution.compile, buckets=buckets
+        )
+        return cases.paper(name, chosen, device, widths[:1] if name == "resnet" else widths)
+
+    return name, named, make
+
+
+def _timed(
+    pair: cases.Pair, batch: int, execution: str, options: argparse.Namespace, until: float
+) -> Row:
+    query = pair.query(batch)
+
+    def ours() -> cases.Images:
+        return pair.ours.denoise(query).pixels
+
+    def peer() -> cases.Images:
+        return pair.peer(query.pixels, query.level, query.labels)
+
+    difference = _difference(ours(), peer())
+    budget = BUDGET.get(execution.partition(" ")[0], BUDGET["float32"])
+    if not difference <= budget:
+        raise SystemExit(f"wrong: {execution} differs by {difference:.2e}, at most {budget:g}")
+    clock = CLOCKS[options.clock]
+    rates: list[tuple[float, float]] = []
+    while len(rates) < options.rounds and (not rates or time.monotonic() < until):
+        first, second = (ours, peer) if len(rates) % 2 else (peer, ours)
+        found = {turn: _rate(turn, query, options.seconds, clock) for turn in (first, second)}
+        rates.append((found[ours], found[peer]))
+    ratio, low, high = ratio_of_pairs(*zip(*rates, strict=True))
+    mine, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
+    return {
+        "images_per_s": round(mine, 2),
+        "plain_images_per_s": round(theirs, 2),
+        "ratio": round(ratio, 3),
+        "interval": [round(low, 3), round(high, 3)],
+        "difference": float(f"{difference:.2g}"),
+        "rounds": [[round(one, 2) for one in pair] for pair in rates],
+    }
+
+
+def _rate(
+    turn: Callable[[], cases.Images], query: Query, seconds: float, clock: Callable[[], float]
+) -> float:
+    """Return images a second over at least so many seconds, whole calls."""
+    began, calls = clock(), 0
+    while (passed := clock() - began) < seconds or not calls:
+        turn()
+        calls += 1
+    return calls * len(query) / passed
+
+
+def _difference(got: cases.Images, want: cases.Images) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def _facts(device: str) -> Row:
+    if device == "cuda":
+        return {"device": torch.cuda.get_device_name()}
+    return {"device": "cpu", "threads": torch.get_num_threads()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=tuple(EXECUTIONS), default="cpu", help="where to compute")
+    add("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="all if not said")
+    add("--batches", nargs="+", type=int, default=(1, 64), metavar="B", help="batch sizes")
+    add("--rounds", type=int, default=9, help="of each pair, in turns")
+    add("--seconds", type=float, default=1.0, help="length of a turn, at least one call")
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a machine with company")
+    add("--minutes", type=float, default=LIMIT_MINUTES, help="after which cases are left out")
+    add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
+    add("--widths", nargs="+", type=int, default=(), metavar="W", help="narrower networks")
+    add("--out", type=Path, metavar="FILE.json", help="another file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What `train`, `calibrate` and `compare` share: numbers, devices, progress, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from els_service.errors import ElsError, InvalidArgumentError
+
+_REFUSED = 2
+_WIDTH = 24
+_QUIET_S = 10.0
+"""Between two lines where they stay, as in a log."""
+
+
+def positive(field: str) -> Callable[[str], int]:
+    """Return a parser of whole numbers above 0."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            message = f"{field}: expected a whole number above 0, got {text}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return parse
+
+
+def listed(field: str) -> Callable[[str], tuple[int, ...]]:
+    """Return a parser of whole numbers above 0, parted by commas."""
+    number = positive(field)
+    return lambda text: tuple(number(part) for part in text.split(","))
+
+
+def prepared_device(options: argparse.Namespace) -> str:
+    """Return the device to compute on, with its threads set.
+
+    Raises:
+        InvalidArgumentError: There is no GPU, or the number of threads is negative.
+    """
+    if options.threads < 0:
+        raise InvalidArgumentError("threads", "0 or more", options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    name: str = options.device
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("device", "cpu, as torch sees no GPU", name)
+    return name
+
+
+def refusing(program: str, work: Callable[[], None]) -> int:
+    """Do the work; return the exit code: 0, or 2 where something is refused, told on stderr."""
+    try:
+        work()
+    except (ElsError, OSError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return _REFUSED
+    return 0
+
+
+class Progress:
+    """A line on stderr that says how far a long run has come: a bar, elsewhere one now and then.
+
+    Args:
+        title: what is under way.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._begin, self._shown, self._first = time.monotonic(), -_QUIET_S, -1
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show that ``done`` of ``total`` is done, and a note."""
+        now = time.monotonic()
+        if self._first < 0:
+            # What an earlier run did says nothing about this one's speed.
+            self._first, self._begin = done, now
+        if not self._terminal and done < total and now - self._shown < _QUIET_S:
+            return
+        self._shown = now
+        filled = _WIDTH * done // total
+        bar = "█" * filled + "·" * (_WIDTH - filled)
+        text = f"{self._title:<12} {bar} {100 * done // total:3d} %  {note}"
+        text = f"{text}  {self._left(done, total, now)}"
+        end = "\r" if self._terminal and done < total else "\n"
+        print(f"{text:<78}", end=end, file=sys.stderr, flush=True)
+
+    def _left(self, done: int, total: int, now: float) -> str:
+        if done <= self._first or done == total:
+            return ""
+        return f"{(now - self._begin) / (done - self._first) * (total - done) / 60:.1f} min left"
