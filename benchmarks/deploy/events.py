@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
+
+from benchmarks.deploy.load import Load
 from benchmarks.deploy.replicas import Fleet, Replica
+from benchmarks.service.messages import MODEL
+from els_client import AsyncClient, Step
 
 _POLL_S = 0.1
+_WINDOW_S = 1.0
+_STUCK_S = 1.0
+"""A call that takes longer than this was with a replica that hangs."""
+_SAMPLE_S = 120.0
+_STEPS = 500
+"""More, with a token each, than the buffers between a replica and a caller who waits hold."""
+_BEGUN = 5
 
 
 async def roll(fleet: Fleet) -> None:
@@ -48,6 +63,97 @@ async def _ended(fleet: Fleet, replica: Replica, *, leaves: bool = True) -> None
         fleet.replicas.remove(replica)
 
 
+@dataclass
+class Death:
+    """A replica that is killed outright, and started again on its address.
+
+    Attributes:
+        down_s: how long it is away before it is started.
+        even_s: how long after it was ready until every replica had its share.
+    """
+
+    fleet: Fleet
+    down_s: float = 2.0
+    even_s: float = math.nan
+
+    async def __call__(self) -> None:
+        """Let it happen."""
+        victim = self.fleet.replicas[0]
+        victim.send(signal.SIGKILL)
+        await asyncio.to_thread(victim.wait_ended)
+        await asyncio.sleep(self.down_s)
+        victim.start()
+        await asyncio.to_thread(victim.wait_ready)
+        self.even_s = await seconds_until(lambda: is_even(self.fleet), within_s=30.0)
+
+
+@dataclass
+class Hang:
+    """A replica that is stopped as a hung one is, and goes on later.
+
+    Attributes:
+        stopped_s: for how long.
+        at_s: when it was stopped, ``time.monotonic``.
+        back_s: how long after it went on until every replica had its share.
+    """
+
+    fleet: Fleet
+    stopped_s: float = 14.0
+    at_s: float = math.nan
+    back_s: float = math.nan
+
+    async def __call__(self) -> None:
+        """Let it happen."""
+        victim = self.fleet.replicas[0]
+        victim.send(signal.SIGSTOP)
+        try:
+            self.at_s = time.monotonic()
+            await asyncio.sleep(self.stopped_s)
+        finally:
+            victim.send(signal.SIGCONT)
+        self.back_s = await seconds_until(lambda: is_even(self.fleet), within_s=60.0)
+
+    def out_s(self, load: Load) -> float:
+        """Return how long after the stop the last call still waited for the replica."""
+        until = self.at_s + self.stopped_s
+        waited = [c.at_s - self.at_s for c in load.calls if c.latency_s > _STUCK_S and c.at_s < until]
+        return max(waited, default=0.0)
+
+
+async def outlived_by_samples(
+    fleet: Fleet, target: str, death: Callable[[], Awaitable[None]], *, count: int = 6
+) -> int:
+    """Return how many trajectories a death broke; all end with the bits of one that none broke.
+
+    Every trajectory has taken some steps before its replica dies, and takes the rest after.
+
+    Raises:
+        RuntimeError: The bits differ, or the death broke none.
+    """
+    async with AsyncClient(target, timeout_s=_SAMPLE_S) as client:
+        sample = partial(client.sample, model=MODEL, steps=_STEPS, seed=7, want=())
+        *_, whole = [step async for step in sample()]
+        begun = asyncio.Barrier(count + 1)
+        dead = asyncio.Event()
+
+        async def drawn() -> Step:
+            async for step in sample(survive_breaks=True):
+                if step.index == _BEGUN:
+                    await begun.wait()
+                    await dead.wait()
+            return step
+
+        samples = [asyncio.create_task(drawn()) for _ in range(count)]
+        await begun.wait()
+        broken = await asyncio.to_thread(fleet.replicas[0].trajectories)
+        await death()
+        dead.set()
+        ends = await asyncio.gather(*samples)
+    if not all(np.array_equal(end.x, whole.x) for end in ends) or not broken:
+        raise RuntimeError(f"expected trajectories broken and bits the same, got {broken} broken")
+    return broken
+
+
 async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> float:
     """Return how long it took until ``reached``, which is asked in a thread.
 
@@ -61,7 +167,7 @@ async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> floa
     return time.monotonic() - begin
 
 
-def is_even(fleet: Fleet, *, window_s: float) -> bool:
-    """Return whether each replica answers at least half of its equal share within a window."""
-    answered = fleet.answered(window_s)
+def is_even(fleet: Fleet) -> bool:
+    """Return whether each replica answers at least half of its equal share, within a second."""
+    answered = fleet.answered(_WINDOW_S)
     return all(2 * count * len(answered) >= sum(answered.values()) > 0 for count in answered.values())

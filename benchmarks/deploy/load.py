@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,8 @@ from benchmarks.service.messages import EXPECTED, MODEL, SIGMA, X
 from els_client import AsyncClient, ElsError
 
 _DEADLINE_S = 30.0
+_AFTER_S = 2.0
+"""How long a load goes on after an event: what it broke shows then."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +111,56 @@ def percentile_ms(calls: Sequence[Call], percent: float, begin_s: float, end_s: 
     """Return a percentile of the latencies of calls that were to start in [begin, end), in ms."""
     latencies = [call.latency_s for call in calls if begin_s <= call.at_s < end_s]
     return round(1e3 * float(np.percentile(latencies, percent)), 1) if latencies else 0.0
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What callers saw around an event, whose times are of ``time.monotonic``."""
+
+    load: Load
+    steady_s: float
+    began_s: float
+    ended_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as a record keeps it; p99 is over calls that were to start in the time."""
+        calls, steady = self.load.calls, (self.began_s - self.steady_s, self.began_s)
+        failures = self.load.failures()
+        return {
+            "calls": len(calls),
+            "failed": len(failures),
+            "errors": dict(Counter(failures)),
+            "event_s": round(self.ended_s - self.began_s, 1),
+            "steady_p50_ms": percentile_ms(calls, 50, *steady),
+            "steady_p99_ms": percentile_ms(calls, 99, *steady),
+            "event_p99_ms": percentile_ms(calls, 99, self.began_s, self.ended_s),
+            "longest_ms": percentile_ms(calls, 100, 0.0, math.inf),
+        }
+
+
+async def around(
+    targets: Mapping[str, str],
+    rate_per_s: float,
+    event: Callable[[], Awaitable[None]],
+    *,
+    steady_s: float,
+) -> dict[str, Observed]:
+    """Return what callers of each target saw before, during and shortly after an event.
+
+    Args:
+        targets: by the name of the way there.
+        rate_per_s: of the calls to each target.
+        event: is awaited once.
+        steady_s: how long the load is on before.
+    """
+    async with AsyncExitStack() as stack:
+        loads = {
+            way: await stack.enter_async_context(offered(target, rate_per_s))
+            for way, target in targets.items()
+        }
+        await asyncio.sleep(steady_s)
+        began_s = time.monotonic()
+        await event()
+        ended_s = time.monotonic()
+        await asyncio.sleep(_AFTER_S)
+    return {way: Observed(load, steady_s, began_s, ended_s) for way, load in loads.items()}
