@@ -58,7 +58,10 @@ def _wait_healthy(admin: Address, count: int) -> None:
         with suppress(OSError):
             url = f"http://{admin.host}:{admin.port}/stats?filter=denoisers.membership_healthy"
             with urllib.request.urlopen(url, timeout=1.0) as response:
-                if response.read().split() == [b"cluster.denoisers.membership_healthy:", b"%d" % count]:
+                if response.read().split() == [
+                    b"cluster.denoisers.membership_healthy:",
+                    b"%d" % count,
+                ]:
                     return
         time.sleep(0.1)
     raise RuntimeError(f"envoy did not find {count} healthy servers within {_START_S} s")

@@ -6,9 +6,9 @@ import asyncio
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -25,6 +25,8 @@ _SAMPLE_S = 120.0
 _STEPS = 500
 """More, with a token each, than the buffers between a replica and a caller who waits hold."""
 _BEGUN = 5
+_SAMPLES = 6
+"""To each target, so that every replica has some."""
 
 
 async def roll(fleet: Fleet) -> None:
@@ -116,34 +118,38 @@ class Hang:
     def out_s(self, load: Load) -> float:
         """Return how long after the stop the last call still waited for the replica."""
         until = self.at_s + self.stopped_s
-        waited = [c.at_s - self.at_s for c in load.calls if c.latency_s > _STUCK_S and c.at_s < until]
+        waited = [
+            c.at_s - self.at_s for c in load.calls if c.latency_s > _STUCK_S and c.at_s < until
+        ]
         return max(waited, default=0.0)
 
 
 async def outlived_by_samples(
-    fleet: Fleet, target: str, death: Callable[[], Awaitable[None]], *, count: int = 6
+    fleet: Fleet, targets: Iterable[str], death: Callable[[], Awaitable[None]]
 ) -> int:
     """Return how many trajectories a death broke; all end with the bits of one that none broke.
 
-    Every trajectory has taken some steps before its replica dies, and takes the rest after.
+    Each has taken some steps before a replica dies, and takes the rest after.
 
     Raises:
         RuntimeError: The bits differ, or the death broke none.
     """
-    async with AsyncClient(target, timeout_s=_SAMPLE_S) as client:
-        sample = partial(client.sample, model=MODEL, steps=_STEPS, seed=7, want=())
-        *_, whole = [step async for step in sample()]
-        begun = asyncio.Barrier(count + 1)
-        dead = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(AsyncClient(target, timeout_s=_SAMPLE_S))
+            for target in targets
+        ]
+        *_, whole = [step async for step in _sample(clients[0], survive_breaks=False)]
+        begun, dead = asyncio.Barrier(1 + _SAMPLES * len(clients)), asyncio.Event()
 
-        async def drawn() -> Step:
-            async for step in sample(survive_breaks=True):
+        async def drawn(client: AsyncClient) -> Step:
+            async for step in _sample(client, survive_breaks=True):
                 if step.index == _BEGUN:
                     await begun.wait()
                     await dead.wait()
             return step
 
-        samples = [asyncio.create_task(drawn()) for _ in range(count)]
+        samples = [asyncio.create_task(drawn(client)) for client in clients * _SAMPLES]
         await begun.wait()
         broken = await asyncio.to_thread(fleet.replicas[0].trajectories)
         await death()
@@ -152,6 +158,10 @@ async def outlived_by_samples(
     if not all(np.array_equal(end.x, whole.x) for end in ends) or not broken:
         raise RuntimeError(f"expected trajectories broken and bits the same, got {broken} broken")
     return broken
+
+
+def _sample(client: AsyncClient, *, survive_breaks: bool) -> AsyncGenerator[Step, None]:
+    return client.sample(model=MODEL, steps=_STEPS, seed=7, want=(), survive_breaks=survive_breaks)
 
 
 async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> float:
@@ -170,4 +180,6 @@ async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> floa
 def is_even(fleet: Fleet) -> bool:
     """Return whether each replica answers at least half of its equal share, within a second."""
     answered = fleet.answered(_WINDOW_S)
-    return all(2 * count * len(answered) >= sum(answered.values()) > 0 for count in answered.values())
+    return all(
+        2 * count * len(answered) >= sum(answered.values()) > 0 for count in answered.values()
+    )

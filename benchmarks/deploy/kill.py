@@ -23,7 +23,7 @@ async def killed(scene: Scene) -> dict[str, Any]:
 
     async def event() -> None:
         nonlocal broken
-        broken = await events.outlived_by_samples(scene.fleet, scene.target, death)
+        broken = await events.outlived_by_samples(scene.fleet, [scene.target], death)
 
     _, row = await scene.around(event)
     return {

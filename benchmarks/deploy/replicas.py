@@ -85,6 +85,11 @@ class Replica:
         """Return how many trajectories are under way."""
         return int(self._metric(_TRAJECTORIES))
 
+    def core_seconds(self) -> float:
+        """Return the CPU time of its threads that live, exact to the nanosecond."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
     def _metric(self, pattern: re.Pattern[str]) -> float:
         port = next(part for part in self._command if part.startswith("--metrics-port="))
         url = f"http://{self.address}:{port.partition('=')[2]}/metrics"
@@ -150,12 +155,19 @@ class Fleet:
 
 
 @contextmanager
-def fleet(count: int, *, grace_s: float = 5.0) -> Iterator[Fleet]:
-    """Yield ``count`` replicas of a Gaussian model, all ready; none is left afterwards."""
+def fleet(count: int, *, grace_s: float = 5.0, models: Path | None = None) -> Iterator[Fleet]:
+    """Yield ``count`` replicas, all ready; none is left afterwards.
+
+    Args:
+        count: how many.
+        grace_s: as ``Fleet.grace_s``; that of ``deploy/base`` if not said.
+        models: a folder of models; None for a Gaussian one alone.
+    """
     with tempfile.TemporaryDirectory() as folder, names.serving() as served:
-        models = Path(folder) / "models"
-        (models / MODEL).mkdir(parents=True)
-        (models / MODEL / "model.yaml").write_text(MODEL_YAML)
+        if models is None:
+            models = Path(folder) / "models"
+            (models / MODEL).mkdir(parents=True)
+            (models / MODEL / "model.yaml").write_text(MODEL_YAML)
         found = Fleet(served, free_port(), free_port(), models, Path(folder), grace_s)
         try:
             for _ in range(count):
