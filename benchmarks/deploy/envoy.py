@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from deploy.envoy.render import Address, rendered
+
 from benchmarks.deploy import names
 from benchmarks.deploy.replicas import Fleet
 from benchmarks.service.servers import free_port, running
-from deploy.envoy.render import Address, rendered
 
 _ROOT = Path(__file__).parents[2]
 _START_S = 30.0

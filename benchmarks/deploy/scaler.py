@@ -128,10 +128,11 @@ _Draw: TypeAlias = np.random.Generator
 def _work(draw: _Draw, service_s: _Floats, calls: NDArray[np.int64]) -> _Floats:
     """Return the work that ``calls`` bring to each replica."""
     if calls.mean() >= _MANY:
-        spread = service_s.std() * np.sqrt(calls)
-        return np.maximum(service_s.mean() * calls + spread * draw.standard_normal(len(calls)), 0.0)
+        mean, spread = float(service_s.mean()), float(service_s.std())
+        work = mean * calls + spread * np.sqrt(calls) * draw.standard_normal(len(calls))
+        return work.clip(0.0)
     to = np.repeat(np.arange(len(calls)), calls)
-    return np.bincount(to, draw.choice(service_s, len(to)), len(calls))
+    return np.bincount(to, draw.choice(service_s, len(to)), len(calls)).astype(np.float64)
 
 
 class _Scaler:

@@ -1,4 +1,4 @@
-"""1 to 1,000 replicas under a tenfold step: when the scaler reacts, how deep queues grow, the price.
+"""1 to 1,000 replicas under a tenfold step: when a scaler reacts, how deep queues grow, the price.
 
     python -m benchmarks.deploy.simulate [--service-times FILE] [--model fashion-els]
                                          [--price-per-core-hour 0.04] [--start-seconds 30]
@@ -118,9 +118,13 @@ def main() -> None:
             if count == _SHOWN:
                 shown[name] = trace
     facts = {
-        **{"model": options.model, "service_times": options.service_times.name},
-        **{"price_per_core_hour": options.price_per_core_hour, "start_s": options.start_seconds},
-        **{"load": world.load, "step": world.step, "queue_target_s": world.queue_target_s},
+        "model": options.model,
+        "service_times": options.service_times.name,
+        "price_per_core_hour": options.price_per_core_hour,
+        "start_s": options.start_seconds,
+        "load": world.load,
+        "step": world.step,
+        "queue_target_s": world.queue_target_s,
     }
     path = record.write("deploy-simulation", [facts, *rows], options.out)
     plot(shown, rows, path.with_suffix(".png"))
