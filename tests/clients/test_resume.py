@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
+import grpc
 import numpy as np
 import pytest
 from tests.clients.conftest import Twin
 from tests.clients.fake_server import FakeDenoiser
 
 from els_client import AsyncClient, Client, ElsError, ResourceExhaustedError, UnavailableError
+from els_client._channel import own_errors
 from els_client._retries import Attempts, Trajectory
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -37,6 +39,23 @@ async def test_a_sample_outlives_a_broken_connection_if_it_asked_for_tokens(
 async def test_a_sample_without_a_token_ends_with_its_connection(twin: Twin) -> None:
     with pytest.raises(UnavailableError):
         await twin.steps(model="breaks", steps=5)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        ("INTERNAL", "Stream removed (Received RST_STREAM with error code 2)", UnavailableError),
+        ("INTERNAL", "the model failed", ElsError),
+        ("CANCELLED", "Received RST_STREAM with error code 8", ElsError),
+    ],
+)
+def test_a_stream_that_a_proxy_resets_is_a_broken_connection(
+    code: str, text: str, expected: type[ElsError]
+) -> None:
+    none = grpc.aio.Metadata()
+    with pytest.raises(ElsError) as caught, own_errors():
+        raise grpc.aio.AioRpcError(grpc.StatusCode[code], none, none, details=text)
+    assert type(caught.value) is expected
 
 
 def test_a_sample_is_given_up_after_attempts_that_brought_no_step() -> None:

@@ -1,0 +1,90 @@
+"""Where an event is played: three replicas, one way to them, a load that is a share of capacity."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks import record
+from benchmarks.deploy import envoy
+from benchmarks.deploy.load import Observed, around, capacity_per_s
+from benchmarks.deploy.replicas import Fleet, fleet
+
+WAYS = ("client", "envoy")
+REPLICAS = 3
+_CALLERS = 16
+_CAPACITY_S = 5.0
+
+
+@contextmanager
+def targets(ways: tuple[str, ...], behind: Fleet) -> Iterator[dict[str, str]]:
+    """Yield what a client is told to take each of the ``WAYS`` to a fleet."""
+    with ExitStack() as stack:
+        yield {
+            way: stack.enter_context(envoy.in_front_of(behind)) if way == "envoy" else behind.target
+            for way in ways
+        }
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A fleet, the way to it, and what load it is to bear."""
+
+    fleet: Fleet
+    way: str
+    target: str
+    share: float
+    steady_s: float
+
+    async def around(self, event: Callable[[], Awaitable[None]]) -> tuple[Observed, dict[str, Any]]:
+        """Return what callers saw of an event, and the row of a record about it."""
+        capacity = await capacity_per_s(self.target, callers=_CALLERS, seconds=_CAPACITY_S)
+        rate = self.share * capacity
+        observed = await around({self.way: self.target}, rate, event, steady_s=self.steady_s)
+        row = {
+            "way": self.way,
+            "replicas": REPLICAS,
+            "capacity_per_s": round(capacity, 1),
+            "rate_per_s": round(rate, 1),
+            **observed[self.way].facts(),
+        }
+        return observed[self.way], row
+
+
+Play = Callable[[Scene], Awaitable[dict[str, Any]]]
+
+
+def play(name: str, about: str | None, plays: list[Play]) -> None:
+    """Play each of ``plays`` on every way that the command line names, and write a record.
+
+    Args:
+        name: of the record.
+        about: what the command does.
+        plays: each has a fleet of its own and returns a row.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, help="both if not said")
+    parser.add_argument("--share", type=float, default=0.25, help="of the capacity, that is asked")
+    parser.add_argument("--steady-seconds", type=float, default=10.0, help="of load beforehand")
+    parser.add_argument("--out", type=Path, help="where the record goes")
+    options = parser.parse_args()
+    rows = []
+    for way in options.ways:
+        for each in plays:
+            with fleet(REPLICAS) as behind, targets((way,), behind) as found:
+                scene = Scene(behind, way, found[way], options.share, options.steady_seconds)
+                rows.append(uvloop.run(_run(each, scene)))
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    print(f"record: {record.write(f'deploy-{name}', rows, options.out)}")
+
+
+async def _run(each: Play, scene: Scene) -> dict[str, Any]:
+    return await each(scene)

@@ -1,0 +1,135 @@
+"""1 to 1,000 replicas under a tenfold step: when a scaler reacts, how deep queues grow, the price.
+
+    python -m benchmarks.deploy.simulate [--service-times FILE] [--model fashion-els]
+                                         [--price-per-core-hour 0.04] [--start-seconds 30]
+
+``scaler.py`` says what is simulated, and of what rules. Service times are those that
+``benchmarks.deploy.scale`` measured here. Three scalers: by waiting work alone, polled every 15 s
+and every 30 s, and by waiting work or the busy share of replicas, polled every 15 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.deploy.scaler import Trace, World, simulate
+
+REPLICAS = (1, 3, 10, 30, 100, 300, 1000)
+SCALERS: dict[str, dict[str, Any]] = {
+    "queue, 15 s": {"poll_s": 15.0},
+    "queue, 30 s": {"poll_s": 30.0},
+    "queue or busy, 15 s": {"poll_s": 15.0, "busy_target": 0.6},
+}
+_SHOWN = 10
+"""Replicas at first of the run that is drawn in time."""
+
+
+def row(scaler: str, world: World, trace: Trace, price_per_core_hour: float) -> dict[str, Any]:
+    """Return what a record keeps of a simulation; times count from the step."""
+    at_s, waiting_s = np.array(trace.at_s), np.array(trace.waiting_s)
+    wanted = np.array(trace.wanted)
+    during = (at_s >= world.step_at_s) & (at_s < world.back_at_s)
+    grown = at_s[during & (wanted > wanted[at_s < world.step_at_s].max())]
+    deep = at_s[during & (waiting_s > world.queue_target_s)]
+    price = price_per_core_hour * trace.paid_s / 3600
+    return {
+        "scaler": scaler,
+        "replicas_at_first": world.replicas,
+        "replicas_at_most": int(wanted.max()),
+        "reacts_after_s": round(float(grown[0]) - world.step_at_s, 1) if len(grown) else None,
+        "deepest_s": round(float(waiting_s.max()), 2),
+        "deepest_calls_a_replica": round(float(waiting_s.max() / np.mean(world.service_s))),
+        "last_above_target_s": round(float(deep[-1]) - world.step_at_s, 1) if len(deep) else 0.0,
+        "refused_share": round(trace.refused / (trace.refused + trace.answered), 4),
+        "resizes_after_the_step": int(np.count_nonzero(np.diff(wanted[during]))),
+        "busy_share": round(trace.answered * float(np.mean(world.service_s)) / trace.paid_s, 3),
+        "price_per_million": round(1e6 * price / trace.answered, 3),
+    }
+
+
+def service_times_s(path: Path, model: str) -> list[float]:
+    """Return the measured core times of a model.
+
+    Raises:
+        ValueError: The record has none.
+    """
+    for found in json.loads(path.read_text())["rows"]:
+        if found.get("part") == "service time" and found["model"] == model:
+            return [ms / 1e3 for ms in found["quantiles_core_ms"]]
+    raise ValueError(f"{path}: expected service times of {model}, found none")
+
+
+def plot(shown: dict[str, Trace], rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw replicas and queues in time, and what each size of a fleet shows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    (replicas, queue), (depth, price) = figure.subplots(2, 2)
+    for name, trace in shown.items():
+        replicas.plot(trace.at_s, trace.serving, label=name)
+        queue.plot(trace.at_s, trace.waiting_s, label=name)
+        mine = [one for one in rows if one["scaler"] == name]
+        sizes = [one["replicas_at_first"] for one in mine]
+        depth.semilogx(sizes, [one["deepest_s"] for one in mine], "o-", label=name)
+        price.semilogx(sizes, [one["price_per_million"] for one in mine], "o-", label=name)
+    titles = {
+        replicas: (f"replicas that serve, of {_SHOWN} at first", "s", ""),
+        queue: ("work before a replica", "s", "s"),
+        depth: ("the same at its deepest", "replicas at first", "s"),
+        price: ("price of a million denoisings", "replicas at first", ""),
+    }
+    for axes, (title, x, y) in titles.items():
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    replicas.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Simulate, print, write the record and the figure beside it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    newest = max(record.RESULTS.glob("*-deploy-scale.json"), default=None)
+    parser.add_argument("--service-times", type=Path, default=newest, required=newest is None)
+    parser.add_argument("--model", default="fashion-els", help="whose service times")
+    parser.add_argument("--price-per-core-hour", type=float, default=0.04, help="any currency")
+    parser.add_argument("--start-seconds", type=float, default=30.0, help="from wish to service")
+    parser.add_argument("--replicas", type=int, nargs="*", default=REPLICAS, help="at first")
+    parser.add_argument("--out", type=Path, help="where the record goes")
+    options = parser.parse_args()
+    times = service_times_s(options.service_times, options.model)
+    world = World(service_s=times, start_s=options.start_seconds)
+    rows, shown = [], {}
+    for name, settings in SCALERS.items():
+        for count in options.replicas:
+            each = replace(world, replicas=count, **settings)
+            trace = simulate(each)
+            rows.append(row(name, each, trace, options.price_per_core_hour))
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            if count == _SHOWN:
+                shown[name] = trace
+    facts = {
+        "model": options.model,
+        "service_times": options.service_times.name,
+        "price_per_core_hour": options.price_per_core_hour,
+        "start_s": options.start_seconds,
+        "load": world.load,
+        "step": world.step,
+        "queue_target_s": world.queue_target_s,
+    }
+    path = record.write("deploy-simulation", [facts, *rows], options.out)
+    plot(shown, rows, path.with_suffix(".png"))
+    print(f"record: {path}")
+
+
+if __name__ == "__main__":
+    main()
