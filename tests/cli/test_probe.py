@@ -29,7 +29,7 @@ def plain(models: Path) -> Iterator[ServerProcess]:
 
 def probe(*options: str, **variables: str) -> tuple[int, str]:
     """Return the exit code and what was said, on stdout and stderr."""
-    done = run("els-server", "probe", *options, **variables)
+    done = run("els-server", "probe", *options, timeout_s=60, **variables)
     return done.returncode, done.stdout.strip() + done.stderr.strip()
 
 

@@ -6,6 +6,7 @@ import socket
 import ssl
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,14 +23,15 @@ def ask(settings: Settings, service: str, timeout_s: float) -> str:
     """
     try:
         with _channel(settings, timeout_s) as channel:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
-            )
+            # Its methods are made at run time, which the stubs do not say.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = stub.Check(request, timeout=timeout_s)
     except grpc.RpcError as error:
         return _told(error)
     except OSError as error:
         return f"UNAVAILABLE: {error}"
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 def _told(error: grpc.RpcError) -> str:
@@ -71,8 +73,10 @@ def _name_shown(host: str, port: int, certificate: Path, timeout_s: float) -> st
         socket.create_connection((host, port), timeout=timeout_s) as plain,
         context.wrap_socket(plain) as wrapped,
     ):
-        names = (wrapped.getpeercert() or {}).get("subjectAltName", ())
+        # Pairs of kind and name; the type that the stubs give tells less.
+        names: Any = (wrapped.getpeercert() or {}).get("subjectAltName", ())
     for _, name in names:
+        # One of those that a wildcard stands for.
         return str(name).replace("*", "any", 1)
     raise OSError(f"{certificate}: expected a certificate with a subjectAltName, got none")
 
