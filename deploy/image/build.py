@@ -36,7 +36,8 @@ def pip_configuration() -> dict[str, str]:
 def local_paths(configuration: Iterable[str]) -> Iterator[Path]:
     """Yield the files and folders of this machine that pip's configuration names."""
     for part in " ".join(configuration).split():
-        path = Path(urlparse(part).path) if part.startswith("file:") else Path(part)
+        # An index's files lie beside it.
+        path = Path(urlparse(part).path).parent if part.startswith("file:") else Path(part)
         if path.is_absolute() and path.exists():
             yield path
 
@@ -62,7 +63,10 @@ def build(target: str, tag: str, *options: str) -> None:
                 *(f"--file={FILE}", f"--target={target}", f"--tag={tag}"),
                 f"--ignorefile={FILE}.containerignore",
                 f"--secret=id=pip,src={secret}",
-                *(f"--volume={path}:{path}:ro" for path in local_paths(configuration.values())),
+                *(
+                    f"--volume={path}:{path}:ro"
+                    for path in set(local_paths(configuration.values()))
+                ),
                 f"--build-arg=COMMIT={_git('rev-parse', '--short=12', 'HEAD')}",
                 f"--build-arg=CREATED={_created()}",
                 *options,
