@@ -61,7 +61,7 @@ def build(target: str, tag: str, *options: str) -> None:
                 # The other format has no HEALTHCHECK.
                 "--format=docker",
                 *(f"--file={FILE}", f"--target={target}", f"--tag={tag}"),
-                f"--ignorefile={FILE}.containerignore",
+                f"--ignorefile={FILE}.dockerignore",
                 f"--secret=id=pip,src={secret}",
                 *(
                     f"--volume={path}:{path}:ro"
