@@ -101,6 +101,19 @@ def test_a_lock_pins_all_that_the_project_asks_for(target: str) -> None:
     )
 
 
+def test_no_target_can_get_the_others_torch() -> None:
+    hashes = [
+        set(
+            re.findall(
+                r"sha256:\w+",
+                (LOCKS / f"{target}.txt").read_text().split("\ntorch==")[1].split("\ntqdm")[0],
+            )
+        )
+        for target in TARGETS
+    ]
+    assert hashes[0].isdisjoint(hashes[1])
+
+
 def test_the_tools_are_those_that_pyproject_builds_with() -> None:
     pinned = pins("tools")
     for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
