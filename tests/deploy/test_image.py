@@ -38,7 +38,8 @@ def stages() -> dict[str, tuple[str, list[str]]]:
 
 def instructions(target: str) -> list[str]:
     """Return what makes a target, from its base on."""
-    found, lines = stages(), []
+    found = stages()
+    lines: list[str] = []
     while target in found:
         target, own = found[target][0], [*found[target][1]]
         lines[:0] = own
