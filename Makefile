@@ -101,5 +101,19 @@ deploy-checks: install deploy-tools
 	$(DEPLOY)/bin/shellcheck .ci/run $(shell find deploy -name '*.sh')
 	$(BIN)/pytest tests/deploy
 
+# Builds the CPU image on bases made of Debian packages and runs it, confined: needs root, minutes,
+# and of Debian buildah, podman, runc, mmdebstrap. Other bases: BASES='--build-arg=BASE=… …'.
+IMAGE ?= localhost/els-denoise:trial
+BASES ?= --build-arg=BASE=localhost/els-base --build-arg=BUILD_BASE=localhost/els-build-base
+
+.PHONY: image-test image-bases
+
+image-bases:
+	buildah inspect --type image localhost/els-build-base >/dev/null 2>&1 || deploy/image/bootstrap.sh
+
+image-test: install image-bases
+	$(BIN)/python -m deploy.image.build cpu --tag $(IMAGE) $(BASES)
+	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
+
 clean:
 	rm -rf $(VENV) $(PEER) $(DEPLOY) $(POLICY) .terrain proto/python demo.png

@@ -17,6 +17,11 @@ def main() -> None:
     # would, they keep each other from the cores of a busy machine: it takes twenty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
+        if sys.argv[1:2] == ["probe"]:
+            # Asked every few seconds: the other commands' parts would cost it a second each time.
+            from els_service.cli.probe import app as probe
+
+            probe(sys.argv[2:], prog_name="els-server probe")
         from els_service.cli.main import app
     except ModuleNotFoundError as error:
         # The command comes with every installation, what it needs only with the extra.

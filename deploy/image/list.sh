@@ -1,0 +1,10 @@
+#!/bin/sh
+# Writes what /opt/els is made of: a CycloneDX bill of materials, and every licence's text.
+set -eu
+out=/usr/share/doc/els-denoise
+mkdir -p "$out"
+/opt/tools/bin/cyclonedx-py environment --output-reproducible --output-format JSON \
+    --output-file "$out/sbom.cdx.json" /opt/els/bin/python
+/opt/tools/bin/pip-licenses --python=/opt/els/bin/python --from=mixed --format=plain-vertical \
+    --with-urls --with-license-file --with-notice-file --no-license-path \
+    --output-file="$out/THIRD_PARTY.txt"

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Writes locks/*.txt anew: every package with its version and the hashes of its files.
+# Needs pip-tools of Python 3.11 on Linux; where packages come from is what pip is configured for,
+# and is not written down. For CPU torch's CPU build must be there; for GPU only variables count
+# (PIP_INDEX_URL): a CPU build beside CUDA's would lend it its hash.
+set -eu
+cd "$(dirname "$0")/../.."
+locks=deploy/image/locks
+
+lock() { # NAME ARGUMENTS…
+    name=$1 && shift
+    pip-compile --quiet --strip-extras --allow-unsafe --generate-hashes --no-header --no-annotate \
+        --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+        --output-file "$locks/$name.txt" "$@"
+}
+
+kinds="--extra server --extra tracing --extra onnx --extra diffusers"
+lock tools "$locks/tools.in"
+# shellcheck disable=SC2086  # the options are several words
+lock cpu $kinds pyproject.toml
+export PIP_CONFIG_FILE=/dev/null
+unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL
+# shellcheck disable=SC2086
+lock gpu $kinds --extra gpu --constraint "$locks/gpu.in" pyproject.toml
