@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from els_service.config import Settings
-from els_service.wire.listening import bracketed
+from els_service.wire.addresses import address_of, with_port
 
 
 def ask(settings: Settings, service: str, timeout_s: float) -> str:
@@ -44,8 +44,9 @@ def _channel(settings: Settings, timeout_s: float) -> grpc.Channel:
     host = _near(settings.host)
     options = [("grpc.enable_http_proxy", 0)]
     if settings.health_port:
-        return grpc.insecure_channel(f"{bracketed(host)}:{settings.health_port}", options=options)
-    target = f"{bracketed(host)}:{settings.port}"
+        target = address_of(with_port(host), settings.health_port)
+        return grpc.insecure_channel(target, options=options)
+    target = address_of(host, settings.port)
     certificate, key = settings.tls_certificate, settings.tls_key
     if certificate is None or key is None:
         return grpc.insecure_channel(target, options=options)
