@@ -49,6 +49,7 @@ terrain: install $(TERRAIN)
 bench: install
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --errors
+	$(BIN)/python -m benchmarks.networks
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
 

@@ -48,14 +48,32 @@ def test_a_comparison_stands_beside_its_row_and_the_rest_is_owed(
     assert f"{els['median_pearson_r'] - 0.94:+.3f} / " in lines[at + 1]
     assert "221,000, told | 3 of 24" in lines[at + 1]
     assert text.count("| ours | owed |") == 10
-    assert "Owed: MNIST unet zeros, no labels; CIFAR10 unet zeros, with labels; " in text
+    assert "Owed: MNIST unet zeros, no labels; FMNIST unet zeros, with labels; MNIST" in text
+    assert "Owed until a GPU is at hand: CIFAR10 unet zeros, with labels; CIFAR10 resnet" in text
+    assert "for which a GPU is needed: FMNIST resnet zeros, with labels." in text
+    assert "as no set of faces was found: CelebA unet zeros, no labels; CelebA resnet" in text
     assert lines[-1] == "- Tried: nothing else."
 
 
 def test_a_network_of_another_kind_has_a_row_of_its_own(tmp_path: Path, comparison: Path) -> None:
     _, text = written(tmp_path, f"MNIST={comparison}")
-    assert "**MNIST resnet zeros, with labels**: ours, no row of the paper" in text
+    assert "**MNIST resnet zeros, with labels**, no row of the paper: ours: " in text
     assert text.count("| ours | owed |") == 11
+
+
+def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_it(
+    tmp_path: Path, comparison: Path
+) -> None:
+    found = json.loads(comparison.read_text())
+    found["network"] |= {"name": "wide", "parameters": 4_000_000}
+    (tmp_path / "wide.json").write_text(json.dumps(found))
+    record, text = written(tmp_path, f"FMNIST={comparison}", f"FMNIST={tmp_path}/wide.json")
+    (row,) = [row for row in record["rows"] if row["ours"]]
+    assert len(row["ours"]) == 2
+    lines = text.splitlines()
+    (second,) = [i for i, line in enumerate(lines) if line.startswith("| ours: wide | 4,000,000")]
+    assert "221,000" in lines[second - 1]
+    assert "for which a GPU is needed" not in text
 
 
 def test_machines_and_steps_that_were_not_tried_are_dashes(
