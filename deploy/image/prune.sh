@@ -9,7 +9,8 @@ rm -f "$site"/torch/lib/lib*test.so "$site"/torch/lib/libaoti_custom_ops.so \
     "$site"/torch/lib/libbackend_with_compiler.so
 rm -rf "$site"/onnx/backend/test
 find "$site" -name '*.a' -delete
+find "$site/torch" -name '*.h' -delete
 find "$site/sympy" "$site/networkx" "$site/numpy" -depth -type d -name tests \
     -exec rm -rf {} +
-# By content, so that the files' times do not matter. Some of torch's helpers for tests are of newer Pythons.
+# By content, so that the files' times do not matter. Some helpers for tests are of newer Pythons.
 python3 -m compileall -q -j 2 --invalidation-mode unchecked-hash -x torch/testing/_internal "$site"

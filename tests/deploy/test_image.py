@@ -63,9 +63,7 @@ def test_the_linter_finds_no_fault() -> None:
 
 def test_the_cpu_target_is_the_last_and_gets_no_compiler() -> None:
     assert next(reversed(stages())) == "cpu"
-    runs = [line for line in instructions("cpu") if line.startswith("RUN")]
-    assert len(runs) == 1
-    assert "/etc/passwd" in runs[0]
+    assert not [line for line in instructions("cpu") if line.startswith("RUN")]
     assert "gcc" in " ".join(instructions("gpu"))
 
 
