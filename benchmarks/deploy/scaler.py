@@ -38,7 +38,8 @@ class World:
         service_s: measured core times of one call each, equally likely.
         replicas: at first, and the fewest.
         load: of what they can serve, before the step; more than 0.
-        step: how many times that load comes from ``step_at_s`` to ``back_at_s``.
+        step: how many times that load comes from ``step_at_s`` to ``back_at_s``; by default at the
+            worst moment, when the metrics of the next poll have just been read.
         start_s: from a wish to a replica that serves.
         poll_s: between two wishes.
         scrape_s: how old the metrics are.
@@ -53,8 +54,8 @@ class World:
     replicas: int = 2
     load: float = 0.3
     step: float = 10.0
-    step_at_s: float = 300.0
-    back_at_s: float = 1500.0
+    step_at_s: float = 315.0
+    back_at_s: float = 1515.0
     end_s: float = 2400.0
     tick_s: float = 0.1
     start_s: float = 30.0

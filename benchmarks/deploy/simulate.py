@@ -72,18 +72,18 @@ def plot(shown: dict[str, Trace], rows: Sequence[dict[str, Any]], path: Path) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    (replicas, queue), (depth, price) = figure.subplots(2, 2)
+    (replicas, queue), (again, price) = figure.subplots(2, 2)
     for name, trace in shown.items():
         replicas.plot(trace.at_s, trace.serving, label=name)
         queue.plot(trace.at_s, trace.waiting_s, label=name)
         mine = [one for one in rows if one["scaler"] == name]
         sizes = [one["replicas_at_first"] for one in mine]
-        depth.semilogx(sizes, [one["deepest_s"] for one in mine], "o-", label=name)
+        again.semilogx(sizes, [one["last_above_target_s"] for one in mine], "o-", label=name)
         price.semilogx(sizes, [one["price_per_million"] for one in mine], "o-", label=name)
     titles = {
         replicas: (f"replicas that serve, of {_SHOWN} at first", "s", ""),
         queue: ("work before a replica", "s", "s"),
-        depth: ("the same at its deepest", "replicas at first", "s"),
+        again: ("after the step, the last time that it is too much", "replicas at first", "s"),
         price: ("price of a million denoisings", "replicas at first", ""),
     }
     for axes, (title, x, y) in titles.items():
