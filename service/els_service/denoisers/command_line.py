@@ -12,9 +12,7 @@ import torch
 from els_service.errors import ElsError, InvalidArgumentError
 
 _REFUSED = 2
-_WIDTH = 24
-_QUIET_S = 10.0
-"""Between two lines where they stay, as in a log."""
+_WIDTH = 12
 
 
 def positive(field: str) -> Callable[[str], int]:
@@ -67,11 +65,12 @@ class Progress:
 
     Args:
         title: what is under way.
+        quiet_s: between two lines where they stay, as in a log.
     """
 
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._begin, self._shown, self._first = time.monotonic(), -_QUIET_S, -1
+    def __init__(self, title: str, quiet_s: float = 10.0) -> None:
+        self._title, self._quiet_s = title, quiet_s
+        self._begin, self._shown, self._first = time.monotonic(), -quiet_s, -1
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
@@ -80,7 +79,7 @@ class Progress:
         if self._first < 0:
             # What an earlier run did says nothing about this one's speed.
             self._first, self._begin = done, now
-        if not self._terminal and done < total and now - self._shown < _QUIET_S:
+        if not self._terminal and done < total and now - self._shown < self._quiet_s:
             return
         self._shown = now
         filled = _WIDTH * done // total

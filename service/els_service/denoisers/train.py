@@ -106,8 +106,10 @@ def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
 
 
 def _reporter() -> Callable[[Row, int], None]:
-    progress = Progress("train")
-    return lambda row, steps: progress(row.step, steps, f"loss {row.loss:.4f}")
+    progress = Progress("train", quiet_s=0.0)  # rows come as often as --log-steps says
+    return lambda row, steps: progress(
+        row.step, steps, f"step {row.step}/{steps}  loss {row.loss:.4f}"
+    )
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
