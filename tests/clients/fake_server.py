@@ -165,6 +165,11 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
             context.abort_with_status(try_again(0.15))
         if model in _FAILURES:
             context.abort(*_FAILURES[model])
+        if (
+            model == "torn" and self.calls[model] < 2
+        ):  # grpc tries no more once an answer has begun.
+            context.send_initial_metadata((("begun", "yes"),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "torn")
         if model == "flaky" and len(self.requests) < 3:
             context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
         if model in ("slow", "endless"):

@@ -58,6 +58,23 @@ def test_a_stream_that_a_proxy_resets_is_a_broken_connection(
     assert type(caught.value) is expected
 
 
+async def test_a_question_whose_answer_broke_off_is_asked_once_more(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    assert (await twin.call("denoise", X, model="torn", sigma=1.0) == 0).all()
+    assert fake.calls["torn"] == 2
+
+
+def test_a_question_is_not_asked_a_third_time_nor_beyond_its_deadline() -> None:
+    torn = UnavailableError("torn")
+    attempts = Attempts(60.0)
+    assert 0.1 <= attempts.pause_s(torn) < 0.2
+    with pytest.raises(UnavailableError):
+        attempts.pause_s(torn)
+    with pytest.raises(UnavailableError):
+        Attempts(0.05).pause_s(torn)
+
+
 def test_a_sample_is_given_up_after_attempts_that_brought_no_step() -> None:
     trajectory = Trajectory(pb.SampleRequest(), Attempts(600.0))
     trajectory.accept(pb.SampleResponse(resume_token=b"0"))

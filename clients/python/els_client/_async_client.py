@@ -159,13 +159,16 @@ class AsyncClient:
         return self._steps(codec.encode_sample(**options), timeout_s)
 
     async def _operate(self, method: str, request: Any) -> Any:
-        return await self._unary(getattr(self._inference, method), request, self._sample_timeout_s)
+        call = getattr(self._inference, method)
+        return await self._unary(call, request, self._sample_timeout_s, pure=False)
 
     async def _unary(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout_s: float | None = None,
+        *,
+        pure: bool = True,
     ) -> _Response:
         timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
@@ -173,8 +176,8 @@ class AsyncClient:
             try:
                 with own_errors():
                     return await method(request, timeout=attempts.left_s(), metadata=self._metadata)
-            except ResourceExhaustedError as error:
-                pause_s = attempts.pause_if_full_s(error)
+            except (ResourceExhaustedError, UnavailableError) as error:
+                pause_s = attempts.pause_s(error) if pure else attempts.pause_if_full_s(error)
             await asyncio.sleep(pause_s)
 
     async def _steps(

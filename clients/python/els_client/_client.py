@@ -35,7 +35,7 @@ class Client:
     """A blocking client of one server, or of all that a name stands for.
 
     Safe to share between threads. Calls go in turn to every server that says it is healthy; those
-    that find none are retried for a second or two. A server that hangs is noticed within about ten
+    that find none are retried for two or three seconds. A server that hangs is noticed within about ten
     seconds, by pings.
 
     Args:
@@ -250,13 +250,16 @@ class Client:
         return self._steps(codec.encode_sample(**options), timeout_s)
 
     def _operate(self, method: str, request: Any) -> Any:
-        return self._unary(getattr(self._inference, method), request, self._sample_timeout_s)
+        call = getattr(self._inference, method)
+        return self._unary(call, request, self._sample_timeout_s, pure=False)
 
     def _unary(
         self,
         method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout_s: float | None = None,
+        *,
+        pure: bool = True,
     ) -> _Response:
         timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
@@ -264,8 +267,8 @@ class Client:
             try:
                 with own_errors():
                     return method(request, timeout=attempts.left_s(), metadata=self._metadata)
-            except ResourceExhaustedError as error:
-                pause_s = attempts.pause_if_full_s(error)
+            except (ResourceExhaustedError, UnavailableError) as error:
+                pause_s = attempts.pause_s(error) if pure else attempts.pause_if_full_s(error)
             time.sleep(pause_s)
 
     def _steps(self, request: pb.SampleRequest, timeout_s: float) -> Generator[Step, None, None]:

@@ -28,6 +28,7 @@ class Attempts:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._wait_when_full = wait_when_full
         self._barren = 0
+        self._broken = False
 
     def left_s(self) -> float | None:
         """Return what is left of the deadline."""
@@ -36,6 +37,17 @@ class Attempts:
     def progressed(self) -> None:
         """Begin to count anew: this attempt was not in vain."""
         self._barren = 0
+
+    def pause_s(self, error: ElsError) -> float:
+        """Return how long to wait before a question is asked again, or raise ``error``.
+
+        gRPC asks again by itself, but not once an answer has begun, even if it breaks off. Whether
+        it had cannot be seen from here, so whoever is told that nobody is there asks once more.
+        """
+        if not isinstance(error, UnavailableError) or self._broken:
+            return self.pause_if_full_s(error)
+        self._broken = True
+        return self._pause_s(error)
 
     def pause_if_full_s(self, error: ElsError) -> float:
         """Return how long to wait for a full server, or raise ``error``."""
