@@ -35,8 +35,8 @@ class Client:
     """A blocking client of one server, or of all that a name stands for.
 
     Safe to share between threads. Calls go in turn to every server that says it is healthy; those
-    that find none are retried for two or three seconds. A server that hangs is noticed within about ten
-    seconds, by pings.
+    that find none are retried for two or three seconds. A server that hangs is noticed within
+    about ten seconds, by pings.
 
     Args:
         target: Address, such as ``"127.0.0.1:50051"`` or ``"dns:///els.example:50051"``.
