@@ -65,10 +65,10 @@ def rendered(
     endpoints = [{"endpoint": {"address": server.document()}} for server in servers]
     cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": endpoints}]
     if resolver is None:
+        del cluster["cluster_type"]
         cluster["type"] = "STATIC"
-        del cluster["dns_refresh_rate"], cluster["respect_dns_ttl"]
     else:
-        cluster["typed_dns_resolver_config"] = {
+        cluster["cluster_type"]["typed_config"]["typed_dns_resolver_config"] = {
             "name": "envoy.network.dns_resolver.cares",
             "typed_config": {
                 "@type": f"{_RESOLVER}.CaresDnsResolverConfig",

@@ -16,8 +16,7 @@ from benchmarks.deploy.scene import WAYS, targets
 
 RATE_PER_S = 20.0
 OUT_S = 10.0
-# The goal is 5 s, which the command judges; two cores that others use too start a replica, and
-# answer what piled up meanwhile, in 1 s to 11 s.
+# The goal is 5 s, which the command judges; where others kept two cores busy it took 1 s to 11 s.
 EVEN_S = 20.0
 
 
