@@ -156,6 +156,7 @@ def test_check_refuses_what_a_start_would_refuse(
     assert fault in result.stderr
 
 
+# What is refused is a GPU that is not there.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
 def test_check_refuses_a_gpu_that_is_not_there() -> None:
     result = run("check", "--config-only", "--device", "cuda")

@@ -70,7 +70,7 @@ def _within(node: promql.Expr, labels: frozenset[str]) -> Iterator[Selected]:
         case promql.NumberLiteral() | promql.StringLiteral():
             pass
         case _:
-            raise NotImplementedError(type(node).__name__)
+            raise TypeError(f"expected a kind of expression known here, got {type(node).__name__}")
 
 
 def _kept(modifier: promql.AggModifier | None) -> frozenset[str]:

@@ -55,6 +55,7 @@ def linter() -> str | None:
     return shutil.which("hadolint", path=f"{build.ROOT / '.venv-deploy' / 'bin'}:/usr/bin")
 
 
+# The linter is a program of its own, which the tests can do without.
 @pytest.mark.skipif(linter() is None, reason="needs hadolint: make deploy-tools")
 def test_the_linter_finds_no_fault() -> None:
     done = subprocess.run([str(linter()), build.FILE], capture_output=True, text=True, check=False)

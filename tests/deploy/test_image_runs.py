@@ -142,7 +142,7 @@ def test_there_is_no_compiler_no_pip_and_nothing_that_only_builds() -> None:
 
 def test_nothing_can_be_written_but_what_podman_mounts() -> None:
     assert (
-        inside("id -u; touch /tmp/x && find / -xdev -writable -not -type l 2>/dev/null; true")
+        inside("id -u; touch $TMPDIR/x && find / -xdev -writable -not -type l 2>/dev/null; true")
         == "10001\n/tmp\n/var/tmp\n"
     )
 
