@@ -128,14 +128,19 @@ async def test_a_reload_takes_effect_between_two_queries_and_what_was_asked_is_a
     assert engine.models.entry("model").lane is not old
 
 
+async def refused_reload(engine: Engine, folder: Path) -> None:
+    """Load a model that answers 1, then one in its place that is refused."""
+    write(folder, "model", 1.0)
+    await engine.models.load_all(ModelRepository(folder))
+    (folder / "model" / "model.yaml").write_text("kind: magic\n")
+    with pytest.raises(LoadError, match="magic"):
+        await engine.models.load("model")
+
+
 async def test_a_reload_that_fails_leaves_the_old_model_serving(
     engine: Engine, tmp_path: Path
 ) -> None:
-    write(tmp_path, "model", 1.0)
-    await engine.models.load_all(ModelRepository(tmp_path))
-    (tmp_path / "model" / "model.yaml").write_text("kind: magic\n")
-    with pytest.raises(LoadError, match="magic"):
-        await engine.models.load("model")
+    await refused_reload(engine, tmp_path)
     assert await mean(engine, "model") == 1
     assert [state.state for state in await engine.models.index()] == ["READY"]
     assert engine.models.refused() == {"model": True}
@@ -147,11 +152,7 @@ async def test_a_reload_that_fails_leaves_the_old_model_serving(
 async def test_who_unloads_a_model_that_was_refused_hears_no_more_of_it(
     engine: Engine, tmp_path: Path
 ) -> None:
-    write(tmp_path, "model", 1.0)
-    await engine.models.load_all(ModelRepository(tmp_path))
-    (tmp_path / "model" / "model.yaml").write_text("kind: magic\n")
-    with pytest.raises(LoadError, match="magic"):
-        await engine.models.load("model")
+    await refused_reload(engine, tmp_path)
     engine.models.unload("model")
     assert engine.models.refused() == {}
 

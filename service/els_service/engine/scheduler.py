@@ -23,12 +23,9 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.lane import Item, Lane, Ticket, answers
-from els_service.engine.terms import Launch, Observer, Terms, timed_out
-from els_service.errors import (
-    DeadlineExceededError,
-    ElsError,
-    QueueFullError,
-)
+from els_service.engine.launches import launch
+from els_service.engine.terms import Observer, Terms, timed_out
+from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
 """Shorter work runs on the event loop: handing it over would take as long."""
@@ -143,7 +140,9 @@ class Scheduler:
                 self._observer.dropped(lane.model, "faulted")
             if terms.trace is not None:
                 traced = [(terms.trace, began)]
-                self._tell(lane, "cpu", traced, images, estimate, began, began + seconds)
+                span = began, began + seconds
+                launched = launch(lane.model, "cpu", traced, images, estimate, span, self.clock)
+                self._observer.launched(launched)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
         """Raise if the queue is full or the answer would come too late."""
@@ -345,32 +344,9 @@ class Scheduler:
             lane.statistics.computed.add(seconds)
         if any(item.ticket.terms.trace is not None for item in batch):
             traced = [(item.ticket.terms.trace, item.ticket.since) for item in batch]
-            self._tell(lane, device.name, traced, images, cost, outcome.began, outcome.ended)
-
-    def _tell(
-        self,
-        lane: Lane,
-        device: str,
-        members: Sequence[tuple[object, float]],
-        images: int,
-        cost: float,
-        began: float,
-        ended: float,
-    ) -> None:
-        """Tell of what was computed, for traces; members with the time at which each came."""
-        offset = _wall_ns(self.clock)
-        self._observer.launched(
-            Launch(
-                model=lane.model,
-                device=device,
-                started_ns=round(began * 1e9) + offset,
-                ended_ns=round(ended * 1e9) + offset,
-                images=images,
-                cost=cost,
-                members=tuple(trace for trace, _ in members),
-                queued_ns=tuple(round(since * 1e9) + offset for _, since in members),
-            )
-        )
+            span = outcome.began, outcome.ended
+            launched = launch(lane.model, device.name, traced, images, cost, span, self.clock)
+            self._observer.launched(launched)
 
     def _expire(self, lane: Lane, ticket: Ticket, now: float) -> None:
         self._observer.dropped(lane.model, "expired")
@@ -410,18 +386,6 @@ def _withdraw(lane: Lane, ticket: Ticket) -> bool:
 def _fail(ticket: Ticket, error: Exception) -> None:
     if not ticket.answer.done():
         ticket.answer.set_exception(error)
-
-
-def _wall_ns(clock: Callable[[], float]) -> int:
-    """Return the wall clock less a clock, by the quickest of three readings: traces are on it.
-
-    On a busy machine a thread may be set aside between the reading of one clock and the other's.
-    """
-    readings = []
-    for _ in range(3):
-        before, wall, after = clock(), time.time_ns(), clock()
-        readings.append((after - before, wall - round((before + after) / 2 * 1e9)))
-    return min(readings)[1]
 
 
 def _nothing(_: float) -> float:
