@@ -88,6 +88,14 @@ class TestIdx:
         mnist.with_name("train-labels-idx1-ubyte").unlink()
         assert_holds(read_source(mnist), GREY[..., None], [-1] * 6)
 
+    def test_labels_packed_as_the_images_go_first(self, mnist: Path) -> None:
+        packed = mnist.with_name(f"{mnist.name}.gz")
+        packed.write_bytes(gzip.compress(idx(GREY)))
+        others = gzip.compress(idx(LABELS[::-1]))
+        mnist.with_name("train-labels-idx1-ubyte.gz").write_bytes(others)
+        assert read_source(mnist).fingerprint != read_source(packed).fingerprint
+        assert_holds(read_source(mnist), GREY[BY_LABEL][..., None], sorted(LABELS))
+
     def test_a_given_labels_file_goes_before_the_one_beside(self, mnist: Path) -> None:
         (other := mnist.with_name("other")).write_bytes(idx(np.zeros(6)))
         assert_holds(read_source(mnist, labels=other), GREY[..., None], [0] * 6)

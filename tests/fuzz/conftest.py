@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.test_operations import metrics
 from tests.fuzz.good import write_world
+from tests.fuzz.verdict import MOST_BYTES
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -17,7 +18,6 @@ from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 PAUSE_S = 0.02
 MOST_GROWTH = 64 << 20
 MOST_FILES = 32
-MOST_BYTES = 16 << 20
 
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,11 @@ def _read_idx_array(path: Path, rank: int) -> NDArray[np.uint8]:
 def _labels_beside(path: Path) -> Path | None:
     if "images-idx3" not in path.name:
         return None
-    plain = path.with_name(path.name.replace("images-idx3", "labels-idx1").removesuffix(".gz"))
-    candidates = (plain, plain.with_name(plain.name + ".gz"))
+    same = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    # Packed as the images are, first: the other may be of another data set of these common names.
+    packed = same.suffix == ".gz"
+    other = same.with_suffix("") if packed else same.with_name(f"{same.name}.gz")
+    candidates = (same, other)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
