@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from els_service.cli import main
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, check_query
 from els_service.engine.models import Models
 from els_service.engine.repository import ModelRepository
 
@@ -21,6 +21,8 @@ SHAPE = (1, 6, 5)
 FAULT, HANG, BREAK = 1e6, 2e6, 3e6
 """What an image is filled with that makes the computation fail, hang, or break the device."""
 IMAGE_S = 0.02
+BROKEN = "broken"
+"""A model of this name breaks its device when it is warmed."""
 
 
 class Odd:
@@ -58,13 +60,25 @@ class Odd:
         return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
 
 
+class Broken(Odd):
+    """Breaks its device at the first question."""
+
+    def denoise(self, query: Query) -> Denoised:
+        raise RuntimeError("CUDA error: as told")
+
+
+def _load_one(self: ModelRepository, name: str, version: int, device: str) -> Denoiser:
+    return Broken() if name == BROKEN else _read(self, name, version, device)
+
+
 async def _load_all(self: Models, repository: ModelRepository) -> None:
     self.add("slow", Odd())
     await _load(self, repository)
 
 
-_load = Models.load_all
+_load, _read = Models.load_all, ModelRepository.load
 
 if __name__ == "__main__":
-    with patch.object(Models, "load_all", _load_all):
+    loaders = patch.object(ModelRepository, "load", _load_one)
+    with patch.object(Models, "load_all", _load_all), loaders:
         main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from tests.e2e.asking import asked, denoiser, images
-from tests.e2e.odd_server import BREAK, HANG
-from tests.e2e.processes import ODD, serving
+from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.e2e.odd_server import BREAK, BROKEN, HANG
+from tests.e2e.processes import ODD, START_S, environment, serving
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -56,6 +58,22 @@ async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3
             for answer in await rest_of(stream):
                 assert answer.response.denoised.data or reason in answer.error.message
         assert await asyncio.to_thread(server.wait) == (3, "")
+
+
+def test_a_device_that_breaks_while_models_are_loaded_ends_the_process_with_3(
+    tmp_path: Path,
+) -> None:
+    models = write_models(tmp_path / "models", {BROKEN: DOCUMENTS["gaussian"]})
+    ended = subprocess.run(
+        [*map(str, ODD), "run", "--port=0", "--metrics-port=0", f"--models={models}"],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        env=environment(ELS_GRACE_S="0"),
+        check=False,
+    )
+    assert ended.returncode == 3
+    assert "els-server: cpu is broken: CUDA error: as told" in ended.stderr
 
 
 async def rest_of(call: Any) -> list[Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
 from tests.engine.conftest import Observed, Recorder, ask, held, turns, values
 
 from els_service.config import Scheduling
+from els_service.denoisers.base import DenoiserInfo
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -233,3 +236,59 @@ async def test_statistics_count_queries_batches_and_images(engine: Engine) -> No
     assert statistics.batches[4].count == 1
     assert statistics.queued.count == statistics.computed.count >= 3
     assert abs(statistics.last - time.time()) < 60
+
+
+class Decoder(Recorder):
+    """A recorder whose images decode to their numbers, and a one."""
+
+    def __init__(self, seconds: float = 1e-3) -> None:
+        super().__init__(seconds)
+        self.decoded = 0
+
+    @property
+    def info(self) -> DenoiserInfo:
+        return dataclasses.replace(super().info, decoded_shape=(1, 1, 7))
+
+    def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the images of latents."""
+        self.decoded += len(latents)
+        flat = latents.reshape(len(latents), 1, 1, -1)
+        return np.concatenate([flat, np.ones_like(flat[..., :1])], axis=-1)
+
+
+def decoding_run(count: int) -> Run:
+    """Return a trajectory of one step whose latents are to be decoded."""
+    run = run_of(Decoder().info.shape, count=count, options=Options(steps=1))
+    return dataclasses.replace(run, decode=True)
+
+
+async def test_latents_are_decoded_for_those_who_want_it(
+    engine: Engine, observed: Observed
+) -> None:
+    decoder = Decoder()
+    engine.models.add("model", decoder)
+    (step,) = [step async for step in engine.sample("model", decoding_run(3))]
+    assert step.decoded is not None
+    assert torch.equal(step.decoded[..., :6].reshape(step.x.shape), step.x.float())
+    assert (step.decoded.shape, decoder.decoded) == ((3, 1, 1, 7), 3)
+    assert sum(observed.images) == 6
+
+
+async def test_decoding_waits_its_turn_and_is_dropped_when_it_is_late(observed: Observed) -> None:
+    now = [0.0]
+    engine, decoder, other = Engine(observed, clock=lambda: now[0]), Decoder(1e-6), Recorder()
+    try:
+        first = await held(engine, other)
+        engine.models.add("decoder", decoder)
+        steps = engine.sample("decoder", decoding_run(1), Terms(deadline=1.0))
+        late = asyncio.ensure_future(anext(steps))
+        await turns()
+        assert sum(v for name, _, v in engine.gauges() if name == "els_queue_items") == 1
+        now[0] = 2.0
+        other.go.set()
+        with pytest.raises(DeadlineExceededError, match="in the queue of decoder"):
+            await late
+        assert (decoder.decoded, observed.reasons) == (0, ["expired"])
+        await first
+    finally:
+        engine.close()

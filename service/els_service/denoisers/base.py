@@ -243,6 +243,11 @@ class Denoiser(Protocol):
 class Decodes(Protocol):
     """A denoiser of latents that can turn them into images."""
 
+    @property
+    def info(self) -> DenoiserInfo:
+        """What the denoiser is; has a ``decoded_shape``."""
+        ...
+
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
         ...

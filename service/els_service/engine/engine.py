@@ -9,16 +9,13 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
 from els_service.denoisers.base import (
     Condition,
-    Decodes,
     Denoised,
     Denoiser,
     Integers,
@@ -27,7 +24,7 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
-from els_service.engine.device import Device, DeviceLostError, WorkerDevice
+from els_service.engine.device import Device, WorkerDevice
 from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
 from els_service.engine.room import Room
@@ -87,7 +84,6 @@ class Engine:
         self.models = Models(self._devices, scheduling, self._lose)
         self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
         self._clock = clock
-        self._watchdog_s = scheduling.watchdog_s
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
         self._room = Room(scheduling.queue_bytes, observer)
@@ -152,7 +148,7 @@ class Engine:
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
-                    event = replace(event, decoded=await self._decoded(lane, event.x))
+                    event = replace(event, decoded=await self._decoded(lane, event.x, terms))
                 yield event
                 continue
             query = _question(lane.denoiser, event, run)
@@ -175,8 +171,9 @@ class Engine:
             lane = entry.lane
             if lane is not None:
                 labels = {"model": entry.model}
-                yield "els_queue_items", labels, len(lane.queue)
-                yield "els_queue_cost_seconds", labels, lane.waiting_s
+                for each in lane.queues:
+                    yield "els_queue_items", labels, len(each.queue)
+                    yield "els_queue_cost_seconds", labels, each.waiting_s
         for model, size in self.models.memory().items():
             yield "els_model_memory_bytes", {"model": model}, size
         for device in self._devices:
@@ -226,20 +223,13 @@ class Engine:
             text = f"{entry.model} was unloaded to save memory and is still being loaded"
             raise DeadlineExceededError(text) from None
 
-    async def _decoded(self, lane: Lane, latents: Tensor) -> Tensor:
-        """Return the images of latents [B, C, H, W], one launch each, between others' batches."""
-        device = next(one for one in self._devices if one.name in lane.denoisers)
-        denoiser = lane.denoisers[device.name]
-        assert isinstance(denoiser, Decodes)  # as its info says
-        images = []
-        for latent in latents.float().numpy():
-            work = partial(denoiser.decode, latent[None])
-            try:
-                images.append((await device.run(work, self._watchdog_s)).value)
-            except DeviceLostError as error:
-                self._lose(str(error))
-                raise
-        return torch.from_numpy(np.concatenate(images))
+    async def _decoded(self, lane: Lane, latents: Tensor, terms: Terms) -> Tensor:
+        """Return the images of latents [B, C, H, W]."""
+        assert lane.decoder is not None  # as the model's info says
+        level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
+        query = make_query(latents.float(), level)
+        given = self._submit(lane.decoder, query, terms, admitted=True)
+        return (given if isinstance(given, Denoised) else await given).mean
 
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from els_service.denoisers.base import Denoised, Denoiser, Query, concatenate
+from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, concatenate
 from els_service.engine.costs import CostModel
+from els_service.engine.decoding import Decoding
 from els_service.engine.device import breaks_device, free_memory
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.terms import PRIORITIES, Terms
@@ -89,6 +90,20 @@ class Lane:
         """Answers in a row that took the event loop too long."""
         self.purged = 0.0
         """When late items were last looked for."""
+        decoders = {
+            device: Decoding(denoiser)
+            for device, denoiser in denoisers.items()
+            if isinstance(denoiser, Decodes)
+        }
+        self.decoder = Lane(model, version, decoders, starvation_s) if decoders else None
+        """The queue of latents to decode, where the model can."""
+
+    @property
+    def queues(self) -> Iterator[Lane]:
+        """This one and its decoder's."""
+        yield self
+        if self.decoder is not None:
+            yield self.decoder
 
     @property
     def waiting_s(self) -> float:

@@ -283,7 +283,8 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
     server = Server(settings)
     starting, stopping = loop.create_task(server.start()), loop.create_task(stop.wait())
     try:
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        ends = stopping, server.lost
+        await asyncio.wait((starting, *ends), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             started = starting.result()
             if started.ready:
@@ -292,7 +293,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
             gc.collect()
             gc.freeze()
             ready(started)
-            await asyncio.wait((stopping, server.lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
         if server.lost.done():
