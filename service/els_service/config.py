@@ -114,7 +114,7 @@ class Settings(BaseModel):
         "info"
     )
     """What is logged: records of this level and above."""
-    traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
+    traces: Annotated[str, Field(pattern=r"^https?://[^/:]+")] | None = None
     """OTLP collector that speaks gRPC and takes the traces; None for none."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the calls that are traced, where the caller has not decided."""
