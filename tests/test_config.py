@@ -139,6 +139,8 @@ def test_what_kubernetes_calls_a_port_is_ignored(
         ({"device": "abacus"}, ["device: input should be 'auto', 'cpu' or 'cuda'"]),
         ({"log_level": "loud"}, ["log_level: "]),
         ({"drain_s": -1}, ["drain_s: "]),
+        ({"drain_s": float("inf"), "grace_s": float("inf")}, ["drain_s: ", "grace_s: "]),
+        ({"traces": "http://:4317"}, ["traces: "]),
         ({"max_images": 0}, ["max_images: "]),
         ({"max_pixels": 0}, ["max_pixels: "]),
         ({"keepalive_s": 0}, ["keepalive_s: "]),

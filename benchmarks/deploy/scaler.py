@@ -3,12 +3,13 @@
 Time goes in ticks. Calls come by a Poisson process, to any serving replica alike; each takes a core
 time drawn from the measured ones. A replica serves one after another (Lindley's recursion on the
 work before it, to a tick) and refuses what would wait longer than ``queue_s``. At each poll the
-scaler learns how much work waits and which share of the time was busy since the last poll, one
-scrape late, and wishes by the rules of a HorizontalPodAutoscaler (kubernetes.io, "Algorithm
-details" and "Configurable scaling behavior"): ceil(metric / target) of the metric that wants most,
-unless that is within 10 % of what there is; up at most to the double each poll; down by at most a
-fifth a minute, and to no less than the largest wish of five minutes. A replica serves ``start_s``
-after it was wished for, and is paid from the wish on.
+scaler learns how much work waits and how many replicas' time the last minute took, one scrape
+late, and wishes by the rules of a HorizontalPodAutoscaler (kubernetes.io, "Algorithm details" and
+"Configurable scaling behavior"): ceil(metric / target) of the metric that wants most, unless that
+is within 10 % of what there is; up at most to the double each poll; down by at most a fifth a
+minute, and to no less than the largest wish of five minutes. A replica serves ``start_s`` after it
+was wished for, and is paid from the wish on. The quantile of latency, the third trigger of
+``deploy/components/keda``, is left out: it only ever asks for more, and the first two do so sooner.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class World:
         queue_s: work that may wait for one replica.
         queue_target_s: work that shall wait for one replica.
         busy_target: share of its time that a replica shall compute; None: only queues count.
+        busy_over_s: what that share is the mean of.
         most: replicas, as a multiple of the fewest.
         seed: of everything drawn.
     """
@@ -64,6 +66,7 @@ class World:
     queue_s: float = 30.0
     queue_target_s: float = 1.0
     busy_target: float | None = None
+    busy_over_s: float = 60.0
     most: float = 10.0
     seed: int = 0
 
@@ -89,8 +92,7 @@ class _Cluster:
     starting: deque[float] = field(default_factory=deque)
     """When those that are wished for will serve."""
     busy_s: float = 0.0
-    served_s: float = 0.0
-    """Time of all replicas together, busy or not."""
+    """Time that all replicas together computed."""
 
     def size(self) -> int:
         return len(self.backlog_s) + len(self.starting)
@@ -112,7 +114,6 @@ class _Cluster:
         trace.refused += float(calls.sum()) - kept
         trace.paid_s += self.size() * world.tick_s
         self.busy_s += float(done.sum())
-        self.served_s += count * world.tick_s
 
     def resize(self, wanted: int, serves_at_s: float, trace: Trace) -> None:
         self.starting.extend([serves_at_s] * (wanted - self.size()))
@@ -142,12 +143,12 @@ class _Scaler:
         self._wishes: deque[int] = deque(maxlen=round(_WISHES_S / world.poll_s))
         self._sizes: deque[int] = deque(maxlen=round(_SHRINK_S / world.poll_s))
 
-    def wish(self, now: int, waiting_s: float, busy_share: float) -> int:
-        """Return how many replicas there shall be, of ``now``."""
+    def wish(self, now: int, waiting_s: float, busy: float) -> int:
+        """Return how many replicas there shall be, of ``now``, of which ``busy`` computed."""
         world = self._world
         values = [waiting_s / world.queue_target_s]
         if world.busy_target is not None:
-            values.append(now * busy_share / world.busy_target)
+            values.append(busy / world.busy_target)
         wishes = [now if abs(v / now - 1) <= _TOLERANCE else math.ceil(v) for v in values]
         most = min(2 * now, math.ceil(world.most * world.replicas))
         wish = max(world.replicas, min(most, max(wishes)))
@@ -163,19 +164,19 @@ def simulate(world: World) -> Trace:
     draw, trace, scaler = np.random.default_rng(world.seed), Trace(), _Scaler(world)
     cluster = _Cluster(np.zeros(world.replicas))
     rate_per_s = world.load * world.replicas / float(np.mean(world.service_s))
-    seen: deque[tuple[float, float, float]] = deque(maxlen=1 + round(world.scrape_s / world.tick_s))
-    busy_s = served_s = 0.0
+    late = round(world.scrape_s / world.tick_s)
+    waiting_s: deque[float] = deque(maxlen=1 + late)
+    busy_s: deque[float] = deque(maxlen=1 + late + round(world.busy_over_s / world.tick_s))
     polls = round(world.poll_s / world.tick_s)
     for number in range(round(world.end_s / world.tick_s)):
         now_s = number * world.tick_s
         stepped = world.step_at_s <= now_s < world.back_at_s
         cluster.tick(world, now_s, rate_per_s * (world.step if stepped else 1.0), trace, draw)
-        seen.append((float(cluster.backlog_s.sum()), cluster.busy_s, cluster.served_s))
+        waiting_s.append(float(cluster.backlog_s.sum()))
+        busy_s.append(cluster.busy_s)
         if number % polls == polls - 1:
-            waiting_s, until_busy_s, until_served_s = seen[0]
-            share = (until_busy_s - busy_s) / max(until_served_s - served_s, world.tick_s)
-            busy_s, served_s = until_busy_s, until_served_s
-            wanted = scaler.wish(cluster.size(), waiting_s, share)
+            busy = (busy_s[-1 - min(late, number)] - busy_s[0]) / world.busy_over_s
+            wanted = scaler.wish(cluster.size(), waiting_s[0], busy)
             cluster.resize(wanted, now_s + world.start_s, trace)
         trace.at_s.append(now_s)
         trace.serving.append(len(cluster.backlog_s))

@@ -4,8 +4,9 @@
                                          [--price-per-core-hour 0.04] [--start-seconds 30]
 
 ``scaler.py`` says what is simulated, and of what rules. Service times are those that
-``benchmarks.deploy.scale`` measured here. Three scalers: by waiting work alone, polled every 15 s
-and every 30 s, and by waiting work or the busy share of replicas, polled every 15 s.
+``benchmarks.deploy.scale`` measured here. Three scalers: by waiting work and the busy share of
+replicas, with the numbers that ``deploy/components/keda`` has; and by waiting work alone, polled as
+often and half as often.
 """
 
 from __future__ import annotations
@@ -18,18 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from deploy.rendered import DEPLOY
 
 from benchmarks import record
 from benchmarks.deploy.scaler import Trace, World, simulate
 
 REPLICAS = (1, 3, 10, 30, 100, 300, 1000)
-SCALERS: dict[str, dict[str, Any]] = {
-    "queue, 15 s": {"poll_s": 15.0},
-    "queue, 30 s": {"poll_s": 30.0},
-    "queue or busy, 15 s": {"poll_s": 15.0, "busy_target": 0.6},
-}
+MANIFEST = DEPLOY / "components" / "keda" / "scaledobject.yaml"
 _SHOWN = 10
 """Replicas at first of the run that is drawn in time."""
+
+
+def scalers() -> dict[str, dict[str, Any]]:
+    """Return what each scaler sets in a world; the last is the manifest's."""
+    spec = yaml.safe_load(MANIFEST.read_text())["spec"]
+    targets = {one["name"]: float(one["metadata"]["threshold"]) for one in spec["triggers"]}
+    poll_s = float(spec["pollingInterval"])
+    queue = {"poll_s": poll_s, "queue_target_s": targets["queue-cost"]}
+    return {
+        f"queue, {poll_s:g} s": queue,
+        f"queue, {2 * poll_s:g} s": {**queue, "poll_s": 2 * poll_s},
+        f"queue or busy, {poll_s:g} s": {**queue, "busy_target": targets["busy-share"]},
+    }
 
 
 def row(scaler: str, world: World, trace: Trace, price_per_core_hour: float) -> dict[str, Any]:
@@ -109,7 +121,8 @@ def main() -> None:
     times = service_times_s(options.service_times, options.model)
     world = World(service_s=times, start_s=options.start_seconds)
     rows, shown = [], {}
-    for name, settings in SCALERS.items():
+    settings_of = scalers()
+    for name, settings in settings_of.items():
         for count in options.replicas:
             each = replace(world, replicas=count, **settings)
             trace = simulate(each)
@@ -124,7 +137,7 @@ def main() -> None:
         "start_s": options.start_seconds,
         "load": world.load,
         "step": world.step,
-        "queue_target_s": world.queue_target_s,
+        **next(reversed(settings_of.values())),
     }
     path = record.write("deploy-simulation", [facts, *rows], options.out)
     plot(shown, rows, path.with_suffix(".png"))

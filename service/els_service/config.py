@@ -28,6 +28,7 @@ _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
 # gRPC counts in int32 milliseconds.
 _Seconds = Annotated[float, Field(ge=0.001, le=2e6)]
+_Pause = Annotated[float, Field(ge=0, le=2e6)]
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,13 @@ class Settings(BaseModel):
         "info"
     )
     """What is logged: records of this level and above."""
-    traces: Annotated[str, Field(pattern=r"^https?://[^/]+")] | None = None
+    traces: Annotated[str, Field(pattern=r"^https?://[^/:]+")] | None = None
     """OTLP collector that speaks gRPC and takes the traces; None for none."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the calls that are traced, where the caller has not decided."""
-    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    drain_s: _Pause = 30.0
     """How long work in flight may take to finish after SIGTERM; then it is told UNAVAILABLE."""
-    grace_s: Annotated[float, Field(ge=0)] = 1.0
+    grace_s: _Pause = 1.0
     """How long new calls are taken after SIGTERM, so that balancers have time to look elsewhere."""
     queue_s: Annotated[float, Field(gt=0)] = 30.0
     """Work that may wait for one model, in predicted seconds; more is RESOURCE_EXHAUSTED."""
@@ -187,9 +188,13 @@ def _environment() -> dict[str, str]:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of ``ELS_…`` variables that are no setting, sorted; misspelt, perhaps."""
+    """Return the names of ``ELS_…`` variables that are no setting, sorted; misspelt, perhaps.
+
+    Those in small letters, too, which nobody reads.
+    """
     known = {"ELS_CONFIG", *(f"ELS_{name.upper()}" for name in Settings.model_fields)}
-    return sorted(name for name in environment if name.startswith("ELS_") and name not in known)
+    ours = {name for name in environment if name.upper().startswith("ELS_")}
+    return sorted(ours - known)
 
 
 def cpu_limit() -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from benchmarks.deploy import names
 from benchmarks.deploy.scaler import World, simulate
-from benchmarks.deploy.simulate import row, service_times_s
+from benchmarks.deploy.simulate import row, scalers, service_times_s
 
 CALL_S = 0.02
 SMALL = World(service_s=[CALL_S], replicas=4, load=0.3, step=4.0, step_at_s=60.0, tick_s=0.2)
@@ -60,9 +60,13 @@ def test_replicas_come_after_the_scrape_the_poll_and_their_start() -> None:
 
 def test_a_scaler_that_sees_the_busy_share_holds_what_one_that_sees_queues_lets_go() -> None:
     long = replace(BRIEF, back_at_s=1200.0, end_s=1200.0)
+    # By the manifest's own numbers: the first sees queues alone, the last is the manifest's.
+    first, *_, last = scalers().values()
     queue, busy = (
-        row("", each, simulate(each), 0.04) for each in (long, replace(long, busy_target=0.6))
+        row("", each, simulate(each), 0.04)
+        for each in (replace(long, **first), replace(long, **last))
     )
+    assert {*last} - {*first} == {"busy_target"}
     assert busy["last_above_target_s"] < queue["last_above_target_s"]
 
 

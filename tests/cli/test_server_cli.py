@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,30 @@ def test_check_refuses_a_gpu_that_is_not_there() -> None:
     result = run("check", "--config-only", "--device", "cuda")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "device: expected a CUDA device, found none" in result.stderr
+
+
+@pytest.fixture
+def somebody() -> Iterator[None]:
+    """Be somebody whom the system refuses what is root's."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    yield
+    os.seteuid(before)
+
+
+FIRST = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
+
+@pytest.mark.skipif(not FIRST.exists() or int(FIRST.read_text()) <= 9, reason="9 is everybody's")
+@pytest.mark.usefixtures("somebody")
+@pytest.mark.parametrize("name", ["port", "metrics_port", "health_port"])
+def test_check_refuses_a_port_that_only_root_may_take(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ELS_{name.upper()}", "9")
+    result = run("check", "--config-only")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{name}: expected a port that this user may take, got 9: Permission" in result.stderr
 
 
 def test_check_takes_ports_that_are_in_use_at_the_moment() -> None:

@@ -228,7 +228,11 @@ def test_scalers_ask_for_metrics_and_labels_that_the_server_has(server: ServerPr
         families = text_string_to_metric_families(page.read().decode())
         samples = [sample for family in families for sample in family.samples]
     asked = [one for query in queries for one in re.findall(r"(els_\w+)\{(.*?)\}", query)]
-    assert [name for name, _ in asked] == ["els_queue_cost_seconds", "els_request_seconds_bucket"]
+    assert [name for name, _ in asked] == [
+        "els_queue_cost_seconds",
+        "els_device_busy_seconds_total",
+        "els_request_seconds_bucket",
+    ]
     for name, matchers in asked:
         wanted = dict(re.findall(r'(\w+)="(.*?)"', matchers))
         # Prometheus' own label of what it scrapes.

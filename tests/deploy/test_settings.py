@@ -52,9 +52,10 @@ def test_the_file_is_what_the_settings_say_today() -> None:
     assert written.FILE.read_text() == written.render(), "run python -m deploy.settings"
 
 
-def test_a_key_that_no_setting_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    code, text = check(monkeypatch, {"ELS_GRACE": "5", "ELS_GRACE_S": "5"})
-    assert (code, text) == (2, "els-server: ELS_GRACE: expected names of settings, got others\n")
+@pytest.mark.parametrize("name", ["ELS_GRACE", "els_grace_s"])
+def test_a_key_that_no_setting_has_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    code, text = check(monkeypatch, {name: "5", "ELS_GRACE_S": "5"})
+    assert (code, text) == (2, f"els-server: {name}: expected names of settings, got others\n")
 
 
 def test_the_base_alone_is_refused_as_nothing_encrypts(monkeypatch: pytest.MonkeyPatch) -> None:

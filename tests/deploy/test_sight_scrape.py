@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.mark.parametrize("place", ["dashboard", "variables", "rules", "runbooks", "scalers"])
 def test_every_metric_label_and_value_that_is_asked_for_is_there(world: World, place: str) -> None:
     expressions = asked()[place]
-    assert expressions or place == "scalers"
+    assert expressions
     for selected in (one for expression in expressions for one in selections(expression)):
         found = world.prometheus.series(selected.name)
         assert found, f"no metric {selected.name}"
@@ -149,6 +150,12 @@ def test_every_panel_has_lines_and_every_legend_its_labels(world: World) -> None
         samples = world.prometheus.until(expression.removesuffix(" > 0"))
         for name in LABEL.findall(legend):
             assert all(name in sample["metric"] for sample in samples), (legend, expression)
+
+
+def test_each_query_of_a_scaler_has_one_number(world: World) -> None:
+    for query in scalers():
+        (sample,) = world.prometheus.until(query)
+        assert math.isfinite(float(sample["value"][1])), query
 
 
 def test_all_that_can_become_of_a_question_was_seen(world: World) -> None:

@@ -33,10 +33,22 @@ def ways(three: Fleet) -> Iterator[Mapping[str, str]]:
         yield found
 
 
+needs_envoy = pytest.mark.skipif(
+    envoy.program() is None, reason="no callers behind Envoy: make deploy-tools"
+)
+
+
 def assert_none_failed(observed: Mapping[str, Observed]) -> None:
     for way, seen in observed.items():
         assert seen.load.calls, way
         assert seen.load.failures() == [], way
+
+
+@needs_envoy
+def test_callers_come_both_ways_to_three_processes(three: Fleet, ways: Mapping[str, str]) -> None:
+    assert tuple(ways) == WAYS
+    assert len(set(ways.values())) == len(WAYS)
+    assert len({replica.process.pid for replica in three.replicas}) == 3
 
 
 async def test_a_replica_that_hangs_is_soon_asked_no_more_and_again_once_it_goes_on(

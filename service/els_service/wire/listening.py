@@ -39,8 +39,14 @@ def bind(add: Callable[[str], int], host: str, port: int) -> int:
     return 0 if is_unix(host) else bound
 
 
-def why_not(host: str, port: int) -> str:
-    """Return the system's reason for refusing an address; empty where it takes it."""
+def why_not(host: str, port: int, *, taken: bool = True) -> str:
+    """Return the system's reason for refusing an address; empty where it takes it.
+
+    Args:
+        host: as of ``bind``.
+        port: as of ``bind``.
+        taken: whether it is a reason that somebody listens there.
+    """
     six = ":" in host
     family = socket.AF_INET6 if six else socket.AF_INET
     try:
@@ -50,6 +56,8 @@ def why_not(host: str, port: int) -> str:
         dual = six and socket.has_dualstack_ipv6()
         socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and not taken:
+            return ""
         return error.strerror or str(error)
     return ""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from els_service.config import Settings
 from els_service.errors import LoadError
+from els_service.wire.addresses import with_port
 from els_service.wire.doors import Doors, metrics_host
 from els_service.wire.listening import why_not
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from els_service.wire.tracing import Tracing
 
 _PORTS = ("port", "metrics_port", "health_port")
+_PRIVILEGED = 1024
+"""Ports below may be root's."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -25,9 +28,7 @@ def check_settings(settings: Settings) -> None:
     """
     Doors(settings)
     _check_ports(settings)
-    for name, host in (("host", settings.host), ("metrics_host", metrics_host(settings))):
-        if reason := why_not(host, 0):
-            raise LoadError(name, f"expected an address of this machine, got {host}: {reason}")
+    _check_addresses(settings)
     tracing_maker(settings)
     if settings.device == "cuda":
         # Imports torch, which takes seconds.
@@ -50,6 +51,18 @@ def tracing_maker(settings: Settings) -> Callable[[], Tracing] | None:
         needs = "expected the extra 'tracing' to be installed: pip install 'els-denoise[tracing]'"
         raise LoadError("traces", f"{needs} ({error})") from error
     return partial(Tracing, settings.traces, settings.traces_ratio)
+
+
+def _check_addresses(settings: Settings) -> None:
+    metrics = metrics_host(settings)
+    for name, host in (("host", settings.host), ("metrics_host", metrics)):
+        if reason := why_not(host, 0):
+            raise LoadError(name, f"expected an address of this machine, got {host}: {reason}")
+    for name, host in zip(_PORTS, (settings.host, metrics, with_port(settings.host)), strict=True):
+        port = getattr(settings, name) or 0
+        # Others are everybody's; to try one is to take it for a moment.
+        if port < _PRIVILEGED and (reason := why_not(host, port, taken=False)):
+            raise LoadError(name, f"expected a port that this user may take, got {port}: {reason}")
 
 
 def _check_ports(settings: Settings) -> None:
