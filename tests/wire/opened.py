@@ -28,9 +28,11 @@ class _OneModel:
 
 def open_denoise(request: pb.DenoiseRequest, info: DenoiserInfo, limits: Limits) -> Query:
     """Return the query of a request, which stays as it is."""
-    opener = Envelopes(_one(info), limits)
+    opener = Envelopes(_one(info), limits, pb.DenoiseResponse, "denoised")
     first, again = (opener.open(_copy(request))[2] for _ in range(2))
     _assert_same(first, again)
+    if (recognised := opener.recognise(request.SerializeToString())) is not None:
+        _assert_same(first, opener.open(recognised)[2])
     return first
 
 
@@ -40,6 +42,10 @@ def open_inference(request: oip.ModelInferRequest, info: DenoiserInfo, limits: L
     (*_, first, name), (*_, again, _) = (opener.open(_copy(request)) for _ in range(2))
     assert name == request.id
     _assert_same(first, again)
+    if (recognised := opener.recognise(request.SerializeToString())) is not None:
+        *_, query, name = opener.open(recognised)
+        assert name == request.id
+        _assert_same(first, query)
     return first
 
 

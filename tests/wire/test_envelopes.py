@@ -12,11 +12,11 @@ from tests.e2e.models_folder import LABELS, SHAPE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo
+from els_service.denoisers.base import Denoised, DenoiserInfo
 from els_service.engine.lane import Statistics
 from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError
-from els_service.wire import envelopes
+from els_service.wire import kept
 from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
 
 INFO = DenoiserInfo(kind="analytic", shape=SHAPE, label_count=LABELS, has_log_evidence=True)
@@ -40,7 +40,7 @@ def models() -> OneModel:
 
 @pytest.fixture
 def opener(models: Any) -> Envelopes:
-    return Envelopes(models, LIMITS)
+    return Envelopes(models, LIMITS, pb.DenoiseResponse, "denoised")
 
 
 def opened(opener: Envelopes, request: pb.DenoiseRequest) -> DenoiseEnvelope:
@@ -91,6 +91,52 @@ def test_pixels_of_a_known_envelope_are_checked_all_the_same(opener: Envelopes) 
         opener.open(bad)
 
 
+def test_a_request_is_recognised_from_the_third_on_and_has_its_own_pixels(
+    opener: Envelopes,
+) -> None:
+    data = denoise().SerializeToString()
+    assert opener.recognise(data) is None
+    first, second = (opened(opener, denoise()) for _ in range(2))
+    assert first is second
+    half = denoise()
+    half.x.data = np.full(30, 0.5, "<f4").tobytes()
+    recognised = opener.recognise(half.SerializeToString())
+    assert recognised is not None
+    assert recognised.model == half.model
+    _, envelope, query = opener.open(recognised)
+    assert (envelope, recognised.pixels) == (first, b"")
+    assert (query.pixels == 0.5).all()
+    assert opener.recognise(denoise(labels=[1]).SerializeToString()) is None
+    half.x.data = np.full(30, np.inf, "<f4").tobytes()
+    with pytest.raises(InvalidArgumentError, match="finite pixels"):
+        opener.open(opener.recognise(half.SerializeToString()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [pb.DTYPE_F32, pb.DTYPE_F16, pb.DTYPE_BF16])
+def test_an_answer_is_the_same_message_before_and_after_it_is_known(
+    opener: Envelopes, dtype: pb.DType.ValueType
+) -> None:
+    answer = Denoised(np.random.default_rng(0).normal(size=(1, *SHAPE)).astype(np.float32), None)
+    envelope = opened(opener, denoise(output_dtype=dtype))
+    first = opener.answer(envelope, answer.pixels, answer)
+    opened(opener, denoise(output_dtype=dtype))
+    again = opener.answer(envelope, answer.pixels, answer)
+    assert isinstance(first, pb.DenoiseResponse)
+    assert isinstance(again, bytes)
+    assert pb.DenoiseResponse.FromString(again) == first
+
+
+def test_a_request_to_a_model_that_is_loaded_anew_is_not_recognised(
+    models: OneModel, opener: Envelopes
+) -> None:
+    for _ in range(2):
+        opened(opener, denoise())
+    data = denoise().SerializeToString()
+    assert opener.recognise(data) is not None
+    models.info = replace(INFO, has_log_evidence=False)
+    assert opener.recognise(data) is None
+
+
 def test_a_model_that_is_loaded_anew_judges_anew(models: OneModel, opener: Envelopes) -> None:
     request = denoise(return_log_evidence=True)
     opened(opener, denoise(return_log_evidence=True))
@@ -100,12 +146,12 @@ def test_a_model_that_is_loaded_anew_judges_anew(models: OneModel, opener: Envel
 
 
 def test_what_is_kept_is_bounded(opener: Envelopes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(envelopes, "_KEPT", 3)
+    monkeypatch.setattr(kept, "_KEPT", 3)
     for sigma in range(1, 9):
         opened(opener, denoise(level=pb.NoiseLevel(sigma=[sigma])))
         assert len(opener._kept._kept) <= 3
-    first = opened(opener, denoise(model="m" * envelopes.KEY_BYTES))
-    assert opened(opener, denoise(model="m" * envelopes.KEY_BYTES)) is not first
+    first = opened(opener, denoise(model="m" * kept.KEY_BYTES))
+    assert opened(opener, denoise(model="m" * kept.KEY_BYTES)) is not first
 
 
 def test_what_queries_share_cannot_be_written(opener: Envelopes) -> None:

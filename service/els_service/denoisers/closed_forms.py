@@ -75,19 +75,19 @@ class GaussianDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return the posterior means; no evidence."""
         # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
-        scales = [
-            self._affine(a, s)
-            for a, s in zip(query.level.a.tolist(), query.level.s.tolist(), strict=True)
-        ]
-        mean = query.pixels * _per_image([gain for gain, _ in scales])
+        levels = list(zip(query.level.a.tolist(), query.level.s.tolist(), strict=True))
+        gains = [self._gain(a, s) for a, s in levels]
+        mean = query.pixels * _per_image(gains)
         if not self._centred:
-            mean += _per_image([rest for _, rest in scales])
+            rests = [
+                self._mean * (1 - gain * a) for gain, (a, _) in zip(gains, levels, strict=True)
+            ]
+            mean += _per_image(rests)
         return Denoised(mean, None)
 
-    def _affine(self, a: float, s: float) -> tuple[_Statistic, _Statistic]:
-        """Return gain and rest of ``D(x) = gain·x + rest``."""
-        gain = a * self._variance / (a * a * self._variance + s * s)
-        return gain, self._mean * (1 - gain * a)
+    def _gain(self, a: float, s: float) -> _Statistic:
+        """Return the gain of ``D(x) = gain·x + (1 - gain·a)·μ``."""
+        return a * self._variance / (a * a * self._variance + s * s)
 
 
 _Statistic = float | npt.NDArray[np.float64]

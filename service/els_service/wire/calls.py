@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +54,10 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
+Answer = Any
+"""A message of the method, or its bytes; the generated bases know only of messages."""
+Recognise = Mapping[str, Callable[[bytes], object | None]]
+"""Method → what it is handed for bytes that it need not read whole; None where it has to."""
 Context = Any
 """A ``grpc.aio.ServicerContext``; the generated bases ask for a type that is the sync one too."""
 
@@ -120,15 +124,20 @@ class Calls:
     def register(
         self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
     ) -> None:
-        """Add a servicer to a server, by the function that was generated for it."""
+        """Add a servicer to a server, by the function that was generated for it.
+
+        A servicer may have ``recognise``, and answer with the bytes of a message.
+        """
         collector = _Collector()
         add_to_server(servicer, collector)
+        recognise: Recognise = getattr(servicer, "recognise", {})
         for service, handlers in collector.handlers.items():
             methods = {
                 name: self._method(service, name, handler) for name, handler in handlers.items()
             }
             wrapped = {
-                name: self._wrap(methods[name], handler) for name, handler in handlers.items()
+                name: self._wrap(methods[name], handler, recognise.get(name, _nothing))
+                for name, handler in handlers.items()
             }
             self._add(service, wrapped, methods, server)
 
@@ -174,8 +183,10 @@ class Calls:
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         return self._metrics.method(kind, service, name, next(fields, ""))
 
-    def _wrap(self, method: Method, handler: Handler) -> Handler:
-        parse = _tolerant(handler.request_deserializer, method)
+    def _wrap(
+        self, method: Method, handler: Handler, recognise: Callable[[bytes], object | None]
+    ) -> Handler:
+        parse = _tolerant(handler.request_deserializer, method, recognise)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._streaming(method, handler.stream_stream), parse, handler.response_serializer
@@ -185,7 +196,7 @@ class Calls:
                 self._streaming(method, handler.unary_stream), parse, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler.unary_unary), parse, handler.response_serializer
+            self._unary(method, handler.unary_unary), parse, _lenient(handler.response_serializer)
         )
 
     def _unary(self, method: Method, behaviour: Any) -> Any:
@@ -353,14 +364,33 @@ def _ids(context: Context, trace_id: str | None) -> dict[str, str]:
     return ids
 
 
-def _tolerant(deserializer: Any, method: Method) -> Any:
+def _tolerant(
+    deserializer: Any, method: Method, recognise: Callable[[bytes], object | None]
+) -> Any:
     """Return a deserializer that answers garbage with ``_Malformed``: grpc would say INTERNAL."""
 
     def parse(data: bytes) -> Any:
         method.received += 1
+        known = recognise(data)
+        if known is not None:
+            return known
         try:
             return deserializer(data)
         except DecodeError as error:
             return _Malformed(str(error) or "truncated or garbage bytes")
 
     return parse
+
+
+def _lenient(serializer: Any) -> Any:
+    """Return a serializer that takes bytes as they are."""
+
+    def write(answer: Any) -> bytes:
+        data: bytes = answer if type(answer) is bytes else serializer(answer)
+        return data
+
+    return write
+
+
+def _nothing(_: bytes) -> None:
+    return None

@@ -25,7 +25,7 @@ from els_service.engine.engine import Engine, Run
 from els_service.engine.models import Entry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from els_service.wire import codec
-from els_service.wire.calls import Context, check_message
+from els_service.wire.calls import Answer, Context, Recognise, check_message
 from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
 from els_service.wire.resume import decode_token, encode_token
 from els_service.wire.streams import in_order
@@ -45,28 +45,29 @@ class DenoiserService(DenoiserServiceServicer):
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
         self._engine, self._limits, self._draining = engine, limits, draining
-        self._denoise = Envelopes(engine.models, limits)
-        self._score = Envelopes(engine.models, limits)
+        self._denoise = Envelopes(engine.models, limits, pb.DenoiseResponse, "denoised")
+        self._score = Envelopes(engine.models, limits, pb.ScoreResponse, "score")
+        self.recognise: Recognise = {
+            "Denoise": self._denoise.recognise,
+            "DenoiseStream": self._denoise.recognise,
+            "Score": self._score.recognise,
+        }
 
-    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> pb.DenoiseResponse:
+    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Answer:
         """Return the expected clean images."""
         entry, envelope, query = self._denoise.open(request)
         answer = self._ask(entry, envelope, query, context)
-        response = pb.DenoiseResponse()
-        _write(response, answer if isinstance(answer, Denoised) else await answer, envelope)
-        return response
+        if not isinstance(answer, Denoised):
+            answer = await answer
+        return self._denoise.answer(envelope, answer.pixels, answer)
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> Answer:
         """Return the scores."""
         entry, envelope, query = self._score.open(request)
         answer = self._ask(entry, envelope, query, context)
         if not isinstance(answer, Denoised):
             answer = await answer
-        response = pb.ScoreResponse()
-        envelope.write(response.score, score(query, answer.mean))
-        if envelope.log_evidence:
-            codec.write_evidence(response.log_evidence, answer)
-        return response
+        return self._score.answer(envelope, score(query, answer.mean), answer)
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context

@@ -1,14 +1,8 @@
-"""What requests say beside their pixels, judged once: callers send image after image alike.
-
-Reading a message field by field costs more than the arithmetic of a small model. An envelope is the
-request without its pixels, and good for every image that comes in the same bytes.
-"""
+"""Requests of ``denoise.v1`` as envelopes and queries, and the answers to them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,39 +10,17 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo, Query, make_query
+from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.engine.models import Entry, Models
 from els_service.errors import InvalidArgumentError
 from els_service.wire import codec
+from els_service.wire.frames import frame_of
+from els_service.wire.kept import KEY_BYTES, Envelope, Kept, Recognised
 
-KEY_BYTES = 512
-"""Envelopes that are longer are not kept."""
-_KEPT = 4096
-
-
-@dataclass(eq=False, slots=True)  # never changed
-class Envelope:
-    """A request without its pixels, found good."""
-
-    info: DenoiserInfo
-    """Of the model that judged the request; not the model, which would stay in memory."""
-    checked: bool
-    """Whether its denoiser can answer; else the engine is to see to it."""
-    model: str
-    version: str
-    """As asked for: empty for the newest."""
-    blank: Query
-    """The query but for its pixels, which are zero; read-only, as many queries share it."""
-    priority: int
-    timeout_s: float
-
-    def ask(self, pixels: npt.NDArray[np.float32]) -> Query:
-        """Return the query of pixels [B, C, H, W] that were found good."""
-        blank = self.blank
-        return Query(pixels, blank.level, blank.labels, blank.windows, blank.conditions)
+_Answer = pb.DenoiseResponse | pb.ScoreResponse
 
 
-@dataclass(eq=False, slots=True)  # never changed
+@dataclass(eq=False, slots=True)
 class DenoiseEnvelope(Envelope):
     """A ``DenoiseRequest`` or ``ScoreRequest`` without its pixels."""
 
@@ -75,48 +47,34 @@ class DenoiseEnvelope(Envelope):
         message.data = codec.bytes_of(answer, self.output_dtype)
 
 
-_E = TypeVar("_E", bound=Envelope)
-
-
-class Kept(Generic[_E]):
-    """The envelopes seen lately, by their bytes."""
-
-    def __init__(self, models: Models) -> None:
-        self._models, self._kept = models, dict[Hashable, _E]()
-
-    def get(self, key: Hashable) -> tuple[Entry, _E] | None:
-        """Return the model and the envelope of a key, unless the model is another by now.
-
-        Raises:
-            NotFoundError, UnavailableError: The model is not served.
-        """
-        known = self._kept.get(key)
-        if known is None:
-            return None
-        entry = self._models.entry(known.model, known.version)
-        return (entry, known) if entry.info is known.info else None
-
-    def put(self, key: Hashable, envelope: _E) -> None:
-        """Keep an envelope; callers make keys as they please, so there is a bound."""
-        if len(self._kept) >= _KEPT:
-            self._kept.clear()
-        self._kept[key] = envelope
-
-
 class Envelopes:
-    """Opens the requests of one method."""
+    """Opens the requests of one method.
 
-    def __init__(self, models: Models, limits: Limits) -> None:
+    Args:
+        models: that are asked.
+        limits: of requests.
+        answer: the class of the method's answers.
+        tensor: the field of theirs that holds what is asked for.
+    """
+
+    def __init__(self, models: Models, limits: Limits, answer: type[_Answer], tensor: str) -> None:
         self._models, self._limits = models, limits
+        self._answer, self._tensor = answer, tensor
         self._kept: Kept[DenoiseEnvelope] = Kept(models)
+        self.recognise = self._kept.recognise
 
-    def open(self, request: codec.Request) -> tuple[Entry, DenoiseEnvelope, Query]:
+    def open(
+        self, request: codec.Request | Recognised[DenoiseEnvelope]
+    ) -> tuple[Entry, DenoiseEnvelope, Query]:
         """Return a request's model, envelope and query; takes the pixels out of the request.
 
         Raises:
             NotFoundError, UnavailableError: No such model.
             InvalidArgumentError, ResourceExhaustedError: As ``seal`` and ``DenoiseEnvelope.query``.
         """
+        if isinstance(request, Recognised):
+            entry, envelope, data = request.open()
+            return entry, envelope, envelope.query(data)
         data = request.x.data
         request.x.ClearField("data")
         # A condition is as large as an image.
@@ -124,12 +82,54 @@ class Envelopes:
         kept = self._kept.get(key)
         if kept is not None:
             entry, envelope = kept
+            if not envelope.known:
+                self._learn(request, envelope, len(data))
         else:
             entry = self._models.entry(request.model, request.version)
             envelope = seal(request, len(data), entry, self._limits)
             if 0 < len(key) <= KEY_BYTES:
                 self._kept.put(key, envelope)
         return entry, envelope, envelope.query(data)
+
+    def _learn(self, request: codec.Request, envelope: DenoiseEnvelope, size: int) -> None:
+        def asks(pixels: bytes) -> bytes:
+            request.x.data = pixels
+            return request.SerializeToString()
+
+        def answers(pixels: bytes) -> bytes:
+            message = self._answer()
+            tensor: pb.Tensor = getattr(message, self._tensor)
+            tensor.MergeFromString(envelope.head)
+            tensor.data = pixels
+            data: bytes = message.SerializeToString()
+            return data
+
+        self._kept.learn(envelope, asks, size)
+        request.x.ClearField("data")
+        if not envelope.log_evidence:
+            of_answer = envelope.blank.pixels.size * codec.output_size(envelope.output_dtype)
+            envelope.frame = frame_of(answers, of_answer)
+
+    def answer(
+        self,
+        envelope: DenoiseEnvelope,
+        pixels: Tensor | npt.NDArray[np.float32],
+        denoised: Denoised,
+    ) -> _Answer | bytes:
+        """Return the answer to a request, or its bytes.
+
+        Args:
+            envelope: of the request.
+            pixels: what was asked for, [B, C, H, W].
+            denoised: with the evidence, which may be asked for, too.
+        """
+        if envelope.frame is not None:
+            return envelope.frame.around(codec.bytes_of(pixels, envelope.output_dtype))
+        message = self._answer()
+        envelope.write(getattr(message, self._tensor), pixels)
+        if envelope.log_evidence:
+            codec.write_evidence(message.log_evidence, denoised)
+        return message
 
 
 def seal(request: codec.Request, size: int, entry: Entry, limits: Limits) -> DenoiseEnvelope:

@@ -17,7 +17,7 @@ from els_service.engine.engine import Engine
 from els_service.errors import ElsError
 from els_service.version import FULL
 from els_service.wire.administration_service import EXTENSIONS, Administration, Changed, platform_of
-from els_service.wire.calls import Context
+from els_service.wire.calls import Answer, Context, Recognise
 from els_service.wire.orders import Orders
 from els_service.wire.signatures import FP32, INPUTS, inputs_of, outputs_of
 from els_service.wire.terms import terms_of
@@ -37,6 +37,7 @@ class InferenceService(Administration):
     ) -> None:
         super().__init__(engine, limits, changed)
         self._ready, self._orders = ready, Orders(engine.models, limits)
+        self.recognise: Recognise = {"ModelInfer": self._orders.recognise}
 
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context
@@ -87,21 +88,16 @@ class InferenceService(Administration):
             ],
         )
 
-    async def ModelInfer(
-        self, request: pb.ModelInferRequest, context: Context
-    ) -> pb.ModelInferResponse:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Answer:
         """Return the requested outputs, as raw contents."""
         entry, order, query, name = self._orders.open(request)
         terms = terms_of(context, order.priority, order.timeout_s)
         answer = self._engine.denoise(entry, query, terms, checked=order.checked)
         if not isinstance(answer, Denoised):
             answer = await answer
-        response = pb.ModelInferResponse()
-        response.CopyFrom(order.response)
-        response.id = name
-        for output in order.outputs:
-            response.raw_output_contents.append(_OUTPUTS[output](query, answer).tobytes())
-        return response
+        return order.answer(
+            name, [_OUTPUTS[output](query, answer).tobytes() for output in order.outputs]
+        )
 
 
 def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from els_proto.denoise.v1.denoise_pb2 import DTYPE_F32
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
@@ -21,7 +22,9 @@ from els_service.engine.models import Entry, Models
 from els_service.engine.terms import PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.wire import codec
-from els_service.wire.envelopes import KEY_BYTES, Envelope, Kept, share
+from els_service.wire.envelopes import share
+from els_service.wire.frames import frame_of
+from els_service.wire.kept import KEY_BYTES, Envelope, Kept, Recognised
 from els_service.wire.signatures import FP32, INPUTS, LEVELS, inputs_of, outputs_of
 
 _MAX_TIMEOUT_US = 2**63 - 1
@@ -29,7 +32,7 @@ _MAX_TIMEOUT_US = 2**63 - 1
 Inputs = dict[str, npt.NDArray[Any]]
 
 
-@dataclass(eq=False, slots=True)  # never changed
+@dataclass(eq=False, slots=True)
 class Order(Envelope):
     """A ``ModelInfer`` request without its pixels and its id."""
 
@@ -39,6 +42,16 @@ class Order(Envelope):
     """Bytes of the answer's tensors."""
     response: pb.ModelInferResponse
     """But for id and contents."""
+
+    def answer(self, name: str, contents: Sequence[bytes]) -> bytes:
+        """Return the bytes of the answer to a request of this id, from those of each output."""
+        if self.frame is not None and not name:
+            return self.frame.around(contents[0])
+        response = pb.ModelInferResponse()
+        response.CopyFrom(self.response)
+        response.id = name
+        response.raw_output_contents.extend(contents)
+        return response.SerializeToString()
 
     def query(self, x: npt.NDArray[np.float32]) -> Query:
         """Return the query of pixels [B, C, H, W], of which it makes a copy.
@@ -57,14 +70,21 @@ class Orders:
     def __init__(self, models: Models, limits: Limits) -> None:
         self._models, self._limits = models, limits
         self._kept: Kept[Order] = Kept(models)
+        self.recognise = self._kept.recognise
 
-    def open(self, request: pb.ModelInferRequest) -> tuple[Entry, Order, Query, str]:
+    def open(
+        self, request: pb.ModelInferRequest | Recognised[Order]
+    ) -> tuple[Entry, Order, Query, str]:
         """Return a request's model, order, query and id; takes contents and id out of the request.
 
         Raises:
             NotFoundError, UnavailableError: No such model.
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
         """
+        if isinstance(request, Recognised):
+            entry, order, data = request.open()
+            pixels = codec.decode_pixels(data, DTYPE_F32, "x", order.blank.pixels.shape)
+            return entry, order, order.ask(pixels), ""
         name = request.id
         request.ClearField("id")
         raw: Sequence[bytes] = request.raw_input_contents
@@ -78,6 +98,8 @@ class Orders:
         if kept is not None:
             entry, order = kept
             x = _buffer("x", raw[0], FP32.layout, order.blank.pixels.shape)
+            if not order.known:
+                self._learn(request, raw, order)
         else:
             entry = self._models.entry(request.model_name, request.model_version)
             inputs = decode_inputs(request, raw, entry.info)
@@ -89,6 +111,18 @@ class Orders:
         length = len(name) if name.isascii() else len(name.encode())
         codec.check_answer_size("x.shape", order.size + length, self._limits)
         return entry, order, order.query(x), name
+
+    def _learn(self, request: pb.ModelInferRequest, raw: Sequence[bytes], order: Order) -> None:
+        """Recognise such requests where they have no id, and write their answers at once."""
+
+        def asks(pixels: bytes) -> bytes:
+            del request.raw_input_contents[:]
+            request.raw_input_contents.extend([pixels, *raw[1:]])
+            return request.SerializeToString()
+
+        self._kept.learn(order, asks, len(raw[0]))
+        if len(order.outputs) == 1:
+            order.frame = frame_of(lambda pixels: order.answer("", [pixels]), order.size)
 
 
 def seal(request: pb.ModelInferRequest, inputs: Inputs, entry: Entry, limits: Limits) -> Order:

@@ -11,6 +11,8 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import ElsError, UnavailableError
 from els_service.wire.batches import check_cancelled
 from els_service.wire.calls import status_of
+from els_service.wire.envelopes import DenoiseEnvelope
+from els_service.wire.kept import Recognised
 
 _log = logging.getLogger(__name__)
 
@@ -23,11 +25,12 @@ caller does not read its answers holds ``WINDOW * _SHARE`` bytes, and the reques
 Answer = pb.DenoiseStreamResponse
 Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
 """Answers, each with the room that its request took; None where there is no other."""
-Begin = Callable[[pb.DenoiseRequest], Answer | Awaitable[Answer]]
+Request = pb.DenoiseRequest | Recognised[DenoiseEnvelope]
+Begin = Callable[[Request], Answer | Awaitable[Answer]]
 
 
 async def in_order(
-    requests: AsyncIterator[pb.DenoiseRequest], begin: Begin, draining: asyncio.Event
+    requests: AsyncIterator[Request], begin: Begin, draining: asyncio.Event
 ) -> AsyncIterator[Answer]:
     """Yield one answer for each request, in order; what fails is answered with its error.
 
@@ -65,7 +68,7 @@ async def in_order(
 
 
 async def _read(
-    requests: AsyncIterator[pb.DenoiseRequest],
+    requests: AsyncIterator[Request],
     begin: Begin,
     begun: Begun,
     room: asyncio.Semaphore,
@@ -107,12 +110,14 @@ async def _settled(answer: asyncio.Future[Answer]) -> Answer:
         return _failed(error)
 
 
-def _held(request: pb.DenoiseRequest, answer: Answer | asyncio.Future[Answer]) -> int:
+def _held(request: Request, answer: Answer | asyncio.Future[Answer]) -> int:
     """Return how many bytes a request and its answer hold at most, until the answer is taken."""
     if isinstance(answer, Answer):
         return answer.ByteSize()
     # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
     # evidence as pixels at most. The request holds pixels no more.
+    if isinstance(request, Recognised):
+        return 8 * request.envelope.blank.pixels.size
     return request.ByteSize() + 8 * math.prod(request.x.shape)
 
 
