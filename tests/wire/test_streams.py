@@ -10,7 +10,7 @@ import pytest
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import UnavailableError
-from els_service.wire.streams import WINDOW, Answer, in_order
+from els_service.wire.streams import WINDOW, Answer, Request, in_order
 
 
 class Caller:
@@ -29,13 +29,13 @@ class Caller:
             self.read += 1
             yield pb.DenoiseRequest(model=str(self.read), x=self._x)
 
-    def begin(self, request: pb.DenoiseRequest) -> asyncio.Future[Answer]:
+    def begin(self, request: Request) -> asyncio.Future[Answer]:
         self.begun += 1
         future = asyncio.ensure_future(self._answer(request))
         self.futures.append(future)
         return future
 
-    async def _answer(self, request: pb.DenoiseRequest) -> Answer:
+    async def _answer(self, request: Request) -> Answer:
         await self.go.wait()
         answer = Answer()
         answer.error.message = request.model
