@@ -82,7 +82,7 @@ def _check_bytes(size: int, dtype: int, field: str, shape: tuple[int, ...]) -> N
 
 
 def decode_pixels(
-    data: bytes, dtype: int, field: str, shape: tuple[int, ...]
+    data: bytes | memoryview, dtype: int, field: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
     """Return the numbers that bytes stand for, float32 of ``shape``; u8 as v/127.5 - 1.
 

@@ -32,7 +32,7 @@ class DenoiseEnvelope(Envelope):
     log_evidence: bool
     """Whether it is wanted."""
 
-    def query(self, data: bytes) -> Query:
+    def query(self, data: bytes | memoryview) -> Query:
         """Return the query of the pixels in ``data``.
 
         Raises:
@@ -73,8 +73,8 @@ class Envelopes:
             InvalidArgumentError, ResourceExhaustedError: As ``seal`` and ``DenoiseEnvelope.query``.
         """
         if isinstance(request, Recognised):
-            entry, envelope, data = request.open()
-            return entry, envelope, envelope.query(data)
+            entry, envelope, pixels = request.open()
+            return entry, envelope, envelope.query(pixels)
         data = request.x.data
         request.x.ClearField("data")
         # A condition is as large as an image.

@@ -30,7 +30,7 @@ class Frame:
 
     def around(self, pixels: bytes) -> bytes:
         """Return the message with these pixels, as many as it was made for."""
-        return self.head + pixels + self.tail
+        return b"".join((self.head, pixels, self.tail))
 
 
 def frame_of(write: Callable[[bytes], bytes], size: int) -> Frame | None:
@@ -58,14 +58,14 @@ class Frames(Generic[V]):
         """Length of a message → where its pixels begin and end, and what is known by the rest."""
         self._count = 0
 
-    def find(self, message: bytes) -> tuple[V, bytes] | None:
-        """Return what is known of a message by its frame, and its pixels."""
+    def find(self, message: bytes) -> tuple[V, memoryview] | None:
+        """Return what is known of a message by its frame, and its pixels, which it holds on to."""
         place = self._places.get(len(message))
         if place is None:
             return None
         start, end, known = place
         value = known.get(message[:start] + message[end:])
-        return None if value is None else (value, message[start:end])
+        return None if value is None else (value, memoryview(message)[start:end])
 
     def put(self, frame: Frame, size: int, value: V) -> None:
         """Keep what is known of messages of a frame with ``size`` bytes of pixels."""

@@ -58,7 +58,7 @@ class Recognised(Generic[_E]):
 
     __slots__ = ("entry", "envelope", "pixels")
 
-    def __init__(self, entry: Entry, envelope: _E, pixels: bytes) -> None:
+    def __init__(self, entry: Entry, envelope: _E, pixels: memoryview) -> None:
         self.entry, self.envelope, self.pixels = entry, envelope, pixels
 
     @property
@@ -68,9 +68,9 @@ class Recognised(Generic[_E]):
 
     model_name = model
 
-    def open(self) -> tuple[Entry, _E, bytes]:
+    def open(self) -> tuple[Entry, _E, memoryview]:
         """Return model, envelope and pixels; takes the pixels out."""
-        pixels, self.pixels = self.pixels, b""
+        pixels, self.pixels = self.pixels, memoryview(b"")
         return self.entry, self.envelope, pixels
 
 

@@ -82,8 +82,8 @@ class Orders:
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
         """
         if isinstance(request, Recognised):
-            entry, order, data = request.open()
-            pixels = codec.decode_pixels(data, DTYPE_F32, "x", order.blank.pixels.shape)
+            entry, order, view = request.open()
+            pixels = codec.decode_pixels(view, DTYPE_F32, "x", order.blank.pixels.shape)
             return entry, order, order.ask(pixels), ""
         name = request.id
         request.ClearField("id")
