@@ -108,8 +108,10 @@ def test_a_request_is_recognised_from_the_third_on_and_has_its_own_pixels(
     assert (query.pixels == 0.5).all()
     assert opener.recognise(denoise(labels=[1]).SerializeToString()) is None
     half.x.data = np.full(30, np.inf, "<f4").tobytes()
+    bad = opener.recognise(half.SerializeToString())
+    assert bad is not None
     with pytest.raises(InvalidArgumentError, match="finite pixels"):
-        opener.open(opener.recognise(half.SerializeToString()))  # type: ignore[arg-type]
+        opener.open(bad)
 
 
 @pytest.mark.parametrize("dtype", [pb.DTYPE_F32, pb.DTYPE_F16, pb.DTYPE_BF16])

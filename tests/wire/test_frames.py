@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
@@ -35,8 +36,10 @@ def test_a_frame_is_what_does_not_change_with_the_pixels(
         lambda pixels: b"nothing",
     ],
 )
-def test_messages_that_are_not_words_around_pixels_have_none(write: object) -> None:
-    assert frame_of(write, 4) is None  # type: ignore[arg-type]
+def test_messages_that_are_not_words_around_pixels_have_none(
+    write: Callable[[bytes], bytes],
+) -> None:
+    assert frame_of(write, 4) is None
 
 
 def test_without_pixels_or_with_very_many_there_is_none() -> None:
