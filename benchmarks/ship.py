@@ -85,7 +85,10 @@ def pack(trained: Path, out: Path, calibrated: Path | None = None) -> None:
     if calibrated is not None:
         shutil.copyfile(calibrated / WINDOWS_FILE, out / WINDOWS_FILE)
         calibration = _read(calibrated / CALIBRATION_FILE)
-        _write(out / CALIBRATION_FILE, calibration | {"command": public(calibration["command"])})
+        calibration["command"] = public(calibration["command"])
+        # In float16 the same network has another file.
+        calibration["network"]["fingerprint"] = _digest(out / WEIGHTS_FILE)
+        _write(out / CALIBRATION_FILE, calibration)
     (out / CARD_FILE).write_text(card(out.name, record, dtype, calibrated is not None))
     if size_of(out) > MOST_BYTES:
         shutil.rmtree(out)
@@ -123,7 +126,8 @@ def card(name: str, record: dict[str, Any], dtype: torch.dtype, has_windows: boo
         f"{record['parameters']:,} parameters in {str(dtype).removeprefix('torch.')}.",
         "",
         f"Trained by els-denoise on {data['images']:,} images of {data['source']}. "
-        f"Those are under: {data['licence']}. The weights are under the project's licence, MIT.",
+        f"Licence of the images: {data['licence']}. "
+        "The weights are under the project's licence, MIT.",
         "",
         "```sh",
         record["command"],
@@ -149,7 +153,7 @@ def _check(record: dict[str, Any], trained: Path, calibrated: Path | None) -> No
         if not record["data"][name]:
             raise InvalidArgumentError(f"data.{name}", f"a run with --{name}", "none")
     if calibrated is not None:
-        digest = hashlib.sha256((trained / WEIGHTS_FILE).read_bytes()).hexdigest()
+        digest = _digest(trained / WEIGHTS_FILE)
         found = _read(calibrated / CALIBRATION_FILE)["network"]["fingerprint"]
         if found != digest:
             raise InvalidArgumentError("windows", f"those of the network {digest}", found)
@@ -173,6 +177,10 @@ def _save(trained: Path, out: Path) -> torch.dtype:
         return torch.float16
     save_network_folder(out, document, tensors)
     return torch.float32
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

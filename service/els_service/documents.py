@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from els_service.errors import LoadError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 _T = TypeVar("_T")
 
@@ -40,6 +42,9 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: 
     Raises:
         LoadError: It does not fit; names ``source`` and every fault.
     """
+    # Here, because training and comparison read YAML where there is no pydantic.
+    from pydantic import ValidationError
+
     try:
         return adapter.validate_python(content)
     except ValidationError as error:

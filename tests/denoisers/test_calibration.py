@@ -24,7 +24,11 @@ from els_service.denoisers.comparison.calibration import (
     trajectory,
 )
 from els_service.denoisers.comparison.drawing import Draw
-from els_service.denoisers.comparison.subjects import find_windows, open_network
+from els_service.denoisers.comparison.subjects import (
+    BUNDLED_MODELS,
+    find_windows,
+    open_network,
+)
 from els_service.denoisers.levels import cosine
 from els_service.denoisers.windows import WindowTable
 from els_service.engine.repository import ModelRepository
@@ -147,13 +151,15 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert set(record["k_by_label"]) == {"0", "1"}
     shown = CliRunner().invoke(app, ["calibrate", "--help"])
     assert (shown.exit_code, "--search" in shown.output) == (0, True)
-    again = tmp_path / "again"
+    again = tmp_path / "again" / "net-els"
     subprocess.run(
         [sys.executable, "-c", _BARE, *told(tmp_path, "--out", str(again))],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         check=True,
     )
+    # Beside no bank it could not be served.
+    assert sorted(path.name for path in again.iterdir()) == ["calibration.json", "windows.yaml"]
     ours = json.loads((again / "calibration.json").read_text())
     assert ours | {"command": ""} == record | {"command": ""}
 
@@ -188,6 +194,7 @@ def test_what_cannot_be_calibrated_is_refused_by_name(
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
         (["--seed", "-1"], "seed: expected"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
+        (["--out", str(BUNDLED_MODELS / "new")], "out: expected a folder outside the package"),
     ):
         assert main([*told(tmp_path), *extra]) == 2
         assert expected in capsys.readouterr().err

@@ -22,7 +22,7 @@ from els_service.denoisers.comparison.subjects import (
     open_bank,
     open_network,
 )
-from els_service.errors import InvalidArgumentError, LoadError
+from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
 
@@ -64,16 +64,26 @@ def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) ->
     assert table.k == (3, 7)
     assert find_windows(network, "auto").table is None
     assert find_windows(network, str(beside)).source == "net-els/windows.yaml"
+    # A table whose record names other weights is not this network's.
+    (tmp_path / "net" / "calibration.json").write_text(json.dumps(content))
+    assert find_windows(network).source == "net/windows.yaml"
+    assert find_windows(replace(network, fingerprint="trained anew")).source == "auto"
     constant = find_windows(network, "5").table
     assert constant is not None
     assert constant.at(np.array([0.1, 10])).tolist() == [5, 5]
 
 
-@pytest.mark.parametrize("content", ["sigma: [1]\nk: [2]", "k: [3]", "[]", "{", "sigma: 1\nk: 3"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("sigma: [1]\nk: [2]", "sigma: [1]\nk: [3.7]", "sigma: 1\nk: 3", "k: [3]"),
+        *("[]", "{", 20_000 * "["),
+    ],
+)
 def test_a_table_that_is_none_is_refused_by_its_file(tmp_path: Path, content: str) -> None:
     network = open_network(str(write_network(tmp_path / "net")))
     (tmp_path / "net" / "windows.yaml").write_text(content)
-    with pytest.raises(LoadError, match=r"windows\.yaml: expected windows"):
+    with pytest.raises(LoadError, match=r"windows\.yaml: expected (windows|YAML)"):
         find_windows(network)
     with pytest.raises(InvalidArgumentError, match="windows: expected calibrated"):
         find_windows(network, str(tmp_path / "nowhere"))
@@ -89,3 +99,24 @@ def test_a_bank_is_cut_to_as_many_of_each_label(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cut.images, whole.images[[0, 1, 2, 3, 10, 11, 12]])
     with pytest.raises(InvalidArgumentError, match="bank-limit: expected at least 2"):
         open_bank(tmp_path / "bank.safetensors", info, 1)
+
+
+def test_a_name_is_a_served_model_a_path_a_folder_and_neither_leads_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    served, other = write_network(models / "net"), write_network(tmp_path / "here" / "net")
+    write_network(tmp_path / "here" / "own")
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_network("./net", models).folder.samefile(other)
+    assert open_network("own", models).name == "own"
+    for name in ("", "nowhere", "../models"):
+        with pytest.raises(ElsError, match="expected"):
+            open_network(name, models)
+    with pytest.raises(InvalidArgumentError, match=r"network: expected one model: .* \./net"):
+        open_network("net", models)
+    monkeypatch.chdir(models)
+    assert open_network("net", models).folder.samefile(served)
+    (served / "model.yaml").write_text("kind: gaussian")
+    with pytest.raises(LoadError, match=r"kind: expected network, got gaussian"):
+        open_network("net", models)

@@ -15,8 +15,15 @@ from tests.denoisers.networks import SHAPE, WIDTHS, config, denoiser
 
 from els_service.denoisers.base import Query, concatenate, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
-from els_service.denoisers.networks import Network, NetworkDenoiser
+from els_service.denoisers.networks import (
+    Execution,
+    Network,
+    NetworkDenoiser,
+    NetworkDocument,
+    build_network,
+)
 from els_service.denoisers.networks import denoiser as module
+from els_service.errors import ElsError
 
 POOL = 7
 SIGMA = [0.01, 0.1, 0.5, 0.5, 3.0, 20.0, 1e5]
@@ -106,6 +113,22 @@ def test_half_precision_is_half_the_memory_and_close(architecture: str, precisio
     assert precision in half.info.implementation
     error = relative_error(half.denoise(query).pixels, full.denoise(query).pixels)
     assert 1e-6 < error < 0.03
+
+
+def test_what_float16_cannot_hold_is_refused_and_never_answered() -> None:
+    of, x = config(), torch.full((2, *config().shape), 1.0)
+    x[1] = 1e6
+    query = make_query(x, from_sigma(np.array([1.0, 1.0])))
+    assert np.isfinite(denoiser(of, precision="bfloat16").denoise(query).pixels).all()
+    half = denoiser(of, precision="float16")
+    assert np.isfinite(half.denoise(query[:1]).pixels).all()
+    with pytest.raises(ElsError, match="the network answered NaN or infinity in float16"):
+        half.denoise(query)
+    network = build_network(of)
+    network.state_dict()["body.up.weight"].fill_(1e5)
+    document = NetworkDocument(of, Execution(precision="float16"))
+    with pytest.raises(ValueError, match=r"body\.up\.weight: expected numbers within the range"):
+        NetworkDenoiser(network, document)
 
 
 def test_determinism_that_a_library_does_not_give_is_not_promised(

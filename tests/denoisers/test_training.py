@@ -290,6 +290,8 @@ def test_data_may_come_in_parts_of_any_format(tmp_path: Path) -> None:
     for name, expected in (("other", "of shape"), ("bare", "parts with labels")):
         with pytest.raises(InvalidArgumentError, match=expected):
             load_training_data([parts[0], tmp_path / f"{name}.npz"])
+    with pytest.raises(InvalidArgumentError, match="resize: expected sides from 1 to 4096"):
+        load_training_data(parts[:1], resize=(8, 4097))
     with pytest.raises(InvalidArgumentError, match="data: expected a data set where"):
         load_training_data([parts[1]], limit=3)
 
@@ -322,8 +324,7 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         (["--precision", "tf32", "--device", "cpu"], "precision: expected"),
         (["--widths", "8", "--ema", "1"], "ema: expected"),
         (["--threads", "-1"], "threads: expected 0 or more, got -1"),
-        (["--minutes", "-1"], "seconds: expected at least 0, got -60.0"),
-        (["--checkpoint-seconds", "nan"], "checkpoint_s: expected at least 0, got nan"),
+        (["--label-dropout", "1"], "label_dropout: expected 0 to less than 1, got 1.0"),
     ):
         assert main(["--data", str(path), "--out", str(tmp_path / "out"), *extra]) == 2
         assert expected in capsys.readouterr().err
@@ -331,18 +332,73 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         train(settings(network={"shape": (1, 4, 4)}), bank, tmp_path / "out")
     with pytest.raises(InvalidArgumentError, match="label_dropout"):
         settings(label_dropout=0.5)
+    with pytest.raises(InvalidArgumentError, match="seconds: expected at least 0, got nan"):
+        Limits(seconds=float("nan"))
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("resize", "abc"), ("resize", "8x"), ("widths", "8,"), ("log-steps", "0"), ("limit", "0")],
+    ("option", "value", "expected"),
+    [
+        ("resize", "abc", "a whole number above 0"),
+        ("resize", "8x", "a whole number above 0"),
+        ("widths", "8,", "a whole number above 0"),
+        ("log-steps", "0", "a whole number above 0"),
+        ("limit", "0", "a whole number above 0"),
+        ("minutes", "-1", "a number, 0 or more"),
+        ("minutes", "soon", "a number, 0 or more"),
+        ("checkpoint-seconds", "nan", "a number, 0 or more"),
+    ],
 )
 def test_an_option_that_is_no_number_is_named(
-    capsys: pytest.CaptureFixture[str], option: str, value: str
+    capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["--data", "x", "--out", "y", f"--{option}", value])
-    assert f"{option}: expected a whole number above 0, got" in capsys.readouterr().err
+        main(["--data", "x", "--out", "y", f"--{option}={value}"])
+    assert f"{option}: expected {expected}, got" in capsys.readouterr().err
+
+
+def test_a_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, bank: Bank) -> None:
+    for name in ("model.yaml", "weights.safetensors"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("another's")
+        with pytest.raises(LoadError, match=f"{name}: expected no model, or one with its"):
+            train(settings(), bank, folder)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "another's")]
+
+
+def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:
+    parts: list[Path] = []
+    for names, licence in ((("cat", "dog"), "MIT"), (("dog", "zebra"), "CC0"), ((), "MIT")):
+        images = np.full((4, 1, 8, 8), len(parts), np.uint8)
+        labels, path = np.array([0, 1, 1, 0]), tmp_path / f"{len(parts)}.safetensors"
+        save_bank(
+            make_bank(images, labels, label_names=names, source="here", licence=licence), path
+        )
+        parts.append(path)
+    joined = load_training_data(parts[:2])
+    assert (joined.source, joined.licence) == ("here", "MIT; CC0")
+    assert joined.label_names == ("cat", "dog", "zebra")
+    part, label = joined.images[:, 0, 0, 0].tolist(), joined.labels.tolist()
+    found = {(i, joined.label_names[n]) for i, n in zip(part, label, strict=True)}
+    assert found == {(0, "cat"), (0, "dog"), (1, "dog"), (1, "zebra")}
+    with pytest.raises(InvalidArgumentError, match="parts that all name their labels, or none"):
+        load_training_data(parts)
+    told = load_training_data(parts, label_names=("a", "b"))
+    assert (told.label_count, told.label_names) == (2, ("a", "b"))
+
+
+def test_who_interrupts_a_run_is_told_how_to_go_on(
+    tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    save_bank(bank, tmp_path / "bank.safetensors")
+    monkeypatch.setattr(Batches, "__call__", interrupted)
+    arguments = ["--data", f"{tmp_path}/bank.safetensors", "--out", f"{tmp_path}/out"]
+    assert main([*arguments, "--widths", "8", "--device", "cpu"]) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
 
 
 def test_the_server_s_command_trains_too(tmp_path: Path, bank: Bank) -> None:

@@ -29,6 +29,8 @@ CIFAR10_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+MAX_SIDE = 4096
+"""Of what images are fitted to: no network is made for larger ones."""
 
 _GZIP = b"\x1f\x8b"
 _IDX = b"\x00\x00\x08"  # two zeros, then the type: unsigned bytes
@@ -80,8 +82,8 @@ def read_source(
     for field, value in (("limit", limit), ("per_label", per_label)):
         if value is not None and value < 1:
             raise InvalidArgumentError(field, "at least 1", value)
-    if resize is not None and min(resize) < 1:
-        raise InvalidArgumentError("resize", "sides of at least 1", resize)
+    if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
+        raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
     source = _open(path, format, labels)
     if source.count == 0 or 0 in source.image(0).shape:
         raise LoadError(path, "holds no images")

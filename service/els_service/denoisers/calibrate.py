@@ -36,6 +36,7 @@ from els_service.denoisers.comparison.calibration import (
 from els_service.denoisers.comparison.drawing import Draw, check_seed
 from els_service.denoisers.comparison.options import add_shared
 from els_service.denoisers.comparison.subjects import (
+    BUNDLED_MODELS,
     RECORD_FILE,
     WINDOWS_FILE,
     Network,
@@ -45,6 +46,7 @@ from els_service.denoisers.comparison.subjects import (
     open_network,
 )
 from els_service.denoisers.networks.folder import MODEL_FILE, write_atomically
+from els_service.documents import read_yaml
 from els_service.errors import InvalidArgumentError, LoadError
 
 _JOURNAL = "calibration-journal.json"
@@ -74,6 +76,8 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     machine = build_machines([options.machine], bank, info, device=device)[options.machine]
     windows = _candidates(options.windows, machine)
     out = options.out or _beside(network, options.machine)
+    if out.resolve().is_relative_to(BUNDLED_MODELS):
+        raise InvalidArgumentError("out", "a folder outside the package", out)
     _check_folder(out, machine)
     settings = {
         "network": network.described(),
@@ -101,6 +105,8 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     _write(out, machine, options.bank, found, _record(settings, found, labels, command))
     journal.file.unlink()
     print(f"windows {' '.join(map(str, found.k))}\nwritten: {out}")
+    if (network.folder / WINDOWS_FILE).exists():
+        print(f"{options.network} brings windows of its own; for these: compare --windows {out}")
 
 
 def _reporter(
@@ -141,11 +147,10 @@ def _check_folder(out: Path, machine: AnalyticDenoiser) -> None:
     path = out / MODEL_FILE
     if not path.exists():
         return
-    try:
-        content = yaml.safe_load(path.read_bytes())
-        held = {"padding": "zeros", "window": "auto"} | dict(content)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise LoadError(path, f"expected a model: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise LoadError(path, f"expected a model, got {type(content).__name__}")
+    held = {"padding": "zeros", "window": "auto"} | content
     info = machine.info
     wanted = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
     for name, value in {**wanted, "window": "auto"}.items():
@@ -174,18 +179,20 @@ def _record(
 def _write(
     out: Path, machine: AnalyticDenoiser, bank: Path, found: Calibration, record: dict[str, Any]
 ) -> None:
-    """Write table and record; and a model, where there is none."""
+    """Write table and record; and a model, where there is none and it could be served."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
     write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(out / WINDOWS_FILE, _text(table))
     if (out / MODEL_FILE).exists():
         return
+    if not bank.resolve().is_relative_to(out.resolve().parent):
+        root = out.resolve().parent
+        print(f"not servable: no {MODEL_FILE} was written, because {bank} is not inside {root}")
+        return
     where = os.path.relpath(bank.resolve(), out.resolve())
     info = machine.info
     model = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
     write_atomically(out / MODEL_FILE, _text(model | {"bank": where, "window": "auto"}))
-    if not bank.resolve().is_relative_to(out.resolve().parent):
-        print(f"to serve it, put the bank inside the folder of models and name it in {MODEL_FILE}")
 
 
 def _text(document: Mapping[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 
 from els_service.errors import ElsError, InvalidArgumentError
 
-_REFUSED = 2
+_REFUSED, _INTERRUPTED = 2, 130
 _WIDTH = 12
 
 
@@ -23,6 +24,22 @@ def positive(field: str) -> Callable[[str], int]:
             message = f"{field}: expected a whole number above 0, got {text}"
             raise argparse.ArgumentTypeError(message)
         return int(text)
+
+    return parse
+
+
+def amount(field: str) -> Callable[[str], float]:
+    """Return a parser of numbers from 0 to infinity."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not number >= 0:
+            message = f"{field}: expected a number, 0 or more, got {text}"
+            raise argparse.ArgumentTypeError(message)
+        return number
 
     return parse
 
@@ -51,12 +68,15 @@ def prepared_device(options: argparse.Namespace) -> str:
 
 
 def refusing(program: str, work: Callable[[], None]) -> int:
-    """Do the work; return the exit code: 0, or 2 where something is refused, told on stderr."""
+    """Do the work; return the exit code, told on stderr: 2: something is refused, 130: Ctrl-C."""
     try:
         work()
     except (ElsError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return _REFUSED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted: the same command goes on", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.command_line import Progress, listed, positive, prepared_device, refusing
+from els_service.denoisers.command_line import (
+    Progress,
+    amount,
+    listed,
+    positive,
+    prepared_device,
+    refusing,
+)
 from els_service.denoisers.networks.config import ARCHITECTURES, NetworkConfig
 from els_service.denoisers.networks.parametrisation import PREDICTIONS
 from els_service.denoisers.training import (
@@ -190,8 +197,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, default="float32", help="of the passes")
     add("--channels-last", action=flag, default=True, help="memory layout of images")
     add("--compile", action=flag, default=False, help="torch.compile the network")
-    add("--minutes", type=float, default=float("inf"), help="pause after so many")
-    add("--checkpoint-seconds", type=float, default=30.0, help="between checkpoints")
+    add("--minutes", type=amount("minutes"), default=float("inf"), help="pause after so many")
+    seconds = amount("checkpoint-seconds")
+    add("--checkpoint-seconds", type=seconds, default=30.0, help="between checkpoints")
     add("--log-steps", type=positive("log-steps"), default=50, help="steps a row of the log")
     add("--store", choices=_STORAGE, default="float32", help="precision of the stored weights")
 

@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import safe_open
 
 from els_kernels import GEOMETRIES, PatchAttention
@@ -20,6 +20,7 @@ from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE, load_network_folder
 from els_service.denoisers.training import load_training_data
 from els_service.denoisers.windows import WindowTable
+from els_service.documents import read_yaml
 from els_service.errors import InvalidArgumentError, LoadError
 
 BUNDLED_MODELS = Path(__file__).parents[2] / "models"
@@ -57,22 +58,32 @@ def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") 
     """Return the network of a served name, else of a folder.
 
     Args:
-        name: of a folder in ``models``, or a path.
+        name: of a folder in ``models``, or a path; ``./NAME`` is always a path.
         models: the folder that is served.
         device: where it shall run.
 
     Raises:
-        InvalidArgumentError: There is no such name or folder.
+        InvalidArgumentError: There is no such name or folder, or both.
         LoadError: A file is missing or refused; names it and the field or tensor.
     """
-    folder = next((path for path in (models / name, Path(name)) if path.is_dir()), None)
-    if folder is None:
-        raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
-    folder = _newest(folder)
+    folder = _newest(_folder_of(name, models))
     weights = folder / WEIGHTS_FILE
     denoiser = load_network_folder(folder, device)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return Network(Path(name).resolve().name, folder, denoiser, digest, _count(weights))
+
+
+def _folder_of(name: str, models: Path) -> Path:
+    path = Path(name)
+    # Anything else would lead out of the folder of models, or to itself.
+    served = models / name if name == path.name != "" and name != ".." else None
+    found = [folder for folder in (served, path) if folder is not None and folder.is_dir()]
+    if not name or not found:
+        raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
+    if len(found) == 2 and not found[0].samefile(found[1]):
+        expected = f"one model: there is one in {models}, and ./{name}"
+        raise InvalidArgumentError("network", expected, name)
+    return found[0]
 
 
 def _newest(folder: Path) -> Path:
@@ -219,23 +230,29 @@ def find_windows(network: Network, asked: str = "calibrated") -> Windows:
 
 
 def _calibrated(network: Network) -> Path | None:
-    if (network.folder / WINDOWS_FILE).exists():
-        return network.folder / WINDOWS_FILE
-    for record in sorted(network.folder.resolve().parent.glob(f"*/{RECORD_FILE}")):
-        try:
-            content = json.loads(record.read_bytes())
-            fingerprint, machine = content["network"]["fingerprint"], content["machine"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LoadError(record, f"expected the record of a calibration: {error}") from error
-        if fingerprint == network.fingerprint and machine == "els":
-            return record.with_name(WINDOWS_FILE)
-    return None
+    own = network.folder / RECORD_FILE
+    # A table without a record was put there by hand.
+    if own.with_name(WINDOWS_FILE).exists() and (not own.exists() or _is_of(own, network)):
+        return own.with_name(WINDOWS_FILE)
+    beside = sorted(network.folder.resolve().parent.glob(f"*/{RECORD_FILE}"))
+    found = (record for record in beside if record != own.resolve() and _is_of(record, network))
+    return next((record.with_name(WINDOWS_FILE) for record in found), None)
+
+
+def _is_of(record: Path, network: Network) -> bool:
+    """Return whether a calibration was that of ELS to these very weights."""
+    try:
+        content = json.loads(record.read_bytes())
+        fingerprint, machine = content["network"]["fingerprint"], content["machine"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LoadError(record, f"expected the record of a calibration: {error}") from error
+    return bool(fingerprint == network.fingerprint and machine == "els")
 
 
 def _from_file(path: Path) -> Windows:
+    content = read_yaml(path)
     try:
-        content = yaml.safe_load(path.read_bytes())
-        table = WindowTable(tuple(map(float, content["sigma"])), tuple(map(int, content["k"])))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        table = WindowTable(tuple(map(float, content["sigma"])), tuple(map(index, content["k"])))
+    except (ValueError, KeyError, TypeError) as error:
         raise LoadError(path, f"expected windows: {' '.join(str(error).split())}") from error
     return Windows(table, f"{path.resolve().parent.name}/{path.name}")

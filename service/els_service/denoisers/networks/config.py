@@ -59,7 +59,7 @@ _CHECKS: dict[str, _Check] = {
     "prediction": _one_of(*PREDICTIONS),
     "sigma_data": (
         "0 < sigma_data <= 100",
-        lambda value: isinstance(value, (int, float)) and 0 < value <= 100,
+        lambda value: isinstance(value, (int, float)) and value is not True and 0 < value <= 100,
     ),
     "schedule": _one_of(*SCHEDULES),
     "precision": _one_of(*PRECISIONS),

@@ -16,7 +16,7 @@ from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.networks.parametrisation import parametrise
-from els_service.errors import InvalidArgumentError
+from els_service.errors import ElsError, InvalidArgumentError
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,8 +44,9 @@ class NetworkDenoiser:
         device: where.
 
     Raises:
-        ValueError: The device cannot do what ``document.execution`` asks for, or answers would
-            depend on the place in the batch although ``deterministic`` is asked for.
+        ValueError: The device cannot do what ``document.execution`` asks for, a weight is too large
+            for its precision, or answers would depend on the place in the batch although
+            ``deterministic`` is asked for.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class NetworkDenoiser:
             _check_without_gpu(self._execution)
         self._dtype = _dtype(self._execution.precision)
         network = network.to(self._device, self._dtype)
+        _check_weights(network, self._execution.precision)
         network.set_layout(memory_format(self._execution.channels_last))
         self._forward = _compiled(network.eval().requires_grad_(False), self._execution.compile)
         self._buckets = _buckets(self._execution)
@@ -85,7 +87,11 @@ class NetworkDenoiser:
         return _LAUNCH_S + images * self._flops / _FLOPS_PER_SECOND[self._device.type]
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x); no evidence."""
+        """Return D(x); no evidence.
+
+        Raises:
+            ElsError: An answer is not finite, as where a pixel is too large for float16.
+        """
         with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             parts = [
                 self._denoise_part(query[images], bucket)
@@ -98,8 +104,11 @@ class NetworkDenoiser:
         x = query.x
         predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
         # A product and a sum, never fused: each rounds alike wherever an image stands.
-        mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
-        return mean.numpy()
+        mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip)).numpy()
+        if not np.isfinite(mean).all():
+            precision = self._execution.precision
+            raise ElsError(f"the network answered NaN or infinity in {precision}")
+        return mean
 
     def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:
         """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
@@ -167,6 +176,12 @@ def _check_without_gpu(execution: Execution) -> None:
         raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
     if execution.compile == "cuda-graphs":
         raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
+
+
+def _check_weights(network: Network, precision: str) -> None:
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: expected numbers within the range of {precision}")
 
 
 def count_flops(config: NetworkConfig) -> int:

@@ -19,13 +19,15 @@ from els_service.denoisers.networks.config import (
 )
 from els_service.denoisers.networks.denoiser import NetworkDenoiser
 from els_service.denoisers.networks.modules import build_network
-from els_service.errors import LoadError
+from els_service.documents import read_yaml
+from els_service.errors import LoadError, shortened
 
 MODEL_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
 
 _PICKLES = (b"PK\x03\x04", b"\x80")
 """How files of ``torch.save`` begin, today's and those before torch 1.6."""
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,12 +58,11 @@ def load_network_folder(folder: Path, device: torch.device | str = "cpu") -> Net
         LoadError: A file is missing or refused; names it and the field or tensor.
     """
     path = folder / MODEL_FILE
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LoadError(path, " ".join(str(error).split())) from error
-    if not isinstance(content, dict) or content.get("kind") != "network":
-        raise LoadError(path, "kind: expected network")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise LoadError(path, f"expected a mapping, got {type(content).__name__}")
+    if content.get("kind") != "network":
+        raise LoadError(path, f"kind: expected network, got {shortened(str(content.get('kind')))}")
     try:
         return load_network(parse_network(content, path), folder / WEIGHTS_FILE, device)
     except LoadError:
@@ -123,7 +124,12 @@ def read_weights(
         # Read, not mapped: a file that is replaced while it is mapped would change the network.
         content = path.read_bytes()
     except OSError as error:
-        raise LoadError(path, error.strerror or str(error)) from error
+        reason = f"expected a readable file, got {error.strerror}"
+        for other in sorted(path.parent.glob("*")):
+            if other.suffix in _PICKLE_SUFFIXES:
+                reason += f"; {other.name} is not read, as a pickle can execute code"
+                break
+        raise LoadError(path, reason) from error
     if content.startswith(_PICKLES):
         raise LoadError(path, "expected safetensors: a pickle can execute code when it is read")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ def load_training_data(
     """Return all images of banks (``.safetensors``) and data sets as one bank.
 
     Args:
-        paths: banks, or what ``read_source`` reads; several are joined.
+        paths: banks, or what ``read_source`` reads; several are joined. Labels that have names are
+            joined by name, the others by number.
         resize: (H, W) to fit the images of data sets to.
         limit: how many images to take of each data set at most.
-        label_names: one a label, in place of those found.
+        label_names: one a label, in place of those found; then parts are joined by number.
         source: where the images come from, in place of what the banks say.
         licence: likewise.
 
@@ -51,7 +52,7 @@ def load_training_data(
     if not paths:
         raise InvalidArgumentError("data", "at least one file or folder", "none")
     banks = [_read(path, resize, limit, label_names) for path in paths]
-    bank = banks[0] if len(banks) == 1 else _joined(banks)
+    bank = banks[0] if len(banks) == 1 else _joined(banks, label_names)
     return dataclasses.replace(
         bank,
         label_names=label_names or bank.label_names,
@@ -70,7 +71,7 @@ def _read(
     return load_bank(path)
 
 
-def _joined(banks: Sequence[Bank]) -> Bank:
+def _joined(banks: Sequence[Bank], label_names: tuple[str, ...]) -> Bank:
     first = banks[0]
     for bank in banks[1:]:
         if bank.shape != first.shape or bank.images.dtype != first.images.dtype:
@@ -78,14 +79,29 @@ def _joined(banks: Sequence[Bank]) -> Bank:
             raise InvalidArgumentError("data", expected, f"{bank.images.dtype} of {bank.shape}")
         if (bank.label_count == 0) != (first.label_count == 0):
             raise InvalidArgumentError("data", "parts with labels, or without", "both")
-    labelled = max(banks, key=lambda bank: bank.label_count)
+    by_name = not label_names and any(bank.label_names for bank in banks)
+    if by_name and not all(bank.label_names for bank in banks):
+        expected = "parts that all name their labels, or none"
+        raise InvalidArgumentError("data", expected, "some; --label-names would do for all")
+    names = _distinct(name for bank in banks for name in bank.label_names) if by_name else ()
+    labels = [_renumbered(bank, names) if by_name else bank.labels for bank in banks]
     return make_bank(
         np.concatenate([bank.images for bank in banks]),
-        np.concatenate([bank.labels for bank in banks]) if first.label_count else None,
-        label_names=labelled.label_names,
-        source=first.source,
-        licence=first.licence,
+        np.concatenate(labels) if first.label_count else None,
+        label_names=names,
+        source="; ".join(_distinct(bank.source for bank in banks)),
+        licence="; ".join(_distinct(bank.licence for bank in banks)),
     )
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts that are not empty, each once, in order."""
+    return tuple(dict.fromkeys(filter(None, texts)))
+
+
+def _renumbered(bank: Bank, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    numbers = np.array([names.index(name) for name in bank.label_names])
+    return np.where(bank.labels == UNLABELLED, UNLABELLED, numbers[bank.labels])
 
 
 @dataclass(frozen=True, eq=False)

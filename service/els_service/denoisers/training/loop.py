@@ -27,9 +27,15 @@ from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.networks.config import Execution, NetworkDocument
 from els_service.denoisers.networks.denoiser import Forward, allow_tf32, memory_format
-from els_service.denoisers.networks.folder import save_network_folder, write_atomically
+from els_service.denoisers.networks.folder import (
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    save_network_folder,
+    write_atomically,
+)
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.training.checkpoint import (
+    CHECKPOINT_FILE,
     Progress,
     State,
     restore_checkpoint,
@@ -38,7 +44,7 @@ from els_service.denoisers.training.checkpoint import (
 from els_service.denoisers.training.data import Batch, Batches
 from els_service.denoisers.training.record import Row, append_log, plot_loss, read_log, write_log
 from els_service.denoisers.training.settings import TrainingSettings
-from els_service.errors import ElsError, InvalidArgumentError
+from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
 RECORD_FILE = "training.json"
 
@@ -103,11 +109,13 @@ def train(
 
     Raises:
         InvalidArgumentError: Data or device do not suit the settings.
-        LoadError: ``out`` holds a checkpoint of another run; says of which setting.
+        LoadError: ``out`` holds a checkpoint of another run, and says of which setting; or a model
+            without one.
         ElsError: The loss is no longer finite.
     """
     limits, device = limits or Limits(), torch.device(device)
     _check(settings, bank, device)
+    _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(settings, bank, out, device, limits)
     with allow_tf32(settings.precision == "tf32"), _repeatable():
@@ -226,6 +234,16 @@ def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None
         raise InvalidArgumentError("data", f"{network.label_count} labels", bank.label_count)
     if settings.precision == "tf32" and device.type != "cuda":
         raise InvalidArgumentError("precision", "float32 or bfloat16 on a CPU", "tf32")
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that holds a model, but no checkpoint: it is not this run's."""
+    if (out / CHECKPOINT_FILE).exists():
+        return
+    for name in (MODEL_FILE, WEIGHTS_FILE):
+        if (out / name).exists():
+            expected = "expected no model, or one with its checkpoint; another --out begins anew"
+            raise LoadError(out / name, expected)
 
 
 def _new_network(settings: TrainingSettings, device: torch.device) -> Network:

@@ -16,7 +16,7 @@ from els_service.denoisers.networks.folder import write_atomically
 LOG_FILE = "loss.csv"
 PLOT_FILE = "loss.png"
 _HEADER = ("step", "epoch", "loss", "rate", "seconds")
-_SIZE, _MARGIN = (640, 360), 40
+_SIZE, _MARGIN, _INK = (640, 360), 40, "#1f4e9c"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _fields(row: Row) -> tuple[str, ...]:
 def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
     """Draw the loss over steps, the loss on a logarithmic axis."""
     rows = [row for row in rows if row.loss > 0]
-    if len(rows) < 2:
+    if not rows:
         return
     logs = [math.log(row.loss) for row in rows]
     low, high = min(logs), max(logs)
@@ -83,7 +83,9 @@ def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
     image = Image.new("RGB", _SIZE, "white")
     draw = ImageDraw.Draw(image)
     draw.rectangle((_MARGIN, _MARGIN, _MARGIN + width, _MARGIN + height), outline="grey")
-    draw.line(points, fill="#1f4e9c", width=2)
+    draw.line(points, fill=_INK, width=2)
+    # A single row is no line.
+    draw.circle(points[-1], 3, fill=_INK)
     draw.text((4, _MARGIN - 6), f"{math.exp(high):.3g}", fill="black")
     draw.text((4, _MARGIN + height - 6), f"{math.exp(low):.3g}", fill="black")
     draw.text((_MARGIN, _SIZE[1] - 30), "loss over steps", fill="black")

@@ -74,11 +74,11 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         _check("epochs", "0 < epochs <= 1e6", self.epochs, 0 < self.epochs <= 1e6)
         _check("batch", "1 to 65536", self.batch, 1 <= self.batch <= 65536)
-        _check("rate", "0 < rate <= 1", self.rate, 0 < self.rate <= 1)
+        _check("rate", "0 < learning rate <= 1", self.rate, 0 < self.rate <= 1)
         _check("schedule", f"one of {', '.join(RATES)}", self.schedule, self.schedule in RATES)
         _check("weight_decay", "0 to 1", self.weight_decay, 0 <= self.weight_decay <= 1)
         _check("ema", "0 <= ema < 1", self.ema, 0 <= self.ema < 1)
-        _check("label_dropout", "0 to 1", self.label_dropout, 0 <= self.label_dropout <= 1)
+        _check("label_dropout", "0 to less than 1", self.label_dropout, 0 <= self.label_dropout < 1)
         _check("seed", "0 <= seed < 2**63", self.seed, 0 <= self.seed < 2**63)
         known = f"one of {', '.join(PRECISIONS)}"
         _check("precision", known, self.precision, self.precision in PRECISIONS)
