@@ -61,7 +61,7 @@ deploy-sight: $(VENV)/.installed
 
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
 SECONDS ?= 60
-MINUTES ?= 10
+MINUTES ?= 30
 
 .PHONY: fuzz soak
 
