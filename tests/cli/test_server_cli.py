@@ -52,7 +52,7 @@ def test_check_tells_the_state_of_every_model(tmp_path: Path) -> None:
 def test_check_of_the_bundled_models_finds_no_fault() -> None:
     result = run("check")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert len(result.stdout.splitlines()) == 1 + 5 + 2  # machines, networks
+    assert len(result.stdout.splitlines()) == 1 + 5 + 4  # machines, networks
 
 
 def test_check_names_each_model_that_is_refused_and_why(tmp_path: Path) -> None:
