@@ -121,7 +121,11 @@ def main() -> None:
         **asdict(verdict),
         "faults": [*verdict.faults, *wrong],
         "bounds": asdict(bounds),
-        "options": {"minutes": options.minutes, "every_s": options.every},
+        "options": {
+            "minutes": options.minutes,
+            "every_s": options.every,
+            "warm_up": options.warm_up,
+        },
         "rounds": dict(world.answers),
         "columns": [field.name for field in fields(Sample)],
         "samples": [list(asdict(sample).values()) for sample in samples],

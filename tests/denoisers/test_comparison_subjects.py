@@ -19,6 +19,7 @@ from els_service.denoisers.banks import make_bank
 from els_service.denoisers.comparison.subjects import (
     build_machines,
     find_windows,
+    model_folder,
     open_bank,
     open_network,
 )
@@ -115,6 +116,13 @@ def test_a_name_is_a_served_model_a_path_a_folder_and_neither_leads_elsewhere(
             open_network(name, models)
     with pytest.raises(InvalidArgumentError, match=r"network: expected one model: .* \./net"):
         open_network("net", models)
+    # A folder of that name that holds no model, as what a comparison wrote, is not meant.
+    (tmp_path / "here" / "net" / "model.yaml").unlink()
+    assert open_network("net", models).folder.samefile(served)
+    assert open_network("net/", models).folder.samefile(served)
+    second = write_network(models / "versions" / "2")
+    assert open_network("versions/2", models).folder.samefile(second)
+    assert model_folder(open_network("versions", models).folder) == (models / "versions").resolve()
     monkeypatch.chdir(models)
     assert open_network("net", models).folder.samefile(served)
     (served / "model.yaml").write_text("kind: gaussian")

@@ -125,6 +125,11 @@ def test_what_float16_cannot_hold_is_refused_and_never_answered() -> None:
     with pytest.raises(ElsError, match="the network answered NaN or infinity in float16"):
         half.denoise(query)
     network = build_network(of)
+    network.state_dict()["body.up.weight"].fill_(6e4)
+    document = NetworkDocument(of, Execution(precision="float16", deterministic=True))
+    with pytest.raises(ValueError, match="deterministic: expected finite answers in float16"):
+        NetworkDenoiser(network, document)
+    network = build_network(of)
     network.state_dict()["body.up.weight"].fill_(1e5)
     document = NetworkDocument(of, Execution(precision="float16"))
     with pytest.raises(ValueError, match=r"body\.up\.weight: expected numbers within the range"):

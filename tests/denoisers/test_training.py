@@ -358,13 +358,14 @@ def test_an_option_that_is_no_number_is_named(
 
 
 def test_a_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, bank: Bank) -> None:
-    for name in ("model.yaml", "weights.safetensors"):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text("another's")
+    for name in ("model.yaml", "weights.safetensors", "windows.yaml", "1/model.yaml"):
+        path = tmp_path / name.partition(".")[0] / name
+        path.parent.mkdir(parents=True)
+        path.write_text("another's")
         with pytest.raises(LoadError, match=f"{name}: expected no model, or one with its"):
-            train(settings(), bank, folder)
-        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "another's")]
+            train(settings(), bank, tmp_path / name.partition(".")[0])
+        assert path.read_text() == "another's"
+        assert len(list(path.parent.iterdir())) == 1
 
 
 def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:
@@ -384,6 +385,16 @@ def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:
     assert found == {(0, "cat"), (0, "dog"), (1, "dog"), (1, "zebra")}
     with pytest.raises(InvalidArgumentError, match="parts that all name their labels, or none"):
         load_training_data(parts)
+    assert load_training_data(parts, labelled=False).label_count == 2
+    again = tmp_path / "again.safetensors"
+    save_bank(make_bank(images, labels, label_names=("dog", "dog")), again)
+    with pytest.raises(InvalidArgumentError, match="another name for each label"):
+        load_training_data([parts[0], again])
+    # A label without images takes no number, and what says no licence is not under another's.
+    save_bank(make_bank(images, np.ones(4, int), label_names=("", "dog")), again)
+    gap = load_training_data([parts[0], again])
+    assert (gap.label_names, np.bincount(gap.labels).tolist()) == (("cat", "dog"), [2, 6])
+    assert (gap.source, gap.licence) == ("here; again.safetensors", "MIT; unstated")
     told = load_training_data(parts, label_names=("a", "b"))
     assert (told.label_count, told.label_names) == (2, ("a", "b"))
 

@@ -42,6 +42,8 @@ from els_service.denoisers.comparison.subjects import (
     Network,
     build_machines,
     describe_bank,
+    find_windows,
+    model_folder,
     open_bank,
     open_network,
 )
@@ -54,7 +56,7 @@ _SEED = 1
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Calibrate as told; return the exit code: 0, or 2 where something is refused.
+    """Calibrate as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
 
     Args:
         arguments: without the program's name; None for those of the process.
@@ -76,7 +78,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     machine = build_machines([options.machine], bank, info, device=device)[options.machine]
     windows = _candidates(options.windows, machine)
     out = options.out or _beside(network, options.machine)
-    if out.resolve().is_relative_to(BUNDLED_MODELS):
+    if out.resolve().is_relative_to(BUNDLED_MODELS.resolve()):
         raise InvalidArgumentError("out", "a folder outside the package", out)
     _check_folder(out, machine)
     settings = {
@@ -105,8 +107,8 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     _write(out, machine, options.bank, found, _record(settings, found, labels, command))
     journal.file.unlink()
     print(f"windows {' '.join(map(str, found.k))}\nwritten: {out}")
-    if (network.folder / WINDOWS_FILE).exists():
-        print(f"{options.network} brings windows of its own; for these: compare --windows {out}")
+    if find_windows(network).source != f"{out.resolve().name}/{WINDOWS_FILE}":
+        print(f"for a comparison with these windows: --windows {out}")
 
 
 def _reporter(
@@ -132,9 +134,7 @@ def _candidates(asked: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tup
 
 
 def _beside(network: Network, machine: str) -> Path:
-    folder = network.folder.resolve()
-    # A version is a folder of its own within the model's.
-    model = folder.parent if folder.name.isdecimal() else folder
+    model = model_folder(network.folder)
     return model.with_name(f"{model.name}-{machine}")
 
 
@@ -181,13 +181,14 @@ def _write(
 ) -> None:
     """Write table and record; and a model, where there is none and it could be served."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
-    write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(out / WINDOWS_FILE, _text(table))
+    # Last, because it says whose windows those are.
+    write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     if (out / MODEL_FILE).exists():
         return
-    if not bank.resolve().is_relative_to(out.resolve().parent):
-        root = out.resolve().parent
-        print(f"not servable: no {MODEL_FILE} was written, because {bank} is not inside {root}")
+    root = model_folder(out).parent
+    if bank.suffix != ".safetensors" or not bank.resolve().is_relative_to(root):
+        print(f"no {MODEL_FILE} was written: {bank} is no bank (.safetensors) inside {root}")
         return
     where = os.path.relpath(bank.resolve(), out.resolve())
     info = machine.info

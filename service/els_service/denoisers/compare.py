@@ -31,7 +31,7 @@ from els_service.errors import InvalidArgumentError
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Compare as told; return the exit code: 0, or 2 where something is refused.
+    """Compare as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
 
     Args:
         arguments: without the program's name; None for those of the process.

@@ -40,7 +40,7 @@ _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Train as told; return the exit code: 0, or 2 where something is refused.
+    """Train as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
 
     Args:
         arguments: without the program's name; None for those of the process.
@@ -67,6 +67,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
         label_names=options.label_names,
         source=options.source,
         licence=options.licence,
+        labelled=not options.unconditional,
     )
     outcome = train(
         _settings(options, bank),

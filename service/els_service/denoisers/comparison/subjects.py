@@ -58,7 +58,7 @@ def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") 
     """Return the network of a served name, else of a folder.
 
     Args:
-        name: of a folder in ``models``, or a path; ``./NAME`` is always a path.
+        name: of a model in ``models``, NAME or NAME/VERSION, or a path; ``./NAME`` is always one.
         models: the folder that is served.
         device: where it shall run.
 
@@ -75,15 +75,23 @@ def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") 
 
 def _folder_of(name: str, models: Path) -> Path:
     path = Path(name)
-    # Anything else would lead out of the folder of models, or to itself.
-    served = models / name if name == path.name != "" and name != ".." else None
-    found = [folder for folder in (served, path) if folder is not None and folder.is_dir()]
-    if not name or not found:
+    inside = not path.is_absolute() and ".." not in path.parts and not name.startswith(".")
+    places = (models / path, path) if inside else (path,)
+    folders = [folder for folder in places if name and folder.is_dir()]
+    if not folders:
         raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
+    # A folder of the same name may be something else, as what a comparison wrote.
+    found = [folder for folder in folders if (_newest(folder) / MODEL_FILE).exists()]
     if len(found) == 2 and not found[0].samefile(found[1]):
         expected = f"one model: there is one in {models}, and ./{name}"
         raise InvalidArgumentError("network", expected, name)
-    return found[0]
+    return (found or folders)[0]
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the folder of a model, which may be that of a version within it, resolved."""
+    folder = folder.resolve()
+    return folder.parent if folder.name.isdecimal() else folder
 
 
 def _newest(folder: Path) -> Path:
@@ -204,9 +212,10 @@ def find_windows(network: Network, asked: str = "calibrated") -> Windows:
 
     Args:
         network: whose calibration is looked for.
-        asked: ``calibrated`` for the table in the network's folder, else in a folder beside it
-            whose record names this network, else the default; ``auto`` for the default; or an odd
-            number; or a file or folder with a table.
+        asked: ``calibrated`` for the table in the network's folder, unless a record beside it
+            names other weights; else in a folder beside the model's whose record names these, else
+            the default; ``auto`` for the default; or an odd number; or a file or folder with a
+            table.
 
     Raises:
         LoadError: A table or record cannot be read.
@@ -234,7 +243,7 @@ def _calibrated(network: Network) -> Path | None:
     # A table without a record was put there by hand.
     if own.with_name(WINDOWS_FILE).exists() and (not own.exists() or _is_of(own, network)):
         return own.with_name(WINDOWS_FILE)
-    beside = sorted(network.folder.resolve().parent.glob(f"*/{RECORD_FILE}"))
+    beside = sorted(model_folder(network.folder).parent.glob(f"*/{RECORD_FILE}"))
     found = (record for record in beside if record != own.resolve() and _is_of(record, network))
     return next((record.with_name(WINDOWS_FILE) for record in found), None)
 

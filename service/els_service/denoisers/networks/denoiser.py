@@ -148,6 +148,9 @@ class NetworkDenoiser:
         with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             places = self._predict(image.repeat(bucket, 1, 1, 1), time, labels, bucket)
             alone = self._predict(image, time[:1], labels[:1], bucket)
+        if not alone.isfinite().all():
+            precision = self._execution.precision
+            raise ValueError(f"deterministic: expected finite answers in {precision}, got others")
         if not all(torch.equal(place, alone[0]) for place in places):
             raise ValueError(
                 f"deterministic: expected the same bits at every place of a batch of {bucket}, "
@@ -181,7 +184,9 @@ def _check_without_gpu(execution: Execution) -> None:
 def _check_weights(network: Network, precision: str) -> None:
     for name, parameter in network.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"{name}: expected numbers within the range of {precision}")
+            raise ValueError(
+                f"{name}: expected numbers within the range of {precision}, got others"
+            )
 
 
 def count_flops(config: NetworkConfig) -> int:

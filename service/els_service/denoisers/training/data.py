@@ -33,6 +33,7 @@ def load_training_data(
     label_names: tuple[str, ...] = (),
     source: str = "",
     licence: str = "",
+    labelled: bool = True,
 ) -> Bank:
     """Return all images of banks (``.safetensors``) and data sets as one bank.
 
@@ -44,6 +45,7 @@ def load_training_data(
         label_names: one a label, in place of those found; then parts are joined by number.
         source: where the images come from, in place of what the banks say.
         licence: likewise.
+        labelled: whether labels will be used; where they will not, their names need not agree.
 
     Raises:
         LoadError: A file is missing, damaged or of an unknown format; names it.
@@ -52,11 +54,12 @@ def load_training_data(
     if not paths:
         raise InvalidArgumentError("data", "at least one file or folder", "none")
     banks = [_read(path, resize, limit, label_names) for path in paths]
-    bank = banks[0] if len(banks) == 1 else _joined(banks, label_names)
+    by_name = labelled and not label_names and any(bank.label_names for bank in banks)
+    bank = banks[0] if len(banks) == 1 else _joined(banks, by_name)
     return dataclasses.replace(
         bank,
         label_names=label_names or bank.label_names,
-        source=source or bank.source or ", ".join(path.resolve().name for path in paths),
+        source=source or bank.source,
         licence=licence or bank.licence,
     )
 
@@ -65,13 +68,15 @@ def _read(
     path: Path, resize: tuple[int, int] | None, limit: int | None, label_names: tuple[str, ...]
 ) -> Bank:
     if path.suffix != ".safetensors":
-        return read_source(path, resize=resize, limit=limit, label_names=label_names)
-    if resize is not None or limit is not None:
+        bank = read_source(path, resize=resize, limit=limit, label_names=label_names)
+    elif resize is not None or limit is not None:
         raise InvalidArgumentError("data", "a data set where it is resized or cut", path)
-    return load_bank(path)
+    else:
+        bank = load_bank(path)
+    return dataclasses.replace(bank, source=bank.source or path.resolve().name)
 
 
-def _joined(banks: Sequence[Bank], label_names: tuple[str, ...]) -> Bank:
+def _joined(banks: Sequence[Bank], by_name: bool) -> Bank:
     first = banks[0]
     for bank in banks[1:]:
         if bank.shape != first.shape or bank.images.dtype != first.images.dtype:
@@ -79,29 +84,40 @@ def _joined(banks: Sequence[Bank], label_names: tuple[str, ...]) -> Bank:
             raise InvalidArgumentError("data", expected, f"{bank.images.dtype} of {bank.shape}")
         if (bank.label_count == 0) != (first.label_count == 0):
             raise InvalidArgumentError("data", "parts with labels, or without", "both")
-    by_name = not label_names and any(bank.label_names for bank in banks)
-    if by_name and not all(bank.label_names for bank in banks):
-        expected = "parts that all name their labels, or none"
-        raise InvalidArgumentError("data", expected, "some; --label-names would do for all")
-    names = _distinct(name for bank in banks for name in bank.label_names) if by_name else ()
+    names = _names(banks) if by_name else ()
     labels = [_renumbered(bank, names) if by_name else bank.labels for bank in banks]
+    licences = _distinct(bank.licence or "unstated" for bank in banks)
     return make_bank(
         np.concatenate([bank.images for bank in banks]),
         np.concatenate(labels) if first.label_count else None,
         label_names=names,
         source="; ".join(_distinct(bank.source for bank in banks)),
-        licence="; ".join(_distinct(bank.licence for bank in banks)),
+        licence="; ".join(licences) if licences != ("unstated",) else "",
     )
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that are not empty, each once, in order."""
-    return tuple(dict.fromkeys(filter(None, texts)))
+    """Return the texts, each once, in order."""
+    return tuple(dict.fromkeys(texts))
+
+
+def _names(banks: Sequence[Bank]) -> tuple[str, ...]:
+    """Return the names of all labels that have images."""
+    for bank in banks:
+        if not bank.label_names:
+            expected = "parts that all name their labels, or none"
+            raise InvalidArgumentError("data", expected, "some; --label-names would do for all")
+        if len(set(bank.label_names)) < len(bank.label_names):
+            expected = "another name for each label where parts are joined"
+            raise InvalidArgumentError("data", expected, ", ".join(bank.label_names))
+    seen = {bank.label_names[n] for bank in banks for n in np.unique(bank.labels)}
+    return _distinct(name for bank in banks for name in bank.label_names if name in seen)
 
 
 def _renumbered(bank: Bank, names: Sequence[str]) -> npt.NDArray[np.int64]:
-    numbers = np.array([names.index(name) for name in bank.label_names])
-    return np.where(bank.labels == UNLABELLED, UNLABELLED, numbers[bank.labels])
+    number = {name: i for i, name in enumerate(names)}
+    # A label without images may have no number: none asks for it.
+    return np.array([number.get(name, 0) for name in bank.label_names])[bank.labels]
 
 
 @dataclass(frozen=True, eq=False)

@@ -240,10 +240,11 @@ def _check_folder(out: Path) -> None:
     """Refuse a folder that holds a model, but no checkpoint: it is not this run's."""
     if (out / CHECKPOINT_FILE).exists():
         return
-    for name in (MODEL_FILE, WEIGHTS_FILE):
-        if (out / name).exists():
-            expected = "expected no model, or one with its checkpoint; another --out begins anew"
-            raise LoadError(out / name, expected)
+    versions = sorted(out.glob(f"[0-9]*/{MODEL_FILE}"))
+    for path in (out / MODEL_FILE, out / WEIGHTS_FILE, out / "windows.yaml", *versions):
+        if path.exists():
+            expected = "expected no model, or one with its checkpoint"
+            raise LoadError(path, f"{expected}, got this; another --out begins anew")
 
 
 def _new_network(settings: TrainingSettings, device: torch.device) -> Network:
