@@ -85,7 +85,8 @@ def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
     draw.rectangle((_MARGIN, _MARGIN, _MARGIN + width, _MARGIN + height), outline="grey")
     draw.line(points, fill=_INK, width=2)
     # A single row is no line.
-    draw.circle(points[-1], 3, fill=_INK)
+    x, y = points[-1]
+    draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_INK)
     draw.text((4, _MARGIN - 6), f"{math.exp(high):.3g}", fill="black")
     draw.text((4, _MARGIN + height - 6), f"{math.exp(low):.3g}", fill="black")
     draw.text((_MARGIN, _SIZE[1] - 30), "loss over steps", fill="black")
