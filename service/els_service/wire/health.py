@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from els_service.wire.calls import SMALL_MESSAGE_BYTES, SmallMessages
 
 ALIVE = health.SERVICE_NAME
 
@@ -36,13 +39,15 @@ class Health:
 
     def register(self, server: grpc.aio.Server) -> None:
         """Answer health checks at a server."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        small: Any = SmallMessages(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, small)
 
     async def listen(
         self, bind: Callable[[grpc.aio.Server], int], options: Sequence[tuple[str, int]]
     ) -> int:
         """Answer health checks, and nothing else, at a port of their own; return the port."""
-        server = grpc.aio.server(options=options)
+        small = ("grpc.max_receive_message_length", SMALL_MESSAGE_BYTES)
+        server = grpc.aio.server(options=[*options, small])
         self.register(server)
         port = bind(server)
         self._probed = server

@@ -101,7 +101,8 @@ class Server:
         self._metrics.gauges = self._gauges
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
-        self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
+        limits = settings.limits
+        self._calls = Calls(self._metrics, is_model, self._doors, limits, self._tracing)
         self._lag: asyncio.Task[None] | None = None
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
