@@ -54,6 +54,8 @@ class Entry:
     """None while it is unloaded for want of memory."""
     statistics: Statistics
     """Of all its lanes."""
+    content: str = ""
+    """Fingerprint of what it was loaded from, see ``ModelRepository.load_fingerprinted``."""
     used: int = 0
     """Larger means asked later."""
 
@@ -161,7 +163,7 @@ class Models:
             fresh = await self._load_version(entry.model, entry.version)
             assert fresh.lane is not None
             fresh.lane.statistics = entry.statistics
-            entry.lane, entry.info = fresh.lane, fresh.info
+            entry.lane, entry.info, entry.content = fresh.lane, fresh.info, fresh.content
             self._make_room(entry)
         return fresh.lane
 
@@ -277,10 +279,11 @@ class Models:
 
     async def _load_version(self, name: str, version: int) -> Entry:
         assert self._repository is not None
-        denoisers = {}
+        denoisers, content = {}, ""
         for device in self._devices:
-            load = partial(self._repository.load, name, version, device.name)
-            denoiser = denoisers[device.name] = await self._in_loader(load)
+            load = partial(self._repository.load_fingerprinted, name, version, device.name)
+            denoiser, content = await self._in_loader(load)
+            denoisers[device.name] = denoiser
             try:
                 await device.run(partial(_warm, denoiser), _LOAD_S)
             except Exception as error:
@@ -290,7 +293,7 @@ class Models:
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
         lane = Lane(name, version, denoisers, self._scheduling.starvation_s)
-        return Entry(name, version, lane.denoiser.info, lane, lane.statistics)
+        return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
 
     def _make_room(self, keep: Entry) -> None:
         """Unload what was used longest ago until the rest fits the budget."""

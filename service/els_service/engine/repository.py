@@ -10,9 +10,9 @@ every path, links resolved, stays inside the models root.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
@@ -29,6 +29,7 @@ from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
+from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
 from els_service.engine.pretrained_specs import (
@@ -124,6 +125,8 @@ class ModelRepository:
         self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
+        self._digests: dict[Path, tuple[_FileState, str]] = {}
+        """Of the files that fingerprints cover, as they were when they were read last."""
 
     def check_is_there(self) -> None:
         """Return if there is something, even if it is no folder or cannot be read now.
@@ -172,7 +175,16 @@ class ModelRepository:
         return sorted(found)
 
     def load(self, name: str, version: int = 1, device: str = "cpu") -> Denoiser:
-        """Return the denoiser of a model folder.
+        """Return the denoiser of a model folder; see ``load_fingerprinted``."""
+        return self._load(name, version, device)[0]
+
+    def load_fingerprinted(
+        self, name: str, version: int = 1, device: str = "cpu"
+    ) -> tuple[Denoiser, str]:
+        """Return the denoiser of a model folder, and the fingerprint of what it was loaded from.
+
+        SHA-256 (hex) over ``model.yaml`` and the files of weights and statistics that it names.
+        Banks and calibrated windows are not in it, as ``info`` has those.
 
         Args:
             name: one of ``names``.
@@ -182,11 +194,21 @@ class ModelRepository:
         Raises:
             LoadError: A file is missing, malformed, of a wrong version, or outside the root.
         """
+        denoiser, files = self._load(name, version, device)
+        try:
+            digests = [self._digest(path) for path in files]
+        except OSError as error:
+            raise LoadError(files[0], f"expected files that can be read, got {error}") from error
+        return denoiser, hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _load(self, name: str, version: int, device: str) -> tuple[Denoiser, list[Path]]:
+        """Return a denoiser and the files that its fingerprint covers."""
         folder = dict(_versions(self.root / name)).get(version, self.root / name)
         path = self._inside(folder, "model.yaml")
         spec = validate(_SPEC, read_yaml(path), path)
         try:
-            return self._build(folder, spec, device)
+            files = [path]
+            return self._build(folder, spec, device, files), files
         except LoadError:
             raise
         except ModuleNotFoundError as error:
@@ -196,7 +218,11 @@ class ModelRepository:
             # The file system, safetensors and torch each refuse in their own ways.
             raise LoadError(path, " ".join(str(error).split())) from error
 
-    def _build(self, folder: Path, spec: Spec, device: str) -> Denoiser:
+    def _build(self, folder: Path, spec: Spec, device: str, files: list[Path]) -> Denoiser:
+        def inside(relative: str) -> Path:
+            files.append(self._inside(folder, relative))
+            return files[-1]
+
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
@@ -215,17 +241,26 @@ class ModelRepository:
                     raise ValueError(f"shape: expected at most {_LARGEST} numbers, got {numbers}")
                 return GaussianDenoiser(
                     (channels, height, width),
-                    self._statistic(folder, "mean", spec.mean),
-                    self._statistic(folder, "variance", spec.variance),
+                    self._statistic(inside, "mean", spec.mean),
+                    self._statistic(inside, "variance", spec.variance),
                 )
             case WienerSpec():
                 return WienerDenoiser(self._bank(self._inside(folder, spec.bank)))
             case NetworkSpec():
                 document = parse_network(spec.model_dump(), folder / "model.yaml")
-                weights = self._inside(folder, WEIGHTS_FILE)
-                return load_network(document, weights, device)
+                return load_network(document, inside(WEIGHTS_FILE), device)
             case DiffusersSpec() | LatentSpec() | OnnxSpec():
-                return load_pretrained(spec, partial(self._inside, folder), device)
+                return load_pretrained(spec, inside, device)
+
+    def _digest(self, path: Path) -> str:
+        """Return SHA-256 (hex) of a file; what has not changed is read once."""
+        state = _state(path)
+        known, digest = self._digests.get(path, (None, ""))
+        if known != state:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._digests[path] = state, digest
+        return digest
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)
@@ -257,12 +292,12 @@ class ModelRepository:
         except ValueError as error:
             raise LoadError(path, str(error)) from error
 
-    def _statistic(self, folder: Path, name: str, value: float | list[float] | str) -> Tensor:
+    def _statistic(self, inside: Inside, name: str, value: float | list[float] | str) -> Tensor:
         if isinstance(value, list):
             return torch.tensor(value, dtype=torch.float64)[:, None, None]
         if not isinstance(value, str):
             return torch.tensor(value, dtype=torch.float64)
-        path = self._inside(folder, value)
+        path = inside(value)
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
