@@ -125,8 +125,10 @@ class ModelRepository:
         self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
-        self._digests: dict[Path, tuple[_FileState, str]] = {}
-        """Of the files that fingerprints cover, as they were when they were read last."""
+        self._sources: dict[tuple[str, int], list[Path]] = {}
+        """The files that versions of models were loaded from last, but for banks and windows."""
+        self._digests: dict[Path, tuple[_FileState, bytes]] = {}
+        """SHA-256 of those files, as they were when they were read last."""
 
     def check_is_there(self) -> None:
         """Return if there is something, even if it is no folder or cannot be read now.
@@ -148,20 +150,16 @@ class ModelRepository:
         Raises:
             LoadError: The root is no folder, or one that cannot be read.
         """
-        try:
-            children = list(self.root.iterdir())
-        except OSError as error:
-            expected = "expected a folder of models that can be read"
-            raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
-        return sorted(
-            child.name
-            for child in children
-            if not child.name.startswith(("_", "."))
-            and child.name != _FILE_SYSTEMS_OWN
-            # Others, such as names that are no UTF-8, could not be told to a caller.
-            and child.name.isprintable()
-            and _versions(child)
-        )
+        return sorted(name for name in self._children() if _is_model(self.root / name))
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether ``names`` has a name; looks into that one folder alone.
+
+        Raises:
+            LoadError: As ``names``.
+        """
+        # Listed, so that no path or odd spelling that a caller sends is looked up as a file.
+        return name in self._children() and _is_model(self.root / name)
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model, ascending; none where there is no such model.
@@ -175,16 +173,7 @@ class ModelRepository:
         return sorted(found)
 
     def load(self, name: str, version: int = 1, device: str = "cpu") -> Denoiser:
-        """Return the denoiser of a model folder; see ``load_fingerprinted``."""
-        return self._load(name, version, device)[0]
-
-    def load_fingerprinted(
-        self, name: str, version: int = 1, device: str = "cpu"
-    ) -> tuple[Denoiser, str]:
-        """Return the denoiser of a model folder, and the fingerprint of what it was loaded from.
-
-        SHA-256 (hex) over ``model.yaml`` and the files of weights and statistics that it names.
-        Banks and calibrated windows are not in it, as ``info`` has those.
+        """Return the denoiser of a model folder.
 
         Args:
             name: one of ``names``.
@@ -194,21 +183,12 @@ class ModelRepository:
         Raises:
             LoadError: A file is missing, malformed, of a wrong version, or outside the root.
         """
-        denoiser, files = self._load(name, version, device)
-        try:
-            digests = [self._digest(path) for path in files]
-        except OSError as error:
-            raise LoadError(files[0], f"expected files that can be read, got {error}") from error
-        return denoiser, hashlib.sha256("".join(digests).encode()).hexdigest()
-
-    def _load(self, name: str, version: int, device: str) -> tuple[Denoiser, list[Path]]:
-        """Return a denoiser and the files that its fingerprint covers."""
         folder = dict(_versions(self.root / name)).get(version, self.root / name)
         path = self._inside(folder, "model.yaml")
         spec = validate(_SPEC, read_yaml(path), path)
         try:
-            files = [path]
-            return self._build(folder, spec, device, files), files
+            files = self._sources[name, version] = [path]
+            return self._build(folder, spec, device, files)
         except LoadError:
             raise
         except ModuleNotFoundError as error:
@@ -217,6 +197,30 @@ class ModelRepository:
         except Exception as error:
             # The file system, safetensors and torch each refuse in their own ways.
             raise LoadError(path, " ".join(str(error).split())) from error
+
+    def fingerprint(self, name: str, version: int = 1) -> str:
+        """Return SHA-256 (hex) over the files that a version was loaded from last.
+
+        That is ``model.yaml`` and what it names of weights and statistics; banks and calibrated
+        windows are left out, as a denoiser's ``info`` tells them.
+
+        Raises:
+            LoadError: A file is gone, or cannot be read any more.
+        """
+        digest = hashlib.sha256()
+        for path in self._sources.get((name, version), ()):
+            try:
+                digest.update(self._digest(path))
+            except OSError as error:
+                raise LoadError(path, f"expected a file, got {error}") from error
+        return digest.hexdigest()
+
+    def _children(self) -> list[str]:
+        try:
+            return os.listdir(self.root)
+        except OSError as error:
+            expected = "expected a folder of models that can be read"
+            raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
 
     def _build(self, folder: Path, spec: Spec, device: str, files: list[Path]) -> Denoiser:
         def inside(relative: str) -> Path:
@@ -252,13 +256,13 @@ class ModelRepository:
             case DiffusersSpec() | LatentSpec() | OnnxSpec():
                 return load_pretrained(spec, inside, device)
 
-    def _digest(self, path: Path) -> str:
-        """Return SHA-256 (hex) of a file; what has not changed is read once."""
+    def _digest(self, path: Path) -> bytes:
+        """Return SHA-256 of a file; what has not changed is read once."""
         state = _state(path)
-        known, digest = self._digests.get(path, (None, ""))
+        known, digest = self._digests.get(path, (None, b""))
         if known != state:
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").digest()
             self._digests[path] = state, digest
         return digest
 
@@ -319,6 +323,18 @@ class ModelRepository:
             # A link to itself, a name too long, a folder that may not be read.
             raise LoadError(folder / relative, f"expected a file, got {error}") from error
         return path
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a child of the root is a model, even if it is one that will be refused."""
+    name = folder.name
+    return (
+        not name.startswith(("_", "."))
+        and name != _FILE_SYSTEMS_OWN
+        # Others, such as names that are no UTF-8, could not be told to a caller.
+        and name.isprintable()
+        and bool(_versions(folder))
+    )
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:
