@@ -303,7 +303,8 @@ def test_a_fingerprint_changes_with_what_a_model_is_loaded_from(tmp_path: Path) 
     document = "kind: gaussian\nshape: [1, 2, 2]\nmean: mean.safetensors\nvariance: {}\n"
     folder = tmp_path / "m"
     folder.mkdir()
-    repository, seen = ModelRepository(tmp_path), set()
+    repository = ModelRepository(tmp_path)
+    seen: set[str] = set()
     for mean, variance in ((0.0, 1.0), (0.0, 2.0), (0.5, 2.0), (0.5, 2.0)):
         (folder / "model.yaml").write_text(document.format(variance))
         # By another name first, as whoever deploys it would.
