@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -49,6 +50,9 @@ _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+_SWITCH_S = 0.001
+"""How long another thread, as one that writes a page of metrics or loads a model, may keep the
+event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
 _FLUSH_S = 0.5
 _CLOSE_S = 6.0
 """Spans are sent within 5 s, and who scrapes is waited for."""
@@ -276,6 +280,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    sys.setswitchinterval(_SWITCH_S)
     allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
