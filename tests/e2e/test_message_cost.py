@@ -51,7 +51,8 @@ def memory(process: ServerProcess, field: str) -> float:
 
 
 def raw(channel: grpc.Channel, method: str, data: bytes) -> Any:
-    return channel.unary_unary(method)(data, timeout=TIMEOUT_S)
+    call: Any = channel.unary_unary(method)
+    return call(data, timeout=TIMEOUT_S)
 
 
 def test_an_honest_caller_may_compress(zipping: grpc.Channel) -> None:

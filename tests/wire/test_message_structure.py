@@ -65,8 +65,10 @@ def test_structure_is_rejected_before_it_is_parsed(data: bytes) -> None:
 
 
 def test_inputs_and_parameters_of_an_inference_are_structure() -> None:
-    many = oip.ModelInferRequest(inputs=[{} for _ in range(1 << 16)])
-    numbers = oip.ModelInferRequest(inputs=[{"contents": {"int64_contents": [1] * (1 << 17)}}])
+    tensor_of = oip.ModelInferRequest.InferInputTensor
+    many = oip.ModelInferRequest(inputs=[tensor_of() for _ in range(1 << 16)])
+    contents = oip.InferTensorContents(int64_contents=[1] * (1 << 17))
+    numbers = oip.ModelInferRequest(inputs=[tensor_of(contents=contents)])
     for message in (many, numbers):
         with pytest.raises(MessageStructureError):
             check_structure(message.SerializeToString(), message.DESCRIPTOR, IMAGES)

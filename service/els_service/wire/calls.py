@@ -431,6 +431,8 @@ class SmallMessages:
         small = {name: small_messages(handler) for name, handler in handlers.items()}
         generic = grpc.method_handlers_generic_handler(service, small)
         self._server.add_generic_rpc_handlers((generic,))
+        # Calls of registered methods wait apart: a flood of them turns no other call away.
+        self._server.add_registered_method_handlers(service, small)
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
         """Leave them: they are the same ones."""
