@@ -152,8 +152,8 @@ def test_a_token_resumes_what_was_conditioned_so_and_nothing_else(stub: Any) -> 
     resumed = draw(stub, resume_token=token)
     assert len(resumed) == STEPS - 1
     # Not to the bit: two images are decoded together or apart, as their predicted cost is.
-    pictures = [np.frombuffer(step.decoded.data, "<f4") for step in (resumed[-1], last)]
-    np.testing.assert_allclose(*pictures, rtol=0, atol=1e-5)
+    again, before = (np.frombuffer(step.decoded.data, "<f4") for step in (resumed[-1], last))
+    np.testing.assert_allclose(again, before, rtol=0, atol=1e-5)
     for other in ({"guidance": 4.5}, {"conditioning": tensor(GIVEN + 1)}):
         with pytest.raises(grpc.RpcError, match="resume_token: expected a token of this very"):
             draw(stub, resume_token=token, **other)
