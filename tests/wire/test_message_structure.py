@@ -48,7 +48,6 @@ BOMBS = {
     "a million labels": large(4, b"\1" * (1 << 20)),
     "labels one by one": b"\x20\1" * (1 << 19),
     "empty sub-messages": b"\x1a\0" * (1 << 19),
-    "a long name": large(1, b"a" * (1 << 20)),
     "a field that nobody knows": large(15, b"a" * (1 << 20)),
     "a group": b"\x0b" * (1 << 20),
     "beyond the end": b"\x12\xff\xff\xff\x7f" + bytes(1 << 17),

@@ -153,8 +153,7 @@ class Calls:
         collector = _Collector()
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
-            small = {name: small_messages(handler) for name, handler in handlers.items()}
-            self._add(service, small, {}, server)
+            self._add(service, handlers, {}, server, small=True)
 
     def _add(
         self,
@@ -162,13 +161,19 @@ class Calls:
         handlers: dict[str, Handler],
         methods: dict[str, Method],
         server: grpc.aio.Server,
+        *,
+        small: bool = False,
     ) -> None:
         async def refuse(name: str, error: ElsError, context: Context) -> NoReturn:
             if name not in methods:
                 methods[name] = self._method(service, name, handlers[name])
             await self._fail(error, self._begin(methods[name], None, context))
 
-        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, refuse),))
+        taken = {
+            name: small_messages(handler) if small else handler
+            for name, handler in handlers.items()
+        }
+        server.add_generic_rpc_handlers((self._doors.guarded(service, taken, refuse),))
 
     @property
     def in_flight(self) -> int:

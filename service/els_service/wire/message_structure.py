@@ -1,7 +1,7 @@
 """Bound of what a message holds beside its bulk data, checked on its bytes before they are parsed.
 
 A parser makes up to fifty bytes of one on the wire: of empty sub-messages, of numbers packed as
-single bytes. Bulk data, which are fields of type ``bytes`` and packed floating-point numbers, cost
+single bytes. Bulk data, which are strings, ``bytes`` and packed floating-point numbers, cost
 what they weigh; everything else of an honest request is a few kilobytes.
 """
 
@@ -21,7 +21,12 @@ IMAGE_BYTES = 32
 """Label and window of one image."""
 _DEPTH = 16
 _BULK = frozenset(
-    {FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE}
+    {
+        FieldDescriptor.TYPE_BYTES,
+        FieldDescriptor.TYPE_STRING,
+        FieldDescriptor.TYPE_FLOAT,
+        FieldDescriptor.TYPE_DOUBLE,
+    }
 )
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _GZIP = b"\x1f\x8b"
