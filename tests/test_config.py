@@ -35,6 +35,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "max_connection_age_s": (0.5, 1.5, 2.5),
     "max_connection_age_grace_s": (0.5, 1.5, 2.5),
     "max_concurrent_streams": (1, 2, 3),
+    "health_watchers": (1, 2, 3),
+    "health_watchers_per_connection": (1, 2, 3),
     "device": ("cpu", "cuda", "auto"),
     "threads": (1, 2, 3),
     "log_level": ("debug", "warning", "error"),

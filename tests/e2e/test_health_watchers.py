@@ -38,7 +38,7 @@ LIST = vars(health_pb2)["HealthListRequest"]()
 """Of a type that the stubs do not know."""
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
-WATCHED = ("", ALIVE, *sorted(DOCUMENTS), "not there")
+WATCHED = ("", "zeros", "not there", ALIVE, *sorted(DOCUMENTS))
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from els_service.config import Settings
 from els_service.wire.batches import make_server
-from els_service.wire.health_service import REQUEST_BYTES, HealthService, Status
+from els_service.wire.calls import SMALL_MESSAGE_BYTES, SmallMessages
+from els_service.wire.health_service import HealthService, Status
 from els_service.wire.watchers import Watchers
 
 ALIVE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -47,13 +49,15 @@ class Health:
         watchers = Watchers(settings.health_watchers, settings.health_watchers_per_connection)
         self._watchers[port] = watchers
         servicer = HealthService(self._statuses, watchers)
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        small: Any = SmallMessages(server)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, small)
 
     async def listen(
         self, bind: Callable[[grpc.aio.Server], int], options: Sequence[tuple[str, int]]
     ) -> int:
         """Answer health checks, and nothing else, at a port of their own; return the port."""
-        server = make_server([*options, ("grpc.max_receive_message_length", REQUEST_BYTES)])
+        small = ("grpc.max_receive_message_length", SMALL_MESSAGE_BYTES)
+        server = make_server([*options, small])
         self.register(server, "health")
         port = bind(server)
         self._probed = server

@@ -1,7 +1,7 @@
 """The service ``grpc.health.v1.Health``: statuses of services, asked for or watched.
 
 Each watcher is woken by an event of its own and is sent the latest status only; one that does not
-take an answer delays nobody but itself.
+take an answer delays nobody but itself and those on its connection.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 from grpc import StatusCode
@@ -17,8 +18,9 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
 from els_service.errors import ResourceExhaustedError
+from els_service.wire.addresses import is_unix
 from els_service.wire.batches import check_cancelled
-from els_service.wire.calls import Context
+from els_service.wire.calls import SMALL_MESSAGE_BYTES, UNREADABLE, Context
 from els_service.wire.watchers import Watcher, Watchers
 
 _log = logging.getLogger(__name__)
@@ -26,10 +28,10 @@ _log = logging.getLogger(__name__)
 Status = int
 """A ``HealthCheckResponse.ServingStatus``."""
 
-REQUEST_BYTES = 4096
-"""Size of a request at most: a watch keeps its own for as long as it lasts."""
 _TAKEN_WITHIN_S = 5.0
 """A watcher whose peer leaves no room for an answer for this long is dropped."""
+WRITES_OF_PEER = 4
+"""Answers on their way to one connection at once."""
 _STALLED = f"watchers: expected room for an answer within {_TAKEN_WITHIN_S:g} s, got none"
 _LISTED = 1000
 """Services that one answer may list."""
@@ -49,12 +51,12 @@ class HealthService(HealthServicer):
 
     def __init__(self, statuses: Mapping[str, Status], watchers: Watchers) -> None:
         self._statuses, self._watchers = statuses, watchers
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         """Return a service's status; NOT_FOUND where there is no such service."""
-        await _check_size(request, context)
         status = self._statuses.get(request.service)
         if status is None:
             got = ascii(request.service[:100])
@@ -74,10 +76,13 @@ class HealthService(HealthServicer):
         """Write a service's status at once and whenever it has changed.
 
         SERVICE_UNKNOWN where there is no such service, which may change. Ends with
-        RESOURCE_EXHAUSTED where there are too many watchers, and with DEADLINE_EXCEEDED where the
-        peer left no room for an answer for 5 s.
+        RESOURCE_EXHAUSTED where there are too many watchers, with DEADLINE_EXCEEDED where the peer
+        left no room for an answer for 5 s, and with INVALID_ARGUMENT where the request is none.
         """
-        await _check_size(request, context)
+        if request.service == UNREADABLE:
+            # gRPC keeps its bytes as long as the call lasts.
+            text = f"request: expected a message of at most {SMALL_MESSAGE_BYTES} bytes"
+            await context.abort(StatusCode.INVALID_ARGUMENT, text)
         try:
             watcher = self._watchers.admit(request.service, context.peer())
         except ResourceExhaustedError as error:
@@ -104,7 +109,15 @@ class HealthService(HealthServicer):
 
     async def _write(self, watcher: Watcher, status: Status, context: Context) -> None:
         # gRPC has no way to give up on a write: it ends when the peer makes room or its connection
-        # ends. The watcher is dropped meanwhile, and its call ends right after the write.
+        # ends, and so does the call. Hence few are begun at once on a connection; the others wait
+        # here, from where a call can be ended. Where there is room a write takes no time.
+        turn = self._turn(watcher.peer)
+        try:
+            async with asyncio.timeout(_TAKEN_WITHIN_S):
+                await turn.acquire()
+        except TimeoutError:
+            self._drop_stalled(watcher)
+            return
         loop = asyncio.get_running_loop()
         timer = loop.call_later(_TAKEN_WITHIN_S, self._drop_stalled, watcher)
         try:
@@ -113,17 +126,21 @@ class HealthService(HealthServicer):
             raise asyncio.CancelledError("the caller is gone") from error
         finally:
             timer.cancel()
+            turn.release()
         check_cancelled()
+
+    def _turn(self, peer: str) -> asyncio.Semaphore:
+        """Return what the writes of a connection share; kept while one of them holds it."""
+        turn = self._turns.get(peer)
+        if turn is None:
+            turn = asyncio.Semaphore(WRITES_OF_PEER)
+            # Connections of a socket of the file system cannot be told apart.
+            if not is_unix(peer):
+                self._turns[peer] = turn
+        return turn
 
     def _drop_stalled(self, watcher: Watcher) -> None:
         if not watcher.dropped:
             self._watchers.drop(watcher, _STALLED)
             record = {"peer": watcher.peer, "reason": _STALLED}
             _log.info("watcher of health dropped", extra=record)
-
-
-async def _check_size(request: health_pb2.HealthCheckRequest, context: Context) -> None:
-    """End a call whose request is larger than any honest one."""
-    if (size := request.ByteSize()) > REQUEST_BYTES:
-        text = f"request: expected at most {REQUEST_BYTES} bytes, got {size}"
-        await context.abort(StatusCode.INVALID_ARGUMENT, text)
