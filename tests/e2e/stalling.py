@@ -70,15 +70,16 @@ def _behind_a_sample(peer: socket.socket, services: Sequence[str]) -> None:
     await_headers(answers, len(services))
 
 
+NO_WINDOW = "no window"
 KINDS: dict[str, Callable[[socket.socket, Sequence[str]], None]] = {
-    "no window": _without_window,
+    NO_WINDOW: _without_window,
     "a connection full of steps that nobody reads": _behind_a_sample,
 }
 
 
 @contextmanager
 def stalled(
-    port: int, services: Sequence[str], connections: int = 1, kind: str = "no window"
+    port: int, services: Sequence[str], connections: int = 1, kind: str = NO_WINDOW
 ) -> Iterator[list[socket.socket]]:
     """Yield connections that watch all of the services and take none of the answers."""
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from tests.e2e.models_folder import DOCUMENTS, write_models, write_slow_models
 from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.stalling import KINDS, stalled
+from tests.e2e.stalling import KINDS, NO_WINDOW, stalled
 from tests.e2e.test_operations import value
 
 from els_client import Client
@@ -81,14 +81,21 @@ async def honest(server: ServerProcess, service: str) -> AsyncIterator[tuple[Any
 
 
 @pytest.mark.parametrize("connections", [1, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "ports",
+    [
+        *({"grpc_port": kind} for kind in KINDS),
+        {"health_port": NO_WINDOW},
+        dict.fromkeys(PORTS, NO_WINDOW),
+    ],
+    ids=[*KINDS, "no window for probes", "no window at all"],
+)
 async def test_models_come_and_go_while_watchers_take_no_answer(
-    server: ServerProcess, kind: str, connections: int
+    server: ServerProcess, ports: dict[str, str], connections: int
 ) -> None:
-    ports = {"grpc_port": kind, "health_port": "no window"}
     with ExitStack() as stack:
-        for port, how in ports.items():
-            stack.enter_context(stalled(server.ready[port], WATCHED, connections, how))
+        for port, kind in ports.items():
+            stack.enter_context(stalled(server.ready[port], WATCHED, connections, kind))
         async with channel(server) as operator, honest(server, "zeros") as watchers:
             stub: Any = GRPCInferenceServiceStub(operator)
             assert [await told(one) for one in watchers] == [SERVING] * 2
@@ -101,11 +108,12 @@ async def test_models_come_and_go_while_watchers_take_no_answer(
             assert await check(operator, "zeros") == await check(operator, "") == SERVING
 
 
+@pytest.mark.parametrize(("watches", "connections"), [(1, 1), (20, 8)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_client_is_served_while_watchers_take_no_answer(
-    server: ServerProcess, kind: str
+    server: ServerProcess, kind: str, watches: int, connections: int
 ) -> None:
-    with stalled(server.ready["grpc_port"], [""] * 20, 8, kind):
+    with stalled(server.ready["grpc_port"], [""] * watches, connections, kind):
         begun = time.monotonic()
         with Client(server.target) as client:
             client.denoise(np.zeros((1, 1, 6, 5), np.float32), model="zeros", sigma=1)
@@ -151,14 +159,15 @@ async def end_of(watching: Any) -> tuple[grpc.StatusCode, str]:
     return await watching.code(), await watching.details()
 
 
+@pytest.mark.parametrize(("ports", "connections"), [(["grpc_port"], 1), (PORTS, 8)])
 async def test_sigterm_is_told_at_once_and_ends_the_server_while_watchers_take_no_answer(
-    models: Path,
+    models: Path, ports: Sequence[str], connections: int
 ) -> None:
     settings = {"ELS_HEALTH_PORT": "0", "ELS_GRACE_S": "1.5"}
     with ExitStack() as stack:
         server = stack.enter_context(serving("--models", models, "--threads", 1, **settings))
-        for port in PORTS:
-            stack.enter_context(stalled(server.ready[port], WATCHED, 8))
+        for port in ports:
+            stack.enter_context(stalled(server.ready[port], WATCHED, connections))
         async with channel(server) as one, honest(server, "") as watchers:
             assert [await told(watching) for watching in watchers] == [SERVING] * 2
             assert await check(one, "") == SERVING
