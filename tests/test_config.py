@@ -37,6 +37,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "max_concurrent_streams": (1, 2, 3),
     "max_connections": (1, 2, 3),
     "compression": (False, False, False),
+    "health_watchers": (1, 2, 3),
+    "health_watchers_per_connection": (1, 2, 3),
     "device": ("cpu", "cuda", "auto"),
     "threads": (1, 2, 3),
     "log_level": ("debug", "warning", "error"),

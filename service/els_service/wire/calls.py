@@ -53,6 +53,8 @@ _KINDS = {
 }
 """(requests, answers) are streams → ``grpc_type``."""
 SMALL_MESSAGE_BYTES = 4096
+UNREADABLE = "?"
+"""First field of a message that stands for one that is too large, or none of its type."""
 """Of a message to health, reflection or channelz."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -455,7 +457,7 @@ def small_messages(handler: Handler) -> Handler:
             return deserializer(message)
         except (DecodeError, MessageStructureError):
             # Names nothing that is there, and is answered so.
-            return deserializer(b"\x0a\x01?")
+            return deserializer(b"\x0a\x01" + UNREADABLE.encode())
 
     return handler._replace(request_deserializer=parse)
 
