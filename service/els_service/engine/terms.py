@@ -89,7 +89,8 @@ REASONS = (
     "discarded",
     "faulted",
     "interrupted",
+    "evicted",
 )
 """Refused because the queue is full, or because the answer would come too late; its deadline passed
 while it waited; its caller left before it was computed, or while it was; computing it failed; the
-server had to end."""
+server had to end; it gave way to other callers, as its own held most."""

@@ -43,6 +43,7 @@ from els_service.wire.inference_service import InferenceService
 from els_service.wire.listening import bind
 from els_service.wire.metrics import Gauges, Metrics
 from els_service.wire.preflight import tracing_maker
+from els_service.wire.receiving import Receiver
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +107,14 @@ class Server:
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
         limits = settings.limits
-        self._calls = Calls(self._metrics, is_model, self._doors, limits, self._tracing)
+        self._receiver = Receiver(self._engine.memory, limits.max_message_bytes, settings.receive_s)
+        self._calls = Calls(
+            self._metrics, is_model, self._doors, limits, self._receiver, self._tracing
+        )
         self._lag: asyncio.Task[None] | None = None
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
-        self._health = Health(_SERVICES, settings)
+        self._health = Health(_SERVICES, settings, self._receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
 
