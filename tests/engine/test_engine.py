@@ -147,7 +147,9 @@ async def test_readers_who_take_no_steps_hold_so_much_and_no_more(observed: Obse
         for steps in begun:
             await anext(steps)
         late = engine.sample("model", run_of(shape, count=1))
-        with pytest.raises(QueueFullError, match="864 bytes are held, 864 bytes by this caller; 1000 bytes"):
+        with pytest.raises(
+            QueueFullError, match="864 bytes are held, 864 bytes by this caller; 1000 bytes"
+        ):
             await anext(late)
         assert observed.reasons == ["rejected_full"]
         for steps in begun:
