@@ -174,6 +174,8 @@ class Ticket:
         """Give back what it holds of any room."""
         if self.reservation is not None:
             self.reservation.release()
+            # It knows this: together they would stay until garbage is collected.
+            self.reservation = None
 
     def deliver(self, index: int, part: Denoised) -> bool:
         """Take one part; return whether the answer is complete."""

@@ -426,7 +426,7 @@ class Scheduler:
         ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
             now = self.clock()
-            late = timed_out(ticket.terms.deadline - now, now - ticket.since)
+            late = timed_out(ticket.terms.deadline - now)
             self._observer.dropped(lane.model, "expired" if late else "cancelled")
         if not lane.queue:
             self._lanes.pop(lane, None)
