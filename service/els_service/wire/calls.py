@@ -223,16 +223,28 @@ class Calls:
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
     def _unary(self, method: Method, behaviour: Any, parse: Parse) -> Any:
-        read, release, reject = self._receiver.read, self._receiver.release, self._rejecting(method)
+        receiver, reject = self._receiver, self._rejecting(method)
 
         async def call(_: object, context: Context) -> Any:
-            data = await read(context, token_name(), reject)
-            request, size = parse(data), 0 if data is None else len(data)
+            # As ``Receiver.read``, without its frame: every small call comes by.
+            receiver.begin(context, token_name(), reject)
+            size = 0
+            try:
+                data = await context.read()
+                if data is grpc.aio.EOF:
+                    data = None
+                else:
+                    size = len(data)
+            finally:
+                receiver.end(context, size)
+            check_cancelled()
+            request = parse(data)
             del data
             under_way = self._begin(method, request, context)
             holding: Holding | None = None
             try:
-                holding = self._hold(context, size)
+                if size > LARGE_BYTES:
+                    holding = receiver.hold(context, token_name(), size)
                 self._admit(request)
                 answer = await behaviour(request, context)
             except BaseException as error:
@@ -240,7 +252,7 @@ class Calls:
                 await self._fail(error, under_way)
             finally:
                 if holding is not None:
-                    release(holding)
+                    receiver.release(holding)
             self._end("OK", under_way)
             return answer
 
@@ -248,10 +260,11 @@ class Calls:
 
     def _answering(self, method: Method, behaviour: Any, parse: Parse) -> Any:
         """Return the handler of a method that answers one message with a stream."""
-        read, reject = self._receiver.read, self._rejecting(method)
+        receiver, reject = self._receiver, self._rejecting(method)
 
         async def call(_: object, context: Context) -> None:
-            request = parse(await read(context, token_name(), reject))
+            limit_s = receiver.receive_s
+            request = parse(await receiver.read(context, token_name(), reject, limit_s))
             under_way = self._begin(method, request, context)
             try:
                 self._admit(request)
@@ -289,9 +302,6 @@ class Calls:
             await self._fail(error, self._begin(method, None, context))
 
         return reject
-
-    def _hold(self, context: Context, size: int) -> Holding | None:
-        return self._receiver.hold(context, token_name(), size) if size > LARGE_BYTES else None
 
     def _begin(self, method: Method, request: Any, context: Context) -> _Call:
         self._in_flight += 1
@@ -526,8 +536,7 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
             return deserializer(b"\x0a\x01" + UNREADABLE.encode())
 
     async def one(context: Context) -> Any:
-        limit = SMALL_MESSAGE_S
-        return parse(await receiver.read(context, token_name(), _abort, limit_s=limit))
+        return parse(await receiver.read(context, token_name(), _abort, SMALL_MESSAGE_S))
 
     if handler.request_streaming:
 

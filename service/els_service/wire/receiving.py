@@ -1,10 +1,10 @@
-"""Messages on their way in: what has arrived of them is part of one budget, and none takes for ever.
+"""Messages on their way in: what has arrived of them counts in one budget, and none takes for ever.
 
 gRPC gives a caller room for a whole message as soon as it is waited for, and hands it over when it
-is whole. So every handler waits for its message here. One that is there at once, as nearly all are,
-costs a set entry. One that is not is looked at every ten milliseconds: the bytes its connection has
-received and not delivered are held in the budget, from which the newest of whoever holds most are
-evicted when there is no room.
+is whole. So every handler waits for its messages through a ``Receiver``. A message that is there at
+once, as nearly all are, costs a dictionary entry. One that is not is looked at every ten
+milliseconds: the bytes that its connection received and did not deliver are held in the budget. When
+there is no room, the newest message of the caller that holds most is rejected.
 """
 
 from __future__ import annotations
@@ -24,66 +24,56 @@ from els_service.wire.tcp_info import TcpConnections
 
 LARGE_BYTES = 64 << 10
 """A smaller message is not accounted for once it is whole."""
+_WHOLE = 2
+"""Times its size that a larger one holds until it is answered: the message, and its answer."""
 _LOOK_S = 0.01
 _LOOK_SHARE = 0.05
 """Part of the event loop's time that looking may take."""
-_FORGET_S = 10.0
-"""A connection is forgotten when it has had nothing under way for so long."""
 _UNSEEN_BYTES = 8 << 20
 """What a message may have received before it is looked at: 20 ms at 3 Gbit/s."""
+_FORGET_S = 10.0
+"""A connection is forgotten when nothing of it was late for so long."""
 _FRAME_BYTES, _FRAME_OVERHEAD, _CALL_OVERHEAD = 16 << 10, 9, 64
 """HTTP/2 needs this much beside a message at least."""
 _RETRY_S = 1.0
-_WHOLE = 2
-"""Times its size that a large message holds until it is answered: the message, and the answer."""
 
 Context = Any
 Reject = Callable[[Any, ElsError], Awaitable[None]]
 """Ends a call, by its context, with the status of an error, and counts it."""
+_Terms = tuple[str | None, Reject, float | None]
+"""Name of the token, how to reject, and how long the message may take; None for any time."""
 
 
-class _Reading:
-    """Message that is waited for."""
+class _Late:
+    """Message that was not there at once."""
 
-    __slots__ = (
-        "caller",
-        "context",
-        "holding",
-        "limit_s",
-        "looks",
-        "peer",
-        "reject",
-        "rejected",
-        "since",
-    )
+    __slots__ = ("caller", "context", "holding", "limit_s", "peer", "reject", "rejected", "since")
 
-    def __init__(
-        self, context: Context, caller: str | None, reject: Reject, limit_s: float | None
-    ) -> None:
-        self.context, self.caller, self.reject, self.limit_s = context, caller, reject, limit_s
+    def __init__(self, context: Context, terms: _Terms, now: float) -> None:
+        self.context, (caller, self.reject, self.limit_s) = context, terms
+        self.peer: str = context.peer()
+        self.caller = caller or self.peer
+        self.since = now
         self.holding: Holding | None = None
-        self.looks = 0
-        self.peer = ""
-        self.since = 0.0
         self.rejected = False
 
 
 class _Connection:
-    """TCP connection with a message that is not there at once."""
+    """Connection with a late message, or a stream."""
 
-    __slots__ = ("base", "delivered", "idle_since", "readings", "received")
+    __slots__ = ("base", "delivered", "idle_since", "late")
 
-    def __init__(self, base: int) -> None:
+    def __init__(self, base: int, now: float) -> None:
         self.base = base
-        """Bytes received before it was looked at for the first time."""
-        self.delivered = self.received = 0
-        """Bytes, since then."""
-        self.readings: list[_Reading] = []
-        self.idle_since = 0.0
+        """Bytes received before any of a message that is late now."""
+        self.delivered = 0
+        """Bytes of messages since then."""
+        self.late: list[_Late] = []
+        self.idle_since = now
 
 
 class Receiver:
-    """Reads the messages of all calls.
+    """Reader of the messages of all calls.
 
     Args:
         budget: in bytes; shared with what waits in queues.
@@ -92,84 +82,87 @@ class Receiver:
     """
 
     def __init__(self, budget: Budget, max_message_bytes: int, receive_s: float) -> None:
-        self.budget = budget
-        self._max_bytes, self._receive_s = max_message_bytes, receive_s
-        self._pending: set[_Reading] = set()
+        self.budget, self.receive_s = budget, receive_s
+        self._max_bytes = max_message_bytes
+        self._pending: dict[Context, _Terms] = {}
+        self._seen: set[Context] = set()
+        """Pending at the last look."""
+        self._late: dict[Context, _Late] = {}
         self._connections: dict[str, _Connection] = {}
         self._sockets = TcpConnections()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def unfinished(self) -> int:
+    def pending(self) -> int:
         """Messages that are waited for."""
         return len(self._pending)
 
-    async def read(
-        self,
-        context: Context,
-        caller: str | None,
-        reject: Reject,
-        *,
-        limit_s: float | None = None,
-        stream: bool = False,
-    ) -> bytes | None:
-        """Return the next message of a call; None where there is none.
+    def begin(self, context: Context, caller: str | None, reject: Reject) -> None:
+        """Note that the message of a call is waited for; ``read`` does it where a frame is no matter.
 
         Args:
             context: of the call.
             caller: name of the token it showed; None where its connection is the caller.
-            reject: called if the message has to give way or comes too late.
-            limit_s: how long it may take; None for ``receive_s``.
-            stream: whether there may be none, at any time.
+            reject: called if the message has to give way or is too late. Then waiting for it raises
+                ``grpc.aio.AbortError``.
+        """
+        self._pending[context] = caller, reject, self.receive_s
+        if self._timer is None:
+            self._look_in(_LOOK_S)
+
+    def end(self, context: Context, size: int) -> None:
+        """Note that it is there, with ``size`` bytes, or will not come."""
+        del self._pending[context]
+        if self._connections:
+            self._deliver(context, size)
+
+    async def read(
+        self, context: Context, caller: str | None, reject: Reject, limit_s: float | None = None
+    ) -> bytes | None:
+        """Return the next message of a call; None where there is none.
+
+        Args:
+            context: as of ``begin``.
+            caller: as of ``begin``.
+            reject: as of ``begin``.
+            limit_s: how long the message may take; None for any time.
 
         Raises:
             grpc.aio.AbortError: The message was rejected; the call has ended by then.
         """
-        if not stream:
-            limit_s = limit_s or self._receive_s
-        reading = _Reading(context, caller, reject, limit_s)
-        self._pending.add(reading)
-        if self._timer is None:
-            self._look_in(_LOOK_S)
+        self.begin(context, caller, reject)
+        self._pending[context] = caller, reject, limit_s
+        size = 0
         try:
             message = await context.read()
+            data = None if message is grpc.aio.EOF else message
+            size = len(data or b"")
         finally:
-            self._pending.discard(reading)
-            if reading.holding is not None:
-                self.budget.release(reading.holding)
+            self.end(context, size)
         check_cancelled()
-        if message is grpc.aio.EOF:
-            return None
-        data: bytes = message
-        if self._connections:
-            self._deliver(reading, len(data))
         return data
 
     async def stream(
         self, context: Context, caller: str | None, reject: Reject, parse: Callable[[bytes], Any]
     ) -> AsyncIterator[Any]:
-        """Yield the requests of a stream; arguments as of ``read``.
+        """Yield the requests of a stream; arguments as of ``begin``.
 
         Args:
-            context: of the call.
-            caller: as of ``read``.
-            reject: as of ``read``.
+            context: as of ``begin``.
+            caller: as of ``begin``.
+            reject: as of ``begin``.
             parse: makes a request of a message.
         """
         self._track(context.peer())
-        while (data := await self.read(context, caller, reject, stream=True)) is not None:
+        while (data := await self.read(context, caller, reject)) is not None:
             request = parse(data)
             del data
             yield request
             del request
 
-    def release(self, holding: Holding) -> None:
-        """Give a holding back; one that was before is left."""
-        self.budget.release(holding)
-
     def hold(self, context: Context, caller: str | None, size: int) -> Holding:
-        """Return the holding of a message over ``LARGE_BYTES`` until its call ends.
+        """Return the holding of a message over ``LARGE_BYTES``, to be released with its answer.
 
         Raises:
             QueueFullError: There is no room for it.
@@ -179,6 +172,10 @@ class Receiver:
             raise self._full(f"a message of {size} bytes")
         return holding
 
+    def release(self, holding: Holding) -> None:
+        """Give a holding back."""
+        self.budget.release(holding)
+
     def _full(self, what: str) -> QueueFullError:
         budget = self.budget
         return QueueFullError(
@@ -187,97 +184,92 @@ class Receiver:
             retry_after_s=_RETRY_S,
         )
 
+    def _track(self, peer: str) -> None:
+        """Count a connection's bytes from the beginning of a stream: it may wait for long."""
+        if peer not in self._connections:
+            self._connect(peer, LARGE_BYTES, time.monotonic())
+
+    def _connect(self, peer: str, unseen: int, now: float) -> _Connection:
+        received = self._sockets.received(peer) or 0
+        connection = self._connections[peer] = _Connection(max(0, received - unseen), now)
+        return connection
+
     def _look_in(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _look(self) -> None:
-        """Account for what has arrived of messages that were not there at once."""
-        began = time.monotonic()
-        self._timer = None
+        """Account for what has arrived of messages that are late."""
+        now = time.monotonic()
         for connection in self._connections.values():
-            connection.readings.clear()
-        for reading in list(self._pending):
-            self._age(reading, began)
+            connection.late.clear()
+        for context, terms in list(self._pending.items()):
+            if context in self._seen:
+                self._note_late(context, terms, now)
+        self._seen = set(self._pending)
         for peer, connection in list(self._connections.items()):
-            self._account(peer, connection, began)
-        if self._pending or self._connections:
-            spent = time.monotonic() - began
-            self._look_in(max(_LOOK_S, spent / _LOOK_SHARE))
-
-    def _age(self, reading: _Reading, now: float) -> None:
-        """Note the connection of a message that was there at the last look, too."""
-        reading.looks += 1
-        if reading.looks == 1 or reading.rejected:
-            return
-        if not reading.peer:
-            reading.peer, reading.since = reading.context.peer(), now
-        if reading.limit_s is not None and now - reading.since > reading.limit_s:
-            text = f"the message did not arrive within {reading.limit_s:g} s"
-            self._reject(reading, DeadlineExceededError(text))
-            return
-        connection = self._connections.get(reading.peer)
-        if connection is None:
-            received = self._sockets.received(reading.peer) or 0
-            connection = _Connection(max(0, received - _UNSEEN_BYTES))
-            self._connections[reading.peer] = connection
-        connection.readings.append(reading)
-
-    def _track(self, peer: str) -> None:
-        """Count a connection's bytes from now on: a stream may wait for its messages for long."""
-        if peer not in self._connections:
-            received = self._sockets.received(peer) or 0
-            self._connections[peer] = _Connection(max(0, received - LARGE_BYTES))
-            if self._timer is None:
-                self._look_in(_LOOK_S)
-
-    def _account(self, peer: str, connection: _Connection, now: float) -> None:
-        readings = connection.readings
-        if not readings:
-            connection.idle_since = connection.idle_since or now
-            if now - connection.idle_since > _FORGET_S:
+            if connection.late:
+                connection.idle_since = now
+                self._account(peer, connection)
+            elif now - connection.idle_since > _FORGET_S:
                 del self._connections[peer]
-            return
-        connection.idle_since = 0.0
+        self._timer = None
+        if self._pending or self._connections:
+            self._look_in(max(_LOOK_S, (time.monotonic() - now) / _LOOK_SHARE))
+
+    def _note_late(self, context: Context, terms: _Terms, now: float) -> None:
+        late = self._late.get(context)
+        if late is None:
+            late = self._late[context] = _Late(context, terms, now)
+        if late.limit_s is not None and now - late.since > late.limit_s:
+            text = f"the message did not arrive within {late.limit_s:g} s"
+            self._reject(late, DeadlineExceededError(text))
+        if not late.rejected:
+            connection = self._connections.get(late.peer)
+            if connection is None:
+                connection = self._connect(late.peer, _UNSEEN_BYTES, now)
+            connection.late.append(late)
+
+    def _account(self, peer: str, connection: _Connection) -> None:
         received = self._sockets.received(peer)
         if received is None:
-            # A socket of the file system: a unary message may be all there but for a byte.
-            sizes = [0 if each.limit_s is None else self._max_bytes for each in readings]
+            # A socket of the file system: of a unary message all may be there but a byte.
+            sizes = [0 if each.limit_s is None else self._max_bytes for each in connection.late]
         else:
             unfinished = max(0, received - connection.base - connection.delivered)
-            sizes = [min(self._max_bytes, unfinished // len(readings))] * len(readings)
-        for reading, size in zip(readings, sizes, strict=True):
-            self._hold_unfinished(reading, size)
+            each_size = min(self._max_bytes, unfinished // len(connection.late))
+            sizes = [each_size] * len(connection.late)
+        for late, size in zip(connection.late, sizes, strict=True):
+            if not late.rejected and not self._resize(late, size):
+                self._reject(late, self._full("a message that is being received"))
 
-    def _hold_unfinished(self, reading: _Reading, size: int) -> None:
-        if reading.rejected:
-            return  # by one before it, just now
-        if reading.holding is None:
-            evict = partial(self._reject, reading, None)
-            reading.holding = self.budget.reserve(reading.caller or reading.peer, size, evict)
-            fits = reading.holding is not None
-        else:
-            fits = self.budget.resize(reading.holding, size)
-        if not fits:
-            self._reject(reading, None)
+    def _resize(self, late: _Late, size: int) -> bool:
+        if late.holding is not None:
+            return self.budget.resize(late.holding, size)
+        late.holding = self.budget.reserve(late.caller, size, partial(self._evict, late))
+        return late.holding is not None
 
-    def _reject(self, reading: _Reading, error: ElsError | None) -> None:
-        if reading.rejected:
-            return
-        reading.rejected = True
-        error = error or self._full("a message that is being received")
-        task = asyncio.ensure_future(_end(reading, error))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _evict(self, late: _Late) -> None:
+        self._reject(late, self._full("a message that is being received"))
 
-    def _deliver(self, reading: _Reading, size: int) -> None:
-        connection = self._connections.get(reading.peer or reading.context.peer())
-        if connection is not None:
+    def _reject(self, late: _Late, error: ElsError) -> None:
+        if not late.rejected:
+            late.rejected = True
+            task = asyncio.ensure_future(_end(late, error))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _deliver(self, context: Context, size: int) -> None:
+        late = self._late.pop(context, None)
+        if late is not None and late.holding is not None:
+            self.budget.release(late.holding)
+        connection = self._connections.get(context.peer() if late is None else late.peer)
+        if connection is not None and size:
             frames = 1 + size // _FRAME_BYTES
             connection.delivered += size + frames * _FRAME_OVERHEAD + _CALL_OVERHEAD
 
 
-async def _end(reading: _Reading, error: ElsError) -> None:
+async def _end(late: _Late, error: ElsError) -> None:
     try:
-        await reading.reject(reading.context, error)
+        await late.reject(late.context, error)
     except (grpc.aio.AbortError, grpc.aio.UsageError, asyncio.CancelledError):
         return  # as it should, or the call has ended by itself
