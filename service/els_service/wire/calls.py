@@ -305,8 +305,12 @@ class Calls:
 
     def _begin(self, method: Method, request: Any, context: Context) -> _Call:
         self._in_flight += 1
-        # Not when the handler ends: its answer may have a long way to go yet.
-        context.add_done_callback(self._done)
+        # Not when the handler ends: its answer may have a long way to go yet. The context's own
+        # callbacks end with the task, too, but tie call and context together until garbage is
+        # collected.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._done)
         method.started += 1
         call = _Call(method, request, context)
         if self._tracing is not None:
@@ -317,7 +321,7 @@ class Calls:
         CALL.set(call)
         return call
 
-    def _done(self, context: Context) -> None:
+    def _done(self, _: object) -> None:
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()

@@ -2,9 +2,9 @@
 
 gRPC gives a caller room for a whole message as soon as it is waited for, and hands it over when it
 is whole. So every handler waits for its messages through a ``Receiver``. A message that is there at
-once, as nearly all are, costs a dictionary entry. One that is not is looked at every ten
-milliseconds: the bytes that its connection received and did not deliver are held in the budget. When
-there is no room, the newest message of the caller that holds most is rejected.
+once, as nearly all are, costs a dictionary entry. One that is not is looked at every 10 ms: the
+bytes that its connection received and did not deliver are held in the budget. When there is no
+room, the newest message of the caller that holds most is rejected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Receiver:
         return len(self._pending)
 
     def begin(self, context: Context, caller: str | None, reject: Reject) -> None:
-        """Note that the message of a call is waited for; ``read`` does it where a frame is no matter.
+        """Note that the message of a unary call is waited for; ``read`` does all of it.
 
         Args:
             context: of the call.
