@@ -40,8 +40,9 @@ _RETRY_S = 1.0
 Context = Any
 Reject = Callable[[Any, ElsError], Awaitable[None]]
 """Ends a call, by its context, with the status of an error, and counts it."""
-_Terms = tuple[str | None, Reject, float | None]
-"""Name of the token, how to reject, and how long the message may take; None for any time."""
+_Terms = tuple[str | None, Reject, float | None, int]
+"""Name of the token, how to reject, how long the message may take (None for any time), and how many
+looks there were before."""
 
 
 class _Late:
@@ -50,7 +51,7 @@ class _Late:
     __slots__ = ("caller", "context", "holding", "limit_s", "peer", "reject", "rejected", "since")
 
     def __init__(self, context: Context, terms: _Terms, now: float) -> None:
-        self.context, (caller, self.reject, self.limit_s) = context, terms
+        self.context, (caller, self.reject, self.limit_s, _) = context, terms
         self.peer: str = context.peer()
         self.caller = caller or self.peer
         self.since = now
@@ -85,8 +86,7 @@ class Receiver:
         self.budget, self.receive_s = budget, receive_s
         self._max_bytes = max_message_bytes
         self._pending: dict[Context, _Terms] = {}
-        self._seen: set[Context] = set()
-        """Pending at the last look."""
+        self._looks = 0
         self._late: dict[Context, _Late] = {}
         self._connections: dict[str, _Connection] = {}
         self._sockets = TcpConnections()
@@ -107,7 +107,7 @@ class Receiver:
             reject: called if the message has to give way or is too late. Then waiting for it raises
                 ``grpc.aio.AbortError``.
         """
-        self._pending[context] = caller, reject, self.receive_s
+        self._pending[context] = caller, reject, self.receive_s, self._looks
         if self._timer is None:
             self._look_in(_LOOK_S)
 
@@ -132,7 +132,7 @@ class Receiver:
             grpc.aio.AbortError: The message was rejected; the call has ended by then.
         """
         self.begin(context, caller, reject)
-        self._pending[context] = caller, reject, limit_s
+        self._pending[context] = caller, reject, limit_s, self._looks
         size = 0
         try:
             message = await context.read()
@@ -176,6 +176,12 @@ class Receiver:
         """Give a holding back."""
         self.budget.release(holding)
 
+    def close(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._connections.clear()
+
     def _full(self, what: str) -> QueueFullError:
         budget = self.budget
         return QueueFullError(
@@ -203,9 +209,9 @@ class Receiver:
         for connection in self._connections.values():
             connection.late.clear()
         for context, terms in list(self._pending.items()):
-            if context in self._seen:
+            if terms[3] < self._looks:
                 self._note_late(context, terms, now)
-        self._seen = set(self._pending)
+        self._looks += 1
         for peer, connection in list(self._connections.items()):
             if connection.late:
                 connection.idle_since = now

@@ -167,6 +167,7 @@ class Server:
         """End every call, thread and listener."""
         await self._grpc.stop(None)
         await self._health.close()
+        self._receiver.close()
         self._engine.close()
         if self._lag is not None:
             self._lag.cancel()
