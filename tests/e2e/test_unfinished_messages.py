@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -184,6 +185,6 @@ def test_callers_without_a_token_hold_nothing_through_health_checks(
             sender.run(4)
             assert len(sender.ended) == CALLS
             with grpc.insecure_channel(f"127.0.0.1:{server.ready[where]}") as probe:
-                call = probe.unary_unary(HEALTH)
+                call: Any = probe.unary_unary(HEALTH)
                 assert call(b"", timeout=TIMEOUT_S)
         assert memory(server, "VmHWM") - before < BUDGET / MIB + 150
