@@ -32,7 +32,7 @@ from els_service.engine.models import Entry, Models
 from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
 from els_service.engine.terms import Observer, Terms
-from els_service.errors import DeadlineExceededError, QueueFullError, UnavailableError
+from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""

@@ -33,7 +33,7 @@ class Room:
     seconds: bool
 
     def up_to(self, amount: float) -> float:
-        """Return the amount, or what is left if that is less: for what is alone, which may exceed."""
+        """Return the amount, or what is free if that is less: a request alone may exceed it."""
         return min(amount, max(self.budget.capacity - self.budget.used, 0.0))
 
     def full(self, caller: str, amount: float) -> QueueFullError:
@@ -94,7 +94,7 @@ class Reservation:
             self._held.append((room, holding))
 
     def begin(self, queue: Sequence[Room], share: float) -> None:
-        """Keep a share, 0 to 1, of what is held of the rooms of a queue; pin what is held of others.
+        """Keep a share, 0 to 1, of what is held of a queue's rooms; pin what is held of others.
 
         For a request of which a part ceases to wait and is computed.
         """
