@@ -33,7 +33,7 @@ class Room:
     seconds: bool
 
     def up_to(self, amount: float) -> float:
-        """Return the amount, or what is left if that is less: for what is alone."""
+        """Return the amount, or what is free if that is less: a request alone may exceed it."""
         return min(amount, max(self.budget.capacity - self.budget.used, 0.0))
 
     def full(self, caller: str, amount: float) -> QueueFullError:
@@ -54,7 +54,8 @@ class Room:
             f"gave way in {self.name}: its caller held {self._told(held)} of the "
             f"{self._told(budget.capacity)} allowed, and others need room"
         )
-        return self._error(text, held - budget.capacity / max(budget.callers, 1))
+        # Who needs the room may hold nothing yet: with the evicted caller there are two at least.
+        return self._error(text, held - budget.capacity / max(budget.callers, 2))
 
     def _told(self, amount: float) -> str:
         return f"{amount:.3g} s" if self.seconds else f"{amount:.0f} bytes"
