@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,9 +34,14 @@ from els_service.logs import CALL
 from els_service.wire.batches import check_cancelled
 from els_service.wire.deadlines import unrounded_s
 from els_service.wire.doors import Doors, caller_of, token_name
-from els_service.wire.message_structure import MessageStructureError, check_structure, inflated
+from els_service.wire.message_structure import (
+    MessageStructureError,
+    check_structure,
+    inflated,
+    is_large_gzip,
+)
 from els_service.wire.metrics import Method, Metrics
-from els_service.wire.receiving import LARGE_BYTES, Receiver, Reject
+from els_service.wire.receiving import LARGE_BYTES, Messages, Receiver, Reject
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -238,13 +243,16 @@ class Calls:
             finally:
                 receiver.end(context, size)
             check_cancelled()
+            if size and is_large_gzip(data):
+                data = await self._decompressed(data, context, reject)
+                size = len(data)
             request = parse(data)
             del data
             under_way = self._begin(method, request, context)
             holding: Holding | None = None
             try:
                 if size > LARGE_BYTES:
-                    holding = receiver.hold(context, token_name(), size)
+                    holding = receiver.hold(caller_of(context), size)
                 self._admit(request)
                 answer = await behaviour(request, context)
             except BaseException as error:
@@ -252,7 +260,7 @@ class Calls:
                 await self._fail(error, under_way)
             finally:
                 if holding is not None:
-                    receiver.release(holding)
+                    receiver.budget.release(holding)
             self._end("OK", under_way)
             return answer
 
@@ -263,8 +271,11 @@ class Calls:
         receiver, reject = self._receiver, self._rejecting(method)
 
         async def call(_: object, context: Context) -> None:
-            limit_s = receiver.receive_s
-            request = parse(await receiver.read(context, token_name(), reject, limit_s))
+            data = await receiver.read(context, token_name(), reject, receiver.receive_s)
+            if data is not None and is_large_gzip(data):
+                data = await self._decompressed(data, context, reject)
+            request = parse(data)
+            del data
             under_way = self._begin(method, request, context)
             try:
                 self._admit(request)
@@ -283,7 +294,8 @@ class Calls:
             async def reject(_: Context, error: ElsError) -> None:
                 await self._fail(error, under_way)
 
-            requests = self._receiver.stream(context, token_name(), reject, parse)
+            size = self._limits.max_message_bytes
+            requests = Messages(self._receiver, context, token_name(), reject, parse, size)
             try:
                 self._admit(None)
                 await _write_all(behaviour(requests, context), method, context)
@@ -291,9 +303,19 @@ class Calls:
                 raise  # it was rejected while it waited for a message
             except BaseException as error:
                 await self._fail(error, under_way)
+            finally:
+                requests.close()
             self._end("OK", under_way)
 
         return call
+
+    async def _decompressed(self, data: bytes, context: Context, reject: Reject) -> bytes:
+        try:
+            caller, size = caller_of(context), self._limits.max_message_bytes
+            return await self._receiver.decompressed(caller, data, size)
+        except ElsError as error:
+            await reject(context, error)
+            raise AssertionError("abort always raises") from error
 
     def _rejecting(self, method: Method) -> Reject:
         """Return what ends a call whose message is not there yet."""
@@ -544,10 +566,14 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
 
     if handler.request_streaming:
 
-        async def talk(_: object, context: Context) -> AsyncIterator[Any]:
-            requests = receiver.stream(context, token_name(), _abort, parse)
-            async for answer in handler.stream_stream(requests, context):
-                yield answer
+        async def talk(_: object, context: Context) -> None:
+            requests = Messages(receiver, context, token_name(), _abort, parse, SMALL_MESSAGE_BYTES)
+            try:
+                async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
+                    async for answer in answers:
+                        await _write(context, answer)
+            finally:
+                requests.close()
 
         return grpc.stream_stream_rpc_method_handler(talk, None, handler.response_serializer)
     if handler.response_streaming:

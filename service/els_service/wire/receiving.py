@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,11 @@ import grpc
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 from els_service.wire.batches import check_cancelled
+from els_service.wire.message_structure import (
+    MessageStructureError,
+    inflated,
+    is_large_gzip,
+)
 from els_service.wire.tcp_info import TcpConnections
 
 LARGE_BYTES = 64 << 10
@@ -36,13 +41,21 @@ _FORGET_S = 10.0
 _FRAME_BYTES, _FRAME_OVERHEAD, _CALL_OVERHEAD = 16 << 10, 9, 64
 """HTTP/2 needs this much beside a message at least."""
 _RETRY_S = 1.0
+_DECOMPRESSIONS = 2
+"""Messages that are decompressed at once, each in a thread."""
+_HEAD_BYTES = 64
+"""Of a message that cannot be decompressed: enough to see that."""
 
 Context = Any
 Reject = Callable[[Any, ElsError], Awaitable[None]]
 """Ends a call, by its context, with the status of an error, and counts it."""
-_Terms = tuple[str | None, Reject, float | None, int]
-"""Name of the token, how to reject, how long the message may take (None for any time), and how many
-looks there were before."""
+_Terms = tuple[str | None, Reject, float | None, int, str | None]
+"""Name of the token, how to reject, how long the message may take (None for any time), how many
+looks there were before, and the peer.
+
+Without a peer its handler waits for the message itself, so the call is alive and its context can be
+asked. To ask the context of a call that has ended ends the process.
+"""
 
 
 class _Late:
@@ -51,8 +64,8 @@ class _Late:
     __slots__ = ("caller", "context", "holding", "limit_s", "peer", "reject", "rejected", "since")
 
     def __init__(self, context: Context, terms: _Terms, now: float) -> None:
-        self.context, (caller, self.reject, self.limit_s, _) = context, terms
-        self.peer: str = context.peer()
+        self.context, (caller, self.reject, self.limit_s, _, peer) = context, terms
+        self.peer: str = peer or context.peer()
         self.caller = caller or self.peer
         self.since = now
         self.holding: Holding | None = None
@@ -71,6 +84,56 @@ class _Connection:
         """Bytes of messages since then."""
         self.late: list[_Late] = []
         self.idle_since = now
+
+
+class Messages:
+    """Requests of a stream, read one after the other as they are asked for.
+
+    No generator: one that is abandoned would go on when its call has ended.
+
+    Args:
+        receiver: waits for them.
+        context: of the call; it must be alive.
+        caller: as of ``Receiver.begin``.
+        reject: as of ``Receiver.begin``.
+        parse: makes a request of a message.
+        max_bytes: of a message, decompressed.
+    """
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        context: Context,
+        caller: str | None,
+        reject: Reject,
+        parse: Callable[[bytes], Any],
+        max_bytes: int,
+    ) -> None:
+        self._receiver, self._context, self._parse = receiver, context, parse
+        self._caller, self._reject, self._max_bytes = caller, reject, max_bytes
+        self._peer: str = context.peer()
+        self._ended = False
+        receiver.track(self._peer)
+
+    def __aiter__(self) -> Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        receiver, context = self._receiver, self._context
+        if self._ended:
+            raise StopAsyncIteration
+        data = await receiver.read(context, self._caller, self._reject, None, self._peer)
+        if data is None:
+            raise StopAsyncIteration
+        if is_large_gzip(data):
+            caller = self._caller or self._peer
+            data = await receiver.decompressed(caller, data, self._max_bytes)
+        return self._parse(data)
+
+    def close(self) -> None:
+        """Wait for no further message; called before the call ends."""
+        self._ended = True
+        self._receiver.end(self._context, 0)
 
 
 class Receiver:
@@ -92,6 +155,7 @@ class Receiver:
         self._sockets = TcpConnections()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._decompressing = asyncio.Semaphore(_DECOMPRESSIONS)
 
     @property
     def pending(self) -> int:
@@ -107,18 +171,23 @@ class Receiver:
             reject: called if the message has to give way or is too late. Then waiting for it raises
                 ``grpc.aio.AbortError``.
         """
-        self._pending[context] = caller, reject, self.receive_s, self._looks
+        self._pending[context] = caller, reject, self.receive_s, self._looks, None
         if self._timer is None:
             self._look_in(_LOOK_S)
 
     def end(self, context: Context, size: int) -> None:
         """Note that it is there, with ``size`` bytes, or will not come."""
-        del self._pending[context]
-        if self._connections:
-            self._deliver(context, size)
+        terms = self._pending.pop(context, None)
+        if terms is not None and self._connections:
+            self._deliver(context, size, terms[4])
 
     async def read(
-        self, context: Context, caller: str | None, reject: Reject, limit_s: float | None = None
+        self,
+        context: Context,
+        caller: str | None,
+        reject: Reject,
+        limit_s: float | None,
+        peer: str | None = None,
     ) -> bytes | None:
         """Return the next message of a call; None where there is none.
 
@@ -127,12 +196,13 @@ class Receiver:
             caller: as of ``begin``.
             reject: as of ``begin``.
             limit_s: how long the message may take; None for any time.
+            peer: of the call, where its handler may end before this does.
 
         Raises:
             grpc.aio.AbortError: The message was rejected; the call has ended by then.
         """
         self.begin(context, caller, reject)
-        self._pending[context] = caller, reject, limit_s, self._looks
+        self._pending[context] = caller, reject, limit_s, self._looks, peer
         size = 0
         try:
             message = await context.read()
@@ -143,38 +213,38 @@ class Receiver:
         check_cancelled()
         return data
 
-    async def stream(
-        self, context: Context, caller: str | None, reject: Reject, parse: Callable[[bytes], Any]
-    ) -> AsyncIterator[Any]:
-        """Yield the requests of a stream; arguments as of ``begin``.
+    async def decompressed(self, caller: str, data: bytes, max_bytes: int) -> bytes:
+        """Return a message for which ``is_large_gzip``, decompressed off the event loop.
+
+        One that cannot be is cut short, for whoever parses it to reject.
 
         Args:
-            context: as of ``begin``.
-            caller: as of ``begin``.
-            reject: as of ``begin``.
-            parse: makes a request of a message.
-        """
-        self._track(context.peer())
-        while (data := await self.read(context, caller, reject)) is not None:
-            request = parse(data)
-            del data
-            yield request
-            del request
+            caller: holds the memory meanwhile.
+            data: the message.
+            max_bytes: of it, decompressed.
 
-    def hold(self, context: Context, caller: str | None, size: int) -> Holding:
+        Raises:
+            QueueFullError: There is no room for as much as it may become.
+        """
+        holding = self.hold(caller, max_bytes // _WHOLE)
+        try:
+            async with self._decompressing:
+                return await asyncio.to_thread(inflated, data, max_bytes)
+        except MessageStructureError:
+            return data[:_HEAD_BYTES]
+        finally:
+            self.budget.release(holding)
+
+    def hold(self, caller: str, size: int) -> Holding:
         """Return the holding of a message over ``LARGE_BYTES``, to be released with its answer.
 
         Raises:
             QueueFullError: There is no room for it.
         """
-        holding = self.budget.reserve(caller or context.peer(), _WHOLE * size)
+        holding = self.budget.reserve(caller, _WHOLE * size)
         if holding is None:
             raise self._full(f"a message of {size} bytes")
         return holding
-
-    def release(self, holding: Holding) -> None:
-        """Give a holding back."""
-        self.budget.release(holding)
 
     def close(self) -> None:
         """Look no more."""
@@ -190,7 +260,7 @@ class Receiver:
             retry_after_s=_RETRY_S,
         )
 
-    def _track(self, peer: str) -> None:
+    def track(self, peer: str) -> None:
         """Count a connection's bytes from the beginning of a stream: it may wait for long."""
         if peer not in self._connections:
             self._connect(peer, LARGE_BYTES, time.monotonic())
@@ -264,11 +334,11 @@ class Receiver:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _deliver(self, context: Context, size: int) -> None:
+    def _deliver(self, context: Context, size: int, peer: str | None) -> None:
         late = self._late.pop(context, None)
         if late is not None and late.holding is not None:
             self.budget.release(late.holding)
-        connection = self._connections.get(context.peer() if late is None else late.peer)
+        connection = self._connections.get(late.peer if late else peer or context.peer())
         if connection is not None and size:
             frames = 1 + size // _FRAME_BYTES
             connection.delivered += size + frames * _FRAME_OVERHEAD + _CALL_OVERHEAD
