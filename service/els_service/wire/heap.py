@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
-TRIM_EVERY_S = 1.0
-_WORTH_BYTES = 64 << 20
+TRIM_EVERY_S = 2.0
+_WORTH_BYTES = 8 << 20
 """Freed bytes from which giving them back is worth the time that it takes."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -33,7 +36,7 @@ def sizes() -> Iterator[tuple[str, float]]:
     yield "els_python_blocks", sys.getallocatedblocks()
     if (ask := _mallinfo2()) is not None:
         found = ask()
-        yield "els_malloc_used_bytes", found.uordblks + found.hblkhd
+        yield "els_malloc_used_bytes", _used(found)
         yield "els_malloc_free_bytes", found.fordblks
 
 
@@ -46,15 +49,24 @@ async def trim(interval_s: float = TRIM_EVERY_S) -> None:
     ask, give_back = _mallinfo2(), _malloc_trim()
     if ask is None or give_back is None:
         return
-    kept = 0
+    least = 0
     while True:
         await asyncio.sleep(interval_s)
-        free = ask().fordblks
-        # What could not be given back the last time is not tried again and again.
-        if free > kept + _WORTH_BYTES:
+        # Of free memory malloc does not say how much is resident; resident memory that is not in
+        # use does, but for what never was malloc's, which is constant.
+        unused = _resident() - _used(ask())
+        if unused > least + _WORTH_BYTES:
             await asyncio.to_thread(give_back, 0)
-            kept = ask().fordblks
-        kept = min(kept, free)
+            least = unused = _resident() - _used(ask())
+        least = min(least, unused)
+
+
+def _used(found: _Mallinfo2) -> int:
+    return int(found.uordblks + found.hblkhd)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
 @cache
