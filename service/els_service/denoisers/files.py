@@ -21,8 +21,10 @@ REMAINS_S = 600.0
 """Age in seconds from which a temporary file that nobody holds is removed. A live writer's file is
 unlocked only between its creation and its lock."""
 
-_TEMPORARY = re.compile(r"\.els-[0-9a-f]{16}\.tmp|\..+\.[0-9]+\.tmp")
-"""Of this version, and of versions before 0.2, which took process ids."""
+_TEMPORARY = re.compile(
+    r"\.els-[0-9a-f]{16}\.tmp|\..+\.(safetensors|yaml|json|csv|png)\.[0-9]+\.tmp"
+)
+"""Today's names, and those of earlier versions, which held a process id."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
