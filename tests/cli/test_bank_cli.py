@@ -171,12 +171,13 @@ def test_progress_is_a_line_every_five_seconds_where_there_is_no_terminal(
 
 
 def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
-    (pictures / "c.png").unlink()
+    for path in (pictures / "c.png", *pictures.glob("*.txt")):
+        path.unlink()
     leader, follower = pty.openpty()
     command = [sys.executable, "-c", "from els_service.cli import main; main()", "bank", "build"]
     out = pictures.with_name("bank.safetensors")
     with subprocess.Popen(
-        [*command, str(pictures), str(out), "--skip-unreadable"],
+        [*command, str(pictures), str(out)],
         stderr=follower,
         stdout=subprocess.DEVNULL,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
