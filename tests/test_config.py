@@ -31,6 +31,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "keepalive_timeout_s": (0.5, 1.5, 2.5),
     "client_ping_s": (0.5, 1.5, 2.5),
     "handshake_s": (0.5, 1.5, 2.5),
+    "receive_s": (0.5, 1.5, 2.5),
     "max_connection_idle_s": (0.5, 1.5, 2.5),
     "max_connection_age_s": (0.5, 1.5, 2.5),
     "max_connection_age_grace_s": (0.5, 1.5, 2.5),

@@ -117,6 +117,8 @@ class Settings(BaseModel):
     """How often a client may ping, in calls and between them; one in more haste is sent away."""
     handshake_s: _Seconds = 20.0
     """A connection that has not begun to speak HTTP/2 by then is closed."""
+    receive_s: _Seconds = 60.0
+    """How long the message of a call may take to arrive; those of a stream may take any time."""
     max_connection_idle_s: _Seconds = 900.0
     """A connection without calls for this long is closed."""
     max_connection_age_s: _Seconds = 1800.0
