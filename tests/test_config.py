@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "starvation_s": (0.5, 1.5, 9.0),
     "memory_bytes": (1, 2, 3),
     "watchdog_s": (0.5, 1.5, 9.0),
+    "load_s": (0.5, 1.5, 9.0),
     "max_images": (1, 2, 3),
     "max_steps": (1, 2, 3),
     "max_message_bytes": (1 << 16, 1 << 17, 1 << 18),
