@@ -9,11 +9,18 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 TRIM_EVERY_S = 2.0
 _WORTH_BYTES = 8 << 20
 """Freed bytes from which giving them back is worth the time that it takes."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+_M_ARENA_MAX = -8
+"""As in glibc's malloc.h."""
+_ARENAS = 2
+"""One of the event loop, one of all other threads."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -40,13 +47,24 @@ def sizes() -> Iterator[tuple[str, float]]:
         yield "els_malloc_free_bytes", found.fordblks
 
 
+def bound_arenas() -> None:
+    """Let malloc make few arenas; called before threads are started.
+
+    It makes up to eight for each core, each keeps what its bursts took, and the end of none but
+    the first can be given back. Does nothing where malloc is not glibc's.
+    """
+    set_option = _malloc_function("mallopt")
+    if set_option is not None:
+        set_option(_M_ARENA_MAX, _ARENAS)
+
+
 async def trim(interval_s: float = TRIM_EVERY_S) -> None:
     """Give freed memory back to the system, over and over. Ends if cancelled.
 
     malloc keeps what lies between blocks that are in use; after a burst of large messages that may
     be most of the process. Does nothing where malloc is not glibc's.
     """
-    ask, give_back = _mallinfo2(), _malloc_trim()
+    ask, give_back = _mallinfo2(), _malloc_function("malloc_trim")
     if ask is None or give_back is None:
         return
     least = 0
@@ -70,20 +88,16 @@ def _resident() -> int:
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
-    return function
-
-
-@cache
 def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
+    function: Any = _malloc_function("mallinfo2")  # from 2.33 on
+    if function is not None:
+        function.restype = _Mallinfo2
+    return cast("Callable[[], _Mallinfo2] | None", function)
+
+
+def _malloc_function(name: str) -> Any:
+    """Return a function of glibc's malloc; None where malloc is another's."""
     try:
-        # From 2.33 on; other libraries have none.
-        function = ctypes.CDLL(None).mallinfo2
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
-    function.restype = _Mallinfo2
-    return function

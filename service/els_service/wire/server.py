@@ -285,6 +285,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         LoadError: As ``Server.start``.
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
+    heap.bound_arenas()
     torch.set_num_threads(settings.threads or cpu_limit())
     sys.setswitchinterval(_SWITCH_S)
     allow_connections()
