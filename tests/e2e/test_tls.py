@@ -15,6 +15,8 @@ from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S, assert_answers
 from tests.e2e.security import Certificates, healthy
 
+from els_service.wire.watched import STALE
+
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
@@ -99,7 +101,7 @@ def test_broken_files_keep_the_old_pair_and_the_log_tells(
     certificates.certificate.unlink()
     with certificates.channel(port) as channel:
         assert healthy(channel)
-    told = [one for one in secure.records()[already:] if one["event"] == "kept as it was"]
+    told = [one for one in secure.records()[already:] if one["event"] == STALE]
     assert len(told) == 4
     assert all(str(certificates.certificate) in one["reason"] for one in told)
     after = issued(certificates)

@@ -46,7 +46,11 @@ class Doors:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._credentials = tls.credentials(settings)
+        self._tls = tls.watched(settings)
+        asks = settings.tls_client_ca is not None
+        self._credentials = (
+            None if self._tls is None else tls.credentials(self._tls, client_certificates=asks)
+        )
         self._tokens = Tokens(settings.tokens) if settings.tokens else None
         _check_exposure(settings)
 
@@ -59,6 +63,14 @@ class Doors:
         if self._credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._credentials)
+
+    def stale(self) -> dict[str, float]:
+        """Return, by ``tokens`` and ``tls`` where set, for how long their files are unusable.
+
+        In seconds, 0.0 where they are current; the files are looked at, in whichever thread.
+        """
+        watched = {"tokens": self._tokens, "tls": self._tls}
+        return {name: one.stale_s() for name, one in watched.items() if one is not None}
 
     def guarded(
         self, service: str, handlers: Mapping[str, Handler], refuse: Refuse

@@ -48,8 +48,8 @@ _GAUGES = {
     "els_model_refused": "1 where the latest load of a model was refused, else 0.",
     "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
     "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",
-    "els_reloaded_file_stale_seconds": "Time since a file that is read again when it changes could "
-    "not be: what it said before still counts; 0 where it is current.",
+    "els_reloaded_file_stale_seconds": "Time for which a file that is reloaded on change has been "
+    "unusable, so that its last good content still counts; 0 where it is current.",
     "els_serving": "1 while the health of the server is SERVING, else 0.",
     "els_trajectories": "Trajectories under way.",
     "els_watchdog_seconds": "Time over a batch's prediction after which a device counts as lost.",
@@ -104,12 +104,10 @@ class Method:
     def retire(self, models: set[str]) -> None:
         """End the series of models; the method's own counts keep their calls."""
         gone = [key for key in self.ended if key[0] in models]
-        if not gone:
-            return
         kept = {key: tally for key, tally in self.ended.items() if key[0] not in models}
         for code in {code for _, code in gone}:
-            parts = [self.ended[key] for key in (*gone, (None, code)) if key[1] == code and key in self.ended]
-            kept[None, code] = merged(parts, _SECONDS)
+            keys = [(None, code), *(key for key in gone if key[1] == code)]
+            kept[None, code] = merged([self.ended[k] for k in keys if k in self.ended], _SECONDS)
         # In one step: a scrape in between would see the counts go back.
         self.ended = kept
 
@@ -205,9 +203,8 @@ class Metrics(Collector):
         """
         now = time.monotonic() if now is None else now
         unloaded = self._with_series() - set(served)
-        self._unloaded = {
-            model: since for model, since in self._unloaded.items() if model in unloaded
-        } | {model: now for model in sorted(unloaded - set(self._unloaded))}
+        known = {model: since for model, since in self._unloaded.items() if model in unloaded}
+        self._unloaded = known | dict.fromkeys(sorted(unloaded - known.keys()), now)
         oldest = list(self._unloaded)[: max(0, len(self._unloaded) - RETAINED_MODELS)]
         over = {model for model, since in self._unloaded.items() if now - since >= RETAIN_S}
         for model in (gone := over.union(oldest)):
@@ -222,7 +219,8 @@ class Metrics(Collector):
     def _with_series(self) -> set[str]:
         """Return the models that have series; calls that name none have the empty name."""
         asked = {model for method in self._methods for model, _ in method.ended if model}
-        return asked | self._queued.keys() | self._computed.keys() | {m for m, _ in self._dropped}
+        dropped = {model for model, _ in self._dropped}
+        return (asked | self._queued.keys() | self._computed.keys() | dropped) - {""}
 
     def _of_calls(self) -> Iterator[Metric]:
         yield family(

@@ -21,7 +21,9 @@ from urllib.parse import parse_qs
 import h11
 import uvicorn
 from prometheus_client import CollectorRegistry, exposition
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _REQUEST_S = 10.0
@@ -266,10 +268,25 @@ def _quality(parameters: dict[str, str]) -> float:
 def _render(
     registry: CollectorRegistry, kind: str, compressed: bool, names: tuple[str, ...]
 ) -> bytes:
-    source: Any = registry.restricted_registry(names) if names else registry
+    source: Any = _Some(registry, names) if names else registry
     write: Any = openmetrics.generate_latest if kind == _OPENMETRICS else exposition.generate_latest
     page: bytes = write(source)
     return gzip.compress(page, 6) if compressed else page
+
+
+class _Some(Collector):
+    """Samples of a registry by their names; the registry itself knows only described ones."""
+
+    def __init__(self, registry: CollectorRegistry, names: tuple[str, ...]) -> None:
+        self._registry, self._names = registry, frozenset(names)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families that have such samples, with these alone."""
+        for family in self._registry.collect():
+            some = Metric(family.name, family.documentation, family.type)
+            some.samples = [sample for sample in family.samples if sample.name in self._names]
+            if some.samples:
+                yield some
 
 
 def _header(scope: Any, name: bytes) -> str:

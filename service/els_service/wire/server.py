@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
@@ -41,6 +39,7 @@ from els_service.wire.health import ALIVE, Health
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.listening import bind
 from els_service.wire.metrics import Gauges, Metrics
+from els_service.wire.metrics_http import HttpPages
 from els_service.wire.preflight import tracing_maker
 
 _log = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ _SERVICES = (
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 _FLUSH_S = 0.5
+_UPKEEP_S = 5.0
 _CLOSE_S = 6.0
 """Spans are sent within 5 s, and who scrapes is waited for."""
 _REMEDY = "fill the folder, then RepositoryModelLoad each model, or start anew"
@@ -106,7 +106,8 @@ class Server:
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
         self._health = Health(_SERVICES)
-        self._http: tuple[WSGIServer, Thread] | None = None
+        self._upkeep: asyncio.Task[None] | None = None
+        self._http: HttpPages | None = None
         self._grpc = self._assemble()
 
     async def start(self) -> Started:
@@ -121,6 +122,7 @@ class Server:
         models = repository(settings)
         models.check_is_there()
         self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
+        self._upkeep = asyncio.create_task(self._keep_up())
         grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         await self._report()
@@ -159,15 +161,13 @@ class Server:
         await self._grpc.stop(None)
         await self._health.close()
         self._engine.close()
-        if self._lag is not None:
-            self._lag.cancel()
+        for task in (self._lag, self._upkeep):
+            if task is not None:
+                task.cancel()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._http is not None:
-            http, thread = self._http
-            await asyncio.to_thread(http.shutdown)
-            http.server_close()
-            thread.join()
+            await asyncio.to_thread(self._http.close)
 
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
@@ -204,16 +204,35 @@ class Server:
         """Yield what the engine tells, and the server's own state and bounds, at any time."""
         settings, since = self._settings, self._told_to_end
         yield from self._engine.gauges()
+        for name, stale_s in self._doors.stale().items():
+            yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
         yield "els_calls_in_flight", {}, self._calls.in_flight
         yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
         yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
         yield "els_queue_limit_seconds", {}, settings.queue_s
-        yield "els_serving", {}, self._ready() and since is None
+        yield "els_serving", {}, not self._why_not_ready()
         yield "els_watchdog_seconds", {}, settings.watchdog_s
 
     def _ready(self) -> bool:
         models = self._engine.models
         return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
+
+    def _why_not_ready(self) -> str:
+        """Return why the health of ``""`` is not SERVING, empty where it is; from any thread."""
+        if self._told_to_end is not None:
+            return "the server is draining"
+        if self._engine.models.starting:
+            return "models are being loaded"
+        return "" if self._ready() else "no model is served"
+
+    async def _keep_up(self) -> None:
+        """End series of models that are gone, and look at the files that may change."""
+        models = self._engine.models
+        while True:
+            await asyncio.sleep(_UPKEEP_S)
+            self._metrics.retire(models.names())
+            # Nobody may call or scrape, and a file that is broken should be told of all the same.
+            await asyncio.to_thread(self._doors.stale)
 
     async def _report(self) -> None:
         models = self._engine.models
@@ -245,12 +264,12 @@ class Server:
     def _serve_metrics(self) -> int:
         host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
-            self._http = self._metrics.serve(host, port)
+            self._http = HttpPages(self._metrics.registry, self._why_not_ready, host, port)
         except OSError as error:
             raise LoadError(
                 address_of(host, port), f"cannot serve metrics: {error.strerror}"
             ) from error
-        return self._http[0].server_port
+        return self._http.port
 
 
 def stop_at_most_s(settings: Settings) -> float:
