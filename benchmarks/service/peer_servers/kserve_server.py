@@ -51,7 +51,7 @@ def bind_loopback() -> None:
         configure(self, *args, **options | {"host": "127.0.0.1"})
 
     kserve_grpc.aio.server = server
-    uvicorn.Config.__init__ = config
+    uvicorn.Config.__init__ = config  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -65,12 +65,12 @@ class Doors:
         return server.add_secure_port(address, self._credentials)
 
     def stale(self) -> dict[str, float]:
-        """Return, by ``tokens`` and ``tls`` where set, for how long their files are unusable.
+        """Return, for ``tokens`` and ``tls``, how long their files have been unusable, in seconds.
 
-        In seconds, 0.0 where they are current; the files are looked at, in whichever thread.
+        0.0 where they are current or not used. Looks at the files, in whichever thread.
         """
         watched = {"tokens": self._tokens, "tls": self._tls}
-        return {name: one.stale_s() for name, one in watched.items() if one is not None}
+        return {name: one.stale_s() if one else 0.0 for name, one in watched.items()}
 
     def guarded(
         self, service: str, handlers: Mapping[str, Handler], refuse: Refuse
