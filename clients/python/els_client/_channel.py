@@ -84,9 +84,8 @@ def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> 
     Raises:
         InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
     """
-    options = (
-        channel_options(healthy_only=healthy_only) + _tls_options(tls) + _proxy_options(target)
-    )
+    options = channel_options(healthy_only=healthy_only)
+    options += _tls_options(tls) + _proxy_options(target)
     if tls is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, _credentials(tls), options=options)

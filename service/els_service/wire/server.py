@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -48,6 +49,9 @@ _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+_SWITCH_S = 0.001
+"""How long another thread, as one that writes a page of metrics or loads a model, may keep the
+event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
 _FLUSH_S = 0.5
 _UPKEEP_S = 5.0
 _CLOSE_S = 6.0
@@ -101,11 +105,12 @@ class Server:
         self._metrics.gauges = self._gauges
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
-        self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
+        limits = settings.limits
+        self._calls = Calls(self._metrics, is_model, self._doors, limits, self._tracing)
         self._lag: asyncio.Task[None] | None = None
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
-        self._health = Health(_SERVICES)
+        self._health = Health(_SERVICES, settings)
         self._upkeep: asyncio.Task[None] | None = None
         self._http: HttpPages | None = None
         self._grpc = self._assemble()
@@ -125,11 +130,11 @@ class Server:
         self._upkeep = asyncio.create_task(self._keep_up())
         grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
-        await self._report()
+        self._report()
         health_port = await self._serve_health()
         await self._grpc.start()
         await self._load(models)
-        await self._report()
+        self._report()
         return Started(self._ready(), grpc_port, metrics_port, health_port)
 
     @property
@@ -144,7 +149,7 @@ class Server:
         """
         settings = self._settings
         self._told_to_end = time.monotonic()
-        await self._health.leave(max(settings.drain_s, _FLUSH_S))
+        self._health.leave()
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
         self._calls.draining.set()
@@ -206,6 +211,7 @@ class Server:
         yield from self._engine.gauges()
         for name, stale_s in self._doors.stale().items():
             yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
+        yield from self._health.gauges()
         yield "els_calls_in_flight", {}, self._calls.in_flight
         yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
         yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
@@ -234,10 +240,10 @@ class Server:
             # Nobody may call or scrape, and a file that is broken should be told of all the same.
             await asyncio.to_thread(self._doors.stale)
 
-    async def _report(self) -> None:
+    def _report(self) -> None:
         models = self._engine.models
         served = {entry.model for entry in models.newest()}
-        await self._health.report(ready=self._ready(), served=served, refused=models.faults)
+        self._health.report(ready=self._ready(), served=served, refused=models.faults)
 
     async def _load(self, models: ModelRepository) -> None:
         """Load what can be loaded; if that is nothing, say so and stay: models may come later."""
@@ -275,11 +281,10 @@ class Server:
 def stop_at_most_s(settings: Settings) -> float:
     """Return how long a stop takes at most after SIGTERM, but for a batch that is being computed.
 
-    Watchers of the health are told, then new calls are taken for the grace, then those in flight
-    may finish, then the rest is told, then what listens and sends is closed.
+    New calls are taken for the grace, then those in flight may finish, then the rest is told, then
+    what listens and sends is closed.
     """
-    told = max(settings.drain_s, _FLUSH_S)
-    return told + settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
+    return settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
 
 
 async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
@@ -294,6 +299,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    sys.setswitchinterval(_SWITCH_S)
     allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
