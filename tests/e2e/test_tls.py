@@ -235,7 +235,7 @@ def test_a_torn_client_ca_keeps_the_old_one_and_lets_nobody_else_in(
     assert gets_in(members, mutual, member)
     assert not gets_in(members, mutual, stranger)
     assert not gets_in(members, mutual, None)
-    told = [one for one in mutual.records()[already:] if one["event"] == "kept as it was"]
+    told = [one for one in mutual.records()[already:] if one["event"] == STALE]
     assert [str(members.client_ca) in one["reason"] for one in told] == [True]
     trust(members, other)
     assert gets_in(members, mutual, stranger)
