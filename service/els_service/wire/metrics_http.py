@@ -100,7 +100,8 @@ class HttpPages:
         self._pages.close()
 
     def _run(self, listening: socket.socket) -> None:
-        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        # Not every uvicorn closes the socket of a server that is ended while it starts.
+        with listening, asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             runner.run(self._server.serve([listening]))
 
 
