@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
@@ -100,6 +101,7 @@ class NetworkDenoiser:
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
+        checkpoint()
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
         x = query.x
         predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
