@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tests.engine.conftest import SHAPE
 
+from els_kernels import Control
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
 
@@ -53,7 +54,18 @@ class SimulatedDevice:
     def running_s(self) -> float:
         return 0.0
 
-    def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
+    @property
+    def stalled_s(self) -> float:
+        return 0.0
+
+    def run(
+        self,
+        work: Callable[[], T],
+        watchdog_s: float,
+        *,
+        predicted_s: float = 0.0,
+        control: Control | None = None,
+    ) -> asyncio.Future[Outcome[T]]:
         assert not self.running, "one batch at a time"
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Outcome[T]] = loop.create_future()

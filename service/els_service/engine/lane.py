@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from els_kernels import ComputationStoppedError
 from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, concatenate
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import Decoding
@@ -169,12 +170,13 @@ def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exc
     to a single image. Runs on a device's thread.
 
     Raises:
+        ComputationStoppedError: Nobody wants any of the answers any more.
         Exception: The device is broken.
     """
     try:
         together = denoiser.denoise(concatenate(queries))
     except Exception as error:
-        if breaks_device(error):
+        if isinstance(error, ComputationStoppedError) or breaks_device(error):
             raise
         short = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if short:
