@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -27,6 +28,10 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         waiting: Any = self
+        while waiting._scheduled and waiting._scheduled[0]._cancelled:
+            # As the loop does itself, but before time jumps to what will not happen.
+            waiting._timer_cancelled_count -= 1
+            heapq.heappop(waiting._scheduled)._scheduled = False
         if not waiting._ready and waiting._scheduled:
             self.now = max(self.now, waiting._scheduled[0]._when)
         super()._run_once()  # type: ignore[misc]  # asyncio's own name for one turn of the loop
