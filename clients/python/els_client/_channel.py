@@ -33,6 +33,8 @@ _RECONNECT_AT_MOST_MS = 2_000
 _RESOLVE_AGAIN_MS = 2_000
 # What grpc.aio says, with INTERNAL, of a message that a stream which ends does not take any more.
 _NOT_TAKEN = "Internal error from Core"
+# What gRPC says when its own timer fires: the server has not answered at all.
+_NO_REASON = (None, "", "Deadline Exceeded")
 # What a proxy makes of a server that is gone in the middle of an answer; no server ends a call so.
 _RESET = "RST_STREAM"
 # Every method is a pure question, so asking again harms nobody.
@@ -130,20 +132,27 @@ def _content(field: str, path: str | Path | None) -> bytes | None:
 
 
 @contextmanager
-def own_errors() -> Iterator[None]:
-    """Raise what gRPC raises inside as an ``ElsError``, the original as its cause."""
+def own_errors(timeout_s: float | None = None) -> Iterator[None]:
+    """Raise what gRPC raises inside as an ``ElsError``, the original as its cause.
+
+    Args:
+        timeout_s: what the whole call was allowed, for the text of one that took longer.
+    """
     try:
         yield
     except grpc.RpcError as error:
-        raise _translated(error) from error
+        raise _translated(error, timeout_s) from error
 
 
-def _translated(error: grpc.RpcError) -> ElsError:
+def _translated(error: grpc.RpcError, timeout_s: float | None) -> ElsError:
     # Both kinds of channel raise an error that is its own call, which the stubs do not say.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
     status = _status_of(metadata.get("grpc-status-details-bin", b""))
     code = error.code().name
+    if code == "DEADLINE_EXCEEDED" and error.details() in _NO_REASON and timeout_s is not None:
+        text = f"no answer within the {timeout_s:.6g} s allowed: raise timeout_s (--timeout)"
+        return _error_of(code, text, status)
     if error.details() == _NOT_TAKEN:
         return error_of("UNAVAILABLE", "the stream ended while it was written to")
     if code == "INTERNAL" and _RESET in (error.details() or ""):

@@ -16,6 +16,8 @@ _STALE_S = 10.0
 """Without a batch for so long a prediction is not held against anybody: asking is how it learns."""
 _FAR = 4.0
 """So many times the time allowed, and a prediction counts even if nothing was measured lately."""
+_TELLING_S = 0.01
+"""Overheads of a question that takes this long are a small part of it."""
 _SPREAD = 0.05
 """Least relative variance of the estimates seen from which a slope can be told."""
 
@@ -68,11 +70,12 @@ class CostModel:
     def calibrate(self, estimate: float, seconds: float) -> None:
         """Take in how long a first, small question took, before anything was learned.
 
-        It shows that a machine is faster than was estimated. Not that it is slower: small questions
-        have overheads which large ones do not repeat.
+        A short one shows that a machine is faster than was estimated, but not that it is slower:
+        it has overheads which large ones do not repeat.
         """
         if not self._seen and estimate > 0:
-            self._rate = min(1.0, seconds / estimate)
+            rate = seconds / estimate
+            self._rate = rate if seconds > _TELLING_S else min(1.0, rate)
 
     def learn(self, estimate: float, seconds: float, now: float) -> None:
         """Take in that a batch estimated at ``estimate`` took ``seconds``."""

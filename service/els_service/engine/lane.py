@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, conca
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import Decoding
 from els_service.engine.device import breaks_device, free_memory
+from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.terms import PRIORITIES, Terms
 from els_service.errors import ResourceExhaustedError
@@ -75,16 +77,22 @@ class Lane:
         version: its number.
         denoisers: device → the denoiser there; each is called by one thread at a time.
         starvation_s: see ``FairQueue``.
+        costs: what is known of its speed so far; None for nothing.
     """
 
     def __init__(
-        self, model: str, version: int, denoisers: Mapping[str, Denoiser], starvation_s: float
+        self,
+        model: str,
+        version: int,
+        denoisers: Mapping[str, Denoiser],
+        starvation_s: float,
+        costs: CostModel | None = None,
     ) -> None:
         self.model, self.version, self.denoisers = model, version, denoisers
         self.denoiser = next(iter(denoisers.values()))
         """Any of them, for what is the same on all devices."""
         self.queue: FairQueue[Item] = FairQueue(PRIORITIES, starvation_s)
-        self.costs = CostModel()
+        self.costs = costs or CostModel()
         self.statistics = Statistics()
         self.virtual = 0.0
         """Device seconds had, in the scheduler's virtual time."""
@@ -110,6 +118,15 @@ class Lane:
         yield self
         if self.decoder is not None:
             yield self.decoder
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step of one image, the mean of a sample of ``STEPS`` steps."""
+        return sum(map(self.costs.seconds, self._step_estimates)) / len(self._step_estimates)
+
+    @cached_property
+    def _step_estimates(self) -> list[float]:
+        return step_estimates(self.denoiser)
 
     @property
     def waiting_s(self) -> float:
