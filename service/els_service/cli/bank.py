@@ -68,6 +68,10 @@ def build(
         )
         save_bank(bank, out)
     _print_table(out, bank)
+    # Imports the engine, which takes a second.
+    from els_service.cli.speed import told_bank_speed
+
+    typer.echo(told_bank_speed(bank))
 
 
 @app.command()
