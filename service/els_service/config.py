@@ -106,6 +106,15 @@ class Settings(BaseModel):
     """How long calls may go on on a connection that is too old."""
     max_concurrent_streams: _Positive = 1024
     """Calls at once on one connection; a client keeps further ones back."""
+    health_watchers: _Positive = 2048
+    """Watchers of the health at each port; beyond it a new one is RESOURCE_EXHAUSTED, or takes the
+    place of one of the connection that has the most."""
+    health_watchers_per_connection: _Positive = 256
+    """Watchers of the health on one connection, which all callers behind a proxy may share."""
+    max_connections: _Positive = 4096
+    """Connections at once; a further one is closed."""
+    compression: bool = True
+    """Whether messages may come compressed with gzip; else such calls are UNIMPLEMENTED."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models compute; auto takes every GPU there is, else the CPU."""
     threads: _Positive | None = None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
-MAX_CONCURRENT_STREAMS = 3
+MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
 
 
 def frame(kind: int, *, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
@@ -36,6 +36,15 @@ def headers(path: str) -> bytes:
 
 
 BEGINNING = PREFACE + frame(SETTINGS)
+WITHOUT_WINDOW = PREFACE + frame(SETTINGS, payload=struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
+"""As ``BEGINNING``, of a peer that leaves no room for a byte of any answer."""
+
+
+def call(path: str, stream: int, message: bytes = b"") -> bytes:
+    """Return the frames of a call of one message, which is not longer than a frame may be."""
+    data = b"\0" + struct.pack(">I", len(message)) + message
+    opening = frame(HEADERS, flags=END_HEADERS, stream=stream, payload=headers(path))
+    return opening + frame(DATA, flags=END_STREAM, stream=stream, payload=data)
 
 
 @contextmanager

@@ -150,7 +150,10 @@ def test_a_token_resumes_what_was_conditioned_so_and_nothing_else(stub: Any) -> 
     first, *_, last = draw(stub, return_resume_token=True)
     token = first.resume_token
     resumed = draw(stub, resume_token=token)
-    assert (len(resumed), resumed[-1].decoded) == (STEPS - 1, last.decoded)
+    assert len(resumed) == STEPS - 1
+    # Not to the bit: two images are decoded together or apart, as their predicted cost is.
+    again, before = (np.frombuffer(step.decoded.data, "<f4") for step in (resumed[-1], last))
+    np.testing.assert_allclose(again, before, rtol=0, atol=1e-5)
     for other in ({"guidance": 4.5}, {"conditioning": tensor(GIVEN + 1)}):
         with pytest.raises(grpc.RpcError, match="resume_token: expected a token of this very"):
             draw(stub, resume_token=token, **other)
@@ -242,7 +245,8 @@ async def test_both_clients_draw_images_of_guided_latents(process: ServerProcess
         *_, same = [step async for step in other.sample(**drawing, **ASKED)]
     assert last.decoded.shape == (2, 3, 16, 16)
     assert np.abs(last.decoded).max() <= 1
-    np.testing.assert_array_equal(same.decoded, last.decoded)
+    # Not to the bit, as above: the model is not batch-invariant.
+    np.testing.assert_allclose(same.decoded, last.decoded, rtol=0, atol=1e-5)
     with pytest.raises(AttributeError, match="no decoded"):
         _ = first.decoded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from safetensors.torch import save_file
 from tests.e2e.asking import asked, denoiser, inference
 from tests.e2e.models_folder import tiny_bank, write_models
 from tests.e2e.processes import ServerProcess, serving
@@ -168,6 +171,38 @@ async def test_a_token_is_refused_by_another_model_under_the_same_name_and_versi
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert str(error.details()).startswith("resume_token: ")
     write_bank(root, "a", seed=1)
+
+
+async def test_a_token_is_refused_once_the_files_of_its_model_hold_other_numbers(
+    aio: grpc.aio.Channel, root: Path
+) -> None:
+    folder = root / "changing"
+    folder.mkdir()
+    document = "kind: gaussian\nshape: [1, 2, 2]\nmean: mean.safetensors\nvariance: {}\n"
+    request = pb.SampleRequest(model="changing", steps=3, return_resume_token=True)
+    for mean, variance in ((0.0, 1.0), (0.5, 1.0), (0.5, 2.0)):
+        save_file({"mean": torch.full((1, 2, 2), mean)}, folder / "mean.safetensors")
+        (folder / "model.yaml").write_text(document.format(variance))
+        await load(aio, "changing")
+        if request.resume_token:
+            error = await refusal(denoiser(aio).Sample(request, timeout=TIMEOUT_S).read())
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "a token of this very request" in str(error.details())
+            request.resume_token = b""
+        steps = [step async for step in denoiser(aio).Sample(request, timeout=TIMEOUT_S)]
+        request.resume_token = steps[0].resume_token
+    # The same numbers under another version.
+    shutil.copytree(folder, folder / "2")
+    await load(aio, "changing")
+    for version, code in (("1", "OK"), ("2", "INVALID_ARGUMENT"), ("", "INVALID_ARGUMENT")):
+        request.version = version
+        call = denoiser(aio).Sample(request, timeout=TIMEOUT_S)
+        if code == "OK":
+            assert [step async for step in call] == steps[1:]
+        else:
+            assert (await refusal(call.read())).code().name == code
+    await unload(aio, "changing")
+    shutil.rmtree(folder)
     await load(aio)
 
 

@@ -15,10 +15,11 @@ import pytest
 from tests.e2e.asking import denoiser
 from tests.e2e.bad_requests import denoise
 from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused
+from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused, violation
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.wire.resume import sealed
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": {"sampler": pb.SAMPLER_DDIM},
@@ -28,6 +29,8 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 STATE = 32
 """Where a token's state begins."""
+CHECKSUM = -16
+"""Where its checksum begins."""
 
 
 @pytest.fixture
@@ -83,6 +86,9 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
     "steps": {"steps": 6},
     "sampler": {"sampler": pb.SAMPLER_DDPM},
     "labels": {"labels": [1, 2]},
+    "no labels": {"labels": []},
+    "churn": {"sampler": pb.SAMPLER_HEUN, "churn": 1},
+    "guidance": {"guidance": 2.0},
     "windows": {"windows": [3]},
     "eta": {"eta": 0.0},
 }
@@ -97,6 +103,33 @@ def test_a_token_of_another_request_is_refused(
     assert_refused(call, "INVALID_ARGUMENT", "resume_token", "a token of this very", "another")
 
 
+OTHER_SIZES: dict[str, tuple[dict[str, Any], int]] = {
+    "fewer": ({"count": 1, "labels": [1]}, 288),
+    "more": ({"count": 3, "labels": []}, 768),
+    "of another shape": ({"model": "gaussian", "labels": []}, 49200),
+}
+
+
+@pytest.mark.parametrize(("changes", "size"), OTHER_SIZES.values(), ids=OTHER_SIZES)
+def test_a_token_of_images_of_another_size_is_refused(
+    channel: grpc.Channel, token: bytes, changes: dict[str, Any], size: int
+) -> None:
+    request = drawn(**changes, resume_token=token)
+    call = refused(lambda: DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S))
+    assert_refused(call, "INVALID_ARGUMENT", "resume_token", f"{size} bytes", "528 bytes")
+
+
+def test_no_flipped_bit_is_taken_for_the_token(channel: grpc.Channel, token: bytes) -> None:
+    stub = DenoiserServiceStub(channel)
+    for i, byte in enumerate(token):
+        changed = token[:i] + bytes([byte ^ 1 << i % 8]) + token[i + 1 :]
+        with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT") as caught:
+            list(stub.Sample(drawn(resume_token=changed), timeout=TIMEOUT_S))
+        assert isinstance(caught.value, grpc.Call)
+        told = ("resume_token", "expected bytes as they were sent, got changed ones")
+        assert violation(caught.value) == told
+
+
 def test_a_token_is_good_whatever_is_returned_and_whoever_is_first(
     channel: grpc.Channel, token: bytes
 ) -> None:
@@ -105,22 +138,28 @@ def test_a_token_is_good_whatever_is_returned_and_whoever_is_first(
     assert [answer.index for answer in answers] == [3, 4, 5]
 
 
+def _with(token: bytes, at: int, value: bytes) -> bytes:
+    """Return a token with other bytes and their checksum, as who knows the format could make it."""
+    return sealed((token[:at] + value + token[at + len(value) :])[:CHECKSUM])
+
+
 def _state(token: bytes, value: float) -> bytes:
-    return token[:STATE] + struct.pack("<d", value) + token[STATE + 8 :]
+    return _with(token, STATE, struct.pack("<d", value))
 
 
 def _step(token: bytes, index: int) -> bytes:
-    return token[: STATE - 4] + struct.pack("<I", index) + token[STATE:]
+    return _with(token, STATE - 4, struct.pack("<I", index))
 
 
 DAMAGES: dict[str, tuple[Any, str, str]] = {
-    "truncated": (lambda t: t[:-1], "512 bytes", "511 bytes"),
-    "longer": (lambda t: t + b"\0", "512 bytes", "513 bytes"),
-    "a stub": (lambda t: b"els1", "512 bytes", "4 bytes"),
-    "magic": (lambda t: b"els2" + t[4:], "a token of this very request", "another"),
-    "digest": (lambda t: t[:4] + b"\0" * 16 + t[20:], "a token of this very", "another"),
-    "seed": (lambda t: t[:20] + b"\x08" + t[21:], "a token of this very", "another"),
-    "zeros": (lambda t: bytes(512), "a token of this very request", "another"),
+    "truncated": (lambda t: t[:-1], "528 bytes", "527 bytes"),
+    "longer": (lambda t: t + b"\0", "528 bytes", "529 bytes"),
+    "twice": (lambda t: t + t, "528 bytes", "1056 bytes"),
+    "a stub": (lambda t: b"els2", "528 bytes", "4 bytes"),
+    "zeros": (lambda t: bytes(528), "bytes as they were sent", "changed ones"),
+    "magic": (lambda t: _with(t, 0, b"els1"), "a token of this very request", "another"),
+    "digest": (lambda t: _with(t, 4, bytes(16)), "a token of this very", "another"),
+    "seed": (lambda t: _with(t, 20, b"\x08"), "a token of this very", "another"),
     "NaN": (lambda t: _state(t, float("nan")), "a finite state", "NaN"),
     "infinity": (lambda t: _state(t, float("-inf")), "a finite state", "NaN, infinity"),
     "huge": (lambda t: _state(t, 1e300), "a finite state", "NaN, infinity or more"),

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,3 +78,100 @@ def test_with_tokens_a_socket_asks_for_them_too(models: Path, tmp_path: Path) ->
         pytest.raises(UnauthenticatedError),
     ):
         client.models()
+
+
+NOBODY = 65534
+AS_NOBODY = f"""
+import os, sys
+if not os.getuid():
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+"""
+BIND = """
+import grpc
+from concurrent.futures import ThreadPoolExecutor
+from els_service.errors import LoadError
+from els_service.wire.listening import bind
+server = grpc.server(ThreadPoolExecutor(1))
+"""
+TRY = """
+try:
+    bind(server.add_insecure_port, "unix:" + sys.argv[1], 0)
+    print("bound")
+except LoadError as error:
+    print(error)
+"""
+CONNECT = """
+print(socket.socket(socket.AF_UNIX).connect_ex(sys.argv[1]))
+"""
+"""Steps of programs, which import before they are nobody: who tests may keep Python to himself."""
+
+
+def told(*steps: str, path: Path, **options: Any) -> str:
+    """Return what a program of these steps prints about a path."""
+    command = [sys.executable, "-c", "\n".join(("import socket, sys", *steps)), str(path)]
+    return str(subprocess.check_output(command, text=True, timeout=60, **options)).strip()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that any user may look into, unlike those of ``tmp_path``."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o117, 0o660)])
+def test_the_umask_says_who_may_connect(shared: Path, umask: int, mode: int) -> None:
+    path = shared / "s"
+    look = "import os\nprint(oct(os.stat(sys.argv[1]).st_mode & 0o777))"
+    assert told(BIND, TRY, look, path=path, umask=umask).split() == ["bound", oct(mode)]
+
+
+def test_what_nobody_may_write_to_is_refused_with_the_systems_reason(shared: Path) -> None:
+    for name, mode in (("unwritable", 0o555), ("unsearchable", 0o600)):
+        folder = shared / name
+        folder.mkdir()
+        folder.chmod(mode)
+        found = told(BIND, AS_NOBODY, TRY, path=folder / "s")
+        assert found == f"unix:{folder / 's'}: cannot listen: Permission denied"
+        folder.chmod(0o755)
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")
+def test_another_user_can_neither_connect_nor_take_a_living_socket_away(
+    models: Path, shared: Path
+) -> None:
+    folder = shared / "all"
+    folder.mkdir()
+    folder.chmod(0o777)
+    path = folder / "s"
+    with (
+        serving("--models", models, "--threads", 1, "--host", f"unix:{path}"),
+        Client(f"unix:{path}") as client,
+    ):
+        assert told(AS_NOBODY, CONNECT, path=path) == str(errno.EACCES)
+        found = told(BIND, AS_NOBODY, TRY, path=path)
+        assert found == f"unix:{path}: cannot listen: Permission denied"
+        assert client.models()
+
+
+def test_a_socket_whose_server_is_too_busy_to_answer_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(str(path))
+        busy.listen(0)
+        waiting.connect(str(path))
+        found = told(BIND, TRY, path=path)
+        assert found == f"unix:{path}: cannot listen: Address already in use"
+        assert path.exists()
+
+
+def test_a_socket_of_another_kind_is_left_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        assert "cannot listen: Protocol wrong type" in told(BIND, TRY, path=path)
+        assert path.exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.engine.conftest import Observed, Recorder, ask, held, turns, values
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
+from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
+from els_service.engine import repository as repository_module
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
@@ -171,6 +174,61 @@ async def test_what_an_unloaded_model_was_asked_before_it_still_answers(engine: 
     recorder.go.set()
     assert values(await waiting) == [2]
     await first
+
+
+async def test_what_is_looked_into_grows_with_the_models_not_with_their_square(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = 40
+    for i in range(models):
+        write(tmp_path, f"model-{i}", float(i))
+    looks: list[Path] = []
+    look = repository_module._versions
+
+    def counted(folder: Path) -> list[tuple[int, Path]]:
+        looks.append(folder)
+        return look(folder)
+
+    monkeypatch.setattr(repository_module, "_versions", counted)
+    await engine.models.load_all(ModelRepository(tmp_path))
+    assert len(engine.models.newest()) == models
+    assert len(looks) <= 4 * models
+    looks.clear()
+    await engine.models.load("model-7")
+    assert set(looks) == {tmp_path / "model-7"}
+
+
+async def test_the_index_does_not_wait_for_a_load(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "model", 0.0)
+    repository = ModelRepository(tmp_path)
+    begun, go, load = threading.Event(), threading.Event(), repository.load
+
+    def slow(*arguments: Any) -> Denoiser:
+        begun.set()
+        go.wait()
+        return load(*arguments)
+
+    monkeypatch.setattr(repository, "load", slow)
+    loading = asyncio.ensure_future(engine.models.load_all(repository))
+    try:
+        assert await asyncio.to_thread(begun.wait, 30)
+        states = await asyncio.wait_for(engine.models.index(), 30)
+        assert [(state.model, state.state) for state in states] == [("model", "LOADING")]
+    finally:
+        go.set()
+        await loading
+
+
+async def test_a_model_that_goes_while_the_root_is_read_is_passed_over(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "there", 0.0)
+    repository = ModelRepository(tmp_path)
+    monkeypatch.setattr(repository, "names", lambda: ["gone", "there"])
+    await engine.models.load_all(repository)
+    assert [entry.model for entry in engine.models.newest()] == ["there"]
 
 
 async def test_an_unknown_model_cannot_be_loaded(engine: Engine, tmp_path: Path) -> None:

@@ -282,6 +282,43 @@ def test_a_gaussian_takes_numbers_one_a_channel_or_a_file(
     np.testing.assert_allclose(got, mu + v / (v + 0.25) * (x - mu), rtol=1e-5, atol=1e-6)
 
 
+def test_a_name_is_one_of_the_models_exactly_if_it_is_listed(tmp_path: Path) -> None:
+    root = write_models(
+        tmp_path / "models",
+        {"a": DOCUMENTS["wiener"], "b c": DOCUMENTS["wiener"], "_hidden": DOCUMENTS["wiener"]},
+    )
+    (root / "empty").mkdir()
+    (root / "linked").symlink_to(root / "a")
+    (root / "lost").symlink_to(root / "nowhere")
+    write_models(tmp_path / "other", {"outside": DOCUMENTS["wiener"]})
+    repository = ModelRepository(root)
+    assert repository.names() == ["a", "b c", "linked"]
+    odd = ("", ".", "..", "/", "a/", "./a", "a/1", "../other/outside", str(root / "a"), "A", "a\0")
+    others = ("_hidden", "_banks", "empty", "lost", "x" * 4096, "\ud800")
+    for name in (*repository.names(), *odd, *others):
+        assert (name in repository) == (name in repository.names()), name
+
+
+def test_a_fingerprint_changes_with_what_a_model_is_loaded_from(tmp_path: Path) -> None:
+    document = "kind: gaussian\nshape: [1, 2, 2]\nmean: mean.safetensors\nvariance: {}\n"
+    folder = tmp_path / "m"
+    folder.mkdir()
+    repository = ModelRepository(tmp_path)
+    seen: set[str] = set()
+    for mean, variance in ((0.0, 1.0), (0.0, 2.0), (0.5, 2.0), (0.5, 2.0)):
+        (folder / "model.yaml").write_text(document.format(variance))
+        # By another name first, as whoever deploys it would.
+        save_file({"mean": torch.full((1, 2, 2), mean)}, folder / "new")
+        (folder / "new").replace(folder / "mean.safetensors")
+        (folder / "unrelated").write_text(str(len(seen)))
+        repository.load("m")
+        seen.add(repository.fingerprint("m"))
+        fresh = ModelRepository(tmp_path)
+        fresh.load("m")
+        assert fresh.fingerprint("m") in seen
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -52,8 +52,10 @@ def _entries() -> dict[str, Entry]:
     """Return the models as a server would have them: what resume tokens depend on."""
     with tempfile.TemporaryDirectory() as folder:
         repository = ModelRepository(write_world(Path(folder) / "models"))
+        infos = {name: repository.load(name).info for name in NAMES}
         return {
-            name: Entry(name, 1, repository.load(name).info, None, Statistics()) for name in NAMES
+            name: Entry(name, 1, info, None, Statistics(), repository.fingerprint(name))
+            for name, info in infos.items()
         }
 
 

@@ -17,6 +17,7 @@ from els_client._channel import (
     UNARY_TIMEOUT_S,
     bearer,
     channel_options,
+    check_timeout,
     open_async_channel,
     own_errors,
 )
@@ -54,6 +55,7 @@ class AsyncClient:
         wait_when_full: bool = False,
         healthy_only: bool = True,
     ) -> None:
+        check_timeout(timeout_s)
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
         self._wait_when_full = wait_when_full
@@ -155,6 +157,7 @@ class AsyncClient:
         A loop left early cancels the call when the iterator is dropped, and at once inside
         ``async with contextlib.aclosing(client.sample(...)) as steps``.
         """
+        check_timeout(timeout_s)
         timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
         return self._steps(codec.encode_sample(**options), timeout_s)
 
@@ -171,6 +174,7 @@ class AsyncClient:
         pure: bool = True,
     ) -> _Response:
         timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
+        check_timeout(timeout_s)
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from els_client.errors import ElsError, InvalidArgumentError, Violation, error_o
 
 UNARY_TIMEOUT_S = 60.0
 SAMPLE_TIMEOUT_S = 600.0
+_LONGEST_S = 366 * 86_400.0
 
 Metadata = tuple[tuple[str, str], ...]
 Options = tuple[tuple[str, str | int], ...]
@@ -83,7 +85,8 @@ def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> 
     Raises:
         InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
     """
-    options = channel_options(healthy_only=healthy_only) + _tls_options(tls)
+    options = channel_options(healthy_only=healthy_only)
+    options += _tls_options(tls) + proxy_options(target)
     if tls is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, _credentials(tls), options=options)
@@ -93,10 +96,46 @@ def open_async_channel(
     target: str, tls: Tls | None, options: Options | None = None
 ) -> grpc.aio.Channel:
     """Return a channel for asyncio; errors are those of ``open_channel``."""
-    options = (channel_options() if options is None else options) + _tls_options(tls)
+    options = channel_options() if options is None else options
+    options += _tls_options(tls) + proxy_options(target)
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, _credentials(tls), options=options)
+
+
+def proxy_options(target: str) -> Options:
+    """Return the options that keep calls to this machine from the proxy of the environment.
+
+    gRPC sends calls through ``http_proxy`` even to loopback, where the proxy is another machine.
+    """
+    address = target.removeprefix("dns:").lstrip("/")
+    host = address.rpartition(":")[0].strip("[]") or address
+    return (("grpc.enable_http_proxy", 0),) if _is_this_machine(target, host) else ()
+
+
+def _is_this_machine(target: str, host: str) -> bool:
+    if target.startswith(("unix:", "unix-abstract:")) or host == "localhost":
+        return True
+    try:
+        return ip_address(host.removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    """Check a deadline before anything is sent.
+
+    Args:
+        timeout_s: in seconds, or None for none.
+
+    Raises:
+        InvalidArgumentError: It is not a number, not positive, or longer than a year.
+    """
+    if timeout_s is None or 0 < timeout_s <= _LONGEST_S:
+        return
+    expected = f"more than 0 and at most {_LONGEST_S:g} seconds"
+    text = f"expected {expected}, got {timeout_s!r}"
+    raise InvalidArgumentError(f"timeout_s: {text}", [Violation("timeout_s", text)])
 
 
 def bearer(token: str | None) -> Metadata:

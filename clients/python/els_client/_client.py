@@ -15,6 +15,7 @@ from els_client._channel import (
     SAMPLE_TIMEOUT_S,
     UNARY_TIMEOUT_S,
     bearer,
+    check_timeout,
     open_channel,
     own_errors,
 )
@@ -65,6 +66,7 @@ class Client:
         wait_when_full: bool = False,
         healthy_only: bool = True,
     ) -> None:
+        check_timeout(timeout_s)
         self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
         self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
         self._wait_when_full = wait_when_full
@@ -246,6 +248,7 @@ class Client:
             >>> for step in client.sample(model="fashion-els", count=2, label=[7, 9]):
             ...     print(step.index, step.total, step.denoised.shape)
         """
+        check_timeout(timeout_s)
         timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
         return self._steps(codec.encode_sample(**options), timeout_s)
 
@@ -262,6 +265,7 @@ class Client:
         pure: bool = True,
     ) -> _Response:
         timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
+        check_timeout(timeout_s)
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from els_client import _codec as codec
-from els_client._channel import error_of_status, own_errors
+from els_client._channel import check_timeout, error_of_status, own_errors
 from els_client._retries import Attempts
 from els_client._types import Images, Query
 from els_client.errors import ElsError, InvalidArgumentError, UnavailableError, Violation, error_of
@@ -47,6 +47,7 @@ class Unanswered:
         """Return what is to be sent for a question, if anything is."""
         try:
             request = codec.encode_query(pb.DenoiseRequest, query)
+            check_timeout(query.timeout_s)
             request.timeout_s = self._timeout_s if query.timeout_s is None else query.timeout_s
         except ElsError as error:
             self._questions.append(error)

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 
+from els_service.denoisers.files import write_atomically
 from els_service.errors import InvalidArgumentError, LoadError
 
 FORMAT = "els-bank"
@@ -137,16 +138,7 @@ def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(_encode(bank))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, _encode(bank))
 
 
 def load_bank(path: str | os.PathLike[str]) -> Bank:

@@ -47,7 +47,8 @@ from els_service.denoisers.comparison.subjects import (
     open_bank,
     open_network,
 )
-from els_service.denoisers.networks.folder import MODEL_FILE, write_atomically
+from els_service.denoisers.files import write_atomically
+from els_service.denoisers.networks.folder import MODEL_FILE
 from els_service.documents import read_yaml
 from els_service.errors import InvalidArgumentError, LoadError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,8 @@ class Entry:
     """None while it is unloaded for want of memory."""
     statistics: Statistics
     """Of all its lanes."""
+    content: str = ""
+    """See ``ModelRepository.fingerprint``."""
     used: int = 0
     """Larger means asked later."""
 
@@ -156,7 +158,7 @@ class Models:
             fresh = await self._load_version(entry.model, entry.version)
             assert fresh.lane is not None
             fresh.lane.statistics = entry.statistics
-            entry.lane, entry.info = fresh.lane, fresh.info
+            entry.lane, entry.info, entry.content = fresh.lane, fresh.info, fresh.content
             self._make_room(entry)
         return fresh.lane
 
@@ -169,7 +171,8 @@ class Models:
         self._repository = repository
         try:
             for name in await self._in_loader(repository.names):
-                with contextlib.suppress(LoadError):
+                # It may be gone since it was listed.
+                with contextlib.suppress(LoadError, NotFoundError):
                     await self.load(name)
         finally:
             self.starting = False
@@ -220,20 +223,15 @@ class Models:
         """Return the state of every model of the repository, and of those added."""
         names = set(self._served) | self._loading
         if self._repository is not None:
-            names |= set(await self._in_loader(self._repository.names))
+            # Not in the loader's thread, where a load may take minutes.
+            names |= set(await asyncio.to_thread(self._repository.names))
         return [state for name in sorted(names) for state in self._states(name)]
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of each loaded model; a bank of several counts for the first."""
-        counted: set[str] = set()
         sizes: dict[str, int] = {}
-        for entry in self:
-            info = entry.info
-            # Of other kinds the bank is where they come from, not what they hold.
-            bank = info.bank.fingerprint if info.bank and info.kind == "analytic" else ""
-            if entry.lane is not None and bank not in counted:
-                sizes[entry.model] = sizes.get(entry.model, 0) + info.memory_bytes
-                counted |= {bank} if bank else set()
+        for first, *_ in _holders(self).values():
+            sizes[first.model] = sizes.get(first.model, 0) + first.info.memory_bytes
         return sizes
 
     def refused(self) -> dict[str, bool]:
@@ -266,9 +264,10 @@ class Models:
 
     def _versions_on_disk(self, name: str) -> list[int]:
         repository = self._repository
-        if repository is None or name not in repository.names():
+        versions = repository.versions(name) if repository and name in repository else []
+        if not versions:
             raise NotFoundError(f"model: the repository has no {name[:100]!r}")
-        return repository.versions(name)
+        return versions
 
     async def _load_version(self, name: str, version: int) -> Entry:
         assert self._repository is not None
@@ -286,25 +285,50 @@ class Models:
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
         lane = Lane(name, version, denoisers, self._scheduling.starvation_s, costs[0])
-        return Entry(name, version, lane.denoiser.info, lane, lane.statistics)
+        content = await self._in_loader(self._repository.fingerprint, name, version)
+        return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
 
     def _make_room(self, keep: Entry) -> None:
         """Unload what was used longest ago until the rest fits the budget."""
         budget = self._scheduling.memory_bytes
         if budget is None or self._repository is None:
             return
+        holders = _holders(self)
+        held = sum(first.info.memory_bytes for first, *_ in holders.values())
+        if held <= budget:
+            return
         loaded = sorted((entry for entry in self if entry.lane), key=lambda entry: entry.used)
         for entry in loaded:
-            if sum(self.memory().values()) <= budget:
+            if held <= budget:
                 return
             if entry is not keep:
                 entry.lane = None
+                sharing = holders[_held(entry)]
+                held -= sharing[0].info.memory_bytes
+                sharing.remove(entry)
+                held += sharing[0].info.memory_bytes if sharing else 0
                 extra = {"model": entry.model, "version": entry.version, "budget": budget}
                 _log.info("model unloaded to save memory", extra=extra)
 
     async def _in_loader(self, function: Callable[..., T], *args: object) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader, function, *args)
+
+
+def _held(entry: Entry) -> object:
+    """Return what holds a version's memory: a bank that others may stand on too, or itself."""
+    info = entry.info
+    # Of other kinds the bank is where they come from, not what they hold.
+    return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
+
+
+def _holders(entries: Iterable[Entry]) -> dict[object, list[Entry]]:
+    """Return the loaded versions by what holds their memory."""
+    holders: dict[object, list[Entry]] = {}
+    for entry in entries:
+        if entry.lane is not None:
+            holders.setdefault(_held(entry), []).append(entry)
+    return holders
 
 
 def _number(version: str) -> int:

@@ -10,9 +10,9 @@ every path, links resolved, stays inside the models root.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
@@ -29,6 +29,7 @@ from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
+from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.windows import WindowTable
 from els_service.documents import read_yaml, validate
 from els_service.engine.pretrained_specs import (
@@ -124,6 +125,10 @@ class ModelRepository:
         self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
+        self._sources: dict[tuple[str, int], list[Path]] = {}
+        """The files that versions of models were loaded from last, but for banks and windows."""
+        self._digests: dict[Path, tuple[_FileState, bytes]] = {}
+        """SHA-256 of those files, as they were when they were read last."""
 
     def check_is_there(self) -> None:
         """Return if there is something, even if it is no folder or cannot be read now.
@@ -145,20 +150,16 @@ class ModelRepository:
         Raises:
             LoadError: The root is no folder, or one that cannot be read.
         """
-        try:
-            children = list(self.root.iterdir())
-        except OSError as error:
-            expected = "expected a folder of models that can be read"
-            raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
-        return sorted(
-            child.name
-            for child in children
-            if not child.name.startswith(("_", "."))
-            and child.name != _FILE_SYSTEMS_OWN
-            # Others, such as names that are no UTF-8, could not be told to a caller.
-            and child.name.isprintable()
-            and _versions(child)
-        )
+        return sorted(name for name in self._children() if _is_model(self.root / name))
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether ``names`` has a name; looks into that one folder alone.
+
+        Raises:
+            LoadError: As ``names``.
+        """
+        # Listed, so that no path or odd spelling that a caller sends is looked up as a file.
+        return name in self._children() and _is_model(self.root / name)
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model, ascending; none where there is no such model.
@@ -186,7 +187,8 @@ class ModelRepository:
         path = self._inside(folder, "model.yaml")
         spec = validate(_SPEC, read_yaml(path), path)
         try:
-            return self._build(folder, spec, device)
+            files = self._sources[name, version] = [path]
+            return self._build(folder, spec, device, files)
         except LoadError:
             raise
         except ModuleNotFoundError as error:
@@ -196,7 +198,35 @@ class ModelRepository:
             # The file system, safetensors and torch each refuse in their own ways.
             raise LoadError(path, " ".join(str(error).split())) from error
 
-    def _build(self, folder: Path, spec: Spec, device: str) -> Denoiser:
+    def fingerprint(self, name: str, version: int = 1) -> str:
+        """Return SHA-256 (hex) over the files that a version was loaded from last.
+
+        That is ``model.yaml`` and what it names of weights and statistics; banks and calibrated
+        windows are left out, as a denoiser's ``info`` tells them.
+
+        Raises:
+            LoadError: A file is gone, or cannot be read any more.
+        """
+        digest = hashlib.sha256()
+        for path in self._sources.get((name, version), ()):
+            try:
+                digest.update(self._digest(path))
+            except OSError as error:
+                raise LoadError(path, f"expected a file, got {error}") from error
+        return digest.hexdigest()
+
+    def _children(self) -> list[str]:
+        try:
+            return os.listdir(self.root)
+        except OSError as error:
+            expected = "expected a folder of models that can be read"
+            raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
+
+    def _build(self, folder: Path, spec: Spec, device: str, files: list[Path]) -> Denoiser:
+        def inside(relative: str) -> Path:
+            files.append(self._inside(folder, relative))
+            return files[-1]
+
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
@@ -215,17 +245,26 @@ class ModelRepository:
                     raise ValueError(f"shape: expected at most {_LARGEST} numbers, got {numbers}")
                 return GaussianDenoiser(
                     (channels, height, width),
-                    self._statistic(folder, "mean", spec.mean),
-                    self._statistic(folder, "variance", spec.variance),
+                    self._statistic(inside, "mean", spec.mean),
+                    self._statistic(inside, "variance", spec.variance),
                 )
             case WienerSpec():
                 return WienerDenoiser(self._bank(self._inside(folder, spec.bank)))
             case NetworkSpec():
                 document = parse_network(spec.model_dump(), folder / "model.yaml")
-                weights = self._inside(folder, WEIGHTS_FILE)
-                return load_network(document, weights, device)
+                return load_network(document, inside(WEIGHTS_FILE), device)
             case DiffusersSpec() | LatentSpec() | OnnxSpec():
-                return load_pretrained(spec, partial(self._inside, folder), device)
+                return load_pretrained(spec, inside, device)
+
+    def _digest(self, path: Path) -> bytes:
+        """Return SHA-256 of a file; what has not changed is read once."""
+        state = _state(path)
+        known, digest = self._digests.get(path, (None, b""))
+        if known != state:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            self._digests[path] = state, digest
+        return digest
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)
@@ -257,12 +296,12 @@ class ModelRepository:
         except ValueError as error:
             raise LoadError(path, str(error)) from error
 
-    def _statistic(self, folder: Path, name: str, value: float | list[float] | str) -> Tensor:
+    def _statistic(self, inside: Inside, name: str, value: float | list[float] | str) -> Tensor:
         if isinstance(value, list):
             return torch.tensor(value, dtype=torch.float64)[:, None, None]
         if not isinstance(value, str):
             return torch.tensor(value, dtype=torch.float64)
-        path = self._inside(folder, value)
+        path = inside(value)
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -284,6 +323,18 @@ class ModelRepository:
             # A link to itself, a name too long, a folder that may not be read.
             raise LoadError(folder / relative, f"expected a file, got {error}") from error
         return path
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a child of the root is a model, even if it is one that will be refused."""
+    name = folder.name
+    return (
+        not name.startswith(("_", "."))
+        and name != _FILE_SYSTEMS_OWN
+        # Others, such as names that are no UTF-8, could not be told to a caller.
+        and name.isprintable()
+        and bool(_versions(folder))
+    )
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from els_kernels import ComputationStoppedError, Control
-
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
@@ -296,9 +295,7 @@ class Scheduler:
             self._running[item.ticket] += 1
         work = partial(answers, lane.denoisers[device.name], [item.query for item in batch])
         running = self._batches[device.name] = self._watched(batch, now)
-        done = device.run(
-            work, self._terms.watchdog_s, predicted_s=cost, control=running.control
-        )
+        done = device.run(work, self._terms.watchdog_s, predicted_s=cost, control=running.control)
         done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
 
     def _watched(self, batch: list[Item], now: float) -> _Running:

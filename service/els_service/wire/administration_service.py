@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from els_proto.inference import grpc_service_pb2 as pb
@@ -31,7 +31,7 @@ _LOG_SETTINGS = {
 }
 """Names and kinds: ours, and the switches that Triton's clients can set."""
 
-Changed = Callable[[], Awaitable[None]]
+Changed = Callable[[], None]
 """Called when the models that are served are others than before."""
 
 
@@ -88,7 +88,7 @@ class Administration(GRPCInferenceServiceServicer):
             await self._engine.models.load(request.model_name)
         finally:
             # A model that was refused at its first load has a health, too.
-            await self._changed()
+            self._changed()
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
@@ -100,7 +100,7 @@ class Administration(GRPCInferenceServiceServicer):
             if name != "unload_dependents":
                 raise InvalidArgumentError("parameters", "unload_dependents or none", name)
         self._engine.models.unload(request.model_name)
-        await self._changed()
+        self._changed()
         return pb.RepositoryModelUnloadResponse()
 
     async def LogSettings(

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from els_service.config import Limits
 from els_service.engine.terms import timed_out
 from els_service.errors import (
     ElsError,
@@ -31,6 +32,7 @@ from els_service.errors import (
 from els_service.logs import CALL
 from els_service.wire.batches import check_cancelled
 from els_service.wire.doors import Doors, caller_of
+from els_service.wire.message_structure import MessageStructureError, check_structure, inflated
 from els_service.wire.metrics import Method, Metrics
 
 if TYPE_CHECKING:
@@ -50,6 +52,10 @@ _KINDS = {
     (True, True): "bidi_stream",
 }
 """(requests, answers) are streams → ``grpc_type``."""
+SMALL_MESSAGE_BYTES = 4096
+UNREADABLE = "?"
+"""First field of a message that stands for one that is too large, or none of its type."""
+"""Of a message to health, reflection or channelz."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Handler = Any
@@ -112,9 +118,10 @@ class Calls:
         metrics: Metrics,
         is_model: Callable[[str], bool],
         doors: Doors,
+        limits: Limits,
         tracing: Tracing | None = None,
     ) -> None:
-        self._metrics, self._is_model = metrics, is_model
+        self._metrics, self._is_model, self._limits = metrics, is_model, limits
         self._doors, self._tracing = doors, tracing
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -148,7 +155,7 @@ class Calls:
         collector = _Collector()
         add_to_server(servicer, collector)
         for service, handlers in collector.handlers.items():
-            self._add(service, handlers, {}, server)
+            self._add(service, handlers, {}, server, small=True)
 
     def _add(
         self,
@@ -156,13 +163,19 @@ class Calls:
         handlers: dict[str, Handler],
         methods: dict[str, Method],
         server: grpc.aio.Server,
+        *,
+        small: bool = False,
     ) -> None:
         async def refuse(name: str, error: ElsError, context: Context) -> NoReturn:
             if name not in methods:
                 methods[name] = self._method(service, name, handlers[name])
             await self._fail(error, self._begin(methods[name], None, context))
 
-        server.add_generic_rpc_handlers((self._doors.guarded(service, handlers, refuse),))
+        taken = {
+            name: small_messages(handler) if small else handler
+            for name, handler in handlers.items()
+        }
+        server.add_generic_rpc_handlers((self._doors.guarded(service, taken, refuse),))
 
     @property
     def in_flight(self) -> int:
@@ -186,7 +199,7 @@ class Calls:
     def _wrap(
         self, method: Method, handler: Handler, recognise: Callable[[bytes], object | None]
     ) -> Handler:
-        parse = _tolerant(handler.request_deserializer, method, recognise)
+        parse = _tolerant(handler.request_deserializer, method, recognise, self._limits)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._streaming(method, handler.stream_stream), parse, handler.response_serializer
@@ -292,13 +305,29 @@ class Calls:
         status = status_of(error)
         code = code_pb2.Code.Name(status.code)
         self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
-        call.request = error.__traceback__ = None  # likewise
+        call.request = None
+        _forget_frames(error)
         await call.context.abort(
             grpc.StatusCode[code],
             status.message,
             (("grpc-status-details-bin", status.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of those that it was raised from or during.
+
+    Their frames know the request, and the error: all would stay until garbage is collected.
+    """
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            waiting += (one.__cause__, one.__context__)
 
 
 async def _write(context: Context, answer: Any) -> None:
@@ -365,21 +394,72 @@ def _ids(context: Context, trace_id: str | None) -> dict[str, str]:
 
 
 def _tolerant(
-    deserializer: Any, method: Method, recognise: Callable[[bytes], object | None]
+    deserializer: Any,
+    method: Method,
+    recognise: Callable[[bytes], object | None],
+    limits: Limits,
 ) -> Any:
-    """Return a deserializer that answers garbage with ``_Malformed``: grpc would say INTERNAL."""
+    """Return a deserializer that answers garbage with ``_Malformed``: grpc would say INTERNAL.
+
+    gRPC would decompress without a bound, and the parser makes much of little: both are bounded
+    before they begin.
+    """
+    descriptor = deserializer.__self__.DESCRIPTOR
 
     def parse(data: bytes) -> Any:
         method.received += 1
-        known = recognise(data)
-        if known is not None:
-            return known
         try:
+            data = inflated(data, limits.max_message_bytes)
+            known = recognise(data)
+            if known is not None:
+                return known
+            check_structure(data, descriptor, limits.max_images)
             return deserializer(data)
-        except DecodeError as error:
+        except (DecodeError, MessageStructureError) as error:
             return _Malformed(str(error) or "truncated or garbage bytes")
 
     return parse
+
+
+class SmallMessages:
+    """Server as generated code sees it, whose handlers take small messages only.
+
+    For health and reflection, which need no token and no large message.
+
+    Args:
+        server: to which the handlers are added.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
+        """Add a service's handlers."""
+        small = {name: small_messages(handler) for name, handler in handlers.items()}
+        generic = grpc.method_handlers_generic_handler(service, small)
+        self._server.add_generic_rpc_handlers((generic,))
+        # Calls of registered methods wait apart: a flood of them turns no other call away.
+        self._server.add_registered_method_handlers(service, small)
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Leave them: they are the same ones."""
+
+
+def small_messages(handler: Handler) -> Handler:
+    """Return a handler that rejects messages over ``SMALL_MESSAGE_BYTES``, decompressed."""
+    deserializer = handler.request_deserializer
+
+    def parse(data: bytes) -> Any:
+        try:
+            message = inflated(data, SMALL_MESSAGE_BYTES)
+            if len(message) > SMALL_MESSAGE_BYTES:
+                raise MessageStructureError(f"{len(message)} bytes")
+            return deserializer(message)
+        except (DecodeError, MessageStructureError):
+            # Names nothing that is there, and is answered so.
+            return deserializer(b"\x0a\x01" + UNREADABLE.encode())
+
+    return handler._replace(request_deserializer=parse)
 
 
 def _lenient(serializer: Any) -> Any:

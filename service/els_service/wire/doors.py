@@ -25,6 +25,8 @@ from els_service.wire.tokens import Tokens
 _ADMIN_SERVICES = frozenset({"grpc.channelz.v1.Channelz"})
 _ADMIN_METHODS = frozenset({"RepositoryModelLoad", "RepositoryModelUnload", "LogSettings"})
 _LOOPBACK = "127.0.0.1"
+_IDENTITY, _GZIP = 1 << 0, 1 << 2
+"""Bits of gRPC's compression algorithms."""
 _PING_STRIKES = 2
 """Pings in too much haste before a connection is closed."""
 _PING_JITTER = 0.8
@@ -151,6 +153,15 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", _PING_STRIKES),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        # Messages are decompressed by deserializers, which bound it.
+        ("grpc.per_message_decompression", 0),
+        (
+            "grpc.compression_enabled_algorithms_bitset",
+            _IDENTITY | _GZIP if settings.compression else _IDENTITY,
+        ),
+        # What is not read waits at the caller: a stream's first 64 KiB alone are sent unasked.
+        ("grpc.http2.bdp_probe", 0),
     ]
 
 

@@ -27,7 +27,7 @@ def bind(add: Callable[[str], int], host: str, port: int) -> int:
     reason = ""
     if is_unix(host):
         # gRPC would take a socket of the file system from the server that listens there.
-        reason = os.strerror(errno.EADDRINUSE) if _is_taken(host) else why_not(host, port)
+        reason = _holder(host.removeprefix(UNIX)) or why_not(host, port)
     try:
         bound = 0 if reason else add(address)
     except RuntimeError:
@@ -62,13 +62,21 @@ def why_not(host: str, port: int, *, taken: bool = True) -> str:
     return ""
 
 
-def _is_taken(host: str) -> bool:
-    """Return whether a server listens at a socket of the file system; a dead one's is left."""
+def _holder(path: str) -> str:
+    """Return why a socket of the file system has to be left to another; empty where it is dead.
+
+    Only a refused connection tells that nobody listens: one that may not be made, or has to wait as
+    its server is busy, is a living server's.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
-            return probe.connect_ex(host.removeprefix(UNIX)) == 0
+            number = probe.connect_ex(path)
         except OSError:
-            return False  # the path is too long
+            return ""  # the path is too long
+    if number in (0, errno.EAGAIN):
+        number = errno.EADDRINUSE
+    return "" if number in (errno.ECONNREFUSED, errno.ENOENT) else os.strerror(number)
 
 
 def _why_not_unix(path: str) -> str:

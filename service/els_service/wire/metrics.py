@@ -46,6 +46,8 @@ _GAUGES = {
     "els_device_stalled_seconds": "Time since what a device computes last made progress.",
     "els_drain_limit_seconds": "Time of a drain after which calls in flight are interrupted.",
     "els_draining_seconds": "Time since the server was told to end; 0 before.",
+    "els_health_watchers": "Watchers of the health, by port: grpc or health.",
+    "els_health_watchers_stalled": "Watchers dropped as they take no answer, and not yet ended.",
     "els_model_refused": "1 where the latest load of a model was refused, else 0.",
     "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
     "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -49,6 +50,9 @@ _SERVICES = (
     denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
+_SWITCH_S = 0.001
+"""How long another thread, as one that writes a page of metrics or loads a model, may keep the
+event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
 _FLUSH_S = 0.5
 _CLOSE_S = 6.0
 """Spans are sent within 5 s, and who scrapes is waited for."""
@@ -101,11 +105,12 @@ class Server:
         self._metrics.gauges = self._gauges
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
-        self._calls = Calls(self._metrics, is_model, self._doors, self._tracing)
+        limits = settings.limits
+        self._calls = Calls(self._metrics, is_model, self._doors, limits, self._tracing)
         self._lag: asyncio.Task[None] | None = None
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
-        self._health = Health(_SERVICES)
+        self._health = Health(_SERVICES, settings)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
 
@@ -123,11 +128,11 @@ class Server:
         self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
         grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
-        await self._report()
+        self._report()
         health_port = await self._serve_health()
         await self._grpc.start()
         await self._load(models)
-        await self._report()
+        self._report()
         return Started(self._ready(), grpc_port, metrics_port, health_port)
 
     @property
@@ -142,7 +147,7 @@ class Server:
         """
         settings = self._settings
         self._told_to_end = time.monotonic()
-        await self._health.leave(max(settings.drain_s, _FLUSH_S))
+        self._health.leave()
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
         self._calls.draining.set()
@@ -204,6 +209,7 @@ class Server:
         """Yield what the engine tells, and the server's own state and bounds, at any time."""
         settings, since = self._settings, self._told_to_end
         yield from self._engine.gauges()
+        yield from self._health.gauges()
         yield "els_calls_in_flight", {}, self._calls.in_flight
         yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
         yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
@@ -215,10 +221,10 @@ class Server:
         models = self._engine.models
         return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
 
-    async def _report(self) -> None:
+    def _report(self) -> None:
         models = self._engine.models
         served = {entry.model for entry in models.newest()}
-        await self._health.report(ready=self._ready(), served=served, refused=models.faults)
+        self._health.report(ready=self._ready(), served=served, refused=models.faults)
 
     async def _load(self, models: ModelRepository) -> None:
         """Load what can be loaded; if that is nothing, say so and stay: models may come later."""
@@ -256,11 +262,10 @@ class Server:
 def stop_at_most_s(settings: Settings) -> float:
     """Return how long a stop takes at most after SIGTERM, but for a batch that is being computed.
 
-    Watchers of the health are told, then new calls are taken for the grace, then those in flight
-    may finish, then the rest is told, then what listens and sends is closed.
+    New calls are taken for the grace, then those in flight may finish, then the rest is told, then
+    what listens and sends is closed.
     """
-    told = max(settings.drain_s, _FLUSH_S)
-    return told + settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
+    return settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
 
 
 async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
@@ -275,6 +280,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
     torch.set_num_threads(settings.threads or cpu_limit())
+    sys.setswitchinterval(_SWITCH_S)
     allow_connections()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

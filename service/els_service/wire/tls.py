@@ -75,10 +75,20 @@ def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
         context.load_cert_chain(files.certificate, files.key, password="")
         if files.client_ca:
             context.load_verify_locations(files.client_ca)
+            if not context.cert_store_stats()["x509"]:
+                raise ValueError(f"no certificate in {files.client_ca}")
         pair = files.key.read_bytes(), files.certificate.read_bytes()
         authorities = files.client_ca.read_bytes() if files.client_ca else None
+        for content in (*pair, authorities or b""):
+            _check_whole(content)
     except (OSError, ValueError) as error:
         names = ", ".join(map(str, files.paths))
         raise LoadError(names, f"expected a certificate, its key and PEM, got {error}") from error
     warn_if_public(files.key)
     return grpc.ssl_server_certificate_configuration([pair], authorities)
+
+
+def _check_whole(content: bytes) -> None:
+    """Raise ValueError where PEM breaks off in a block's first line, which OpenSSL passes over."""
+    if content.count(b"-----BEGIN") != content.count(b"-----END"):
+        raise ValueError("a block without an end")

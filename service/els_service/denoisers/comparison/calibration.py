@@ -19,8 +19,8 @@ from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.comparison.drawing import Draw
+from els_service.denoisers.files import write_atomically
 from els_service.denoisers.levels import Floats, NoiseLevel
-from els_service.denoisers.networks.folder import write_atomically
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.denoisers.windows import WindowTable

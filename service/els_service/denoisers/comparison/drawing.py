@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query
-from els_service.denoisers.networks.folder import write_atomically
+from els_service.denoisers.files import write_atomically
 from els_service.denoisers.samplers import Options, sample, steps_of
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 

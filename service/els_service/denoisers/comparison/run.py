@@ -16,7 +16,7 @@ from els_service.denoisers.comparison.drawing import Draw, Drawn, Report, check_
 from els_service.denoisers.comparison.figure import draw_figure
 from els_service.denoisers.comparison.report import summarise
 from els_service.denoisers.comparison.subjects import Network, Windows, describe_bank
-from els_service.denoisers.networks.folder import write_atomically
+from els_service.denoisers.files import write_atomically
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, check_options
 from els_service.errors import InvalidArgumentError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from els_service.denoisers.files import write_atomically
 from els_service.denoisers.networks.config import (
     NetworkDocument,
     describe_network,
@@ -90,20 +90,6 @@ def save_network_folder(
     write_atomically(folder / WEIGHTS_FILE, save(stored))
     text = yaml.safe_dump(describe_network(document), sort_keys=False, allow_unicode=True)
     write_atomically(folder / MODEL_FILE, text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and durably."""
-    # In the same folder, because a rename is atomic only within one file system.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_weights(

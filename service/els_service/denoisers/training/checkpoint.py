@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from els_service.denoisers.networks.folder import write_atomically
+from els_service.denoisers.files import write_atomically
 from els_service.errors import LoadError
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

@@ -25,13 +25,13 @@ from torch.nn import functional
 
 from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
+from els_service.denoisers.files import write_atomically
 from els_service.denoisers.networks.config import Execution, NetworkDocument
 from els_service.denoisers.networks.denoiser import Forward, allow_tf32, memory_format
 from els_service.denoisers.networks.folder import (
     MODEL_FILE,
     WEIGHTS_FILE,
     save_network_folder,
-    write_atomically,
 )
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.training.checkpoint import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from els_service.denoisers.networks.folder import write_atomically
+from els_service.denoisers.files import write_atomically
 
 LOG_FILE = "loss.csv"
 PLOT_FILE = "loss.png"

@@ -1,0 +1,146 @@
+"""Budget shared by callers: free for all while there is room, evenly divided once there is none.
+
+Pure bookkeeping: no clock, no event loop. When a request does not fit, the newest holdings of the
+caller that holds most are evicted for it, as long as that caller holds more than the requester
+would ("longest queue drop", Suter et al. 1999). So a caller within its share, which is the capacity
+divided by the number of callers, is never rejected for what others hold beyond theirs, and the
+capacity is never exceeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_LEAST = 1e-9
+"""Smaller differences are rounding errors of sums."""
+
+
+class Holding:
+    """Part of a budget that one caller holds until it is released.
+
+    Args:
+        caller: whose it is.
+        amount: in the unit of the budget.
+        evict: called once if the holding is taken away, which is released by then; None where it
+            cannot be taken away.
+    """
+
+    __slots__ = ("amount", "caller", "evict")
+
+    def __init__(self, caller: str, amount: float, evict: Callable[[], None] | None) -> None:
+        self.caller, self.amount, self.evict = caller, amount, evict
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one caller holds."""
+
+    total: float = 0.0
+    evictable: float = 0.0
+    holdings: dict[Holding, None] = field(default_factory=dict)
+    """In the order of their reservation."""
+
+
+class Budget:
+    """Capacity and its holders.
+
+    Args:
+        capacity: of any unit; a holding that is alone may exceed it.
+    """
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity
+        self.used = 0.0
+        self.evicted = 0
+        """Holdings taken away so far."""
+        self._accounts: dict[str, _Account] = {}
+
+    def held_by(self, caller: str) -> float:
+        """Return how much a caller holds."""
+        account = self._accounts.get(caller)
+        return account.total if account else 0.0
+
+    def reserve(
+        self, caller: str, amount: float, evict: Callable[[], None] | None = None
+    ) -> Holding | None:
+        """Return a holding of ``amount``; None where there is no room for it.
+
+        Args:
+            caller: who will hold it.
+            amount: not negative.
+            evict: see ``Holding``.
+        """
+        if self.used and not self._fit(caller, amount):
+            return None
+        holding = Holding(caller, amount, evict)
+        account = self._accounts.setdefault(caller, _Account())
+        account.holdings[holding] = None
+        self._add(account, holding, amount)
+        return holding
+
+    def resize(self, holding: Holding, amount: float) -> bool:
+        """Change how much a holding is; return whether there is room for it, else it stays.
+
+        A holding that was evicted or released meanwhile has none.
+        """
+        account = self._accounts.get(holding.caller)
+        if account is None or holding not in account.holdings:
+            return False
+        change = amount - holding.amount
+        alone = self.used - holding.amount < _LEAST
+        if change > 0 and not alone and not self._fit(holding.caller, change, keep=holding):
+            return False
+        holding.amount = amount
+        self._add(account, holding, change)
+        return True
+
+    def release(self, holding: Holding) -> None:
+        """Give a holding back; one that was evicted or released before is left."""
+        account = self._accounts.get(holding.caller)
+        if account is None or holding not in account.holdings:
+            return
+        del account.holdings[holding]
+        self._add(account, holding, -holding.amount)
+        if not account.holdings:
+            del self._accounts[holding.caller]
+        if not self._accounts:
+            self.used = 0.0  # rounding starts from zero again
+
+    def _add(self, account: _Account, holding: Holding, change: float) -> None:
+        self.used += change
+        account.total += change
+        if holding.evict is not None:
+            account.evictable += change
+
+    def _fit(self, caller: str, amount: float, keep: Holding | None = None) -> bool:
+        """Make room for ``amount`` more of a caller; return whether there is, else nothing changes.
+
+        Args:
+            caller: who asks.
+            amount: how much more.
+            keep: of the caller; is not evicted.
+        """
+        missing = self.used + amount - self.capacity
+        if missing <= _LEAST:
+            return True
+        level = self.held_by(caller) + amount
+        others = [account for name, account in self._accounts.items() if name != caller]
+        spare = sum(min(each.evictable, max(each.total - level, 0.0)) for each in others)
+        if spare < missing - _LEAST:
+            return False
+        while self.used + amount - self.capacity > _LEAST:
+            account = max((each for each in others if each.evictable > _LEAST), key=_total)
+            self._evict_newest(account)
+        return True
+
+    def _evict_newest(self, account: _Account) -> None:
+        holding = next(each for each in reversed(account.holdings) if each.evict is not None)
+        evict, self.evicted = holding.evict, self.evicted + 1
+        self.release(holding)
+        assert evict is not None
+        evict()
+
+
+def _total(account: _Account) -> float:
+    return account.total
