@@ -73,13 +73,15 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """Return a predicted duration, two digits and a unit; 0 is not known."""
+    """Return a predicted duration, two digits and a unit, or ``< 1 ms``; 0 is not known."""
     if not seconds:
         return "–"
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-3 else "< 1 ms"
 
 
 def list_repository(

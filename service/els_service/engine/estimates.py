@@ -59,11 +59,16 @@ def step_estimates(denoiser: Denoiser) -> list[float]:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people read it, two digits and a unit."""
+    """Return a duration as people read it, two digits and a unit, or ``< 1 ms``.
+
+    Below a millisecond the estimate leaves out what takes most of the time.
+    """
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-3 else "< 1 ms"
 
 
 def _time(denoiser: Denoiser, query: Query) -> tuple[float, float]:
