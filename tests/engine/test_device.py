@@ -55,7 +55,7 @@ async def test_slow_work_without_tiles_is_not_ended_while_it_computes(cpu: Worke
 async def test_work_that_sleeps_is_ended_and_told_so() -> None:
     device, go = WorkerDevice("cpu"), threading.Event()
     hangs = device.run(lambda: go.wait(WAIT_S), WATCHDOG_S)
-    with pytest.raises(DeviceLostError, match="cpu hangs: .* made no progress for 0.2 s"):
+    with pytest.raises(DeviceLostError, match=r"cpu hangs: .* made no progress for 0\.2 s"):
         await asyncio.wait_for(hangs, WAIT_S)
     with pytest.raises(DeviceLostError, match="cpu hangs"):
         await device.run(lambda: "done", WATCHDOG_S)
@@ -114,7 +114,7 @@ async def test_other_devices_are_judged_by_time_alone() -> None:
     device = WorkerDevice("other")
     work = for_seconds(WAIT_S, a_tile_now_and_then)
     control = Control()
-    with pytest.raises(DeviceLostError, match="not done after 0.4 s"):
+    with pytest.raises(DeviceLostError, match=r"not done after 0\.4 s"):
         await asyncio.wait_for(
             device.run(work, WATCHDOG_S, predicted_s=WATCHDOG_S / 10, control=control), WAIT_S
         )
