@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from els_service import config
-from els_service.config import Settings, cpu_limit, load_settings
+from els_service.config import Settings, cpu_limit, load_settings, memory_limit
 from els_service.errors import LoadError
 
 VALUES: dict[str, tuple[Any, Any, Any]] = {
@@ -56,6 +56,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "max_steps": (1, 2, 3),
     "max_message_bytes": (1 << 16, 1 << 17, 1 << 18),
     "max_pixels": (1, 2, 3),
+    "in_flight_bytes": (1 << 28, 1 << 29, 1 << 30),
 }
 """Of every setting three values that are not its default: for file, variable and flag."""
 
@@ -215,3 +216,52 @@ def test_the_cpu_limit_is_the_cgroup_s_quota_rounded_up_within_the_affinity(
         (tmp_path / "cpu.cfs_quota_us").write_text(f"{v1[0]}\n")
         (tmp_path / "cpu.cfs_period_us").write_text(f"{v1[1]}\n")
     assert cpu_limit() == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/", {}, 8 << 30),
+        ("0::/", {"memory.max": "max"}, 8 << 30),
+        ("0::/", {"memory.max": "2147483648"}, 2 << 30),
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "1000000"}, 1_000_000),
+        ("0::/a/b", {"a/b/memory.max": "1000000", "a/memory.max": "max"}, 1_000_000),
+        ("0::/elsewhere", {"memory.max": "1000000"}, 1_000_000),
+        ("0::/a", {"b/memory.max": "1000000"}, 8 << 30),
+        ("4:cpu,memory:/a", {"memory/a/memory.limit_in_bytes": "1000000"}, 1_000_000),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 8 << 30),
+    ],
+)
+def test_the_memory_limit_is_the_least_of_the_machine_s_and_the_own_cgroups(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    limits: dict[str, str],
+    expected: int,
+) -> None:
+    cgroups, info, mine = tmp_path / "cgroup", tmp_path / "meminfo", tmp_path / "own"
+    monkeypatch.setattr(config, "_CGROUPS", cgroups)
+    monkeypatch.setattr(config, "_MEMORY_INFO", info)
+    monkeypatch.setattr(config, "_OWN_CGROUPS", mine)
+    info.write_text("MemTotal:        8388608 kB\nMemFree:         10 kB\n")
+    mine.write_text(own + "\n")
+    for name, limit in limits.items():
+        (cgroups / name).parent.mkdir(parents=True, exist_ok=True)
+        (cgroups / name).write_text(limit + "\n")
+    assert memory_limit() == expected
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(8 << 30, 2 << 30), (1 << 20, 256 << 20)])
+def test_requests_in_flight_may_take_a_quarter_of_the_memory_and_always_four_large_messages(
+    monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
+) -> None:
+    monkeypatch.setattr(config, "memory_limit", lambda: limit)
+    settings = load_settings()
+    assert settings.scheduling.in_flight_bytes == expected
+    assert settings.limits.max_in_flight_bytes == expected
+
+
+def test_fewer_bytes_in_flight_than_four_large_messages_are_refused() -> None:
+    assert load_settings(in_flight_bytes=256 << 20).scheduling.in_flight_bytes == 1 << 28
+    with pytest.raises(LoadError, match=r"in_flight_bytes.*at least 4 times max_message_bytes"):
+        load_settings(in_flight_bytes=(256 << 20) - 1)

@@ -120,8 +120,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Questions without an answer, by reason",
-                "Refused at the door (rejected), dropped in the queue (expired, cancelled), "
-                "computed for nobody (discarded), failed (faulted, interrupted).",
+                "Refused at the door (rejected), dropped in the queue (expired, cancelled, "
+                "evicted), computed for nobody (discarded), failed (faulted, interrupted).",
                 "cps",
                 (("{{reason}}", _rate("els_dropped_total", "reason", _MODELS)),),
                 stacked=True,

@@ -136,8 +136,8 @@ ALERTS = (
         "ElsQueueSaturated",
         "max by (namespace, pod, model)"
         " (els_queue_cost_seconds / ignoring (model) group_left () els_queue_limit_seconds) > 0.8"
-        ' or sum by (namespace, pod, model) (rate(els_dropped_total{reason="rejected_full"}[5m]))'
-        " > 0",
+        " or sum by (namespace, pod, model)"
+        ' (rate(els_dropped_total{reason=~"rejected_full|evicted"}[5m])) > 0',
         "The queue of {{ $labels.model }} on {{ $labels.pod }} is full or nearly so",
         hold="5m",
     ),

@@ -8,12 +8,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+)
 
 from els_service.documents import read_yaml, validate
 from els_service.errors import LoadError
@@ -23,6 +31,13 @@ _SERVICE_LINK = re.compile(r"^(tcp|udp|sctp)://")
 
 _CPU_MAX_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_MEMORY_INFO = Path("/proc/meminfo")
+
+_LEAST_IN_FLIGHT = 4
+"""Largest messages that may be in flight at least: one alone takes four times its size as float32,
+if its pixels are bytes."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
@@ -39,6 +54,8 @@ class Limits:
     max_steps: int
     max_message_bytes: int
     max_pixels: int
+    max_in_flight_bytes: int = 1 << 30
+    """Of all requests together."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class Scheduling:
 
     queue_s: float = 30.0
     queue_bytes: int = 1 << 30
+    in_flight_bytes: int = 1 << 30
     batch_s: float = 0.25
     starvation_s: float = 1.0
     memory_bytes: int | None = None
@@ -132,9 +150,11 @@ class Settings(BaseModel):
     grace_s: _Pause = 1.0
     """How long new calls are taken after SIGTERM, so that balancers have time to look elsewhere."""
     queue_s: Annotated[float, Field(gt=0)] = 30.0
-    """Work that may wait for one model, in predicted seconds; more is RESOURCE_EXHAUSTED."""
+    """Work that may wait for one model, in predicted seconds, and a step of each of its
+    trajectories; more is RESOURCE_EXHAUSTED. Where it is scarce callers get even shares."""
     queue_bytes: _Positive = 1 << 30
-    """Pixels and conditions that may wait for one model, in bytes."""
+    """Pixels and conditions of requests that may wait for one model, in bytes, likewise shared.
+    Beside ``in_flight_bytes``, so that one model cannot take all of that."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
     """Predicted time of one batch at most, shorter where launches cost little; a single image may
     take longer."""
@@ -154,16 +174,42 @@ class Settings(BaseModel):
     """Size of a message in either direction."""
     max_pixels: _Positive = 1 << 24
     """B·C·H·W of one call."""
+    in_flight_bytes: _Positive | None = None
+    """Bytes of messages being received, parsed, queued and computed and of trajectories, of all
+    models and callers together; None for a quarter of the memory limit of the container or
+    machine, but four times ``max_message_bytes`` at least, which is the least it may be. Where it
+    is scarce callers get even shares."""
+
+    @field_validator("in_flight_bytes")
+    @classmethod
+    def _holds_large_messages(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("max_message_bytes")
+        if value is not None and most is not None and value < _LEAST_IN_FLIGHT * most:
+            least = _LEAST_IN_FLIGHT * most
+            raise ValueError(f"expected at least 4 times max_message_bytes, which is {least}")
+        return value
 
     @property
     def limits(self) -> Limits:
         """The limits of one request."""
-        return Limits(self.max_images, self.max_steps, self.max_message_bytes, self.max_pixels)
+        return Limits(
+            self.max_images,
+            self.max_steps,
+            self.max_message_bytes,
+            self.max_pixels,
+            self._in_flight_limit(),
+        )
 
     @property
     def scheduling(self) -> Scheduling:
         """The bounds of the engine."""
-        return Scheduling(**{field.name: getattr(self, field.name) for field in fields(Scheduling)})
+        values = {field.name: getattr(self, field.name) for field in fields(Scheduling)}
+        return Scheduling(**{**values, "in_flight_bytes": self._in_flight_limit()})
+
+    def _in_flight_limit(self) -> int:
+        if self.in_flight_bytes is not None:
+            return self.in_flight_bytes
+        return max(memory_limit() // 4, _LEAST_IN_FLIGHT * self.max_message_bytes)
 
 
 _SETTINGS = TypeAdapter(Settings)
@@ -226,3 +272,37 @@ def _quota_v1(path: Path) -> float | None:
     quota = int(path.read_text())
     period = int(path.with_name("cpu.cfs_period_us").read_text())
     return None if quota < 0 else quota / period
+
+
+def memory_limit() -> int:
+    """Return how many bytes this process may use: the least limit of its cgroups and the machine.
+
+    Limits of the cgroups above its own hold, too.
+    """
+    limits = [int(path.read_text()) for path in _memory_limits() if _is_number(path)]
+    total = re.search(r"^MemTotal:\s+(\d+) kB", _MEMORY_INFO.read_text(), re.MULTILINE)
+    if total is None:
+        raise LoadError(_MEMORY_INFO, "expected MemTotal, got none")
+    return min([*limits, int(total[1]) << 10])
+
+
+def _memory_limits() -> Iterator[Path]:
+    """Yield the files of limits of memory, cgroup v2 and v1, from the process's own up."""
+    # Within a container its cgroup may be mounted as the root, whatever the path says.
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:
+            mount, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(mount):
+                yield folder / name
+
+
+def _is_number(path: Path) -> bool:
+    """Return whether a file holds a number: cgroup v2 says ``max`` where there is no limit."""
+    return path.is_file() and path.read_text().strip().isdecimal()

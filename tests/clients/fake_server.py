@@ -117,6 +117,9 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
         shape = (request.count, model.channels, model.height, model.width)
         first = int(request.resume_token or b"0") + 1
         for index in range(first, request.steps + 1):
+            if index > first + 1 and request.model == "gives_way":
+                yield pb.SampleResponse(resume_token=f"{index - 1}".encode())
+                context.abort_with_status(try_again(0.15))
             if index > first + 1 and request.model in ("drains", "breaks"):
                 if request.model == "drains":
                     yield pb.SampleResponse(resume_token=f"{index - 1}".encode())

@@ -28,6 +28,16 @@ async def test_a_sample_goes_on_where_a_draining_server_stopped(
     assert tokens == [b"", b"2", b"4"]
 
 
+async def test_a_sample_that_gave_way_to_other_callers_is_resumed_no_sooner_than_told(
+    twin: Twin, fake: FakeDenoiser
+) -> None:
+    began = time.monotonic()
+    steps = await twin.steps(model="gives_way", steps=5)
+    assert [step.index for step in steps] == [1, 2, 3, 4, 5]
+    assert [request.resume_token for request in samples(fake)] == [b"", b"2", b"4"]
+    assert time.monotonic() - began >= 0.3
+
+
 async def test_a_sample_outlives_a_broken_connection_if_it_asked_for_tokens(
     twin: Twin, fake: FakeDenoiser
 ) -> None:

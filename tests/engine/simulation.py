@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tests.engine.conftest import SHAPE
+from tests.engine.conftest import SHAPE, Observed, query
 
 from els_kernels import Control
+from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
+from els_service.engine.engine import Engine
+from els_service.engine.terms import Terms
 
 T = TypeVar("T")
 
@@ -143,3 +147,35 @@ class SimulatedDenoiser:
                 raise self.faults[number]
         self._device.work_s += self._launch_s + self.image_s * len(query)
         return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
+
+
+@dataclass
+class World:
+    """An engine on simulated devices."""
+
+    scheduling: Scheduling = field(default_factory=Scheduling)
+    count: int = 1
+    """Of devices."""
+    observed: Observed = field(default_factory=Observed)
+
+    def __post_init__(self) -> None:
+        self.devices = [SimulatedDevice(f"sim:{i}") for i in range(self.count)]
+        self.device = self.devices[0]
+        loop = asyncio.get_running_loop()
+        self.engine = Engine(self.observed, self.scheduling, self.devices, loop.time)
+
+    def serve(self, name: str, *denoisers: SimulatedDenoiser) -> None:
+        self.engine.models.add(name, *denoisers)
+
+    async def ask(self, *numbers: float, model: str = "model", **terms: object) -> Denoised:
+        given = Terms(**terms)  # type: ignore[arg-type]  # the tests name its fields
+        answer = self.engine.denoise(self.engine.models.entry(model), query(*numbers), given)
+        return answer if isinstance(answer, Denoised) else await answer
+
+    def is_idle(self) -> bool:
+        lanes = [entry.lane for entry in self.engine.models if entry.lane]
+        return not self.engine.memory.used and all(
+            (len(lane.queue), lane.queue.cost, lane.queue.size, lane.running) == (0, 0, 0, 0)
+            and not any(room.budget.used for room in lane.rooms)
+            for lane in lanes
+        )

@@ -138,7 +138,7 @@ async def test_between_two_steps_a_trajectory_holds_nothing(engine: Engine) -> N
 
 
 async def test_readers_who_take_no_steps_hold_so_much_and_no_more(observed: Observed) -> None:
-    engine, recorder = Engine(observed, Scheduling(queue_bytes=1000)), Recorder()
+    engine, recorder = Engine(observed, Scheduling(in_flight_bytes=1000)), Recorder()
     engine.models.add("model", recorder)
     shape = recorder.info.shape
     try:
@@ -147,7 +147,9 @@ async def test_readers_who_take_no_steps_hold_so_much_and_no_more(observed: Obse
         for steps in begun:
             await anext(steps)
         late = engine.sample("model", run_of(shape, count=1))
-        with pytest.raises(QueueFullError, match="hold 864 bytes; 1000 are allowed"):
+        with pytest.raises(
+            QueueFullError, match="864 bytes are held, 864 bytes by this caller; 1000 bytes"
+        ):
             await anext(late)
         assert observed.reasons == ["rejected_full"]
         for steps in begun:

@@ -284,7 +284,7 @@ async def test_over_the_memory_budget_the_model_asked_longest_ago_sleeps_until_i
 async def test_who_cannot_wait_for_a_sleeping_model_or_is_one_too_many_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(Observed(), Scheduling(memory_bytes=150, queue_bytes=60))
+    engine = Engine(Observed(), Scheduling(memory_bytes=150, in_flight_bytes=60))
     for name in "ab":
         write(tmp_path, name, 0.0)
     repository = ModelRepository(tmp_path)
@@ -302,7 +302,9 @@ async def test_who_cannot_wait_for_a_sleeping_model_or_is_one_too_many_is_told(
         patient = ask(engine, 1, model="a")
         with pytest.raises(DeadlineExceededError, match="still being loaded"):
             await ask(engine, 2, model="a", deadline=time.monotonic() + 0.02)
-        with pytest.raises(QueueFullError, match="24 bytes; 60 are allowed"):
+        with pytest.raises(
+            QueueFullError, match="24 bytes are held, 24 bytes by this caller; 60 bytes are"
+        ):
             await ask(engine, 3, 4, model="a")
         go.set()
         assert values(await patient) == [2]

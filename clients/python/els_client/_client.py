@@ -214,7 +214,7 @@ class Client:
         """Draw images by reverse diffusion and yield each step; ``x`` of the last is the result.
 
         A loop left early cancels the call, and a slow one slows the server down. Should the server
-        end before the last step, the next one goes on where it stopped.
+        end before the last step, or need room for other callers, it is resumed where it stopped.
 
         Args:
             timeout_s: Deadline of all steps together; by default the client's.

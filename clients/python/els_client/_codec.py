@@ -218,6 +218,7 @@ def decode_model(model: pb.Model) -> Model:
             limits.max_sigma,
             limits.max_pixels,
             limits.priority_levels,
+            limits.max_in_flight_bytes,
         ),
         bank=Bank(bank.fingerprint, bank.images, bank.source, bank.licence)
         if model.HasField("bank")

@@ -21,12 +21,13 @@ class Attempts:
 
     Args:
         timeout_s: For all of them together; None means without end.
-        wait_when_full: Whether a server that says when it will have room is asked again then.
+        wait_when_full: Whether a server that says when it will have room is asked again then; a
+            sample that has begun is resumed in any case.
     """
 
     def __init__(self, timeout_s: float | None, *, wait_when_full: bool = False) -> None:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._wait_when_full = wait_when_full
+        self.wait_when_full = wait_when_full
         self._barren = 0
         self._broken = False
 
@@ -51,14 +52,17 @@ class Attempts:
 
     def pause_if_full_s(self, error: ElsError) -> float:
         """Return how long to wait for a full server, or raise ``error``."""
-        full = isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None
-        if not (full and self._wait_when_full):
+        if not (_is_full(error) and self.wait_when_full):
             raise error
         return self._pause_s(error)
 
     def pause_if_away_s(self, error: ElsError) -> float:
-        """Return how long to wait before a server's successor is asked, or raise ``error``."""
-        if not isinstance(error, UnavailableError) or self._barren >= _MAX_BARREN_ATTEMPTS:
+        """Return how long to wait before work is resumed, or raise ``error``.
+
+        By a server's successor, or by the same server where the work gave way to other callers.
+        """
+        resumable = isinstance(error, UnavailableError) or _is_full(error)
+        if not resumable or self._barren >= _MAX_BARREN_ATTEMPTS:
             raise error
         return self._pause_s(error)
 
@@ -113,8 +117,13 @@ class Trajectory:
 
     def pause_s(self, error: ElsError) -> float:
         """Return how long to wait before the next attempt, or raise ``error``."""
-        if isinstance(error, ResourceExhaustedError):
+        if _is_full(error) and self.attempts.wait_when_full:
             return self.attempts.pause_if_full_s(error)
         if not self.request.resume_token:
             raise error
         return self.attempts.pause_if_away_s(error)
+
+
+def _is_full(error: ElsError) -> bool:
+    """Return whether a server has no room now and says when it may."""
+    return isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None

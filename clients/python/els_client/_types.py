@@ -136,7 +136,11 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may ask for; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level."""
+    """What one call may ask for; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level.
+
+    ``max_in_flight_bytes`` bounds what all callers have in flight together; 0 where the server does
+    not say.
+    """
 
     max_images: int
     max_steps: int
@@ -145,6 +149,7 @@ class Limits:
     max_sigma: float
     max_pixels: int
     priority_levels: int
+    max_in_flight_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,19 @@ class Budget:
         """Holdings taken away so far."""
         self._accounts: dict[str, _Account] = {}
 
+    @property
+    def callers(self) -> int:
+        """How many callers hold something."""
+        return len(self._accounts)
+
     def held_by(self, caller: str) -> float:
         """Return how much a caller holds."""
         account = self._accounts.get(caller)
         return account.total if account else 0.0
+
+    def fits(self, caller: str, amount: float) -> bool:
+        """Return whether ``reserve`` would find room, or make it."""
+        return self.used == 0 or self._could_fit(caller, amount)
 
     def reserve(
         self, caller: str, amount: float, evict: Callable[[], None] | None = None
@@ -71,8 +80,9 @@ class Budget:
             amount: not negative.
             evict: see ``Holding``.
         """
-        if self.used and not self._fit(caller, amount):
+        if not self.fits(caller, amount):
             return None
+        self._make_room(caller, amount)
         holding = Holding(caller, amount, evict)
         account = self._accounts.setdefault(caller, _Account())
         account.holdings[holding] = None
@@ -89,11 +99,20 @@ class Budget:
             return False
         change = amount - holding.amount
         alone = self.used - holding.amount < _LEAST
-        if change > 0 and not alone and not self._fit(holding.caller, change, keep=holding):
-            return False
+        if change > 0 and not alone:
+            if not self._could_fit(holding.caller, change):
+                return False
+            self._make_room(holding.caller, change)
         holding.amount = amount
         self._add(account, holding, change)
         return True
+
+    def pin(self, holding: Holding) -> None:
+        """Keep a holding from being evicted from now on."""
+        account = self._accounts.get(holding.caller)
+        if account is not None and holding in account.holdings and holding.evict is not None:
+            account.evictable -= holding.amount
+            holding.evict = None
 
     def release(self, holding: Holding) -> None:
         """Give a holding back; one that was evicted or released before is left."""
@@ -113,26 +132,24 @@ class Budget:
         if holding.evict is not None:
             account.evictable += change
 
-    def _fit(self, caller: str, amount: float, keep: Holding | None = None) -> bool:
-        """Make room for ``amount`` more of a caller; return whether there is, else nothing changes.
-
-        Args:
-            caller: who asks.
-            amount: how much more.
-            keep: of the caller; is not evicted.
-        """
+    def _could_fit(self, caller: str, amount: float) -> bool:
+        """Return whether there is room for ``amount`` more of a caller, or could be made."""
         missing = self.used + amount - self.capacity
         if missing <= _LEAST:
             return True
         level = self.held_by(caller) + amount
-        others = [account for name, account in self._accounts.items() if name != caller]
+        others = self._others(caller)
         spare = sum(min(each.evictable, max(each.total - level, 0.0)) for each in others)
-        if spare < missing - _LEAST:
-            return False
-        while self.used + amount - self.capacity > _LEAST:
-            account = max((each for each in others if each.evictable > _LEAST), key=_total)
-            self._evict_newest(account)
-        return True
+        return spare >= missing - _LEAST
+
+    def _make_room(self, caller: str, amount: float) -> None:
+        """Evict until there is room for ``amount`` more of a caller, which must be possible."""
+        while self.used and self.used + amount - self.capacity > _LEAST:
+            others = (each for each in self._others(caller) if each.evictable > _LEAST)
+            self._evict_newest(max(others, key=_total))
+
+    def _others(self, caller: str) -> list[_Account]:
+        return [account for name, account in self._accounts.items() if name != caller]
 
     def _evict_newest(self, account: _Account) -> None:
         holding = next(each for each in reversed(account.holdings) if each.evict is not None)

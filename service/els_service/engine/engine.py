@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,10 +25,11 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
+from els_service.engine.budget import Budget
 from els_service.engine.device import Device, WorkerDevice
 from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
-from els_service.engine.room import Room
+from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
 from els_service.engine.terms import Observer, Terms, allows
 from els_service.errors import DeadlineExceededError, UnavailableError
@@ -65,6 +67,10 @@ class Engine:
 
     Use from one event loop. ``close`` waits for the computation under way.
 
+    Attributes:
+        models: those that are served.
+        memory: bytes of messages, queries and trajectories in flight, of all models and callers.
+
     Args:
         observer: told of everything that happens to queries.
         scheduling: bounds of queues, batches and memory.
@@ -82,11 +88,16 @@ class Engine:
         scheduling = scheduling or Scheduling()
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
         self.models = Models(self._devices, scheduling, self._lose)
-        self._scheduler = Scheduler(self._devices, scheduling, observer, self._lose, clock)
-        self._clock = clock
+        self.memory = Budget(scheduling.in_flight_bytes)
+        self._memory = Room(self.memory, "the memory for requests in flight", seconds=False)
+        self._scheduler = Scheduler(
+            self._devices, scheduling, self._memory, observer, self._lose, clock
+        )
+        self._observer, self._clock = observer, clock
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
-        self._room = Room(scheduling.queue_bytes, observer)
+        self._unended: Counter[str] = Counter()
+        """Caller → bytes of its trajectories that have not ended, even if they gave way."""
         self._ended = ""
         """Why nothing is answered any more; empty while something is."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -120,7 +131,8 @@ class Engine:
         """Yield the steps of a trajectory; each of its questions is an item like any other.
 
         Between two steps nothing of it is queued: a reader who takes its time holds nobody up. It
-        is answered by the version that answered its first question, whatever is loaded meanwhile.
+        holds room for the whole of its life, and may have to give way at any step. It is answered
+        by the version that answered its first question, whatever is loaded meanwhile.
 
         Raises:
             NotFoundError, InvalidArgumentError, QueueFullError, DeadlineExceededError,
@@ -128,36 +140,88 @@ class Engine:
         """
         entry = self.models.entry(name, version)
         numbers = math.prod(entry.info.shape) * len(run.labels)
+        size = _HELD * numbers + sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
-            # A reader who takes no steps keeps it for as long as it likes.
-            with self._room.taken(name, _HELD * numbers):
-                async with aclosing(self._steps(entry, run, terms, numbers > _SMALL)) as steps:
+            with self._unended_of(entry, size, terms), self._staying(entry, size, terms) as stay:
+                steps_of_it = self._steps(entry, run, terms, stay, numbers > _SMALL)
+                async with aclosing(steps_of_it) as steps:
                     async for step in steps:
                         yield step
         finally:
             self._trajectories -= 1
 
     async def _steps(
-        self, entry: Entry, run: Run, terms: Terms, large: bool
+        self, entry: Entry, run: Run, terms: Terms, stay: Stay, large: bool
     ) -> AsyncGenerator[Step, None]:
-        lane = await self._loaded(entry, terms)
+        lane = await self._loaded(entry, terms, stay)
         answer: Tensor | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
-                    event = replace(event, decoded=await self._decoded(lane, event.x, terms))
+                    decoded = await self._decoded(lane, event.x, terms, stay)
+                    event = replace(event, decoded=decoded)
                 yield event
                 continue
             query = _question(lane.denoiser, event, run)
             if not begun:
+                self._check_ended()
                 lane.denoiser.check(query)
                 self._check_time(lane, query, run, terms)
-            given = self._submit(lane, query, terms, admitted=begun)
-            begun = True
-            answer = (given if isinstance(given, Denoised) else await given).mean.double()
+                self._scheduler.enter(lane, query, terms, stay.reservation, decodes=run.decode)
+                begun = True
+            answer = (await self._step(lane, query, terms, stay)).mean.double()
+
+    async def _step(self, lane: Lane, query: Query, terms: Terms, stay: Stay) -> Denoised:
+        """Return the answer to a question of a trajectory."""
+        stay.check()
+        given = self._submit(lane, query, terms, admitted=True)
+        return given if isinstance(given, Denoised) else await stay.until(given)
+
+    @contextmanager
+    def _staying(self, entry: Entry, size: int, terms: Terms) -> Iterator[Stay]:
+        """Hold memory meanwhile.
+
+        Raises:
+            QueueFullError: There is no room, or it had to give way.
+        """
+
+        def gave_way() -> None:
+            self._observer.dropped(entry.model, "evicted")
+            entry.statistics.failed.add(0.0)
+
+        stay = Stay(terms.name(), gave_way)
+        parts = ((self._memory, float(size)),)
+        self._scheduler.reserve(entry.model, entry.statistics, stay.reservation, parts)
+        try:
+            yield stay
+        finally:
+            stay.reservation.release()
+
+    @contextmanager
+    def _unended_of(self, entry: Entry, size: int, terms: Terms) -> Iterator[None]:
+        """Bound what trajectories take that gave way but whose callers do not read to their end.
+
+        They cannot be ended before. With them a caller may have as much as if it were alone, and
+        all callers twice as much.
+
+        Raises:
+            QueueFullError: It would be more.
+        """
+        unended, caller, most = self._unended, terms.name(), self.memory.capacity
+        own, everybody = unended[caller], unended.total()
+        if (own and own + size > most) or (everybody and everybody + size > 2 * most):
+            self._observer.dropped(entry.model, "rejected_full")
+            raise self._memory.full(caller, size)
+        unended[caller] += size
+        try:
+            yield
+        finally:
+            unended[caller] -= size
+            if not unended[caller]:
+                del unended[caller]
 
     def interrupt(self, reason: str) -> None:
         """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
@@ -174,6 +238,7 @@ class Engine:
                 for each in lane.queues:
                     yield "els_queue_items", labels, len(each.queue)
                     yield "els_queue_cost_seconds", labels, each.waiting_s
+                    yield "els_queue_reserved_seconds", labels, each.seconds.budget.used
         for model, size in self.models.memory().items():
             yield "els_model_memory_bytes", {"model": model}, size
         for device in self._devices:
@@ -182,6 +247,8 @@ class Engine:
             yield "els_device_stalled_seconds", {"device": device.name}, device.stalled_s
         for model, refused in self.models.refused().items():
             yield "els_model_refused", {"model": model}, refused
+        yield "els_memory_in_flight_bytes", {}, self.memory.used
+        yield "els_memory_in_flight_limit_bytes", {}, self.memory.capacity
         yield "els_trajectories", {}, self._trajectories
 
     def close(self) -> None:
@@ -200,37 +267,47 @@ class Engine:
         checked: bool = False,
         admitted: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
-        if self._ended:
-            raise UnavailableError(self._ended)
+        self._check_ended()
         if not checked:
             lane.denoiser.check(query)
         return self._scheduler.submit(lane, query, terms, admitted=admitted)
 
+    def _check_ended(self) -> None:
+        if self._ended:
+            raise UnavailableError(self._ended)
+
     async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:
-        with self._room.taken(entry.model, query.nbytes):
-            lane = await self._loaded(entry, terms)
+        with self._staying(entry, query.nbytes, terms) as stay:
+            lane = await self._loaded(entry, terms, stay)
         answer = self._submit(lane, query, terms)
         return answer if isinstance(answer, Denoised) else await answer
 
-    async def _loaded(self, entry: Entry, terms: Terms) -> Lane:
+    async def _loaded(self, entry: Entry, terms: Terms, stay: Stay) -> Lane:
         """Return an entry's lane, loaded again if need be."""
         lane = self.models.touch(entry)
         if lane is not None:
             return lane
+        timeout_s = None if math.isinf(terms.deadline) else terms.deadline - self._clock()
+        loading = asyncio.ensure_future(self.models.revive(entry))
+        ended = stay.ending()
         try:
-            timeout_s = None if math.isinf(terms.deadline) else terms.deadline - self._clock()
-            return await asyncio.wait_for(self.models.revive(entry), timeout_s)
-        except TimeoutError:
+            await asyncio.wait((loading, ended), timeout=timeout_s, return_when="FIRST_COMPLETED")
+            if loading.done():
+                return loading.result()
+            stay.check()
             text = f"{entry.model} was unloaded to save memory and is still being loaded"
-            raise DeadlineExceededError(text) from None
+            raise DeadlineExceededError(text)
+        finally:
+            loading.cancel()
+            if not ended.cancel():
+                ended.exception()  # taken note of: it would else be logged
 
-    async def _decoded(self, lane: Lane, latents: Tensor, terms: Terms) -> Tensor:
+    async def _decoded(self, lane: Lane, latents: Tensor, terms: Terms, stay: Stay) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
         assert lane.decoder is not None  # as the model's info says
         level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
         query = make_query(latents.float(), level)
-        given = self._submit(lane.decoder, query, terms, admitted=True)
-        return (given if isinstance(given, Denoised) else await given).mean
+        return (await self._step(lane.decoder, query, terms, stay)).mean
 
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""

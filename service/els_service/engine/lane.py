@@ -11,12 +11,15 @@ import numpy as np
 import torch
 
 from els_kernels import ComputationStoppedError
+from els_service.config import Scheduling
 from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, concatenate
+from els_service.engine.budget import Budget
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import Decoding
 from els_service.engine.device import breaks_device, free_memory
 from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
+from els_service.engine.room import Reservation, Room
 from els_service.engine.terms import PRIORITIES, Terms
 from els_service.errors import ResourceExhaustedError
 
@@ -76,7 +79,7 @@ class Lane:
         model: its name.
         version: its number.
         denoisers: device → the denoiser there; each is called by one thread at a time.
-        starvation_s: see ``FairQueue``.
+        scheduling: bounds of its queue.
         costs: what is known of its speed so far; None for nothing.
     """
 
@@ -85,13 +88,19 @@ class Lane:
         model: str,
         version: int,
         denoisers: Mapping[str, Denoiser],
-        starvation_s: float,
+        scheduling: Scheduling,
         costs: CostModel | None = None,
     ) -> None:
         self.model, self.version, self.denoisers = model, version, denoisers
         self.denoiser = next(iter(denoisers.values()))
         """Any of them, for what is the same on all devices."""
-        self.queue: FairQueue[Item] = FairQueue(PRIORITIES, starvation_s)
+        self.queue: FairQueue[Item] = FairQueue(PRIORITIES, scheduling.starvation_s)
+        name = f"the queue of {model}"
+        self.seconds = Room(Budget(scheduling.queue_s), name, seconds=True)
+        """Held by what waits, as predicted when it came, and by trajectories, of a step each."""
+        self.bytes = Room(Budget(scheduling.queue_bytes), name, seconds=False)
+        """Held by what waits."""
+        self.rooms = self.seconds, self.bytes
         self.costs = costs or CostModel()
         self.statistics = Statistics()
         self.virtual = 0.0
@@ -109,7 +118,7 @@ class Lane:
             for device, denoiser in denoisers.items()
             if isinstance(denoiser, Decodes)
         }
-        self.decoder = Lane(model, version, decoders, starvation_s) if decoders else None
+        self.decoder = Lane(model, version, decoders, scheduling) if decoders else None
         """The queue of latents to decode, where the model can."""
 
     @property
@@ -133,6 +142,23 @@ class Lane:
         """Predicted seconds of all that waits."""
         return self.costs.marginal(self.queue.cost)
 
+    def take(self, item: Item, now: float) -> None:
+        """Remove an item that will be computed from the queue and its part from the rooms."""
+        self.queue.take(item, now)
+        ticket = item.ticket
+        before, ticket.waiting = ticket.waiting, ticket.waiting - len(item.query)
+        if ticket.reservation is not None:
+            ticket.reservation.begin(self.rooms, ticket.waiting / before)
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Remove what waits of a ticket from queue and rooms; return whether there was any."""
+        waiting = [item for item in ticket.items if item.waiting]
+        for item in waiting:
+            self.queue.drop(item)
+        if ticket.reservation is not None:
+            ticket.reservation.release(*self.rooms)
+        return bool(waiting)
+
 
 class Ticket:
     """One query and its answer to come, computed in one part or several."""
@@ -142,6 +168,10 @@ class Ticket:
         self.caller = terms.name()
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
         self.items: list[Item] = []
+        self.waiting = len(query)
+        """Images that wait; those withdrawn count."""
+        self.reservation: Reservation | None = None
+        """None where it is part of a trajectory, which has one."""
         self._missing = 0
         self._parts: list[Denoised | None] = []
 
@@ -157,6 +187,13 @@ class Ticket:
         share = max(estimate, 1e-9) / images
         self.items = [Item(self, i, part, share * len(part)) for i, part in enumerate(parts)]
         return self.items
+
+    def release(self) -> None:
+        """Give back what it holds of any room."""
+        if self.reservation is not None:
+            self.reservation.release()
+            # It knows this: together they would stay until garbage is collected.
+            self.reservation = None
 
     def deliver(self, index: int, part: Denoised) -> bool:
         """Take one part; return whether the answer is complete."""

@@ -216,7 +216,7 @@ class Models:
     def add(self, name: str, *denoisers: Denoiser) -> None:
         """Serve a model from elsewhere: one denoiser for each of the first devices."""
         placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
-        lane = Lane(name, 1, placed, self._scheduling.starvation_s)
+        lane = Lane(name, 1, placed, self._scheduling)
         self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane, lane.statistics)})
 
     async def index(self) -> list[State]:
@@ -284,7 +284,7 @@ class Models:
                 if isinstance(error, DeviceLostError):
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
-        lane = Lane(name, version, denoisers, self._scheduling.starvation_s, costs[0])
+        lane = Lane(name, version, denoisers, self._scheduling, costs[0])
         content = await self._in_loader(self._repository.fingerprint, name, version)
         return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
 

@@ -1,8 +1,10 @@
 """Turns the queries that wait for many models into launches on few devices, and keeps promises.
 
     submit ─► admitted? ─► the model's queue ─► batch ─► device ─► each its rows
-                 │                                │
-                 └ full, or late by prediction    └ late by now: dropped before it is computed
+                 │               │                │
+                 │               │                └ late by now: dropped before it is computed
+                 │               └ its caller holds most of the room, and others need it: evicted
+                 └ no room for its caller, or late by prediction
 
 An idle device takes work at once; what comes while it is busy gathers meanwhile, which is all the
 waiting there is. A batch ends where more would save little (its launch is a small part of it), or
@@ -24,8 +26,9 @@ from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
-from els_service.engine.lane import Item, Lane, Ticket, answers
+from els_service.engine.lane import Item, Lane, Statistics, Ticket, answers
 from els_service.engine.launches import launch
+from els_service.engine.room import Reservation, Room
 from els_service.engine.terms import Observer, Terms, allows, timed_out
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
@@ -68,6 +71,7 @@ class Scheduler:
     Args:
         devices: by which lanes name their denoisers.
         scheduling: bounds of queues and batches.
+        memory: room for the bytes of all that waits or is computed, of all models.
         observer: told of everything.
         lost: called when a device can compute no more.
         clock: in seconds; deadlines are on it.
@@ -77,12 +81,13 @@ class Scheduler:
         self,
         devices: Sequence[Device],
         scheduling: Scheduling,
+        memory: Room,
         observer: Observer,
         lost: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._devices, self._terms, self._observer = devices, scheduling, observer
-        self._lost, self.clock = lost, clock
+        self._memory, self._lost, self.clock = memory, lost, clock
         self._busy: dict[str, float] = {}
         """Device → when its batch is predicted to end."""
         self._lanes: dict[Lane, None] = {}
@@ -104,20 +109,21 @@ class Scheduler:
             lane: whose denoiser answers.
             query: passed ``Denoiser.check``.
             terms: deadline, priority and caller.
-            admitted: whether it belongs to work that was let in before: then it always queues.
+            admitted: whether it belongs to a trajectory, which has entered: then it always queues.
 
         Raises:
-            QueueFullError: More work waits than is allowed.
-            DeadlineExceededError: The answer would come too late. The future may fail so, too.
+            QueueFullError: More work waits than is allowed, and the caller has its share of it.
+            DeadlineExceededError: The answer would come too late. The future may fail with either.
         """
         estimate = lane.denoiser.predict_seconds(query)
         # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
         if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
             return self._inline(lane, query, terms, estimate)
         now = self.clock()
+        ticket = Ticket(lane.model, query, terms, now)
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
-        ticket = Ticket(lane.model, query, terms, now)
+            self._reserve(lane, ticket, estimate)
         ticket.answer.add_done_callback(partial(self._left, lane, ticket))
         most = self._batch_s(lane) / max(lane.costs.marginal(1.0), 1e-9)
         if not lane.queue and lane not in self._lanes:
@@ -127,6 +133,52 @@ class Scheduler:
         self._lanes[lane] = None
         self._dispatch()
         return ticket.answer
+
+    def enter(
+        self, lane: Lane, query: Query, terms: Terms, reservation: Reservation, *, decodes: bool
+    ) -> None:
+        """Admit a trajectory by its first question: it holds room for one step from now on.
+
+        Args:
+            lane: whose denoiser is asked.
+            query: the first question; those to come take about as long.
+            terms: deadline, priority and caller.
+            reservation: of the trajectory.
+            decodes: whether its latents are decoded in the end.
+
+        Raises:
+            QueueFullError: More work waits than is allowed, and the caller has its share of it.
+            DeadlineExceededError: The first answer would come too late.
+        """
+        estimate = lane.denoiser.predict_seconds(query)
+        if estimate >= INLINE_S or lane.running:
+            self._admit(lane, query, terms, estimate, self.clock())
+        asked = [lane, lane.decoder] if decodes and lane.decoder is not None else [lane]
+        parts = []
+        for each in asked:
+            seconds = each.costs.marginal(each.denoiser.predict_seconds(query))
+            # One that is alone may take longer than all that may wait.
+            parts.append((each.seconds, min(seconds, self._terms.queue_s)))
+        self.reserve(lane.model, lane.statistics, reservation, parts)
+
+    def reserve(
+        self,
+        model: str,
+        statistics: Statistics,
+        reservation: Reservation,
+        parts: Sequence[tuple[Room, float]],
+    ) -> None:
+        """Hold parts of rooms, and count a request for which there is none.
+
+        Raises:
+            QueueFullError: There is no room.
+        """
+        try:
+            reservation.reserve(parts)
+        except QueueFullError:
+            self._observer.dropped(model, "rejected_full")
+            statistics.failed.add(0.0)
+            raise
 
     def waiting(self) -> int:
         """Return how many items wait."""
@@ -164,20 +216,10 @@ class Scheduler:
                 self._observer.launched(launched)
 
     def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
-        """Raise if the queue is full or the answer would come too late."""
-        allowed, queue = self._terms, lane.queue
+        """Raise if the answer would come too late; drop what is, where the queue is crowded."""
         own = lane.costs.seconds(estimate)
-        if queue and self._is_full(lane, query, own):
+        if lane.queue and _is_crowded(lane, query, own):
             self._purge(lane, now)
-            if queue and self._is_full(lane, query, own):
-                self._observer.dropped(lane.model, "rejected_full")
-                lane.statistics.failed.add(0.0)
-                excess = lane.waiting_s + own - allowed.queue_s
-                raise QueueFullError(
-                    f"the queue of {lane.model} is full: {lane.waiting_s:.3g} s of work wait, "
-                    f"{allowed.queue_s:g} s and {allowed.queue_bytes} bytes are allowed",
-                    retry_after_s=max(_LEAST_RETRY_S, excess),
-                )
         slack = terms.deadline - now
         if slack > 0 and not lane.costs.may_refuse(estimate, slack, now):
             return
@@ -202,12 +244,23 @@ class Scheduler:
         lane.statistics.failed.add(0.0)
         return DeadlineExceededError(text, retry_after_s=retry_after_s)
 
-    def _is_full(self, lane: Lane, query: Query, seconds: float) -> bool:
-        allowed = self._terms
-        return (
-            lane.waiting_s + seconds > allowed.queue_s
-            or lane.queue.size + query.nbytes > allowed.queue_bytes
-        )
+    def _reserve(self, lane: Lane, ticket: Ticket, estimate: float) -> None:
+        """Take room for a query, from other callers where need be, or raise QueueFullError."""
+        size = ticket.query.nbytes
+        parts = [(lane.seconds, lane.costs.marginal(estimate)), (lane.bytes, float(size))]
+        if not lane.queue:
+            # It may be as large as it likes, whatever trajectories hold that ask nothing now.
+            parts = [(room, room.up_to(amount)) for room, amount in parts]
+        parts.append((self._memory, size))
+        reservation = Reservation(ticket.caller, partial(self._evict, lane, ticket))
+        self.reserve(lane.model, lane.statistics, reservation, parts)
+        ticket.reservation = reservation
+
+    def _evict(self, lane: Lane, ticket: Ticket, error: QueueFullError) -> None:
+        self._observer.dropped(lane.model, "evicted")
+        lane.statistics.failed.add(self.clock() - ticket.since)
+        lane.withdraw(ticket)
+        _fail(ticket, error)
 
     def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
         """Return in how many seconds an answer can be expected."""
@@ -272,7 +325,7 @@ class Scheduler:
                 or until + at_most(together) > min(first_deadline, deadline)
             ):
                 break
-            lane.queue.take(item, now)
+            lane.take(item, now)
             batch.append(item)
             estimate, first_deadline = together, min(first_deadline, deadline)
         return batch
@@ -357,6 +410,8 @@ class Scheduler:
         self._running[ticket] -= 1
         if not self._running[ticket]:
             del self._running[ticket]
+            if ticket.answer.done():
+                ticket.release()
         now = self.clock()
         if ticket.answer.done():
             if ticket.answer.cancelled():
@@ -393,7 +448,7 @@ class Scheduler:
         self._observer.dropped(lane.model, "expired")
         lane.statistics.failed.add(now - ticket.since)
         # At once, not when the future's callback runs: the caller of this looks at the queue next.
-        _withdraw(lane, ticket)
+        lane.withdraw(ticket)
         left = ticket.terms.deadline - now
         state = f"passed {-left:.3g} s ago" if left < 0 else f"in {left:.3g} s cannot be met"
         _fail(
@@ -406,25 +461,27 @@ class Scheduler:
 
     def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
         """Take what still waits of a ticket out of the queue, and stop what is computed of it."""
-        withdrawn = _withdraw(lane, ticket)
-        if ticket in self._running:
+        withdrawn = lane.withdraw(ticket)
+        if ticket not in self._running:
+            ticket.release()
+        else:
             for running in self._batches.values():
                 running.stop_unless_wanted(self.clock())
         ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
             now = self.clock()
-            late = timed_out(ticket.terms.deadline - now, now - ticket.since)
+            late = timed_out(ticket.terms.deadline - now)
             self._observer.dropped(lane.model, "expired" if late else "cancelled")
         if not lane.queue:
             self._lanes.pop(lane, None)
 
 
-def _withdraw(lane: Lane, ticket: Ticket) -> bool:
-    """Take a ticket's items out of the queue; return whether there were any."""
-    waiting = [item for item in ticket.items if item.waiting]
-    for item in waiting:
-        lane.queue.drop(item)
-    return bool(waiting)
+def _is_crowded(lane: Lane, query: Query, seconds: float) -> bool:
+    """Return whether a query finds room only where others give way."""
+    return any(
+        room.budget.used + amount > room.budget.capacity
+        for room, amount in ((lane.seconds, seconds), (lane.bytes, query.nbytes))
+    )
 
 
 def _fail(ticket: Ticket, error: Exception) -> None:

@@ -39,17 +39,15 @@ def allows(slack_s: float) -> str:
     )
 
 
-def timed_out(left_s: float, waited_s: float) -> bool:
+def timed_out(left_s: float) -> bool:
     """Return whether a query that is given up on is late, not its caller who changed its mind.
 
-    A caller gives up by its own clock. gRPC rounds the rest of a deadline up by 1 % at most when it
-    tells a server, and the request was on its way for a while.
+    A caller gives up by its own clock, and the request was on its way for a while.
 
     Args:
         left_s: until the deadline as it is known here.
-        waited_s: since the query came.
     """
-    return left_s <= _ON_ITS_WAY_S + 0.01 * (left_s + waited_s) and left_s < math.inf
+    return left_s <= _ON_ITS_WAY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,8 @@ REASONS = (
     "discarded",
     "faulted",
     "interrupted",
+    "evicted",
 )
 """Refused because the queue is full, or because the answer would come too late; its deadline passed
 while it waited; its caller left before it was computed, or while it was; computing it failed; the
-server had to end."""
+server had to end; it gave way to other callers, as its own held most."""

@@ -31,6 +31,7 @@ from els_service.errors import (
 )
 from els_service.logs import CALL
 from els_service.wire.batches import check_cancelled
+from els_service.wire.deadlines import unrounded_s
 from els_service.wire.doors import Doors, caller_of
 from els_service.wire.message_structure import MessageStructureError, check_structure, inflated
 from els_service.wire.metrics import Method, Metrics
@@ -379,7 +380,10 @@ def status_of(error: Exception) -> status_pb2.Status:
 def _is_late(call: _Call) -> bool:
     """Return whether a cancelled call's deadline has passed: its caller's may, a little before."""
     left = call.context.time_remaining()
-    return left is not None and timed_out(left, time.monotonic() - call.since)
+    if left is None:
+        return False
+    waited = time.monotonic() - call.since
+    return timed_out(unrounded_s(left + waited) - waited)
 
 
 def _ids(context: Context, trace_id: str | None) -> dict[str, str]:

@@ -344,6 +344,7 @@ def encode_model(entry: Entry, limits: Limits) -> pb.Model:
             max_sigma=MAX_SIGMA,
             max_pixels=limits.max_pixels,
             priority_levels=PRIORITIES,
+            max_in_flight_bytes=limits.max_in_flight_bytes,
         ),
         bank=None
         if bank is None

@@ -23,7 +23,12 @@ from els_service.denoisers.samplers import (
 )
 from els_service.engine.engine import Engine, Run
 from els_service.engine.models import Entry
-from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from els_service.errors import (
+    InvalidArgumentError,
+    QueueFullError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from els_service.wire import codec
 from els_service.wire.calls import Answer, Context, Recognise, check_message
 from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
@@ -133,7 +138,7 @@ class DenoiserService(DenoiserServiceServicer):
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = _token(request, entry, step)
                     yield message
-        except UnavailableError:
+        except (UnavailableError, QueueFullError):
             if token := _token(request, entry, taken):
                 yield pb.SampleResponse(resume_token=token)
             raise

@@ -49,8 +49,12 @@ _GAUGES = {
     "els_health_watchers": "Watchers of the health, by port: grpc or health.",
     "els_health_watchers_stalled": "Watchers dropped as they take no answer, and not yet ended.",
     "els_model_refused": "1 where the latest load of a model was refused, else 0.",
+    "els_memory_in_flight_bytes": "Bytes of requests and trajectories in flight.",
+    "els_memory_in_flight_limit_bytes": "Bytes that may be in flight, of all callers together.",
     "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
     "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",
+    "els_queue_reserved_seconds": "Predicted time that holds room: of items that wait as when they "
+    "came, and of a step of each trajectory.",
     "els_serving": "1 while the health of the server is SERVING, else 0.",
     "els_trajectories": "Trajectories under way.",
     "els_watchdog_seconds": "Time without progress of a batch after which a device counts as lost.",

@@ -9,6 +9,7 @@ from functools import partial
 from els_service.engine.terms import DEFAULT_PRIORITY, PRIORITIES, Terms
 from els_service.errors import InvalidArgumentError
 from els_service.wire.calls import Context, current_trace
+from els_service.wire.deadlines import unrounded_s
 from els_service.wire.doors import caller_of
 
 
@@ -25,7 +26,8 @@ def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Ter
     """
     if not 0 <= priority <= PRIORITIES:
         raise InvalidArgumentError("priority", f"1 to {PRIORITIES}, or 0", priority)
-    left = context.time_remaining()
+    told = context.time_remaining()
+    left = None if told is None else unrounded_s(told)
     if timeout_s:
         if not 0 < timeout_s < math.inf:
             raise InvalidArgumentError("timeout_s", "a positive number of seconds, or 0", timeout_s)
