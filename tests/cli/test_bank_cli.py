@@ -56,7 +56,7 @@ def test_build_tells_what_a_step_takes_here(source: Path) -> None:
 
 
 def test_a_dear_bank_is_told_with_what_would_make_it_cheaper() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (30_000, 3, 32, 32)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (30_000, 3, 32, 32), np.uint8)
     began = time.monotonic()
     told = told_bank_speed(make_bank(pixels))
     assert time.monotonic() - began < 10

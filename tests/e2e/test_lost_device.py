@@ -66,11 +66,11 @@ async def test_a_server_that_was_paused_beyond_its_watchdog_serves_on(models: Pa
     with serving("--models", models, program=ODD, **options) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             stub = denoiser(channel)
-            call = asyncio.ensure_future(stub.Denoise(asked(images(*[1.0] * 60)), timeout=60))
+            call = asyncio.ensure_future(stub.Denoise(asked(images(*[1.0] * 20)), timeout=60))
             while not await images_computed(channel, "slow"):
                 pass
             server.process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(1.2)
             server.process.send_signal(signal.SIGCONT)
             assert (await call).denoised.data
             assert (await stub.Denoise(asked(images(2.0)), timeout=60)).denoised.data

@@ -133,7 +133,7 @@ def _image(value: float) -> Query:
 @pytest.fixture(scope="module")
 def machine() -> AnalyticDenoiser:
     """A real machine whose answer to one image takes several seconds."""
-    pixels = np.random.default_rng(0).integers(0, 256, (8_000, 3, 32, 32)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8_000, 3, 32, 32), np.uint8)
     bank = make_bank(pixels)
     return AnalyticDenoiser(PatchAttention(bank.pixels()), bank, machine="els")
 
