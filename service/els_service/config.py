@@ -69,6 +69,7 @@ class Scheduling:
     starvation_s: float = 1.0
     memory_bytes: int | None = None
     watchdog_s: float = 120.0
+    load_s: float = 300.0
 
 
 def _lower(value: object) -> object:
@@ -116,6 +117,8 @@ class Settings(BaseModel):
     """How often a client may ping, in calls and between them; one in more haste is sent away."""
     handshake_s: _Seconds = 20.0
     """A connection that has not begun to speak HTTP/2 by then is closed."""
+    receive_s: _Seconds = 60.0
+    """How long the message of a call may take to arrive; those of a stream may take any time."""
     max_connection_idle_s: _Seconds = 900.0
     """A connection without calls for this long is closed."""
     max_connection_age_s: _Seconds = 1800.0
@@ -166,6 +169,8 @@ class Settings(BaseModel):
     """A batch without progress for this long means a hung device: the server ends. On a CPU
     progress is a tile or CPU time of the worker; a GPU's batch is done ten times its prediction
     later at the latest."""
+    load_s: _Seconds = 300.0
+    """How long a model may take to load; then it is refused, and the others are served."""
     max_images: _Positive = 256
     """Images in one call."""
     max_steps: _Positive = 1000

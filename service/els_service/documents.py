@@ -1,46 +1,111 @@
-"""YAML documents read safely, and their faults told in one line."""
+"""YAML documents read safely, and their faults told in one line.
+
+A short document may stand for an endless one, as an alias costs a few bytes however much it
+repeats. So a document is measured with its aliases written out before anything is made of it.
+"""
 
 from __future__ import annotations
 
 import reprlib
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from els_service.errors import LoadError
+from els_service.errors import LoadError, shortened
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 _T = TypeVar("_T")
 
-# Aliases let a short document stand for an endless one.
+MAX_BYTES = 1 << 20
+"""Size of a document."""
+_LARGEST = 2 * MAX_BYTES
+"""Values and characters of a document, aliases written out; more than one without any can have."""
+_LONGEST_SCALAR = 1 << 16
+"""Characters of one value: a number of a megabyte takes minutes to read."""
+_FAULTS = 20
+"""How many faults of a document are told."""
+
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
 _BRIEF.maxlevel = 2
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file.
+    """Return the content of a YAML file of at most ``MAX_BYTES``.
 
     Raises:
-        LoadError: The file cannot be read or is no YAML.
+        LoadError: The file cannot be read, is no YAML, or is too large, also through aliases.
     """
     try:
-        return yaml.safe_load(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise LoadError(path, f"expected a readable file, got {error.strerror}") from error
+    if len(data) > MAX_BYTES:
+        raise LoadError(path, f"expected at most {MAX_BYTES} bytes, got more")
+    try:
+        return _parse(data)
     except Exception as error:
         # Malformed scalars and deep nesting: ValueError, KeyError, AttributeError, RecursionError …
-        raise LoadError(path, f"expected YAML, got {' '.join(str(error).split())}") from error
+        fault = " ".join(str(error)[:_LONGEST_SCALAR].split())
+        raise LoadError(path, f"expected YAML, got {fault}") from error
+
+
+def _parse(data: bytes) -> Any:
+    loader = yaml.SafeLoader(data)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (size := _Sizes().of(node)) > _LARGEST:
+            raise ValueError(
+                f"{size} values and characters with aliases written out; {_LARGEST} are allowed"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+class _Sizes:
+    """Sizes of nodes with their aliases written out, each node looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[yaml.Node, int | None] = {}
+
+    def of(self, node: yaml.Node) -> int:
+        """Return the number of values and characters of a node.
+
+        Raises:
+            ValueError: The node holds itself, or a value that is too long.
+        """
+        known = self._known.get(node, 0)
+        if known is None:
+            raise ValueError("an alias of something around it")
+        if not known:
+            self._known[node] = None
+            known = self._known[node] = 1 + self._inside(node)
+        return known
+
+    def _inside(self, node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            if len(node.value) > _LONGEST_SCALAR:
+                got = f"a value of {len(node.value)} characters"
+                raise ValueError(f"{got}; {_LONGEST_SCALAR} are allowed")
+            return len(node.value)
+        if isinstance(node, yaml.MappingNode):
+            return sum(self.of(key) + self.of(value) for key, value in node.value)
+        return sum(map(self.of, node.value))
 
 
 def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: bool = False) -> _T:
     """Return the content as the adapter's type; a ``secret`` one is not shown in errors.
 
     Raises:
-        LoadError: It does not fit; names ``source`` and every fault.
+        LoadError: It does not fit; names ``source`` and the faults, the first of very many.
     """
     # Here, because training and comparison read YAML where there is no pydantic.
     from pydantic import ValidationError
@@ -48,9 +113,20 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: 
     try:
         return adapter.validate_python(content)
     except ValidationError as error:
-        faults = (
-            f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].lower()}"
-            + ("" if secret else f", got {_BRIEF.repr(fault['input'])}")
-            for fault in error.errors()
-        )
+        faults = [_fault(fault, secret) for fault in islice(error.errors(), _FAULTS)]
+        if (others := error.error_count() - len(faults)) > 0:
+            faults.append(f"and {others} more faults")
         raise LoadError(source, "; ".join(faults)) from (None if secret else error)
+
+
+def _fault(fault: Any, secret: bool) -> str:
+    where = ".".join(shortened(str(part)) for part in fault["loc"]) or "document"
+    text = f"{where}: {shortened(fault['msg']).lower()}"
+    return text if secret else f"{text}, got {_brief(fault['input'])}"
+
+
+def _brief(value: object) -> str:
+    try:
+        return shortened(_BRIEF.repr(value))
+    except ValueError:
+        return "a number of very many digits"

@@ -23,6 +23,8 @@ from typing import ClassVar
 _LONGEST = 200
 """Characters of one part of a text: a status travels in headers, of which 8 KiB are safe."""
 _MOST_BYTES = 1500
+_LONGEST_REASON = 4096
+"""Characters of why a file is refused, and of its name: for logs and the index of models."""
 
 
 class ElsError(Exception):
@@ -49,9 +51,9 @@ class Violation:
         return f"{self.field}: expected {self.expected}, got {self.got}"
 
 
-def shortened(text: str) -> str:
-    """Return the text, its end replaced by "…" if it is long."""
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+def shortened(text: str, longest: int = _LONGEST) -> str:
+    """Return the text, its end replaced by "…" if it is longer than ``longest`` characters."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def fit_for_headers(text: str) -> str:
@@ -132,11 +134,13 @@ class UnavailableError(ElsError):
 
 
 class LoadError(ElsError, ValueError):
-    """A file is refused; says which file and why."""
+    """A file is refused; says which file and why, each cut to ``_LONGEST_REASON`` characters."""
 
     code = "FAILED_PRECONDITION"
 
     def __init__(self, path: object, reason: str) -> None:
         # Names of files and keys of documents may hold anything.
-        self.path, self.reason = printable(str(path)), printable(reason)
+        self.path = printable(shortened(str(path), _LONGEST_REASON))
+        # Cut first: escaping takes long texts apart sign by sign.
+        self.reason = printable(shortened(reason, _LONGEST_REASON))
         super().__init__(f"{self.path}: {self.reason}")

@@ -1,13 +1,20 @@
+import contextlib
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from els_service.cli.bank import app
+from els_service.cli.progress import progress_of
 from els_service.cli.speed import told_bank_speed
 from els_service.denoisers.banks import load_bank, make_bank
 
@@ -149,3 +156,66 @@ def test_a_folder_that_is_not_there_is_made(source: Path) -> None:
 def test_an_odd_size_is_refused(source: Path, size: str) -> None:
     result = run("build", source, source.with_suffix(".safetensors"), f"--resize={size}")
     assert_refused(result, "resize: expected HxW or N")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three pictures, of which one is none, and twelve files of notes."""
+    (folder := tmp_path / "pictures").mkdir()
+    for name in ("a", "b"):
+        Image.new("L", (5, 4)).save(folder / f"{name}.png")
+    (folder / "c.png").write_bytes(b"no picture")
+    for number in range(12):
+        (folder / f"notes-{number:02}.txt").write_text("notes")
+    return folder
+
+
+def test_pictures_that_cannot_be_read_are_skipped_and_counted_where_asked(pictures: Path) -> None:
+    out = pictures.with_name("bank.safetensors")
+    assert_refused(run("build", pictures, out), "c.png: cannot be read")
+    assert not out.exists()
+    result = run("build", pictures, out, "--skip-unreadable")
+    assert result.exit_code == 0
+    assert len(load_bank(out).images) == 2
+    first, *_, others, last = result.stderr.splitlines()
+    assert first.startswith(f"skipped: {pictures / 'c.png'}: cannot be read")
+    assert others == "skipped: … and 3 more"
+    assert last == "13 files skipped, as they cannot be read"
+
+
+def test_skipping_is_for_folders_of_pictures(source: Path) -> None:
+    refused = run("build", source, source.with_name("bank.safetensors"), "--skip-unreadable")
+    assert_refused(refused, "skip_unreadable: expected a folder of pictures")
+
+
+def test_progress_is_a_line_every_five_seconds_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seconds = iter([0.0, 1.0, 5.0, 6.0, 9.9, 10.0])
+    with progress_of("Reading it", lambda: next(seconds)) as progress:
+        for done in range(1, 6):
+            progress(done, 5)
+    assert capsys.readouterr().err == "Reading it: 2 of 5 images\nReading it: 5 of 5 images\n"
+
+
+def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
+    for path in (pictures / "c.png", *pictures.glob("*.txt")):
+        path.unlink()
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-c", "from els_service.cli import main; main()", "bank", "build"]
+    out = pictures.with_name("bank.safetensors")
+    with subprocess.Popen(
+        [*command, str(pictures), str(out)],
+        stderr=follower,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
+    ) as process:
+        os.close(follower)
+        shown = b""
+        # A terminal whose other end is gone answers with an error.
+        with contextlib.suppress(OSError), os.fdopen(leader, "rb", 0) as terminal:
+            while block := terminal.read(1 << 16):
+                shown += block
+    assert process.returncode == 0
+    assert f"Reading {pictures}".encode() in shown
+    assert b"100%" in shown

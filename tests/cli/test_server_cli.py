@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,3 +199,36 @@ def test_check_refuses_a_port_that_only_root_may_take(
 def test_check_takes_ports_that_are_in_use_at_the_moment() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert run("check", "--config-only", "--port", taken.getsockname()[1]).exit_code == 0
+
+
+# No process may write a byte into a file: as on a read-only root, without being root.
+_READ_ONLY = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import shlex, sys
+from typer.testing import CliRunner
+from els_service.cli.main import app
+for command in sys.argv[1:]:
+    result = CliRunner().invoke(app, shlex.split(command))
+    print(result.exit_code, result.stdout, result.stderr, sep="|", end="")
+"""
+
+
+def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once() -> None:
+    commands = ["run", "check", "check --config-only", "train --data a --out b", "token x"]
+    shown = subprocess.run(
+        [sys.executable, "-c", _READ_ONLY, *commands],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    *refused, token = shown.stdout.splitlines()[: len(commands)]
+    for command, line in zip(commands, refused, strict=False):
+        program = "els-server train" if command.startswith("train") else "els-server"
+        start = f"2||{program}: TMPDIR: expected a temporary folder that can be written, got none:"
+        assert line.startswith(start), line
+        assert line.endswith("; mount one at /tmp, or name one here"), line
+    assert token.startswith("0|"), token
+    assert shown.stderr == ""

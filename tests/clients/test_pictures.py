@@ -44,6 +44,59 @@ def test_pictures_of_more_than_eight_bits_are_refused_not_clipped(
         pictures.read(tmp_path / "deep.tiff", (1, 4, 4), resize=False)
 
 
+def save_turned(path: Path, pixels: np.ndarray, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def test_pictures_are_turned_as_their_exif_orientation_says(tmp_path: Path) -> None:
+    x = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+    save_turned(tmp_path / "a.png", x, 6)
+    read = pictures.read(tmp_path / "a.png", (1, 7, 5), resize=False)
+    np.testing.assert_array_equal(read[0, 0], np.rot90(x, -1))
+    with pytest.raises(InvalidArgumentError, match="has 5 × 7 pixels"):
+        pictures.read(tmp_path / "a.png", (1, 5, 7), resize=False)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_animations_are_refused_with_what_to_do(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(InvalidArgumentError, match=r"a\..*: expected one frame, got 2: save the"):
+        pictures.read(tmp_path / f"a.{suffix}", (1, 4, 4), resize=False)
+
+
+def test_of_the_pictures_that_a_camera_stores_in_one_file_the_first_is_read(
+    tmp_path: Path,
+) -> None:
+    first, second = Image.new("RGB", (4, 4), (200, 200, 200)), Image.new("RGB", (4, 4))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert pictures.read(tmp_path / "a.jpg", (3, 4, 4), resize=False).min() > 150
+
+
+def test_transparency_is_refused_but_a_channel_of_it_that_hides_nothing_is_not(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGBA", (4, 4), (9, 9, 9, 254)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png", transparency=(0, 0, 0))
+    for name in ("a", "b"):
+        with pytest.raises(InvalidArgumentError, match=rf"{name}\.png: expected no transparency"):
+            pictures.read(tmp_path / f"{name}.png", (3, 4, 4), resize=False)
+    Image.new("RGBA", (4, 4), (9, 9, 9, 255)).save(tmp_path / "a.png")
+    assert (pictures.read(tmp_path / "a.png", (3, 4, 4), resize=False) == 9).all()
+
+
+@pytest.mark.parametrize("side", [8200, 20_000])
+def test_a_picture_that_announces_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, side: int
+) -> None:
+    # PPM: a header alone.
+    (tmp_path / "a.ppm").write_bytes(b"P5 %d %d 255\n" % (side, side))
+    with pytest.raises(InvalidArgumentError, match=r"a\.ppm: expected at most 67108864 pixels"):
+        pictures.read(tmp_path / "a.ppm", (1, 4, 4), resize=True)
+
+
 def test_a_model_of_two_channels_has_no_pictures(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="1 or 3 channels, the model 2"):
         pictures.read(tmp_path / "a.png", (2, 4, 4), resize=False)

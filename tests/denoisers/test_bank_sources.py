@@ -2,6 +2,7 @@ import gzip
 import json
 import pickle
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,30 @@ BY_LABEL = [1, 4, 0, 2, 5, 3]
 def idx(array: NDArray[Any]) -> bytes:
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     return header + array.astype(np.uint8).tobytes()
+
+
+def save_turned(file: Path, pixels: NDArray[np.uint8], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(file, exif=exif)
+
+
+def save_frames(file: Path) -> None:
+    frames = [Image.fromarray(pixels) for pixels in COLOUR[:2]]
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG without pixels: all that a decoder looks at before it takes memory."""
+    chunks = (
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0),
+        b"IDAT" + zlib.compress(b""),
+    )
+    written = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
 def save_picture(file: Path, pixels: NDArray[np.uint8]) -> None:
@@ -210,6 +235,83 @@ class TestFolder:
         Image.new("L", (4, 5)).save(tmp_path / "page.eps")
         with pytest.raises(LoadError, match=r"page\.eps: .*cannot identify image"):
             read_source(tmp_path)
+
+    def test_pictures_are_turned_as_their_exif_orientation_says(self, tmp_path: Path) -> None:
+        for orientation in range(1, 9):
+            save_turned(tmp_path / f"{orientation}.png", COLOUR[0], orientation)
+        turned = COLOUR[0]
+        views = [turned, turned[:, ::-1], turned[::-1, ::-1], turned[::-1]]
+        assert_holds(read_source(tmp_path, limit=4), np.stack(views), [-1] * 4)
+        for orientation in range(1, 5):
+            (tmp_path / f"{orientation}.png").unlink()
+        across = turned.transpose(1, 0, 2)
+        views = [across, across[:, ::-1], across[::-1, ::-1], across[::-1]]
+        assert_holds(read_source(tmp_path), np.stack(views), [-1] * 4)
+
+    @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+    def test_a_picture_of_several_frames_is_named(self, tmp_path: Path, suffix: str) -> None:
+        save_frames(tmp_path / f"moves.{suffix}")
+        with pytest.raises(LoadError, match=rf"moves\.{suffix}: expected one frame: .* got 2"):
+            read_source(tmp_path)
+
+    def test_of_the_pictures_that_a_camera_stores_in_one_file_the_first_is_taken(
+        self, tmp_path: Path
+    ) -> None:
+        first, second = Image.new("RGB", (5, 4), (200, 0, 0)), Image.new("RGB", (5, 4))
+        first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+        assert read_source(tmp_path).images[0, 0].min() > 150
+
+    def test_a_colour_that_is_transparent_is_named_with_what_to_do(self, tmp_path: Path) -> None:
+        Image.new("RGB", (5, 4)).save(tmp_path / "a.png", transparency=(0, 0, 0))
+        with pytest.raises(LoadError, match=r"a\.png: expected no transparent colour.* flatten"):
+            read_source(tmp_path)
+        Image.new("RGBA", (5, 4)).save(tmp_path / "a.png")
+        with pytest.raises(LoadError, match=r"a\.png: mode RGBA.* flatten it onto a background"):
+            read_source(tmp_path)
+
+    @pytest.mark.parametrize("side", [8200, 10_000, 20_000])
+    def test_a_picture_that_announces_too_many_pixels_is_named_in_our_words(
+        self, tmp_path: Path, side: int
+    ) -> None:
+        (tmp_path / "wide.png").write_bytes(png_header(side, side))
+        with pytest.raises(LoadError, match=r"wide\.png: expected at most 67108864 pixels, got"):
+            read_source(tmp_path)
+
+    def test_unreadable_pictures_are_left_out_and_told_and_others_take_their_place(
+        self, folder: Path
+    ) -> None:
+        (folder / "bag" / "0.png").write_bytes(b"no picture")
+        (folder / "coat" / "1.txt").write_text("notes")
+        save_frames(folder / "dress" / "0.png")
+        told: list[LoadError] = []
+        bank = read_source(folder, per_label=2, skipped=told.append)
+        assert_holds(bank, COLOUR[[1, 4, 0, 2, 3]], [0, 0, 1, 1, 2])
+        assert [Path(error.path).name for error in told] == ["0.png", "1.txt", "0.png"]
+        assert_holds(
+            read_source(folder, limit=3, skipped=told.append), COLOUR[[1, 4, 0]], [0, 0, 1]
+        )
+        save_picture(folder / "coat" / "0a.png", COLOUR[0, :3])
+        with pytest.raises(LoadError, match=r"0a\.png: of size and channels"):
+            read_source(folder, skipped=told.append)
+
+    def test_a_folder_without_a_readable_picture_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(b"")
+        with pytest.raises(LoadError, match="holds no images that can be read"):
+            read_source(tmp_path, skipped=lambda _: None)
+
+    def test_a_wide_picture_among_others_is_named_before_the_rest_is_decoded(
+        self, tmp_path: Path
+    ) -> None:
+        for index, pixels in enumerate((COLOUR[0], COLOUR[0, :3])):
+            save_picture(tmp_path / f"{index}.png", pixels)
+        (tmp_path / "2.png").write_bytes(b"never looked at")
+        with pytest.raises(LoadError, match=r"1\.png: of size"):
+            read_source(tmp_path)
+
+    def test_progress_counts_up_to_what_is_taken(self, folder: Path) -> None:
+        told: list[tuple[int, int]] = []
+        read_source(folder, limit=4, progress=lambda *now: told.append(now))
+        assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 class TestNpz:

@@ -5,6 +5,10 @@ from __future__ import annotations
 BANK = "bank: ../_banks/tiny.safetensors\n"
 ELS = f"kind: analytic\nmachine: els\n{BANK}"
 GAUSSIAN = "kind: gaussian\nshape: [2, 3, 4]\n"
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+"""Eleven lines that stand for 10¹² values."""
 
 MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "document: "),
@@ -18,11 +22,28 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "an impossible time": ("kind: !!timestamp never", "expected YAML"),
     "an endless number": (f"kind: {'9' * 5000}", "expected YAML"),
     "nested without end": ("[" * 20_000, "expected YAML"),
-    "aliases without end": (
-        "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
-        + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    "aliases without end": (f"{ALIASES}kind: wiener\nbank: x\n", "with aliases written out"),
+    "a kind without end": (f"{ALIASES}kind: *a11\nbank: x\n", "with aliases written out"),
+    "a mapping merged without end": (
+        "a0: &a0 {x: 1}\n"
+        + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
         + "kind: wiener\nbank: x\n",
-        "extra inputs are not permitted",
+        "with aliases written out",
+    ),
+    "a long text through aliases": (
+        f"t: &t {'x' * 50_000}\nkind: [{', '.join(['*t'] * 1000)}]\n",
+        "with aliases written out",
+    ),
+    "an alias of itself": ("kind: &a [*a]\n", "an alias of something around it"),
+    "an alias of what merges it": ("a: &a {<<: *a}\nkind: wiener\n", "an alias of something"),
+    "a text too long": (f"kind: {'x' * 70_000}\n", "a value of 70000 characters"),
+    "a number in base sixty": (f"kind: {'1:' * 100_000}1\n", "a value of 200001 characters"),
+    "a hexadecimal number": (f"kind: wiener\nbank: 0x{'f' * 9000}\n", "very many digits"),
+    "a long alias": (f"kind: *{'x' * 500_000}\n", "found undefined alias"),
+    "too large": (f"# {'x' * (1 << 20)}\n", "expected at most 1048576 bytes, got more"),
+    "very many faults": (
+        f"{ELS}" + "".join(f"k{i}: 1\n" for i in range(3000)),
+        "and 2980 more faults",
     ),
     "no kind": (BANK, "kind"),
     "unknown kind": (f"kind: magic\n{BANK}", "'magic'"),

@@ -22,10 +22,12 @@ from tests.e2e import frames
 from tests.e2e.refusals import TIMEOUT_S
 from tests.e2e.stalling import stalled
 
+from els_service.engine.budget import Budget
 from els_service.wire import health_service, heap
 from els_service.wire.batches import make_server
 from els_service.wire.calls import SMALL_MESSAGE_BYTES, SmallMessages
 from els_service.wire.health_service import WRITES_OF_PEER, HealthService
+from els_service.wire.receiving import Receiver
 from els_service.wire.watchers import Watchers
 
 SERVING, NOT_SERVING = 1, 2
@@ -58,7 +60,7 @@ async def served(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
     monkeypatch.setattr(health_service, "_TAKEN_WITHIN_S", 0.1)
     served = Served()
     server = make_server([])
-    small: Any = SmallMessages(server)
+    small: Any = SmallMessages(server, Receiver(Budget(1 << 30), 1 << 26, 60.0))
     add_HealthServicer_to_server(HealthService(served.statuses, served.watchers), small)
     served.port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -7,10 +7,16 @@ import math
 from collections.abc import AsyncIterator
 
 import pytest
+from google.rpc import code_pb2
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.engine.budget import Budget
 from els_service.errors import UnavailableError
-from els_service.wire.streams import WINDOW, Answer, Request, in_order
+from els_service.wire.streams import WINDOW, Answer, Request, Window, in_order
+
+
+def roomy() -> Window:
+    return Window(Budget(1 << 40), "someone")
 
 
 class Caller:
@@ -48,7 +54,7 @@ class Caller:
 
 async def test_no_more_than_the_window_is_read_until_an_answer_is_taken() -> None:
     caller = Caller()
-    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     first = asyncio.ensure_future(anext(stream))
     await caller.turns()
     assert caller.read == caller.begun == WINDOW
@@ -61,12 +67,12 @@ async def test_no_more_than_the_window_is_read_until_an_answer_is_taken() -> Non
 
 async def test_requests_whose_answers_are_large_leave_room_for_fewer() -> None:
     caller = Caller(shape=(16, 3, 32, 32))  # u8: 48 KiB asked, 192 KiB answered
-    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     first = asyncio.ensure_future(anext(stream))
     await caller.turns()
     assert caller.read == WINDOW
     caller = Caller(shape=(256, 3, 32, 32))  # 16 times as large: 7 MiB while it is computed
-    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     second = asyncio.ensure_future(anext(stream))
     await caller.turns()
     assert caller.read == -(-WINDOW // 7)
@@ -76,7 +82,7 @@ async def test_requests_whose_answers_are_large_leave_room_for_fewer() -> None:
 
 async def test_a_drain_ends_a_stream_after_all_that_was_read_is_answered() -> None:
     caller, draining = Caller(), asyncio.Event()
-    stream = aiter(in_order(caller.requests(), caller.begin, draining))
+    stream = aiter(in_order(caller.requests(), caller.begin, draining, roomy()))
     first = asyncio.ensure_future(anext(stream))
     await caller.turns()
     draining.set()
@@ -90,7 +96,7 @@ async def test_a_drain_ends_a_stream_after_all_that_was_read_is_answered() -> No
 
 async def test_a_stream_that_its_caller_had_ended_ends_well_in_a_drain() -> None:
     caller, draining = Caller(count=3), asyncio.Event()
-    stream = aiter(in_order(caller.requests(), caller.begin, draining))
+    stream = aiter(in_order(caller.requests(), caller.begin, draining, roomy()))
     first = asyncio.ensure_future(anext(stream))
     await caller.turns()
     draining.set()
@@ -101,7 +107,7 @@ async def test_a_stream_that_its_caller_had_ended_ends_well_in_a_drain() -> None
 
 async def test_whoever_leaves_a_stream_leaves_nothing_under_way() -> None:
     caller = Caller()
-    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event()))
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     first = asyncio.ensure_future(anext(stream))
     await caller.turns()
     first.cancel()
@@ -110,3 +116,18 @@ async def test_whoever_leaves_a_stream_leaves_nothing_under_way() -> None:
     read = caller.read
     await caller.turns()
     assert caller.read == read
+
+
+async def test_answers_that_are_not_taken_count_in_the_budget_and_the_rest_is_rejected() -> None:
+    caller, budget = Caller(count=4, shape=(256, 3, 32, 32)), Budget(16 << 20)
+    budget.reserve("other", 1)
+    window = Window(budget, "someone")
+    stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), window))
+    first = asyncio.ensure_future(anext(stream))
+    await caller.turns()
+    assert budget.held_by("someone") == pytest.approx(2 * 9 * 256 * 3 * 32 * 32, rel=0.1)
+    caller.go.set()
+    statuses = [(await first).error, *[each.error async for each in stream]]
+    codes = [code_pb2.Code.Name(each.code) for each in statuses]
+    assert codes == ["OK", "OK", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+    assert budget.used == 1

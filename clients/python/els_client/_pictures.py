@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,19 @@ _MODES = {1: "L", 3: "RGB"}
 _TILE_SIDE = 112
 _GIF_MS = 100
 _GIF_LAST_MS = 1500
+MAX_PIXELS = 1 << 26
+"""Height × width of a picture that is read: a file of a few KiB may announce gigabytes."""
+_OPAQUE = 255
 
 
 def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
+    It is turned as its EXIF orientation says. Of the several pictures of one shot that a camera
+    stores in a JPEG file (MPO), the first is read.
+
     Args:
-        path: A picture of 8 bits a channel.
+        path: A picture of 8 bits a channel, one frame, no transparency, at most ``MAX_PIXELS``.
         shape: What the model takes.
         resize: Whether to crop another proportion about the centre and scale it to fit.
 
@@ -35,15 +43,9 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
     channels, height, width = shape
     if channels not in _MODES:
         raise InvalidArgumentError(f"pictures have 1 or 3 channels, the model {channels}")
-    try:
-        with Image.open(path) as source:
-            if source.mode.startswith(("I", "F")):
-                raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {source.mode}")
-            picture = source.convert(_MODES[channels])
-    except (UnidentifiedImageError, SyntaxError):
-        raise InvalidArgumentError(f"{path}: not a picture") from None
-    except OSError as error:
-        raise InvalidArgumentError(f"{path}: {error}") from None
+    with _refusing(path), _opened(path) as source:
+        _check(path, source)
+        picture = ImageOps.exif_transpose(source).convert(_MODES[channels])
     if picture.size != (width, height) and not resize:
         got = f"{path} has {picture.width} × {picture.height} pixels"
         raise InvalidArgumentError(
@@ -51,6 +53,56 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
         )
     pixels = np.asarray(ImageOps.fit(picture, (width, height)))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged picture raises into a refusal that names the file."""
+    try:
+        yield
+    except InvalidArgumentError:
+        raise
+    except (UnidentifiedImageError, SyntaxError):
+        raise InvalidArgumentError(f"{path}: not a picture") from None
+    except Exception as error:
+        # No list of what the decoders of so many formats raise would be complete.
+        raise InvalidArgumentError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Yield a picture of which only the header was read; none that is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(path)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise InvalidArgumentError(
+                f"{path}: expected at most {MAX_PIXELS} pixels, got more"
+            ) from None
+    with picture:
+        if (pixels := picture.width * picture.height) > MAX_PIXELS:
+            raise InvalidArgumentError(
+                f"{path}: expected at most {MAX_PIXELS} pixels, got {pixels}"
+            )
+        yield picture
+
+
+def _check(path: Path, picture: Image.Image) -> None:
+    if picture.mode.startswith(("I", "F")):
+        raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {picture.mode}")
+    frames = getattr(picture, "n_frames", 1)
+    if picture.format != "MPO" and frames > 1:
+        raise InvalidArgumentError(
+            f"{path}: expected one frame, got {frames}: save the one that is meant as a picture"
+        )
+    if picture.has_transparency_data:
+        # What shows through is not in the file; a channel of it that hides nothing may be there.
+        alpha = picture.convert("RGBA").getchannel("A")
+        if np.asarray(alpha).min() < _OPAQUE:
+            raise InvalidArgumentError(
+                f"{path}: expected no transparency, got some: flatten it onto a background"
+            )
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:
@@ -62,7 +114,8 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
+        # A header may announce any size.
         raise InvalidArgumentError(f"{path}: expected an array in .npy: {error}") from None
 
 

@@ -136,7 +136,9 @@ def denoise(
 ) -> None:
     """Write the clean picture expected behind a noisy one.
 
-    The picture is mapped to [-1, 1], and the noise level is in those units; no noise is added.
+    The picture is mapped to [-1, 1], and the noise level is in those units; no noise is added. It
+    is turned as its EXIF orientation says; animations, transparency and pictures of more than 67
+    million pixels are refused.
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}

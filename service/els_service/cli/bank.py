@@ -12,13 +12,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from els_service.cli.progress import progress_of
 from els_service.denoisers.bank_sources import FORMATS, read_source
 from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.errors import ElsError, InvalidArgumentError
+
+_SHOWN = 10
+"""Of the files that were skipped."""
 
 app = typer.Typer(help="Build and inspect image banks.", no_args_is_help=True)
 
@@ -49,9 +52,17 @@ def build(
         str | None, typer.Option(help="Where the images come from; else the name of SOURCE.")
     ] = None,
     licence: Annotated[str, typer.Option(help="Under which terms they may be used.")] = "",
+    skip_unreadable: Annotated[
+        bool, typer.Option(help="Leave out pictures of a folder that cannot be read; count them.")
+    ] = False,
 ) -> None:
-    """Build a bank from IDX (.gz too), a folder of images, .npz or the CIFAR-10 PNG strips."""
-    with _one_line_errors(), Console(stderr=True).status(escape(f"Reading {source} …")):
+    """Build a bank from IDX (.gz too), a folder of images, .npz or the CIFAR-10 PNG strips.
+
+    Pictures are grey or RGB of 8 bits, turned as their EXIF orientation says, of one frame,
+    without transparency, and of at most 67 million pixels: others are named and refused.
+    """
+    skipped: list[str] = []
+    with _one_line_errors(), progress_of(f"Reading {source}") as progress:
         if out.suffix != ".safetensors":
             raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
         bank = read_source(
@@ -62,16 +73,28 @@ def build(
             limit=limit,
             per_label=per_label,
             resize=None if resize is None else _parse_size(resize),
+            skipped=(lambda error: skipped.append(str(error))) if skip_unreadable else None,
+            progress=progress,
         )
         bank = dataclasses.replace(
             bank, source=source_name or source.resolve().name, licence=licence
         )
         save_bank(bank, out)
     _print_table(out, bank)
+    if skip_unreadable:
+        _tell_skipped(skipped)
     # Imports the engine, which takes a second.
     from els_service.cli.speed import told_bank_speed
 
     typer.echo(told_bank_speed(bank))
+
+
+def _tell_skipped(skipped: list[str]) -> None:
+    for text in skipped[:_SHOWN]:
+        typer.echo(f"skipped: {text}", err=True)
+    if len(skipped) > _SHOWN:
+        typer.echo(f"skipped: … and {len(skipped) - _SHOWN} more", err=True)
+    typer.echo(f"{len(skipped)} files skipped, as they cannot be read", err=True)
 
 
 @app.command()

@@ -16,6 +16,7 @@ import typer
 from els_service.cli import bank, calibrate, compare, probe, train
 from els_service.cli.token import token
 from els_service.config import Settings, load_settings, unknown_variables
+from els_service.denoisers.files import check_temporary_folder
 from els_service.errors import LoadError
 from els_service.version import COMMIT, VERSION
 
@@ -92,6 +93,10 @@ def run(
     A flag outranks its ELS_… variable, that the YAML file, that the default.
     """
     settings = _settings(locals())
+    try:
+        check_temporary_folder()
+    except LoadError as error:
+        raise _refused(error) from error
     from els_service.logs import configure
 
     # First, as gRPC asks how it shall log when it is imported.

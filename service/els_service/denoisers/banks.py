@@ -228,9 +228,10 @@ def _fingerprint(bank: Bank) -> str:
     return digest.hexdigest()
 
 
-def _little_endian(array: NDArray[Any]) -> bytes:
-    """The array's bytes, the same on every machine."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+def _little_endian(array: NDArray[Any]) -> memoryview:
+    """The array's bytes, the same on every machine; not a copy where it lies so in memory."""
+    ordered = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return ordered.reshape(-1).view(np.uint8).data
 
 
 def _check_images(images: NDArray[Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from els_service.denoisers.files import check_temporary_folder
 from els_service.errors import ElsError, InvalidArgumentError
 
 _REFUSED, _INTERRUPTED = 2, 130
@@ -70,6 +71,7 @@ def prepared_device(options: argparse.Namespace) -> str:
 def refusing(program: str, work: Callable[[], None]) -> int:
     """Do the work; return the exit code, told on stderr: 2: something is refused, 130: Ctrl-C."""
     try:
+        check_temporary_folder()
         work()
     except (ElsError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)

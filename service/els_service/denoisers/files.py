@@ -12,18 +12,39 @@ import fcntl
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from els_service.errors import LoadError
+
 REMAINS_S = 600.0
 """Age in seconds from which a temporary file that nobody holds is removed. A live writer's file is
 unlocked only between its creation and its lock."""
 
-_TEMPORARY = re.compile(r"\.els-[0-9a-f]{16}\.tmp|\..+\.[0-9]+\.tmp")
-"""Of this version, and of versions before 0.2, which took process ids."""
+_TEMPORARY = re.compile(
+    r"\.els-[0-9a-f]{16}\.tmp|\..+\.(safetensors|yaml|json|csv|png)\.[0-9]+\.tmp"
+)
+"""Today's names, and those of earlier versions, which held a process id."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+def check_temporary_folder() -> None:
+    """Return if a temporary folder can be written: torch's compiler needs one when it is imported.
+
+    Otherwise that import fails half way at the first network, and again, differently, at the next.
+
+    Raises:
+        LoadError: There is none; names the variable and the folders that were tried.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        expected = "expected a temporary folder that can be written, got none"
+        remedy = "mount one at /tmp, or name one here"
+        raise LoadError("TMPDIR", f"{expected}: {error.strerror}; {remedy}") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

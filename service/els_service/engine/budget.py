@@ -152,7 +152,7 @@ class Budget:
         return [account for name, account in self._accounts.items() if name != caller]
 
     def _evict_newest(self, account: _Account) -> None:
-        holding = next(each for each in reversed(account.holdings) if each.evict is not None)
+        holding = next(each for each in reversed(account.holdings) if each.evict and each.amount)
         evict, self.evicted = holding.evict, self.evicted + 1
         self.release(holding)
         assert evict is not None

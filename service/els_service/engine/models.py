@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoiser, DenoiserInfo
@@ -21,6 +20,7 @@ from els_service.engine.costs import CostModel
 from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.estimates import warm
 from els_service.engine.lane import Lane, Statistics
+from els_service.engine.loading import Loader
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     ElsError,
@@ -29,8 +29,6 @@ from els_service.errors import (
     UnavailableError,
     shortened,
 )
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +83,11 @@ class Models:
         self._reasons: dict[str, str] = {}
         """Why models of the repository are not served."""
         self._loading: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Of models that are being loaded: one load of a model at a time."""
         self._reloads: dict[Entry, asyncio.Task[Lane]] = {}
         self._asked = 0
-        self._loader = ThreadPoolExecutor(1, "els-loader")
+        self._loader = Loader(scheduling.load_s)
         self.faults: dict[str, LoadError] = {}
         """Why models of the repository were refused."""
         self.starting = True
@@ -154,7 +153,7 @@ class Models:
         return await asyncio.shield(task)
 
     async def _reload(self, entry: Entry) -> Lane:
-        async with self._lock:
+        async with self._lock(entry.model):
             fresh = await self._load_version(entry.model, entry.version)
             assert fresh.lane is not None
             fresh.lane.statistics = entry.statistics
@@ -165,17 +164,27 @@ class Models:
     async def load_all(self, repository: ModelRepository) -> None:
         """Load and warm every model of a repository; keeps why one is refused in ``faults``.
 
+        One after the other, but for those that are slow: they go on beside the next ones.
+
         Raises:
             LoadError: The repository cannot be read.
         """
         self._repository = repository
+        loads: set[asyncio.Task[None]] = set()
         try:
-            for name in await self._in_loader(repository.names):
-                # It may be gone since it was listed.
-                with contextlib.suppress(LoadError, NotFoundError):
-                    await self.load(name)
+            for name in await self._loader.run(str(repository.root), repository.names):
+                loads.add(load := asyncio.ensure_future(self._load_or_keep_why(name)))
+                await asyncio.wait((load,), timeout=self._loader.slow_s)
+            await asyncio.gather(*loads)
         finally:
+            for load in loads:
+                load.cancel()
             self.starting = False
+
+    async def _load_or_keep_why(self, name: str) -> None:
+        # It may be gone since it was listed.
+        with contextlib.suppress(LoadError, NotFoundError):
+            await self.load(name)
 
     async def load(self, name: str) -> None:
         """Load a model of the repository, or load it anew, while its old version serves.
@@ -184,14 +193,15 @@ class Models:
             NotFoundError: The repository has no such model.
             LoadError: It is refused; what served before still does.
         """
-        async with self._lock:
+        async with self._lock(name):
             self._loading.add(name)
             try:
-                versions = await self._in_loader(self._versions_on_disk, name)
+                versions = await self._loader.run(name, partial(self._versions_on_disk, name))
                 entries = {version: await self._load_version(name, version) for version in versions}
             except LoadError as error:
                 _log.error("model refused", extra={"model": name, "reason": str(error)})
-                self.faults[name] = error
+                # Another: this one keeps the frames that it went through, and all that they hold.
+                self.faults[name] = LoadError(error.path, error.reason)
                 raise
             finally:
                 self._loading.discard(name)
@@ -241,8 +251,8 @@ class Models:
         return dict.fromkeys(served, False) | dict.fromkeys(faults, True)
 
     def close(self) -> None:
-        """End the loading thread."""
-        self._loader.shutdown(cancel_futures=True)
+        """End the loading thread; waits a few seconds for a load under way."""
+        self._loader.close()
 
     def _serve(self, name: str, entries: dict[int, Entry]) -> None:
         self._served[name] = entries
@@ -275,7 +285,7 @@ class Models:
         costs: list[CostModel] = []
         for device in self._devices:
             load = partial(self._repository.load, name, version, device.name)
-            denoiser = denoisers[device.name] = await self._in_loader(load)
+            denoiser = denoisers[device.name] = await self._loader.run(name, load)
             try:
                 costs.append((await device.run(partial(warm, denoiser), _LOAD_S)).value)
             except Exception as error:
@@ -285,7 +295,8 @@ class Models:
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
         lane = Lane(name, version, denoisers, self._scheduling, costs[0])
-        content = await self._in_loader(self._repository.fingerprint, name, version)
+        fingerprint = partial(self._repository.fingerprint, name, version)
+        content = await self._loader.run(name, fingerprint)
         return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
 
     def _make_room(self, keep: Entry) -> None:
@@ -310,9 +321,8 @@ class Models:
                 extra = {"model": entry.model, "version": entry.version, "budget": budget}
                 _log.info("model unloaded to save memory", extra=extra)
 
-    async def _in_loader(self, function: Callable[..., T], *args: object) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._loader, function, *args)
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
 
 def _held(entry: Entry) -> object:

@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
@@ -111,7 +112,8 @@ _FileState = tuple[Path, int, int, int]
 class ModelRepository:
     """The models root: says which models there are and loads them.
 
-    A bank is held once, however many models stand on it, for as long as one does.
+    A bank is held once, however many models stand on it, for as long as one does. Several threads
+    may load at once; of one bank the first loads it, and the others wait for that.
 
     Args:
         root: folder whose children with a ``model.yaml`` are models.
@@ -121,6 +123,8 @@ class ModelRepository:
     def __init__(self, root: Path, *, implementation: str = "auto") -> None:
         self._given, self.root = root, Path(os.path.realpath(root))
         self._implementation = implementation
+        self._locks: WeakValueDictionary[_FileState, Lock] = WeakValueDictionary()
+        """Of banks that are being loaded."""
         self._banks: WeakValueDictionary[_FileState, Bank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[_FileState, str], PatchAttention] = (
             WeakValueDictionary()
@@ -230,9 +234,11 @@ class ModelRepository:
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
-                bank = self._bank(path)
+                with self._alone(path):
+                    bank = self._bank(path)
+                    attention = self._attention(path, bank, device)
                 return AnalyticDenoiser(
-                    self._attention(path, bank, device),
+                    attention,
                     bank,
                     machine=spec.machine,
                     padding=spec.padding,
@@ -249,7 +255,10 @@ class ModelRepository:
                     self._statistic(inside, "variance", spec.variance),
                 )
             case WienerSpec():
-                return WienerDenoiser(self._bank(self._inside(folder, spec.bank)))
+                path = self._inside(folder, spec.bank)
+                with self._alone(path):
+                    bank = self._bank(path)
+                return WienerDenoiser(bank)
             case NetworkSpec():
                 document = parse_network(spec.model_dump(), folder / "model.yaml")
                 return load_network(document, inside(WEIGHTS_FILE), device)
@@ -265,6 +274,10 @@ class ModelRepository:
                 digest = hashlib.file_digest(file, "sha256").digest()
             self._digests[path] = state, digest
         return digest
+
+    def _alone(self, path: Path) -> Lock:
+        """Return the lock of a bank's file: two threads must not both read it."""
+        return self._locks.setdefault(_state(path), Lock())
 
     def _bank(self, path: Path) -> Bank:
         key = _state(path)

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from els_service.config import Limits
+from els_service.engine.budget import Holding
 from els_service.engine.terms import timed_out
 from els_service.errors import (
     ElsError,
@@ -32,9 +33,15 @@ from els_service.errors import (
 from els_service.logs import CALL
 from els_service.wire.batches import check_cancelled
 from els_service.wire.deadlines import unrounded_s
-from els_service.wire.doors import Doors, caller_of
-from els_service.wire.message_structure import MessageStructureError, check_structure, inflated
+from els_service.wire.doors import Doors, caller_of, token_name
+from els_service.wire.message_structure import (
+    MessageStructureError,
+    check_structure,
+    inflated,
+    is_large_gzip,
+)
 from els_service.wire.metrics import Method, Metrics
+from els_service.wire.receiving import LARGE_BYTES, Messages, Receiver, Reject
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -54,9 +61,11 @@ _KINDS = {
 }
 """(requests, answers) are streams → ``grpc_type``."""
 SMALL_MESSAGE_BYTES = 4096
+"""Of a message to health, reflection or channelz."""
+SMALL_MESSAGE_S = 2.0
+"""How long such a message may take to arrive."""
 UNREADABLE = "?"
 """First field of a message that stands for one that is too large, or none of its type."""
-"""Of a message to health, reflection or channelz."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Handler = Any
@@ -65,6 +74,8 @@ Answer = Any
 """A message of the method, or its bytes; the generated bases know only of messages."""
 Recognise = Mapping[str, Callable[[bytes], object | None]]
 """Method → what it is handed for bytes that it need not read whole; None where it has to."""
+Parse = Callable[[bytes | None], Any]
+"""Returns the request that a message is, or ``_Malformed``; None stands for no message."""
 Context = Any
 """A ``grpc.aio.ServicerContext``; the generated bases ask for a type that is the sync one too."""
 
@@ -120,9 +131,11 @@ class Calls:
         is_model: Callable[[str], bool],
         doors: Doors,
         limits: Limits,
+        receiver: Receiver,
         tracing: Tracing | None = None,
     ) -> None:
         self._metrics, self._is_model, self._limits = metrics, is_model, limits
+        self._receiver = receiver
         self._doors, self._tracing = doors, tracing
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -173,7 +186,7 @@ class Calls:
             await self._fail(error, self._begin(methods[name], None, context))
 
         taken = {
-            name: small_messages(handler) if small else handler
+            name: small_messages(handler, self._receiver) if small else handler
             for name, handler in handlers.items()
         }
         server.add_generic_rpc_handlers((self._doors.guarded(service, taken, refuse),))
@@ -202,42 +215,71 @@ class Calls:
     ) -> Handler:
         parse = _tolerant(handler.request_deserializer, method, recognise, self._limits)
         if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._streaming(method, handler.stream_stream), parse, handler.response_serializer
+            call = self._streaming(method, handler.stream_stream, parse)
+        elif handler.response_streaming:
+            call = self._answering(method, handler.unary_stream, parse)
+        else:
+            # To gRPC it takes a stream of requests, so that reading the one is ours.
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary, parse),
+                None,
+                _lenient(handler.response_serializer),
             )
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._streaming(method, handler.unary_stream), parse, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler.unary_unary), parse, _lenient(handler.response_serializer)
-        )
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
-    def _unary(self, method: Method, behaviour: Any) -> Any:
-        async def call(request: Any, context: Context) -> Any:
-            under_way = self._begin(method, request, context)
+    def _unary(self, method: Method, behaviour: Any, parse: Parse) -> Any:
+        receiver, reject = self._receiver, self._rejecting(method)
+
+        async def call(_: object, context: Context) -> Any:
+            # As ``Receiver.read``, without its frame: every small call comes by.
+            receiver.begin(context, token_name(), reject)
+            size = 0
             try:
+                data = await context.read()
+                if data is grpc.aio.EOF:
+                    data = None
+                else:
+                    size = len(data)
+            finally:
+                receiver.end(context, size)
+            check_cancelled()
+            if size and is_large_gzip(data):
+                data = await self._decompressed(data, context, reject)
+                size = len(data)
+            request = parse(data)
+            del data
+            under_way = self._begin(method, request, context)
+            holding: Holding | None = None
+            try:
+                if size > LARGE_BYTES:
+                    holding = receiver.hold(caller_of(context), size)
                 self._admit(request)
                 answer = await behaviour(request, context)
             except BaseException as error:
                 del request  # grpc keeps this frame until garbage is collected
                 await self._fail(error, under_way)
+            finally:
+                if holding is not None:
+                    receiver.budget.release(holding)
             self._end("OK", under_way)
             return answer
 
         return call
 
-    def _streaming(self, method: Method, behaviour: Any) -> Any:
-        # Writes by itself: grpc leaves a generator whose caller is gone to the collector, by when
-        # the call is freed and asking its context for the peer ends the process.
-        async def call(request: Any, context: Context) -> None:
+    def _answering(self, method: Method, behaviour: Any, parse: Parse) -> Any:
+        """Return the handler of a method that answers one message with a stream."""
+        receiver, reject = self._receiver, self._rejecting(method)
+
+        async def call(_: object, context: Context) -> None:
+            data = await receiver.read(context, token_name(), reject, receiver.receive_s)
+            if data is not None and is_large_gzip(data):
+                data = await self._decompressed(data, context, reject)
+            request = parse(data)
+            del data
             under_way = self._begin(method, request, context)
             try:
                 self._admit(request)
-                async with contextlib.aclosing(behaviour(request, context)) as answers:
-                    async for answer in answers:
-                        await _write(context, answer)
-                        method.sent += 1
+                await _write_all(behaviour(request, context), method, context)
             except BaseException as error:
                 del request
                 await self._fail(error, under_way)
@@ -245,10 +287,52 @@ class Calls:
 
         return call
 
+    def _streaming(self, method: Method, behaviour: Any, parse: Parse) -> Any:
+        async def call(_: object, context: Context) -> None:
+            under_way = self._begin(method, None, context)
+
+            async def reject(_: Context, error: ElsError) -> None:
+                await self._fail(error, under_way)
+
+            size = self._limits.max_message_bytes
+            requests = Messages(self._receiver, context, token_name(), reject, parse, size)
+            try:
+                self._admit(None)
+                await _write_all(behaviour(requests, context), method, context)
+            except grpc.aio.AbortError:
+                raise  # it was rejected while it waited for a message
+            except BaseException as error:
+                await self._fail(error, under_way)
+            finally:
+                requests.close()
+            self._end("OK", under_way)
+
+        return call
+
+    async def _decompressed(self, data: bytes, context: Context, reject: Reject) -> bytes:
+        try:
+            caller, size = caller_of(context), self._limits.max_message_bytes
+            return await self._receiver.decompressed(caller, data, size)
+        except ElsError as error:
+            await reject(context, error)
+            raise AssertionError("abort always raises") from error
+
+    def _rejecting(self, method: Method) -> Reject:
+        """Return what ends a call whose message is not there yet."""
+
+        async def reject(context: Context, error: ElsError) -> None:
+            await self._fail(error, self._begin(method, None, context))
+
+        return reject
+
     def _begin(self, method: Method, request: Any, context: Context) -> _Call:
         self._in_flight += 1
-        # Not when the handler ends: its answer may have a long way to go yet.
-        context.add_done_callback(self._done)
+        # Not when the handler ends: its answer may have a long way to go yet. The context's own
+        # callbacks end with the task, too, but tie call and context together until garbage is
+        # collected.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._done)
         method.started += 1
         call = _Call(method, request, context)
         if self._tracing is not None:
@@ -259,7 +343,7 @@ class Calls:
         CALL.set(call)
         return call
 
-    def _done(self, context: Context) -> None:
+    def _done(self, _: object) -> None:
         self._in_flight -= 1
         if not self._in_flight:
             self._idle.set()
@@ -329,6 +413,15 @@ def _forget_frames(error: BaseException | None) -> None:
             seen.add(id(one))
             one.__traceback__ = None
             waiting += (one.__cause__, one.__context__)
+
+
+async def _write_all(answers: Any, method: Method, context: Context) -> None:
+    # Writes by itself: grpc leaves a generator whose caller is gone to the collector, by when the
+    # call is freed and asking its context for the peer ends the process.
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            await _write(context, answer)
+            method.sent += 1
 
 
 async def _write(context: Context, answer: Any) -> None:
@@ -410,7 +503,9 @@ def _tolerant(
     """
     descriptor = deserializer.__self__.DESCRIPTOR
 
-    def parse(data: bytes) -> Any:
+    def parse(data: bytes | None) -> Any:
+        if data is None:
+            return _Malformed("none")
         method.received += 1
         try:
             data = inflated(data, limits.max_message_bytes)
@@ -432,14 +527,17 @@ class SmallMessages:
 
     Args:
         server: to which the handlers are added.
+        receiver: reads their messages.
     """
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    def __init__(self, server: grpc.aio.Server, receiver: Receiver) -> None:
+        self._server, self._receiver = server, receiver
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         """Add a service's handlers."""
-        small = {name: small_messages(handler) for name, handler in handlers.items()}
+        small = {
+            name: small_messages(handler, self._receiver) for name, handler in handlers.items()
+        }
         generic = grpc.method_handlers_generic_handler(service, small)
         self._server.add_generic_rpc_handlers((generic,))
         # Calls of registered methods wait apart: a flood of them turns no other call away.
@@ -449,13 +547,13 @@ class SmallMessages:
         """Leave them: they are the same ones."""
 
 
-def small_messages(handler: Handler) -> Handler:
+def small_messages(handler: Handler, receiver: Receiver) -> Handler:
     """Return a handler that rejects messages over ``SMALL_MESSAGE_BYTES``, decompressed."""
     deserializer = handler.request_deserializer
 
-    def parse(data: bytes) -> Any:
+    def parse(data: bytes | None) -> Any:
         try:
-            message = inflated(data, SMALL_MESSAGE_BYTES)
+            message = inflated(data or b"", SMALL_MESSAGE_BYTES)
             if len(message) > SMALL_MESSAGE_BYTES:
                 raise MessageStructureError(f"{len(message)} bytes")
             return deserializer(message)
@@ -463,7 +561,36 @@ def small_messages(handler: Handler) -> Handler:
             # Names nothing that is there, and is answered so.
             return deserializer(b"\x0a\x01" + UNREADABLE.encode())
 
-    return handler._replace(request_deserializer=parse)
+    async def one(context: Context) -> Any:
+        return parse(await receiver.read(context, token_name(), _abort, SMALL_MESSAGE_S))
+
+    if handler.request_streaming:
+
+        async def talk(_: object, context: Context) -> None:
+            requests = Messages(receiver, context, token_name(), _abort, parse, SMALL_MESSAGE_BYTES)
+            try:
+                async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
+                    async for answer in answers:
+                        await _write(context, answer)
+            finally:
+                requests.close()
+
+        return grpc.stream_stream_rpc_method_handler(talk, None, handler.response_serializer)
+    if handler.response_streaming:
+
+        async def watch(_: object, context: Context) -> None:
+            await handler.unary_stream(await one(context), context)
+
+        return grpc.stream_stream_rpc_method_handler(watch, None, handler.response_serializer)
+
+    async def ask(_: object, context: Context) -> Any:
+        return await handler.unary_unary(await one(context), context)
+
+    return grpc.stream_unary_rpc_method_handler(ask, None, handler.response_serializer)
+
+
+async def _abort(context: Context, error: ElsError) -> None:
+    await context.abort(grpc.StatusCode[error.code], str(error))
 
 
 def _lenient(serializer: Any) -> Any:

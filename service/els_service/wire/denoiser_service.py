@@ -31,9 +31,10 @@ from els_service.errors import (
 )
 from els_service.wire import codec
 from els_service.wire.calls import Answer, Context, Recognise, check_message
+from els_service.wire.doors import caller_of
 from els_service.wire.envelopes import DenoiseEnvelope, Envelopes
 from els_service.wire.resume import decode_token, encode_token
-from els_service.wire.streams import in_order
+from els_service.wire.streams import Window, in_order
 from els_service.wire.terms import terms_of
 
 _SAMPLERS: dict[int, str] = {
@@ -78,7 +79,8 @@ class DenoiserService(DenoiserServiceServicer):
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
     ) -> AsyncIterator[pb.DenoiseStreamResponse]:
         """Return the answers in the order of their requests."""
-        return in_order(requests, partial(self._begin, context), self._draining)
+        window = Window(self._engine.memory, caller_of(context))
+        return in_order(requests, partial(self._begin, context), self._draining, window)
 
     def _begin(
         self, context: Context, request: pb.DenoiseRequest

@@ -112,17 +112,22 @@ def _refusal(method: str, error: ElsError, refuse: Refuse) -> Handler:
 
 
 def _local_only(method: str, handler: Handler, refuse: Refuse) -> Handler:
-    """Return the handler of a unary method for callers on loopback."""
+    """Return the handler of a method with one answer for callers on loopback."""
 
-    async def call(request: Any, context: Any) -> Any:
+    async def call(requests: Any, context: Any) -> Any:
         if not is_local(context.peer()):
             text = f"{method}: expected a caller on loopback, as there are no tokens"
             await refuse(method, PermissionDeniedError(text), context)
-        return await handler.unary_unary(request, context)
+        return await handler.stream_unary(requests, context)
 
-    return grpc.unary_unary_rpc_method_handler(
+    return grpc.stream_unary_rpc_method_handler(
         call, handler.request_deserializer, handler.response_serializer
     )
+
+
+def token_name() -> str | None:
+    """Return the name of the token that the current call showed; None where it showed none."""
+    return _caller.get(None)
 
 
 def caller_of(context: Any) -> str:

@@ -17,6 +17,7 @@ from els_service.config import Settings
 from els_service.wire.batches import make_server
 from els_service.wire.calls import SMALL_MESSAGE_BYTES, SmallMessages
 from els_service.wire.health_service import HealthService, Status
+from els_service.wire.receiving import Receiver
 from els_service.wire.watchers import Watchers
 
 ALIVE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -31,10 +32,11 @@ class Health:
     Args:
         services: full names; each is served when the server is ready.
         settings: of the server; those of watchers count at each port.
+        receiver: reads the messages of health checks.
     """
 
-    def __init__(self, services: Sequence[str], settings: Settings) -> None:
-        self._services, self._settings = services, settings
+    def __init__(self, services: Sequence[str], settings: Settings, receiver: Receiver) -> None:
+        self._services, self._settings, self._receiver = services, settings, receiver
         self._statuses: dict[str, Status] = {}
         self._watchers: dict[str, Watchers] = {}
         """By port; what happens at one does not concern the other."""
@@ -49,7 +51,7 @@ class Health:
         watchers = Watchers(settings.health_watchers, settings.health_watchers_per_connection)
         self._watchers[port] = watchers
         servicer = HealthService(self._statuses, watchers)
-        small: Any = SmallMessages(server)
+        small: Any = SmallMessages(server, self._receiver)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, small)
 
     async def listen(

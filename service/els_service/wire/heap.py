@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+
+TRIM_EVERY_S = 1.0
+_WORTH_BYTES = 64 << 20
+"""Freed bytes from which giving them back is worth the time that it takes."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -30,6 +35,35 @@ def sizes() -> Iterator[tuple[str, float]]:
         found = ask()
         yield "els_malloc_used_bytes", found.uordblks + found.hblkhd
         yield "els_malloc_free_bytes", found.fordblks
+
+
+async def trim(interval_s: float = TRIM_EVERY_S) -> None:
+    """Give freed memory back to the system, over and over. Ends if cancelled.
+
+    malloc keeps what lies between blocks that are in use; after a burst of large messages that may
+    be most of the process. Does nothing where malloc is not glibc's.
+    """
+    ask, give_back = _mallinfo2(), _malloc_trim()
+    if ask is None or give_back is None:
+        return
+    kept = 0
+    while True:
+        await asyncio.sleep(interval_s)
+        free = ask().fordblks
+        # What could not be given back the last time is not tried again and again.
+        if free > kept + _WORTH_BYTES:
+            await asyncio.to_thread(give_back, 0)
+            kept = ask().fordblks
+        kept = min(kept, free)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return function
 
 
 @cache

@@ -31,6 +31,8 @@ _BULK = frozenset(
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _GZIP = b"\x1f\x8b"
 """Begins no message: its first byte would be a field of a wire type that does not exist."""
+_SMALL_GZIP_BYTES = 4 << 10
+"""Becomes four megabytes at most."""
 
 _Fields: TypeAlias = dict[int, Descriptor | None]
 """Number of a length-delimited field → its message; None for bulk data."""
@@ -38,6 +40,11 @@ _Fields: TypeAlias = dict[int, Descriptor | None]
 
 class MessageStructureError(ValueError):
     """The message is truncated, or holds too much beside its bulk data."""
+
+
+def is_large_gzip(data: bytes) -> bool:
+    """Return whether decompressing a message may take more than a few milliseconds."""
+    return len(data) > _SMALL_GZIP_BYTES and data.startswith(_GZIP)
 
 
 def inflated(data: bytes, max_bytes: int) -> bytes:

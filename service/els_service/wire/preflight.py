@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from els_service.config import Settings
+from els_service.denoisers.files import check_temporary_folder
 from els_service.errors import LoadError
 from els_service.wire.addresses import with_port
 from els_service.wire.doors import Doors, metrics_host
@@ -24,8 +25,9 @@ def check_settings(settings: Settings) -> None:
     """Return if a server would start here with these settings, whatever listens at the moment.
 
     Raises:
-        LoadError: It would not; names the setting.
+        LoadError: It would not; names the setting, or TMPDIR.
     """
+    check_temporary_folder()
     Doors(settings)
     _check_ports(settings)
     _check_addresses(settings)

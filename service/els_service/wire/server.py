@@ -32,7 +32,7 @@ from els_service.engine.device import DeviceLostError, WorkerDevice
 from els_service.engine.engine import Engine
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
-from els_service.wire import loop_lag
+from els_service.wire import heap, loop_lag
 from els_service.wire.addresses import address_of, with_port
 from els_service.wire.batches import make_server
 from els_service.wire.calls import Calls
@@ -43,6 +43,7 @@ from els_service.wire.inference_service import InferenceService
 from els_service.wire.listening import bind
 from els_service.wire.metrics import Gauges, Metrics
 from els_service.wire.preflight import tracing_maker
+from els_service.wire.receiving import Receiver
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +107,14 @@ class Server:
         self._doors = Doors(settings)
         is_model = self._engine.models.__contains__
         limits = settings.limits
-        self._calls = Calls(self._metrics, is_model, self._doors, limits, self._tracing)
-        self._lag: asyncio.Task[None] | None = None
+        self._receiver = Receiver(self._engine.memory, limits.max_message_bytes, settings.receive_s)
+        self._calls = Calls(
+            self._metrics, is_model, self._doors, limits, self._receiver, self._tracing
+        )
+        self._watching: tuple[asyncio.Task[None], ...] = ()
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
-        self._health = Health(_SERVICES, settings)
+        self._health = Health(_SERVICES, settings, self._receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._grpc = self._assemble()
 
@@ -125,7 +129,8 @@ class Server:
         settings = self._settings
         models = repository(settings)
         models.check_is_there()
-        self._lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
+        lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
+        self._watching = lag, asyncio.create_task(heap.trim())
         grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         self._report()
@@ -163,9 +168,10 @@ class Server:
         """End every call, thread and listener."""
         await self._grpc.stop(None)
         await self._health.close()
+        self._receiver.close()
         self._engine.close()
-        if self._lag is not None:
-            self._lag.cancel()
+        for watching in self._watching:
+            watching.cancel()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._http is not None:

@@ -298,7 +298,8 @@ def _record(run: _Run, bank: Bank, command: str) -> dict[str, Any]:
         "step": run.progress.step,
         "steps": run.steps,
         "seconds": round(run.progress.seconds, 1),
-        "loss": run.rows[-1].loss if run.rows else None,
+        # In the log's digits: a run that was resumed after its last row has no others.
+        "loss": float(f"{run.rows[-1].loss:.6g}") if run.rows else None,
         "parameters": sum(parameter.numel() for parameter in run.network.parameters()),
         "device": _device_name(run.device),
         "threads": torch.get_num_threads(),

@@ -35,14 +35,19 @@ def read_log(folder: Path, last_step: int) -> list[Row]:
     path = folder / LOG_FILE
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        # A killed run may leave a torn last row.
-        rows = [row for row in csv.reader(file) if len(row) == len(_HEADER)]
-    return [
-        Row(int(step), *map(float, others))
-        for step, *others in rows[1:]
-        if step.isdigit() and int(step) <= last_step
-    ]
+    # A killed run may leave a torn last row, in any byte of it.
+    lines = path.read_bytes().decode(errors="replace").split("\n")[1:-1]
+    rows = (row for line in lines if (row := _parsed(line)))
+    return [row for row in rows if row.step <= last_step]
+
+
+def _parsed(line: str) -> Row | None:
+    """Return a row of the log; None where it is none."""
+    step, *others = line.split(",")
+    try:
+        return Row(int(step), *map(float, others))
+    except (ValueError, TypeError):
+        return None
 
 
 def write_log(folder: Path, rows: Sequence[Row]) -> None:

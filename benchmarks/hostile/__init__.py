@@ -1,0 +1,1 @@
+"""Hostile callers at a real server: what they may cost it and others."""

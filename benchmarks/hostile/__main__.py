@@ -1,0 +1,238 @@
+"""Holds a server against hostile callers: python -m benchmarks.hostile [--seconds 60] [--out FILE].
+
+A server with the bundled models and a memory limit of 2 GiB (a cgroup where one can be made) meets
+five kinds of hostile callers at once: compressed structure, compressed zeros, messages that do not
+end, through health checks too, and large requests for no model. Meanwhile honest callers send small
+images, and health is asked. With tokens, hostile callers have none. Judged: the peak of memory, the
+slowest answer of health, what the honest callers keep of their rate, and memory five seconds after.
+Exits 1 where one is out of bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tests.e2e.security import TokenFile
+
+from benchmarks import record
+from benchmarks.hostile.callers import KINDS
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+MIB = 1 << 20
+LIMIT_MIB = 2048
+PEAK_MIB = 1280
+HEALTH_S = 1.0
+RATE = 0.5
+AFTER = 1.1
+CALLERS = 4
+_SAMPLE_S = 0.02
+_MEMORY_V1 = Path("/sys/fs/cgroup/memory")
+_CALM_S = 5.0
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def limited() -> Iterator[Path | None]:
+    """Yield the processes file of a new cgroup of ``LIMIT_MIB``; None where none can be made."""
+    group = _MEMORY_V1 / f"els-hostile-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(LIMIT_MIB * MIB))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+@contextmanager
+def serving(procs: Path | None, *options: object) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield pid and ports of a server with the bundled models."""
+    command = [str(Path(sys.executable).with_name("els-server")), "run", "--port=0"]
+    command += ["--metrics-port=0", "--health-port=0", "--threads=1", *map(str, options)]
+    variables = {"ELS_GRACE_S": "0", "ELS_LOG_LEVEL": "error"}
+    if procs is None:
+        variables["ELS_IN_FLIGHT_BYTES"] = str(LIMIT_MIB // 4 * MIB)
+    join = f"echo $$ > {procs}; " if procs else ""
+    server = subprocess.Popen(
+        ["sh", "-c", join + 'exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE,
+        env={**os.environ, **variables},
+    )
+    assert server.stdout is not None
+    try:
+        yield server.pid, json.loads(server.stdout.readline())
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+class Sampler:
+    """Thread that reads resident memory and asks for health until it is stopped."""
+
+    def __init__(self, pid: int, health: str) -> None:
+        self.peak_mib = 0.0
+        self.health_s: list[float] = []
+        self.health_failed = 0
+        self._pid, self._health, self._stop = pid, health, threading.Event()
+        self._threads = [threading.Thread(target=run) for run in (self._sample, self._ask)]
+
+    def __enter__(self) -> Sampler:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            self.peak_mib = max(self.peak_mib, resident_mib(self._pid))
+
+    def _ask(self) -> None:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        while not self._stop.wait(0.2):
+            began = time.monotonic()
+            # A probe connects anew each time.
+            with grpc.insecure_channel(self._health, own) as channel:
+                call: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+                try:
+                    call(b"", timeout=10)
+                except grpc.RpcError:
+                    self.health_failed += 1
+            self.health_s.append(time.monotonic() - began)
+
+
+def resident_mib(pid: int, field: str = "VmRSS") -> float:
+    """Return a figure of a process's memory."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def honest(target: str, metadata: Metadata, seconds: float) -> float:
+    """Return the answers a second of ``CALLERS`` callers of small images, a connection each."""
+    until = time.monotonic() + seconds
+    x = np.zeros((1, 1, 28, 28), "<f4")
+    with ThreadPoolExecutor(CALLERS) as pool:
+        counts = pool.map(lambda _: _ask(target, metadata, x, until), range(CALLERS))
+        return sum(counts) / seconds
+
+
+def _ask(target: str, metadata: Metadata, x: np.ndarray[Any, Any], until: float) -> int:
+    answered, options = 0, [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(target, options) as channel:
+        call: Any = channel.unary_unary("/denoise.v1.DenoiserService/Denoise")
+        while time.monotonic() < until:
+            tensor = pb.Tensor(dtype=pb.DTYPE_F32, shape=x.shape, data=x.tobytes())
+            request = pb.DenoiseRequest(model="fashion-wiener", x=tensor)
+            request.level.sigma.append(1.0 + 1e-6 * answered)
+            with contextlib.suppress(grpc.RpcError):
+                call(request.SerializeToString(), timeout=10, metadata=metadata)
+                answered += 1
+    return answered
+
+
+@contextmanager
+def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
+    """Run every kind of hostile caller meanwhile, each in a process of its own."""
+    with ExitStack() as stack:
+        for kind in KINDS:
+            addresses = (target, health) if kind == "unfinished health" else (target,)
+            for address in addresses:
+                command = [sys.executable, "-m", "benchmarks.hostile.callers", kind, address]
+                # They would compute elsewhere: here they share two cores with the server.
+                process = subprocess.Popen(
+                    ["nice", "-n", "5", *command, str(seconds)], stdout=subprocess.DEVNULL
+                )
+                stack.callback(process.wait)
+        yield
+
+
+def hold(seconds: float, tokens: bool) -> dict[str, Any]:
+    """Return what was measured in one run."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        metadata: Metadata = ()
+        options: list[object] = []
+        if tokens:
+            file = TokenFile(folder / "tokens.json")
+            metadata = (("authorization", f"Bearer {file.add('honest')}"),)
+            options = ["--tokens", folder / "tokens.json"]
+        procs = stack.enter_context(limited())
+        pid, ports = stack.enter_context(serving(procs, *options))
+        target = f"127.0.0.1:{ports['grpc_port']}"
+        health = f"127.0.0.1:{ports['health_port']}"
+        calm = honest(target, metadata, _CALM_S)
+        before = resident_mib(pid)
+        with Sampler(pid, health) as sampler, attacking(target, health, seconds):
+            besieged = honest(target, metadata, seconds)
+        time.sleep(5)
+        return {
+            "tokens": tokens,
+            "cgroup": procs is not None,
+            "seconds": seconds,
+            "before_mib": round(before, 1),
+            "peak_mib": round(max(sampler.peak_mib, resident_mib(pid, "VmHWM")), 1),
+            "after_mib": round(resident_mib(pid), 1),
+            "health_s": round(max(sampler.health_s), 3),
+            "health_median_s": round(statistics.median(sampler.health_s), 4),
+            "health_failed": sampler.health_failed,
+            "calm_per_s": round(calm, 1),
+            "besieged_per_s": round(besieged, 1),
+        }
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """Return which bounds a run broke."""
+    checks = {
+        f"peak of memory {row['peak_mib']} MiB > {PEAK_MIB}": row["peak_mib"] > PEAK_MIB,
+        f"health after {row['health_s']} s > {HEALTH_S}": row["health_s"] > HEALTH_S,
+        f"{row['health_failed']} health checks failed": row["health_failed"] > 0,
+        "memory five seconds after": row["after_mib"] > AFTER * row["before_mib"],
+        "rate of honest callers": row["besieged_per_s"] < RATE * row["calm_per_s"],
+    }
+    return [text for text, broken in checks.items() if broken]
+
+
+def main() -> int:
+    """Measure with and without tokens; return 1 where a bound is broken."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for tokens in (False, True):
+        row = hold(options.seconds, tokens)
+        row["faults"] = faults(row)
+        print(json.dumps(row, indent=1), flush=True)
+        rows.append(row)
+    print(record.write("hostile", rows, options.out))
+    return int(any(row["faults"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Hostile callers: python -m benchmarks.hostile.callers KIND TARGET SECONDS.
+
+Speaks to loopback alone, for a bounded time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from tests.e2e import frames
+from tests.e2e.test_unfinished_messages import DENOISE, HEALTH, Sender
+from tests.wire.test_message_structure import large
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+MIB = 1 << 20
+_OPTIONS = [("grpc.max_send_message_length", -1)]
+_CALLS = 40
+_HOLD_S = 5.0
+"""How long calls of one connection are left unfinished before it begins others."""
+
+
+def zeros(size: int) -> bytes:
+    """Return ``size`` bytes of zeros as gzip."""
+    packer = zlib.compressobj(9, wbits=31)
+    parts = [packer.compress(bytes(16 * MIB)) for _ in range(size // (16 * MIB))]
+    return b"".join((*parts, packer.flush()))
+
+
+def _asking(make: Callable[[], bytes], compressed: bool) -> Callable[[str, float], int]:
+    def ask(target: str, until: float) -> int:
+        data, asked = make(), 0
+        gzip = grpc.Compression.Gzip if compressed else grpc.Compression.NoCompression
+        with grpc.insecure_channel(target, _OPTIONS, compression=gzip) as channel:
+            call: Any = channel.unary_unary(DENOISE)
+            while time.monotonic() < until:
+                with contextlib.suppress(grpc.RpcError):
+                    call(data, timeout=10)
+                asked += 1
+        return asked
+
+    return ask
+
+
+def _unfinished(path: str) -> Callable[[str, float], int]:
+    def hold(target: str, until: float) -> int:
+        begun = 0
+        while time.monotonic() < until:
+            with (
+                contextlib.suppress(OSError),
+                frames.connected(int(target.rpartition(":")[2]), frames.BEGINNING) as peer,
+            ):
+                Sender(peer, path, _CALLS).run(min(_HOLD_S, max(0.0, until - time.monotonic())))
+            begun += _CALLS
+        return begun
+
+    return hold
+
+
+def _structure() -> bytes:
+    return large(2, large(2, b"\1" * (60 * MIB)))
+
+
+def _vast() -> bytes:
+    # gRPC compresses it: about a thousandth is sent.
+    return bytes(1024 * MIB)
+
+
+def _nowhere() -> bytes:
+    x = pb.Tensor(dtype=pb.DTYPE_F32, shape=(8, 1, 1024, 1024), data=bytes(32 * MIB))
+    request = pb.DenoiseRequest(model="nowhere", x=x)
+    request.level.sigma.append(1.0)
+    return request.SerializeToString()
+
+
+KINDS: dict[str, Callable[[str, float], int]] = {
+    "structure": _asking(_structure, compressed=True),
+    "zeros": _asking(_vast, compressed=True),
+    "not found": _asking(_nowhere, compressed=False),
+    "unfinished": _unfinished(DENOISE),
+    "unfinished health": _unfinished(HEALTH),
+}
+"""Kind → what it does to an address until a time of the monotonic clock; returns how often."""
+
+
+if __name__ == "__main__":
+    _kind, _target, _seconds = sys.argv[1:]
+    print(KINDS[_kind](_target, time.monotonic() + float(_seconds)))

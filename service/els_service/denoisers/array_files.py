@@ -1,0 +1,119 @@
+"""Arrays in compressed files, expanded up to what their header announces and never beyond.
+
+A few KiB of compressed zeros stand for gigabytes, so shape and type are known, and can be judged,
+before anything else is expanded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from els_service.denoisers.pictures import refusing
+from els_service.errors import LoadError
+
+GZIP = b"\x1f\x8b"
+IDX = b"\x00\x00\x08"
+"""Two zeros, then the type: unsigned bytes."""
+_CHUNK = 1 << 20
+
+
+def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
+    """The array of an IDX file of unsigned bytes, plain or gzipped.
+
+    Raises:
+        LoadError: It is no such file, damaged, or of another length than its header says.
+    """
+    with refusing(path), _unzipped(path) as file:
+        head = file.read(4 + 4 * rank)
+        if not head.startswith(IDX + bytes([rank])) or len(head) < 4 + 4 * rank:
+            raise LoadError(path, f"not an IDX file of unsigned bytes with {rank} dimensions")
+        shape = struct.unpack(f">{rank}I", head[4:])
+        # One byte more shows that the file goes on; behind it might be any number.
+        data = read_at_most(file, math.prod(shape) + 1)
+        if len(data) != math.prod(shape):
+            got = f"{len(data)} bytes" + (" or more" if len(data) > math.prod(shape) else "")
+            raise LoadError(path, f"expected {math.prod(shape)} bytes of shape {shape}, got {got}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _unzipped(path: Path) -> IO[bytes]:
+    """The file as its content, whether it is gzipped or not."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == GZIP
+    return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
+
+
+def read_at_most(file: IO[bytes], count: int) -> bytearray:
+    """The next ``count`` bytes, or fewer at the end; takes no memory for what is not there."""
+    data = bytearray()
+    while chunk := file.read(min(_CHUNK, count - len(data))):
+        data += chunk
+    return data
+
+
+class NpzFile:
+    """The arrays of an npz file, each judged by its header before it is read.
+
+    Args:
+        archive: the file.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        names = archive.namelist()
+        self.names = {name.removesuffix(".npy") for name in names if name.endswith(".npy")}
+        """Of its arrays."""
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and type of an array.
+
+        Raises:
+            ValueError: The header announces another size than the archive does.
+        """
+        size = self._archive.getinfo(f"{name}.npy").file_size
+        with self._archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            elif version == (2, 0):
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+            else:
+                raise ValueError(f"{name}: expected version 1.0 or 2.0 of npy, got {version}")
+            announced = file.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError("Object arrays are pickles, which are not read")
+        if announced != size:
+            raise ValueError(f"{name}: expected {announced} bytes for shape {shape}, got {size}")
+        return shape, dtype
+
+    def read(self, name: str) -> NDArray[Any]:
+        """An array whose header was judged."""
+        with self._archive.open(f"{name}.npy") as file:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+            # To its end, where the checksum is compared.
+            file.read(1)
+            return array
+
+
+@contextmanager
+def opened_npz(path: Path) -> Iterator[NpzFile]:
+    """Yield the arrays of an npz file.
+
+    Raises:
+        LoadError: It is none.
+    """
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise LoadError(path, "cannot be read: expected a zip of arrays; no pickle is read")
+        with zipfile.ZipFile(file) as archive:
+            yield NpzFile(archive)

@@ -1,0 +1,83 @@
+"""One picture of a file as pixels, read only where it has one plain meaning.
+
+No image format is read for which Pillow calls another program.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from els_service.errors import LoadError
+
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 1 << 26
+"""Height × width of one picture: a file of a few KiB may announce gigabytes."""
+
+_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_FLATTEN = "flatten it onto a background, as RGB without transparency"
+
+
+def read_picture(file: Path) -> NDArray[np.uint8]:
+    """One picture, [H, W, C], grey or RGB, turned as its EXIF orientation says.
+
+    Of the several pictures of one shot that a camera stores in a JPEG file (MPO), the first.
+
+    Raises:
+        LoadError: The file is damaged or none of ``IMAGE_FORMATS``, has several frames,
+            transparency, another mode than L or RGB, or more than ``MAX_PIXELS``; names the file.
+    """
+    with refusing(file), _opened(file) as picture:
+        _check(file, picture)
+        pixels = np.asarray(ImageOps.exif_transpose(picture))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a refusal that names the file."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        # No list of what the decoders of so many formats raise would be complete.
+        reason = getattr(error, "strerror", None) or error
+        raise LoadError(path, f"cannot be read: {reason}") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Yield a picture of which only the header was read; none that is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(file, formats=IMAGE_FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise LoadError(file, f"expected at most {MAX_PIXELS} pixels, got more") from None
+        except UnidentifiedImageError:
+            expected = f"expected one of {', '.join(IMAGE_FORMATS)}"
+            raise LoadError(file, f"cannot be read: cannot identify image; {expected}") from None
+    with picture:
+        if (pixels := picture.width * picture.height) > MAX_PIXELS:
+            raise LoadError(file, f"expected at most {MAX_PIXELS} pixels, got {pixels}")
+        yield picture
+
+
+def _check(file: Path, picture: Image.Image) -> None:
+    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+        expected = "expected one frame: save the one that is meant as a file of its own"
+        raise LoadError(file, f"{expected}, got {getattr(picture, 'n_frames', 1)}")
+    if picture.mode not in ("L", "RGB"):
+        # No silent conversion: transparency and palettes have no one meaning in [−1, 1].
+        remedy = _FLATTEN if picture.mode in _ALPHA else "convert it"
+        mode = f"mode {picture.mode}, expected L (8-bit grey) or RGB"
+        raise LoadError(file, f"{mode}: {remedy}")
+    if picture.has_transparency_data:
+        raise LoadError(file, f"expected no transparent colour, got one: {_FLATTEN}")
