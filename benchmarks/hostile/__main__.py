@@ -70,8 +70,8 @@ def limited() -> Iterator[Path | None]:
 def serving(procs: Path | None, *options: object) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield pid and ports of a server with the bundled models."""
     command = [str(Path(sys.executable).with_name("els-server")), "run", "--port=0"]
-    command += ["--metrics-port=0", "--health-port=0", "--threads=1", *map(str, options)]
-    variables = {"ELS_GRACE_S": "0", "ELS_LOG_LEVEL": "error"}
+    command += ["--metrics-port=0", "--threads=1", *map(str, options)]
+    variables = {"ELS_GRACE_S": "0", "ELS_HEALTH_PORT": "0", "ELS_LOG_LEVEL": "error"}
     if procs is None:
         variables["ELS_IN_FLIGHT_BYTES"] = str(LIMIT_MIB // 4 * MIB)
     join = f"echo $$ > {procs}; " if procs else ""

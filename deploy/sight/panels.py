@@ -290,6 +290,17 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 stacked=True,
             ),
             Graph(
+                "Reloaded files that are stale",
+                "Since a tokens or TLS file was broken; the content before still counts.",
+                "s",
+                (
+                    (
+                        "{{pod}} {{file}}",
+                        _each("els_reloaded_file_stale_seconds", "pod, file", PODS),
+                    ),
+                ),
+            ),
+            Graph(
                 "Log records lost",
                 "Where logs go, there is no room.",
                 "none",

@@ -163,6 +163,14 @@ ALERTS = (
         hold="5m",
     ),
     Alert(
+        "ElsReloadedFileStale",
+        "max by (namespace, pod, file) (els_reloaded_file_stale_seconds) > 60",
+        "{{ $labels.pod }} cannot use its {{ $labels.file }} file and keeps the one before, "
+        "for {{ $value | humanizeDuration }} so far: what was revoked or renewed since does not "
+        "count",
+        hold="1m",
+    ),
+    Alert(
         "ElsEventLoopLag",
         "histogram_quantile(0.99,"
         " sum by (namespace, pod, le) (rate(els_event_loop_lag_seconds_bucket[5m]))) > 0.1",

@@ -89,9 +89,9 @@ class Settings(BaseModel):
     port: _Port = 50051
     """Port of gRPC; 0 takes any that is free, here and below."""
     metrics_port: _Port = 9090
-    """Port of /metrics."""
+    """Port of /metrics, /healthz and /readyz over HTTP."""
     metrics_host: Annotated[str, Field(min_length=1)] | None = None
-    """Address of /metrics, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    """Address of these, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
     health_port: _Port | None = None
     """Port that answers health checks alone, in plain text, for probes that speak no TLS; None for
     none. Health is answered at ``port``, too."""

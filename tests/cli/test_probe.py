@@ -37,6 +37,9 @@ def test_a_server_that_serves_is_healthy_and_each_of_its_models(plain: ServerPro
     port = str(plain.ready["grpc_port"])
     assert probe(ELS_PORT=port) == (0, "SERVING")
     assert probe("--service=zeros", ELS_PORT=port, ELS_HOST="0.0.0.0") == (0, "SERVING")
+    # A proxy of the environment is no way to this machine.
+    proxied = dict.fromkeys(("grpc_proxy", "https_proxy", "http_proxy"), "http://127.0.0.1:1")
+    assert probe(ELS_PORT=port, **proxied) == (0, "SERVING")
     code, said = probe("--service=nobody", ELS_PORT=port)
     assert (code, said.partition(":")[0]) == (UNHEALTHY, "NOT_FOUND")
 
@@ -93,3 +96,10 @@ def test_it_loads_neither_torch_nor_numpy() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_time_to_wait_that_is_no_number_is_refused() -> None:
+    for given in ("nan", "inf"):
+        code, said = probe("--timeout", given, ELS_PORT="1")
+        assert code == FAULT
+        assert "timeout" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -149,6 +150,11 @@ def test_a_server_that_cannot_be_asked_is_the_callers_error(target: str) -> None
         {"callers": 1, "mix": {"score": 0.0}},
         {"callers": 1, "duration_s": 0.0},
         {"callers": 1, "warm_up_s": -1.0},
+        *(
+            {"callers": 1, name: value}
+            for name in ("deadline_s", "duration_s", "warm_up_s", "grace_s", "drain_s")
+            for value in (math.nan, math.inf, -1.0, 366 * 86_400.0)
+        ),
     ],
 )
 def test_a_plan_that_is_no_load_is_refused(wrong: dict[str, Any]) -> None:

@@ -172,9 +172,20 @@ def test_a_failure_is_one_line_on_stderr_and_an_exit_code(
 
 
 def test_no_server_has_its_own_exit_code() -> None:
-    assert els("models", "--target", "127.0.0.1:1").exit_code == 4
+    result = els("models", "--target", "127.0.0.1:1")
+    assert result.exit_code == 4
+    assert result.stderr.startswith("els: nothing listens at 127.0.0.1:1. Is els-server running?")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("args", [("denoise", "none.png", "out.png"), ("sample", "--steps", "0")])
 def test_wrong_usage_is_exit_code_two(args: tuple[str, ...]) -> None:
     assert els(*args).exit_code == 2
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "0", "-1", "1e9"])
+def test_a_deadline_out_of_range_is_wrong_usage(given: str) -> None:
+    for command in (("models",), ("sample", "--out", "x.png"), ("repository", "index")):
+        result = els(*command, "--target", "127.0.0.1:1", "--timeout", given)
+        assert result.exit_code == 2
+        assert "timeout" in result.stderr

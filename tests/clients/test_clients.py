@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 from contextlib import aclosing
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from els_client import (
     ElsError,
     InvalidArgumentError,
     NotFoundError,
+    Query,
     Repository,
     ResourceExhaustedError,
     UnavailableError,
@@ -265,3 +268,40 @@ def parameters(method: Any) -> list[tuple[str, object, object]]:
     return [
         (name, one.kind, one.default) for name, one in inspect.signature(method).parameters.items()
     ]
+
+
+BAD_TIMEOUTS = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    0,
+    -1.0,
+    366 * 86_400.0,
+    np.float32("nan"),
+    True,
+    "5",
+]
+
+
+@pytest.mark.parametrize("timeout_s", BAD_TIMEOUTS)
+async def test_a_deadline_out_of_range_is_refused_before_anything_is_sent(
+    twin: Twin, fake: FakeDenoiser, timeout_s: Any
+) -> None:
+    expected = r"^timeout_s: expected seconds, more than 0 and at most 31536000 \(a year\), got "
+    for method in ("denoise", "denoise_with_evidence", "score"):
+        with pytest.raises(InvalidArgumentError, match=expected) as caught:
+            await twin.call(method, X, **ELS, timeout_s=timeout_s)
+        assert caught.value.violations[0].field == "timeout_s"
+    with pytest.raises(InvalidArgumentError, match=expected):
+        # Where it is called, not where its first step is asked for.
+        twin.client.sample(model="fashion-els", timeout_s=timeout_s)
+    (answer,) = await twin.many([Query(X, **ELS, timeout_s=timeout_s)], return_exceptions=True)
+    assert isinstance(answer, InvalidArgumentError)
+    with pytest.raises(InvalidArgumentError, match=expected):
+        type(twin.client)("127.0.0.1:1", timeout_s=timeout_s)
+    assert fake.requests == []
+
+
+async def test_a_deadline_may_be_any_kind_of_number_up_to_a_year(twin: Twin) -> None:
+    for timeout_s in (30, np.float32(30.5), np.int64(30), Fraction(61, 2), 365 * 86_400.0):
+        await twin.call("score", X, **ELS, timeout_s=timeout_s)

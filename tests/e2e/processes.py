@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class ServerProcess:
         """Where the metrics are."""
         return f"http://127.0.0.1:{self.ready['metrics_port']}/metrics"
 
+    def page(self, path: str) -> tuple[int, str]:
+        """Return status and text of a page of the port of metrics."""
+        return page(self.ready["metrics_port"], path)
+
     def terminate(self) -> None:
         """Send SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
@@ -101,6 +106,14 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
+
+
+def page(port: int, path: str) -> tuple[int, str]:
+    """Return status and text of a page."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
 
 
 @contextmanager

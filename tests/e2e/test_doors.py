@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from els_service.wire.watched import STALE
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -156,6 +158,48 @@ def test_a_file_that_changes_counts_within_seconds_and_a_broken_one_does_not(
     while time.monotonic() < stop_s:
         assert ask(inside, fresh).denoised.data
     file.write()
+
+
+def stale(server: ServerProcess) -> dict[str, float]:
+    """Return for how long each file that is reloaded has been unusable."""
+    found = re.findall(
+        r'^els_reloaded_file_stale_seconds{file="(\w+)"} (\S+)$', server.page("/metrics")[1], re.M
+    )
+    return {name: float(seconds) for name, seconds in found}
+
+
+@pytest.mark.parametrize("fault", ["emptied", "removed", "broken"])
+def test_a_tokens_file_that_is_of_no_use_keeps_its_tokens_and_is_told_in_log_and_metrics(
+    guarded: ServerProcess, inside: grpc.Channel, file: TokenFile, infer: Metadata, fault: str
+) -> None:
+    def told() -> list[dict[str, Any]]:
+        return [one for one in guarded.records() if one["event"] == STALE]
+
+    until(lambda: stale(guarded) == {"tokens": 0.0, "tls": 0.0})
+    before = len(told())
+    if fault == "removed":
+        file.path.unlink()
+    else:
+        file.path.write_text("[]" if fault == "emptied" else "- {name")
+    try:
+        until(lambda: stale(guarded)["tokens"] > 0)
+        assert ask(inside, infer).denoised.data
+        record = told()[before]
+        assert record["level"] == "error"
+        assert record["files"] == str(file.path)
+        assert str(file.path) in record["reason"]
+        assert record["stale_since"]
+    finally:
+        file.write()
+    until(lambda: stale(guarded)["tokens"] == 0)
+    assert len(told()) == before + 1
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Ask until something is true; a file is looked at once a second."""
+    stop_s = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert time.monotonic() < stop_s
 
 
 def test_the_log_names_callers_and_shows_no_token(

@@ -18,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from tests.e2e.models_folder import DOCUMENTS, write_models, write_slow_models
-from tests.e2e.processes import BIN, environment, run, serving
+from tests.e2e.processes import BIN, environment, page, run, serving
 from tests.e2e.refusals import TIMEOUT_S, refused
 
 from els_client import AsyncClient, Client, Step, UnavailableError
@@ -73,6 +73,8 @@ async def test_a_drain_answers_every_call_in_flight_and_refuses_new_ones(models:
                 assert (await anext(steps)).index == 1
             server.terminate()
             assert (await watch.read()).status == NOT_SERVING
+            assert server.page("/readyz") == (503, "not ready: the server is draining\n")
+            assert server.page("/healthz") == (200, "ok\n")
             # The latter where gRPC drops a call that its shutdown overtakes: one that is on its way
             # when the connection is told to go away, and no other.
             told = await code_of_a_call(channel)
@@ -176,11 +178,13 @@ def test_a_setting_that_cannot_be_met_is_named(options: tuple[str, str], message
 
 def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_path: Path) -> None:
     root = write_slow_models(tmp_path / "models")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as free, socket.socket() as other:
+        for one in (free, other):
+            one.bind(("127.0.0.1", 0))
+        port, metrics_port = free.getsockname()[1], other.getsockname()[1]
+    ports = f"--port={port}", f"--metrics-port={metrics_port}"
     process = subprocess.Popen(
-        [BIN / "els-server", "run", "--models", root, f"--port={port}", "--metrics-port=0"],
+        [BIN / "els-server", "run", "--models", root, *ports],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
@@ -192,6 +196,8 @@ def test_sigterm_while_models_are_loaded_ends_the_server_with_exit_code_0(tmp_pa
             request = health_pb2.HealthCheckRequest()
             health = stub.Check(request, timeout=TIMEOUT_S, wait_for_ready=True)
             assert health.status == NOT_SERVING
+            loading = "not ready: models are being loaded\n"
+            assert page(metrics_port, "/readyz") == (503, loading)
             ask = DenoiserServiceStub(channel).GetModel
             early = refused(lambda: ask(pb.GetModelRequest(name="z"), timeout=TIMEOUT_S))
             assert early.code() is grpc.StatusCode.UNAVAILABLE

@@ -22,6 +22,8 @@ from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S, assert_answers
 from tests.e2e.security import Certificates, healthy
 
+from els_service.wire.watched import STALE
+
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
@@ -106,7 +108,7 @@ def test_broken_files_keep_the_old_pair_and_the_log_tells(
     certificates.certificate.unlink()
     with certificates.channel(port) as channel:
         assert healthy(channel)
-    told = [one for one in secure.records()[already:] if one["event"] == "kept as it was"]
+    told = [one for one in secure.records()[already:] if one["event"] == STALE]
     assert len(told) == 4
     assert all(str(certificates.certificate) in one["reason"] for one in told)
     after = issued(certificates)
@@ -233,7 +235,7 @@ def test_a_torn_client_ca_keeps_the_old_one_and_lets_nobody_else_in(
     assert gets_in(members, mutual, member)
     assert not gets_in(members, mutual, stranger)
     assert not gets_in(members, mutual, None)
-    told = [one for one in mutual.records()[already:] if one["event"] == "kept as it was"]
+    told = [one for one in mutual.records()[already:] if one["event"] == STALE]
     assert [str(members.client_ca) in one["reason"] for one in told] == [True]
     trust(members, other)
     assert gets_in(members, mutual, stranger)

@@ -69,6 +69,8 @@ def test_a_server_without_models_stays_says_why_and_serves_what_comes(
         assert server.ready["event"] == "no model is served"
         assert health(server.target, "") == NOT_SERVING
         assert health(server.target, ALIVE) == SERVING
+        assert server.page("/readyz") == (503, "not ready: no model is served\n")
+        assert server.page("/healthz") == (200, "ok\n")
         assert reason in complaint(server)
         x = np.zeros((1, 1, 6, 5), np.float32)
         with pytest.raises(NotFoundError):
@@ -76,6 +78,7 @@ def test_a_server_without_models_stays_says_why_and_serves_what_comes(
         fill(volume)
         assert run("els", "repository", "load", "zeros", "--target", server.target).returncode == 0
         assert health(server.target, "") == SERVING
+        assert server.page("/readyz") == (200, "ok\n")
         assert health(server.target, "zeros") == SERVING
         client.denoise(x, model="zeros", sigma=1)
         server.terminate()

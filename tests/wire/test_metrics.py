@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from els_service.engine.terms import Launch, Observer
 from els_service.wire import loop_lag
-from els_service.wire.metrics import Metrics
+from els_service.wire.metrics import RETAIN_S, RETAINED_MODELS, Metrics
 from els_service.wire.tallies import Tally, family, merged
 
 BOUNDS = (0.001, 0.5, 1, 10.0)
@@ -223,3 +223,77 @@ async def test_a_blocked_event_loop_shows_as_lag() -> None:
     watching.cancel()
     assert (sample(metrics, "els_event_loop_lag_latest_seconds") or 0) > 0.15
     assert sample(metrics, "els_event_loop_lag_seconds_count") == 1
+
+
+def asked(metrics: Metrics, *models: str) -> None:
+    """Have each model asked once, in every way that makes series."""
+    for model in models:
+        method = next(iter(metrics._methods), None) or metrics.method("unary", "s", "M")
+        method.end(model, "OK", 0.02)
+        metrics.queued(model, 0.1)
+        metrics.computed(model, 0.1, 1, 0.1)
+        metrics.dropped(model, "expired")
+
+
+def models_of(metrics: Metrics) -> set[str]:
+    """Return the models that any series names."""
+    return {
+        sample.labels["model"]
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "model" in sample.labels
+    }
+
+
+def test_series_of_a_model_end_an_hour_after_its_unload_and_those_of_served_ones_never() -> None:
+    metrics = Metrics()
+    asked(metrics, "kept", "gone", "")
+    for now in (0.0, 1e6):
+        metrics.retire(["kept", "gone"], now)
+        assert models_of(metrics) == {"kept", "gone", ""}
+    metrics.retire(["kept"], 1e6 + 5)
+    metrics.retire(["kept"], 1e6 + 4 + RETAIN_S)
+    assert models_of(metrics) == {"kept", "gone", ""}
+    metrics.retire(["kept"], 1e6 + 5 + RETAIN_S)
+    assert models_of(metrics) == {"kept", ""}
+
+
+def test_a_model_that_is_loaded_again_in_time_goes_on_with_its_series() -> None:
+    metrics = Metrics()
+    asked(metrics, "m")
+    metrics.retire([], 0.0)
+    metrics.retire(["m"], RETAIN_S - 1)
+    metrics.retire([], RETAIN_S)
+    metrics.retire([], 2 * RETAIN_S - 1)
+    asked(metrics, "m")
+    assert sample(metrics, "els_request_seconds_count", model="m", method="M", code="OK") == 2
+    metrics.retire([], 2 * RETAIN_S)
+    assert models_of(metrics) == set()
+
+
+def test_counts_of_a_method_do_not_go_back_when_series_of_models_end() -> None:
+    metrics, labels = Metrics(), {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "M"}
+    counts = []
+    for number in range(3):
+        asked(metrics, f"m{number}", f"n{number}")
+        metrics.retire([], number * 2 * RETAIN_S)
+        metrics.retire([], (number * 2 + 1) * RETAIN_S)
+        assert models_of(metrics) == set()
+        counts.append(
+            [
+                sample(metrics, "grpc_server_handled_total", **labels, grpc_code="OK"),
+                sample(metrics, "grpc_server_msg_sent_total", **labels),
+                sample(metrics, "grpc_server_handling_seconds_count", **labels),
+            ]
+        )
+    assert counts == [[2] * 3, [4] * 3, [6] * 3]
+
+
+def test_models_loaded_and_unloaded_in_turn_leave_a_bounded_number_of_series() -> None:
+    metrics = Metrics()
+    names = [f"m{number:03}" for number in range(3 * RETAINED_MODELS)]
+    for second, name in enumerate(names):
+        asked(metrics, name)
+        metrics.retire(["served", name], second)
+    metrics.retire(["served"], len(names))
+    assert models_of(metrics) == set(names[-RETAINED_MODELS:])

@@ -24,6 +24,7 @@ from opentelemetry.trace import Span, SpanKind
 from pydantic import ValidationError
 from tests.e2e.bad_requests import denoise, tensor
 from tests.e2e.models_folder import SHAPE, write_models
+from tests.proxies import proxying
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -329,6 +330,24 @@ async def test_a_computed_call_leads_to_its_batch_and_the_batch_to_its_calls(
 def test_an_endpoint_without_scheme_or_host_is_refused(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="traces"):
         Settings(traces=endpoint)
+
+
+@pytest.mark.parametrize(("host", "asked"), [("localhost", False), ("collector.invalid", True)])
+def test_spans_pass_a_proxy_of_the_environment_unless_their_collector_is_on_this_machine(
+    sink: tuple[Sink, int], host: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    collector, port = sink
+    with proxying(port) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        tracing = Tracing(f"http://{host}:{port}", 1)
+        span = tracing.begin(METHOD, ())
+        assert span is not None
+        tracing.end(span, "OK", "m")
+        tracing.close()
+    assert collector.spans.qsize() == 1
+    assert proxy.asked == ([f"{host}:{port}"] if asked else [])
 
 
 async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from els_service.errors import LoadError
-from els_service.wire.watched import Watched, warn_if_public
+from els_service.wire.watched import STALE, Watched, warn_if_public
 
 
 def reading(path: Path) -> str:
@@ -71,7 +71,7 @@ def test_a_broken_file_leaves_what_was_there_and_is_told_once(
         assert [watched.current() for _ in range(3)] == ["one"] * 3
         path.unlink()
         assert watched.current() == "one"
-    assert [record.message for record in caplog.records] == ["kept as it was"] * 2
+    assert [record.message for record in caplog.records] == [STALE] * 2
     path.write_text("good again")
     assert watched.current() == "good again"
 
@@ -110,3 +110,65 @@ def test_a_secret_that_everybody_can_read_is_warned_about(
     os.chmod(path, mode)
     warn_if_public(path)
     assert len(caplog.records) == told
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("fault", ["emptied", "removed", "broken"])
+def test_a_stale_file_is_told_once_a_minute_with_reason_and_age_until_it_is_good(
+    path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read() -> str:
+        if not (text := reading(path)):
+            raise LoadError(path, "expected entries, got none")
+        return text
+
+    clock = Clock()
+    watched = Watched((path,), read, clock=clock)
+    assert watched.stale_s() == 0.0
+    if fault == "removed":
+        path.unlink()
+    else:
+        path.write_text("" if fault == "emptied" else "bad")
+    with caplog.at_level(logging.INFO):
+        for second in range(150):
+            clock.now = 1000.0 + second
+            assert watched.current() == "one"
+            assert watched.stale_s() == second
+        path.write_text("good again")
+        assert watched.stale_s() == 0.0
+    assert watched.current() == "good again"
+    told = [vars(record) for record in caplog.records if record.levelno == logging.ERROR]
+    assert [record["message"] for record in told] == [STALE] * 3
+    assert [record["stale_s"] for record in told] == [0.0, 60.0, 120.0]
+    assert all(str(path) in record["reason"] for record in told)
+    assert len({record["stale_since"] for record in told}) == 1
+    assert caplog.records[-1].levelno == logging.INFO
+
+
+def test_a_stale_file_whose_permissions_are_put_right_counts_though_it_looks_the_same(
+    path: Path,
+) -> None:
+    clock, refused = Clock(), [False]
+
+    def read() -> str:
+        # Whoever runs the tests may read anything.
+        if refused[0]:
+            raise LoadError(path, "Permission denied")
+        return path.read_text()
+
+    watched = Watched((path,), read, clock=clock)
+    refused[0] = True
+    path.write_text("second")
+    assert watched.current() == "one"
+    refused[0] = False
+    clock.now += 1.0
+    assert (watched.current(), watched.stale_s()) == ("second", 0.0)

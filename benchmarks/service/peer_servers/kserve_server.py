@@ -38,7 +38,7 @@ class Affine(Model):
 def bind_loopback() -> None:
     """Let KServe listen on 127.0.0.1: of an address it takes the port alone."""
     make_server: Any = kserve_grpc.aio.server
-    configure: Any = uvicorn.Config.__init__
+    configure = uvicorn.Config.__init__
 
     def server(*args: Any, **options: Any) -> Any:
         made = make_server(*args, **options)
@@ -51,7 +51,8 @@ def bind_loopback() -> None:
         configure(self, *args, **options | {"host": "127.0.0.1"})
 
     kserve_grpc.aio.server = server
-    uvicorn.Config.__init__ = config
+    # KServe makes the configuration itself, and has no option for its host.
+    uvicorn.Config.__init__ = config  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

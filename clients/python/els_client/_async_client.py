@@ -17,13 +17,14 @@ from els_client._channel import (
     UNARY_TIMEOUT_S,
     bearer,
     channel_options,
-    check_timeout,
     open_async_channel,
     own_errors,
+    timeout_of,
 )
 from els_client._many import Call, Unanswered, check_in_flight
 from els_client._repository import AsyncRepository
 from els_client._retries import Attempts, Trajectory
+from els_client._route import Route
 from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -55,11 +56,11 @@ class AsyncClient:
         wait_when_full: bool = False,
         healthy_only: bool = True,
     ) -> None:
-        check_timeout(timeout_s)
-        self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
-        self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
+        self._unary_timeout_s = timeout_of(timeout_s, UNARY_TIMEOUT_S)
+        self._sample_timeout_s = timeout_of(timeout_s, SAMPLE_TIMEOUT_S)
         self._wait_when_full = wait_when_full
         self._metadata = bearer(token)
+        self._route = Route.to(target)
         self._channel = open_async_channel(target, tls, channel_options(healthy_only=healthy_only))
         self._stub = DenoiserServiceStub(self._channel)
         self._inference = GRPCInferenceServiceStub(self._channel)
@@ -157,8 +158,7 @@ class AsyncClient:
         A loop left early cancels the call when the iterator is dropped, and at once inside
         ``async with contextlib.aclosing(client.sample(...)) as steps``.
         """
-        check_timeout(timeout_s)
-        timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
+        timeout_s = timeout_of(timeout_s, self._sample_timeout_s)
         return self._steps(codec.encode_sample(**options), timeout_s)
 
     async def _operate(self, method: str, request: Any) -> Any:
@@ -173,12 +173,11 @@ class AsyncClient:
         *,
         pure: bool = True,
     ) -> _Response:
-        timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
-        check_timeout(timeout_s)
+        timeout_s = timeout_of(timeout_s, self._unary_timeout_s)
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:
-                with own_errors(timeout_s):
+                with own_errors(self._route, timeout_s):
                     return await method(request, timeout=attempts.left_s(), metadata=self._metadata)
             except (ResourceExhaustedError, UnavailableError) as error:
                 pause_s = attempts.pause_s(error) if pure else attempts.pause_if_full_s(error)
@@ -192,7 +191,7 @@ class AsyncClient:
         while True:
             call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
             try:
-                with own_errors(timeout_s):
+                with own_errors(self._route, timeout_s):
                     async for message in call:
                         if step := trajectory.accept(message):
                             yield step
@@ -213,7 +212,7 @@ class AsyncClient:
         def open_stream() -> Call:
             return self._stub.DenoiseStream(metadata=self._metadata)
 
-        unanswered = Unanswered(self._unary_timeout_s)
+        unanswered = Unanswered(self._unary_timeout_s, self._route)
         exchange = Exchange(queries, unanswered, in_flight, open_stream)
         async with aclosing(exchange.answers()) as answers:
             async for answer in answers:

@@ -106,7 +106,7 @@ class Exchange:
 
     async def _hear(self, call: Call) -> None:
         try:
-            with own_errors():
+            with own_errors(self._unanswered.route):
                 async for message in call:
                     self._inbox.put_nowait(message)
             self._inbox.put_nowait(ended_early())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from els_client._route import Route
 from els_client._types import Tls
 from els_client.errors import ElsError, InvalidArgumentError, Violation, error_of
 
+MAX_TIMEOUT_S = 365 * 86_400.0
 UNARY_TIMEOUT_S = 60.0
 SAMPLE_TIMEOUT_S = 600.0
-_LONGEST_S = 366 * 86_400.0
 
 Metadata = tuple[tuple[str, str], ...]
 Options = tuple[tuple[str, str | int], ...]
@@ -35,8 +36,6 @@ _RECONNECT_AT_MOST_MS = 2_000
 _RESOLVE_AGAIN_MS = 2_000
 # What grpc.aio says, with INTERNAL, of a message that a stream which ends does not take any more.
 _NOT_TAKEN = "Internal error from Core"
-# What gRPC says when its own timer fires: the server has not answered at all.
-_NO_REASON = (None, "", "Deadline Exceeded")
 # What a proxy makes of a server that is gone in the middle of an answer; no server ends a call so.
 _RESET = "RST_STREAM"
 # Every method is a pure question, so asking again harms nobody.
@@ -86,7 +85,7 @@ def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> 
         InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
     """
     options = channel_options(healthy_only=healthy_only)
-    options += _tls_options(tls) + proxy_options(target)
+    options += _tls_options(tls) + _proxy_options(target)
     if tls is None:
         return grpc.insecure_channel(target, options=options)
     return grpc.secure_channel(target, _credentials(tls), options=options)
@@ -97,45 +96,10 @@ def open_async_channel(
 ) -> grpc.aio.Channel:
     """Return a channel for asyncio; errors are those of ``open_channel``."""
     options = channel_options() if options is None else options
-    options += _tls_options(tls) + proxy_options(target)
+    options += _tls_options(tls) + _proxy_options(target)
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, _credentials(tls), options=options)
-
-
-def proxy_options(target: str) -> Options:
-    """Return the options that keep calls to this machine from the proxy of the environment.
-
-    gRPC sends calls through ``http_proxy`` even to loopback, where the proxy is another machine.
-    """
-    address = target.removeprefix("dns:").lstrip("/")
-    host = address.rpartition(":")[0].strip("[]") or address
-    return (("grpc.enable_http_proxy", 0),) if _is_this_machine(target, host) else ()
-
-
-def _is_this_machine(target: str, host: str) -> bool:
-    if target.startswith(("unix:", "unix-abstract:")) or host == "localhost":
-        return True
-    try:
-        return ip_address(host.removeprefix("ipv4:").removeprefix("ipv6:").strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_timeout(timeout_s: float | None) -> None:
-    """Check a deadline before anything is sent.
-
-    Args:
-        timeout_s: in seconds, or None for none.
-
-    Raises:
-        InvalidArgumentError: It is not a number, not positive, or longer than a year.
-    """
-    if timeout_s is None or 0 < timeout_s <= _LONGEST_S:
-        return
-    expected = f"more than 0 and at most {_LONGEST_S:g} seconds"
-    text = f"expected {expected}, got {timeout_s!r}"
-    raise InvalidArgumentError(f"timeout_s: {text}", [Violation("timeout_s", text)])
 
 
 def bearer(token: str | None) -> Metadata:
@@ -151,6 +115,29 @@ def bearer(token: str | None) -> Metadata:
 def _tls_options(tls: Tls | None) -> Options:
     name = tls.server_name if tls else None
     return (("grpc.ssl_target_name_override", name),) if name else ()
+
+
+def _proxy_options(target: str) -> Options:
+    """Return the option that keeps calls to this machine from a proxy of the environment."""
+    return (("grpc.enable_http_proxy", 0),) if Route.to(target).is_local else ()
+
+
+def timeout_of(timeout_s: float | None, default_s: float) -> float:
+    """Return a deadline in seconds, the default where None is given.
+
+    Raises:
+        InvalidArgumentError: It is no number, nan, 0, negative, or beyond a year.
+    """
+    if timeout_s is None:
+        return default_s
+    # Booleans are numbers, and nan fails every comparison.
+    if isinstance(timeout_s, Real) and not isinstance(timeout_s, bool):
+        seconds = float(timeout_s)
+        if 0 < seconds <= MAX_TIMEOUT_S:
+            return seconds
+    expected = f"seconds, more than 0 and at most {MAX_TIMEOUT_S:.0f} (a year)"
+    text = f"expected {expected}, got {timeout_s!r}"
+    raise InvalidArgumentError(f"timeout_s: {text}", [Violation("timeout_s", text)])
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
@@ -171,32 +158,32 @@ def _content(field: str, path: str | Path | None) -> bytes | None:
 
 
 @contextmanager
-def own_errors(timeout_s: float | None = None) -> Iterator[None]:
+def own_errors(route: Route | None = None, timeout_s: float | None = None) -> Iterator[None]:
     """Raise what gRPC raises inside as an ``ElsError``, the original as its cause.
 
     Args:
-        timeout_s: what the whole call was allowed, for the text of one that took longer.
+        route: Of the channel; it explains what never reached a server or was not answered.
+        timeout_s: What the whole call was allowed, for the text of one that took longer.
     """
     try:
         yield
     except grpc.RpcError as error:
-        raise _translated(error, timeout_s) from error
+        raise _translated(error, route, timeout_s) from error
 
 
-def _translated(error: grpc.RpcError, timeout_s: float | None) -> ElsError:
+def _translated(error: grpc.RpcError, route: Route | None, timeout_s: float | None) -> ElsError:
     # Both kinds of channel raise an error that is its own call, which the stubs do not say.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
     status = _status_of(metadata.get("grpc-status-details-bin", b""))
     code = error.code().name
-    if code == "DEADLINE_EXCEEDED" and error.details() in _NO_REASON and timeout_s is not None:
-        text = f"no answer within the {timeout_s:.6g} s allowed: raise timeout_s (--timeout)"
-        return _error_of(code, text, status)
     if error.details() == _NOT_TAKEN:
         return error_of("UNAVAILABLE", "the stream ended while it was written to")
     if code == "INTERNAL" and _RESET in (error.details() or ""):
         return error_of("UNAVAILABLE", "the server was gone before its answer was whole")
-    return _error_of(code, error.details() or code, status)
+    message = error.details() or code
+    text = route.explained(code, message, timeout_s) if route else message
+    return _error_of(code, text, status)
 
 
 def error_of_status(status: status_pb2.Status) -> ElsError:

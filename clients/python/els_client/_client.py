@@ -15,13 +15,14 @@ from els_client._channel import (
     SAMPLE_TIMEOUT_S,
     UNARY_TIMEOUT_S,
     bearer,
-    check_timeout,
     open_channel,
     own_errors,
+    timeout_of,
 )
 from els_client._many import Call, Unanswered, answers_of, check_in_flight
 from els_client._repository import Repository
 from els_client._retries import Attempts, Trajectory
+from els_client._route import Route
 from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -41,8 +42,11 @@ class Client:
 
     Args:
         target: Address, such as ``"127.0.0.1:50051"``, ``"dns:///els.example:50051"`` or
-            ``"unix:/run/els.sock"``.
-        timeout_s: Deadline of every call in seconds; None means 60, and 600 for ``sample``.
+            ``"unix:/run/els.sock"``. Loopback and sockets are reached without a proxy; for others
+            gRPC takes that of ``grpc_proxy``, ``https_proxy`` or ``http_proxy``, but for hosts in
+            ``no_proxy``.
+        timeout_s: Deadline of every call in seconds, more than 0 and at most a year; None means 60,
+            and 600 for ``sample``. What is out of range is refused before anything is sent.
         tls: How the connection is encrypted; None means not at all.
         token: Bearer token that every call carries. Without ``tls`` it travels readable: use it so
             on loopback alone, or where something else encrypts.
@@ -66,11 +70,11 @@ class Client:
         wait_when_full: bool = False,
         healthy_only: bool = True,
     ) -> None:
-        check_timeout(timeout_s)
-        self._unary_timeout_s = UNARY_TIMEOUT_S if timeout_s is None else timeout_s
-        self._sample_timeout_s = SAMPLE_TIMEOUT_S if timeout_s is None else timeout_s
+        self._unary_timeout_s = timeout_of(timeout_s, UNARY_TIMEOUT_S)
+        self._sample_timeout_s = timeout_of(timeout_s, SAMPLE_TIMEOUT_S)
         self._wait_when_full = wait_when_full
         self._metadata = bearer(token)
+        self._route = Route.to(target)
         self._channel = open_channel(target, tls, healthy_only=healthy_only)
         self._stub = DenoiserServiceStub(self._channel)
         self._inference = GRPCInferenceServiceStub(self._channel)
@@ -248,8 +252,7 @@ class Client:
             >>> for step in client.sample(model="fashion-els", count=2, label=[7, 9]):
             ...     print(step.index, step.total, step.denoised.shape)
         """
-        check_timeout(timeout_s)
-        timeout_s = self._sample_timeout_s if timeout_s is None else timeout_s
+        timeout_s = timeout_of(timeout_s, self._sample_timeout_s)
         return self._steps(codec.encode_sample(**options), timeout_s)
 
     def _operate(self, method: str, request: Any) -> Any:
@@ -264,12 +267,11 @@ class Client:
         *,
         pure: bool = True,
     ) -> _Response:
-        timeout_s = self._unary_timeout_s if timeout_s is None else timeout_s
-        check_timeout(timeout_s)
+        timeout_s = timeout_of(timeout_s, self._unary_timeout_s)
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:
-                with own_errors(timeout_s):
+                with own_errors(self._route, timeout_s):
                     return method(request, timeout=attempts.left_s(), metadata=self._metadata)
             except (ResourceExhaustedError, UnavailableError) as error:
                 pause_s = attempts.pause_s(error) if pure else attempts.pause_if_full_s(error)
@@ -281,7 +283,7 @@ class Client:
         while True:
             call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
             try:
-                with own_errors(timeout_s):
+                with own_errors(self._route, timeout_s):
                     for message in call:
                         if step := trajectory.accept(message):
                             yield step
@@ -299,7 +301,7 @@ class Client:
         def open_stream(requests: Iterator[pb.DenoiseRequest]) -> Call:
             return self._stub.DenoiseStream(requests, metadata=self._metadata)
 
-        unanswered = Unanswered(self._unary_timeout_s)
+        unanswered = Unanswered(self._unary_timeout_s, self._route)
         with closing(answers_of(queries, unanswered, in_flight, open_stream)) as answers:
             for answer in answers:
                 if isinstance(answer, ElsError) and not return_exceptions:

@@ -11,8 +11,9 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from els_client import _codec as codec
-from els_client._channel import check_timeout, error_of_status, own_errors
+from els_client._channel import error_of_status, own_errors, timeout_of
 from els_client._retries import Attempts
+from els_client._route import Route
 from els_client._types import Images, Query
 from els_client.errors import ElsError, InvalidArgumentError, UnavailableError, Violation, error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -34,10 +35,12 @@ class Unanswered:
 
     Args:
         timeout_s: Of questions that bring none.
+        route: Of the channel.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, route: Route) -> None:
         self._timeout_s = timeout_s
+        self.route = route
         self._questions: deque[pb.DenoiseRequest | ElsError] = deque()
 
     def __len__(self) -> int:
@@ -47,8 +50,7 @@ class Unanswered:
         """Return what is to be sent for a question, if anything is."""
         try:
             request = codec.encode_query(pb.DenoiseRequest, query)
-            check_timeout(query.timeout_s)
-            request.timeout_s = self._timeout_s if query.timeout_s is None else query.timeout_s
+            request.timeout_s = timeout_of(query.timeout_s, self._timeout_s)
         except ElsError as error:
             self._questions.append(error)
             return None
@@ -81,7 +83,7 @@ def answers_of(
     queries: Iterator[Query], unanswered: Unanswered, in_flight: int, open_stream: OpenStream
 ) -> Generator[Images | ElsError, None, None]:
     """Yield the answer, or the error, of each question; streams that end are opened anew."""
-    attempts, stream = Attempts(None), _Stream(open_stream, [])
+    attempts, stream = Attempts(None), _Stream(open_stream, [], unanswered.route)
     try:
         while True:
             for query in itertools.islice(queries, in_flight - len(unanswered)):
@@ -97,7 +99,7 @@ def answers_of(
             except UnavailableError as error:
                 time.sleep(attempts.pause_if_away_s(error))
                 stream.close()
-                stream = _Stream(open_stream, unanswered.requests())
+                stream = _Stream(open_stream, unanswered.requests(), unanswered.route)
                 continue
             attempts.progressed()
             yield unanswered.answer(message)
@@ -108,7 +110,10 @@ def answers_of(
 class _Stream:
     """One ``DenoiseStream``; a thread of gRPC's sends what is put into its queue."""
 
-    def __init__(self, open_stream: OpenStream, requests: list[pb.DenoiseRequest]) -> None:
+    def __init__(
+        self, open_stream: OpenStream, requests: list[pb.DenoiseRequest], route: Route
+    ) -> None:
+        self._route = route
         self._outbox: SimpleQueue[pb.DenoiseRequest | None] = SimpleQueue()
         for request in requests:
             self._outbox.put(request)
@@ -118,7 +123,7 @@ class _Stream:
         self._outbox.put(request)
 
     def receive(self) -> pb.DenoiseStreamResponse:
-        with own_errors():
+        with own_errors(self._route):
             for message in self._call:
                 answer: pb.DenoiseStreamResponse = message
                 return answer

@@ -172,7 +172,8 @@ class Model:
         label_names: Empty, or one name a label.
         limits: What one call may ask for.
         bank: None where there is none.
-        batch_invariant: Whether an image has the same bits alone and in any batch.
+        batch_invariant: Whether an image has the same bits alone and in any batch, on one device
+            and implementation; if not, results and samples differ by rounding.
         has_log_evidence: Whether ``denoise_with_evidence`` is answered.
         implementation: Which patch attention answers; empty where none is used.
         version: A whole number, written in decimal.

@@ -5,6 +5,7 @@ It runs every few seconds beside a server at work, so it loads neither torch nor
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ def probe(
     service: Annotated[
         str, typer.Option(help="What to ask for: a model, a service; empty for the whole server.")
     ] = "",
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait.")] = 3.0,
+    timeout: Annotated[float, typer.Option(min=0.01, max=3600, help="Seconds to wait.")] = 3.0,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of the server's settings. [env: ELS_CONFIG]")
     ] = None,
@@ -36,6 +37,9 @@ def probe(
     It finds the server by the same ELS_… variables and the same file; flags of run it cannot know.
     """
     try:
+        # Of nan no comparison is true, so the option's own bounds let it pass.
+        if math.isnan(timeout):
+            raise LoadError("timeout", "expected seconds, got nan")
         settings = load_settings(config)
         if settings.port == 0 and not settings.health_port:
             raise LoadError("port", "expected the port that the server listens at, got 0 (any)")

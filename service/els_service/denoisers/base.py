@@ -201,6 +201,7 @@ class DenoiserInfo:
     label_names: tuple[str, ...] = ()
     bank: BankInfo | None = None
     batch_invariant: bool = True
+    """Whether an image has the same bits alone and in any batch; else they differ by rounding."""
     has_log_evidence: bool = False
     implementation: str = ""
     memory_bytes: int = 0

@@ -100,6 +100,10 @@ class Models:
         for _, versions in sorted(self._served.items()):
             yield from (entry for _, entry in sorted(versions.items()))
 
+    def names(self) -> set[str]:
+        """Return the names of models that are served or being loaded."""
+        return {*self._served, *self._loading}
+
     def newest(self) -> list[Entry]:
         """Return the newest version of each model, by name."""
         return [entry for _, entry in sorted(self._newest.items())]

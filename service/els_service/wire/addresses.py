@@ -49,6 +49,12 @@ def is_loopback(host: str) -> bool:
     return all(map(_is_loopback_address, found))
 
 
+def is_loopback_name(host: str) -> bool:
+    """Return whether a name or address is loopback's as it stands; nobody is asked for it."""
+    name = host.lower().rstrip(".")
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback_address(host)
+
+
 def is_local(peer: str) -> bool:
     """Return whether a peer is on this machine.
 

@@ -48,7 +48,11 @@ class Doors:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._credentials = tls.credentials(settings)
+        self._tls = tls.watched(settings)
+        asks = settings.tls_client_ca is not None
+        self._credentials = (
+            None if self._tls is None else tls.credentials(self._tls, client_certificates=asks)
+        )
         self._tokens = Tokens(settings.tokens) if settings.tokens else None
         _check_exposure(settings)
 
@@ -61,6 +65,14 @@ class Doors:
         if self._credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._credentials)
+
+    def stale(self) -> dict[str, float]:
+        """Return, for ``tokens`` and ``tls``, how long their files have been unusable, in seconds.
+
+        0.0 where they are current or not used. Looks at the files, in whichever thread.
+        """
+        watched = {"tokens": self._tokens, "tls": self._tls}
+        return {name: one.stale_s() if one else 0.0 for name, one in watched.items()}
 
     def guarded(
         self, service: str, handlers: Mapping[str, Handler], refuse: Refuse

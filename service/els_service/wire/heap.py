@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
-TRIM_EVERY_S = 1.0
-_WORTH_BYTES = 64 << 20
+TRIM_EVERY_S = 2.0
+_WORTH_BYTES = 8 << 20
 """Freed bytes from which giving them back is worth the time that it takes."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+_M_ARENA_MAX = -8
+"""As in glibc's malloc.h."""
+_ARENAS = 2
+"""One of the event loop, one of all other threads."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -33,8 +43,19 @@ def sizes() -> Iterator[tuple[str, float]]:
     yield "els_python_blocks", sys.getallocatedblocks()
     if (ask := _mallinfo2()) is not None:
         found = ask()
-        yield "els_malloc_used_bytes", found.uordblks + found.hblkhd
+        yield "els_malloc_used_bytes", _used(found)
         yield "els_malloc_free_bytes", found.fordblks
+
+
+def bound_arenas() -> None:
+    """Let malloc make few arenas; called before threads are started.
+
+    It makes up to eight for each core, each keeps what its bursts took, and the end of none but
+    the first can be given back. Does nothing where malloc is not glibc's.
+    """
+    set_option = _malloc_function("mallopt")
+    if set_option is not None:
+        set_option(_M_ARENA_MAX, _ARENAS)
 
 
 async def trim(interval_s: float = TRIM_EVERY_S) -> None:
@@ -43,35 +64,40 @@ async def trim(interval_s: float = TRIM_EVERY_S) -> None:
     malloc keeps what lies between blocks that are in use; after a burst of large messages that may
     be most of the process. Does nothing where malloc is not glibc's.
     """
-    ask, give_back = _mallinfo2(), _malloc_trim()
+    ask, give_back = _mallinfo2(), _malloc_function("malloc_trim")
     if ask is None or give_back is None:
         return
-    kept = 0
+    least = 0
     while True:
         await asyncio.sleep(interval_s)
-        free = ask().fordblks
-        # What could not be given back the last time is not tried again and again.
-        if free > kept + _WORTH_BYTES:
+        # Of free memory malloc does not say how much is resident; resident memory that is not in
+        # use does, but for what never was malloc's, which is constant.
+        unused = _resident() - _used(ask())
+        if unused > least + _WORTH_BYTES:
             await asyncio.to_thread(give_back, 0)
-            kept = ask().fordblks
-        kept = min(kept, free)
+            least = unused = _resident() - _used(ask())
+        least = min(least, unused)
 
 
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        function: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
-    return function
+def _used(found: _Mallinfo2) -> int:
+    return int(found.uordblks + found.hblkhd)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
 @cache
 def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
+    function: Any = _malloc_function("mallinfo2")  # from 2.33 on
+    if function is not None:
+        function.restype = _Mallinfo2
+    return cast("Callable[[], _Mallinfo2] | None", function)
+
+
+def _malloc_function(name: str) -> Any:
+    """Return a function of glibc's malloc; None where malloc is another's."""
     try:
-        # From 2.33 on; other libraries have none.
-        function = ctypes.CDLL(None).mallinfo2
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
-    function.restype = _Mallinfo2
-    return function

@@ -47,25 +47,33 @@ def is_large_gzip(data: bytes) -> bool:
     return len(data) > _SMALL_GZIP_BYTES and data.startswith(_GZIP)
 
 
+def announced_bytes(data: bytes) -> int:
+    """Return how large a gzip message says it is, at its end (RFC 1952, ISIZE)."""
+    return int.from_bytes(data[-4:], "little")
+
+
 def inflated(data: bytes, max_bytes: int) -> bytes:
     """Return a message, decompressed if it is gzip.
 
     Args:
         data: as it was received.
-        max_bytes: largest size of the message; no more than that is decompressed.
+        max_bytes: largest size of the message; no more than it announces is decompressed.
 
     Raises:
-        MessageStructureError: It is larger, or not gzip after all.
+        MessageStructureError: It is larger or announces more, or is not gzip after all.
     """
     if not data.startswith(_GZIP):
         return data
+    announced = announced_bytes(data)
+    if announced > max_bytes:
+        raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
     inflater = zlib.decompressobj(wbits=31)
     try:
-        message = inflater.decompress(data, max_bytes + 1)
+        message = inflater.decompress(data, announced + 1)
     except zlib.error as error:
         raise MessageStructureError(f"gzip: {error}") from None
-    if len(message) > max_bytes:
-        raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
+    if len(message) > announced:
+        raise MessageStructureError(f"gzip: expected {announced} bytes, got more")
     if not inflater.eof:
         raise MessageStructureError("gzip that is cut short")
     return message

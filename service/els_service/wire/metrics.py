@@ -7,14 +7,11 @@ and alerts written for it work.
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
-from threading import Thread
-from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 from grpc import StatusCode
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -24,14 +21,17 @@ from els_service.version import COMMIT, VERSION
 from els_service.wire import heap
 from els_service.wire.tallies import Tally, family, merged
 
-_log = logging.getLogger(__name__)
-
 _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
 )
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+RETAIN_S = 3600.0
+"""Time after a model's unload until its series end: so long may a scraper take to see the last."""
+RETAINED_MODELS = 64
+"""Unloaded models whose series are kept; beyond it the one unloaded longest ago goes sooner."""
 
 _MODEL = ("model",)
 _CODES = tuple(code.name for code in StatusCode)
@@ -55,6 +55,8 @@ _GAUGES = {
     "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",
     "els_queue_reserved_seconds": "Predicted time that holds room: of items that wait as when they "
     "came, and of a step of each trajectory.",
+    "els_reloaded_file_stale_seconds": "Time for which a file that is reloaded on change has been "
+    "unusable, so that its last good content still counts; 0 where it is current.",
     "els_serving": "1 while the health of the server is SERVING, else 0.",
     "els_trajectories": "Trajectories under way.",
     "els_watchdog_seconds": "Time without progress of a batch after which a device counts as lost.",
@@ -94,8 +96,8 @@ class Method:
         self.received = 0
         self.sent = 0
         """Messages of streams of answers; others are the calls that ended well."""
-        self.ended: dict[tuple[str, str], Tally] = {}
-        """Seconds by model and code."""
+        self.ended: dict[tuple[str | None, str], Tally] = {}
+        """Seconds by model and code; None stands for models whose series have ended."""
 
     def end(self, model: str, code: str, seconds: float, trace_id: str | None = None) -> None:
         """Count the end of a call."""
@@ -105,6 +107,16 @@ class Method:
         tally.observe(seconds)
         if trace_id is not None:
             tally.exemplify(seconds, trace_id)
+
+    def retire(self, models: set[str]) -> None:
+        """End the series of models; the method's own counts keep their calls."""
+        gone = [key for key in self.ended if key[0] in models]
+        kept = {key: tally for key, tally in self.ended.items() if key[0] not in models}
+        for code in {code for _, code in gone}:
+            keys = [(None, code), *(key for key in gone if key[1] == code)]
+            kept[None, code] = merged([self.ended[k] for k in keys if k in self.ended], _SECONDS)
+        # In one step: a scrape in between would see the counts go back.
+        self.ended = kept
 
     def answers(self) -> int:
         """Return how many messages were sent."""
@@ -137,6 +149,8 @@ class Metrics(Collector):
         self._computed: dict[str, _Batches] = {}
         self._dropped: dict[tuple[str, str], int] = {}
         self._lag, self._latest_lag = Tally(_LAG), 0.0
+        self._unloaded: dict[str, float] = {}
+        """When models with series were first found not to be served; the oldest first."""
         self.gauges: Callable[[], Gauges] = tuple
         """Asked at every scrape, in the scraper's thread; names as in ``_GAUGES``."""
         ProcessCollector(registry=self.registry)
@@ -187,16 +201,33 @@ class Metrics(Collector):
         yield from _of_gauges(self.gauges())
         yield from self._of_process()
 
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, Thread]:
-        """Serve ``/metrics`` over HTTP from a thread; ``server_port`` tells where.
+    def retire(self, served: Iterable[str], now: float | None = None) -> None:
+        """End the series of models unloaded for ``RETAIN_S``; call it in the event loop's thread.
 
-        Raises:
-            OSError: The port cannot be bound.
+        Args:
+            served: Names of the models that are served or being loaded.
+            now: On the monotonic clock.
         """
-        server, thread = start_http_server(port, host, self.registry)
-        # The library would print a traceback where a scraper hangs up.
-        server.handle_error = _scraper_left  # type: ignore[method-assign]
-        return server, thread
+        now = time.monotonic() if now is None else now
+        unloaded = self._with_series() - set(served)
+        known = {model: since for model, since in self._unloaded.items() if model in unloaded}
+        self._unloaded = known | dict.fromkeys(sorted(unloaded - known.keys()), now)
+        oldest = list(self._unloaded)[: max(0, len(self._unloaded) - RETAINED_MODELS)]
+        over = {model for model, since in self._unloaded.items() if now - since >= RETAIN_S}
+        for model in (gone := over.union(oldest)):
+            del self._unloaded[model]
+            self._queued.pop(model, None)
+            self._computed.pop(model, None)
+        for key in [key for key in self._dropped if key[0] in gone]:
+            del self._dropped[key]
+        for method in self._methods:
+            method.retire(gone)
+
+    def _with_series(self) -> set[str]:
+        """Return the models that have series; calls that name none have the empty name."""
+        asked = {model for method in self._methods for model, _ in method.ended if model}
+        dropped = {model for model, _ in self._dropped}
+        return (asked | self._queued.keys() | self._computed.keys() | dropped) - {""}
 
     def _of_calls(self) -> Iterator[Metric]:
         yield family(
@@ -207,6 +238,7 @@ class Metrics(Collector):
                 ((model, method.name, code), tally)
                 for method in self._methods
                 for (model, code), tally in list(method.ended.items())
+                if model is not None
             ),
         )
 
@@ -294,8 +326,3 @@ def _go_code(code: str) -> str:
     if code == "CANCELLED":
         return "Canceled"
     return code if code == "OK" else code.title().replace("_", "")
-
-
-def _scraper_left(request: Any, client_address: Any) -> None:
-    """Take the place of ``socketserver.BaseServer.handle_error``."""
-    _log.debug("a scraper left", extra={"peer": str(client_address)}, exc_info=True)

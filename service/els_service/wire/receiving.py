@@ -22,6 +22,7 @@ from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 from els_service.wire.batches import check_cancelled
 from els_service.wire.message_structure import (
     MessageStructureError,
+    announced_bytes,
     inflated,
     is_large_gzip,
 )
@@ -226,7 +227,7 @@ class Receiver:
         Raises:
             QueueFullError: There is no room for as much as it may become.
         """
-        holding = self.hold(caller, max_bytes // _WHOLE)
+        holding = self.hold(caller, min(announced_bytes(data), max_bytes))
         try:
             async with self._decompressing:
                 return await asyncio.to_thread(inflated, data, max_bytes)
@@ -330,9 +331,17 @@ class Receiver:
     def _reject(self, late: _Late, error: ElsError) -> None:
         if not late.rejected:
             late.rejected = True
-            task = asyncio.ensure_future(_end(late, error))
+            task = asyncio.ensure_future(self._end(late, error))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _end(self, late: _Late, error: ElsError) -> None:
+        if self._late.get(late.context) is not late:
+            return  # the message is there after all, and its call under way
+        try:
+            await late.reject(late.context, error)
+        except (grpc.aio.AbortError, grpc.aio.UsageError, asyncio.CancelledError):
+            return  # as it should, or the call has ended by itself
 
     def _deliver(self, context: Context, size: int, peer: str | None) -> None:
         late = self._late.pop(context, None)
@@ -342,10 +351,3 @@ class Receiver:
         if connection is not None and size:
             frames = 1 + size // _FRAME_BYTES
             connection.delivered += size + frames * _FRAME_OVERHEAD + _CALL_OVERHEAD
-
-
-async def _end(late: _Late, error: ElsError) -> None:
-    try:
-        await late.reject(late.context, error)
-    except (grpc.aio.AbortError, grpc.aio.UsageError, asyncio.CancelledError):
-        return  # as it should, or the call has ended by itself

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import torch
@@ -42,6 +40,7 @@ from els_service.wire.health import ALIVE, Health
 from els_service.wire.inference_service import InferenceService
 from els_service.wire.listening import bind
 from els_service.wire.metrics import Gauges, Metrics
+from els_service.wire.metrics_http import HttpPages
 from els_service.wire.preflight import tracing_maker
 from els_service.wire.receiving import Receiver
 
@@ -55,6 +54,7 @@ _SWITCH_S = 0.001
 """How long another thread, as one that writes a page of metrics or loads a model, may keep the
 event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
 _FLUSH_S = 0.5
+_UPKEEP_S = 5.0
 _CLOSE_S = 6.0
 """Spans are sent within 5 s, and who scrapes is waited for."""
 _REMEDY = "fill the folder, then RepositoryModelLoad each model, or start anew"
@@ -115,7 +115,7 @@ class Server:
         self._told_to_end: float | None = None
         """When, on the monotonic clock."""
         self._health = Health(_SERVICES, settings, self._receiver)
-        self._http: tuple[WSGIServer, Thread] | None = None
+        self._http: HttpPages | None = None
         self._grpc = self._assemble()
 
     async def start(self) -> Started:
@@ -129,8 +129,8 @@ class Server:
         settings = self._settings
         models = repository(settings)
         models.check_is_there()
-        lag = asyncio.create_task(loop_lag.watch(self._metrics.lagged))
-        self._watching = lag, asyncio.create_task(heap.trim())
+        duties = loop_lag.watch(self._metrics.lagged), heap.trim(), self._keep_up()
+        self._watching = tuple(map(asyncio.create_task, duties))
         grpc_port = bind(partial(self._doors.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         self._report()
@@ -175,10 +175,7 @@ class Server:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._http is not None:
-            http, thread = self._http
-            await asyncio.to_thread(http.shutdown)
-            http.server_close()
-            thread.join()
+            await asyncio.to_thread(self._http.close)
 
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
@@ -215,17 +212,36 @@ class Server:
         """Yield what the engine tells, and the server's own state and bounds, at any time."""
         settings, since = self._settings, self._told_to_end
         yield from self._engine.gauges()
+        for name, stale_s in self._doors.stale().items():
+            yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
         yield from self._health.gauges()
         yield "els_calls_in_flight", {}, self._calls.in_flight
         yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
         yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
         yield "els_queue_limit_seconds", {}, settings.queue_s
-        yield "els_serving", {}, self._ready() and since is None
+        yield "els_serving", {}, not self._why_not_ready()
         yield "els_watchdog_seconds", {}, settings.watchdog_s
 
     def _ready(self) -> bool:
         models = self._engine.models
         return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
+
+    def _why_not_ready(self) -> str:
+        """Return why the health of ``""`` is not SERVING, empty where it is; from any thread."""
+        if self._told_to_end is not None:
+            return "the server is draining"
+        if self._engine.models.starting:
+            return "models are being loaded"
+        return "" if self._ready() else "no model is served"
+
+    async def _keep_up(self) -> None:
+        """End series of models that are gone, and look at the files that may change."""
+        models = self._engine.models
+        while True:
+            await asyncio.sleep(_UPKEEP_S)
+            self._metrics.retire(models.names())
+            # Nobody may call or scrape, and a file that is broken should be told of all the same.
+            await asyncio.to_thread(self._doors.stale)
 
     def _report(self) -> None:
         models = self._engine.models
@@ -257,12 +273,12 @@ class Server:
     def _serve_metrics(self) -> int:
         host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
-            self._http = self._metrics.serve(host, port)
+            self._http = HttpPages(self._metrics.registry, self._why_not_ready, host, port)
         except OSError as error:
             raise LoadError(
                 address_of(host, port), f"cannot serve metrics: {error.strerror}"
             ) from error
-        return self._http[0].server_port
+        return self._http.port
 
 
 def stop_at_most_s(settings: Settings) -> float:
@@ -285,6 +301,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         LoadError: As ``Server.start``.
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
+    heap.bound_arenas()
     torch.set_num_threads(settings.threads or cpu_limit())
     sys.setswitchinterval(_SWITCH_S)
     allow_connections()

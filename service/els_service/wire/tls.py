@@ -24,25 +24,34 @@ class _Files:
         return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
 
 
-def credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Return the server's credentials, None without TLS.
+Watching = Watched[grpc.ServerCertificateConfiguration]
 
-    A changed file counts from the next handshake on; connections stay as they are. With a client CA
-    a handshake without a certificate of it fails.
+
+def watched(settings: Settings) -> Watching | None:
+    """Return the watched files of certificate, key and client CA, None without TLS.
 
     Raises:
         LoadError: One of the files is missing in the settings, unreadable, or does not fit.
     """
     files = _files(settings)
-    if files is None:
-        return None
-    watched = Watched(files.paths, lambda: _read(files))
-    served = watched.current()
+    return None if files is None else Watched(files.paths, lambda: _read(files))
+
+
+def credentials(files: Watching, *, client_certificates: bool) -> grpc.ServerCredentials:
+    """Return the server's credentials.
+
+    A changed file counts from the next handshake on; connections stay as they are.
+
+    Args:
+        files: Of ``watched``.
+        client_certificates: Whether a handshake without a certificate of the client CA fails.
+    """
+    served = files.current()
 
     def newest() -> grpc.ServerCertificateConfiguration | None:
         # None leaves the one before: building a context takes gRPC longer than a handshake.
         nonlocal served
-        current = watched.current()
+        current = files.current()
         if current is served:
             return None
         served = current
@@ -52,7 +61,7 @@ def credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.dynamic_ssl_server_credentials(
         served,
         newest,  # type: ignore[arg-type]
-        require_client_authentication=files.client_ca is not None,
+        require_client_authentication=client_certificates,
     )
 
 

@@ -65,6 +65,10 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self._known = Watched((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
 
+    def stale_s(self) -> float:
+        """Return for how long the file has been unusable, 0.0 where it is not: see ``Watched``."""
+        return self._known.stale_s()
+
     def caller(self, metadata: Iterable[tuple[str, str | bytes]], *, admin: bool) -> str:
         """Return the name of the token that a call's metadata show.
 

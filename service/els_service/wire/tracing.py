@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -26,6 +27,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from els_service.engine.terms import Launch
 from els_service.version import FULL
+from els_service.wire.addresses import is_loopback_name
 
 _EXPORT_S, _CLOSE_S = 5.0, 5.0
 _FAULTS = frozenset(
@@ -51,7 +53,7 @@ class Tracing:
         self, endpoint: str, ratio: float, *, exporter: SpanExporter | None = None
     ) -> None:
         self._ratio = ratio
-        self._exporter = exporter or OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)
+        self._exporter = exporter or _exporter(endpoint)
         resource = Resource.create({"service.name": "els-denoise", "service.version": FULL})
         # Whether to sample is decided before a span is made.
         self._provider = TracerProvider(
@@ -129,3 +131,14 @@ class Tracing:
         closing.join(_CLOSE_S)
         if closing.is_alive():
             self._exporter.shutdown()
+
+
+def _exporter(endpoint: str) -> OTLPSpanExporter:
+    # Its type says that values are texts, but gRPC's are numbers, too.
+    direct: Any = (("grpc.enable_http_proxy", 0),) if _is_near(endpoint) else None
+    return OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S, channel_options=direct)
+
+
+def _is_near(endpoint: str) -> bool:
+    """Return whether a collector is on this machine, by its name: a proxy could not reach it."""
+    return is_loopback_name(urlsplit(endpoint).hostname or "")

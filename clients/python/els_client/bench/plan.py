@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from els_client._channel import MAX_TIMEOUT_S
 from els_client._types import Tls
 from els_client.errors import InvalidArgumentError, Violation
 
 Kind: TypeAlias = Literal["denoise", "score", "sample"]
+_A_YEAR = f"at most {MAX_TIMEOUT_S:.0f} (a year)"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -94,6 +96,9 @@ class Plan:
             _expect(value is None or value > 0, name, "more than 0", value)
         for name in ("warm_up_s", "grace_s", "drain_s"):
             _expect(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("duration_s", "deadline_s", "warm_up_s", "grace_s", "drain_s"):
+            value = getattr(self, name)
+            _expect(value is None or value <= MAX_TIMEOUT_S, name, _A_YEAR, value)
         low, high = self.sigma
         _expect(0 < low <= high, "sigma", "0 < low <= high", f"{low} and {high}")
         known = set(self.mix) <= set(KINDS)
