@@ -209,13 +209,13 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 ),
             ),
             Graph(
-                "Age of the batch under way",
-                "At the watchdog's limit and what was predicted the process ends.",
+                "Batch under way without progress",
+                "At the watchdog's limit the process ends; a slow batch that goes on is none.",
                 "s",
                 (
                     (
                         "{{pod}} {{device}}",
-                        _each("els_device_running_seconds", "pod, device", PODS),
+                        _each("els_device_stalled_seconds", "pod, device", PODS),
                     ),
                     ("watchdog", f"min(els_watchdog_seconds{{{PODS}}})"),
                 ),

@@ -123,12 +123,12 @@ ALERTS = (
     Alert(
         "ElsWorkerStuck",
         "max by (namespace, pod, device)"
-        " (els_device_running_seconds / ignoring (device) group_left () els_watchdog_seconds)"
+        " (els_device_stalled_seconds / ignoring (device) group_left () els_watchdog_seconds)"
         # Before it serves it warms up, which may take long.
         " > 0.25 and on (namespace, pod) max by (namespace, pod) (els_serving) == 1"
         " or sum by (namespace, pod) (min_over_time(els_queue_items[2m])) > 0"
         " and sum by (namespace, pod) (rate(els_compute_seconds_count[2m])) == 0",
-        "{{ $labels.pod }} makes no progress: one batch takes very long, or none ends",
+        "{{ $labels.pod }} makes no progress: one batch stands still, or none ends",
         # No hold: by default the watchdog ends the process a minute and a half later.
         severity="critical",
     ),

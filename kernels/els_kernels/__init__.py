@@ -6,14 +6,18 @@ posterior.mean, posterior.log_evidence                # [B, C, H, W], [B, H, W]
 """
 
 from els_kernels.attention import IMPLEMENTATIONS, PatchAttention
+from els_kernels.control import ComputationStoppedError, Control, checkpoint
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior, count_pairs, max_window
 
 __all__ = [
     "GEOMETRIES",
     "IMPLEMENTATIONS",
+    "ComputationStoppedError",
+    "Control",
     "Geometry",
     "PatchAttention",
     "Posterior",
+    "checkpoint",
     "count_pairs",
     "max_window",
 ]

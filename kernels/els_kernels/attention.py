@@ -117,6 +117,7 @@ class PatchAttention:
 
         Raises:
             ValueError: an argument is not as above; says which, expected and got.
+            ComputationStoppedError: the current ``Control`` was told to stop, on a CPU.
         """
         self._check_query(x)
         x = x.resolve_neg()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from els_kernels.control import checkpoint
 from els_kernels.geometry import Geometry, Posterior
 
 
@@ -50,6 +51,7 @@ def _attend(
     allowed = _sources(height, width, window, geometry, x.device)
     mean, evidence = [], []
     for u, query in enumerate(queries):
+        checkpoint()
         sources = allowed[u]
         logits = -(query - a * keys[:, sources]).square().sum(-1) / (2 * s * s)
         weights = logits.flatten().softmax(0)

@@ -14,6 +14,7 @@ The norm rides along as one more column of the matmul.
 
 Tile shapes depend on the sizes of image, window and range, never on the batch: each image's
 arithmetic is the same alone and in company. Images that ask for the same keys share their tiles.
+Each tile begins with a ``checkpoint``, where a computation that nobody wants any more ends.
 Matmuls cut their operands by the number of threads, though: bits hold for one number of them. And
 torch's threads do not survive a fork: ask in a child only if nobody has asked before it.
 """
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from els_kernels.control import checkpoint
 from els_kernels.geometry import Geometry, Padding, Posterior, alike, band, zero_padded_spans
 
 _LOG2E = math.log2(math.e)
@@ -159,6 +161,7 @@ class _Cell:
         for keys, values in self._tiles(places):
             logits = query.new_empty(places, len(keys))
             for patch, (peak, sums) in zip(patches, states, strict=True):
+                checkpoint()
                 torch.mm(patch, keys.T, out=logits)
                 _absorb(logits, values, peak, sums)
         return states
@@ -261,6 +264,7 @@ def _same_place(
         keys = bank[first : first + together]
         half = keys.square().sum(1) / 2
         for query, (peak, sums) in zip(queries, states, strict=True):
+            checkpoint()
             products = (keys * query.scaled).sum(1).add_(half, alpha=query.bias)
             logits = rows @ (products @ cols.T)
             top = torch.maximum(peak, logits.amax(0))

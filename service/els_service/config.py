@@ -166,7 +166,9 @@ class Settings(BaseModel):
     memory_bytes: _Positive | None = None
     """Budget for loaded models; beyond it the one asked longest ago is unloaded meanwhile."""
     watchdog_s: Annotated[float, Field(gt=0)] = 120.0
-    """A batch that takes this much longer than predicted means a hung device: the server ends."""
+    """A batch without progress for this long means a hung device: the server ends. On a CPU
+    progress is a tile or CPU time of the worker; a GPU's batch is done ten times its prediction
+    later at the latest."""
     load_s: _Seconds = 300.0
     """How long a model may take to load; then it is refused, and the others are served."""
     max_images: _Positive = 256

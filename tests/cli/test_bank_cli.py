@@ -2,8 +2,10 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from els_service.cli.bank import app
 from els_service.cli.progress import progress_of
-from els_service.denoisers.banks import load_bank
+from els_service.cli.speed import told_bank_speed
+from els_service.denoisers.banks import load_bank, make_bank
 
 GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
 LABELS = np.array([1, 0, 1, 3, 0, 1])
@@ -48,6 +51,31 @@ def test_build_writes_the_bank_that_it_reports(source: Path) -> None:
     assert result.exit_code == 0
     assert load_bank(out).fingerprint[:20] in result.stdout
     assert "1 × 3" in result.stdout
+
+
+def test_build_tells_what_a_step_takes_here(source: Path) -> None:
+    result = run("build", source, source.with_name("bank.safetensors"))
+    *_, told = result.stdout.splitlines()
+    assert told == (
+        "an ELS machine over all 6 images: one image takes < 1 ms a step here, "
+        "< 1 ms for a sample of 20 steps"
+    )
+
+
+def test_a_dear_bank_is_told_with_what_would_make_it_cheaper() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30_000, 3, 32, 32), np.uint8)
+    began = time.monotonic()
+    told = told_bank_speed(make_bank(pixels))
+    assert time.monotonic() - began < 10
+    seconds = re.fullmatch(
+        r"an ELS machine over all 30000 images: one image takes ([0-9.e+]+) s a step here, "
+        r"([0-9.e+]+) (?:s|min) for a sample of 20 steps\. Cheaper: fewer images \(--per-label, "
+        r"--limit\), as time grows with their number; smaller ones \(--resize\), .*",
+        told,
+    )
+    assert seconds is not None, told
+    # Two cores take ten seconds or so, whatever else they do.
+    assert 1 < float(seconds[1]) < 120
 
 
 def test_build_passes_every_option_on(source: Path) -> None:

@@ -59,6 +59,7 @@ MODELS = {
         implementation="cpu",
         version="3",
         memory_bytes=1000,
+        step_seconds=0.25,
     ),
     "rgb": pb.Model(name="rgb", kind="gaussian", channels=3, height=4, width=6),
 }

@@ -45,7 +45,9 @@ def test_help_documents_the_exit_codes() -> None:
 
 
 def test_models_are_a_table_or_json(target: str) -> None:
-    assert "fashion-els" in els("models", "--target", target).stdout
+    shown = els("models", "--target", target).stdout
+    (row,) = (line.split() for line in shown.splitlines() if "fashion-els" in line)
+    assert row[-4:] == ["0.25", "s", "5", "s"]
     first, second = json.loads(els("models", "--target", target, "--json").stdout)
     assert (first["name"], first["bank"]["images"]) == ("fashion-els", 7)
     assert second["window"] is None

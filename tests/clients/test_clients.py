@@ -86,6 +86,7 @@ async def test_models_are_described_in_full(twin: Twin) -> None:
     assert (els.limits.max_pixels, els.limits.priority_levels) == (9, 4)
     assert (els.version, els.memory_bytes) == ("3", 1000)
     assert els.bank.images == 7
+    assert (els.step_seconds, rgb.step_seconds) == (0.25, 0.0)
     assert rgb.window is None
     assert rgb.bank is None
 
@@ -187,9 +188,10 @@ async def test_timeout_is_the_deadline_of_unary_calls_and_of_samples(
     kind: type[Client] | type[AsyncClient], target: str
 ) -> None:
     twin = Twin(kind(target, timeout_s=0.05))
-    with pytest.raises(DeadlineExceededError):
+    told = r"no answer within the 0\.05 s allowed: raise timeout_s \(--timeout\)"
+    with pytest.raises(DeadlineExceededError, match=told):
         await twin.call("denoise", X, model="slow", sigma=0.5)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=told):
         await twin.steps(model="slow")
     await twin.close()
 

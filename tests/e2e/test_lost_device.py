@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.asking import asked, denoiser, images
+from tests.e2e.asking import asked, denoiser, images, images_computed
 from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.e2e.odd_server import BREAK, BROKEN, HANG
 from tests.e2e.processes import ODD, START_S, environment, serving
@@ -58,6 +59,23 @@ async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3
             for answer in await rest_of(stream):
                 assert answer.response.denoised.data or reason in answer.error.message
         assert await asyncio.to_thread(server.wait) == (3, "")
+
+
+async def test_a_server_that_was_paused_beyond_its_watchdog_serves_on(models: Path) -> None:
+    options = {"ELS_WATCHDOG_S": "0.5", "ELS_BATCH_S": "0.05"}
+    with serving("--models", models, program=ODD, **options) as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            stub = denoiser(channel)
+            call = asyncio.ensure_future(stub.Denoise(asked(images(*[1.0] * 20)), timeout=60))
+            while not await images_computed(channel, "slow"):
+                pass
+            server.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(1.2)
+            server.process.send_signal(signal.SIGCONT)
+            assert (await call).denoised.data
+            assert (await stub.Denoise(asked(images(2.0)), timeout=60)).denoised.data
+        server.terminate()
+        assert await asyncio.to_thread(server.wait) == (0, "")
 
 
 def test_a_device_that_breaks_while_models_are_loaded_ends_the_process_with_3(

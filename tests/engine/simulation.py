@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from tests.engine.conftest import SHAPE, Observed, query
 
+from els_kernels import Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
@@ -30,6 +32,10 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         waiting: Any = self
+        while waiting._scheduled and waiting._scheduled[0]._cancelled:
+            # As the loop does itself, but before time jumps to what will not happen.
+            waiting._timer_cancelled_count -= 1
+            heapq.heappop(waiting._scheduled)._scheduled = False
         if not waiting._ready and waiting._scheduled:
             self.now = max(self.now, waiting._scheduled[0]._when)
         super()._run_once()  # type: ignore[misc]  # asyncio's own name for one turn of the loop
@@ -57,7 +63,18 @@ class SimulatedDevice:
     def running_s(self) -> float:
         return 0.0
 
-    def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
+    @property
+    def stalled_s(self) -> float:
+        return 0.0
+
+    def run(
+        self,
+        work: Callable[[], T],
+        watchdog_s: float,
+        *,
+        predicted_s: float = 0.0,
+        control: Control | None = None,
+    ) -> asyncio.Future[Outcome[T]]:
         assert not self.running, "one batch at a time"
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Outcome[T]] = loop.create_future()

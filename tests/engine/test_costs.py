@@ -60,3 +60,38 @@ def test_no_prediction_is_negative() -> None:
     model = taught(*((n, 5.0 - 0.1 * n) for n in (1, 8, 3, 12, 1, 5, 8, 2)))
     assert model.seconds(0.0) >= 0
     assert model.marginal(1.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "estimate", "refuses"),
+    [
+        (CostModel(), 4.1, True),
+        (CostModel(), 3.9, False),
+        # A machine that is faster than was estimated, by what was seen once.
+        (taught((1.0, 0.1)), 4.1, False),
+        (taught((1.0, 0.1)), 41.0, True),
+        # One that was slower than was estimated once may have been paused.
+        (taught((1.0, 100.0)), 3.9, False),
+        (taught(*[(1.0, 1.0)] * 3), 0.0, True),
+    ],
+)
+def test_a_prediction_refuses_before_it_is_trusted_if_it_is_several_times_too_late(
+    model: CostModel, estimate: float, refuses: bool
+) -> None:
+    assert model.may_refuse(estimate, 1.0, now=5.0) is refuses
+
+
+def test_a_short_first_question_shows_a_faster_machine_but_not_a_slower_one() -> None:
+    for seconds, expected in ((0.001, 0.1), (0.009, 0.9), (0.02, 2.0)):
+        model = CostModel()
+        model.calibrate(0.01, seconds)
+        assert model.seconds(1.0) == pytest.approx(expected)
+    model = CostModel()
+    model.calibrate(0.0001, 0.009)
+    assert model.seconds(1.0) == 1.0
+
+
+def test_what_was_learned_outranks_a_first_question() -> None:
+    model = taught((1.0, 2.0))
+    model.calibrate(1.0, 5.0)
+    assert model.seconds(1.0) == 2.0

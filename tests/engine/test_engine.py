@@ -176,6 +176,18 @@ async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_s
         await anext(engine.sample("model", run, Terms(deadline=time.monotonic() + 500 * each)))
 
 
+async def test_a_fresh_server_refuses_a_trajectory_that_cannot_be_in_time(engine: Engine) -> None:
+    recorder = Recorder(1.0)
+    engine.models.add("model", recorder)
+    run = run_of(recorder.info.shape, options=Options(steps=20))
+    told = (
+        r"model 20 times, 1 s each by prediction: 20 s; 4\.\d* s are left of .* raise .*timeout_s"
+    )
+    with pytest.raises(DeadlineExceededError, match=told):
+        await anext(engine.sample("model", run, Terms(deadline=time.monotonic() + 4.9)))
+    assert recorder.batches == []
+
+
 async def test_a_trajectory_with_a_wrong_label_is_refused(engine: Engine) -> None:
     engine.models.add("model", Recorder())
     run = run_of(Recorder().info.shape, count=2, labels=1)

@@ -293,3 +293,19 @@ async def test_what_fails_at_once_is_counted_as_what_fails_in_a_batch(
     assert observed.reasons == ["faulted"]
     assert observed.waits == []
     assert engine.models.entry("model").statistics.failed.count == 1
+
+
+async def test_a_fresh_server_refuses_what_cannot_be_in_time_and_says_what_to_raise(
+    engine: Engine,
+) -> None:
+    recorder = Recorder(seconds=8.0)
+    engine.models.add("model", recorder)
+    told = (
+        r"of model is predicted in 8 s, of which 0 s waiting; 1\.9\d* s are left of the time"
+        r" allowed: raise the call's deadline \(timeout_s, --timeout\)"
+    )
+    with pytest.raises(DeadlineExceededError, match=told):
+        await ask(engine, 1, deadline=time.monotonic() + 1.95)
+    # A wrong estimate shuts nobody out who has half the time: asking is how it is learned.
+    assert values(await ask(engine, 2, deadline=time.monotonic() + 4)) == [4]
+    assert recorder.batches == [[2]]

@@ -24,10 +24,11 @@ int main() {
   const auto packed = allocate<float>(tiles * channels * pixels * lanes);
   els_pack(0, bank.data(), centre.data(), images, channels, height, width, packed.get());
   std::vector<float> mean(x.size()), log_evidence(batch * pixels);
+  els::Control control = {};
   const ElsCall call = {0, int(head[5]), packed.get(), centre.data(), images, channels, height,
                         width, std::int32_t(head[6]), std::int32_t(head[7]), std::int32_t(head[8]),
                         batch, x.data(), a.data(), s.data(), window.data(), ranges.data(),
-                        mean.data(), log_evidence.data(), 0};
+                        mean.data(), log_evidence.data(), &control};
   if (els_attend(&call) != 0) return 1;
   std::fwrite(mean.data(), sizeof(float), mean.size(), stdout);
   std::fwrite(log_evidence.data(), sizeof(float), log_evidence.size(), stdout);

@@ -177,7 +177,7 @@ class AsyncClient:
         attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:
-                with own_errors(self._route):
+                with own_errors(self._route, timeout_s):
                     return await method(request, timeout=attempts.left_s(), metadata=self._metadata)
             except (ResourceExhaustedError, UnavailableError) as error:
                 pause_s = attempts.pause_s(error) if pure else attempts.pause_if_full_s(error)
@@ -191,7 +191,7 @@ class AsyncClient:
         while True:
             call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
             try:
-                with own_errors(self._route):
+                with own_errors(self._route, timeout_s):
                     async for message in call:
                         if step := trajectory.accept(message):
                             yield step

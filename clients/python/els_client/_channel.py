@@ -158,19 +158,20 @@ def _content(field: str, path: str | Path | None) -> bytes | None:
 
 
 @contextmanager
-def own_errors(route: Route | None = None) -> Iterator[None]:
+def own_errors(route: Route | None = None, timeout_s: float | None = None) -> Iterator[None]:
     """Raise what gRPC raises inside as an ``ElsError``, the original as its cause.
 
     Args:
-        route: Of the channel; its proxy is named where nothing was reached.
+        route: Of the channel; it explains what never reached a server or was not answered.
+        timeout_s: What the whole call was allowed, for the text of one that took longer.
     """
     try:
         yield
     except grpc.RpcError as error:
-        raise _translated(error, route) from error
+        raise _translated(error, route, timeout_s) from error
 
 
-def _translated(error: grpc.RpcError, route: Route | None) -> ElsError:
+def _translated(error: grpc.RpcError, route: Route | None, timeout_s: float | None) -> ElsError:
     # Both kinds of channel raise an error that is its own call, which the stubs do not say.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
@@ -181,7 +182,8 @@ def _translated(error: grpc.RpcError, route: Route | None) -> ElsError:
     if code == "INTERNAL" and _RESET in (error.details() or ""):
         return error_of("UNAVAILABLE", "the server was gone before its answer was whole")
     message = error.details() or code
-    return _error_of(code, route.explained(code, message) if route else message, status)
+    text = route.explained(code, message, timeout_s) if route else message
+    return _error_of(code, text, status)
 
 
 def error_of_status(status: status_pb2.Status) -> ElsError:

@@ -232,6 +232,7 @@ def decode_model(model: pb.Model) -> Model:
         if model.HasField("conditioning")
         else None,
         decoded_shape=(decoded[0], decoded[1], decoded[2]) if decoded else None,
+        step_seconds=model.step_seconds,
     )
 
 

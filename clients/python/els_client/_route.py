@@ -16,8 +16,8 @@ _UNIX_SCHEMES = ("unix", "unix-abstract", "vsock")
 _SCHEMES = (*_UNIX_SCHEMES, "dns", "ipv4", "ipv6", "xds")
 _REFUSED = re.compile(r"Connection refused|unix:.*No such file or directory")
 _NOT_CONNECTED = re.compile(r"failed to connect|backends failing|errors resolving|HTTP proxy")
-# What gRPC says where the client itself ended the call.
-_LATE = re.compile(r"Deadline Exceeded", re.IGNORECASE)
+# What gRPC says, or its code if it says nothing, where the client itself ended the call.
+_LATE = re.compile(r"Deadline[ _]Exceeded", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,19 @@ class Route:
             return cls(target, is_local=False)
         return cls(target, False, proxy, variable)
 
-    def explained(self, code: str, message: str) -> str:
-        """Return the text of an error, with what its caller can do where nothing was reached."""
-        if code == "DEADLINE_EXCEEDED" and _LATE.fullmatch(message) and self.proxy:
-            return f"{message} ({self._through()})"
+    def explained(self, code: str, message: str, timeout_s: float | None = None) -> str:
+        """Return the text of an error, with what its caller can do where nothing was reached.
+
+        Args:
+            code: Name of the status.
+            message: Text of the status; its code where it has none.
+            timeout_s: Seconds that the whole call was allowed, where known.
+        """
+        if code == "DEADLINE_EXCEEDED" and _LATE.fullmatch(message):
+            if timeout_s is not None:
+                message = f"no answer within the {timeout_s:.6g} s allowed: raise timeout_s"
+                message += " (--timeout)"
+            return f"{message} ({self._through()})" if self.proxy else message
         if code != "UNAVAILABLE" or not _NOT_CONNECTED.search(message):
             return message
         if self.proxy:

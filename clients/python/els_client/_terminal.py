@@ -53,7 +53,9 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in models]))
         return
     name = Column("name", no_wrap=True)
-    table = Table(name, "machine", "padding", "image", "labels", "window", "bank", box=SIMPLE_HEAD)
+    times = (Column(name, justify="right", no_wrap=True) for name in ("step", "20 steps"))
+    facts = "machine", "padding", "image", "labels", "window", "bank"
+    table = Table(name, *facts, *times, box=SIMPLE_HEAD)
     for model in models:
         window = model.window
         table.add_row(
@@ -64,8 +66,22 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
             str(model.label_count or "–"),
             f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
             str(model.bank.images) if model.bank else "–",
+            _duration(model.step_seconds),
+            _duration(20 * model.step_seconds),
         )
     Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    """Return a predicted duration, two digits and a unit, or ``< 1 ms``; 0 is not known."""
+    if not seconds:
+        return "–"
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-3 else "< 1 ms"
 
 
 def list_repository(

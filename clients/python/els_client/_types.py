@@ -180,6 +180,8 @@ class Model:
         memory_bytes: About how much memory it takes while loaded.
         conditioning: None where it takes none; else every question needs one.
         decoded_shape: (C, H, W) of the images that a latent model's latents decode to; else None.
+        step_seconds: Seconds that the server predicts for one step of one image, averaged over a
+            sample of 20 steps; 0 where it does not know.
     """
 
     name: str
@@ -202,6 +204,7 @@ class Model:
     memory_bytes: int
     conditioning: Conditioning | None = None
     decoded_shape: tuple[int, int, int] | None = None
+    step_seconds: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from els_kernels.control import ComputationStoppedError, Control, current
 from els_kernels.geometry import Geometry, Posterior
 
 LIBRARY = Path(__file__).with_name("libels_native.so")
 
 _SOURCES = {"same": 0, "every": 1}
 _PADDING = {"zeros": 0, "circular": 1, "valid": 2}
+_NO_MEMORY, _STOPPED = 1, 2
+"""What ``els_attend`` returns; 0 for an answer."""
 
 
 class _Call(ctypes.Structure):
@@ -44,7 +47,7 @@ class _Call(ctypes.Structure):
         ("ranges", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
         ("log_evidence", ctypes.c_void_p),
-        ("stop", ctypes.c_int32),
+        ("control", ctypes.c_void_p),
     )
 
 
@@ -142,6 +145,7 @@ class Native:
         """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
 
         Raises:
+            ComputationStoppedError: The current ``Control`` was told to stop.
             MemoryError: There was none for the partial results.
         """
         x = x.contiguous()
@@ -149,6 +153,7 @@ class Native:
         scales = torch.tensor([a, s], dtype=torch.float64, device="cpu")
         windows = torch.tensor(window, dtype=torch.int64, device="cpu")
         limits = torch.tensor(ranges, dtype=torch.int64, device="cpu")
+        control = current() or Control()
         call = _Call(
             kernel=self._kernel,
             threads=torch.get_num_threads(),
@@ -169,15 +174,19 @@ class Native:
             ranges=limits.data_ptr(),
             mean=answer.mean.data_ptr(),
             log_evidence=answer.log_evidence.data_ptr(),
+            control=control.address,
         )
         # What the library reads and writes lives at least as long as it runs.
-        if _run(call, (self, x, scales, windows, limits, answer)) != 0:
+        status = _run(call, control, (self, x, scales, windows, limits, answer))
+        if status == _STOPPED:
+            raise ComputationStoppedError("native: stopped between two tiles")
+        if status == _NO_MEMORY:
             raise MemoryError("native: no memory for the partial results of this batch")
         return answer
 
 
-def _run(call: _Call, alive: object) -> int:
-    """Return what the library says of a call; Ctrl-C ends it after the tasks under way.
+def _run(call: _Call, control: Control, alive: object) -> int:
+    """Return what the library says of a call; Ctrl-C ends it after the tiles under way.
 
     Signals reach Python in the main thread alone, and only while that is not inside the library.
     """
@@ -188,10 +197,11 @@ def _run(call: _Call, alive: object) -> int:
     def work(alive: object) -> None:
         said.append(_library().els_attend(ctypes.byref(call)))
 
-    worker = threading.Thread(target=work, args=(alive,), name="els-native")
+    worker = threading.Thread(target=work, args=((control, alive),), name="els-native")
     try:
         worker.start()
         worker.join()
-    finally:
-        call.stop = 1
+    except BaseException:
+        control.stop()
+        raise
     return said[0]

@@ -83,6 +83,10 @@ def build(
     _print_table(out, bank)
     if skip_unreadable:
         _tell_skipped(skipped)
+    # Imports the engine, which takes a second.
+    from els_service.cli.speed import told_bank_speed
+
+    typer.echo(told_bank_speed(bank))
 
 
 def _tell_skipped(skipped: list[str]) -> None:

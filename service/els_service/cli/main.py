@@ -148,7 +148,11 @@ def check(
         bool, typer.Option(help="Refuse ELS_… variables that are no setting, too.")
     ] = False,
 ) -> None:
-    """Check configuration and model folders; exits with 2 and names each fault."""
+    """Check configuration and model folders; exits with 2 and names each fault.
+
+    Tells how long a step of each model takes on this machine, and a sample of 20 steps: its own
+    estimate, corrected by a question that takes a tenth of a second.
+    """
     flags = dict(locals())
     del flags["config_only"], flags["strict"]
     settings = _settings(flags)
@@ -168,9 +172,15 @@ def check(
 
 
 def _check_models(settings: Settings) -> int:
-    """Load every model, tell each one's state, and return how many are refused."""
-    from els_service.wire.server import repository
+    """Load and ask every model, tell each one's state, and return how many are refused."""
+    import torch
 
+    from els_service.cli.speed import told_speed
+    from els_service.config import cpu_limit
+    from els_service.wire.server import choose_devices, repository
+
+    torch.set_num_threads(settings.threads or cpu_limit())
+    device = choose_devices(settings.device)[0]
     faults = 0
     try:
         models = repository(settings)
@@ -180,9 +190,11 @@ def _check_models(settings: Settings) -> int:
     for name in names:
         try:
             for version in models.versions(name):
-                info = models.load(name, version).info
+                denoiser = models.load(name, version, device)
+                info = denoiser.info
                 told = name if version == 1 else f"{name} version {version}"
-                typer.echo(f"{told}: ok, {info.kind} {info.machine}".rstrip())
+                kind = f"{info.kind} {info.machine}".rstrip()
+                typer.echo(f"{told}: ok, {kind}; {told_speed(denoiser)}")
         except LoadError as error:
             faults += 1
             typer.echo(f"{name}: {error}", err=True)

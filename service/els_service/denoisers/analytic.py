@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from els_kernels import GEOMETRIES, PatchAttention, count_pairs, max_window
+from els_kernels.native import instruction_sets
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import (
     BankInfo,
@@ -19,8 +20,13 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.windows import WindowTable, default_windows
 
-_PAIRS_PER_SECOND = {"reference": 1e6, "torch": 3e8, "native": 1e10, "triton": 1e11}
-"""About what two server cores, or a GPU, do; decides what is inline and what makes a batch."""
+_PER_THREAD = {"reference": 2e6, "torch": 1e8}
+"""Pairs that a thread does in a second (measured); decides what is inline, what makes a batch, and
+what a fresh server refuses."""
+_NATIVE_PER_THREAD = {"avx512": 3.5e9, "avx2": 1.2e9, "baseline": 5e8}
+"""The same of the native kernel, by instruction set."""
+_TRITON = 1e11
+"""Pairs that a GPU does in a second, about."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -63,6 +69,7 @@ class AnalyticDenoiser:
         if table is not None and max(table.k) > largest:
             raise ValueError(f"window: expected at most {largest} here, got {max(table.k)}")
         self._window = table
+        self._pairs_per_second = _speed(attention.implementation)
         self._info = DenoiserInfo(
             kind="analytic",
             shape=bank.shape,
@@ -90,18 +97,26 @@ class AnalyticDenoiser:
             self._bank.label_range(int(label))
 
     def predict_seconds(self, query: Query) -> float:
-        """Return a rough estimate from the number of pairs."""
+        """Return a rough estimate from the number of pairs, for as many threads as torch has."""
         work = sum(
             self._work(int(k)) * (hi - lo)
             for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
         )
-        return work / _PAIRS_PER_SECOND[self._info.implementation]
+        return work / self._pairs_per_second
 
     def _work(self, k: int) -> float:
         """Return what an image and one of the bank cost, in pairs of the smallest window."""
-        height, width = self._info.shape[1:]
+        channels, height, width = self._info.shape
         pairs = count_pairs(self._geometry, height, width, k)
-        if self._info.implementation != "native":
+        if self._info.implementation not in ("native", "torch"):
+            return pairs
+        # These weights are measured, too: products alone, and sweeps that answer only once.
+        if self._geometry.whole:
+            every = self._geometry.sources == "every"
+            return channels * (pairs * pairs / 8 if every else pairs / 2)
+        if self._geometry.sources == "same":
+            return 3 * pairs
+        if self._info.implementation == "torch":
             return pairs
         # It goes by displacements, which become fewer as the root of the pairs does (measured).
         return math.sqrt(pairs * count_pairs(self._geometry, height, width, 1))
@@ -125,6 +140,15 @@ class AnalyticDenoiser:
 
     def _ranges(self, query: Query) -> list[tuple[int, int]]:
         return [self._bank.label_range(int(label)) for label in query.labels]
+
+
+def _speed(implementation: str) -> float:
+    """Return about how many pairs an implementation does in a second here."""
+    if implementation == "triton":
+        return _TRITON
+    if implementation == "native":
+        return _NATIVE_PER_THREAD[instruction_sets()[0]] * torch.get_num_threads()
+    return _PER_THREAD[implementation] * torch.get_num_threads()
 
 
 def bank_info(bank: Bank) -> BankInfo:

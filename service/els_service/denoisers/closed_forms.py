@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els_kernels import checkpoint
 from els_service.denoisers.analytic import bank_bytes, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
@@ -174,6 +175,7 @@ class WienerDenoiser:
         return Denoised(torch.stack(images).view(query.pixels.shape).numpy(), None)
 
     def _denoise_one(self, x: Tensor, a: float, s: float, label: int) -> Tensor:
+        checkpoint()
         if label not in self._spectra:
             self._spectra[label] = _spectrum(self._pixels[slice(*self._bank.label_range(label))])
         spectrum = self._spectra[label]

@@ -14,6 +14,10 @@ _ENOUGH = 3
 """Batches after which a prediction may be held against a caller."""
 _STALE_S = 10.0
 """Without a batch for so long a prediction is not held against anybody: asking is how it learns."""
+_FAR = 4.0
+"""So many times the time allowed, and a prediction counts even if nothing was measured lately."""
+_TELLING_S = 0.01
+"""Overheads of a question that takes this long are a small part of it."""
 _SPREAD = 0.05
 """Least relative variance of the estimates seen from which a slope can be told."""
 
@@ -48,6 +52,30 @@ class CostModel:
     def trusted(self, now: float) -> bool:
         """Return whether enough was seen, lately enough, to refuse a query by prediction."""
         return self._seen >= _ENOUGH and now - self._last < _STALE_S
+
+    def may_refuse(self, estimate: float, allowed_s: float, now: float) -> bool:
+        """Return whether a query may be refused by prediction.
+
+        It may once the prediction is ``trusted``, and before that if estimate and prediction both
+        exceed the time allowed several times: neither is wrong by so much, and a wrong one of them
+        alone cannot shut callers out for ever.
+
+        Args:
+            estimate: seconds of the work itself by the denoiser's estimate, waiting left out.
+            allowed_s: until the deadline.
+            now: on the clock that ``learn`` is given.
+        """
+        return self.trusted(now) or min(estimate, self.seconds(estimate)) > _FAR * allowed_s
+
+    def calibrate(self, estimate: float, seconds: float) -> None:
+        """Take in how long a first, small question took, before anything was learned.
+
+        A short one shows that a machine is faster than was estimated, but not that it is slower:
+        it has overheads which large ones do not repeat.
+        """
+        if not self._seen and estimate > 0:
+            rate = seconds / estimate
+            self._rate = rate if seconds > _TELLING_S else min(1.0, rate)
 
     def learn(self, estimate: float, seconds: float, now: float) -> None:
         """Take in that a batch estimated at ``estimate`` took ``seconds``."""

@@ -1,4 +1,11 @@
-"""A device: one worker thread that computes for all models on it, and a watchdog beside it."""
+"""A device: one worker thread that computes for all models on it, and a watchdog beside it.
+
+On a CPU the watchdog judges progress: the counter of the computation's ``Control``, which grows
+with every tile, or else the CPU time of the worker thread. A computation that is slow, on a
+throttled machine say, shows one of them; a deadlock, a sleep or an endless wait shows neither. Time
+in which the event loop itself did not run (SIGSTOP, a frozen container, a suspended laptop) is not
+held against the worker. On other devices a launch shows nothing, and time is all there is.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +14,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from els_kernels import Control
 from els_service.errors import UnavailableError
 
 T = TypeVar("T")
+
+_LOOKS = 8
+"""How often the watchdog looks at a piece of work within its limit, at least."""
+_LONGEST_LOOK_S = 1.0
+_LEAST_SHARE = 1e-3
+"""Part of a core that counts as progress. A cgroup grants 1 % at least; a thread that wakes up ten
+times a second to find nothing takes less than a thousandth."""
+_BURNED = 10.0
+"""So many times its limit a thread may burn CPU time without a tile: an endless loop, else."""
 
 
 class DeviceLostError(UnavailableError):
@@ -48,11 +65,30 @@ class Device(Protocol):
         """Seconds since the work under way began; 0 where there is none. From any thread."""
         ...
 
-    def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the work under way last made progress, as far as that can be seen."""
+        ...
+
+    def run(
+        self,
+        work: Callable[[], T],
+        watchdog_s: float,
+        *,
+        predicted_s: float = 0.0,
+        control: Control | None = None,
+    ) -> asyncio.Future[Outcome[T]]:
         """Return the outcome to come, or what ``work`` raised.
 
-        The future fails with DeviceLostError if ``work`` takes longer than ``limit_s`` or breaks
-        the device.
+        The future fails with DeviceLostError if ``work`` hangs or breaks the device. It hangs on a
+        CPU if it makes no progress for ``watchdog_s``, or burns ten times its limit of CPU time
+        without a tile; elsewhere if it takes longer than its limit.
+
+        Args:
+            work: called on the device's thread, with ``control`` as the current one.
+            watchdog_s: seconds of patience.
+            predicted_s: ten times as much is added to ``watchdog_s`` for the limit.
+            control: stops the work between two tiles; it then fails with ComputationStoppedError.
         """
         ...
 
@@ -65,8 +101,27 @@ class Device(Protocol):
 class _Job:
     work: Callable[[], Any]
     done: asyncio.Future[Outcome[Any]]
-    watchdog: asyncio.TimerHandle | None = None
+    control: Control
+    watchdog_s: float
+    limit_s: float
+    timer: asyncio.TimerHandle | None = None
     begun: bool = False
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What the watchdog saw of the work under way; times in seconds."""
+
+    at: float
+    """When it looked last."""
+    progress: int = 0
+    cpu_s: float = 0.0
+    """CPU time of the worker at its latest sign of life."""
+    idle_s: float = 0.0
+    """Since then, but for time in which the event loop did not run."""
+    tile_cpu_s: float = 0.0
+    """CPU time of the worker at its latest tile."""
 
 
 class WorkerDevice:
@@ -85,6 +140,10 @@ class WorkerDevice:
         """Why nothing can be computed here any more; empty while all is well."""
         self._began: float | None = None
         """When the work under way began."""
+        self._cpu_clock = 0
+        """Of the worker thread, while it lives."""
+        self._idle_s = 0.0
+        """Since the work under way last showed progress, as the watchdog saw it."""
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._work, name=f"els-{name}", daemon=True)
@@ -96,13 +155,28 @@ class WorkerDevice:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
-    def run(self, work: Callable[[], T], limit_s: float) -> asyncio.Future[Outcome[T]]:
+    @property
+    def stalled_s(self) -> float:
+        """Seconds without progress of the work under way; see ``Device``."""
+        if self._began is None:
+            return 0.0
+        return self._idle_s if self.name == "cpu" else self.running_s
+
+    def run(
+        self,
+        work: Callable[[], T],
+        watchdog_s: float,
+        *,
+        predicted_s: float = 0.0,
+        control: Control | None = None,
+    ) -> asyncio.Future[Outcome[T]]:
         """Return the outcome to come; see ``Device``."""
-        job = _Job(work, self._loop.create_future())
+        limit_s = watchdog_s + 10 * predicted_s
+        job = _Job(work, self._loop.create_future(), control or Control(), watchdog_s, limit_s)
         if self.lost:
             job.done.set_exception(DeviceLostError(self.lost))
             return job.done
-        job.watchdog = self._loop.call_later(limit_s, self._hangs, job, limit_s)
+        self._look_again(job, _Watch(time.monotonic()))
         self._jobs.put(job)
         return job.done
 
@@ -115,26 +189,29 @@ class WorkerDevice:
     def _work(self) -> None:
         if self.name.startswith("cuda"):
             torch.cuda.set_device(self.name)
+        self._cpu_clock = time.pthread_getcpuclockid(get_ident())
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
-                job.begun, began = True, time.monotonic()
-                self._began = began
+                began = time.monotonic()
+                self._idle_s, self._began, job.begun = 0.0, began, True
                 try:
-                    result: Any = job.work()
+                    with job.control as control:
+                        control.advance()
+                        result: Any = job.work()
                 except BaseException as error:
                     # Whatever it is: the thread must go on, and the caller must be told.
                     result = error
                 outcome = Outcome(result, began, time.monotonic())
-                self._began = None
+                self._began, job.ended = None, True
                 try:
                     self._loop.call_soon_threadsafe(self._deliver, job, outcome)
                 except RuntimeError:
                     return  # the loop is closed: nobody waits
-                del job, result, outcome  # while idle, nothing is held
+                del job, control, result, outcome  # while idle, nothing is held
 
     def _deliver(self, job: _Job, outcome: Outcome[Any]) -> None:
-        assert job.watchdog is not None
-        job.watchdog.cancel()
+        assert job.timer is not None
+        job.timer.cancel()
         self.busy_s += outcome.ended - outcome.began
         if job.done.done():
             return
@@ -150,13 +227,64 @@ class WorkerDevice:
             # SystemExit and the like would end the event loop.
             job.done.set_exception(RuntimeError(f"the worker was told {error!r}"))
 
-    def _hangs(self, job: _Job, limit_s: float) -> None:
-        if not job.begun and not self.lost:
-            # It waits for other work, which has a watchdog of its own.
-            job.watchdog = self._loop.call_later(limit_s, self._hangs, job, limit_s)
-        elif not job.done.done():
-            self.lost = f"{self.name} hangs: a batch was not done after {limit_s:.1f} s"
-            job.done.set_exception(DeviceLostError(self.lost))
+    def _look_again(self, job: _Job, watch: _Watch) -> None:
+        job.timer = self._loop.call_later(_look_s(job), self._look, job, watch)
+
+    def _look(self, job: _Job, watch: _Watch) -> None:
+        """Look whether the work hangs, or look again a little later."""
+        now = time.monotonic()
+        passed_s, late_s = now - watch.at, 2 * _look_s(job)
+        watch.at = now
+        if job.ended:
+            return  # it is about to be delivered
+        if self.lost:
+            reason = self.lost
+        elif not job.begun:
+            # It waits for other work, which is watched itself.
+            return self._look_again(job, watch)
+        elif passed_s > late_s:
+            # The event loop did not run, nor perhaps the worker: whatever is ready comes first.
+            watch.idle_s += late_s / 2
+            return self._look_again(job, watch)
+        else:
+            watch.idle_s += passed_s
+            reason = self._why_lost(job, watch)
+        if not reason:
+            return self._look_again(job, watch)
+        self.lost = reason
+        if not job.done.done():
+            job.done.set_exception(DeviceLostError(reason))
+
+    def _why_lost(self, job: _Job, watch: _Watch) -> str:
+        """Return why the work counts as hung; empty if it does not."""
+        if self.name != "cpu":
+            if watch.idle_s < job.limit_s:
+                return ""
+            return f"{self.name} hangs: a batch was not done after {job.limit_s:.1f} s"
+        cpu_s, progress = time.clock_gettime(self._cpu_clock), job.control.progress
+        if progress != watch.progress:
+            watch.progress, watch.tile_cpu_s = progress, cpu_s
+            watch.cpu_s, watch.idle_s = cpu_s, 0.0
+        elif cpu_s - watch.cpu_s > _LEAST_SHARE * job.watchdog_s:
+            watch.cpu_s, watch.idle_s = cpu_s, 0.0
+        self._idle_s = watch.idle_s
+        if watch.idle_s >= job.watchdog_s:
+            return (
+                f"{self.name} hangs: a batch was not done after {self.running_s:.1f} s and made no"
+                f" progress for {job.watchdog_s:.1f} s"
+            )
+        burned_s = cpu_s - watch.tile_cpu_s
+        if burned_s > _BURNED * job.limit_s:
+            return (
+                f"{self.name} hangs: a batch was not done after {self.running_s:.1f} s and "
+                f"{burned_s:.1f} s of CPU time without a tile"
+            )
+        return ""
+
+
+def _look_s(job: _Job) -> float:
+    """Return how long the watchdog waits before it looks at a piece of work again."""
+    return min(_LONGEST_LOOK_S, job.watchdog_s / _LOOKS)
 
 
 def breaks_device(error: BaseException) -> bool:

@@ -31,7 +31,7 @@ from els_service.engine.lane import Lane
 from els_service.engine.models import Entry, Models
 from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
-from els_service.engine.terms import Observer, Terms
+from els_service.engine.terms import Observer, Terms, allows
 from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
@@ -244,6 +244,7 @@ class Engine:
         for device in self._devices:
             yield "els_device_busy_seconds_total", {"device": device.name}, device.busy_s
             yield "els_device_running_seconds", {"device": device.name}, device.running_s
+            yield "els_device_stalled_seconds", {"device": device.name}, device.stalled_s
         for model, refused in self.models.refused().items():
             yield "els_model_refused", {"model": model}, refused
         yield "els_memory_in_flight_bytes", {}, self.memory.used
@@ -311,11 +312,14 @@ class Engine:
     def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""
         slack = terms.deadline - self._clock()
-        each = lane.costs.seconds(lane.denoiser.predict_seconds(query))
-        if lane.costs.trusted(self._clock()) and run.questions * each > slack:
+        estimate = lane.denoiser.predict_seconds(query)
+        each = lane.costs.seconds(estimate)
+        if run.questions * each <= slack:
+            return
+        if lane.costs.may_refuse(run.questions * estimate, slack, self._clock()):
             raise DeadlineExceededError(
                 f"the trajectory asks {lane.model} {run.questions} times, {each:.3g} s each "
-                f"by prediction: {run.questions * each:.3g} s; the deadline is in {slack:.3g} s"
+                f"by prediction: {run.questions * each:.3g} s; {allows(slack)}"
             )
 
     async def _advance(

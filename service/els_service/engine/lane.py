@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from els_kernels import ComputationStoppedError
 from els_service.config import Scheduling
 from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, concatenate
 from els_service.engine.budget import Budget
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import Decoding
 from els_service.engine.device import breaks_device, free_memory
+from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.room import Reservation, Room
 from els_service.engine.terms import PRIORITIES, Terms
@@ -77,10 +80,16 @@ class Lane:
         version: its number.
         denoisers: device → the denoiser there; each is called by one thread at a time.
         scheduling: bounds of its queue.
+        costs: what is known of its speed so far; None for nothing.
     """
 
     def __init__(
-        self, model: str, version: int, denoisers: Mapping[str, Denoiser], scheduling: Scheduling
+        self,
+        model: str,
+        version: int,
+        denoisers: Mapping[str, Denoiser],
+        scheduling: Scheduling,
+        costs: CostModel | None = None,
     ) -> None:
         self.model, self.version, self.denoisers = model, version, denoisers
         self.denoiser = next(iter(denoisers.values()))
@@ -92,7 +101,7 @@ class Lane:
         self.bytes = Room(Budget(scheduling.queue_bytes), name, seconds=False)
         """Held by what waits."""
         self.rooms = self.seconds, self.bytes
-        self.costs = CostModel()
+        self.costs = costs or CostModel()
         self.statistics = Statistics()
         self.virtual = 0.0
         """Device seconds had, in the scheduler's virtual time."""
@@ -118,6 +127,15 @@ class Lane:
         yield self
         if self.decoder is not None:
             yield self.decoder
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step of one image, the mean of a sample of ``STEPS`` steps."""
+        return sum(map(self.costs.seconds, self._step_estimates)) / len(self._step_estimates)
+
+    @cached_property
+    def _step_estimates(self) -> list[float]:
+        return step_estimates(self.denoiser)
 
     @property
     def waiting_s(self) -> float:
@@ -206,12 +224,13 @@ def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exc
     to a single image. Runs on a device's thread.
 
     Raises:
+        ComputationStoppedError: Nobody wants any of the answers any more.
         Exception: The device is broken.
     """
     try:
         together = denoiser.denoise(concatenate(queries))
     except Exception as error:
-        if breaks_device(error):
+        if isinstance(error, ComputationStoppedError) or breaks_device(error):
             raise
         short = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if short:

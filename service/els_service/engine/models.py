@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakValueDictionary
 
-import numpy as np
-import torch
-
 from els_service.config import Scheduling
-from els_service.denoisers.base import Condition, Denoiser, DenoiserInfo, Query, make_query
-from els_service.denoisers.levels import NoiseLevel
+from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.engine.costs import CostModel
 from els_service.engine.device import Device, DeviceLostError
+from els_service.engine.estimates import warm
 from els_service.engine.lane import Lane, Statistics
 from els_service.engine.loading import Loader
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     ElsError,
-    InvalidArgumentError,
     LoadError,
     NotFoundError,
     UnavailableError,
@@ -35,10 +32,8 @@ from els_service.errors import (
 
 _log = logging.getLogger(__name__)
 
-_WARM_UP_S = 2.0
-"""A model whose cheapest question takes longer is served cold."""
 _LOAD_S = 600.0
-"""A first question that takes longer hangs."""
+"""Patience with the first questions of a model."""
 
 
 @dataclass(slots=True, eq=False)
@@ -290,19 +285,20 @@ class Models:
 
     async def _load_version(self, name: str, version: int) -> Entry:
         assert self._repository is not None
-        denoisers = {}
+        denoisers: dict[str, Denoiser] = {}
+        costs: list[CostModel] = []
         for device in self._devices:
             load = partial(self._repository.load, name, version, device.name)
             denoiser = denoisers[device.name] = await self._loader.run(name, load)
             try:
-                await device.run(partial(_warm, denoiser), _LOAD_S)
+                costs.append((await device.run(partial(warm, denoiser), _LOAD_S)).value)
             except Exception as error:
                 # Others serve even if one fails in a way that nobody foresaw.
                 _log.exception("model fails", extra={"model": name})
                 if isinstance(error, DeviceLostError):
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
-        lane = Lane(name, version, denoisers, self._scheduling)
+        lane = Lane(name, version, denoisers, self._scheduling, costs[0])
         fingerprint = partial(self._repository.fingerprint, name, version)
         content = await self._loader.run(name, fingerprint)
         return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
@@ -354,27 +350,3 @@ def _number(version: str) -> int:
     if not (version.isascii() and version.isdecimal()):
         raise ValueError(version)
     return int(version)
-
-
-def _warm(denoiser: Denoiser) -> None:
-    """Ask a small question, so that the first caller waits for nothing."""
-    questions = list(_small_questions(denoiser))
-    cheapest = min(questions, key=denoiser.predict_seconds)
-    if denoiser.predict_seconds(cheapest) < _WARM_UP_S:
-        denoiser.denoise(cheapest)
-
-
-def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
-    """Yield one image with each label and with small and large windows."""
-    info = denoiser.info
-    level = NoiseLevel(np.array([1.0]), np.array([1.0]))
-    width = info.condition_width
-    conditions = [Condition(np.zeros((1, width), np.float32))] if width else []
-    for label in range(-1, info.label_count):
-        for window in {0, min(1, info.max_window), info.max_window}:
-            x = torch.zeros(1, *info.shape)
-            query = make_query(x, level, label, window, conditions)
-            # A label may have no images.
-            with contextlib.suppress(InvalidArgumentError):
-                denoiser.check(query)
-                yield query

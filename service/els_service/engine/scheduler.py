@@ -19,15 +19,17 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.lane import Item, Lane, Statistics, Ticket, answers
 from els_service.engine.launches import launch
 from els_service.engine.room import Reservation, Room
-from els_service.engine.terms import Observer, Terms, timed_out
+from els_service.engine.terms import Observer, Terms, allows, timed_out
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
@@ -46,6 +48,21 @@ _PURGE_S = 0.1
 _LEAST_RETRY_S = 0.05
 
 Results = Outcome[list[Denoised | Exception]]
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A batch that is being computed."""
+
+    batch: list[Item]
+    control: Control
+    timer: asyncio.TimerHandle | None = None
+    """At the latest deadline of its members; None where one has none."""
+
+    def stop_unless_wanted(self, now: float) -> None:
+        """Stop the computation if every member was cancelled or its deadline has passed."""
+        if all(i.ticket.answer.done() or now >= i.ticket.terms.deadline for i in self.batch):
+            self.control.stop()
 
 
 class Scheduler:
@@ -77,6 +94,8 @@ class Scheduler:
         """Those with something waiting."""
         self._running: Counter[Ticket] = Counter()
         """Tickets with parts that are being computed, and how many."""
+        self._batches: dict[str, _Running] = {}
+        """Device → what it computes."""
         self._virtual = 0.0
 
     def submit(
@@ -202,7 +221,7 @@ class Scheduler:
         if lane.queue and _is_crowded(lane, query, own):
             self._purge(lane, now)
         slack = terms.deadline - now
-        if not lane.costs.trusted(now) and slack > 0:
+        if slack > 0 and not lane.costs.may_refuse(estimate, slack, now):
             return
         wait = self._busy_for(lane, now)
         everything = wait + own + sum(other.waiting_s for other in self._lanes)
@@ -213,7 +232,7 @@ class Scheduler:
             raise self._too_late(
                 lane,
                 f"the answer of {lane.model} is predicted in {predicted:.3g} s, of which "
-                f"{max(predicted - own, 0.0):.3g} s waiting; the deadline is in {slack:.3g} s",
+                f"{max(predicted - own, 0.0):.3g} s waiting; {allows(slack)}",
                 retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
             )
 
@@ -328,8 +347,23 @@ class Scheduler:
             lane.statistics.queued.add(waited)
             self._running[item.ticket] += 1
         work = partial(answers, lane.denoisers[device.name], [item.query for item in batch])
-        done = device.run(work, self._terms.watchdog_s + 10 * cost)
+        running = self._batches[device.name] = self._watched(batch, now)
+        done = device.run(work, self._terms.watchdog_s, predicted_s=cost, control=running.control)
         done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
+
+    def _watched(self, batch: list[Item], now: float) -> _Running:
+        """Return a batch that is stopped once its last member's deadline has passed."""
+        running = _Running(batch, Control())
+        latest = max(item.ticket.terms.deadline for item in batch)
+        if latest < float("inf"):
+
+            def expired() -> None:
+                running.stop_unless_wanted(self.clock())
+
+            # A little later, as the loop's clock and ours are not read at the same time.
+            delay = max(0.0, latest - now) + _HAND_OUT_S
+            running.timer = asyncio.get_running_loop().call_later(delay, expired)
+        return running
 
     def _finish(
         self,
@@ -341,12 +375,19 @@ class Scheduler:
         done: asyncio.Future[Results],
     ) -> None:
         """Start the next batch, then hand out the results of this one."""
-        del self._busy[device.name]
+        ended = self._busy.pop(device.name)
+        running = self._batches.pop(device.name)
+        if running.timer is not None:
+            running.timer.cancel()
         lane.running -= 1
         error = done.exception()
         if isinstance(error, DeviceLostError):
             # It stays busy for ever: nothing else is sent there.
             self._busy[device.name] = float("inf")
+        elif isinstance(error, ComputationStoppedError):
+            # Without an answer, but not without a lesson: it takes longer than this.
+            if (seconds := self.clock() - (ended - cost)) > cost:
+                lane.costs.learn(estimate, seconds, self.clock())
         elif error is None:
             outcome = done.result()
             if not any(isinstance(result, Exception) for result in outcome.value):
@@ -419,10 +460,13 @@ class Scheduler:
         )
 
     def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
-        """Take what still waits of a ticket out of the queue."""
+        """Take what still waits of a ticket out of the queue, and stop what is computed of it."""
         withdrawn = lane.withdraw(ticket)
         if ticket not in self._running:
             ticket.release()
+        else:
+            for running in self._batches.values():
+                running.stop_unless_wanted(self.clock())
         ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
             now = self.clock()

@@ -31,6 +31,14 @@ class Terms:
         return self.caller if isinstance(self.caller, str) else self.caller()
 
 
+def allows(slack_s: float) -> str:
+    """Return the end of a refusal for a deadline: the time allowed, and what to raise."""
+    return (
+        f"{slack_s:.3g} s are left of the time allowed: raise the call's deadline"
+        " (timeout_s, --timeout)"
+    )
+
+
 def timed_out(left_s: float) -> bool:
     """Return whether a query that is given up on is late, not its caller who changed its mind.
 

@@ -43,6 +43,7 @@ _GAUGES = {
     "els_calls_in_flight": "Calls begun whose answers have not left.",
     "els_device_busy_seconds_total": "Time that a device computed.",
     "els_device_running_seconds": "Time since a device began what it computes; 0 while idle.",
+    "els_device_stalled_seconds": "Time since what a device computes last made progress.",
     "els_drain_limit_seconds": "Time of a drain after which calls in flight are interrupted.",
     "els_draining_seconds": "Time since the server was told to end; 0 before.",
     "els_health_watchers": "Watchers of the health, by port: grpc or health.",
@@ -58,7 +59,7 @@ _GAUGES = {
     "unusable, so that its last good content still counts; 0 where it is current.",
     "els_serving": "1 while the health of the server is SERVING, else 0.",
     "els_trajectories": "Trajectories under way.",
-    "els_watchdog_seconds": "Time over a batch's prediction after which a device counts as lost.",
+    "els_watchdog_seconds": "Time without progress of a batch after which a device counts as lost.",
 }
 """What engine and server tell when they are asked, and its help."""
 _HEAP = {

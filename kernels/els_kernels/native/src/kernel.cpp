@@ -24,26 +24,26 @@ std::size_t scratch_floats(const Bank& bank) {
 
 template <int C>
 void attend_windows(const Bank& bank, const Geometry& geometry, const Query& query,
-                    const Share& share, Scratch& scratch, Partial out) {
+                    const Share& share, Control& control, Scratch& scratch, Partial out) {
   if (geometry.sources == Sources::kSame)
-    same_place<C>(bank, geometry, query, share.first, share.last, scratch, out);
+    same_place<C>(bank, geometry, query, share.first, share.last, control, scratch, out);
   else
-    every_place<C>(bank, geometry, query, share, scratch, out);
+    every_place<C>(bank, geometry, query, share, control, scratch, out);
 }
 
 void attend(const Bank& bank, const Geometry& geometry, const Query& query, const Share& share,
-            float* memory, Partial out) {
+            Control& control, float* memory, Partial out) {
   const FlushToZero flush_to_zero;
   if (geometry.whole) {
     if (geometry.sources == Sources::kSame)
-      return whole_same(bank, query, share.first, share.last, out);
-    return whole_every(bank, query, share.first, share.last, memory, out);
+      return whole_same(bank, query, share.first, share.last, control, out);
+    return whole_every(bank, query, share.first, share.last, control, memory, out);
   }
   Scratch scratch(bank, memory);
   switch (bank.channels) {
-    case 1: return attend_windows<1>(bank, geometry, query, share, scratch, out);
-    case 3: return attend_windows<3>(bank, geometry, query, share, scratch, out);
-    default: return attend_windows<0>(bank, geometry, query, share, scratch, out);
+    case 1: return attend_windows<1>(bank, geometry, query, share, control, scratch, out);
+    case 3: return attend_windows<3>(bank, geometry, query, share, control, scratch, out);
+    default: return attend_windows<0>(bank, geometry, query, share, control, scratch, out);
   }
 }
 

@@ -61,14 +61,18 @@ Buffer<T> allocate(std::size_t count) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
-// Call work(worker, task) for every task, or until `stop` is set. Threads live for this call only:
+bool is_stopped(const Control& control) {
+  return __atomic_load_n(&control.stop, __ATOMIC_RELAXED) != 0;
+}
+
+// Call work(worker, task) for every task, or until the control says stop. Threads live for this call only:
 // nothing is left over that a fork could break, and what they cost (20 µs) is small beside any call
 // worth splitting.
-void for_each(std::size_t tasks, int threads, const volatile std::int32_t& stop,
+void for_each(std::size_t tasks, int threads, const Control& control,
               const std::function<void(int, std::size_t)>& work) {
   std::atomic<std::size_t> next{0};
   auto loop = [&](int worker) {
-    for (std::size_t task; (task = next.fetch_add(1)) < tasks && stop == 0;)
+    for (std::size_t task; (task = next.fetch_add(1)) < tasks && !is_stopped(control);)
       work(worker, task);
   };
   std::vector<std::thread> crew;
@@ -133,7 +137,7 @@ struct ElsCall {
   const std::int64_t* ranges;  // [B][2]
   float* mean;              // [B][C][H][W]
   float* log_evidence;      // [B][H][W]
-  volatile std::int32_t stop;  // set from outside to have no more tasks begun
+  els::Control* control;
 };
 }
 
@@ -222,7 +226,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
   std::vector<Buffer<float>> scratch;
   for (int i = 0; i < threads; ++i) scratch.push_back(allocate<float>(kernel.scratch_floats(bank)));
 
-  for (std::int64_t begin = 0; begin < call.batch && call.stop == 0;) {
+  for (std::int64_t begin = 0; begin < call.batch && !is_stopped(*call.control);) {
     // As many images as the memory for partial results allows, at least one.
     std::vector<Prepared> images;
     std::vector<Task> tasks;
@@ -248,15 +252,15 @@ void attend(const ElsCall& call, const Kernel& kernel) {
     std::vector<Partial> partials(slots);
     for (std::size_t i = 0; i < slots; ++i)
       partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
-    for_each(tasks.size(), threads, call.stop, [&](int worker, std::size_t i) {
+    for_each(tasks.size(), threads, *call.control, [&](int worker, std::size_t i) {
       const Prepared& image = images[tasks[i].image];
       const std::int64_t first = first_tile(tasks[i]);
       const Share share = {first, std::min(image.last, first + image.chunk),
                            tasks[i].index % image.parts, image.parts};
-      kernel.attend(bank, geometry, image.query, share, scratch[worker].get(),
+      kernel.attend(bank, geometry, image.query, share, *call.control, scratch[worker].get(),
                     partials[image.slot + tasks[i].index]);
     });
-    for_each(images.size() * bank.height, threads, call.stop, [&](int, std::size_t i) {
+    for_each(images.size() * bank.height, threads, *call.control, [&](int, std::size_t i) {
       const std::size_t index = i / bank.height, row = i % bank.height * bank.width;
       for (std::size_t u = row; u < row + bank.width; ++u)
         merge(call, bank, images[index], begin + std::int64_t(index),
@@ -285,11 +289,11 @@ void els_pack(std::int32_t index, const float* images, const double* centre, std
   kernels()[index]->pack({nullptr, count, channels, height, width}, images, centre, packed);
 }
 
-// 0, or 1 when memory ran out.
+// 0, or 1 when memory ran out, or 2 when the call was stopped and there is no answer.
 std::int32_t els_attend(const ElsCall* call) {
   try {
     attend(*call, *kernels()[call->kernel]);
-    return 0;
+    return is_stopped(*call->control) ? 2 : 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }

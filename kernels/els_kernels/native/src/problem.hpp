@@ -48,14 +48,21 @@ struct Partial {
   double* sums;  // [1 + channels][pixels]: weights, then responses
 };
 
+// What a call shares with the thread that watches it; read and written without a lock.
+struct Control {
+  std::int32_t stop;   // not 0: the call returns at the next block of work, without an answer
+  std::int32_t apart[15];  // `stop` is read often: it is not on the cache line that is written
+  std::int64_t progress;   // grows while the call computes
+};
+
 struct Kernel {
   const char* name;
   int lanes;
   void (*pack)(const Bank& shape, const float* images, const double* centre, float* packed);
   std::size_t (*scratch_floats)(const Bank&);
-  // The answer of a share of the bank to one query.
-  void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, float* scratch,
-                 Partial out);
+  // The answer of a share of the bank to one query; nothing where the control says stop.
+  void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
+                 float* scratch, Partial out);
 };
 
 }  // namespace els

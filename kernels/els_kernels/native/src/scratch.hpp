@@ -7,6 +7,7 @@
 namespace {
 
 using els::Bank;
+using els::Control;
 using els::Geometry;
 using els::Padding;
 using els::Partial;
@@ -25,6 +26,16 @@ constexpr float kHeadroom = 40.0f;
 // Running sums start afresh after so many rows (V) and columns (S), so that rounding errors do not
 // pile up. S is the larger number, where most of the error is made, and the cheaper to restart.
 constexpr int kRowRestart = 32, kColumnRestart = 16;
+
+inline bool is_stopped(const Control& control) {
+  return __atomic_load_n(&control.stop, __ATOMIC_RELAXED) != 0;
+}
+
+// Count a piece of work that was begun; returns whether it may go on.
+inline bool advance(Control& control) {
+  __atomic_fetch_add(&control.progress, 1, __ATOMIC_RELAXED);
+  return !is_stopped(control);
+}
 
 inline int least(int a, int b) { return a < b ? a : b; }
 inline int most(int a, int b) { return a > b ? a : b; }

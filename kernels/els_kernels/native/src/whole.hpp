@@ -55,12 +55,12 @@ constexpr int kWholeGroup = 64;  // tiles whose logits are held at once
 
 // The ideal machine: every image answers with itself.
 inline void whole_same(const Bank& bank, const Query& query, std::int64_t first,
-                       std::int64_t last, Partial out) {
+                       std::int64_t last, Control& control, Partial out) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   Shared shared;
   std::memset(out.sums, 0, (pixels + values) * sizeof(double));
   alignas(64) float logits[kWholeGroup * kLanes];
-  for (std::int64_t begin = first; begin < last; begin += kWholeGroup) {
+  for (std::int64_t begin = first; begin < last && advance(control); begin += kWholeGroup) {
     const int count = int(last - begin < kWholeGroup ? last - begin : kWholeGroup);
     const float* tiles = bank.data + begin * tile_floats(bank);
     int t = 0;
@@ -155,7 +155,7 @@ inline std::size_t whole_scratch_floats(const Bank& bank) {
 
 // The equivariant machine: every cyclic shift of every image answers.
 inline void whole_every(const Bank& bank, const Query& query, std::int64_t first,
-                        std::int64_t last, float* scratch, Partial out) {
+                        std::int64_t last, Control& control, float* scratch, Partial out) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   const int height = bank.height, width = bank.width;
   float* weights = scratch;
@@ -167,7 +167,7 @@ inline void whole_every(const Bank& bank, const Query& query, std::int64_t first
     const std::size_t at = v / width * 2 * width + v % width;
     doubled[at] = doubled[at + width] = query.scaled[v];
   }
-  for (std::int64_t tile = first; tile < last; ++tile) {
+  for (std::int64_t tile = first; tile < last && !is_stopped(control); ++tile) {
     const float* keys = bank.data + tile * tile_floats(bank);
     Vec norm = {};
     for (std::size_t row = 0; row < values; row += width) {
@@ -181,7 +181,7 @@ inline void whole_every(const Bank& bank, const Query& query, std::int64_t first
       norm += sum;
     }
     const Vec bias = norm * query.bias + lane_bias(tile, query);
-    for (int py = 0; py < height; ++py) {
+    for (int py = 0; py < height && advance(control); ++py) {
       int px = 0;
       for (; px + kShifts <= width; px += kShifts)
         shift_logits<kShifts>(bank, doubled, keys, py, px, weights);
@@ -199,7 +199,7 @@ inline void whole_every(const Bank& bank, const Query& query, std::int64_t first
     }
     shared.weight += lane_sum(sum);
     for (int c = 0; c < bank.channels; ++c)
-      for (int i = 0; i < height; ++i) {
+      for (int i = 0; i < height && advance(control); ++i) {
         double* sums = out.sums + (std::size_t(1 + c) * height + i) * width;
         int j = 0;
         for (; j + kShifts <= width; j += kShifts)

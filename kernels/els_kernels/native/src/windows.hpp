@@ -64,7 +64,8 @@ inline Columns all_columns(const Bank& bank, int radius, bool cyclic) {
 // Every query place is answered by the same place of each image.
 template <int C>
 void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
-                std::int64_t first, std::int64_t last, Scratch& scratch, Partial out) {
+                std::int64_t first, std::int64_t last, Control& control, Scratch& scratch,
+                Partial out) {
   const bool cyclic = geometry.padding != Padding::kZeros;
   const std::size_t row = std::size_t(bank.width) * kLanes;
   const Rows rows = all_rows(bank, query.window / 2, cyclic);
@@ -75,7 +76,7 @@ void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
                  bank.height * row, row, tile_floats(bank), query.bias,
                  bank.channels, bank.height};
   clear(bank, scratch, out);
-  for (std::int64_t tile = first; tile < last; tile += kBlock) {
+  for (std::int64_t tile = first; tile < last && advance(control); tile += kBlock) {
     const int streams = int(last - tile < kBlock ? last - tile : kBlock);
     for (int d = 0; d < streams; ++d) store(lanes + d * kLanes, lane_bias(tile + d, query));
     block.keys = bank.data + tile * tile_floats(bank);
@@ -176,12 +177,13 @@ inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool 
   return columns;
 }
 
-// All columns of one run of rows, a block of displacements at a time.
+// All columns of one run of rows, a block of displacements at a time, unless it is stopped.
 template <int C>
 void sweep_columns(const Bank& bank, const Geometry& geometry, int r, const Block& block,
-                   const Rows& rows, Scratch& scratch) {
+                   const Rows& rows, const Control& control, Scratch& scratch) {
   const std::size_t bias_row = (bank.width + 2 * kPad) * kLanes;
   auto run = [&](int streams, Columns columns) {
+    if (is_stopped(control)) return;
     columns.bias_row = bias_row;
     columns.bias += kPad * kLanes;
     sweep_block<C, false>(streams, block, rows, columns, scratch);
@@ -211,21 +213,21 @@ void sweep_columns(const Bank& bank, const Geometry& geometry, int r, const Bloc
 // Every query place is answered by every place of each image that the padding allows.
 template <int C>
 void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
-                 const Share& share, Scratch& scratch, Partial out) {
+                 const Share& share, Control& control, Scratch& scratch, Partial out) {
   const int height = bank.height, r = query.window / 2;
   const std::size_t row = std::size_t(bank.width + 2 * kPad) * kLanes;
   const Block block = {query.scaled,  scratch.tile + kPad * kLanes, bank.pixels(),
                        std::size_t(bank.width), height * row, row, kLanes, 0.0f,
                        bank.channels, height};
   clear(bank, scratch, out);
-  for (std::int64_t tile = share.first; tile < share.last; ++tile) {
+  for (std::int64_t tile = share.first; tile < share.last && !is_stopped(control); ++tile) {
     const float* images = bank.data + tile * tile_floats(bank);
     copy_tile(bank, images, scratch.tile);
     key_bias(bank, geometry, query, images, lane_bias(tile, query), scratch);
     int index = 0;
     auto run = [&](const Rows& rows) {
-      if (index++ % share.parts == share.part)
-        sweep_columns<C>(bank, geometry, r, block, rows, scratch);
+      if (index++ % share.parts == share.part && advance(control))
+        sweep_columns<C>(bank, geometry, r, block, rows, control, scratch);
     };
     switch (geometry.padding) {
       case Padding::kCircular:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
@@ -20,8 +21,8 @@ from els_service.errors import ElsError, InvalidArgumentError
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
-"""About what two server cores, or a GPU, do; decides what makes a batch."""
+_FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
+"""About what a thread on a server's core, or a GPU, does; decides what makes a batch."""
 _LAUNCH_S = 2e-4
 """Of a call, however small."""
 _DTYPES = {"tf32": torch.float32}
@@ -64,6 +65,8 @@ class NetworkDenoiser:
         self._buckets = _buckets(self._execution)
         self._largest = self._buckets[-1] if self._buckets else self._launch_size()
         self._flops = count_flops(self._config)
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        self._flops_per_second = threads * _FLOPS_PER_SECOND[self._device.type]
         self._info = self._describe(network, document)
         if self._execution.deterministic:
             self._prove_that_places_are_alike()
@@ -84,7 +87,7 @@ class NetworkDenoiser:
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of operations, padding included."""
         images = sum(bucket for _, bucket in self._launches(len(query)))
-        return _LAUNCH_S + images * self._flops / _FLOPS_PER_SECOND[self._device.type]
+        return _LAUNCH_S + images * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
         """Return D(x); no evidence.
@@ -100,6 +103,7 @@ class NetworkDenoiser:
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
+        checkpoint()
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
         x = query.x
         predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.pretrained.folder import Inside, Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (
@@ -82,9 +83,14 @@ class LatentDenoiser:
         with torch.inference_mode():
             scaled = torch.from_numpy(latents).to(self._device) / self._scale + self._shift
             # One at a time: an image takes far more memory than its latent.
-            images = [self._vae.decode(one[None], return_dict=False)[0] for one in scaled]
+            images = [self._decode_one(one) for one in scaled]
             pixels: npt.NDArray[np.float32] = torch.cat(images).clamp_(-1, 1).cpu().numpy()
         return pixels
+
+    def _decode_one(self, latent: Tensor) -> Tensor:
+        checkpoint()
+        image: Tensor = self._vae.decode(latent[None], return_dict=False)[0]
+        return image
 
 
 def load_latent(inside: Inside, options: UnetOptions, device: str) -> LatentDenoiser:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
 from els_service.denoisers.levels import Floats, NoiseLevel, cosine_time
 from els_service.denoisers.networks.parametrisation import parametrise
@@ -147,6 +148,7 @@ class OnnxDenoiser:
         return (slice(first, first + self._largest) for first in range(0, images, self._largest))
 
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
+        checkpoint()
         document = self._document
         lowest, highest = document.sigma_range
         level = parametrise(document.prediction, query.level, max_sigma=highest)

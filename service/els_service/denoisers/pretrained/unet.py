@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from els_kernels import checkpoint
 from els_service.denoisers.base import (
     Condition,
     Denoised,
@@ -129,6 +130,7 @@ class UnetDenoiser:
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
+        checkpoint()
         trained = self._trained
         level = parametrise(trained.prediction, query.level, max_sigma=trained.timesteps.max_sigma)
         x, timestep = query.x, trained.timesteps.at(level.sigma)

@@ -1,0 +1,70 @@
+"""What a model costs on this machine, as ``check`` and ``bank build`` tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from els_kernels import PatchAttention
+from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import Denoiser
+from els_service.engine.estimates import STEPS, duration, step_estimates, warm
+from els_service.errors import LoadError
+
+_TIMED_S = 0.1
+"""Estimated seconds of the step by which a bank is judged: of as many of its images as that takes.
+"""
+_DEAR_S = 1.0
+"""Of a step: from here on it is told how to make it cheaper."""
+
+
+def told_speed(denoiser: Denoiser) -> str:
+    """Return how long a step of one image takes here, and a sample.
+
+    The denoiser's estimate is corrected by a question that takes a tenth of a second.
+
+    Raises:
+        LoadError: The model fails at its first question.
+    """
+    try:
+        costs = warm(denoiser)
+    except Exception as error:
+        raise LoadError("model.yaml", f"the model fails at its first question: {error}") from error
+    return _told(sum(map(costs.seconds, step_estimates(denoiser))) / STEPS)
+
+
+def told_bank_speed(bank: Bank) -> str:
+    """Return how long a step of an ELS machine over a bank takes here, and what makes it cheaper.
+
+    A part of the bank is asked, for about a tenth of a second; time is proportional to the images.
+    """
+    images = len(bank.images)
+    one = _machine(bank, 1)
+    count = max(1, min(images, int(_TIMED_S / (sum(step_estimates(one)) / STEPS))))
+    machine = _machine(bank, count)
+    costs = warm(machine)
+    step_s = sum(map(costs.seconds, step_estimates(machine))) / STEPS * images / count
+    text = f"an ELS machine over all {images} images: {_told(step_s)}"
+    if step_s < _DEAR_S:
+        return text
+    return (
+        f"{text}. Cheaper: fewer images (--per-label, --limit), as time grows with their number; "
+        "smaller ones (--resize), as it grows with the fourth power of their side; or callers who "
+        "name a label, whose images alone answer"
+    )
+
+
+def _machine(bank: Bank, count: int) -> AnalyticDenoiser:
+    """Return an ELS machine over the first images of a bank, without labels."""
+    labels = torch.full((count,), -1).numpy()
+    part = dataclasses.replace(
+        bank, images=bank.images[:count].copy(), labels=labels, label_names=()
+    )
+    return AnalyticDenoiser(PatchAttention(part.pixels()), part, machine="els", clip=True)
+
+
+def _told(step_s: float) -> str:
+    sample = f"{duration(STEPS * step_s)} for a sample of {STEPS} steps"
+    return f"one image takes {duration(step_s)} a step here, {sample}"

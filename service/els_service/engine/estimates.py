@@ -1,0 +1,114 @@
+"""What a model costs on this machine before anybody has asked it: a first measurement, a step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from els_service.denoisers.base import Condition, Denoiser, Query, make_query
+from els_service.denoisers.levels import NoiseLevel
+from els_service.engine.costs import CostModel
+from els_service.errors import InvalidArgumentError
+
+STEPS = 20
+"""Of the sample whose cost is told."""
+
+_WARM_UP_S = 2.0
+"""A model whose cheapest question takes longer is served cold."""
+_TIMED_S = 0.1
+"""By estimate, of the question that is timed: long enough to see the speed, asked twice."""
+
+
+def warm(denoiser: Denoiser) -> CostModel:
+    """Ask small questions, so that the first caller waits for nothing.
+
+    Returns:
+        What the clock says of the estimates; nothing where even small questions take long.
+    """
+    costs = CostModel()
+    questions = [(denoiser.predict_seconds(query), query) for query in _small_questions(denoiser)]
+    estimate, cheapest = min(questions, key=_estimate)
+    if estimate >= _WARM_UP_S:
+        return costs
+    denoiser.denoise(cheapest)
+    short = [question for question in questions if question[0] <= _TIMED_S]
+    if short:
+        _, timed = max(short, key=_estimate)
+        costs.calibrate(*min(_time(denoiser, timed) for _ in range(2)))
+    return costs
+
+
+def step_estimates(denoiser: Denoiser) -> list[float]:
+    """Return the denoiser's own estimates, in seconds, of the steps of a sample of one image.
+
+    The levels are those of ``STEPS`` steps of DDIM. The image has no label, so that the whole bank
+    answers; where the model knows no image without one, it has the first label there is.
+    """
+    info = denoiser.info
+    times = np.arange(STEPS, 0, -1) / STEPS
+    level = info.levels(times)
+    label = _first_label(denoiser)
+    queries = (
+        _question(denoiser, level[slice(i, i + 1)], label, window=0) for i in range(len(times))
+    )
+    return [denoiser.predict_seconds(query) for query in queries]
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as people read it, two digits and a unit, or ``< 1 ms``.
+
+    Below a millisecond the estimate leaves out what takes most of the time.
+    """
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    if seconds >= 0.1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-3 else "< 1 ms"
+
+
+def _time(denoiser: Denoiser, query: Query) -> tuple[float, float]:
+    """Return estimate and seconds of a question; the estimate may change once it was asked."""
+    estimate = denoiser.predict_seconds(query)
+    began = time.perf_counter()
+    denoiser.denoise(query)
+    return estimate, time.perf_counter() - began
+
+
+def _estimate(question: tuple[float, Query]) -> float:
+    return question[0]
+
+
+def _first_label(denoiser: Denoiser) -> int:
+    """Return -1 or, if that is not answered, the first label that is."""
+    level = NoiseLevel(np.array([1.0]), np.array([1.0]))
+    for label in range(-1, denoiser.info.label_count):
+        with contextlib.suppress(InvalidArgumentError):
+            denoiser.check(_question(denoiser, level, label, window=0))
+            return label
+    return -1
+
+
+def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
+    """Yield one image with each label and with small and large windows."""
+    info = denoiser.info
+    level = NoiseLevel(np.array([1.0]), np.array([1.0]))
+    for label in range(-1, info.label_count):
+        for window in {0, min(1, info.max_window), info.max_window}:
+            query = _question(denoiser, level, label, window)
+            # A label may have no images.
+            with contextlib.suppress(InvalidArgumentError):
+                denoiser.check(query)
+                yield query
+
+
+def _question(denoiser: Denoiser, level: NoiseLevel, label: int, window: int) -> Query:
+    """Return a question of one black image, with a condition where the model needs one."""
+    info = denoiser.info
+    width = info.condition_width
+    conditions = [Condition(np.zeros((1, width), np.float32))] if width else []
+    return make_query(torch.zeros(1, *info.shape), level, label, window, conditions)
