@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import re
 import time
@@ -66,6 +67,8 @@ SMALL_MESSAGE_S = 2.0
 """How long such a message may take to arrive."""
 UNREADABLE = "?"
 """First field of a message that stands for one that is too large, or none of its type."""
+_NO_VARIABLES = contextvars.Context()
+"""Saves a copy of the current context at every call."""
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Handler = Any
@@ -138,6 +141,14 @@ class Calls:
         self._receiver = receiver
         self._doors, self._tracing = doors, tracing
         self._in_flight = 0
+
+        def done(_: object) -> None:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+        # Made once, not at every call.
+        self._done = done
         self._idle = asyncio.Event()
         self.draining = asyncio.Event()
         """Set when new calls are refused as UNAVAILABLE, and streams should end."""
@@ -242,7 +253,7 @@ class Calls:
                     size = len(data)
             finally:
                 receiver.end(context, size)
-            check_cancelled()
+            # Whether the caller is gone is seen where the answer is waited for.
             if size and is_large_gzip(data):
                 data = await self._decompressed(data, context, reject)
                 size = len(data)
@@ -332,7 +343,7 @@ class Calls:
         # collected.
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._done, context=_NO_VARIABLES)
         method.started += 1
         call = _Call(method, request, context)
         if self._tracing is not None:
@@ -342,11 +353,6 @@ class Calls:
         # Every call has a task of its own, and with it a context.
         CALL.set(call)
         return call
-
-    def _done(self, _: object) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
 
     def _admit(self, request: Any) -> None:
         if self.draining.is_set():

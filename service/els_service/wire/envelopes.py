@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -146,13 +147,12 @@ def seal(request: codec.Request, size: int, entry: Entry, limits: Limits) -> Den
     answer = codec.answer_size(shape, request.output_dtype, request.return_log_evidence)
     codec.check_answer_size("x.shape", answer, limits)
     blank = make_query(
-        np.broadcast_to(np.float32(0), shape),
+        _black(shape),
         codec.decode_level(request.level, info.levels, limits),
         codec.few("labels", request.labels, limits),
         codec.decode_windows(codec.few("windows", request.windows, limits)),
         codec.decode_conditions(request, info, shape[0]),
     )
-    head = pb.Tensor(dtype=request.output_dtype or pb.DTYPE_F32, shape=shape)
     return DenoiseEnvelope(
         info,
         share(blank, entry),
@@ -162,10 +162,22 @@ def seal(request: codec.Request, size: int, entry: Entry, limits: Limits) -> Den
         request.priority,
         request.timeout_s,
         request.x.dtype,
-        head.SerializeToString(),
+        _head(request.output_dtype or pb.DTYPE_F32, shape),
         request.output_dtype,
         request.return_log_evidence,
     )
+
+
+# Levels are new at every call, shapes are not.
+@lru_cache(1024)
+def _black(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return read-only zeros that take no memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+@lru_cache(1024)
+def _head(dtype: pb.DType.ValueType, shape: tuple[int, ...]) -> bytes:
+    return pb.Tensor(dtype=dtype, shape=shape).SerializeToString()
 
 
 def share(blank: Query, entry: Entry) -> bool:
