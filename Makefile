@@ -57,7 +57,7 @@ bench: install
 .PHONY: deploy-sight
 
 deploy-sight: $(VENV)/.installed
-	$(BIN)/python -m deploy.sight
+	$(BIN)/python -m deploy.monitoring
 
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.
 SECONDS ?= 60

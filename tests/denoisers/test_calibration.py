@@ -15,24 +15,24 @@ from typer.testing import CliRunner
 
 from els_service.cli.main import app
 from els_service.denoisers.base import make_query
-from els_service.denoisers.calibrate import main
-from els_service.denoisers.comparison.calibration import (
+from els_service.denoisers.levels import cosine
+from els_service.denoisers.windows import WindowTable
+from els_service.engine.repository import ModelRepository
+from els_service.errors import LoadError
+from els_service.experiments.calibrate import main
+from els_service.experiments.comparison.calibration import (
     Calibration,
     Journal,
     best_by_label,
     calibrate,
     trajectory,
 )
-from els_service.denoisers.comparison.drawing import Draw
-from els_service.denoisers.comparison.subjects import (
+from els_service.experiments.comparison.drawing import Draw
+from els_service.experiments.comparison.subjects import (
     BUNDLED_MODELS,
     find_windows,
     open_network,
 )
-from els_service.denoisers.levels import cosine
-from els_service.denoisers.windows import WindowTable
-from els_service.engine.repository import ModelRepository
-from els_service.errors import LoadError
 
 STEPS, SAMPLES = 5, 4
 HIDDEN = (3, 3, 5, 7, 5)
@@ -125,7 +125,7 @@ for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "promet
     sys.modules[name] = None
 import runpy
 sys.argv[0] = "calibrate"
-runpy.run_module("els_service.denoisers.calibrate", run_name="__main__")
+runpy.run_module("els_service.experiments.calibrate", run_name="__main__")
 """
 
 

@@ -33,8 +33,8 @@ from tests.deploy.manifests import (
 from tests.e2e.processes import ServerProcess, run, serving
 
 from els_client import Client
-from els_service.wire.health import ALIVE
-from els_service.wire.server import stop_at_most_s
+from els_service.server.health import ALIVE
+from els_service.server.server import stop_at_most_s
 
 pytestmark = needs_kubectl
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from deploy.sight.__main__ import ROOT, generated
-from deploy.sight.rules import ALERTS, BURN_ALERTS, document, runbook
+from deploy.monitoring.__main__ import ROOT, generated
+from deploy.monitoring.rules import ALERTS, BURN_ALERTS, document, runbook
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from tests.deploy.prometheus import needs

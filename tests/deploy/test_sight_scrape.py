@@ -17,13 +17,13 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from deploy.sight.rules import error_ratio
+from deploy.monitoring.rules import error_ratio
 from tests.deploy import traffic
 from tests.deploy.prometheus import Prometheus, needs, scraping
 from tests.deploy.promql import TARGET, as_grafana, queries_of, selections
 from tests.e2e.processes import ODD, ServerProcess, serving
 
-from els_service.engine.terms import REASONS
+from els_service.engine.request_context import REASONS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "sight" / "alerts.yaml"

@@ -14,7 +14,7 @@ import torch
 
 from els_service.cli import main
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, check_query
-from els_service.engine.models import Models
+from els_service.engine.registry import Models
 from els_service.engine.repository import ModelRepository
 
 SHAPE = (1, 6, 5)

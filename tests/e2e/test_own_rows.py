@@ -22,7 +22,7 @@ from tests.e2e.odd_server import FAULT, Odd
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Settings
 from els_service.denoisers.samplers import Options, sample
-from els_service.wire.server import Server
+from els_service.server.server import Server
 
 STEPS = 3
 WAIT_S = 30

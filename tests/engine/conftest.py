@@ -13,7 +13,7 @@ from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_quer
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
-from els_service.engine.terms import REASONS, Launch, Terms
+from els_service.engine.request_context import REASONS, Launch, Terms
 
 SHAPE = (1, 2, 3)
 WAIT_S = 30

@@ -17,7 +17,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
 from els_service.engine.engine import Engine
-from els_service.engine.terms import Terms
+from els_service.engine.request_context import Terms
 
 T = TypeVar("T")
 

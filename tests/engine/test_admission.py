@@ -20,9 +20,9 @@ from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options, Resume, Step
 from els_service.engine.budget import Budget
 from els_service.engine.engine import Run
-from els_service.engine.lane import Lane
+from els_service.engine.loaded_model import Lane
+from els_service.engine.request_context import Terms
 from els_service.engine.room import Room
-from els_service.engine.terms import Terms
 from els_service.errors import QueueFullError
 
 IMAGE_S = 0.02

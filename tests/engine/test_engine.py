@@ -28,7 +28,7 @@ from els_service.denoisers.samplers import (
 )
 from els_service.engine.engine import Engine, Run
 from els_service.engine.repository import ModelRepository
-from els_service.engine.terms import Terms
+from els_service.engine.request_context import Terms
 from els_service.errors import (
     DeadlineExceededError,
     InvalidArgumentError,

@@ -16,8 +16,8 @@ from els_service.denoisers.banks import make_bank
 from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
-from els_service.engine.lane import answers
-from els_service.engine.terms import Terms
+from els_service.engine.loaded_model import answers
+from els_service.engine.request_context import Terms
 from els_service.errors import DeadlineExceededError
 
 PROMPT_S = 2.0

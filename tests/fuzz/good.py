@@ -19,10 +19,10 @@ from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
-from els_service.engine.lane import Statistics
-from els_service.engine.models import Entry
+from els_service.engine.loaded_model import Statistics
+from els_service.engine.registry import Entry
 from els_service.engine.repository import ModelRepository
-from els_service.wire.resume import encode_token
+from els_service.server.requests.resume_token import encode_token
 
 SERVICES: list[ServiceDescriptor] = [
     pb.DESCRIPTOR.services_by_name["DenoiserService"],

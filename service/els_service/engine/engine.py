@@ -27,11 +27,11 @@ from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
 from els_service.engine.budget import Budget
 from els_service.engine.device import Device, WorkerDevice
-from els_service.engine.lane import Lane
-from els_service.engine.models import Entry, Models
+from els_service.engine.loaded_model import Lane
+from els_service.engine.registry import Entry, Models
+from els_service.engine.request_context import Observer, Terms, allows
 from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
-from els_service.engine.terms import Observer, Terms, allows
 from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192

@@ -25,11 +25,11 @@ from functools import partial
 from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
+from els_service.engine.batch_records import launch
 from els_service.engine.device import Device, DeviceLostError, Outcome
-from els_service.engine.lane import Item, Lane, Statistics, Ticket, answers
-from els_service.engine.launches import launch
+from els_service.engine.loaded_model import Item, Lane, Statistics, Ticket, answers
+from els_service.engine.request_context import Observer, Terms, allows, timed_out
 from els_service.engine.room import Reservation, Room
-from els_service.engine.terms import Observer, Terms, allows, timed_out
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
