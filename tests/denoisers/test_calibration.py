@@ -27,7 +27,7 @@ from els_service.experiments.comparison.calibration import (
     calibrate,
     trajectory,
 )
-from els_service.experiments.comparison.drawing import Draw
+from els_service.experiments.comparison.drawing import SampleSpec
 from els_service.experiments.comparison.subjects import (
     BUNDLED_MODELS,
     find_windows,
@@ -51,7 +51,7 @@ def test_the_windows_of_a_machine_are_found_again(
 ) -> None:
     bank = squares()
     hidden = subjects(bank, WindowTable(sigma, HIDDEN), "els").machines["els"]
-    how = Draw(seed=3, steps=STEPS, label_count=labels)
+    how = SampleSpec(seed=3, steps=STEPS, label_count=labels)
     points = trajectory(hidden, how, SAMPLES)
     machine = subjects(bank, None, "els").machines["els"]
     journal = Journal(tmp_path / "journal.json", {})
@@ -73,7 +73,7 @@ def test_the_median_over_samples_decides_and_each_label_may_differ() -> None:
 
 def test_a_run_goes_on_from_its_journal(tmp_path: Path, sigma: tuple[float, ...]) -> None:
     machine = subjects(squares(), None, "els").machines["els"]
-    points = trajectory(machine, Draw(steps=2), SAMPLES)
+    points = trajectory(machine, SampleSpec(steps=2), SAMPLES)
     computed: list[tuple[int, int]] = []
 
     def run(**settings: Any) -> Calibration:

@@ -13,7 +13,7 @@ from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_quer
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
-from els_service.engine.request_context import REASONS, Launch, Terms
+from els_service.engine.request_context import REASONS, BatchRecord, RequestContext
 
 SHAPE = (1, 2, 3)
 WAIT_S = 30
@@ -76,7 +76,7 @@ class Observed:
         self.waits: list[float] = []
         self.images: list[int] = []
         self.reasons: list[str] = []
-        self.launches: list[Launch] = []
+        self.launches: list[BatchRecord] = []
 
     def queued(self, model: str, seconds: float) -> None:
         self.waits.append(seconds)
@@ -88,7 +88,7 @@ class Observed:
         assert reason in REASONS
         self.reasons.append(reason)
 
-    def launched(self, launch: Launch) -> None:
+    def launched(self, launch: BatchRecord) -> None:
         self.launches.append(launch)
 
 
@@ -125,7 +125,9 @@ def ask(
     """Return a call under way that asks for one image of each number."""
 
     async def call() -> Denoised:
-        answer = engine.denoise(engine.models.entry(model), query(*numbers), Terms(**terms))
+        answer = engine.denoise(
+            engine.models.entry(model), query(*numbers), RequestContext(**terms)
+        )
         return answer if isinstance(answer, Denoised) else await answer
 
     return asyncio.ensure_future(call())

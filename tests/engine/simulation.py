@@ -17,7 +17,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
 from els_service.engine.engine import Engine
-from els_service.engine.request_context import Terms
+from els_service.engine.request_context import RequestContext
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ class World:
         self.engine.models.add(name, *denoisers)
 
     async def ask(self, *numbers: float, model: str = "model", **terms: object) -> Denoised:
-        given = Terms(**terms)  # type: ignore[arg-type]  # the tests name its fields
+        given = RequestContext(**terms)  # type: ignore[arg-type]  # the tests name its fields
         answer = self.engine.denoise(self.engine.models.entry(model), query(*numbers), given)
         return answer if isinstance(answer, Denoised) else await answer
 

@@ -19,9 +19,9 @@ from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options, Resume, Step
 from els_service.engine.budget import Budget
-from els_service.engine.engine import Run
-from els_service.engine.loaded_model import Lane
-from els_service.engine.request_context import Terms
+from els_service.engine.engine import SamplingRun
+from els_service.engine.loaded_model import LoadedModel
+from els_service.engine.request_context import RequestContext
 from els_service.engine.room import Room
 from els_service.errors import QueueFullError
 
@@ -37,14 +37,14 @@ def served(scheduling: Scheduling, estimate_s: float = IMAGE_S) -> World:
     return world
 
 
-def lane_of(world: World) -> Lane:
+def lane_of(world: World) -> LoadedModel:
     lane = world.engine.models.entry("model").lane
     assert lane is not None
     return lane
 
 
-def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = None) -> Run:
-    return Run(
+def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = None) -> SamplingRun:
+    return SamplingRun(
         SAMPLERS["ddim"](seeded_noise(seed, count, SHAPE), Options(steps=steps), resume),
         np.full(count, -1),
         np.zeros(count, np.int64),
@@ -52,9 +52,9 @@ def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = No
     )
 
 
-async def drawn(world: World, run: Run, taken: list[Step], caller: str = "") -> None:
+async def drawn(world: World, run: SamplingRun, taken: list[Step], caller: str = "") -> None:
     """Append the steps of a trajectory to ``taken``."""
-    async for step in world.engine.sample("model", run, Terms(caller=caller)):
+    async for step in world.engine.sample("model", run, RequestContext(caller=caller)):
         taken.append(step)
 
 
@@ -214,7 +214,7 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
 
     async def caller(act: Act) -> None:
         numbers = list(range(act.images))
-        terms = Terms(caller=act.caller, priority=act.priority)
+        terms = RequestContext(caller=act.caller, priority=act.priority)
         wanted = lane.costs.marginal(estimate * IMAGE_S * act.images)
         before = _shares(lane.rooms, act.caller, (wanted, query(*numbers).nbytes))
         try:

@@ -11,7 +11,7 @@ from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query
 from els_service.engine.loaded_model import Statistics
-from els_service.engine.registry import Entry
+from els_service.engine.registry import ModelVersion
 from els_service.server.requests.envelopes import Envelopes
 from els_service.server.requests.orders import Orders
 
@@ -20,9 +20,9 @@ _R = TypeVar("_R", pb.DenoiseRequest, oip.ModelInferRequest)
 
 class _OneModel:
     def __init__(self, info: DenoiserInfo) -> None:
-        self._entry = Entry("m", 1, info, None, Statistics())
+        self._entry = ModelVersion("m", 1, info, None, Statistics())
 
-    def entry(self, name: str, version: str = "") -> Entry:
+    def entry(self, name: str, version: str = "") -> ModelVersion:
         return self._entry
 
 

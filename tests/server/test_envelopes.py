@@ -14,7 +14,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo
 from els_service.engine.loaded_model import Statistics
-from els_service.engine.registry import Entry
+from els_service.engine.registry import ModelVersion
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import kept
 from els_service.server.requests.envelopes import DenoiseEnvelope, Envelopes
@@ -29,8 +29,8 @@ class OneModel:
     def __init__(self) -> None:
         self.info = INFO
 
-    def entry(self, name: str, version: str = "") -> Entry:
-        return Entry(name, 1, self.info, None, Statistics())
+    def entry(self, name: str, version: str = "") -> ModelVersion:
+        return ModelVersion(name, 1, self.info, None, Statistics())
 
 
 @pytest.fixture

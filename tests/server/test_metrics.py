@@ -13,9 +13,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
-from els_service.engine.request_context import Launch, Observer
+from els_service.engine.request_context import BatchRecord, Observer
 from els_service.server.telemetry import loop_lag
-from els_service.server.telemetry.histogram import Tally, family, merged
+from els_service.server.telemetry.histogram import Histogram, family, merged
 from els_service.server.telemetry.metrics import RETAIN_S, RETAINED_MODELS, Metrics
 
 BOUNDS = (0.001, 0.5, 1, 10.0)
@@ -33,7 +33,7 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 @given(st.lists(st.sampled_from(BOUNDS) | st.floats(0, 1e9)))
 def test_a_tally_has_the_samples_of_the_library_s_own_histogram(values: list[float]) -> None:
-    registry, tally = CollectorRegistry(), Tally(BOUNDS)
+    registry, tally = CollectorRegistry(), Histogram(BOUNDS)
     oracle = Histogram("h", "text", ("label",), buckets=BOUNDS, registry=registry).labels("one")
     for value in values:
         oracle.observe(value)
@@ -44,7 +44,7 @@ def test_a_tally_has_the_samples_of_the_library_s_own_histogram(values: list[flo
 
 
 def test_merged_tallies_count_every_value_once() -> None:
-    tallies = [Tally(BOUNDS) for _ in range(3)]
+    tallies = [Histogram(BOUNDS) for _ in range(3)]
     for tally, value in zip(tallies, (0.1, 0.7, 99.0), strict=True):
         tally.observe(value)
     one = merged(tallies, BOUNDS)
@@ -93,10 +93,10 @@ def test_a_method_that_nobody_called_is_there_with_zeros() -> None:
 
 
 def test_what_an_engine_tells_is_kept_by_model() -> None:
-    launches: list[Launch] = []
+    launches: list[BatchRecord] = []
     metrics = Metrics(launches.append)
     observer: Observer = metrics
-    launch = Launch("m", "cpu", 0, 1, 8, 0.25, (None,), (0,))
+    launch = BatchRecord("m", "cpu", 0, 1, 8, 0.25, (None,), (0,))
     observer.queued("m", 0.5)
     observer.computed("m", 0.3, 8, 0.25)
     observer.launched(launch)

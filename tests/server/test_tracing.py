@@ -29,7 +29,7 @@ from tests.proxies import proxying
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.config import Settings
-from els_service.engine.request_context import Launch
+from els_service.engine.request_context import BatchRecord
 from els_service.server.server import Server
 from els_service.server.services.denoiser import DenoiserService
 from els_service.server.telemetry.tracing import Tracing
@@ -75,10 +75,10 @@ def spans_at() -> Iterator[SpansAt]:
         yield make
 
 
-def launch(*members: object, queued_ns: tuple[int, ...] = ()) -> Launch:
+def launch(*members: object, queued_ns: tuple[int, ...] = ()) -> BatchRecord:
     """Return a batch of 8 images, computed from 2 to 3 s."""
     queued = queued_ns or tuple(10**9 for _ in members)
-    return Launch("m", "cpu", 2 * 10**9, 3 * 10**9, 8, 0.5, members, queued)
+    return BatchRecord("m", "cpu", 2 * 10**9, 3 * 10**9, 8, 0.5, members, queued)
 
 
 def test_a_call_continues_its_caller_s_trace(spans_at: SpansAt) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from els_service.errors import LoadError
-from els_service.server.security.reloaded_file import STALE, Watched, warn_if_public
+from els_service.server.security.reloaded_file import STALE, ReloadedFile, warn_if_public
 
 
 def reading(path: Path) -> str:
@@ -30,8 +30,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watched(path: Path) -> Watched[str]:
-    return Watched((path,), lambda: reading(path))
+def watched(path: Path) -> ReloadedFile[str]:
+    return ReloadedFile((path,), lambda: reading(path))
 
 
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(path: Path) -> 
         reads.append(path.read_text())
         return reads[-1]
 
-    watched = Watched((path,), read)
+    watched = ReloadedFile((path,), read)
     assert [watched.current() for _ in range(3)] == ["one"] * 3
     path.write_text("second")
     assert [watched.current() for _ in range(3)] == ["second"] * 3
@@ -53,7 +53,7 @@ def test_a_file_that_is_replaced_or_a_link_that_turns_elsewhere_is_a_change(
 ) -> None:
     link = tmp_path / "link"
     link.symlink_to(path)
-    watched = Watched((link,), lambda: reading(link))
+    watched = ReloadedFile((link,), lambda: reading(link))
     (tmp_path / "other").write_text("two")
     (tmp_path / "next").symlink_to("other")
     (tmp_path / "next").replace(link)
@@ -64,7 +64,7 @@ def test_a_file_that_is_replaced_or_a_link_that_turns_elsewhere_is_a_change(
 
 
 def test_a_broken_file_leaves_what_was_there_and_is_told_once(
-    path: Path, watched: Watched[str], caplog: pytest.LogCaptureFixture
+    path: Path, watched: ReloadedFile[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path.write_text("bad")
     with caplog.at_level(logging.ERROR):
@@ -85,7 +85,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken(path: Path) -> None:
             path.write_text(rest)
         return text
 
-    watched = Watched((path,), read)
+    watched = ReloadedFile((path,), read)
     path.write_text("be")
     seen = [watched.current() for _ in range(4)]
     assert seen == ["one", "one", "begun and ended", "begun and ended"]
@@ -94,11 +94,11 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken(path: Path) -> None:
 def test_a_file_that_is_bad_at_the_beginning_is_refused(path: Path) -> None:
     path.write_text("bad")
     with pytest.raises(LoadError, match="bad"):
-        Watched((path,), lambda: reading(path))
+        ReloadedFile((path,), lambda: reading(path))
 
 
 def test_between_two_looks_nothing_is_asked_of_the_file_system(path: Path) -> None:
-    watched = Watched((path,), lambda: reading(path), every_s=3600)
+    watched = ReloadedFile((path,), lambda: reading(path), every_s=3600)
     path.write_text("two")
     assert watched.current() == "one"
 
@@ -132,7 +132,7 @@ def test_a_stale_file_is_told_once_a_minute_with_reason_and_age_until_it_is_good
         return text
 
     clock = Clock()
-    watched = Watched((path,), read, clock=clock)
+    watched = ReloadedFile((path,), read, clock=clock)
     assert watched.stale_s() == 0.0
     if fault == "removed":
         path.unlink()
@@ -165,7 +165,7 @@ def test_a_stale_file_whose_permissions_are_put_right_counts_though_it_looks_the
             raise LoadError(path, "Permission denied")
         return path.read_text()
 
-    watched = Watched((path,), read, clock=clock)
+    watched = ReloadedFile((path,), read, clock=clock)
     refused[0] = True
     path.write_text("second")
     assert watched.current() == "one"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from els_service.engine.request_context import Launch
+from els_service.engine.request_context import BatchRecord
 
 
-def launch(
+def batch_record(
     model: str,
     device: str,
     members: Sequence[tuple[object, float]],
@@ -16,7 +16,7 @@ def launch(
     cost: float,
     span: tuple[float, float],
     clock: Callable[[], float],
-) -> Launch:
+) -> BatchRecord:
     """Return what is told of a batch.
 
     Args:
@@ -30,7 +30,7 @@ def launch(
     """
     offset = _wall_ns(clock)
     began, ended = span
-    return Launch(
+    return BatchRecord(
         model=model,
         device=device,
         started_ns=round(began * 1e9) + offset,

@@ -24,12 +24,12 @@ from els_service.denoisers.base import (
     make_query,
 )
 from els_service.denoisers.levels import NoiseLevel
-from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
+from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 from els_service.engine.budget import Budget
 from els_service.engine.device import Device, WorkerDevice
-from els_service.engine.loaded_model import Lane
-from els_service.engine.registry import Entry, Models
-from els_service.engine.request_context import Observer, Terms, allows
+from els_service.engine.loaded_model import LoadedModel
+from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.request_context import Observer, RequestContext, allows
 from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
 from els_service.errors import DeadlineExceededError, UnavailableError
@@ -38,11 +38,11 @@ _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
 _HELD = 24
 """Bytes that a trajectory holds of each number: state and answer in float64, a message of both."""
-_NO_TERMS = Terms()
+_NO_TERMS = RequestContext()
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SamplingRun:
     """A trajectory to drive.
 
     Args:
@@ -87,7 +87,7 @@ class Engine:
     ) -> None:
         scheduling = scheduling or Scheduling()
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
-        self.models = Models(self._devices, scheduling, self._lose)
+        self.models = ModelRegistry(self._devices, scheduling, self._lose)
         self.memory = Budget(scheduling.in_flight_bytes)
         self._memory = Room(self.memory, "the memory for requests in flight", seconds=False)
         self._scheduler = Scheduler(
@@ -104,7 +104,12 @@ class Engine:
         """Done with the reason once a device can compute no more: the process has to end."""
 
     def denoise(
-        self, entry: Entry, query: Query, terms: Terms = _NO_TERMS, *, checked: bool = False
+        self,
+        entry: ModelVersion,
+        query: Query,
+        terms: RequestContext = _NO_TERMS,
+        *,
+        checked: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
         """Return the answer to a query, or the answer to come where it has to wait.
 
@@ -126,7 +131,7 @@ class Engine:
         return self._submit(lane, query, terms, checked=checked)
 
     async def sample(
-        self, name: str, run: Run, terms: Terms = _NO_TERMS, *, version: str = ""
+        self, name: str, run: SamplingRun, terms: RequestContext = _NO_TERMS, *, version: str = ""
     ) -> AsyncGenerator[Step, None]:
         """Yield the steps of a trajectory; each of its questions is an item like any other.
 
@@ -152,7 +157,7 @@ class Engine:
             self._trajectories -= 1
 
     async def _steps(
-        self, entry: Entry, run: Run, terms: Terms, stay: Stay, large: bool
+        self, entry: ModelVersion, run: SamplingRun, terms: RequestContext, stay: Stay, large: bool
     ) -> AsyncGenerator[Step, None]:
         lane = await self._loaded(entry, terms, stay)
         answer: Tensor | None = None
@@ -174,14 +179,16 @@ class Engine:
                 begun = True
             answer = (await self._step(lane, query, terms, stay)).mean.double()
 
-    async def _step(self, lane: Lane, query: Query, terms: Terms, stay: Stay) -> Denoised:
+    async def _step(
+        self, lane: LoadedModel, query: Query, terms: RequestContext, stay: Stay
+    ) -> Denoised:
         """Return the answer to a question of a trajectory."""
         stay.check()
         given = self._submit(lane, query, terms, admitted=True)
         return given if isinstance(given, Denoised) else await stay.until(given)
 
     @contextmanager
-    def _staying(self, entry: Entry, size: int, terms: Terms) -> Iterator[Stay]:
+    def _staying(self, entry: ModelVersion, size: int, terms: RequestContext) -> Iterator[Stay]:
         """Hold memory meanwhile.
 
         Raises:
@@ -201,7 +208,7 @@ class Engine:
             stay.reservation.release()
 
     @contextmanager
-    def _unended_of(self, entry: Entry, size: int, terms: Terms) -> Iterator[None]:
+    def _unended_of(self, entry: ModelVersion, size: int, terms: RequestContext) -> Iterator[None]:
         """Bound what trajectories take that gave way but whose callers do not read to their end.
 
         They cannot be ended before. With them a caller may have as much as if it were alone, and
@@ -260,9 +267,9 @@ class Engine:
 
     def _submit(
         self,
-        lane: Lane,
+        lane: LoadedModel,
         query: Query,
-        terms: Terms,
+        terms: RequestContext,
         *,
         checked: bool = False,
         admitted: bool = False,
@@ -276,13 +283,13 @@ class Engine:
         if self._ended:
             raise UnavailableError(self._ended)
 
-    async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:
+    async def _revived(self, entry: ModelVersion, query: Query, terms: RequestContext) -> Denoised:
         with self._staying(entry, query.nbytes, terms) as stay:
             lane = await self._loaded(entry, terms, stay)
         answer = self._submit(lane, query, terms)
         return answer if isinstance(answer, Denoised) else await answer
 
-    async def _loaded(self, entry: Entry, terms: Terms, stay: Stay) -> Lane:
+    async def _loaded(self, entry: ModelVersion, terms: RequestContext, stay: Stay) -> LoadedModel:
         """Return an entry's lane, loaded again if need be."""
         lane = self.models.touch(entry)
         if lane is not None:
@@ -302,14 +309,18 @@ class Engine:
             if not ended.cancel():
                 ended.exception()  # taken note of: it would else be logged
 
-    async def _decoded(self, lane: Lane, latents: Tensor, terms: Terms, stay: Stay) -> Tensor:
+    async def _decoded(
+        self, lane: LoadedModel, latents: Tensor, terms: RequestContext, stay: Stay
+    ) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
         assert lane.decoder is not None  # as the model's info says
         level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
         query = make_query(latents.float(), level)
         return (await self._step(lane.decoder, query, terms, stay)).mean
 
-    def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
+    def _check_time(
+        self, lane: LoadedModel, query: Query, run: SamplingRun, terms: RequestContext
+    ) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""
         slack = terms.deadline - self._clock()
         estimate = lane.denoiser.predict_seconds(query)
@@ -324,7 +335,7 @@ class Engine:
 
     async def _advance(
         self, trajectory: Trajectory, answer: Tensor | None, large: bool
-    ) -> Ask | Step | None:
+    ) -> DenoiseCall | Step | None:
         if not large:
             return _send(trajectory, answer)
         loop = asyncio.get_running_loop()
@@ -336,14 +347,14 @@ class Engine:
         self.interrupt(f"{reason}; ask another server")
 
 
-def _question(denoiser: Denoiser, ask: Ask, run: Run) -> Query:
+def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
     chosen = windows_for(denoiser, ask)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
     return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
-def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:
+def _send(trajectory: Trajectory, answer: Tensor | None) -> DenoiseCall | Step | None:
     try:
         return trajectory.send(answer)
     except StopIteration:

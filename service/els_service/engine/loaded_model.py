@@ -12,20 +12,20 @@ import torch
 
 from els_kernels import ComputationStoppedError
 from els_service.config import Scheduling
-from els_service.denoisers.base import Decodes, Denoised, Denoiser, Query, concatenate
+from els_service.denoisers.base import Denoised, Denoiser, LatentDecoder, Query, concatenate
 from els_service.engine.budget import Budget
 from els_service.engine.costs import CostModel
-from els_service.engine.decoding import Decoding
+from els_service.engine.decoding import DecoderAsDenoiser
 from els_service.engine.device import breaks_device, free_memory
 from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
-from els_service.engine.request_context import PRIORITIES, Terms
+from els_service.engine.request_context import PRIORITIES, RequestContext
 from els_service.engine.room import Reservation, Room
 from els_service.errors import ResourceExhaustedError
 
 
 @dataclass(slots=True)
-class Tally:
+class DurationSum:
     """How often something happened and how long that took in all."""
 
     count: int = 0
@@ -41,12 +41,12 @@ class Tally:
 class Statistics:
     """What one version of a model was asked since it was loaded."""
 
-    succeeded: Tally = field(default_factory=Tally)
-    failed: Tally = field(default_factory=Tally)
-    queued: Tally = field(default_factory=Tally)
-    computed: Tally = field(default_factory=Tally)
+    succeeded: DurationSum = field(default_factory=DurationSum)
+    failed: DurationSum = field(default_factory=DurationSum)
+    queued: DurationSum = field(default_factory=DurationSum)
+    computed: DurationSum = field(default_factory=DurationSum)
     """Of queries: each is charged the whole time of its batch."""
-    batches: dict[int, Tally] = field(default_factory=dict)
+    batches: dict[int, DurationSum] = field(default_factory=dict)
     """Images → batches of so many."""
     last: float = 0.0
     """When something was computed last, in seconds since the epoch."""
@@ -56,7 +56,7 @@ class Statistics:
         self.last = now
         tally = self.batches.get(images)
         if tally is None:
-            tally = self.batches[images] = Tally()
+            tally = self.batches[images] = DurationSum()
         tally.add(seconds)
 
     def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
@@ -65,14 +65,14 @@ class Statistics:
         self.last = now
         batch = self.batches.get(images)
         if batch is None:
-            batch = self.batches[images] = Tally()
+            batch = self.batches[images] = DurationSum()
         for tally in (batch, self.computed, self.succeeded if succeeded else self.failed):
             tally.count += 1
             tally.seconds += seconds
         self.queued.count += 1
 
 
-class Lane:
+class LoadedModel:
     """One version of a model, loaded. Queries in it are answered even when a newer one is served.
 
     Args:
@@ -94,7 +94,7 @@ class Lane:
         self.model, self.version, self.denoisers = model, version, denoisers
         self.denoiser = next(iter(denoisers.values()))
         """Any of them, for what is the same on all devices."""
-        self.queue: FairQueue[Item] = FairQueue(PRIORITIES, scheduling.starvation_s)
+        self.queue: FairQueue[Chunk] = FairQueue(PRIORITIES, scheduling.starvation_s)
         name = f"the queue of {model}"
         self.seconds = Room(Budget(scheduling.queue_s), name, seconds=True)
         """Held by what waits, as predicted when it came, and by trajectories, of a step each."""
@@ -114,15 +114,15 @@ class Lane:
         self.purged = 0.0
         """When late items were last looked for."""
         decoders = {
-            device: Decoding(denoiser)
+            device: DecoderAsDenoiser(denoiser)
             for device, denoiser in denoisers.items()
-            if isinstance(denoiser, Decodes)
+            if isinstance(denoiser, LatentDecoder)
         }
-        self.decoder = Lane(model, version, decoders, scheduling) if decoders else None
+        self.decoder = LoadedModel(model, version, decoders, scheduling) if decoders else None
         """The queue of latents to decode, where the model can."""
 
     @property
-    def queues(self) -> Iterator[Lane]:
+    def queues(self) -> Iterator[LoadedModel]:
         """This one and its decoder's."""
         yield self
         if self.decoder is not None:
@@ -142,7 +142,7 @@ class Lane:
         """Predicted seconds of all that waits."""
         return self.costs.marginal(self.queue.cost)
 
-    def take(self, item: Item, now: float) -> None:
+    def take(self, item: Chunk, now: float) -> None:
         """Remove an item that will be computed from the queue and its part from the rooms."""
         self.queue.take(item, now)
         ticket = item.ticket
@@ -150,7 +150,7 @@ class Lane:
         if ticket.reservation is not None:
             ticket.reservation.begin(self.rooms, ticket.waiting / before)
 
-    def withdraw(self, ticket: Ticket) -> bool:
+    def withdraw(self, ticket: PendingRequest) -> bool:
         """Remove what waits of a ticket from queue and rooms; return whether there was any."""
         waiting = [item for item in ticket.items if item.waiting]
         for item in waiting:
@@ -160,14 +160,14 @@ class Lane:
         return bool(waiting)
 
 
-class Ticket:
+class PendingRequest:
     """One query and its answer to come, computed in one part or several."""
 
-    def __init__(self, model: str, query: Query, terms: Terms, since: float) -> None:
+    def __init__(self, model: str, query: Query, terms: RequestContext, since: float) -> None:
         self.model, self.query, self.terms, self.since = model, query, terms, since
         self.caller = terms.name()
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
-        self.items: list[Item] = []
+        self.items: list[Chunk] = []
         self.waiting = len(query)
         """Images that wait; those withdrawn count."""
         self.reservation: Reservation | None = None
@@ -175,7 +175,7 @@ class Ticket:
         self._missing = 0
         self._parts: list[Denoised | None] = []
 
-    def cut(self, estimate: float, most: float) -> list[Item]:
+    def cut(self, estimate: float, most: float) -> list[Chunk]:
         """Return the items that answer the query together, each estimated at ``most`` or less.
 
         A single image may exceed it.
@@ -185,7 +185,7 @@ class Ticket:
         parts = [self.query] if step == images else list(_slices(self.query, step))
         self._missing, self._parts = len(parts), [None] * len(parts)
         share = max(estimate, 1e-9) / images
-        self.items = [Item(self, i, part, share * len(part)) for i, part in enumerate(parts)]
+        self.items = [Chunk(self, i, part, share * len(part)) for i, part in enumerate(parts)]
         return self.items
 
     def release(self) -> None:
@@ -205,12 +205,12 @@ class Ticket:
         return True
 
 
-class Item:
+class Chunk:
     """One part of a query, as the queue and the batch see it."""
 
     __slots__ = ("caller", "cost", "index", "priority", "query", "size", "ticket", "waiting")
 
-    def __init__(self, ticket: Ticket, index: int, query: Query, cost: float) -> None:
+    def __init__(self, ticket: PendingRequest, index: int, query: Query, cost: float) -> None:
         self.ticket, self.index, self.query, self.cost = ticket, index, query, cost
         self.priority, self.caller = ticket.terms.priority, ticket.caller
         self.size = query.nbytes

@@ -19,7 +19,7 @@ from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.engine.costs import CostModel
 from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.estimates import warm
-from els_service.engine.loaded_model import Lane, Statistics
+from els_service.engine.loaded_model import LoadedModel, Statistics
 from els_service.engine.loading import Loader
 from els_service.engine.repository import ModelRepository
 from els_service.errors import (
@@ -37,13 +37,13 @@ _LOAD_S = 600.0
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class ModelVersion:
     """One version of a model that is served."""
 
     model: str
     version: int
     info: DenoiserInfo
-    lane: Lane | None
+    lane: LoadedModel | None
     """None while it is unloaded for want of memory."""
     statistics: Statistics
     """Of all its lanes."""
@@ -64,7 +64,7 @@ class State:
     reason: str = ""
 
 
-class Models:
+class ModelRegistry:
     """The models that are served.
 
     Args:
@@ -78,14 +78,14 @@ class Models:
     ) -> None:
         self._devices, self._scheduling, self._lost = devices, scheduling, lost
         self._repository: ModelRepository | None = None
-        self._served: dict[str, dict[int, Entry]] = {}
-        self._newest: dict[str, Entry] = {}
+        self._served: dict[str, dict[int, ModelVersion]] = {}
+        self._newest: dict[str, ModelVersion] = {}
         self._reasons: dict[str, str] = {}
         """Why models of the repository are not served."""
         self._loading: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Of models that are being loaded: one load of a model at a time."""
-        self._reloads: dict[Entry, asyncio.Task[Lane]] = {}
+        self._reloads: dict[ModelVersion, asyncio.Task[LoadedModel]] = {}
         self._asked = 0
         self._loader = Loader(scheduling.load_s)
         self.faults: dict[str, LoadError] = {}
@@ -95,7 +95,7 @@ class Models:
     def __contains__(self, name: object) -> bool:
         return name in self._served
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[ModelVersion]:
         """Yield every version served, by name and number."""
         for _, versions in sorted(self._served.items()):
             yield from (entry for _, entry in sorted(versions.items()))
@@ -104,11 +104,11 @@ class Models:
         """Return the names of models that are served or being loaded."""
         return {*self._served, *self._loading}
 
-    def newest(self) -> list[Entry]:
+    def newest(self) -> list[ModelVersion]:
         """Return the newest version of each model, by name."""
         return [entry for _, entry in sorted(self._newest.items())]
 
-    def entry(self, name: str, version: str = "") -> Entry:
+    def entry(self, name: str, version: str = "") -> ModelVersion:
         """Return a served version of a model; the newest where none is named.
 
         Raises:
@@ -135,13 +135,13 @@ class Models:
         known = shortened(", ".join(sorted(self._served)) or "none")
         return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
-    def touch(self, entry: Entry) -> Lane | None:
+    def touch(self, entry: ModelVersion) -> LoadedModel | None:
         """Note that a version is asked; return its lane if it is loaded."""
         self._asked += 1
         entry.used = self._asked
         return entry.lane
 
-    async def revive(self, entry: Entry) -> Lane:
+    async def revive(self, entry: ModelVersion) -> LoadedModel:
         """Return the lane of a version that was unloaded for want of memory, loaded again.
 
         Raises:
@@ -156,7 +156,7 @@ class Models:
         # One caller who leaves must not end the load that others wait for.
         return await asyncio.shield(task)
 
-    async def _reload(self, entry: Entry) -> Lane:
+    async def _reload(self, entry: ModelVersion) -> LoadedModel:
         async with self._lock(entry.model):
             fresh = await self._load_version(entry.model, entry.version)
             assert fresh.lane is not None
@@ -230,8 +230,8 @@ class Models:
     def add(self, name: str, *denoisers: Denoiser) -> None:
         """Serve a model from elsewhere: one denoiser for each of the first devices."""
         placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
-        lane = Lane(name, 1, placed, self._scheduling)
-        self._serve(name, {1: Entry(name, 1, lane.denoiser.info, lane, lane.statistics)})
+        lane = LoadedModel(name, 1, placed, self._scheduling)
+        self._serve(name, {1: ModelVersion(name, 1, lane.denoiser.info, lane, lane.statistics)})
 
     async def index(self) -> list[State]:
         """Return the state of every model of the repository, and of those added."""
@@ -258,7 +258,7 @@ class Models:
         """End the loading thread; waits a few seconds for a load under way."""
         self._loader.close()
 
-    def _serve(self, name: str, entries: dict[int, Entry]) -> None:
+    def _serve(self, name: str, entries: dict[int, ModelVersion]) -> None:
         self._served[name] = entries
         self._newest[name] = entries[max(entries)]
         self.faults.pop(name, None)
@@ -283,7 +283,7 @@ class Models:
             raise NotFoundError(f"model: the repository has no {name[:100]!r}")
         return versions
 
-    async def _load_version(self, name: str, version: int) -> Entry:
+    async def _load_version(self, name: str, version: int) -> ModelVersion:
         assert self._repository is not None
         denoisers: dict[str, Denoiser] = {}
         costs: list[CostModel] = []
@@ -298,12 +298,12 @@ class Models:
                 if isinstance(error, DeviceLostError):
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
-        lane = Lane(name, version, denoisers, self._scheduling, costs[0])
+        lane = LoadedModel(name, version, denoisers, self._scheduling, costs[0])
         fingerprint = partial(self._repository.fingerprint, name, version)
         content = await self._loader.run(name, fingerprint)
-        return Entry(name, version, lane.denoiser.info, lane, lane.statistics, content)
+        return ModelVersion(name, version, lane.denoiser.info, lane, lane.statistics, content)
 
-    def _make_room(self, keep: Entry) -> None:
+    def _make_room(self, keep: ModelVersion) -> None:
         """Unload what was used longest ago until the rest fits the budget."""
         budget = self._scheduling.memory_bytes
         if budget is None or self._repository is None:
@@ -329,16 +329,16 @@ class Models:
         return self._locks.setdefault(name, asyncio.Lock())
 
 
-def _held(entry: Entry) -> object:
+def _held(entry: ModelVersion) -> object:
     """Return what holds a version's memory: a bank that others may stand on too, or itself."""
     info = entry.info
     # Of other kinds the bank is where they come from, not what they hold.
     return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
 
 
-def _holders(entries: Iterable[Entry]) -> dict[object, list[Entry]]:
+def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
     """Return the loaded versions by what holds their memory."""
-    holders: dict[object, list[Entry]] = {}
+    holders: dict[object, list[ModelVersion]] = {}
     for entry in entries:
         if entry.lane is not None:
             holders.setdefault(_held(entry), []).append(entry)

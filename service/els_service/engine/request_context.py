@@ -14,7 +14,7 @@ _ON_ITS_WAY_S = 0.05
 
 
 @dataclass(slots=True)  # never changed; frozen would cost every call a microsecond
-class Terms:
+class RequestContext:
     """On which terms a query is answered."""
 
     deadline: float = math.inf
@@ -51,7 +51,7 @@ def timed_out(left_s: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class BatchRecord:
     """One batch that was computed, for traces; times in nanoseconds since the epoch."""
 
     model: str
@@ -62,7 +62,7 @@ class Launch:
     cost: float
     """Predicted seconds."""
     members: tuple[object, ...]
-    """``Terms.trace`` of each query."""
+    """``RequestContext.trace`` of each query."""
     queued_ns: tuple[int, ...]
     """When each query came."""
 
@@ -82,7 +82,7 @@ class Observer(Protocol):
         """One query got no answer, for one of ``REASONS``."""
         ...
 
-    def launched(self, launch: Launch) -> None:
+    def launched(self, launch: BatchRecord) -> None:
         """One batch of which a member is traced was computed."""
         ...
 

@@ -25,10 +25,10 @@ from functools import partial
 from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
-from els_service.engine.batch_records import launch
+from els_service.engine.batch_records import batch_record
 from els_service.engine.device import Device, DeviceLostError, Outcome
-from els_service.engine.loaded_model import Item, Lane, Statistics, Ticket, answers
-from els_service.engine.request_context import Observer, Terms, allows, timed_out
+from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, Statistics, answers
+from els_service.engine.request_context import Observer, RequestContext, allows, timed_out
 from els_service.engine.room import Reservation, Room
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
@@ -54,7 +54,7 @@ Results = Outcome[list[Denoised | Exception]]
 class _Running:
     """A batch that is being computed."""
 
-    batch: list[Item]
+    batch: list[Chunk]
     control: Control
     timer: asyncio.TimerHandle | None = None
     """At the latest deadline of its members; None where one has none."""
@@ -90,16 +90,16 @@ class Scheduler:
         self._memory, self._lost, self.clock = memory, lost, clock
         self._busy: dict[str, float] = {}
         """Device → when its batch is predicted to end."""
-        self._lanes: dict[Lane, None] = {}
+        self._lanes: dict[LoadedModel, None] = {}
         """Those with something waiting."""
-        self._running: Counter[Ticket] = Counter()
+        self._running: Counter[PendingRequest] = Counter()
         """Tickets with parts that are being computed, and how many."""
         self._batches: dict[str, _Running] = {}
         """Device → what it computes."""
         self._virtual = 0.0
 
     def submit(
-        self, lane: Lane, query: Query, terms: Terms, *, admitted: bool = False
+        self, lane: LoadedModel, query: Query, terms: RequestContext, *, admitted: bool = False
     ) -> Denoised | asyncio.Future[Denoised]:
         """Return the answer to a checked query, or the answer to come.
 
@@ -120,7 +120,7 @@ class Scheduler:
         if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
             return self._inline(lane, query, terms, estimate)
         now = self.clock()
-        ticket = Ticket(lane.model, query, terms, now)
+        ticket = PendingRequest(lane.model, query, terms, now)
         if not admitted:
             self._admit(lane, query, terms, estimate, now)
             self._reserve(lane, ticket, estimate)
@@ -135,7 +135,13 @@ class Scheduler:
         return ticket.answer
 
     def enter(
-        self, lane: Lane, query: Query, terms: Terms, reservation: Reservation, *, decodes: bool
+        self,
+        lane: LoadedModel,
+        query: Query,
+        terms: RequestContext,
+        reservation: Reservation,
+        *,
+        decodes: bool,
     ) -> None:
         """Admit a trajectory by its first question: it holds room for one step from now on.
 
@@ -192,7 +198,9 @@ class Scheduler:
                 self._observer.dropped(ticket.model, "interrupted")
                 ticket.answer.set_exception(error)
 
-    def _inline(self, lane: Lane, query: Query, terms: Terms, estimate: float) -> Denoised:
+    def _inline(
+        self, lane: LoadedModel, query: Query, terms: RequestContext, estimate: float
+    ) -> Denoised:
         began, answer = self.clock(), None
         if began > terms.deadline:
             raise self._too_late(
@@ -212,10 +220,14 @@ class Scheduler:
             if terms.trace is not None:
                 traced = [(terms.trace, began)]
                 span = began, began + seconds
-                launched = launch(lane.model, "cpu", traced, images, estimate, span, self.clock)
+                launched = batch_record(
+                    lane.model, "cpu", traced, images, estimate, span, self.clock
+                )
                 self._observer.launched(launched)
 
-    def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
+    def _admit(
+        self, lane: LoadedModel, query: Query, terms: RequestContext, estimate: float, now: float
+    ) -> None:
         """Raise if the answer would come too late; drop what is, where the queue is crowded."""
         own = lane.costs.seconds(estimate)
         if lane.queue and _is_crowded(lane, query, own):
@@ -237,14 +249,14 @@ class Scheduler:
             )
 
     def _too_late(
-        self, lane: Lane, text: str, retry_after_s: float | None = None
+        self, lane: LoadedModel, text: str, retry_after_s: float | None = None
     ) -> DeadlineExceededError:
         """Count a query that is refused for its deadline, and return what its caller is told."""
         self._observer.dropped(lane.model, "rejected_late")
         lane.statistics.failed.add(0.0)
         return DeadlineExceededError(text, retry_after_s=retry_after_s)
 
-    def _reserve(self, lane: Lane, ticket: Ticket, estimate: float) -> None:
+    def _reserve(self, lane: LoadedModel, ticket: PendingRequest, estimate: float) -> None:
         """Take room for a query, from other callers where need be, or raise QueueFullError."""
         size = ticket.query.nbytes
         parts = [(lane.seconds, lane.costs.marginal(estimate)), (lane.bytes, float(size))]
@@ -256,13 +268,15 @@ class Scheduler:
         self.reserve(lane.model, lane.statistics, reservation, parts)
         ticket.reservation = reservation
 
-    def _evict(self, lane: Lane, ticket: Ticket, error: QueueFullError) -> None:
+    def _evict(self, lane: LoadedModel, ticket: PendingRequest, error: QueueFullError) -> None:
         self._observer.dropped(lane.model, "evicted")
         lane.statistics.failed.add(self.clock() - ticket.since)
         lane.withdraw(ticket)
         _fail(ticket, error)
 
-    def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
+    def _predict(
+        self, lane: LoadedModel, terms: RequestContext, estimate: float, wait: float
+    ) -> float:
         """Return in how many seconds an answer can be expected."""
         ahead = lane.costs.marginal(lane.queue.ahead_of(terms.name(), terms.priority, estimate))
         here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
@@ -274,11 +288,11 @@ class Scheduler:
         )
         return wait + (here + others) / len(lane.denoisers)
 
-    def _busy_for(self, lane: Lane, now: float) -> float:
+    def _busy_for(self, lane: LoadedModel, now: float) -> float:
         """Return in how many seconds the first of a lane's devices is predicted to be free."""
         return max(0.0, min(self._busy.get(name, now) for name in lane.denoisers) - now)
 
-    def _purge(self, lane: Lane, now: float) -> None:
+    def _purge(self, lane: LoadedModel, now: float) -> None:
         """Drop what is late already."""
         if now - lane.purged > _PURGE_S:
             lane.purged = now
@@ -300,16 +314,16 @@ class Scheduler:
                 if batch:
                     self._launch(device, lane, batch, now)
 
-    def _next_lane(self, device: str, now: float) -> Lane | None:
+    def _next_lane(self, device: str, now: float) -> LoadedModel | None:
         """Return the lane with the most urgent item; of several, the one that had least time."""
         here = [lane for lane in self._lanes if device in lane.denoisers]
         if len(here) < 2:
             return here[0] if here else None
         return min(here, key=lambda lane: (lane.queue.next_priority(now), lane.virtual))
 
-    def _next_batch(self, lane: Lane, now: float) -> list[Item]:
+    def _next_batch(self, lane: LoadedModel, now: float) -> list[Chunk]:
         """Take from the queue what is worth computing and can be computed in time, together."""
-        batch: list[Item] = []
+        batch: list[Chunk] = []
         estimate, first_deadline = 0.0, float("inf")
         longest = self._batch_s(lane)
         at_most = lane.costs.at_most if lane.costs.trusted(now) else _nothing
@@ -330,11 +344,11 @@ class Scheduler:
             estimate, first_deadline = together, min(first_deadline, deadline)
         return batch
 
-    def _batch_s(self, lane: Lane) -> float:
+    def _batch_s(self, lane: LoadedModel) -> float:
         """Return the predicted time that a batch should take, if there is so much to do."""
         return min(self._terms.batch_s, max(_SHORT_S, lane.costs.fixed_s / _LAUNCH_SHARE))
 
-    def _launch(self, device: Device, lane: Lane, batch: list[Item], now: float) -> None:
+    def _launch(self, device: Device, lane: LoadedModel, batch: list[Chunk], now: float) -> None:
         estimate = sum(item.cost for item in batch)
         cost = lane.costs.seconds(estimate)
         self._busy[device.name] = now + cost
@@ -351,7 +365,7 @@ class Scheduler:
         done = device.run(work, self._terms.watchdog_s, predicted_s=cost, control=running.control)
         done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
 
-    def _watched(self, batch: list[Item], now: float) -> _Running:
+    def _watched(self, batch: list[Chunk], now: float) -> _Running:
         """Return a batch that is stopped once its last member's deadline has passed."""
         running = _Running(batch, Control())
         latest = max(item.ticket.terms.deadline for item in batch)
@@ -368,8 +382,8 @@ class Scheduler:
     def _finish(
         self,
         device: Device,
-        lane: Lane,
-        batch: list[Item],
+        lane: LoadedModel,
+        batch: list[Chunk],
         estimate: float,
         cost: float,
         done: asyncio.Future[Results],
@@ -405,7 +419,7 @@ class Scheduler:
         if isinstance(error, DeviceLostError):
             self._lost(str(error))
 
-    def _hand_out(self, lane: Lane, item: Item, result: Denoised | Exception) -> None:
+    def _hand_out(self, lane: LoadedModel, item: Chunk, result: Denoised | Exception) -> None:
         ticket = item.ticket
         self._running[ticket] -= 1
         if not self._running[ticket]:
@@ -429,7 +443,7 @@ class Scheduler:
             lane.statistics.succeeded.add(now - ticket.since)
 
     def _computed(
-        self, device: Device, lane: Lane, batch: list[Item], cost: float, outcome: Results
+        self, device: Device, lane: LoadedModel, batch: list[Chunk], cost: float, outcome: Results
     ) -> None:
         """Tell of a batch that was computed."""
         seconds = outcome.ended - outcome.began
@@ -441,10 +455,10 @@ class Scheduler:
         if any(item.ticket.terms.trace is not None for item in batch):
             traced = [(item.ticket.terms.trace, item.ticket.since) for item in batch]
             span = outcome.began, outcome.ended
-            launched = launch(lane.model, device.name, traced, images, cost, span, self.clock)
+            launched = batch_record(lane.model, device.name, traced, images, cost, span, self.clock)
             self._observer.launched(launched)
 
-    def _expire(self, lane: Lane, ticket: Ticket, now: float) -> None:
+    def _expire(self, lane: LoadedModel, ticket: PendingRequest, now: float) -> None:
         self._observer.dropped(lane.model, "expired")
         lane.statistics.failed.add(now - ticket.since)
         # At once, not when the future's callback runs: the caller of this looks at the queue next.
@@ -459,7 +473,9 @@ class Scheduler:
             ),
         )
 
-    def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
+    def _left(
+        self, lane: LoadedModel, ticket: PendingRequest, answer: asyncio.Future[Denoised]
+    ) -> None:
         """Take what still waits of a ticket out of the queue, and stop what is computed of it."""
         withdrawn = lane.withdraw(ticket)
         if ticket not in self._running:
@@ -476,7 +492,7 @@ class Scheduler:
             self._lanes.pop(lane, None)
 
 
-def _is_crowded(lane: Lane, query: Query, seconds: float) -> bool:
+def _is_crowded(lane: LoadedModel, query: Query, seconds: float) -> bool:
     """Return whether a query finds room only where others give way."""
     return any(
         room.budget.used + amount > room.budget.capacity
@@ -484,7 +500,7 @@ def _is_crowded(lane: Lane, query: Query, seconds: float) -> bool:
     )
 
 
-def _fail(ticket: Ticket, error: Exception) -> None:
+def _fail(ticket: PendingRequest, error: Exception) -> None:
     if not ticket.answer.done():
         ticket.answer.set_exception(error)
 

@@ -36,7 +36,7 @@ from els_service.experiments.comparison.calibration import (
     calibrate,
     trajectory,
 )
-from els_service.experiments.comparison.drawing import Draw, check_seed
+from els_service.experiments.comparison.drawing import SampleSpec, check_seed
 from els_service.experiments.comparison.options import add_shared
 from els_service.experiments.comparison.subjects import (
     BUNDLED_MODELS,
@@ -92,7 +92,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / _JOURNAL, settings)
-    how = Draw(options.seed, options.steps, "ddim", info.label_count)
+    how = SampleSpec(options.seed, options.steps, "ddim", info.label_count)
     labels = how.labels(0, options.samples)
     progress = Progress("calibrate")
     found = calibrate(

@@ -21,7 +21,13 @@ from els_service.experiments.command_line import (
     refusing,
 )
 from els_service.experiments.comparison.options import add_shared
-from els_service.experiments.comparison.run import INDEXINGS, Look, Settings, Subjects, compare
+from els_service.experiments.comparison.run import (
+    INDEXINGS,
+    FigureOptions,
+    Settings,
+    Subjects,
+    compare,
+)
 from els_service.experiments.comparison.subjects import (
     build_machines,
     find_windows,
@@ -66,7 +72,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
         Subjects(network=network, bank=bank, windows=windows, machines=machines),
         settings,
         options.out,
-        look=Look(columns=options.columns, hidden=options.figure_without),
+        look=FigureOptions(columns=options.columns, hidden=options.figure_without),
         command=command,
         reporter=Progress,
     )
@@ -115,7 +121,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add_shared(parser)
     _add_amounts(parser)
     add("--out", type=Path, required=True, metavar="DIR", help="where record and figure go")
-    add("--columns", type=positive("columns"), default=Look.columns, help="images of the figure")
+    add(
+        "--columns",
+        type=positive("columns"),
+        default=FigureOptions.columns,
+        help="images of the figure",
+    )
     add("--figure-without", type=_names, default=(), help="machines that it does not show")
     return parser
 

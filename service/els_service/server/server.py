@@ -44,7 +44,7 @@ from els_service.server.telemetry import heap, loop_lag, tracing_maker
 from els_service.server.telemetry.metrics import Gauges, Metrics
 from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
-from els_service.server.transport.interceptor import Calls
+from els_service.server.transport.interceptor import CallInterceptor
 from els_service.server.transport.receiving import Receiver
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Server:
         is_model = self._engine.models.__contains__
         limits = settings.limits
         self._receiver = Receiver(self._engine.memory, limits.max_message_bytes, settings.receive_s)
-        self._calls = Calls(
+        self._calls = CallInterceptor(
             self._metrics, is_model, self._access, limits, self._receiver, self._tracing
         )
         self._watching: tuple[asyncio.Task[None], ...] = ()

@@ -24,7 +24,7 @@ from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, LoadError
-from els_service.experiments.comparison.drawing import Draw
+from els_service.experiments.comparison.drawing import SampleSpec
 
 SEARCHES = ("all", "climb")
 
@@ -56,7 +56,7 @@ class Calibration:
         return WindowTable(self.sigma, self.k)
 
 
-def trajectory(network: Denoiser, how: Draw, count: int) -> list[Point]:
+def trajectory(network: Denoiser, how: SampleSpec, count: int) -> list[Point]:
     """Return where the network's samples pass, from the lowest level up.
 
     Raises:

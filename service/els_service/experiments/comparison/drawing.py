@@ -29,7 +29,7 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleSpec:
     """How images are drawn; image i depends on this and on i alone."""
 
     seed: int = 0
@@ -52,7 +52,7 @@ def check_seed(seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Samples:
     """Images [N, C, H, W] float32, and how long they took, in all calls together."""
 
     images: Tensor
@@ -61,12 +61,12 @@ class Drawn:
 
 def draw(
     denoiser: Denoiser,
-    how: Draw,
+    how: SampleSpec,
     count: int,
     file: Path,
     identity: Mapping[str, Any],
     report: Report = lambda done, total: None,
-) -> Drawn:
+) -> Samples:
     """Return the first ``count`` images of a denoiser; those that ``file`` holds are not drawn.
 
     Args:
@@ -105,10 +105,10 @@ def draw(
         parts.append(step.x.float())
         seconds += time.monotonic() - begin
         _write(file, torch.cat(parts), settings, seconds)
-    return Drawn(torch.cat(parts)[:count], seconds)
+    return Samples(torch.cat(parts)[:count], seconds)
 
 
-def chunk_size(denoiser: Denoiser, how: Draw) -> int:
+def chunk_size(denoiser: Denoiser, how: SampleSpec) -> int:
     """Return how many images to draw together: about half a minute of them."""
     x = torch.zeros(1, *denoiser.info.shape)
     options = Options(steps=how.steps)

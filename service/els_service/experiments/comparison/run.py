@@ -16,7 +16,7 @@ from els_service.denoisers.files import write_atomically
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, check_options
 from els_service.errors import InvalidArgumentError
-from els_service.experiments.comparison.drawing import Draw, Drawn, Report, check_seed, draw
+from els_service.experiments.comparison.drawing import Report, Samples, SampleSpec, check_seed, draw
 from els_service.experiments.comparison.figure import draw_figure
 from els_service.experiments.comparison.report import summarise
 from els_service.experiments.comparison.subjects import Network, Windows, describe_bank
@@ -67,7 +67,7 @@ class Subjects:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class FigureOptions:
     """What the figure shows."""
 
     columns: int = 10
@@ -80,7 +80,7 @@ def compare(
     settings: Settings,
     out: Path,
     *,
-    look: Look | None = None,
+    look: FigureOptions | None = None,
     command: str = "",
     reporter: Callable[[str], Report] = lambda title: lambda done, total: None,
 ) -> dict[str, Any]:
@@ -107,20 +107,20 @@ def compare(
     record = _record(subjects, settings, networks, machines, command)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(out / RECORD_FILE, text.encode())
-    rows = _rows(settings, networks, machines, look or Look())
+    rows = _rows(settings, networks, machines, look or FigureOptions())
     write_atomically(out / FIGURE_FILE, draw_figure(rows))
     return record
 
 
 def _draw_networks(
     subjects: Subjects, settings: Settings, out: Path, reporter: Callable[[str], Report]
-) -> dict[int, Drawn]:
+) -> dict[int, Samples]:
     network = subjects.network
     labels = network.denoiser.info.label_count
     return {
         steps: draw(
             network.denoiser,
-            Draw(settings.seed, steps, "ddim", labels),
+            SampleSpec(settings.seed, steps, "ddim", labels),
             settings.count,
             out / SAMPLES / f"network-{steps}.safetensors",
             network.described(),
@@ -132,9 +132,9 @@ def _draw_networks(
 
 def _draw_machines(
     subjects: Subjects, settings: Settings, out: Path, reporter: Callable[[str], Report]
-) -> dict[str, Drawn]:
+) -> dict[str, Samples]:
     labels = subjects.network.denoiser.info.label_count
-    how = Draw(settings.seed, settings.machine_steps, INDEXINGS[settings.indexing], labels)
+    how = SampleSpec(settings.seed, settings.machine_steps, INDEXINGS[settings.indexing], labels)
     return {
         name: draw(
             machine,
@@ -160,8 +160,8 @@ def describe_machine(machine: Denoiser) -> dict[str, Any]:
 def _record(
     subjects: Subjects,
     settings: Settings,
-    networks: Mapping[int, Drawn],
-    machines: Mapping[str, Drawn],
+    networks: Mapping[int, Samples],
+    machines: Mapping[str, Samples],
     command: str,
 ) -> dict[str, Any]:
     images = {name: one.images for name, one in machines.items()}
@@ -189,7 +189,10 @@ def _record(
 
 
 def _rows(
-    settings: Settings, networks: Mapping[int, Drawn], machines: Mapping[str, Drawn], look: Look
+    settings: Settings,
+    networks: Mapping[int, Samples],
+    machines: Mapping[str, Samples],
+    look: FigureOptions,
 ) -> dict[str, Tensor]:
     shown = min(look.columns, settings.count)
     shape = next(iter(networks.values())).images.shape[1:]

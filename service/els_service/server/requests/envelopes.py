@@ -12,7 +12,7 @@ from torch import Tensor
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, Query, make_query
-from els_service.engine.registry import Entry, Models
+from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import tensors as codec
 from els_service.server.requests.frames import frame_of
@@ -58,7 +58,9 @@ class Envelopes:
         tensor: the field of theirs that holds what is asked for.
     """
 
-    def __init__(self, models: Models, limits: Limits, answer: type[_Answer], tensor: str) -> None:
+    def __init__(
+        self, models: ModelRegistry, limits: Limits, answer: type[_Answer], tensor: str
+    ) -> None:
         self._models, self._limits = models, limits
         self._answer, self._tensor = answer, tensor
         self._kept: Kept[DenoiseEnvelope] = Kept(models)
@@ -66,7 +68,7 @@ class Envelopes:
 
     def open(
         self, request: codec.Request | Recognised[DenoiseEnvelope]
-    ) -> tuple[Entry, DenoiseEnvelope, Query]:
+    ) -> tuple[ModelVersion, DenoiseEnvelope, Query]:
         """Return a request's model, envelope and query; takes the pixels out of the request.
 
         Raises:
@@ -133,7 +135,7 @@ class Envelopes:
         return message
 
 
-def seal(request: codec.Request, size: int, entry: Entry, limits: Limits) -> DenoiseEnvelope:
+def seal(request: codec.Request, size: int, entry: ModelVersion, limits: Limits) -> DenoiseEnvelope:
     """Return the envelope of a request with ``size`` bytes of pixels to a model.
 
     Raises:
@@ -149,8 +151,8 @@ def seal(request: codec.Request, size: int, entry: Entry, limits: Limits) -> Den
     blank = make_query(
         _black(shape),
         codec.decode_level(request.level, info.levels, limits),
-        codec.few("labels", request.labels, limits),
-        codec.decode_windows(codec.few("windows", request.windows, limits)),
+        codec.bounded("labels", request.labels, limits),
+        codec.decode_windows(codec.bounded("windows", request.windows, limits)),
         codec.decode_conditions(request, info, shape[0]),
     )
     return DenoiseEnvelope(
@@ -180,7 +182,7 @@ def _head(dtype: pb.DType.ValueType, shape: tuple[int, ...]) -> bytes:
     return pb.Tensor(dtype=dtype, shape=shape).SerializeToString()
 
 
-def share(blank: Query, entry: Entry) -> bool:
+def share(blank: Query, entry: ModelVersion) -> bool:
     """Make read-only what many queries are going to share; return whether its model checked it.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from els_service.denoisers.base import DenoiserInfo, Query
-from els_service.engine.registry import Entry, Models
+from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.errors import ElsError
 from els_service.server.requests.frames import Frame, Frames, frame_of
 
@@ -58,7 +58,7 @@ class Recognised(Generic[_E]):
 
     __slots__ = ("entry", "envelope", "pixels")
 
-    def __init__(self, entry: Entry, envelope: _E, pixels: memoryview) -> None:
+    def __init__(self, entry: ModelVersion, envelope: _E, pixels: memoryview) -> None:
         self.entry, self.envelope, self.pixels = entry, envelope, pixels
 
     @property
@@ -68,7 +68,7 @@ class Recognised(Generic[_E]):
 
     model_name = model
 
-    def open(self) -> tuple[Entry, _E, memoryview]:
+    def open(self) -> tuple[ModelVersion, _E, memoryview]:
         """Return model, envelope and pixels; takes the pixels out."""
         pixels, self.pixels = self.pixels, memoryview(b"")
         return self.entry, self.envelope, pixels
@@ -77,11 +77,11 @@ class Recognised(Generic[_E]):
 class Kept(Generic[_E]):
     """The envelopes seen lately, by their bytes."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelRegistry) -> None:
         self._models, self._kept = models, dict[Hashable, _E]()
         self._frames: Frames[_E] = Frames()
 
-    def get(self, key: Hashable) -> tuple[Entry, _E] | None:
+    def get(self, key: Hashable) -> tuple[ModelVersion, _E] | None:
         """Return the model and the envelope of a key, unless the model is another by now.
 
         Raises:

@@ -18,7 +18,7 @@ from els_proto.denoise.v1.denoise_pb2 import DTYPE_F32
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
-from els_service.engine.registry import Entry, Models
+from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import tensors as codec
@@ -67,14 +67,14 @@ class Order(Envelope):
 class Orders:
     """Opens ``ModelInfer`` requests."""
 
-    def __init__(self, models: Models, limits: Limits) -> None:
+    def __init__(self, models: ModelRegistry, limits: Limits) -> None:
         self._models, self._limits = models, limits
         self._kept: Kept[Order] = Kept(models)
         self.recognise = self._kept.recognise
 
     def open(
         self, request: pb.ModelInferRequest | Recognised[Order]
-    ) -> tuple[Entry, Order, Query, str]:
+    ) -> tuple[ModelVersion, Order, Query, str]:
         """Return a request's model, order, query and id; takes contents and id out of the request.
 
         Raises:
@@ -125,7 +125,9 @@ class Orders:
             order.frame = frame_of(lambda pixels: order.answer("", [pixels]), order.size)
 
 
-def seal(request: pb.ModelInferRequest, inputs: Inputs, entry: Entry, limits: Limits) -> Order:
+def seal(
+    request: pb.ModelInferRequest, inputs: Inputs, entry: ModelVersion, limits: Limits
+) -> Order:
     """Return the order of a request with decoded inputs.
 
     Raises:
@@ -225,7 +227,7 @@ def _array(
         got = repr(tensor.datatype[:100])
         raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
     # As in the codec: a slice of a repeated field is a list.
-    shape = tuple(tensor.shape[: codec.SHOWN])
+    shape = tuple(tensor.shape[: codec.MAX_REPORTED])
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(shape) > 4 or min(shape, default=1) < 1:
         expected = "at most 4 positive dimensions"

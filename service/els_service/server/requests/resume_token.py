@@ -19,7 +19,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.denoisers.samplers import Resume
-from els_service.engine.registry import Entry
+from els_service.engine.registry import ModelVersion
 from els_service.errors import InvalidArgumentError
 
 _HEAD = struct.Struct("<4s16sQI")
@@ -29,7 +29,9 @@ _MAX_STATE = 1e12
 """Of a number of the state; heun's own scale reaches σ · noise."""
 
 
-def encode_token(request: pb.SampleRequest, model: Entry, index: int, state: Tensor) -> bytes:
+def encode_token(
+    request: pb.SampleRequest, model: ModelVersion, index: int, state: Tensor
+) -> bytes:
     """Return the token of a trajectory after step ``index``.
 
     Args:
@@ -48,7 +50,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def decode_token(
-    request: pb.SampleRequest, model: Entry, shape: tuple[int, ...], steps: int
+    request: pb.SampleRequest, model: ModelVersion, shape: tuple[int, ...], steps: int
 ) -> Resume | None:
     """Return where a request wants to go on; None if it starts anew.
 
@@ -83,7 +85,7 @@ def decode_token(
     return Resume(index, torch.from_numpy(state.astype(np.float64, copy=False)))
 
 
-def _digest(request: pb.SampleRequest, model: Entry) -> bytes:
+def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
     info = model.info
     drawn = (
         *(request.model, request.count, request.seed, request.steps, request.sampler),

@@ -23,13 +23,13 @@ from els_service.denoisers.levels import (
     from_sigma,
     from_time,
 )
-from els_service.engine.registry import Entry
+from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
-SHOWN = 100
+MAX_REPORTED = 100
 """Elements of a list that an error tells of: there may be millions."""
 _ENVELOPE = 4096
 """Bytes of a response that are not tensor data, at most."""
@@ -64,7 +64,7 @@ def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> t
         ResourceExhaustedError: Too many images or pixels.
     """
     # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
-    shape = tuple(message.shape[:SHOWN])
+    shape = tuple(message.shape[:MAX_REPORTED])
     if message.dtype not in _STORED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     check_shape(shape, field, limits)
@@ -134,7 +134,7 @@ def _conditions(
     message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
 ) -> npt.NDArray[np.float32]:
     """Return [batch, T, W] of a tensor of one condition, or one for each image."""
-    shape = tuple(message.shape[:SHOWN])
+    shape = tuple(message.shape[:MAX_REPORTED])
     # Before the numbers are read: a model's rows bound the work.
     if not info.condition_width:
         raise InvalidArgumentError(field, "none for this model", list(shape))
@@ -156,7 +156,7 @@ def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
         ResourceExhaustedError: Too many images.
     """
     if len(shape) != 4:
-        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape[:SHOWN]))
+        raise InvalidArgumentError(f"{field}.shape", "[B, C, H, W]", list(shape[:MAX_REPORTED]))
     if min(shape) < 1:
         raise InvalidArgumentError(f"{field}.shape", "positive dimensions", list(shape))
     if shape[0] > limits.max_images:
@@ -175,7 +175,7 @@ def check_pixels(field: str, pixels: int, limits: Limits) -> None:
         raise ResourceExhaustedError(field, expected, pixels)
 
 
-def few(field: str, values: Sequence[_Number], limits: Limits) -> Sequence[_Number]:
+def bounded(field: str, values: Sequence[_Number], limits: Limits) -> Sequence[_Number]:
     """Return values of which there may be one for each image.
 
     A message may hold tens of millions: walking along them would hold everybody up.
@@ -212,9 +212,9 @@ def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> 
     Raises:
         InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
-    sigma = few("level", message.sigma, limits)
-    alpha_bar = few("level", message.alpha_bar, limits)
-    return one_level(sigma, alpha_bar, few("level", message.time, limits), schedule)
+    sigma = bounded("level", message.sigma, limits)
+    alpha_bar = bounded("level", message.alpha_bar, limits)
+    return one_level(sigma, alpha_bar, bounded("level", message.time, limits), schedule)
 
 
 def one_level(
@@ -316,7 +316,7 @@ def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:
         write_tensor(message, denoised.log_evidence)
 
 
-def encode_model(entry: Entry, limits: Limits) -> pb.Model:
+def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
     """Return the description of a served version of a model."""
     info = entry.info
     channels, height, width = info.shape

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 _Signature = tuple[tuple[int, ...] | None, ...]
 
 
-class Watched(Generic[_T]):
+class ReloadedFile(Generic[_T]):
     """Content of some files, read again when they change; may be asked from any thread.
 
     Files that are emptied, removed or broken are stale: the last good content still counts, an

@@ -10,7 +10,7 @@ import grpc
 
 from els_service.config import Settings
 from els_service.errors import LoadError
-from els_service.server.security.reloaded_file import Watched, warn_if_public
+from els_service.server.security.reloaded_file import ReloadedFile, warn_if_public
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Files:
         return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
 
 
-Watching = Watched[grpc.ServerCertificateConfiguration]
+Watching = ReloadedFile[grpc.ServerCertificateConfiguration]
 
 
 def watched(settings: Settings) -> Watching | None:
@@ -34,7 +34,7 @@ def watched(settings: Settings) -> Watching | None:
         LoadError: One of the files is missing in the settings, unreadable, or does not fit.
     """
     files = _files(settings)
-    return None if files is None else Watched(files.paths, lambda: _read(files))
+    return None if files is None else ReloadedFile(files.paths, lambda: _read(files))
 
 
 def credentials(files: Watching, *, client_certificates: bool) -> grpc.ServerCredentials:

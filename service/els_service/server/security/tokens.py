@@ -23,7 +23,7 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
 from els_service.errors import LoadError, PermissionDeniedError, UnauthenticatedError
-from els_service.server.security.reloaded_file import Watched, warn_if_public
+from els_service.server.security.reloaded_file import ReloadedFile, warn_if_public
 from els_service.yaml_files import read_yaml, validate
 
 Role = Literal["infer", "admin"]
@@ -63,10 +63,10 @@ class Tokens:
     """
 
     def __init__(self, path: Path) -> None:
-        self._known = Watched((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
+        self._known = ReloadedFile((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
 
     def stale_s(self) -> float:
-        """Return for how long the file has been unusable, 0.0 where it is not: see ``Watched``."""
+        """Return for how long the file has been unusable, 0.0 where it is not: see ``ReloadedFile``."""
         return self._known.stale_s()
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]], *, admin: bool) -> str:

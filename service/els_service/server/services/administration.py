@@ -11,8 +11,8 @@ from els_service import logs
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo
 from els_service.engine.engine import Engine
-from els_service.engine.loaded_model import Statistics, Tally
-from els_service.engine.registry import Entry
+from els_service.engine.loaded_model import DurationSum, Statistics
+from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of
@@ -166,7 +166,7 @@ def _check_repository(name: str) -> None:
         raise InvalidArgumentError("repository_name", "none: there is one repository", name)
 
 
-def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
+def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
     info = entry.info
     described = {
         "machine": info.machine,
@@ -212,7 +212,7 @@ def _config(entry: Entry, limits: Limits) -> pb.ModelConfig:
     )
 
 
-def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
+def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatistics:
     batches = statistics.batches
     # Reading and writing tensors is not told apart; clients want as many of each all the same.
     nothing = pb.StatisticDuration(count=statistics.computed.count)
@@ -242,5 +242,5 @@ def _statistics(entry: Entry, statistics: Statistics) -> pb.ModelStatistics:
     )
 
 
-def _duration(tally: Tally) -> pb.StatisticDuration:
+def _duration(tally: DurationSum) -> pb.StatisticDuration:
     return pb.StatisticDuration(count=tally.count, ns=round(tally.seconds * 1e9))

@@ -18,11 +18,11 @@ from els_service.denoisers.samplers import (
     Options,
     Step,
     check_options,
-    questions_of,
+    evaluations_of,
     steps_of,
 )
-from els_service.engine.engine import Engine, Run
-from els_service.engine.registry import Entry
+from els_service.engine.engine import Engine, SamplingRun
+from els_service.engine.registry import ModelVersion
 from els_service.errors import (
     InvalidArgumentError,
     QueueFullError,
@@ -35,7 +35,7 @@ from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.interceptor import Answer, Context, Recognise, check_message
-from els_service.server.transport.request_context import terms_of
+from els_service.server.transport.request_context import context_of
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -94,9 +94,9 @@ class DenoiserService(DenoiserServiceServicer):
         return _streamed_later(answer, envelope)
 
     def _ask(
-        self, entry: Entry, envelope: DenoiseEnvelope, query: Query, context: Context
+        self, entry: ModelVersion, envelope: DenoiseEnvelope, query: Query, context: Context
     ) -> Denoised | Awaitable[Denoised]:
-        terms = terms_of(context, envelope.priority, envelope.timeout_s)
+        terms = context_of(context, envelope.priority, envelope.timeout_s)
         return self._engine.denoise(entry, query, terms, checked=envelope.checked)
 
     async def Sample(
@@ -117,15 +117,15 @@ class DenoiserService(DenoiserServiceServicer):
         noise = seeded_noise(request.seed, count, info.shape)
         shape = (count, *info.shape)
         resume = decode_token(request, entry, shape, steps_of(name, options))
-        run = Run(
+        run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", codec.decode_windows(request.windows), count, none=0),
-            questions_of(name, options, resume),
+            evaluations_of(name, options, resume),
             codec.decode_conditions(request, info, count),
             request.return_decoded,
         )
-        terms = terms_of(context, request.priority)
+        terms = context_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
         taken: Step | None = None
         try:
@@ -147,8 +147,8 @@ class DenoiserService(DenoiserServiceServicer):
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
-        codec.few("labels", request.labels, limits)
-        codec.few("windows", request.windows, limits)
+        codec.bounded("labels", request.labels, limits)
+        codec.bounded("windows", request.windows, limits)
         if count < 1:
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
@@ -198,7 +198,7 @@ def _write(response: pb.DenoiseResponse, answer: Denoised, envelope: DenoiseEnve
         codec.write_evidence(response.log_evidence, answer)
 
 
-def _token(request: pb.SampleRequest, entry: Entry, taken: Step | None) -> bytes:
+def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:
     """Return where a trajectory goes on after a step; where it began, if none was taken."""
     if taken is None:
         return request.resume_token

@@ -24,7 +24,7 @@ from els_service.server.services.administration import (
     platform_of,
 )
 from els_service.server.transport.interceptor import Answer, Context, Recognise
-from els_service.server.transport.request_context import terms_of
+from els_service.server.transport.request_context import context_of
 from els_service.version import FULL
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
@@ -96,7 +96,7 @@ class InferenceService(Administration):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Answer:
         """Return the requested outputs, as raw contents."""
         entry, order, query, name = self._orders.open(request)
-        terms = terms_of(context, order.priority, order.timeout_s)
+        terms = context_of(context, order.priority, order.timeout_s)
         answer = self._engine.denoise(entry, query, terms, checked=order.checked)
         if not isinstance(answer, Denoised):
             answer = await answer

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.samples import Exemplar
 
 
-class Tally:
+class Histogram:
     """Counts of values by bucket, and their sum.
 
     Args:
@@ -51,9 +51,9 @@ class Tally:
         return rows
 
 
-def merged(tallies: Sequence[Tally], bounds: tuple[float, ...]) -> Tally:
+def merged(tallies: Sequence[Histogram], bounds: tuple[float, ...]) -> Histogram:
     """Return one tally of all values of several with the same bounds."""
-    one = Tally(bounds)
+    one = Histogram(bounds)
     columns = zip(one.counts, *(tally.counts for tally in tallies), strict=True)
     one.counts = [sum(counts) for counts in columns]
     one.total = sum(tally.total for tally in tallies)
@@ -63,7 +63,7 @@ def merged(tallies: Sequence[Tally], bounds: tuple[float, ...]) -> Tally:
 
 
 def family(
-    name: str, text: str, labels: Sequence[str], tallies: Iterable[tuple[Sequence[str], Tally]]
+    name: str, text: str, labels: Sequence[str], tallies: Iterable[tuple[Sequence[str], Histogram]]
 ) -> HistogramMetricFamily:
     """Return a histogram of (values of the labels, tally)."""
     histogram = HistogramMetricFamily(name, text, labels=labels)

@@ -17,9 +17,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from els_service import logs
-from els_service.engine.request_context import REASONS, Launch
+from els_service.engine.request_context import REASONS, BatchRecord
 from els_service.server.telemetry import heap
-from els_service.server.telemetry.histogram import Tally, family, merged
+from els_service.server.telemetry.histogram import Histogram, family, merged
 from els_service.version import COMMIT, VERSION
 
 _SECONDS = (
@@ -97,14 +97,14 @@ class Method:
         self.received = 0
         self.sent = 0
         """Messages of streams of answers; others are the calls that ended well."""
-        self.ended: dict[tuple[str | None, str], Tally] = {}
+        self.ended: dict[tuple[str | None, str], Histogram] = {}
         """Seconds by model and code; None stands for models whose series have ended."""
 
     def end(self, model: str, code: str, seconds: float, trace_id: str | None = None) -> None:
         """Count the end of a call."""
         tally = self.ended.get((model, code))
         if tally is None:
-            tally = self.ended[model, code] = Tally(_SECONDS)
+            tally = self.ended[model, code] = Histogram(_SECONDS)
         tally.observe(seconds)
         if trace_id is not None:
             tally.exemplify(seconds, trace_id)
@@ -132,7 +132,11 @@ class _Batches:
     __slots__ = ("compute", "cost", "images")
 
     def __init__(self) -> None:
-        self.compute, self.cost, self.images = Tally(_SECONDS), Tally(_SECONDS), Tally(_IMAGES)
+        self.compute, self.cost, self.images = (
+            Histogram(_SECONDS),
+            Histogram(_SECONDS),
+            Histogram(_IMAGES),
+        )
 
     def observe(self, seconds: float, images: int, cost: float) -> None:
         """Count one batch."""
@@ -153,14 +157,14 @@ class Metrics(Collector):
         on_launch: told of every batch too.
     """
 
-    def __init__(self, on_launch: Callable[[Launch], None] | None = None) -> None:
+    def __init__(self, on_launch: Callable[[BatchRecord], None] | None = None) -> None:
         self.registry = CollectorRegistry()
         self._on_launch = on_launch
         self._methods: list[Method] = []
-        self._queued: dict[str, Tally] = {}
+        self._queued: dict[str, Histogram] = {}
         self._computed: dict[str, _Batches] = {}
         self._dropped: dict[tuple[str, str], int] = {}
-        self._lag, self._latest_lag = Tally(_LAG), 0.0
+        self._lag, self._latest_lag = Histogram(_LAG), 0.0
         self._unloaded: dict[str, float] = {}
         """When models with series were first found not to be served; the oldest first."""
         self.gauges: Callable[[], Gauges] = tuple
@@ -178,7 +182,7 @@ class Metrics(Collector):
         """One item waited this long."""
         tally = self._queued.get(model)
         if tally is None:
-            tally = self._queued[model] = Tally(_SECONDS)
+            tally = self._queued[model] = Histogram(_SECONDS)
         tally.observe(seconds)
 
     def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
@@ -193,7 +197,7 @@ class Metrics(Collector):
         key = model, reason
         self._dropped[key] = self._dropped.get(key, 0) + 1
 
-    def launched(self, launch: Launch) -> None:
+    def launched(self, launch: BatchRecord) -> None:
         """One batch ended."""
         if self._on_launch is not None:
             self._on_launch(launch)

@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from els_service.engine.request_context import Launch
+from els_service.engine.request_context import BatchRecord
 from els_service.server.addresses import is_loopback_name
 from els_service.version import FULL
 
@@ -90,7 +90,7 @@ class Tracing:
         """Return the id of a span's trace, 32 hexadecimal digits."""
         return trace.format_trace_id(span.get_span_context().trace_id)
 
-    def launched(self, launch: Launch) -> None:
+    def launched(self, launch: BatchRecord) -> None:
         """Make the spans of a batch, where any of its members is traced."""
         members = [
             (member, queued_ns)

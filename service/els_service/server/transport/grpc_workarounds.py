@@ -67,7 +67,7 @@ class _StandIn:
         return hash(self._loop)
 
 
-class _Batch(asyncio.Future[None]):
+class _CompletionFuture(asyncio.Future[None]):
     """Done when the core is."""
 
     __slots__ = ("task",)
@@ -89,9 +89,9 @@ class _Batch(asyncio.Future[None]):
         return True
 
 
-def _begin(loop: asyncio.AbstractEventLoop) -> _Batch:
+def _begin(loop: asyncio.AbstractEventLoop) -> _CompletionFuture:
     # No __init__: there are several of these in every call, and it would double what they cost.
-    batch = _Batch(loop=loop)
+    batch = _CompletionFuture(loop=loop)
     batch.task = asyncio.current_task(loop)
     return batch
 

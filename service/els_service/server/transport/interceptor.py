@@ -90,7 +90,7 @@ class _Malformed:
     reason: str
 
 
-class _Call:
+class CallRecord:
     """One call under way."""
 
     __slots__ = ("_fields", "context", "method", "request", "since", "trace", "trace_id")
@@ -134,7 +134,7 @@ class _Collector:
         """Leave them: they are the same ones."""
 
 
-class Calls:
+class CallInterceptor:
     """The calls under way; wraps the handlers of a service once, when it is registered.
 
     A ``grpc.aio.ServerInterceptor`` could do the same, at a tenth more for every call.
@@ -348,7 +348,7 @@ class Calls:
 
         return reject
 
-    def _begin(self, method: Method, request: Any, context: Context) -> _Call:
+    def _begin(self, method: Method, request: Any, context: Context) -> CallRecord:
         self._in_flight += 1
         # Not when the handler ends: its answer may have a long way to go yet. The context's own
         # callbacks end with the task, too, but tie call and context together until garbage is
@@ -357,7 +357,7 @@ class Calls:
         assert task is not None
         task.add_done_callback(self._done, context=_NO_VARIABLES)
         method.started += 1
-        call = _Call(method, request, context)
+        call = CallRecord(method, request, context)
         if self._tracing is not None:
             span = self._tracing.begin(method.path, context.invocation_metadata() or ())
             if span is not None:
@@ -372,7 +372,7 @@ class Calls:
         check_message(request)
 
     def _end(
-        self, code: str, call: _Call, reason: str = "", cause: BaseException | None = None
+        self, code: str, call: CallRecord, reason: str = "", cause: BaseException | None = None
     ) -> None:
         """Count and log the call, and end its span."""
         seconds = time.monotonic() - call.since
@@ -395,7 +395,7 @@ class Calls:
             }
             _log.log(level, "call", extra=record, exc_info=cause)
 
-    async def _fail(self, error: BaseException, call: _Call) -> NoReturn:
+    async def _fail(self, error: BaseException, call: CallRecord) -> NoReturn:
         """Count, log, and end the call with the error's status."""
         if isinstance(error, asyncio.CancelledError):
             self._end("DEADLINE_EXCEEDED" if _is_late(call) else "CANCELLED", call)
@@ -488,7 +488,7 @@ def status_of(error: Exception) -> status_pb2.Status:
     return status
 
 
-def _is_late(call: _Call) -> bool:
+def _is_late(call: CallRecord) -> bool:
     """Return whether a cancelled call's deadline has passed: its caller's may, a little before."""
     left = call.context.time_remaining()
     if left is None:

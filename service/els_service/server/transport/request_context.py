@@ -6,14 +6,14 @@ import math
 import time
 from functools import partial
 
-from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES, Terms
+from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES, RequestContext
 from els_service.errors import InvalidArgumentError
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.deadlines import unrounded_s
 from els_service.server.transport.interceptor import Context, current_trace
 
 
-def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Terms:
+def context_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> RequestContext:
     """Return the terms of a request.
 
     Args:
@@ -34,4 +34,4 @@ def terms_of(context: Context, priority: int = 0, timeout_s: float = 0.0) -> Ter
         left = timeout_s if left is None else min(left, timeout_s)
     deadline = math.inf if left is None else time.monotonic() + left
     caller = partial(caller_of, context)
-    return Terms(deadline, priority or DEFAULT_PRIORITY, caller, current_trace())
+    return RequestContext(deadline, priority or DEFAULT_PRIORITY, caller, current_trace())
