@@ -98,9 +98,9 @@ class World:
                 *(scheduler.waiting(), len(scheduler._running)),
                 *(engine._trajectories, calls._in_flight),
             )
-        lanes = [entry.lane for entry in self.models if entry.lane]
-        assert [(len(lane.queue), lane.queue.size, lane.running) for lane in lanes] == [
-            (0, 0, 0) for _ in lanes
+        models = [entry.loaded for entry in self.models if entry.loaded]
+        assert [(len(model.queue), model.queue.size, model.running) for model in models] == [
+            (0, 0, 0) for _ in models
         ]
 
 

@@ -8,7 +8,7 @@ from threading import Event, Thread
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -34,7 +34,9 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 @given(st.lists(st.sampled_from(BOUNDS) | st.floats(0, 1e9)))
 def test_a_tally_has_the_samples_of_the_library_s_own_histogram(values: list[float]) -> None:
     registry, tally = CollectorRegistry(), Histogram(BOUNDS)
-    oracle = Histogram("h", "text", ("label",), buckets=BOUNDS, registry=registry).labels("one")
+    oracle = PrometheusHistogram("h", "text", ("label",), buckets=BOUNDS, registry=registry).labels(
+        "one"
+    )
     for value in values:
         oracle.observe(value)
         tally.observe(value)
@@ -97,11 +99,11 @@ def test_what_an_engine_tells_is_kept_by_model() -> None:
     metrics = Metrics(launches.append)
     observer: Observer = metrics
     launch = BatchRecord("m", "cpu", 0, 1, 8, 0.25, (None,), (0,))
-    observer.queued("m", 0.5)
-    observer.computed("m", 0.3, 8, 0.25)
-    observer.launched(launch)
+    observer.on_queued("m", 0.5)
+    observer.on_computed("m", 0.3, 8, 0.25)
+    observer.on_batch(launch)
     for reason in ("expired", "expired", "cancelled"):
-        observer.dropped("m", reason)
+        observer.on_dropped("m", reason)
     assert launches == [launch]
     for name, total in {
         "els_queue_seconds": 0.5,
@@ -185,9 +187,9 @@ def test_a_scrape_that_meets_new_models_and_codes_sees_whole_histograms() -> Non
         while not stop.is_set():
             number = (number + 1) % 500
             method.end(f"m{number}", "OK", 0.02)
-            metrics.queued(f"m{number}", 0.1)
-            metrics.computed(f"m{number}", 0.1, 1, 0.1)
-            metrics.dropped(f"m{number}", "expired")
+            metrics.on_queued(f"m{number}", 0.1)
+            metrics.on_computed(f"m{number}", 0.1, 1, 0.1)
+            metrics.on_dropped(f"m{number}", "expired")
 
     writer = Thread(target=write)
     writer.start()
@@ -230,9 +232,9 @@ def asked(metrics: Metrics, *models: str) -> None:
     for model in models:
         method = next(iter(metrics._methods), None) or metrics.method("unary", "s", "M")
         method.end(model, "OK", 0.02)
-        metrics.queued(model, 0.1)
-        metrics.computed(model, 0.1, 1, 0.1)
-        metrics.dropped(model, "expired")
+        metrics.on_queued(model, 0.1)
+        metrics.on_computed(model, 0.1, 1, 0.1)
+        metrics.on_dropped(model, "expired")
 
 
 def models_of(metrics: Metrics) -> set[str]:

@@ -137,7 +137,7 @@ def test_the_ratio_is_the_share_of_traced_calls(spans_at: SpansAt) -> None:
 def test_a_batch_links_to_all_its_members_and_their_spans_to_the_batch(spans_at: SpansAt) -> None:
     memory = spans_at(1)
     first, second = memory.call(), memory.call(SAMPLED)
-    memory.tracing.launched(
+    memory.tracing.on_batch(
         # The first call has two items in it, and one belongs to a call that is not traced.
         launch(first, None, second, first, queued_ns=(10**9, 1, 15 * 10**8, 11 * 10**8))
     )
@@ -168,7 +168,7 @@ def test_a_batch_links_to_all_its_members_and_their_spans_to_the_batch(spans_at:
 
 def test_a_batch_of_untraced_calls_makes_no_span(spans_at: SpansAt) -> None:
     memory = spans_at(1)
-    memory.tracing.launched(launch(None, None))
+    memory.tracing.on_batch(launch(None, None))
     assert memory.ended() == []
 
 

@@ -107,7 +107,7 @@ class Engine:
         self,
         entry: ModelVersion,
         query: Query,
-        terms: RequestContext = _NO_TERMS,
+        context: RequestContext = _NO_TERMS,
         *,
         checked: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
@@ -116,7 +116,7 @@ class Engine:
         Args:
             entry: of ``models``.
             query: noisy images.
-            terms: deadline, priority, caller.
+            context: deadline, priority, caller.
             checked: whether the query is known to fit; else that is checked here.
 
         Raises:
@@ -125,13 +125,13 @@ class Engine:
             DeadlineExceededError: The answer would come too late; the future may fail so, too.
             UnavailableError: The engine has to end; likewise.
         """
-        lane = self.models.touch(entry)
-        if lane is None:
-            return asyncio.ensure_future(self._revived(entry, query, terms))
-        return self._submit(lane, query, terms, checked=checked)
+        loaded = self.models.mark_used(entry)
+        if loaded is None:
+            return asyncio.ensure_future(self._revived(entry, query, context))
+        return self._submit(loaded, query, context, checked=checked)
 
     async def sample(
-        self, name: str, run: SamplingRun, terms: RequestContext = _NO_TERMS, *, version: str = ""
+        self, name: str, run: SamplingRun, context: RequestContext = _NO_TERMS, *, version: str = ""
     ) -> AsyncGenerator[Step, None]:
         """Yield the steps of a trajectory; each of its questions is an item like any other.
 
@@ -148,8 +148,11 @@ class Engine:
         size = _HELD * numbers + sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
-            with self._unended_of(entry, size, terms), self._staying(entry, size, terms) as stay:
-                steps_of_it = self._steps(entry, run, terms, stay, numbers > _SMALL)
+            with (
+                self._unended_of(entry, size, context),
+                self._staying(entry, size, context) as stay,
+            ):
+                steps_of_it = self._steps(entry, run, context, stay, numbers > _SMALL)
                 async with aclosing(steps_of_it) as steps:
                     async for step in steps:
                         yield step
@@ -157,38 +160,43 @@ class Engine:
             self._trajectories -= 1
 
     async def _steps(
-        self, entry: ModelVersion, run: SamplingRun, terms: RequestContext, stay: Stay, large: bool
+        self,
+        entry: ModelVersion,
+        run: SamplingRun,
+        context: RequestContext,
+        stay: Stay,
+        large: bool,
     ) -> AsyncGenerator[Step, None]:
-        lane = await self._loaded(entry, terms, stay)
+        loaded = await self._loaded(entry, context, stay)
         answer: Tensor | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
-                    decoded = await self._decoded(lane, event.x, terms, stay)
+                    decoded = await self._decoded(loaded, event.x, context, stay)
                     event = replace(event, decoded=decoded)
                 yield event
                 continue
-            query = _question(lane.denoiser, event, run)
+            query = _question(loaded.denoiser, event, run)
             if not begun:
                 self._check_ended()
-                lane.denoiser.check(query)
-                self._check_time(lane, query, run, terms)
-                self._scheduler.enter(lane, query, terms, stay.reservation, decodes=run.decode)
+                loaded.denoiser.check(query)
+                self._check_time(loaded, query, run, context)
+                self._scheduler.enter(loaded, query, context, stay.reservation, decodes=run.decode)
                 begun = True
-            answer = (await self._step(lane, query, terms, stay)).mean.double()
+            answer = (await self._step(loaded, query, context, stay)).mean.double()
 
     async def _step(
-        self, lane: LoadedModel, query: Query, terms: RequestContext, stay: Stay
+        self, loaded: LoadedModel, query: Query, context: RequestContext, stay: Stay
     ) -> Denoised:
         """Return the answer to a question of a trajectory."""
         stay.check()
-        given = self._submit(lane, query, terms, admitted=True)
+        given = self._submit(loaded, query, context, admitted=True)
         return given if isinstance(given, Denoised) else await stay.until(given)
 
     @contextmanager
-    def _staying(self, entry: ModelVersion, size: int, terms: RequestContext) -> Iterator[Stay]:
+    def _staying(self, entry: ModelVersion, size: int, context: RequestContext) -> Iterator[Stay]:
         """Hold memory meanwhile.
 
         Raises:
@@ -196,10 +204,10 @@ class Engine:
         """
 
         def gave_way() -> None:
-            self._observer.dropped(entry.model, "evicted")
+            self._observer.on_dropped(entry.model, "evicted")
             entry.statistics.failed.add(0.0)
 
-        stay = Stay(terms.name(), gave_way)
+        stay = Stay(context.name(), gave_way)
         parts = ((self._memory, float(size)),)
         self._scheduler.reserve(entry.model, entry.statistics, stay.reservation, parts)
         try:
@@ -208,7 +216,9 @@ class Engine:
             stay.reservation.release()
 
     @contextmanager
-    def _unended_of(self, entry: ModelVersion, size: int, terms: RequestContext) -> Iterator[None]:
+    def _unended_of(
+        self, entry: ModelVersion, size: int, context: RequestContext
+    ) -> Iterator[None]:
         """Bound what trajectories take that gave way but whose callers do not read to their end.
 
         They cannot be ended before. With them a caller may have as much as if it were alone, and
@@ -217,10 +227,10 @@ class Engine:
         Raises:
             QueueFullError: It would be more.
         """
-        unended, caller, most = self._unended, terms.name(), self.memory.capacity
+        unended, caller, most = self._unended, context.name(), self.memory.capacity
         own, everybody = unended[caller], unended.total()
         if (own and own + size > most) or (everybody and everybody + size > 2 * most):
-            self._observer.dropped(entry.model, "rejected_full")
+            self._observer.on_dropped(entry.model, "rejected_full")
             raise self._memory.full(caller, size)
         unended[caller] += size
         try:
@@ -239,10 +249,10 @@ class Engine:
         """Yield what can be read at any time: name, labels, value."""
         for entry in self.models:
             # Asked by another thread: it may be unloaded meanwhile.
-            lane = entry.lane
-            if lane is not None:
+            loaded = entry.loaded
+            if loaded is not None:
                 labels = {"model": entry.model}
-                for each in lane.queues:
+                for each in loaded.queues:
                     yield "els_queue_items", labels, len(each.queue)
                     yield "els_queue_cost_seconds", labels, each.waiting_s
                     yield "els_queue_reserved_seconds", labels, each.seconds.budget.used
@@ -267,35 +277,39 @@ class Engine:
 
     def _submit(
         self,
-        lane: LoadedModel,
+        loaded: LoadedModel,
         query: Query,
-        terms: RequestContext,
+        context: RequestContext,
         *,
         checked: bool = False,
         admitted: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
         self._check_ended()
         if not checked:
-            lane.denoiser.check(query)
-        return self._scheduler.submit(lane, query, terms, admitted=admitted)
+            loaded.denoiser.check(query)
+        return self._scheduler.submit(loaded, query, context, admitted=admitted)
 
     def _check_ended(self) -> None:
         if self._ended:
             raise UnavailableError(self._ended)
 
-    async def _revived(self, entry: ModelVersion, query: Query, terms: RequestContext) -> Denoised:
-        with self._staying(entry, query.nbytes, terms) as stay:
-            lane = await self._loaded(entry, terms, stay)
-        answer = self._submit(lane, query, terms)
+    async def _revived(
+        self, entry: ModelVersion, query: Query, context: RequestContext
+    ) -> Denoised:
+        with self._staying(entry, query.nbytes, context) as stay:
+            loaded = await self._loaded(entry, context, stay)
+        answer = self._submit(loaded, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
-    async def _loaded(self, entry: ModelVersion, terms: RequestContext, stay: Stay) -> LoadedModel:
-        """Return an entry's lane, loaded again if need be."""
-        lane = self.models.touch(entry)
-        if lane is not None:
-            return lane
-        timeout_s = None if math.isinf(terms.deadline) else terms.deadline - self._clock()
-        loading = asyncio.ensure_future(self.models.revive(entry))
+    async def _loaded(
+        self, entry: ModelVersion, context: RequestContext, stay: Stay
+    ) -> LoadedModel:
+        """Return an entry's loaded model, loaded again if need be."""
+        loaded = self.models.mark_used(entry)
+        if loaded is not None:
+            return loaded
+        timeout_s = None if math.isinf(context.deadline) else context.deadline - self._clock()
+        loading = asyncio.ensure_future(self.models.reload(entry))
         ended = stay.ending()
         try:
             await asyncio.wait((loading, ended), timeout=timeout_s, return_when="FIRST_COMPLETED")
@@ -310,26 +324,26 @@ class Engine:
                 ended.exception()  # taken note of: it would else be logged
 
     async def _decoded(
-        self, lane: LoadedModel, latents: Tensor, terms: RequestContext, stay: Stay
+        self, loaded: LoadedModel, latents: Tensor, context: RequestContext, stay: Stay
     ) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
-        assert lane.decoder is not None  # as the model's info says
+        assert loaded.decoder is not None  # as the model's info says
         level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
         query = make_query(latents.float(), level)
-        return (await self._step(lane.decoder, query, terms, stay)).mean
+        return (await self._step(loaded.decoder, query, context, stay)).mean
 
     def _check_time(
-        self, lane: LoadedModel, query: Query, run: SamplingRun, terms: RequestContext
+        self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
     ) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""
-        slack = terms.deadline - self._clock()
-        estimate = lane.denoiser.predict_seconds(query)
-        each = lane.costs.seconds(estimate)
+        slack = context.deadline - self._clock()
+        estimate = loaded.denoiser.predict_seconds(query)
+        each = loaded.costs.seconds(estimate)
         if run.questions * each <= slack:
             return
-        if lane.costs.may_refuse(run.questions * estimate, slack, self._clock()):
+        if loaded.costs.may_refuse(run.questions * estimate, slack, self._clock()):
             raise DeadlineExceededError(
-                f"the trajectory asks {lane.model} {run.questions} times, {each:.3g} s each "
+                f"the trajectory asks {loaded.model} {run.questions} times, {each:.3g} s each "
                 f"by prediction: {run.questions * each:.3g} s; {allows(slack)}"
             )
 

@@ -142,32 +142,32 @@ class LoadedModel:
         """Predicted seconds of all that waits."""
         return self.costs.marginal(self.queue.cost)
 
-    def take(self, item: Chunk, now: float) -> None:
+    def take(self, chunk: Chunk, now: float) -> None:
         """Remove an item that will be computed from the queue and its part from the rooms."""
-        self.queue.take(item, now)
-        ticket = item.ticket
-        before, ticket.waiting = ticket.waiting, ticket.waiting - len(item.query)
-        if ticket.reservation is not None:
-            ticket.reservation.begin(self.rooms, ticket.waiting / before)
+        self.queue.take(chunk, now)
+        pending = chunk.pending
+        before, pending.waiting = pending.waiting, pending.waiting - len(chunk.query)
+        if pending.reservation is not None:
+            pending.reservation.begin(self.rooms, pending.waiting / before)
 
-    def withdraw(self, ticket: PendingRequest) -> bool:
-        """Remove what waits of a ticket from queue and rooms; return whether there was any."""
-        waiting = [item for item in ticket.items if item.waiting]
-        for item in waiting:
-            self.queue.drop(item)
-        if ticket.reservation is not None:
-            ticket.reservation.release(*self.rooms)
+    def withdraw(self, pending: PendingRequest) -> bool:
+        """Remove what waits of a request from queue and budgets; return whether there was any."""
+        waiting = [chunk for chunk in pending.chunks if chunk.waiting]
+        for chunk in waiting:
+            self.queue.drop(chunk)
+        if pending.reservation is not None:
+            pending.reservation.release(*self.rooms)
         return bool(waiting)
 
 
 class PendingRequest:
     """One query and its answer to come, computed in one part or several."""
 
-    def __init__(self, model: str, query: Query, terms: RequestContext, since: float) -> None:
-        self.model, self.query, self.terms, self.since = model, query, terms, since
-        self.caller = terms.name()
+    def __init__(self, model: str, query: Query, context: RequestContext, since: float) -> None:
+        self.model, self.query, self.context, self.since = model, query, context, since
+        self.caller = context.name()
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
-        self.items: list[Chunk] = []
+        self.chunks: list[Chunk] = []
         self.waiting = len(query)
         """Images that wait; those withdrawn count."""
         self.reservation: Reservation | None = None
@@ -175,7 +175,7 @@ class PendingRequest:
         self._missing = 0
         self._parts: list[Denoised | None] = []
 
-    def cut(self, estimate: float, most: float) -> list[Chunk]:
+    def split(self, estimate: float, most: float) -> list[Chunk]:
         """Return the items that answer the query together, each estimated at ``most`` or less.
 
         A single image may exceed it.
@@ -185,8 +185,8 @@ class PendingRequest:
         parts = [self.query] if step == images else list(_slices(self.query, step))
         self._missing, self._parts = len(parts), [None] * len(parts)
         share = max(estimate, 1e-9) / images
-        self.items = [Chunk(self, i, part, share * len(part)) for i, part in enumerate(parts)]
-        return self.items
+        self.chunks = [Chunk(self, i, part, share * len(part)) for i, part in enumerate(parts)]
+        return self.chunks
 
     def release(self) -> None:
         """Give back what it holds of any room."""
@@ -195,7 +195,7 @@ class PendingRequest:
             # It knows this: together they would stay until garbage is collected.
             self.reservation = None
 
-    def deliver(self, index: int, part: Denoised) -> bool:
+    def complete(self, index: int, part: Denoised) -> bool:
         """Take one part; return whether the answer is complete."""
         self._parts[index] = part
         self._missing -= 1
@@ -208,11 +208,11 @@ class PendingRequest:
 class Chunk:
     """One part of a query, as the queue and the batch see it."""
 
-    __slots__ = ("caller", "cost", "index", "priority", "query", "size", "ticket", "waiting")
+    __slots__ = ("caller", "cost", "index", "pending", "priority", "query", "size", "waiting")
 
-    def __init__(self, ticket: PendingRequest, index: int, query: Query, cost: float) -> None:
-        self.ticket, self.index, self.query, self.cost = ticket, index, query, cost
-        self.priority, self.caller = ticket.terms.priority, ticket.caller
+    def __init__(self, pending: PendingRequest, index: int, query: Query, cost: float) -> None:
+        self.pending, self.index, self.query, self.cost = pending, index, query, cost
+        self.priority, self.caller = pending.context.priority, pending.caller
         self.size = query.nbytes
         self.waiting = False
 

@@ -43,10 +43,10 @@ class ModelVersion:
     model: str
     version: int
     info: DenoiserInfo
-    lane: LoadedModel | None
+    loaded: LoadedModel | None
     """None while it is unloaded for want of memory."""
     statistics: Statistics
-    """Of all its lanes."""
+    """Of all its loaded models."""
     content: str = ""
     """See ``ModelRepository.fingerprint``."""
     used: int = 0
@@ -69,7 +69,7 @@ class ModelRegistry:
 
     Args:
         devices: each model is loaded on all of them.
-        scheduling: for the memory budget and for lanes.
+        scheduling: for the memory budget and for loaded models.
         lost: called when a device can compute no more.
     """
 
@@ -135,20 +135,20 @@ class ModelRegistry:
         known = shortened(", ".join(sorted(self._served)) or "none")
         return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
-    def touch(self, entry: ModelVersion) -> LoadedModel | None:
-        """Note that a version is asked; return its lane if it is loaded."""
+    def mark_used(self, entry: ModelVersion) -> LoadedModel | None:
+        """Note that a version is used; return its loaded model, None where it is unloaded."""
         self._asked += 1
         entry.used = self._asked
-        return entry.lane
+        return entry.loaded
 
-    async def revive(self, entry: ModelVersion) -> LoadedModel:
-        """Return the lane of a version that was unloaded for want of memory, loaded again.
+    async def reload(self, entry: ModelVersion) -> LoadedModel:
+        """Load a version again that was unloaded to save memory; return its loaded model.
 
         Raises:
             LoadError: It cannot be loaded any more.
         """
-        if entry.lane is not None:
-            return entry.lane
+        if entry.loaded is not None:
+            return entry.loaded
         task = self._reloads.get(entry)
         if task is None:
             task = self._reloads[entry] = asyncio.ensure_future(self._reload(entry))
@@ -159,11 +159,11 @@ class ModelRegistry:
     async def _reload(self, entry: ModelVersion) -> LoadedModel:
         async with self._lock(entry.model):
             fresh = await self._load_version(entry.model, entry.version)
-            assert fresh.lane is not None
-            fresh.lane.statistics = entry.statistics
-            entry.lane, entry.info, entry.content = fresh.lane, fresh.info, fresh.content
+            assert fresh.loaded is not None
+            fresh.loaded.statistics = entry.statistics
+            entry.loaded, entry.info, entry.content = fresh.loaded, fresh.info, fresh.content
             self._make_room(entry)
-        return fresh.lane
+        return fresh.loaded
 
     async def load_all(self, repository: ModelRepository) -> None:
         """Load and warm every model of a repository; keeps why one is refused in ``faults``.
@@ -230,8 +230,10 @@ class ModelRegistry:
     def add(self, name: str, *denoisers: Denoiser) -> None:
         """Serve a model from elsewhere: one denoiser for each of the first devices."""
         placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
-        lane = LoadedModel(name, 1, placed, self._scheduling)
-        self._serve(name, {1: ModelVersion(name, 1, lane.denoiser.info, lane, lane.statistics)})
+        loaded = LoadedModel(name, 1, placed, self._scheduling)
+        self._serve(
+            name, {1: ModelVersion(name, 1, loaded.denoiser.info, loaded, loaded.statistics)}
+        )
 
     async def index(self) -> list[State]:
         """Return the state of every model of the repository, and of those added."""
@@ -267,7 +269,7 @@ class ModelRegistry:
     def _states(self, name: str) -> Iterator[State]:
         if name in self._served:
             for entry in self._served[name].values():
-                reason = "" if entry.lane else "unloaded to save memory until it is asked"
+                reason = "" if entry.loaded else "unloaded to save memory until it is asked"
                 yield State(name, entry.version, "READY", reason)
         elif name in self._loading:
             yield State(name, 1, "LOADING")
@@ -298,10 +300,10 @@ class ModelRegistry:
                 if isinstance(error, DeviceLostError):
                     self._lost(str(error))
                 raise LoadError(name, f"failed at its first question: {error}") from error
-        lane = LoadedModel(name, version, denoisers, self._scheduling, costs[0])
+        loaded = LoadedModel(name, version, denoisers, self._scheduling, costs[0])
         fingerprint = partial(self._repository.fingerprint, name, version)
         content = await self._loader.run(name, fingerprint)
-        return ModelVersion(name, version, lane.denoiser.info, lane, lane.statistics, content)
+        return ModelVersion(name, version, loaded.denoiser.info, loaded, loaded.statistics, content)
 
     def _make_room(self, keep: ModelVersion) -> None:
         """Unload what was used longest ago until the rest fits the budget."""
@@ -312,12 +314,12 @@ class ModelRegistry:
         held = sum(first.info.memory_bytes for first, *_ in holders.values())
         if held <= budget:
             return
-        loaded = sorted((entry for entry in self if entry.lane), key=lambda entry: entry.used)
-        for entry in loaded:
+        by_use = sorted((entry for entry in self if entry.loaded), key=lambda entry: entry.used)
+        for entry in by_use:
             if held <= budget:
                 return
             if entry is not keep:
-                entry.lane = None
+                entry.loaded = None
                 sharing = holders[_held(entry)]
                 held -= sharing[0].info.memory_bytes
                 sharing.remove(entry)
@@ -340,7 +342,7 @@ def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]
     """Return the loaded versions by what holds their memory."""
     holders: dict[object, list[ModelVersion]] = {}
     for entry in entries:
-        if entry.lane is not None:
+        if entry.loaded is not None:
             holders.setdefault(_held(entry), []).append(entry)
     return holders
 

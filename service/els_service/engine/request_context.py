@@ -70,19 +70,19 @@ class BatchRecord:
 class Observer(Protocol):
     """Told of everything that happens to queries; times in seconds. Called on the event loop."""
 
-    def queued(self, model: str, seconds: float) -> None:
+    def on_queued(self, model: str, seconds: float) -> None:
         """One query waited this long; not called where there was no queue."""
         ...
 
-    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
+    def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         """One batch took ``seconds``, and ``cost`` had been predicted."""
         ...
 
-    def dropped(self, model: str, reason: str) -> None:
+    def on_dropped(self, model: str, reason: str) -> None:
         """One query got no answer, for one of ``REASONS``."""
         ...
 
-    def launched(self, launch: BatchRecord) -> None:
+    def on_batch(self, launch: BatchRecord) -> None:
         """One batch of which a member is traced was computed."""
         ...
 

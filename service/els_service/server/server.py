@@ -91,7 +91,7 @@ class Server:
         self._settings = settings
         make_tracing = tracing_maker(settings)
         self._tracing = make_tracing() if make_tracing else None
-        self._metrics = Metrics(None if self._tracing is None else self._tracing.launched)
+        self._metrics = Metrics(None if self._tracing is None else self._tracing.on_batch)
         devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
         self._engine = Engine(self._metrics, settings.scheduling, devices)
         self._metrics.gauges = self._gauges

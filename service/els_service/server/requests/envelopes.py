@@ -190,7 +190,7 @@ def share(blank: Query, entry: ModelVersion) -> bool:
     """
     for array in (blank.level.a, blank.level.s, blank.labels, blank.windows):
         array.flags.writeable = False
-    if entry.lane is None:
+    if entry.loaded is None:
         return False
-    entry.lane.denoiser.check(blank)
+    entry.loaded.denoiser.check(blank)
     return True

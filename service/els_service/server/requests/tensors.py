@@ -362,7 +362,7 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         if info.condition_width
         else None,
         decoded_shape=info.decoded_shape,
-        step_seconds=0.0 if entry.lane is None else entry.lane.step_s,
+        step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
     )
 
 

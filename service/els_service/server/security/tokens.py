@@ -66,7 +66,7 @@ class Tokens:
         self._known = ReloadedFile((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
 
     def stale_s(self) -> float:
-        """Return for how long the file has been unusable, 0.0 where it is not: see ``ReloadedFile``."""
+        """Return the seconds for which the file has been unusable; 0.0 while it is usable."""
         return self._known.stale_s()
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]], *, admin: bool) -> str:

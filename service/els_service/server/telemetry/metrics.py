@@ -154,12 +154,12 @@ class Metrics(Collector):
     """All metrics in one registry of their own; is the engine's ``Observer``.
 
     Args:
-        on_launch: told of every batch too.
+        on_batch: told of every batch too.
     """
 
-    def __init__(self, on_launch: Callable[[BatchRecord], None] | None = None) -> None:
+    def __init__(self, on_batch: Callable[[BatchRecord], None] | None = None) -> None:
         self.registry = CollectorRegistry()
-        self._on_launch = on_launch
+        self._on_batch = on_batch
         self._methods: list[Method] = []
         self._queued: dict[str, Histogram] = {}
         self._computed: dict[str, _Batches] = {}
@@ -178,29 +178,29 @@ class Metrics(Collector):
         self._methods.append(method)
         return method
 
-    def queued(self, model: str, seconds: float) -> None:
+    def on_queued(self, model: str, seconds: float) -> None:
         """One item waited this long."""
         tally = self._queued.get(model)
         if tally is None:
             tally = self._queued[model] = Histogram(_SECONDS)
         tally.observe(seconds)
 
-    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
+    def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         """One batch of ``images`` took this long; ``cost`` seconds were predicted."""
         batches = self._computed.get(model)
         if batches is None:
             batches = self._computed[model] = _Batches()
         batches.observe(seconds, images, cost)
 
-    def dropped(self, model: str, reason: str) -> None:
+    def on_dropped(self, model: str, reason: str) -> None:
         """One item has no answer, or one that nobody took."""
         key = model, reason
         self._dropped[key] = self._dropped.get(key, 0) + 1
 
-    def launched(self, launch: BatchRecord) -> None:
+    def on_batch(self, launch: BatchRecord) -> None:
         """One batch ended."""
-        if self._on_launch is not None:
-            self._on_launch(launch)
+        if self._on_batch is not None:
+            self._on_batch(launch)
 
     def lagged(self, seconds: float) -> None:
         """The event loop was this late."""

@@ -90,7 +90,7 @@ class Tracing:
         """Return the id of a span's trace, 32 hexadecimal digits."""
         return trace.format_trace_id(span.get_span_context().trace_id)
 
-    def launched(self, launch: BatchRecord) -> None:
+    def on_batch(self, launch: BatchRecord) -> None:
         """Make the spans of a batch, where any of its members is traced."""
         members = [
             (member, queued_ns)
