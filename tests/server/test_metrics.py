@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -34,9 +35,8 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 @given(st.lists(st.sampled_from(BOUNDS) | st.floats(0, 1e9)))
 def test_a_tally_has_the_samples_of_the_library_s_own_histogram(values: list[float]) -> None:
     registry, tally = CollectorRegistry(), Histogram(BOUNDS)
-    oracle = PrometheusHistogram("h", "text", ("label",), buckets=BOUNDS, registry=registry).labels(
-        "one"
-    )
+    library = PrometheusHistogram("h", "text", ("label",), buckets=BOUNDS, registry=registry)
+    oracle = library.labels("one")
     for value in values:
         oracle.observe(value)
         tally.observe(value)

@@ -2,7 +2,7 @@
 
 A sampler yields a ``DenoiseCall`` and is sent the answer D(x), or yields a ``Step`` and is sent
 None. So one body serves a plain loop (``sample``) and an engine that answers many trajectories in
-shared batches. State is float64; all noise comes from the ``noise`` argument, so its role is the caller's.
+shared batches. State is float64; all noise comes from the ``noise`` argument.
 
 Aligned sampling: t = i/n for i = n … 1, from x ~ N(0, I); the last step returns D(x).
 """

@@ -14,7 +14,7 @@ from els_service.config import Limits
 from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.errors import InvalidArgumentError
-from els_service.server.requests import tensors as codec
+from els_service.server.requests import tensors
 from els_service.server.requests.frames import frame_of
 from els_service.server.requests.kept import KEY_BYTES, Envelope, Kept, Recognised
 
@@ -39,13 +39,13 @@ class DenoiseEnvelope(Envelope):
         Raises:
             InvalidArgumentError: The byte count or a pixel is wrong.
         """
-        return self.ask(codec.decode_pixels(data, self.dtype, "x", self.blank.pixels.shape))
+        return self.ask(tensors.decode_pixels(data, self.dtype, "x", self.blank.pixels.shape))
 
     def write(self, message: pb.Tensor, answer: Tensor | npt.NDArray[np.float32]) -> None:
         """Fill an empty message with the images [B, C, H, W] that answer the request."""
         # Parsing what is always the same takes half the time of writing it.
         message.MergeFromString(self.head)
-        message.data = codec.bytes_of(answer, self.output_dtype)
+        message.data = tensors.bytes_of(answer, self.output_dtype)
 
 
 class Envelopes:
@@ -67,7 +67,7 @@ class Envelopes:
         self.recognise = self._kept.recognise
 
     def open(
-        self, request: codec.Request | Recognised[DenoiseEnvelope]
+        self, request: tensors.Request | Recognised[DenoiseEnvelope]
     ) -> tuple[ModelVersion, DenoiseEnvelope, Query]:
         """Return a request's model, envelope and query; takes the pixels out of the request.
 
@@ -94,7 +94,7 @@ class Envelopes:
                 self._kept.put(key, envelope)
         return entry, envelope, envelope.query(data)
 
-    def _learn(self, request: codec.Request, envelope: DenoiseEnvelope, size: int) -> None:
+    def _learn(self, request: tensors.Request, envelope: DenoiseEnvelope, size: int) -> None:
         def asks(pixels: bytes) -> bytes:
             request.x.data = pixels
             return request.SerializeToString()
@@ -110,7 +110,7 @@ class Envelopes:
         self._kept.learn(envelope, asks, size)
         request.x.ClearField("data")
         if not envelope.log_evidence:
-            of_answer = envelope.blank.pixels.size * codec.output_size(envelope.output_dtype)
+            of_answer = envelope.blank.pixels.size * tensors.output_size(envelope.output_dtype)
             envelope.frame = frame_of(answers, of_answer)
 
     def answer(
@@ -127,15 +127,17 @@ class Envelopes:
             denoised: with the evidence, which may be asked for, too.
         """
         if envelope.frame is not None:
-            return envelope.frame.around(codec.bytes_of(pixels, envelope.output_dtype))
+            return envelope.frame.around(tensors.bytes_of(pixels, envelope.output_dtype))
         message = self._answer()
         envelope.write(getattr(message, self._tensor), pixels)
         if envelope.log_evidence:
-            codec.write_evidence(message.log_evidence, denoised)
+            tensors.write_evidence(message.log_evidence, denoised)
         return message
 
 
-def seal(request: codec.Request, size: int, entry: ModelVersion, limits: Limits) -> DenoiseEnvelope:
+def seal(
+    request: tensors.Request, size: int, entry: ModelVersion, limits: Limits
+) -> DenoiseEnvelope:
     """Return the envelope of a request with ``size`` bytes of pixels to a model.
 
     Raises:
@@ -143,17 +145,17 @@ def seal(request: codec.Request, size: int, entry: ModelVersion, limits: Limits)
         ResourceExhaustedError: Too many images or pixels, or the answer would exceed the limit.
     """
     info = entry.info
-    shape = codec.decode_shape(request.x, size, "x", limits)
+    shape = tensors.decode_shape(request.x, size, "x", limits)
     if request.return_log_evidence and not info.has_log_evidence:
         raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
-    answer = codec.answer_size(shape, request.output_dtype, request.return_log_evidence)
-    codec.check_answer_size("x.shape", answer, limits)
+    answer = tensors.answer_size(shape, request.output_dtype, request.return_log_evidence)
+    tensors.check_answer_size("x.shape", answer, limits)
     blank = make_query(
         _black(shape),
-        codec.decode_level(request.level, info.levels, limits),
-        codec.bounded("labels", request.labels, limits),
-        codec.decode_windows(codec.bounded("windows", request.windows, limits)),
-        codec.decode_conditions(request, info, shape[0]),
+        tensors.decode_level(request.level, info.levels, limits),
+        tensors.bounded("labels", request.labels, limits),
+        tensors.decode_windows(tensors.bounded("windows", request.windows, limits)),
+        tensors.decode_conditions(request, info, shape[0]),
     )
     return DenoiseEnvelope(
         info,

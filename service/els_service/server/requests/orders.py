@@ -21,7 +21,7 @@ from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError
-from els_service.server.requests import tensors as codec
+from els_service.server.requests import tensors
 from els_service.server.requests.envelopes import share
 from els_service.server.requests.frames import frame_of
 from els_service.server.requests.kept import KEY_BYTES, Envelope, Kept, Recognised
@@ -60,7 +60,7 @@ class Order(Envelope):
             InvalidArgumentError: One is not finite, or vast.
         """
         pixels = np.array(x, np.float32)
-        codec.check_finite(pixels.reshape(-1), "x")
+        tensors.check_finite(pixels.reshape(-1), "x")
         return self.ask(pixels)
 
 
@@ -83,7 +83,7 @@ class Orders:
         """
         if isinstance(request, Recognised):
             entry, order, view = request.open()
-            pixels = codec.decode_pixels(view, DTYPE_F32, "x", order.blank.pixels.shape)
+            pixels = tensors.decode_pixels(view, DTYPE_F32, "x", order.blank.pixels.shape)
             return entry, order, order.ask(pixels), ""
         name = request.id
         request.ClearField("id")
@@ -109,7 +109,7 @@ class Orders:
                 self._kept.put(key, order)
         # An id of megabytes is not copied to be measured.
         length = len(name) if name.isascii() else len(name.encode())
-        codec.check_answer_size("x.shape", order.size + length, self._limits)
+        tensors.check_answer_size("x.shape", order.size + length, self._limits)
         return entry, order, order.query(x), name
 
     def _learn(self, request: pb.ModelInferRequest, raw: Sequence[bytes], order: Order) -> None:
@@ -227,7 +227,7 @@ def _array(
         got = repr(tensor.datatype[:100])
         raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
     # As in the codec: a slice of a repeated field is a list.
-    shape = tuple(tensor.shape[: codec.MAX_REPORTED])
+    shape = tuple(tensor.shape[: tensors.MAX_REPORTED])
     # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
     if len(shape) > 4 or min(shape, default=1) < 1:
         expected = "at most 4 positive dimensions"
@@ -257,11 +257,11 @@ def _blank(inputs: Inputs, info: DenoiserInfo, limits: Limits) -> Query:
     if "x" not in inputs:
         raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
     shape = inputs["x"].shape
-    codec.check_shape(shape, "x", limits)
-    codec.check_pixels("x.shape", inputs["x"].size, limits)
+    tensors.check_shape(shape, "x", limits)
+    tensors.check_pixels("x.shape", inputs["x"].size, limits)
     sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
-    level = codec.one_level(sigma, alpha_bar, time, info.levels)
-    windows = codec.decode_windows(_per_image("window", inputs, limits))
+    level = tensors.one_level(sigma, alpha_bar, time, info.levels)
+    windows = tensors.decode_windows(_per_image("window", inputs, limits))
     labels = _per_image("label", inputs, limits)
     return make_query(np.broadcast_to(np.float32(0), shape), level, labels, windows)
 

@@ -29,7 +29,7 @@ from els_service.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from els_service.server.requests import tensors as codec
+from els_service.server.requests import tensors
 from els_service.server.requests.envelopes import DenoiseEnvelope, Envelopes
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.services.streams import Window, in_order
@@ -120,9 +120,9 @@ class DenoiserService(DenoiserServiceServicer):
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
-            one_each("windows", codec.decode_windows(request.windows), count, none=0),
+            one_each("windows", tensors.decode_windows(request.windows), count, none=0),
             evaluations_of(name, options, resume),
-            codec.decode_conditions(request, info, count),
+            tensors.decode_conditions(request, info, count),
             request.return_decoded,
         )
         terms = context_of(context, request.priority)
@@ -135,7 +135,7 @@ class DenoiserService(DenoiserServiceServicer):
                     message = _encode_step(step, request)
                     if step.index == 1 and request.return_noise:
                         start = await asyncio.to_thread(noise, 0)
-                        encoded = codec.encode_tensor(start.float(), request.output_dtype)
+                        encoded = tensors.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = _token(request, entry, step)
@@ -147,14 +147,14 @@ class DenoiserService(DenoiserServiceServicer):
 
     def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
         limits = self._limits
-        codec.bounded("labels", request.labels, limits)
-        codec.bounded("windows", request.windows, limits)
+        tensors.bounded("labels", request.labels, limits)
+        tensors.bounded("windows", request.windows, limits)
         if count < 1:
             raise InvalidArgumentError("count", "at least 1", count)
         if count > limits.max_images:
             raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
         pixels = count * math.prod(info.shape)
-        codec.check_pixels("count", pixels, limits)
+        tensors.check_pixels("count", pixels, limits)
         if request.steps < 1:
             raise InvalidArgumentError("steps", "at least 1", request.steps)
         if request.steps > limits.max_steps:
@@ -165,16 +165,16 @@ class DenoiserService(DenoiserServiceServicer):
             raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
         if request.churn and request.sampler != pb.SAMPLER_HEUN:
             raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        size = (2 + request.return_noise) * pixels * codec.output_size(request.output_dtype)
+        size = (2 + request.return_noise) * pixels * tensors.output_size(request.output_dtype)
         if request.return_resume_token:
             size += 8 * pixels
         if request.return_decoded:
             if info.decoded_shape is None:
                 raise InvalidArgumentError("return_decoded", "false for this model", "true")
             decoded = count * math.prod(info.decoded_shape)
-            codec.check_pixels("count", decoded, limits)
-            size += decoded * codec.output_size(request.output_dtype)
-        codec.check_answer_size("count", size, limits)
+            tensors.check_pixels("count", decoded, limits)
+            size += decoded * tensors.output_size(request.output_dtype)
+        tensors.check_answer_size("count", size, limits)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -182,20 +182,20 @@ class DenoiserService(DenoiserServiceServicer):
         """Return the newest version of every model that answers."""
         return pb.ListModelsResponse(
             models=[
-                codec.encode_model(entry, self._limits) for entry in self._engine.models.newest()
+                tensors.encode_model(entry, self._limits) for entry in self._engine.models.newest()
             ]
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return one model's description."""
         entry = self._engine.models.entry(request.name, request.version)
-        return pb.GetModelResponse(model=codec.encode_model(entry, self._limits))
+        return pb.GetModelResponse(model=tensors.encode_model(entry, self._limits))
 
 
 def _write(response: pb.DenoiseResponse, answer: Denoised, envelope: DenoiseEnvelope) -> None:
     envelope.write(response.denoised, answer.pixels)
     if envelope.log_evidence:
-        codec.write_evidence(response.log_evidence, answer)
+        tensors.write_evidence(response.log_evidence, answer)
 
 
 def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:
@@ -222,14 +222,14 @@ def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:
     return pb.SampleResponse(
         index=step.index,
         total=step.total,
-        x=codec.encode_tensor(step.x.float(), request.output_dtype)
+        x=tensors.encode_tensor(step.x.float(), request.output_dtype)
         if request.return_x or last
         else None,
-        denoised=codec.encode_tensor(step.denoised.float(), request.output_dtype)
+        denoised=tensors.encode_tensor(step.denoised.float(), request.output_dtype)
         if request.return_denoised or last
         else None,
         alpha_bar=step.alpha_bar,
         decoded=None
         if step.decoded is None
-        else codec.encode_tensor(step.decoded, request.output_dtype),
+        else tensors.encode_tensor(step.decoded, request.output_dtype),
     )

@@ -17,7 +17,7 @@ from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, check_query
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
-from els_service.server.requests import tensors as codec
+from els_service.server.requests import tensors
 
 SHAPE = (1, 2, 3)
 INFO = DenoiserInfo(
@@ -47,7 +47,7 @@ dtypes: Any = st.sampled_from([0, 1, 2, 3, 4, 5, 99, -1])
 
 
 @st.composite
-def tensors(draw: st.DrawFn) -> pb.Tensor:
+def tensor_messages(draw: st.DrawFn) -> pb.Tensor:
     shape, dtype = draw(shapes), draw(dtypes)
     size = {1: 4, 2: 2, 3: 2, 4: 1}.get(dtype, 1) * abs(int(np.prod(shape, dtype=object)))
     data = draw(st.one_of(st.binary(max_size=32), st.just(bytes(min(size, 400)))))
@@ -56,7 +56,7 @@ def tensors(draw: st.DrawFn) -> pb.Tensor:
 
 requests: Any = st.builds(
     pb.DenoiseRequest,
-    x=tensors(),
+    x=tensor_messages(),
     level=st.one_of(levels, one_level),
     labels=labels,
     windows=windows,
@@ -180,8 +180,8 @@ def test_the_fuzz_finds_valid_queries_too() -> None:
 
 
 def pixels_of(message: pb.Tensor) -> np.ndarray:
-    shape = codec.decode_shape(message, len(message.data), "x", LIMITS)
-    return codec.decode_pixels(message.data, message.dtype, "x", shape)
+    shape = tensors.decode_shape(message, len(message.data), "x", LIMITS)
+    return tensors.decode_pixels(message.data, message.dtype, "x", shape)
 
 
 pixels = arrays.arrays(
@@ -196,7 +196,7 @@ pixels = arrays.arrays(
 def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     x: np.ndarray, dtype: pb.DType.ValueType
 ) -> None:
-    message = codec.encode_tensor(torch.from_numpy(x), dtype)
+    message = tensors.encode_tensor(torch.from_numpy(x), dtype)
     assert message.dtype == dtype
     assert tuple(message.shape) == x.shape
     got = torch.from_numpy(pixels_of(message))
@@ -213,10 +213,10 @@ def test_bytes_are_pixels_from_minus_one_to_one(x: np.ndarray) -> None:
 
 
 def test_bytes_are_little_endian() -> None:
-    message = codec.encode_tensor(torch.tensor([[[[1.0]]]]))
+    message = tensors.encode_tensor(torch.tensor([[[[1.0]]]]))
     assert (message.data, list(message.shape)) == (b"\x00\x00\x80\x3f", [1, 1, 1, 1])
-    half = codec.encode_tensor(torch.tensor([[[[1.0]]]]), pb.DTYPE_F16)
-    brain = codec.encode_tensor(torch.tensor([[[[1.0]]]]), pb.DTYPE_BF16)
+    half = tensors.encode_tensor(torch.tensor([[[[1.0]]]]), pb.DTYPE_F16)
+    brain = tensors.encode_tensor(torch.tensor([[[[1.0]]]]), pb.DTYPE_BF16)
     assert (half.data, brain.data) == (b"\x00\x3c", b"\x80\x3f")
 
 

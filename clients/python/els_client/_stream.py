@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from els_client import _codec as codec
 from els_client._channel import error_of_status, own_errors, timeout_of
-from els_client._retries import Attempts
+from els_client._retries import RetryState
 from els_client._route import Route
 from els_client._types import Images, Query
 from els_client.errors import ElsError, InvalidArgumentError, UnavailableError, Violation, error_of
@@ -30,7 +30,7 @@ def check_in_flight(in_flight: int) -> None:
         raise InvalidArgumentError(f"in_flight: {text}", [Violation("in_flight", text)])
 
 
-class Unanswered:
+class PendingQueries:
     """Questions of a stream in their order; one that cannot be sent is answered by its refusal.
 
     Args:
@@ -80,18 +80,18 @@ class Unanswered:
 
 
 def answers_of(
-    queries: Iterator[Query], unanswered: Unanswered, in_flight: int, open_stream: OpenStream
+    queries: Iterator[Query], pending: PendingQueries, in_flight: int, open_stream: OpenStream
 ) -> Generator[Images | ElsError, None, None]:
     """Yield the answer, or the error, of each question; streams that end are opened anew."""
-    attempts, stream = Attempts(None), _Stream(open_stream, [], unanswered.route)
+    attempts, stream = RetryState(None), _Stream(open_stream, [], pending.route)
     try:
         while True:
-            for query in itertools.islice(queries, in_flight - len(unanswered)):
-                if request := unanswered.add(query):
+            for query in itertools.islice(queries, in_flight - len(pending)):
+                if request := pending.add(query):
                     stream.send(request)
-            if not len(unanswered):
+            if not len(pending):
                 return stream.finish()
-            if refusal := unanswered.refusal():
+            if refusal := pending.refusal():
                 yield refusal
                 continue
             try:
@@ -99,10 +99,10 @@ def answers_of(
             except UnavailableError as error:
                 time.sleep(attempts.pause_if_away_s(error))
                 stream.close()
-                stream = _Stream(open_stream, unanswered.requests(), unanswered.route)
+                stream = _Stream(open_stream, pending.requests(), pending.route)
                 continue
             attempts.progressed()
-            yield unanswered.answer(message)
+            yield pending.answer(message)
     finally:
         stream.close()
 

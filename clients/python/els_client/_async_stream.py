@@ -10,8 +10,8 @@ from typing import TypeAlias
 import grpc
 
 from els_client._channel import own_errors
-from els_client._many import Call, Unanswered, ended_early
-from els_client._retries import Attempts
+from els_client._retries import RetryState
+from els_client._stream import Call, PendingQueries, ended_early
 from els_client._types import Images, Query
 from els_client.errors import ElsError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -20,7 +20,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 _Event: TypeAlias = pb.DenoiseStreamResponse | ElsError | None
 
 
-class Exchange:
+class AsyncStream:
     """Three tasks around two queues: one draws questions, one sends them, one hears answers.
 
     The first outlives a stream that ends: an iterator cannot be asked again for what was drawn.
@@ -29,12 +29,12 @@ class Exchange:
     def __init__(
         self,
         queries: Iterable[Query] | AsyncIterable[Query],
-        unanswered: Unanswered,
+        pending: PendingQueries,
         in_flight: int,
         open_stream: Callable[[], Call],
     ) -> None:
         self._queries = queries
-        self._unanswered = unanswered
+        self._unanswered = pending
         self._slots = asyncio.Semaphore(in_flight)
         self._open_stream = open_stream
         self._drawn = False
@@ -43,7 +43,7 @@ class Exchange:
 
     async def answers(self) -> AsyncGenerator[Images | ElsError, None]:
         """Yield the answer, or the error, of each question; streams that end are opened anew."""
-        attempts = Attempts(None)
+        attempts = RetryState(None)
         drawing = asyncio.create_task(self._draw())
         self._connect()
         try:
