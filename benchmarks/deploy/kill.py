@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.deploy import events
-from benchmarks.deploy.scene import Scene, play
+from benchmarks.deploy.scenario import Scene, play
 
 _EVEN_S = 5.0
 

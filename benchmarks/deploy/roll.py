@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from benchmarks.deploy import events
-from benchmarks.deploy.scene import Scene, play
+from benchmarks.deploy.scenario import Scene, play
 
 _CORES = 4
 _P99_RATIO = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 from tests.e2e import frames
 from tests.e2e.test_unfinished_messages import DENOISE, HEALTH, Sender
-from tests.wire.test_message_structure import large
+from tests.server.test_message_structure import large
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 

@@ -26,7 +26,7 @@ from benchmarks.kernels.naive import in_process
 from els_kernels import GEOMETRIES, Posterior, count_pairs
 from els_kernels.attention import Implementation
 from els_kernels.native import Native
-from els_kernels.tiled import Tiled
+from els_kernels.torch_tiled import Tiled
 
 Row = dict[str, Any]
 

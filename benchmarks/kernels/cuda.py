@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.kernels import cuda_peers as peers
 from els_kernels import GEOMETRIES, Geometry, count_pairs
 from els_kernels.reference import Reference
-from els_kernels.triton.machine import Form, TritonAttention
+from els_kernels.triton.attention import Form, TritonAttention
 
 LIMIT_S = 450.0
 _PEER_BATCH = 16

@@ -18,7 +18,7 @@ from benchmarks.service.peers import REQUIREMENTS, peer
 from benchmarks.service.servers import Running, baselines, els_server
 from benchmarks.service.statistics import ratio_of_pairs
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
-from els_service.wire.denoiser_service import DenoiserService
+from els_service.server.services.denoiser import DenoiserService
 
 STREAMS = DenoiserService.DenoiseStream is not DenoiserServiceServicer.DenoiseStream
 """Whether our server has the streaming call."""

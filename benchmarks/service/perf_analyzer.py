@@ -27,7 +27,7 @@ from benchmarks.service.messages import MODEL, MODEL_INFER
 from benchmarks.service.peers import REQUIREMENTS, VENVS, peer
 from benchmarks.service.servers import els_server
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
-from els_service.wire.inference_service import InferenceService
+from els_service.server.services.inference import InferenceService
 
 INPUT = Path(__file__).with_name("perf_analyzer_input.json")
 SERVABLE = InferenceService.ModelStatistics is not GRPCInferenceServiceServicer.ModelStatistics

@@ -13,7 +13,7 @@ from torch import Tensor
 from els_kernels.geometry import Geometry, Posterior, max_window
 from els_kernels.native import Native, instruction_sets
 from els_kernels.reference import Reference
-from els_kernels.tiled import Tiled
+from els_kernels.torch_tiled import Tiled
 from els_kernels.triton import create as create_triton
 from els_kernels.triton import unavailable as triton_unavailable
 

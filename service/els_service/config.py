@@ -23,8 +23,8 @@ from pydantic import (
     field_validator,
 )
 
-from els_service.documents import read_yaml, validate
 from els_service.errors import LoadError
+from els_service.yaml_files import read_yaml, validate
 
 _SERVICE_LINK = re.compile(r"^(tcp|udp|sctp)://")
 """What Kubernetes puts into ELS_PORT where a service is called ``els``: no setting of ours."""

@@ -1,4 +1,4 @@
-"""Doors that are refused before anything is served, and the command that makes tokens."""
+"""AccessControl that are refused before anything is served, and the command that makes tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.e2e.security import Certificates, TokenFile, bearing
 from typer.testing import CliRunner, Result
 
 from els_service.cli.main import app
-from els_service.wire.tokens import Tokens
+from els_service.server.security.tokens import Tokens
 
 
 @pytest.fixture(autouse=True)

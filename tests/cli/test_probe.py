@@ -92,7 +92,7 @@ def test_a_port_that_nobody_can_know_is_a_fault() -> None:
 
 def test_it_loads_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys, els_service.cli.probe, els_service.wire.probe;"
+        "import sys, els_service.cli.probe, els_service.server.probe;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -156,7 +156,7 @@ def test_check_refuses_what_a_start_would_refuse(
     fault: str,
 ) -> None:
     # As if the extra were not installed.
-    monkeypatch.setitem(sys.modules, "els_service.wire.tracing", None)
+    monkeypatch.setitem(sys.modules, "els_service.server.telemetry.tracing", None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     result = run("check", "--config-only", *options)

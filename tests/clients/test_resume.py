@@ -12,7 +12,7 @@ from tests.clients.fake_server import FakeDenoiser
 
 from els_client import AsyncClient, Client, ElsError, ResourceExhaustedError, UnavailableError
 from els_client._channel import own_errors
-from els_client._retries import Attempts, Trajectory
+from els_client._retries import RetryState, Trajectory
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 X = np.zeros((1, 1, 4, 6), np.float32)
@@ -77,16 +77,16 @@ async def test_a_question_whose_answer_broke_off_is_asked_once_more(
 
 def test_a_question_is_not_asked_a_third_time_nor_beyond_its_deadline() -> None:
     torn = UnavailableError("torn")
-    attempts = Attempts(60.0)
+    attempts = RetryState(60.0)
     assert 0.1 <= attempts.pause_s(torn) < 0.2
     with pytest.raises(UnavailableError):
         attempts.pause_s(torn)
     with pytest.raises(UnavailableError):
-        Attempts(0.05).pause_s(torn)
+        RetryState(0.05).pause_s(torn)
 
 
 def test_a_sample_is_given_up_after_attempts_that_brought_no_step() -> None:
-    trajectory = Trajectory(pb.SampleRequest(), Attempts(600.0))
+    trajectory = Trajectory(pb.SampleRequest(), RetryState(600.0))
     trajectory.accept(pb.SampleResponse(resume_token=b"0"))
     away = UnavailableError("away")
     pauses = [trajectory.pause_s(away) for _ in range(5)]
@@ -96,7 +96,7 @@ def test_a_sample_is_given_up_after_attempts_that_brought_no_step() -> None:
 
 
 def test_steps_that_came_are_not_given_again_and_missing_ones_are_an_error() -> None:
-    trajectory = Trajectory(pb.SampleRequest(), Attempts(600.0))
+    trajectory = Trajectory(pb.SampleRequest(), RetryState(600.0))
     indices = [
         step.index
         for index in (1, 2, 1, 2, 3)

@@ -15,9 +15,9 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, make_bank
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
+from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 
-Answer = Callable[[Ask], Tensor]
+Answer = Callable[[DenoiseCall], Tensor]
 
 SHAPE = (2, 5, 6)
 KINDS = [*("-".join(name) for name in GEOMETRIES), "gaussian", "wiener"]
@@ -40,9 +40,9 @@ def build(kind: str, bank: Bank, **options: Any) -> Denoiser:
     return AnalyticDenoiser(attention, bank, machine=machine, padding=padding, **options)
 
 
-def run(trajectory: Trajectory, answer: Answer) -> tuple[list[Ask], list[Step]]:
+def run(trajectory: Trajectory, answer: Answer) -> tuple[list[DenoiseCall], list[Step]]:
     """What a sampler asks and the steps it takes when its questions are answered so."""
-    asks: list[Ask] = []
+    asks: list[DenoiseCall] = []
     steps: list[Step] = []
     sent: Tensor | None = None
     while True:
@@ -50,7 +50,7 @@ def run(trajectory: Trajectory, answer: Answer) -> tuple[list[Ask], list[Step]]:
             event = trajectory.send(sent)
         except StopIteration:
             return asks, steps
-        if isinstance(event, Ask):
+        if isinstance(event, DenoiseCall):
             asks.append(event)
             sent = answer(event)
         else:
@@ -59,7 +59,7 @@ def run(trajectory: Trajectory, answer: Answer) -> tuple[list[Ask], list[Step]]:
 
 
 def answers_of(denoiser: Denoiser, labels: int | list[int] = -1) -> Answer:
-    def answer(ask: Ask) -> Tensor:
+    def answer(ask: DenoiseCall) -> Tensor:
         query = make_query(ask.x.float(), ask.level, labels, windows_for(denoiser, ask))
         return denoiser.denoise(query).mean.double()
 

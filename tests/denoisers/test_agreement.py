@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from els_service.denoisers.comparison.agreement import agreement, median_interval
+from els_service.experiments.comparison.agreement import agreement, median_interval
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:

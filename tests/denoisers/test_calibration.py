@@ -15,24 +15,24 @@ from typer.testing import CliRunner
 
 from els_service.cli.main import app
 from els_service.denoisers.base import make_query
-from els_service.denoisers.calibrate import main
-from els_service.denoisers.comparison.calibration import (
+from els_service.denoisers.levels import cosine
+from els_service.denoisers.windows import WindowTable
+from els_service.engine.repository import ModelRepository
+from els_service.errors import LoadError
+from els_service.experiments.calibrate import main
+from els_service.experiments.comparison.calibration import (
     Calibration,
     Journal,
     best_by_label,
     calibrate,
     trajectory,
 )
-from els_service.denoisers.comparison.drawing import Draw
-from els_service.denoisers.comparison.subjects import (
+from els_service.experiments.comparison.drawing import SampleSpec
+from els_service.experiments.comparison.subjects import (
     BUNDLED_MODELS,
     find_windows,
     open_network,
 )
-from els_service.denoisers.levels import cosine
-from els_service.denoisers.windows import WindowTable
-from els_service.engine.repository import ModelRepository
-from els_service.errors import LoadError
 
 STEPS, SAMPLES = 5, 4
 HIDDEN = (3, 3, 5, 7, 5)
@@ -51,7 +51,7 @@ def test_the_windows_of_a_machine_are_found_again(
 ) -> None:
     bank = squares()
     hidden = subjects(bank, WindowTable(sigma, HIDDEN), "els").machines["els"]
-    how = Draw(seed=3, steps=STEPS, label_count=labels)
+    how = SampleSpec(seed=3, steps=STEPS, label_count=labels)
     points = trajectory(hidden, how, SAMPLES)
     machine = subjects(bank, None, "els").machines["els"]
     journal = Journal(tmp_path / "journal.json", {})
@@ -73,7 +73,7 @@ def test_the_median_over_samples_decides_and_each_label_may_differ() -> None:
 
 def test_a_run_goes_on_from_its_journal(tmp_path: Path, sigma: tuple[float, ...]) -> None:
     machine = subjects(squares(), None, "els").machines["els"]
-    points = trajectory(machine, Draw(steps=2), SAMPLES)
+    points = trajectory(machine, SampleSpec(steps=2), SAMPLES)
     computed: list[tuple[int, int]] = []
 
     def run(**settings: Any) -> Calibration:
@@ -125,7 +125,7 @@ for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "promet
     sys.modules[name] = None
 import runpy
 sys.argv[0] = "calibrate"
-runpy.run_module("els_service.denoisers.calibrate", run_name="__main__")
+runpy.run_module("els_service.experiments.calibrate", run_name="__main__")
 """
 
 

@@ -30,16 +30,16 @@ from typer.testing import CliRunner
 from els_service.cli.main import app
 from els_service.denoisers.base import Denoised, Denoiser, Query
 from els_service.denoisers.closed_forms import GaussianDenoiser
-from els_service.denoisers.compare import main
-from els_service.denoisers.comparison.figure import cell_corner, draw_figure
-from els_service.denoisers.comparison.run import Look, Settings, compare
-from els_service.denoisers.comparison.subjects import (
-    build_machines,
-    open_network,
-)
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.errors import ElsError, LoadError
+from els_service.experiments.compare import main
+from els_service.experiments.comparison.figure import cell_corner, draw_figure
+from els_service.experiments.comparison.run import FigureOptions, Settings, compare
+from els_service.experiments.comparison.subjects import (
+    build_machines,
+    open_network,
+)
 
 SMALL = Settings(count=4, network_steps=(3,), machine_steps=3)
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
@@ -113,12 +113,12 @@ def test_released_indexing_is_of_machines_alone(tmp_path: Path) -> None:
 def test_the_figure_shows_noise_network_and_machines_in_this_order(tmp_path: Path) -> None:
     one = subjects(squares(labelled=False), None, "els", "local", "ideal")
     settings = replace(SMALL, network_steps=(3, 2))
-    compare(one, settings, tmp_path, look=Look(columns=2))
+    compare(one, settings, tmp_path, look=FigureOptions(columns=2))
     noise = seeded_noise(0, 4, SHAPE)(0)
     rows = [noise / 3, *(samples(tmp_path, n) for n in ("network-3", "network-2", "els", "local"))]
     rows.append(samples(tmp_path, "ideal"))
     assert_shows(tmp_path / "compare.png", rows, columns=2)
-    compare(one, settings, tmp_path, look=Look(columns=9, hidden=("ideal",)))
+    compare(one, settings, tmp_path, look=FigureOptions(columns=9, hidden=("ideal",)))
     assert_shows(tmp_path / "compare.png", rows[:-1], columns=4)
 
 
@@ -149,7 +149,7 @@ import os, sys
 from pathlib import Path
 from tests.denoisers.comparing import squares, subjects
 from tests.denoisers.test_comparison import LONG
-from els_service.denoisers.comparison.run import compare
+from els_service.experiments.comparison.run import compare
 
 def reporter(title):
     def report(done, total):
@@ -275,7 +275,7 @@ for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "promet
     sys.modules[name] = None
 import runpy
 sys.argv[0] = "compare"
-runpy.run_module("els_service.denoisers.compare", run_name="__main__")
+runpy.run_module("els_service.experiments.compare", run_name="__main__")
 """
 
 

@@ -16,14 +16,14 @@ from tests.denoisers.comparing import (
 )
 
 from els_service.denoisers.banks import make_bank
-from els_service.denoisers.comparison.subjects import (
+from els_service.errors import ElsError, InvalidArgumentError, LoadError
+from els_service.experiments.comparison.subjects import (
     build_machines,
     find_windows,
     model_folder,
     open_bank,
     open_network,
 )
-from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
 

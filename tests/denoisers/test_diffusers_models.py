@@ -370,7 +370,7 @@ def test_a_folder_outside_the_models_root_is_refused(tmp_path: Path, folder: str
 
 def test_nothing_of_theirs_is_imported_unless_a_model_needs_it() -> None:
     code = (
-        "import sys, els_service.wire.server, els_service.denoisers.pretrained.latent\n"
+        "import sys, els_service.server.server, els_service.denoisers.pretrained.latent\n"
         "print(sorted({'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

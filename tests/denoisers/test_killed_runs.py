@@ -16,8 +16,8 @@ from tests.denoisers.comparing import write_bank, write_network
 from tests.denoisers.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
-from els_service.denoisers.calibrate import main as calibrate
-from els_service.denoisers.train import main as train
+from els_service.experiments.calibrate import main as calibrate
+from els_service.experiments.train import main as train
 
 # The same command again and again, killed at its 1st, 2nd, 3rd … write, until one ends. Torch and
 # what its optimizers import are imported once: every run is a fork. It prints the exit codes.
@@ -25,7 +25,7 @@ _KILLED_AT_EVERY_WRITE = """
 import importlib, os, signal, sys
 from pathlib import Path
 import torch._dynamo
-from els_service.denoisers.training import loop, record
+from els_service.experiments.training import loop, record
 
 def run(main, arguments, last):
     count = 0
@@ -107,7 +107,7 @@ def test_a_training_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
         "--threads 1 --log-steps 4 --device cpu --checkpoint-seconds 0 --out"
     ).split()
     killed, once = tmp_path / "killed", tmp_path / "once"
-    kills = killed_at_every_write("els_service.denoisers.train", [*command, str(killed)])
+    kills = killed_at_every_write("els_service.experiments.train", [*command, str(killed)])
     assert kills > 40, "every write of the model, too"
     assert train([*command, str(once)]) == 0
     assert (killed / "weights.safetensors").read_bytes() == (
@@ -132,7 +132,7 @@ def test_a_calibration_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
         "--steps 2 --windows 3,5 --device cpu --threads 1 --out"
     ).split()
     killed, once = tmp_path / "models" / "killed", tmp_path / "models" / "once"
-    kills = killed_at_every_write("els_service.denoisers.calibrate", [*command, str(killed)])
+    kills = killed_at_every_write("els_service.experiments.calibrate", [*command, str(killed)])
     assert kills > 15, "every write of table, record and model, too"
     assert calibrate([*command, str(once)]) == 0
     for name in ("windows.yaml", "model.yaml"):

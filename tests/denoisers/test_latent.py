@@ -28,7 +28,7 @@ from els_service.denoisers.base import Condition, concatenate, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.pretrained.latent import LatentDenoiser
-from els_service.denoisers.samplers import SAMPLERS, Ask, Options, sample
+from els_service.denoisers.samplers import SAMPLERS, DenoiseCall, Options, sample
 from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError
 
@@ -93,7 +93,7 @@ def test_guided_ddim_takes_the_steps_of_their_loop(
     given = conditions(guidance=guidance)
     options = Options(steps=N, schedule=denoiser.info.levels)
 
-    def answer(ask: Ask) -> Tensor:
+    def answer(ask: DenoiseCall) -> Tensor:
         query = make_query(ask.x.float(), ask.level, conditions=given)
         return denoiser.denoise(query).mean.double()
 
@@ -142,7 +142,7 @@ def test_guided_ddim_takes_the_steps_of_stable_diffusion(denoiser: LatentDenoise
     options = Options(steps=N, schedule=denoiser.info.levels)
     given = conditions(guidance=7.5)
 
-    def answer(ask: Ask) -> Tensor:
+    def answer(ask: DenoiseCall) -> Tensor:
         query = make_query(ask.x.float(), ask.level, conditions=given)
         return denoiser.denoise(query).mean.double()
 
@@ -180,7 +180,7 @@ def test_an_unconditional_folder_ends_where_their_pipeline_does(tmp_path: Path) 
     start = torch.randn((COUNT, *LATENT), generator=torch.Generator().manual_seed(6)).double()
     options = Options(steps=N, schedule=denoiser.info.levels)
 
-    def answer(ask: Ask) -> Tensor:
+    def answer(ask: DenoiseCall) -> Tensor:
         return denoiser.denoise(make_query(ask.x.float(), ask.level)).mean.double()
 
     _, steps = run(SAMPLERS["ddim"](lambda _: start, options), answer)

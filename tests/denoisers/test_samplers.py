@@ -19,7 +19,7 @@ from els_service.denoisers.levels import from_alpha_bar, from_time
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
-    Ask,
+    DenoiseCall,
     Options,
     check_options,
     ddim,
@@ -50,7 +50,7 @@ class Recorder:
 def prior(mean: float = MEAN, variance: float = VARIANCE) -> Answer:
     """The posterior mean under N(mean, variance), in float64."""
 
-    def answer(ask: Ask) -> Tensor:
+    def answer(ask: DenoiseCall) -> Tensor:
         a, s = ask.level.a.item(), ask.level.s.item()
         gain = a * variance / (a * a * variance + s * s)
         return mean + gain * (ask.x - a * mean)
@@ -324,6 +324,6 @@ def test_options_out_of_range_are_refused(sampler: str, options: Options, messag
 
 def test_a_sampler_that_is_sent_no_answer_says_so() -> None:
     trajectory = ddim(Recorder(), Options(3))
-    assert isinstance(next(trajectory), Ask)
+    assert isinstance(next(trajectory), DenoiseCall)
     with pytest.raises(RuntimeError, match="must be sent the denoised images"):
         next(trajectory)

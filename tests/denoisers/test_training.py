@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 from els_service.cli.main import app
 from els_service.denoisers.banks import Bank, make_bank, save_bank
 from els_service.denoisers.networks import PREDICTIONS, load_network_folder
-from els_service.denoisers.train import main
-from els_service.denoisers.training import Limits, TrainingSettings, train
-from els_service.denoisers.training.data import Batches
-from els_service.denoisers.training.record import read_log
 from els_service.engine.repository import ModelRepository
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
+from els_service.experiments.train import main
+from els_service.experiments.training import Limits, TrainingSettings, train
+from els_service.experiments.training.data import Batches
+from els_service.experiments.training.record import read_log
 
 SHAPE = (1, 8, 8)
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ _BARE = """
 import sys
 for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "prometheus_client"):
     sys.modules[name] = None
-from els_service.denoisers.train import main
+from els_service.experiments.train import main
 sys.exit(main())
 """
 

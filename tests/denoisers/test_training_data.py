@@ -10,9 +10,9 @@ from PIL import Image
 from tests.denoisers.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
-from els_service.denoisers.train import main
-from els_service.denoisers.training import load_training_data
 from els_service.errors import InvalidArgumentError
+from els_service.experiments.train import main
+from els_service.experiments.training import load_training_data
 
 
 def test_data_may_come_in_parts_of_any_format(tmp_path: Path) -> None:

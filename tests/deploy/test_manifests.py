@@ -33,8 +33,8 @@ from tests.deploy.manifests import (
 from tests.e2e.processes import ServerProcess, run, serving
 
 from els_client import Client
-from els_service.wire.health import ALIVE
-from els_service.wire.server import stop_at_most_s
+from els_service.server.health import ALIVE
+from els_service.server.server import stop_at_most_s
 
 pytestmark = needs_kubectl
 
@@ -283,7 +283,7 @@ def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays()
 
 
 def test_the_caller_in_the_cluster_is_let_in_and_asks_the_service_by_its_name() -> None:
-    job, _ = yaml.safe_load_all((rendered.DEPLOY / "ask.yaml").read_text())
+    job, _ = yaml.safe_load_all((rendered.DEPLOY / "example-job.yaml").read_text())
     template = job["spec"]["template"]
     (callers,) = (
         one

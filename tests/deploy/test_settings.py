@@ -19,7 +19,7 @@ from tests.e2e.security import Certificates
 from typer.testing import CliRunner
 
 from els_service.cli.main import app
-from els_service.wire.tokens import new_token
+from els_service.server.security.tokens import new_token
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.deploy import envoy, events
 from benchmarks.deploy.load import Observed, around
 from benchmarks.deploy.replicas import Fleet, fleet
-from benchmarks.deploy.scene import WAYS, targets
+from benchmarks.deploy.scenario import WAYS, targets
 
 RATE_PER_S = 20.0
 OUT_S = 10.0

@@ -14,7 +14,7 @@ import torch
 
 from els_service.cli import main
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, check_query
-from els_service.engine.models import Models
+from els_service.engine.registry import ModelRegistry
 from els_service.engine.repository import ModelRepository
 
 SHAPE = (1, 6, 5)
@@ -71,14 +71,14 @@ def _load_one(self: ModelRepository, name: str, version: int, device: str) -> De
     return Broken() if name == BROKEN else _read(self, name, version, device)
 
 
-async def _load_all(self: Models, repository: ModelRepository) -> None:
+async def _load_all(self: ModelRegistry, repository: ModelRepository) -> None:
     self.add("slow", Odd())
     await _load(self, repository)
 
 
-_load, _read = Models.load_all, ModelRepository.load
+_load, _read = ModelRegistry.load_all, ModelRepository.load
 
 if __name__ == "__main__":
     loaders = patch.object(ModelRepository, "load", _load_one)
-    with patch.object(Models, "load_all", _load_all), loaders:
+    with patch.object(ModelRegistry, "load_all", _load_all), loaders:
         main()

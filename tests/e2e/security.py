@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from tests.e2e.refusals import TIMEOUT_S
 
-from els_service.wire.tokens import Role, new_token
+from els_service.server.security.tokens import Role, new_token
 
 OWN_CONNECTION = ("grpc.use_local_subchannel_pool", 1)
 """Without it channels of one process share a connection."""

@@ -12,7 +12,7 @@ from tests.e2e import frames
 from tests.e2e.bad_requests import sample
 from tests.e2e.refusals import TIMEOUT_S
 
-from els_service.wire.health_service import WRITES_OF_PEER
+from els_service.server.services.health import WRITES_OF_PEER
 
 WATCH = "/grpc.health.v1.Health/Watch"
 SAMPLE = "/denoise.v1.DenoiserService/Sample"

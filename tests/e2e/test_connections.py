@@ -14,7 +14,7 @@ from tests.e2e.processes import ServerProcess, serving
 
 from els_client import Client
 from els_service.config import Settings
-from els_service.wire.doors import channel_options
+from els_service.server.security.access import channel_options
 
 PING_S = 0.25
 

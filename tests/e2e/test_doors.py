@@ -27,7 +27,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from els_service.wire.watched import STALE
+from els_service.server.security.reloaded_file import STALE
 
 Metadata = tuple[tuple[str, str], ...]
 

@@ -26,7 +26,7 @@ from tests.e2e.test_operations import value
 from els_client import Client
 from els_proto.inference import grpc_service_pb2 as oip
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from els_service.wire.health import ALIVE
+from els_service.server.health import ALIVE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

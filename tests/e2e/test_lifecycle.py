@@ -25,7 +25,7 @@ from els_client import AsyncClient, Client, Step, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.config import Settings
-from els_service.wire.server import stop_at_most_s
+from els_service.server.server import stop_at_most_s
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 BUSY_S = 30

@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.bad_requests import denoise, tensor
 from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
-from tests.wire.test_message_structure import large
+from tests.server.test_message_structure import large
 
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 

@@ -22,7 +22,7 @@ from tests.e2e.odd_server import FAULT, Odd
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Settings
 from els_service.denoisers.samplers import Options, sample
-from els_service.wire.server import Server
+from els_service.server.server import Server
 
 STEPS = 3
 WAIT_S = 30
@@ -98,9 +98,9 @@ class World:
                 *(scheduler.waiting(), len(scheduler._running)),
                 *(engine._trajectories, calls._in_flight),
             )
-        lanes = [entry.lane for entry in self.models if entry.lane]
-        assert [(len(lane.queue), lane.queue.size, lane.running) for lane in lanes] == [
-            (0, 0, 0) for _ in lanes
+        models = [entry.loaded for entry in self.models if entry.loaded]
+        assert [(len(model.queue), model.queue.size, model.running) for model in models] == [
+            (0, 0, 0) for _ in models
         ]
 
 

@@ -19,7 +19,7 @@ from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused, violation
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
-from els_service.wire.resume import sealed
+from els_service.server.requests.resume_token import sealed
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": {"sampler": pb.SAMPLER_DDIM},

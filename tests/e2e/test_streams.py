@@ -17,7 +17,7 @@ from tests.e2e.processes import ODD, ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
-from els_service.wire.streams import WINDOW
+from els_service.server.services.streams import WINDOW
 
 MODELS = ("zeros", "circular", "wiener")
 

@@ -22,7 +22,7 @@ from tests.e2e.processes import ServerProcess, serving
 from tests.e2e.refusals import TIMEOUT_S, assert_answers
 from tests.e2e.security import Certificates, healthy
 
-from els_service.wire.watched import STALE
+from els_service.server.security.reloaded_file import STALE
 
 
 @pytest.fixture(scope="module")

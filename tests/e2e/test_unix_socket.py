@@ -92,7 +92,7 @@ BIND = """
 import grpc
 from concurrent.futures import ThreadPoolExecutor
 from els_service.errors import LoadError
-from els_service.wire.listening import bind
+from els_service.server.addresses import bind
 server = grpc.server(ThreadPoolExecutor(1))
 """
 TRY = """

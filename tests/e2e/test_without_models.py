@@ -19,7 +19,7 @@ from tests.e2e.security import Certificates
 from els_client import Client, NotFoundError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
-from els_service.wire.health import ALIVE
+from els_service.server.health import ALIVE
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -13,7 +13,7 @@ from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_quer
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
-from els_service.engine.terms import REASONS, Launch, Terms
+from els_service.engine.request_context import REASONS, BatchRecord, RequestContext
 
 SHAPE = (1, 2, 3)
 WAIT_S = 30
@@ -76,19 +76,19 @@ class Observed:
         self.waits: list[float] = []
         self.images: list[int] = []
         self.reasons: list[str] = []
-        self.launches: list[Launch] = []
+        self.launches: list[BatchRecord] = []
 
-    def queued(self, model: str, seconds: float) -> None:
+    def on_queued(self, model: str, seconds: float) -> None:
         self.waits.append(seconds)
 
-    def computed(self, model: str, seconds: float, images: int, cost: float) -> None:
+    def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         self.images.append(images)
 
-    def dropped(self, model: str, reason: str) -> None:
+    def on_dropped(self, model: str, reason: str) -> None:
         assert reason in REASONS
         self.reasons.append(reason)
 
-    def launched(self, launch: Launch) -> None:
+    def on_batch(self, launch: BatchRecord) -> None:
         self.launches.append(launch)
 
 
@@ -120,12 +120,14 @@ async def engine(observed: Observed) -> AsyncIterator[Engine]:
 
 
 def ask(
-    engine: Engine, *numbers: float, model: str = "model", **terms: Any
+    engine: Engine, *numbers: float, model: str = "model", **context: Any
 ) -> asyncio.Task[Denoised]:
     """Return a call under way that asks for one image of each number."""
 
     async def call() -> Denoised:
-        answer = engine.denoise(engine.models.entry(model), query(*numbers), Terms(**terms))
+        answer = engine.denoise(
+            engine.models.entry(model), query(*numbers), RequestContext(**context)
+        )
         return answer if isinstance(answer, Denoised) else await answer
 
     return asyncio.ensure_future(call())
@@ -134,9 +136,9 @@ def ask(
 async def held(engine: Engine, recorder: Recorder) -> asyncio.Task[Denoised]:
     """Serve a recorder; return a call whose batch is computed until ``recorder.go`` is set."""
     engine.models.add("model", recorder)
-    lane = engine.models.entry("model").lane
-    assert lane is not None
-    lane.costs = Steady()
+    loaded = engine.models.entry("model").loaded
+    assert loaded is not None
+    loaded.costs = Steady()
     recorder.go.clear()
     first = ask(engine, 0)
     await recorder.until_entered()

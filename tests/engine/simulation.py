@@ -17,7 +17,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
 from els_service.engine.engine import Engine
-from els_service.engine.terms import Terms
+from els_service.engine.request_context import RequestContext
 
 T = TypeVar("T")
 
@@ -167,15 +167,16 @@ class World:
     def serve(self, name: str, *denoisers: SimulatedDenoiser) -> None:
         self.engine.models.add(name, *denoisers)
 
-    async def ask(self, *numbers: float, model: str = "model", **terms: object) -> Denoised:
-        given = Terms(**terms)  # type: ignore[arg-type]  # the tests name its fields
+    async def ask(self, *numbers: float, model: str = "model", **context: object) -> Denoised:
+        given = RequestContext(**context)  # type: ignore[arg-type]  # the tests name its fields
         answer = self.engine.denoise(self.engine.models.entry(model), query(*numbers), given)
         return answer if isinstance(answer, Denoised) else await answer
 
     def is_idle(self) -> bool:
-        lanes = [entry.lane for entry in self.engine.models if entry.lane]
+        loaded_models = [entry.loaded for entry in self.engine.models if entry.loaded]
         return not self.engine.memory.used and all(
-            (len(lane.queue), lane.queue.cost, lane.queue.size, lane.running) == (0, 0, 0, 0)
-            and not any(room.budget.used for room in lane.rooms)
-            for lane in lanes
+            (len(loaded.queue), loaded.queue.cost, loaded.queue.size, loaded.running)
+            == (0, 0, 0, 0)
+            and not any(room.budget.used for room in loaded.rooms)
+            for loaded in loaded_models
         )

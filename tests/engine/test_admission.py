@@ -19,10 +19,10 @@ from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options, Resume, Step
 from els_service.engine.budget import Budget
-from els_service.engine.engine import Run
-from els_service.engine.lane import Lane
+from els_service.engine.engine import SamplingRun
+from els_service.engine.loaded_model import LoadedModel
+from els_service.engine.request_context import RequestContext
 from els_service.engine.room import Room
-from els_service.engine.terms import Terms
 from els_service.errors import QueueFullError
 
 IMAGE_S = 0.02
@@ -37,14 +37,14 @@ def served(scheduling: Scheduling, estimate_s: float = IMAGE_S) -> World:
     return world
 
 
-def lane_of(world: World) -> Lane:
-    lane = world.engine.models.entry("model").lane
-    assert lane is not None
-    return lane
+def lane_of(world: World) -> LoadedModel:
+    loaded = world.engine.models.entry("model").loaded
+    assert loaded is not None
+    return loaded
 
 
-def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = None) -> Run:
-    return Run(
+def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = None) -> SamplingRun:
+    return SamplingRun(
         SAMPLERS["ddim"](seeded_noise(seed, count, SHAPE), Options(steps=steps), resume),
         np.full(count, -1),
         np.zeros(count, np.int64),
@@ -52,9 +52,9 @@ def run_of(steps: int, seed: int = 0, count: int = 1, resume: Resume | None = No
     )
 
 
-async def drawn(world: World, run: Run, taken: list[Step], caller: str = "") -> None:
+async def drawn(world: World, run: SamplingRun, taken: list[Step], caller: str = "") -> None:
     """Append the steps of a trajectory to ``taken``."""
-    async for step in world.engine.sample("model", run, Terms(caller=caller)):
+    async for step in world.engine.sample("model", run, RequestContext(caller=caller)):
         taken.append(step)
 
 
@@ -123,8 +123,8 @@ def test_samples_of_one_caller_do_not_close_the_door_for_another() -> None:
             for i, steps in enumerate(taken)
         ]
         await asyncio.sleep(0.5)
-        lane = lane_of(world)
-        assert lane.waiting_s <= 2.0 + 1e-6
+        loaded = lane_of(world)
+        assert loaded.waiting_s <= 2.0 + 1e-6
         for i in range(20):
             await world.ask(i, caller="b")
         more: list[Step] = []
@@ -210,18 +210,18 @@ def test_nobody_within_its_share_is_rejected_and_no_room_overflows(
 
 async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling) -> None:
     world = served(scheduling, estimate * IMAGE_S)
-    lane = lane_of(world)
+    loaded = lane_of(world)
 
     async def caller(act: Act) -> None:
         numbers = list(range(act.images))
-        terms = Terms(caller=act.caller, priority=act.priority)
-        wanted = lane.costs.marginal(estimate * IMAGE_S * act.images)
-        before = _shares(lane.rooms, act.caller, (wanted, query(*numbers).nbytes))
+        context = RequestContext(caller=act.caller, priority=act.priority)
+        wanted = loaded.costs.marginal(estimate * IMAGE_S * act.images)
+        before = _shares(loaded.rooms, act.caller, (wanted, query(*numbers).nbytes))
         try:
             if act.sample:
                 run = run_of(3, count=act.images)
-                async for _ in world.engine.sample("model", run, terms):
-                    _check_bounds(lane.rooms)
+                async for _ in world.engine.sample("model", run, context):
+                    _check_bounds(loaded.rooms)
             else:
                 await world.ask(*numbers, caller=act.caller, priority=act.priority)
         except QueueFullError as error:
@@ -231,11 +231,11 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
             else:
                 assert act.caller in crowding
         finally:
-            _check_bounds(lane.rooms)
+            _check_bounds(loaded.rooms)
 
     # Whose holdings are evicted holds more than its share just before.
     crowding: set[str] = set()
-    for room in lane.rooms:
+    for room in loaded.rooms:
         _watch_evictions(room.budget, crowding)
     calls = []
     for act in acts:
@@ -245,7 +245,7 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
         asyncio.get_running_loop().call_later(act.leaves_s, call.cancel)
         calls.append(call)
         await asyncio.sleep(0)
-        _check_bounds(lane.rooms)
+        _check_bounds(loaded.rooms)
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
     await asyncio.sleep(10)  # those who left may have left a batch that is being computed

@@ -18,7 +18,7 @@ def taught(*pairs: tuple[float, float]) -> CostModel:
 def test_before_anything_was_seen_the_estimate_is_the_prediction() -> None:
     model = CostModel()
     assert model.seconds(0.3) == 0.3
-    assert not model.trusted(0.0)
+    assert not model.is_calibrated(0.0)
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 50.0])
@@ -30,7 +30,7 @@ def test_the_cost_of_a_launch_is_told_from_that_of_its_images() -> None:
     model = taught(*((n, 0.05 + 0.01 * n) for n in (1, 8, 3, 12, 1, 5, 8, 2)))
     assert model.seconds(0.0) == pytest.approx(0.05, rel=0.01)
     assert model.marginal(1.0) == pytest.approx(0.01, rel=0.01)
-    assert model.at_most(4) == pytest.approx(0.09, rel=0.3)
+    assert model.upper_bound(4) == pytest.approx(0.09, rel=0.3)
 
 
 def test_a_change_of_speed_is_learned_in_a_few_batches() -> None:
@@ -47,13 +47,13 @@ def test_noise_widens_the_margin_and_not_the_prediction() -> None:
     rng = np.random.default_rng(0)
     model = taught(*((1.0, 1 + rng.uniform(-0.3, 0.3)) for _ in range(200)))
     assert model.seconds(1.0) == pytest.approx(1.0, abs=0.15)
-    assert 1.15 < model.at_most(1.0) < 1.7
+    assert 1.15 < model.upper_bound(1.0) < 1.7
 
 
 def test_a_prediction_is_trusted_after_some_batches_and_not_for_ever() -> None:
     model = taught(*[(1.0, 1.0)] * 3)
-    assert model.trusted(5.0)
-    assert not model.trusted(50.0)
+    assert model.is_calibrated(5.0)
+    assert not model.is_calibrated(50.0)
 
 
 def test_no_prediction_is_negative() -> None:

@@ -22,13 +22,13 @@ from els_service.denoisers.samplers import (
     Options,
     Resume,
     Step,
-    questions_of,
+    evaluations_of,
     sample,
     steps_of,
 )
-from els_service.engine.engine import Engine, Run
+from els_service.engine.engine import Engine, SamplingRun
 from els_service.engine.repository import ModelRepository
-from els_service.engine.terms import Terms
+from els_service.engine.request_context import RequestContext
 from els_service.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -46,14 +46,14 @@ def run_of(
     options: Options | None = None,
     resume: Resume | None = None,
     labels: int = 0,
-) -> Run:
+) -> SamplingRun:
     """Return a trajectory of ``count`` images whose labels go from -1 on, up to ``labels``."""
     options = options or Options(steps=5)
-    return Run(
+    return SamplingRun(
         SAMPLERS[sampler](seeded_noise(seed, count, shape), options, resume),
         np.arange(count) % (labels + 1) - 1,
         np.zeros(count, np.int64),
-        questions_of(sampler, options, resume),
+        evaluations_of(sampler, options, resume),
     )
 
 
@@ -70,12 +70,12 @@ async def test_trajectories_that_share_batches_keep_the_bits_that_they_have_alon
         return [step async for step in engine.sample("zeros", run)][-1].x
 
     together = await asyncio.gather(*(drawn(seed, 1 + seed % 5) for seed in range(12)))
-    lane = engine.models.entry("zeros").lane
-    assert lane is not None
+    loaded = engine.models.entry("zeros").loaded
+    assert loaded is not None
     for seed, got in enumerate(together):
         count = 1 + seed % 5
         *_, last = sample(
-            lane.denoiser,
+            loaded.denoiser,
             count=count,
             seed=seed,
             sampler=sampler,
@@ -168,12 +168,14 @@ async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_s
     engine.models.add("model", Recorder(0.2))
     for _ in range(3):
         await ask(engine, 1)
-    lane = engine.models.entry("model").lane
-    assert lane is not None
-    each = lane.costs.seconds(0.2)
+    loaded = engine.models.entry("model").loaded
+    assert loaded is not None
+    each = loaded.costs.seconds(0.2)
     run = run_of(Recorder().info.shape, options=Options(steps=1000))
     with pytest.raises(DeadlineExceededError, match="asks model 1000 times"):
-        await anext(engine.sample("model", run, Terms(deadline=time.monotonic() + 500 * each)))
+        await anext(
+            engine.sample("model", run, RequestContext(deadline=time.monotonic() + 500 * each))
+        )
 
 
 async def test_a_fresh_server_refuses_a_trajectory_that_cannot_be_in_time(engine: Engine) -> None:
@@ -184,7 +186,7 @@ async def test_a_fresh_server_refuses_a_trajectory_that_cannot_be_in_time(engine
         r"model 20 times, 1 s each by prediction: 20 s; 4\.\d* s are left of .* raise .*timeout_s"
     )
     with pytest.raises(DeadlineExceededError, match=told):
-        await anext(engine.sample("model", run, Terms(deadline=time.monotonic() + 4.9)))
+        await anext(engine.sample("model", run, RequestContext(deadline=time.monotonic() + 4.9)))
     assert recorder.batches == []
 
 
@@ -243,9 +245,9 @@ async def test_statistics_count_queries_batches_and_images(engine: Engine) -> No
     await asyncio.gather(first, *others)
     with pytest.raises(ZeroDivisionError):
         await ask(engine, 9)
-    lane = engine.models.entry("model").lane
-    assert lane is not None
-    statistics = lane.statistics
+    loaded = engine.models.entry("model").loaded
+    assert loaded is not None
+    statistics = loaded.statistics
     assert (statistics.succeeded.count, statistics.failed.count) == (3, 1)
     assert statistics.batches[4].count == 1
     assert statistics.queued.count == statistics.computed.count >= 3
@@ -270,7 +272,7 @@ class Decoder(Recorder):
         return np.concatenate([flat, np.ones_like(flat[..., :1])], axis=-1)
 
 
-def decoding_run(count: int) -> Run:
+def decoding_run(count: int) -> SamplingRun:
     """Return a trajectory of one step whose latents are to be decoded."""
     run = run_of(Decoder().info.shape, count=count, options=Options(steps=1))
     return dataclasses.replace(run, decode=True)
@@ -294,7 +296,7 @@ async def test_decoding_waits_its_turn_and_is_dropped_when_it_is_late(observed: 
     try:
         first = await held(engine, other)
         engine.models.add("decoder", decoder)
-        steps = engine.sample("decoder", decoding_run(1), Terms(deadline=1.0))
+        steps = engine.sample("decoder", decoding_run(1), RequestContext(deadline=1.0))
         late = asyncio.ensure_future(anext(steps))
         await turns()
         assert sum(v for name, _, v in engine.gauges() if name == "els_queue_items") == 1

@@ -123,12 +123,12 @@ async def test_a_reload_takes_effect_between_two_queries_and_what_was_asked_is_a
 ) -> None:
     write(tmp_path, "model", 1.0)
     await engine.models.load_all(ModelRepository(tmp_path))
-    old = engine.models.entry("model").lane
+    old = engine.models.entry("model").loaded
     write(tmp_path, "model", 5.0)
     assert await mean(engine, "model") == 1
     await engine.models.load("model")
     assert await mean(engine, "model") == 5
-    assert engine.models.entry("model").lane is not old
+    assert engine.models.entry("model").loaded is not old
 
 
 async def refused_reload(engine: Engine, folder: Path) -> None:

@@ -80,10 +80,10 @@ async def _callers_get_their_own(
     asked = 0.0
 
     async def caller(act: Act, numbers: list[float]) -> None:
-        terms = {"deadline": now() + act.patience_s, "priority": act.priority}
+        context = {"deadline": now() + act.patience_s, "priority": act.priority}
         deadlines.update(dict.fromkeys(numbers, now() + act.patience_s))
         call = asyncio.ensure_future(
-            world.ask(*numbers, model=act.model, caller=act.caller, **terms)
+            world.ask(*numbers, model=act.model, caller=act.caller, **context)
         )
         done, _ = await asyncio.wait((call,), timeout=min(act.leaves_s, 1e6))
         if not done:

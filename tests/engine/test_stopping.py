@@ -16,8 +16,8 @@ from els_service.denoisers.banks import make_bank
 from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
-from els_service.engine.lane import answers
-from els_service.engine.terms import Terms
+from els_service.engine.loaded_model import answers
+from els_service.engine.request_context import RequestContext
 from els_service.errors import DeadlineExceededError
 
 PROMPT_S = 2.0
@@ -40,9 +40,9 @@ def tiled(engine: Engine) -> Tiled:
     tiled = Tiled()
     engine.models.add("model", tiled)
     engine.models.add("other", Recorder())
-    lane = engine.models.entry("model").lane
-    assert lane is not None
-    lane.costs = Steady()
+    loaded = engine.models.entry("model").loaded
+    assert loaded is not None
+    loaded.costs = Steady()
     return tiled
 
 
@@ -149,8 +149,8 @@ async def test_a_slow_answer_of_a_real_machine_is_stopped_and_the_device_free(
     assert estimate > PROMPT_S / 2
     # Nothing has been measured: this is not yet late enough to be refused at once.
     allowed = estimate / 3.5 if leaves == "expired" else WAIT_S
-    terms = Terms(deadline=time.monotonic() + allowed)
-    slow = engine.denoise(engine.models.entry("slow"), asked, terms)
+    context = RequestContext(deadline=time.monotonic() + allowed)
+    slow = engine.denoise(engine.models.entry("slow"), asked, context)
     assert not isinstance(slow, Denoised)
     running = asyncio.ensure_future(slow)
     quick = ask(engine, 1, model="quick")

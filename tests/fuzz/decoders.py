@@ -16,23 +16,23 @@ from tests.denoisers import networks
 from tests.e2e.bad_inferences import SIGMA, X, infer
 from tests.e2e.bad_requests import denoise, sample
 from tests.e2e.models_folder import DOCUMENTS, LABELS, SHAPE, write_models
-from tests.wire.opened import open_denoise, open_inference
+from tests.server.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, check_query
-from els_service.engine.lane import Statistics
-from els_service.engine.models import Entry
+from els_service.engine.loaded_model import Statistics
+from els_service.engine.registry import ModelVersion
 from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError, ResourceExhaustedError
-from els_service.wire.resume import decode_token, encode_token, sealed
+from els_service.server.requests.resume_token import decode_token, encode_token, sealed
 
 INFO = DenoiserInfo(
     kind="analytic", shape=SHAPE, label_count=LABELS, max_window=5, has_log_evidence=True
 )
 LIMITS = Limits(max_images=8, max_steps=10, max_message_bytes=1 << 16, max_pixels=1 << 20)
-_ENTRY = Entry("zeros", 1, INFO, None, Statistics())
+_ENTRY = ModelVersion("zeros", 1, INFO, None, Statistics())
 _DRAWN = sample(seed=5, steps=4)
 _STATISTICS = "kind: gaussian\nshape: [1, 6, 5]\nmean: mean.safetensors\nvariance: 1.0\n"
 _WINDOWS = b"sigma: [0.1, 1.0]\nk: [1, 5]\n"

@@ -19,10 +19,10 @@ from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
-from els_service.engine.lane import Statistics
-from els_service.engine.models import Entry
+from els_service.engine.loaded_model import Statistics
+from els_service.engine.registry import ModelVersion
 from els_service.engine.repository import ModelRepository
-from els_service.wire.resume import encode_token
+from els_service.server.requests.resume_token import encode_token
 
 SERVICES: list[ServiceDescriptor] = [
     pb.DESCRIPTOR.services_by_name["DenoiserService"],
@@ -48,13 +48,13 @@ def write_world(root: Path) -> Path:
 
 
 @cache
-def _entries() -> dict[str, Entry]:
+def _entries() -> dict[str, ModelVersion]:
     """Return the models as a server would have them: what resume tokens depend on."""
     with tempfile.TemporaryDirectory() as folder:
         repository = ModelRepository(write_world(Path(folder) / "models"))
         infos = {name: repository.load(name).info for name in NAMES}
         return {
-            name: Entry(name, 1, info, None, Statistics(), repository.fingerprint(name))
+            name: ModelVersion(name, 1, info, None, Statistics(), repository.fingerprint(name))
             for name, info in infos.items()
         }
 

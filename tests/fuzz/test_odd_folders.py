@@ -16,7 +16,7 @@ from tests.fuzz.decoders import document
 
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
-from els_service.wire.calls import status_of
+from els_service.server.transport.interceptor import status_of
 
 WIENER = DOCUMENTS["wiener"]
 

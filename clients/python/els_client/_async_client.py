@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 import grpc
 
 from els_client import _codec as codec
-from els_client._async_many import Exchange
+from els_client._async_stream import AsyncStream
 from els_client._channel import (
     SAMPLE_TIMEOUT_S,
     UNARY_TIMEOUT_S,
@@ -21,10 +21,10 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._many import Call, Unanswered, check_in_flight
 from els_client._repository import AsyncRepository
-from els_client._retries import Attempts, Trajectory
+from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
+from els_client._stream import Call, PendingQueries, check_in_flight
 from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -174,7 +174,7 @@ class AsyncClient:
         pure: bool = True,
     ) -> _Response:
         timeout_s = timeout_of(timeout_s, self._unary_timeout_s)
-        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        attempts = RetryState(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:
                 with own_errors(self._route, timeout_s):
@@ -186,7 +186,7 @@ class AsyncClient:
     async def _steps(
         self, request: pb.SampleRequest, timeout_s: float
     ) -> AsyncGenerator[Step, None]:
-        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        attempts = RetryState(timeout_s, wait_when_full=self._wait_when_full)
         trajectory = Trajectory(request, attempts)
         while True:
             call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
@@ -212,8 +212,8 @@ class AsyncClient:
         def open_stream() -> Call:
             return self._stub.DenoiseStream(metadata=self._metadata)
 
-        unanswered = Unanswered(self._unary_timeout_s, self._route)
-        exchange = Exchange(queries, unanswered, in_flight, open_stream)
+        pending = PendingQueries(self._unary_timeout_s, self._route)
+        exchange = AsyncStream(queries, pending, in_flight, open_stream)
         async with aclosing(exchange.answers()) as answers:
             async for answer in answers:
                 if isinstance(answer, ElsError) and not return_exceptions:

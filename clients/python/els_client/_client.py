@@ -19,10 +19,10 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._many import Call, Unanswered, answers_of, check_in_flight
 from els_client._repository import Repository
-from els_client._retries import Attempts, Trajectory
+from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
+from els_client._stream import Call, PendingQueries, answers_of, check_in_flight
 from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -268,7 +268,7 @@ class Client:
         pure: bool = True,
     ) -> _Response:
         timeout_s = timeout_of(timeout_s, self._unary_timeout_s)
-        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        attempts = RetryState(timeout_s, wait_when_full=self._wait_when_full)
         while True:
             try:
                 with own_errors(self._route, timeout_s):
@@ -278,7 +278,7 @@ class Client:
             time.sleep(pause_s)
 
     def _steps(self, request: pb.SampleRequest, timeout_s: float) -> Generator[Step, None, None]:
-        attempts = Attempts(timeout_s, wait_when_full=self._wait_when_full)
+        attempts = RetryState(timeout_s, wait_when_full=self._wait_when_full)
         trajectory = Trajectory(request, attempts)
         while True:
             call = self._stub.Sample(request, timeout=attempts.left_s(), metadata=self._metadata)
@@ -301,8 +301,8 @@ class Client:
         def open_stream(requests: Iterator[pb.DenoiseRequest]) -> Call:
             return self._stub.DenoiseStream(requests, metadata=self._metadata)
 
-        unanswered = Unanswered(self._unary_timeout_s, self._route)
-        with closing(answers_of(queries, unanswered, in_flight, open_stream)) as answers:
+        pending = PendingQueries(self._unary_timeout_s, self._route)
+        with closing(answers_of(queries, pending, in_flight, open_stream)) as answers:
             for answer in answers:
                 if isinstance(answer, ElsError) and not return_exceptions:
                     raise answer

@@ -13,10 +13,10 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
-_MAX_BARREN_ATTEMPTS = 5
+_MAX_CONSECUTIVE_FAILURES = 5
 
 
-class Attempts:
+class RetryState:
     """The attempts of one call: until when, and how many in a row were in vain.
 
     Args:
@@ -28,7 +28,7 @@ class Attempts:
     def __init__(self, timeout_s: float | None, *, wait_when_full: bool = False) -> None:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self.wait_when_full = wait_when_full
-        self._barren = 0
+        self._consecutive_failures = 0
         self._broken = False
 
     def left_s(self) -> float | None:
@@ -37,7 +37,7 @@ class Attempts:
 
     def progressed(self) -> None:
         """Begin to count anew: this attempt was not in vain."""
-        self._barren = 0
+        self._consecutive_failures = 0
 
     def pause_s(self, error: ElsError) -> float:
         """Return how long to wait before a question is asked again, or raise ``error``.
@@ -62,18 +62,18 @@ class Attempts:
         By a server's successor, or by the same server where the work gave way to other callers.
         """
         resumable = isinstance(error, UnavailableError) or _is_full(error)
-        if not resumable or self._barren >= _MAX_BARREN_ATTEMPTS:
+        if not resumable or self._consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
             raise error
         return self._pause_s(error)
 
     def _pause_s(self, error: ElsError) -> float:
-        backoff = min(math.ldexp(_FIRST_PAUSE_S, self._barren), _LONGEST_PAUSE_S)
+        backoff = min(math.ldexp(_FIRST_PAUSE_S, self._consecutive_failures), _LONGEST_PAUSE_S)
         # Random, or all who were refused together would come back together.
         pause = max(error.retry_after_s or 0.0, backoff) * random.uniform(1.0, 1.25)
         left = self.left_s()
         if left is not None and left <= pause:
             raise error
-        self._barren += 1
+        self._consecutive_failures += 1
         return pause
 
 
@@ -85,7 +85,7 @@ class Trajectory:
         attempts: When to ask.
     """
 
-    def __init__(self, request: pb.SampleRequest, attempts: Attempts) -> None:
+    def __init__(self, request: pb.SampleRequest, attempts: RetryState) -> None:
         self.request = request
         self.attempts = attempts
         self._index = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from els_kernels.triton.machine import TritonAttention
+    from els_kernels.triton.attention import TritonAttention
 
 __all__ = ["create", "unavailable"]
 
@@ -38,6 +38,6 @@ def create(bank: Tensor) -> TritonAttention:
     reason = unavailable(bank)
     if reason is not None:
         raise RuntimeError(f"implementation triton: {reason}")
-    from els_kernels.triton.machine import TritonAttention
+    from els_kernels.triton.attention import TritonAttention
 
     return TritonAttention(bank)

@@ -1,4 +1,4 @@
-"""``els-server calibrate``: runs the command line of ``els_service.denoisers.calibrate``."""
+"""``els-server calibrate``: runs ``els_service.experiments.calibrate``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ app = typer.Typer()
 )
 def calibrate(context: typer.Context) -> None:
     """Fit a machine's windows to a network; leaves windows.yaml in an analytic model folder."""
-    from els_service.denoisers.calibrate import main
+    from els_service.experiments.calibrate import main
 
     raise typer.Exit(main(context.args, program="els-server calibrate"))

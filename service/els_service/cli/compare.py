@@ -1,4 +1,4 @@
-"""``els-server compare``: runs the command line of ``els_service.denoisers.compare``."""
+"""``els-server compare``: runs ``els_service.experiments.compare``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ app = typer.Typer()
 )
 def compare(context: typer.Context) -> None:
     """Compare a network with machines: compare.json and a figure."""
-    from els_service.denoisers.compare import main
+    from els_service.experiments.compare import main
 
     raise typer.Exit(main(context.args, program="els-server compare"))

@@ -104,7 +104,7 @@ def run(
     import uvloop
 
     from els_service.engine.device import DeviceLostError
-    from els_service.wire.server import Started, serve
+    from els_service.server.server import Started, serve
 
     def ready(started: Started) -> None:
         ports = {
@@ -156,7 +156,7 @@ def check(
     flags = dict(locals())
     del flags["config_only"], flags["strict"]
     settings = _settings(flags)
-    from els_service.wire.preflight import check_settings
+    from els_service.server.preflight import check_settings
 
     try:
         check_settings(settings)
@@ -177,7 +177,8 @@ def _check_models(settings: Settings) -> int:
 
     from els_service.cli.speed import told_speed
     from els_service.config import cpu_limit
-    from els_service.wire.server import choose_devices, repository
+    from els_service.engine.device import choose_devices
+    from els_service.server.server import repository
 
     torch.set_num_threads(settings.threads or cpu_limit())
     device = choose_devices(settings.device)[0]

@@ -43,7 +43,7 @@ def probe(
         settings = load_settings(config)
         if settings.port == 0 and not settings.health_port:
             raise LoadError("port", "expected the port that the server listens at, got 0 (any)")
-        from els_service.wire.probe import ask
+        from els_service.server.probe import ask
 
         answer = ask(settings, service, timeout)
     except LoadError as error:

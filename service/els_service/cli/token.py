@@ -27,7 +27,7 @@ def token(
 
     els-server token ci --role infer >> tokens.yaml
     """
-    from els_service.wire.tokens import new_token
+    from els_service.server.security.tokens import new_token
 
     try:
         fresh, entry = new_token(name, role, expires.replace(tzinfo=UTC) if expires else None)

@@ -1,4 +1,4 @@
-"""``els-server train``: the command line of ``els_service.denoisers.train`` under the server's."""
+"""``els-server train``: runs ``els_service.experiments.train``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ app = typer.Typer()
 )
 def train(context: typer.Context) -> None:
     """Train a network on a data set; leaves a model folder."""
-    from els_service.denoisers.train import main
+    from els_service.experiments.train import main
 
     raise typer.Exit(main(context.args, program="els-server train"))

@@ -241,7 +241,7 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
-class Decodes(Protocol):
+class LatentDecoder(Protocol):
     """A denoiser of latents that can turn them into images."""
 
     @property

@@ -1,8 +1,8 @@
 """Reverse diffusion: samplers as generators that ask for denoising and report their steps.
 
-A sampler yields an ``Ask`` and is sent the answer D(x), or yields a ``Step`` and is sent None. So
-one body serves a plain loop (``sample``) and an engine that answers many trajectories in shared
-batches. State is float64; all noise comes from the ``noise`` argument, so its role is the caller's.
+A sampler yields a ``DenoiseCall`` and is sent the answer D(x), or yields a ``Step`` and is sent
+None. So one body serves a plain loop (``sample``) and an engine that answers many trajectories in
+shared batches. State is float64; all noise comes from the ``noise`` argument.
 
 Aligned sampling: t = i/n for i = n … 1, from x ~ N(0, I); the last step returns D(x).
 """
@@ -24,7 +24,7 @@ from els_service.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class DenoiseCall:
     """A question: D of ``x`` [B, C, H, W] (float64) at ``level``."""
 
     x: Tensor
@@ -60,7 +60,7 @@ class Resume:
     state: Tensor
 
 
-Trajectory = Generator[Ask | Step, Tensor | None, None]
+Trajectory = Generator[DenoiseCall | Step, Tensor | None, None]
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def _ancestral(noise: Noise, options: Options, resume: Resume | None, eta: float
     taken, x = (resume.index, resume.state) if resume else (0, noise(0))
     for i in range(n - taken, 1, -1):
         here, there = options.level(i), options.level(i - 1)
-        x_hat = yield from _ask(Ask(x, here))
+        x_hat = yield from _ask(DenoiseCall(x, here))
         (a, s), (a_next, s_next) = _scales(here), _scales(there)
         added = eta * s_next / s * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))
         x = _move(x, x_hat, here, a_next, math.sqrt(max(0.0, s_next**2 - added**2)))
         if added:
             x = x + added * noise(n - i + 1)
         yield Step(n - i + 1, n, x, x_hat, a_next**2, x)
-    x_hat = yield from _ask(Ask(x, options.level(1)))
+    x_hat = yield from _ask(DenoiseCall(x, options.level(1)))
     yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
 
 
@@ -115,7 +115,7 @@ def ddim_released(noise: Noise, options: Options, resume: Resume | None = None) 
     taken, x = (resume.index, resume.state) if resume else (0, noise(0))
     for i in range(n - 1 - taken, 0, -1):
         here = options.level(i)
-        x_hat = yield from _ask(Ask(x, here, window_level=options.level(i + 1)))
+        x_hat = yield from _ask(DenoiseCall(x, here, window_level=options.level(i + 1)))
         a_next, s_next = _scales(options.level(i - 1))
         x = _move(x, x_hat, here, a_next, s_next) if i > 1 else x_hat
         yield Step(n - i, n - 1, x, x_hat, a_next**2, x)
@@ -137,13 +137,13 @@ def heun(noise: Noise, options: Options, resume: Resume | None = None) -> Trajec
         sigma_hat = sigma * (1 + gamma)
         if gamma:
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise(i + 1)
-        x_hat = yield from _ask(Ask(x, _exploding(sigma_hat)))
+        x_hat = yield from _ask(DenoiseCall(x, _exploding(sigma_hat)))
         if sigma_next == 0:
             yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
             return
         slope = (x - x_hat) * (1 / sigma_hat)
         euler = x + (sigma_next - sigma_hat) * slope
-        second = yield from _ask(Ask(euler, _exploding(sigma_next)))
+        second = yield from _ask(DenoiseCall(euler, _exploding(sigma_next)))
         slope_next = (euler - second) * (1 / sigma_next)
         x = x + (sigma_next - sigma_hat) * 0.5 * (slope + slope_next)
         alpha_bar = 1 / (1 + sigma_next**2)
@@ -171,7 +171,7 @@ def steps_of(sampler: str, options: Options) -> int:
     return options.steps - (sampler == "ddim_released")
 
 
-def questions_of(sampler: str, options: Options, resume: Resume | None = None) -> int:
+def evaluations_of(sampler: str, options: Options, resume: Resume | None = None) -> int:
     """Return how many questions a trajectory asks, from its start or from where it goes on."""
     left = steps_of(sampler, options) - (resume.index if resume else 0)
     return 2 * left - 1 if sampler == "heun" else left
@@ -223,7 +223,7 @@ def sample(
             answer = denoiser.denoise(query).mean.double()
 
 
-def windows_for(denoiser: Denoiser, ask: Ask) -> list[int]:
+def windows_for(denoiser: Denoiser, ask: DenoiseCall) -> list[int]:
     """Return the window that a sampler wants, or none to leave it to the model."""
     table = denoiser.info.window
     if ask.window_level is None or table is None:
@@ -231,7 +231,7 @@ def windows_for(denoiser: Denoiser, ask: Ask) -> list[int]:
     return [int(table.at(ask.window_level.sigma)[0])]
 
 
-def _ask(ask: Ask) -> Generator[Ask | Step, Tensor | None, Tensor]:
+def _ask(ask: DenoiseCall) -> Generator[DenoiseCall | Step, Tensor | None, Tensor]:
     answer = yield ask
     if answer is None:
         raise RuntimeError("a sampler that asks must be sent the denoised images")

@@ -45,11 +45,11 @@ class CostModel:
         """Predicted seconds of a batch however small: what batching saves."""
         return self._fixed
 
-    def at_most(self, estimate: float) -> float:
+    def upper_bound(self, estimate: float) -> float:
         """Return seconds that a batch exceeds seldom: the prediction and its usual error twice."""
         return self.seconds(estimate) * (1 + 2 * self._error)
 
-    def trusted(self, now: float) -> bool:
+    def is_calibrated(self, now: float) -> bool:
         """Return whether enough was seen, lately enough, to refuse a query by prediction."""
         return self._seen >= _ENOUGH and now - self._last < _STALE_S
 
@@ -65,7 +65,7 @@ class CostModel:
             allowed_s: until the deadline.
             now: on the clock that ``learn`` is given.
         """
-        return self.trusted(now) or min(estimate, self.seconds(estimate)) > _FAR * allowed_s
+        return self.is_calibrated(now) or min(estimate, self.seconds(estimate)) > _FAR * allowed_s
 
     def calibrate(self, estimate: float, seconds: float) -> None:
         """Take in how long a first, small question took, before anything was learned.

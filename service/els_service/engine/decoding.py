@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 
-from els_service.denoisers.base import Decodes, Denoised, DenoiserInfo, Query
+from els_service.denoisers.base import Denoised, DenoiserInfo, LatentDecoder, Query
 
 _LAUNCH_S, _PIXEL_S = 1e-3, 5e-6
 """A first guess, about a CPU's; the clock corrects it."""
 
 
-class Decoding:
+class DecoderAsDenoiser:
     """A denoiser whose answer to latents is the images that they decode to.
 
     Args:
         denoiser: whose decoder it is.
     """
 
-    def __init__(self, denoiser: Decodes) -> None:
+    def __init__(self, denoiser: LatentDecoder) -> None:
         self._denoiser = denoiser
 
     @property

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from els_kernels import Control
-from els_service.errors import UnavailableError
+from els_service.errors import LoadError, UnavailableError
 
 T = TypeVar("T")
 
@@ -32,6 +32,18 @@ _LEAST_SHARE = 1e-3
 times a second to find nothing takes less than a thousandth."""
 _BURNED = 10.0
 """So many times its limit a thread may burn CPU time without a tile: an endless loop, else."""
+
+
+def choose_devices(device: str) -> list[str]:
+    """Return ``cpu``, or every GPU by name; ``auto`` takes GPUs where there are any.
+
+    Raises:
+        LoadError: ``cuda`` is asked for and there is none.
+    """
+    count = torch.cuda.device_count()
+    if device == "cuda" and not count:
+        raise LoadError("device", "expected a CUDA device, found none")
+    return [f"cuda:{i}" for i in range(count)] if count and device != "cpu" else ["cpu"]
 
 
 class DeviceLostError(UnavailableError):

@@ -24,25 +24,25 @@ from els_service.denoisers.base import (
     make_query,
 )
 from els_service.denoisers.levels import NoiseLevel
-from els_service.denoisers.samplers import Ask, Step, Trajectory, windows_for
+from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 from els_service.engine.budget import Budget
 from els_service.engine.device import Device, WorkerDevice
-from els_service.engine.lane import Lane
-from els_service.engine.models import Entry, Models
+from els_service.engine.loaded_model import LoadedModel
+from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.request_context import Observer, RequestContext, allows
 from els_service.engine.room import Room, Stay
 from els_service.engine.scheduler import Scheduler
-from els_service.engine.terms import Observer, Terms, allows
 from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
 """Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
 _HELD = 24
 """Bytes that a trajectory holds of each number: state and answer in float64, a message of both."""
-_NO_TERMS = Terms()
+_NO_TERMS = RequestContext()
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SamplingRun:
     """A trajectory to drive.
 
     Args:
@@ -87,7 +87,7 @@ class Engine:
     ) -> None:
         scheduling = scheduling or Scheduling()
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
-        self.models = Models(self._devices, scheduling, self._lose)
+        self.models = ModelRegistry(self._devices, scheduling, self._lose)
         self.memory = Budget(scheduling.in_flight_bytes)
         self._memory = Room(self.memory, "the memory for requests in flight", seconds=False)
         self._scheduler = Scheduler(
@@ -104,14 +104,19 @@ class Engine:
         """Done with the reason once a device can compute no more: the process has to end."""
 
     def denoise(
-        self, entry: Entry, query: Query, terms: Terms = _NO_TERMS, *, checked: bool = False
+        self,
+        entry: ModelVersion,
+        query: Query,
+        context: RequestContext = _NO_TERMS,
+        *,
+        checked: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
         """Return the answer to a query, or the answer to come where it has to wait.
 
         Args:
             entry: of ``models``.
             query: noisy images.
-            terms: deadline, priority, caller.
+            context: deadline, priority, caller.
             checked: whether the query is known to fit; else that is checked here.
 
         Raises:
@@ -120,13 +125,13 @@ class Engine:
             DeadlineExceededError: The answer would come too late; the future may fail so, too.
             UnavailableError: The engine has to end; likewise.
         """
-        lane = self.models.touch(entry)
-        if lane is None:
-            return asyncio.ensure_future(self._revived(entry, query, terms))
-        return self._submit(lane, query, terms, checked=checked)
+        loaded = self.models.mark_used(entry)
+        if loaded is None:
+            return asyncio.ensure_future(self._revived(entry, query, context))
+        return self._submit(loaded, query, context, checked=checked)
 
     async def sample(
-        self, name: str, run: Run, terms: Terms = _NO_TERMS, *, version: str = ""
+        self, name: str, run: SamplingRun, context: RequestContext = _NO_TERMS, *, version: str = ""
     ) -> AsyncGenerator[Step, None]:
         """Yield the steps of a trajectory; each of its questions is an item like any other.
 
@@ -143,8 +148,11 @@ class Engine:
         size = _HELD * numbers + sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
-            with self._unended_of(entry, size, terms), self._staying(entry, size, terms) as stay:
-                steps_of_it = self._steps(entry, run, terms, stay, numbers > _SMALL)
+            with (
+                self._unended_of(entry, size, context),
+                self._staying(entry, size, context) as stay,
+            ):
+                steps_of_it = self._steps(entry, run, context, stay, numbers > _SMALL)
                 async with aclosing(steps_of_it) as steps:
                     async for step in steps:
                         yield step
@@ -152,36 +160,43 @@ class Engine:
             self._trajectories -= 1
 
     async def _steps(
-        self, entry: Entry, run: Run, terms: Terms, stay: Stay, large: bool
+        self,
+        entry: ModelVersion,
+        run: SamplingRun,
+        context: RequestContext,
+        stay: Stay,
+        large: bool,
     ) -> AsyncGenerator[Step, None]:
-        lane = await self._loaded(entry, terms, stay)
+        loaded = await self._loaded(entry, context, stay)
         answer: Tensor | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
-                    decoded = await self._decoded(lane, event.x, terms, stay)
+                    decoded = await self._decoded(loaded, event.x, context, stay)
                     event = replace(event, decoded=decoded)
                 yield event
                 continue
-            query = _question(lane.denoiser, event, run)
+            query = _question(loaded.denoiser, event, run)
             if not begun:
                 self._check_ended()
-                lane.denoiser.check(query)
-                self._check_time(lane, query, run, terms)
-                self._scheduler.enter(lane, query, terms, stay.reservation, decodes=run.decode)
+                loaded.denoiser.check(query)
+                self._check_time(loaded, query, run, context)
+                self._scheduler.enter(loaded, query, context, stay.reservation, decodes=run.decode)
                 begun = True
-            answer = (await self._step(lane, query, terms, stay)).mean.double()
+            answer = (await self._step(loaded, query, context, stay)).mean.double()
 
-    async def _step(self, lane: Lane, query: Query, terms: Terms, stay: Stay) -> Denoised:
+    async def _step(
+        self, loaded: LoadedModel, query: Query, context: RequestContext, stay: Stay
+    ) -> Denoised:
         """Return the answer to a question of a trajectory."""
         stay.check()
-        given = self._submit(lane, query, terms, admitted=True)
+        given = self._submit(loaded, query, context, admitted=True)
         return given if isinstance(given, Denoised) else await stay.until(given)
 
     @contextmanager
-    def _staying(self, entry: Entry, size: int, terms: Terms) -> Iterator[Stay]:
+    def _staying(self, entry: ModelVersion, size: int, context: RequestContext) -> Iterator[Stay]:
         """Hold memory meanwhile.
 
         Raises:
@@ -189,10 +204,10 @@ class Engine:
         """
 
         def gave_way() -> None:
-            self._observer.dropped(entry.model, "evicted")
+            self._observer.on_dropped(entry.model, "evicted")
             entry.statistics.failed.add(0.0)
 
-        stay = Stay(terms.name(), gave_way)
+        stay = Stay(context.name(), gave_way)
         parts = ((self._memory, float(size)),)
         self._scheduler.reserve(entry.model, entry.statistics, stay.reservation, parts)
         try:
@@ -201,7 +216,9 @@ class Engine:
             stay.reservation.release()
 
     @contextmanager
-    def _unended_of(self, entry: Entry, size: int, terms: Terms) -> Iterator[None]:
+    def _unended_of(
+        self, entry: ModelVersion, size: int, context: RequestContext
+    ) -> Iterator[None]:
         """Bound what trajectories take that gave way but whose callers do not read to their end.
 
         They cannot be ended before. With them a caller may have as much as if it were alone, and
@@ -210,10 +227,10 @@ class Engine:
         Raises:
             QueueFullError: It would be more.
         """
-        unended, caller, most = self._unended, terms.name(), self.memory.capacity
+        unended, caller, most = self._unended, context.name(), self.memory.capacity
         own, everybody = unended[caller], unended.total()
         if (own and own + size > most) or (everybody and everybody + size > 2 * most):
-            self._observer.dropped(entry.model, "rejected_full")
+            self._observer.on_dropped(entry.model, "rejected_full")
             raise self._memory.full(caller, size)
         unended[caller] += size
         try:
@@ -232,10 +249,10 @@ class Engine:
         """Yield what can be read at any time: name, labels, value."""
         for entry in self.models:
             # Asked by another thread: it may be unloaded meanwhile.
-            lane = entry.lane
-            if lane is not None:
+            loaded = entry.loaded
+            if loaded is not None:
                 labels = {"model": entry.model}
-                for each in lane.queues:
+                for each in loaded.queues:
                     yield "els_queue_items", labels, len(each.queue)
                     yield "els_queue_cost_seconds", labels, each.waiting_s
                     yield "els_queue_reserved_seconds", labels, each.seconds.budget.used
@@ -260,35 +277,39 @@ class Engine:
 
     def _submit(
         self,
-        lane: Lane,
+        loaded: LoadedModel,
         query: Query,
-        terms: Terms,
+        context: RequestContext,
         *,
         checked: bool = False,
         admitted: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
         self._check_ended()
         if not checked:
-            lane.denoiser.check(query)
-        return self._scheduler.submit(lane, query, terms, admitted=admitted)
+            loaded.denoiser.check(query)
+        return self._scheduler.submit(loaded, query, context, admitted=admitted)
 
     def _check_ended(self) -> None:
         if self._ended:
             raise UnavailableError(self._ended)
 
-    async def _revived(self, entry: Entry, query: Query, terms: Terms) -> Denoised:
-        with self._staying(entry, query.nbytes, terms) as stay:
-            lane = await self._loaded(entry, terms, stay)
-        answer = self._submit(lane, query, terms)
+    async def _revived(
+        self, entry: ModelVersion, query: Query, context: RequestContext
+    ) -> Denoised:
+        with self._staying(entry, query.nbytes, context) as stay:
+            loaded = await self._loaded(entry, context, stay)
+        answer = self._submit(loaded, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
-    async def _loaded(self, entry: Entry, terms: Terms, stay: Stay) -> Lane:
-        """Return an entry's lane, loaded again if need be."""
-        lane = self.models.touch(entry)
-        if lane is not None:
-            return lane
-        timeout_s = None if math.isinf(terms.deadline) else terms.deadline - self._clock()
-        loading = asyncio.ensure_future(self.models.revive(entry))
+    async def _loaded(
+        self, entry: ModelVersion, context: RequestContext, stay: Stay
+    ) -> LoadedModel:
+        """Return an entry's loaded model, loaded again if need be."""
+        loaded = self.models.mark_used(entry)
+        if loaded is not None:
+            return loaded
+        timeout_s = None if math.isinf(context.deadline) else context.deadline - self._clock()
+        loading = asyncio.ensure_future(self.models.reload(entry))
         ended = stay.ending()
         try:
             await asyncio.wait((loading, ended), timeout=timeout_s, return_when="FIRST_COMPLETED")
@@ -302,29 +323,33 @@ class Engine:
             if not ended.cancel():
                 ended.exception()  # taken note of: it would else be logged
 
-    async def _decoded(self, lane: Lane, latents: Tensor, terms: Terms, stay: Stay) -> Tensor:
+    async def _decoded(
+        self, loaded: LoadedModel, latents: Tensor, context: RequestContext, stay: Stay
+    ) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
-        assert lane.decoder is not None  # as the model's info says
+        assert loaded.decoder is not None  # as the model's info says
         level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
         query = make_query(latents.float(), level)
-        return (await self._step(lane.decoder, query, terms, stay)).mean
+        return (await self._step(loaded.decoder, query, context, stay)).mean
 
-    def _check_time(self, lane: Lane, query: Query, run: Run, terms: Terms) -> None:
+    def _check_time(
+        self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
+    ) -> None:
         """Raise if a trajectory would be late even if nobody else was there."""
-        slack = terms.deadline - self._clock()
-        estimate = lane.denoiser.predict_seconds(query)
-        each = lane.costs.seconds(estimate)
+        slack = context.deadline - self._clock()
+        estimate = loaded.denoiser.predict_seconds(query)
+        each = loaded.costs.seconds(estimate)
         if run.questions * each <= slack:
             return
-        if lane.costs.may_refuse(run.questions * estimate, slack, self._clock()):
+        if loaded.costs.may_refuse(run.questions * estimate, slack, self._clock()):
             raise DeadlineExceededError(
-                f"the trajectory asks {lane.model} {run.questions} times, {each:.3g} s each "
+                f"the trajectory asks {loaded.model} {run.questions} times, {each:.3g} s each "
                 f"by prediction: {run.questions * each:.3g} s; {allows(slack)}"
             )
 
     async def _advance(
         self, trajectory: Trajectory, answer: Tensor | None, large: bool
-    ) -> Ask | Step | None:
+    ) -> DenoiseCall | Step | None:
         if not large:
             return _send(trajectory, answer)
         loop = asyncio.get_running_loop()
@@ -336,14 +361,14 @@ class Engine:
         self.interrupt(f"{reason}; ask another server")
 
 
-def _question(denoiser: Denoiser, ask: Ask, run: Run) -> Query:
+def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
     chosen = windows_for(denoiser, ask)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
     return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
-def _send(trajectory: Trajectory, answer: Tensor | None) -> Ask | Step | None:
+def _send(trajectory: Trajectory, answer: Tensor | None) -> DenoiseCall | Step | None:
     try:
         return trajectory.send(answer)
     except StopIteration:

@@ -32,7 +32,6 @@ from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
 from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.windows import WindowTable
-from els_service.documents import read_yaml, validate
 from els_service.engine.pretrained_specs import (
     DiffusersSpec,
     LatentSpec,
@@ -41,6 +40,7 @@ from els_service.engine.pretrained_specs import (
     load_pretrained,
 )
 from els_service.errors import LoadError
+from els_service.yaml_files import read_yaml, validate
 
 CALIBRATED = "windows.yaml"
 """A table {sigma, k} in a model's folder, which ``window: auto`` takes."""

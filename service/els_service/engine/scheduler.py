@@ -25,11 +25,11 @@ from functools import partial
 from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
+from els_service.engine.batch_records import batch_record
 from els_service.engine.device import Device, DeviceLostError, Outcome
-from els_service.engine.lane import Item, Lane, Statistics, Ticket, answers
-from els_service.engine.launches import launch
+from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, Statistics, answers
+from els_service.engine.request_context import Observer, RequestContext, allows, timed_out
 from els_service.engine.room import Reservation, Room
-from els_service.engine.terms import Observer, Terms, allows, timed_out
 from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
 
 INLINE_S = 1e-4
@@ -54,14 +54,14 @@ Results = Outcome[list[Denoised | Exception]]
 class _Running:
     """A batch that is being computed."""
 
-    batch: list[Item]
+    batch: list[Chunk]
     control: Control
     timer: asyncio.TimerHandle | None = None
     """At the latest deadline of its members; None where one has none."""
 
     def stop_unless_wanted(self, now: float) -> None:
         """Stop the computation if every member was cancelled or its deadline has passed."""
-        if all(i.ticket.answer.done() or now >= i.ticket.terms.deadline for i in self.batch):
+        if all(i.pending.answer.done() or now >= i.pending.context.deadline for i in self.batch):
             self.control.stop()
 
 
@@ -69,7 +69,7 @@ class Scheduler:
     """All queues and all devices of a process.
 
     Args:
-        devices: by which lanes name their denoisers.
+        devices: by which loaded models name their denoisers.
         scheduling: bounds of queues and batches.
         memory: room for the bytes of all that waits or is computed, of all models.
         observer: told of everything.
@@ -86,63 +86,69 @@ class Scheduler:
         lost: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._devices, self._terms, self._observer = devices, scheduling, observer
+        self._devices, self._limits, self._observer = devices, scheduling, observer
         self._memory, self._lost, self.clock = memory, lost, clock
         self._busy: dict[str, float] = {}
         """Device → when its batch is predicted to end."""
-        self._lanes: dict[Lane, None] = {}
+        self._waiting_models: dict[LoadedModel, None] = {}
         """Those with something waiting."""
-        self._running: Counter[Ticket] = Counter()
+        self._running: Counter[PendingRequest] = Counter()
         """Tickets with parts that are being computed, and how many."""
         self._batches: dict[str, _Running] = {}
         """Device → what it computes."""
         self._virtual = 0.0
 
     def submit(
-        self, lane: Lane, query: Query, terms: Terms, *, admitted: bool = False
+        self, loaded: LoadedModel, query: Query, context: RequestContext, *, admitted: bool = False
     ) -> Denoised | asyncio.Future[Denoised]:
         """Return the answer to a checked query, or the answer to come.
 
         Cancelling the future takes the query out of the queue.
 
         Args:
-            lane: whose denoiser answers.
+            loaded: model whose denoiser answers.
             query: passed ``Denoiser.check``.
-            terms: deadline, priority and caller.
+            context: deadline, priority and caller.
             admitted: whether it belongs to a trajectory, which has entered: then it always queues.
 
         Raises:
             QueueFullError: More work waits than is allowed, and the caller has its share of it.
             DeadlineExceededError: The answer would come too late. The future may fail with either.
         """
-        estimate = lane.denoiser.predict_seconds(query)
+        estimate = loaded.denoiser.predict_seconds(query)
         # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
-        if estimate < INLINE_S and lane.slow < _WRONG and not lane.running and lane.on_cpu:
-            return self._inline(lane, query, terms, estimate)
+        if estimate < INLINE_S and loaded.slow < _WRONG and not loaded.running and loaded.on_cpu:
+            return self._inline(loaded, query, context, estimate)
         now = self.clock()
-        ticket = Ticket(lane.model, query, terms, now)
+        pending = PendingRequest(loaded.model, query, context, now)
         if not admitted:
-            self._admit(lane, query, terms, estimate, now)
-            self._reserve(lane, ticket, estimate)
-        ticket.answer.add_done_callback(partial(self._left, lane, ticket))
-        most = self._batch_s(lane) / max(lane.costs.marginal(1.0), 1e-9)
-        if not lane.queue and lane not in self._lanes:
-            lane.virtual = max(lane.virtual, self._virtual)
-        for item in ticket.cut(estimate, most):
-            lane.queue.push(item, now)
-        self._lanes[lane] = None
+            self._admit(loaded, query, context, estimate, now)
+            self._reserve(loaded, pending, estimate)
+        pending.answer.add_done_callback(partial(self._on_done, loaded, pending))
+        most = self._batch_s(loaded) / max(loaded.costs.marginal(1.0), 1e-9)
+        if not loaded.queue and loaded not in self._waiting_models:
+            loaded.virtual = max(loaded.virtual, self._virtual)
+        for chunk in pending.split(estimate, most):
+            loaded.queue.push(chunk, now)
+        self._waiting_models[loaded] = None
         self._dispatch()
-        return ticket.answer
+        return pending.answer
 
     def enter(
-        self, lane: Lane, query: Query, terms: Terms, reservation: Reservation, *, decodes: bool
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        context: RequestContext,
+        reservation: Reservation,
+        *,
+        decodes: bool,
     ) -> None:
         """Admit a trajectory by its first question: it holds room for one step from now on.
 
         Args:
-            lane: whose denoiser is asked.
+            loaded: model whose denoiser is asked.
             query: the first question; those to come take about as long.
-            terms: deadline, priority and caller.
+            context: deadline, priority and caller.
             reservation: of the trajectory.
             decodes: whether its latents are decoded in the end.
 
@@ -150,16 +156,16 @@ class Scheduler:
             QueueFullError: More work waits than is allowed, and the caller has its share of it.
             DeadlineExceededError: The first answer would come too late.
         """
-        estimate = lane.denoiser.predict_seconds(query)
-        if estimate >= INLINE_S or lane.running:
-            self._admit(lane, query, terms, estimate, self.clock())
-        asked = [lane, lane.decoder] if decodes and lane.decoder is not None else [lane]
+        estimate = loaded.denoiser.predict_seconds(query)
+        if estimate >= INLINE_S or loaded.running:
+            self._admit(loaded, query, context, estimate, self.clock())
+        asked = [loaded, loaded.decoder] if decodes and loaded.decoder is not None else [loaded]
         parts = []
         for each in asked:
             seconds = each.costs.marginal(each.denoiser.predict_seconds(query))
             # One that is alone may take longer than all that may wait.
-            parts.append((each.seconds, min(seconds, self._terms.queue_s)))
-        self.reserve(lane.model, lane.statistics, reservation, parts)
+            parts.append((each.seconds, min(seconds, self._limits.queue_s)))
+        self.reserve(loaded.model, loaded.statistics, reservation, parts)
 
     def reserve(
         self,
@@ -176,185 +182,203 @@ class Scheduler:
         try:
             reservation.reserve(parts)
         except QueueFullError:
-            self._observer.dropped(model, "rejected_full")
+            self._observer.on_dropped(model, "rejected_full")
             statistics.failed.add(0.0)
             raise
 
     def waiting(self) -> int:
         """Return how many items wait."""
-        return sum(len(lane.queue) for lane in self._lanes)
+        return sum(len(loaded.queue) for loaded in self._waiting_models)
 
     def interrupt(self, error: ElsError) -> None:
         """Fail everything that waits or is being computed."""
-        tickets = [item.ticket for lane in self._lanes for item in lane.queue]
-        for ticket in [*tickets, *self._running]:
-            if not ticket.answer.done():
-                self._observer.dropped(ticket.model, "interrupted")
-                ticket.answer.set_exception(error)
+        pending_requests = [
+            chunk.pending for loaded in self._waiting_models for chunk in loaded.queue
+        ]
+        for pending in [*pending_requests, *self._running]:
+            if not pending.answer.done():
+                self._observer.on_dropped(pending.model, "interrupted")
+                pending.answer.set_exception(error)
 
-    def _inline(self, lane: Lane, query: Query, terms: Terms, estimate: float) -> Denoised:
+    def _inline(
+        self, loaded: LoadedModel, query: Query, context: RequestContext, estimate: float
+    ) -> Denoised:
         began, answer = self.clock(), None
-        if began > terms.deadline:
+        if began > context.deadline:
             raise self._too_late(
-                lane, f"the deadline of a question to {lane.model} passed before it was computed"
+                loaded,
+                f"the deadline of a question to {loaded.model} passed before it was computed",
             )
         try:
-            answer = lane.denoiser.denoise(query)
+            answer = loaded.denoiser.denoise(query)
             return answer
         finally:
             seconds, images = self.clock() - began, len(query)
-            lane.slow = lane.slow + 1 if seconds > _SLOW_S else 0
-            self._observer.computed(lane.model, seconds, images, estimate)
+            loaded.slow = loaded.slow + 1 if seconds > _SLOW_S else 0
+            self._observer.on_computed(loaded.model, seconds, images, estimate)
             succeeded = answer is not None
-            lane.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
+            loaded.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
             if not succeeded:
-                self._observer.dropped(lane.model, "faulted")
-            if terms.trace is not None:
-                traced = [(terms.trace, began)]
+                self._observer.on_dropped(loaded.model, "faulted")
+            if context.trace is not None:
+                traced = [(context.trace, began)]
                 span = began, began + seconds
-                launched = launch(lane.model, "cpu", traced, images, estimate, span, self.clock)
-                self._observer.launched(launched)
+                record = batch_record(
+                    loaded.model, "cpu", traced, images, estimate, span, self.clock
+                )
+                self._observer.on_batch(record)
 
-    def _admit(self, lane: Lane, query: Query, terms: Terms, estimate: float, now: float) -> None:
+    def _admit(
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        context: RequestContext,
+        estimate: float,
+        now: float,
+    ) -> None:
         """Raise if the answer would come too late; drop what is, where the queue is crowded."""
-        own = lane.costs.seconds(estimate)
-        if lane.queue and _is_crowded(lane, query, own):
-            self._purge(lane, now)
-        slack = terms.deadline - now
-        if slack > 0 and not lane.costs.may_refuse(estimate, slack, now):
+        own = loaded.costs.seconds(estimate)
+        if loaded.queue and _is_crowded(loaded, query, own):
+            self._drop_expired(loaded, now)
+        slack = context.deadline - now
+        if slack > 0 and not loaded.costs.may_refuse(estimate, slack, now):
             return
-        wait = self._busy_for(lane, now)
-        everything = wait + own + sum(other.waiting_s for other in self._lanes)
+        wait = self._busy_for(loaded, now)
+        everything = wait + own + sum(other.waiting_s for other in self._waiting_models)
         if everything <= slack:
             return
-        predicted = self._predict(lane, terms, estimate, wait)
+        predicted = self._predict(loaded, context, estimate, wait)
         if predicted > slack:
             raise self._too_late(
-                lane,
-                f"the answer of {lane.model} is predicted in {predicted:.3g} s, of which "
+                loaded,
+                f"the answer of {loaded.model} is predicted in {predicted:.3g} s, of which "
                 f"{max(predicted - own, 0.0):.3g} s waiting; {allows(slack)}",
                 retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
             )
 
     def _too_late(
-        self, lane: Lane, text: str, retry_after_s: float | None = None
+        self, loaded: LoadedModel, text: str, retry_after_s: float | None = None
     ) -> DeadlineExceededError:
         """Count a query that is refused for its deadline, and return what its caller is told."""
-        self._observer.dropped(lane.model, "rejected_late")
-        lane.statistics.failed.add(0.0)
+        self._observer.on_dropped(loaded.model, "rejected_late")
+        loaded.statistics.failed.add(0.0)
         return DeadlineExceededError(text, retry_after_s=retry_after_s)
 
-    def _reserve(self, lane: Lane, ticket: Ticket, estimate: float) -> None:
+    def _reserve(self, loaded: LoadedModel, pending: PendingRequest, estimate: float) -> None:
         """Take room for a query, from other callers where need be, or raise QueueFullError."""
-        size = ticket.query.nbytes
-        parts = [(lane.seconds, lane.costs.marginal(estimate)), (lane.bytes, float(size))]
-        if not lane.queue:
+        size = pending.query.nbytes
+        parts = [(loaded.seconds, loaded.costs.marginal(estimate)), (loaded.bytes, float(size))]
+        if not loaded.queue:
             # It may be as large as it likes, whatever trajectories hold that ask nothing now.
             parts = [(room, room.up_to(amount)) for room, amount in parts]
         parts.append((self._memory, size))
-        reservation = Reservation(ticket.caller, partial(self._evict, lane, ticket))
-        self.reserve(lane.model, lane.statistics, reservation, parts)
-        ticket.reservation = reservation
+        reservation = Reservation(pending.caller, partial(self._evict, loaded, pending))
+        self.reserve(loaded.model, loaded.statistics, reservation, parts)
+        pending.reservation = reservation
 
-    def _evict(self, lane: Lane, ticket: Ticket, error: QueueFullError) -> None:
-        self._observer.dropped(lane.model, "evicted")
-        lane.statistics.failed.add(self.clock() - ticket.since)
-        lane.withdraw(ticket)
-        _fail(ticket, error)
+    def _evict(self, loaded: LoadedModel, pending: PendingRequest, error: QueueFullError) -> None:
+        self._observer.on_dropped(loaded.model, "evicted")
+        loaded.statistics.failed.add(self.clock() - pending.since)
+        loaded.withdraw(pending)
+        _fail(pending, error)
 
-    def _predict(self, lane: Lane, terms: Terms, estimate: float, wait: float) -> float:
+    def _predict(
+        self, loaded: LoadedModel, context: RequestContext, estimate: float, wait: float
+    ) -> float:
         """Return in how many seconds an answer can be expected."""
-        ahead = lane.costs.marginal(lane.queue.ahead_of(terms.name(), terms.priority, estimate))
-        here = lane.costs.seconds(estimate) - lane.costs.marginal(estimate) + ahead
+        ahead = loaded.costs.marginal(
+            loaded.queue.ahead_of(context.name(), context.priority, estimate)
+        )
+        here = loaded.costs.seconds(estimate) - loaded.costs.marginal(estimate) + ahead
         # Models share their devices evenly, too.
         others = sum(
             min(other.waiting_s, here)
-            for other in self._lanes
-            if other is not lane and not other.denoisers.keys().isdisjoint(lane.denoisers)
+            for other in self._waiting_models
+            if other is not loaded and not other.denoisers.keys().isdisjoint(loaded.denoisers)
         )
-        return wait + (here + others) / len(lane.denoisers)
+        return wait + (here + others) / len(loaded.denoisers)
 
-    def _busy_for(self, lane: Lane, now: float) -> float:
-        """Return in how many seconds the first of a lane's devices is predicted to be free."""
-        return max(0.0, min(self._busy.get(name, now) for name in lane.denoisers) - now)
+    def _busy_for(self, loaded: LoadedModel, now: float) -> float:
+        """Return in how many seconds the first of a model's devices is predicted to be free."""
+        return max(0.0, min(self._busy.get(name, now) for name in loaded.denoisers) - now)
 
-    def _purge(self, lane: Lane, now: float) -> None:
+    def _drop_expired(self, loaded: LoadedModel, now: float) -> None:
         """Drop what is late already."""
-        if now - lane.purged > _PURGE_S:
-            lane.purged = now
-            for item in list(lane.queue):
-                if item.waiting and now > item.ticket.terms.deadline:
-                    self._expire(lane, item.ticket, now)
+        if now - loaded.purged > _PURGE_S:
+            loaded.purged = now
+            for chunk in list(loaded.queue):
+                if chunk.waiting and now > chunk.pending.context.deadline:
+                    self._expire(loaded, chunk.pending, now)
 
     def _dispatch(self) -> None:
         """Give every idle device its next batch."""
         for device in self._devices:
             while device.name not in self._busy:
                 now = self.clock()
-                lane = self._next_lane(device.name, now)
-                if lane is None:
+                loaded = self._next_lane(device.name, now)
+                if loaded is None:
                     break
-                batch = self._next_batch(lane, now)
-                if not lane.queue:
-                    self._lanes.pop(lane, None)
+                batch = self._next_batch(loaded, now)
+                if not loaded.queue:
+                    self._waiting_models.pop(loaded, None)
                 if batch:
-                    self._launch(device, lane, batch, now)
+                    self._launch(device, loaded, batch, now)
 
-    def _next_lane(self, device: str, now: float) -> Lane | None:
-        """Return the lane with the most urgent item; of several, the one that had least time."""
-        here = [lane for lane in self._lanes if device in lane.denoisers]
+    def _next_lane(self, device: str, now: float) -> LoadedModel | None:
+        """Return the model with the most urgent chunk; of several, the one that had least time."""
+        here = [loaded for loaded in self._waiting_models if device in loaded.denoisers]
         if len(here) < 2:
             return here[0] if here else None
-        return min(here, key=lambda lane: (lane.queue.next_priority(now), lane.virtual))
+        return min(here, key=lambda loaded: (loaded.queue.next_priority(now), loaded.virtual))
 
-    def _next_batch(self, lane: Lane, now: float) -> list[Item]:
+    def _next_batch(self, loaded: LoadedModel, now: float) -> list[Chunk]:
         """Take from the queue what is worth computing and can be computed in time, together."""
-        batch: list[Item] = []
+        batch: list[Chunk] = []
         estimate, first_deadline = 0.0, float("inf")
-        longest = self._batch_s(lane)
-        at_most = lane.costs.at_most if lane.costs.trusted(now) else _nothing
+        longest = self._batch_s(loaded)
+        upper_bound = loaded.costs.upper_bound if loaded.costs.is_calibrated(now) else _nothing
         until = now + _HAND_OUT_S
-        while item := lane.queue.peek(now):
-            deadline = item.ticket.terms.deadline
-            if until + at_most(item.cost) > deadline:
-                self._expire(lane, item.ticket, now)
+        while chunk := loaded.queue.peek(now):
+            deadline = chunk.pending.context.deadline
+            if until + upper_bound(chunk.cost) > deadline:
+                self._expire(loaded, chunk.pending, now)
                 continue
-            together = estimate + item.cost
+            together = estimate + chunk.cost
             if batch and (
-                lane.costs.seconds(together) > longest
-                or until + at_most(together) > min(first_deadline, deadline)
+                loaded.costs.seconds(together) > longest
+                or until + upper_bound(together) > min(first_deadline, deadline)
             ):
                 break
-            lane.take(item, now)
-            batch.append(item)
+            loaded.take(chunk, now)
+            batch.append(chunk)
             estimate, first_deadline = together, min(first_deadline, deadline)
         return batch
 
-    def _batch_s(self, lane: Lane) -> float:
+    def _batch_s(self, loaded: LoadedModel) -> float:
         """Return the predicted time that a batch should take, if there is so much to do."""
-        return min(self._terms.batch_s, max(_SHORT_S, lane.costs.fixed_s / _LAUNCH_SHARE))
+        return min(self._limits.batch_s, max(_SHORT_S, loaded.costs.fixed_s / _LAUNCH_SHARE))
 
-    def _launch(self, device: Device, lane: Lane, batch: list[Item], now: float) -> None:
-        estimate = sum(item.cost for item in batch)
-        cost = lane.costs.seconds(estimate)
+    def _launch(self, device: Device, loaded: LoadedModel, batch: list[Chunk], now: float) -> None:
+        estimate = sum(chunk.cost for chunk in batch)
+        cost = loaded.costs.seconds(estimate)
         self._busy[device.name] = now + cost
-        self._virtual = lane.virtual
-        lane.virtual += cost
-        lane.running += 1
-        for item in batch:
-            waited = now - item.ticket.since
-            self._observer.queued(lane.model, waited)
-            lane.statistics.queued.add(waited)
-            self._running[item.ticket] += 1
-        work = partial(answers, lane.denoisers[device.name], [item.query for item in batch])
+        self._virtual = loaded.virtual
+        loaded.virtual += cost
+        loaded.running += 1
+        for chunk in batch:
+            waited = now - chunk.pending.since
+            self._observer.on_queued(loaded.model, waited)
+            loaded.statistics.queued.add(waited)
+            self._running[chunk.pending] += 1
+        work = partial(answers, loaded.denoisers[device.name], [chunk.query for chunk in batch])
         running = self._batches[device.name] = self._watched(batch, now)
-        done = device.run(work, self._terms.watchdog_s, predicted_s=cost, control=running.control)
-        done.add_done_callback(partial(self._finish, device, lane, batch, estimate, cost))
+        done = device.run(work, self._limits.watchdog_s, predicted_s=cost, control=running.control)
+        done.add_done_callback(partial(self._finish, device, loaded, batch, estimate, cost))
 
-    def _watched(self, batch: list[Item], now: float) -> _Running:
+    def _watched(self, batch: list[Chunk], now: float) -> _Running:
         """Return a batch that is stopped once its last member's deadline has passed."""
         running = _Running(batch, Control())
-        latest = max(item.ticket.terms.deadline for item in batch)
+        latest = max(chunk.pending.context.deadline for chunk in batch)
         if latest < float("inf"):
 
             def expired() -> None:
@@ -368,8 +392,8 @@ class Scheduler:
     def _finish(
         self,
         device: Device,
-        lane: Lane,
-        batch: list[Item],
+        loaded: LoadedModel,
+        batch: list[Chunk],
         estimate: float,
         cost: float,
         done: asyncio.Future[Results],
@@ -379,7 +403,7 @@ class Scheduler:
         running = self._batches.pop(device.name)
         if running.timer is not None:
             running.timer.cancel()
-        lane.running -= 1
+        loaded.running -= 1
         error = done.exception()
         if isinstance(error, DeviceLostError):
             # It stays busy for ever: nothing else is sent there.
@@ -387,106 +411,108 @@ class Scheduler:
         elif isinstance(error, ComputationStoppedError):
             # Without an answer, but not without a lesson: it takes longer than this.
             if (seconds := self.clock() - (ended - cost)) > cost:
-                lane.costs.learn(estimate, seconds, self.clock())
+                loaded.costs.learn(estimate, seconds, self.clock())
         elif error is None:
             outcome = done.result()
             if not any(isinstance(result, Exception) for result in outcome.value):
-                lane.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
-                lane.slow = 0 if outcome.ended - outcome.began < _SLOW_S else lane.slow
+                loaded.costs.learn(estimate, outcome.ended - outcome.began, self.clock())
+                loaded.slow = 0 if outcome.ended - outcome.began < _SLOW_S else loaded.slow
         self._dispatch()
         if error is None:
-            self._computed(device, lane, batch, cost, outcome)
+            self._computed(device, loaded, batch, cost, outcome)
             results: Sequence[Denoised | Exception] = outcome.value
         else:
             assert isinstance(error, Exception)
             results = [error] * len(batch)
-        for item, result in zip(batch, results, strict=True):
-            self._hand_out(lane, item, result)
+        for chunk, result in zip(batch, results, strict=True):
+            self._complete(loaded, chunk, result)
         if isinstance(error, DeviceLostError):
             self._lost(str(error))
 
-    def _hand_out(self, lane: Lane, item: Item, result: Denoised | Exception) -> None:
-        ticket = item.ticket
-        self._running[ticket] -= 1
-        if not self._running[ticket]:
-            del self._running[ticket]
-            if ticket.answer.done():
-                ticket.release()
+    def _complete(self, loaded: LoadedModel, chunk: Chunk, result: Denoised | Exception) -> None:
+        pending = chunk.pending
+        self._running[pending] -= 1
+        if not self._running[pending]:
+            del self._running[pending]
+            if pending.answer.done():
+                pending.release()
         now = self.clock()
-        if ticket.answer.done():
-            if ticket.answer.cancelled():
-                self._observer.dropped(lane.model, "discarded")
-        elif now > ticket.terms.deadline:
-            self._observer.dropped(lane.model, "discarded")
-            lane.statistics.failed.add(now - ticket.since)
-            late = now - ticket.terms.deadline
-            _fail(ticket, DeadlineExceededError(f"{lane.model} took {late:.3g} s too long"))
+        if pending.answer.done():
+            if pending.answer.cancelled():
+                self._observer.on_dropped(loaded.model, "discarded")
+        elif now > pending.context.deadline:
+            self._observer.on_dropped(loaded.model, "discarded")
+            loaded.statistics.failed.add(now - pending.since)
+            late = now - pending.context.deadline
+            _fail(pending, DeadlineExceededError(f"{loaded.model} took {late:.3g} s too long"))
         elif isinstance(result, Exception):
-            self._observer.dropped(lane.model, "faulted")
-            lane.statistics.failed.add(now - ticket.since)
-            _fail(ticket, result)
-        elif ticket.deliver(item.index, result):
-            lane.statistics.succeeded.add(now - ticket.since)
+            self._observer.on_dropped(loaded.model, "faulted")
+            loaded.statistics.failed.add(now - pending.since)
+            _fail(pending, result)
+        elif pending.complete(chunk.index, result):
+            loaded.statistics.succeeded.add(now - pending.since)
 
     def _computed(
-        self, device: Device, lane: Lane, batch: list[Item], cost: float, outcome: Results
+        self, device: Device, loaded: LoadedModel, batch: list[Chunk], cost: float, outcome: Results
     ) -> None:
         """Tell of a batch that was computed."""
         seconds = outcome.ended - outcome.began
-        images = sum(len(item.query) for item in batch)
-        self._observer.computed(lane.model, seconds, images, cost)
-        lane.statistics.batch(images, seconds, time.time())
+        images = sum(len(chunk.query) for chunk in batch)
+        self._observer.on_computed(loaded.model, seconds, images, cost)
+        loaded.statistics.batch(images, seconds, time.time())
         for _ in batch:
-            lane.statistics.computed.add(seconds)
-        if any(item.ticket.terms.trace is not None for item in batch):
-            traced = [(item.ticket.terms.trace, item.ticket.since) for item in batch]
+            loaded.statistics.computed.add(seconds)
+        if any(chunk.pending.context.trace is not None for chunk in batch):
+            traced = [(chunk.pending.context.trace, chunk.pending.since) for chunk in batch]
             span = outcome.began, outcome.ended
-            launched = launch(lane.model, device.name, traced, images, cost, span, self.clock)
-            self._observer.launched(launched)
+            record = batch_record(loaded.model, device.name, traced, images, cost, span, self.clock)
+            self._observer.on_batch(record)
 
-    def _expire(self, lane: Lane, ticket: Ticket, now: float) -> None:
-        self._observer.dropped(lane.model, "expired")
-        lane.statistics.failed.add(now - ticket.since)
+    def _expire(self, loaded: LoadedModel, pending: PendingRequest, now: float) -> None:
+        self._observer.on_dropped(loaded.model, "expired")
+        loaded.statistics.failed.add(now - pending.since)
         # At once, not when the future's callback runs: the caller of this looks at the queue next.
-        lane.withdraw(ticket)
-        left = ticket.terms.deadline - now
+        loaded.withdraw(pending)
+        left = pending.context.deadline - now
         state = f"passed {-left:.3g} s ago" if left < 0 else f"in {left:.3g} s cannot be met"
         _fail(
-            ticket,
+            pending,
             DeadlineExceededError(
-                f"waited {now - ticket.since:.3g} s in the queue of {lane.model}: "
+                f"waited {now - pending.since:.3g} s in the queue of {loaded.model}: "
                 f"the deadline {state}"
             ),
         )
 
-    def _left(self, lane: Lane, ticket: Ticket, answer: asyncio.Future[Denoised]) -> None:
-        """Take what still waits of a ticket out of the queue, and stop what is computed of it."""
-        withdrawn = lane.withdraw(ticket)
-        if ticket not in self._running:
-            ticket.release()
+    def _on_done(
+        self, loaded: LoadedModel, pending: PendingRequest, answer: asyncio.Future[Denoised]
+    ) -> None:
+        """Remove what waits of a request from the queue, and stop what is computed of it."""
+        withdrawn = loaded.withdraw(pending)
+        if pending not in self._running:
+            pending.release()
         else:
             for running in self._batches.values():
                 running.stop_unless_wanted(self.clock())
-        ticket.items = []  # they know the ticket: pixels would stay until garbage is collected
+        pending.chunks = []  # they refer back: pixels would stay until garbage is collected
         if withdrawn and answer.cancelled():
             now = self.clock()
-            late = timed_out(ticket.terms.deadline - now)
-            self._observer.dropped(lane.model, "expired" if late else "cancelled")
-        if not lane.queue:
-            self._lanes.pop(lane, None)
+            late = timed_out(pending.context.deadline - now)
+            self._observer.on_dropped(loaded.model, "expired" if late else "cancelled")
+        if not loaded.queue:
+            self._waiting_models.pop(loaded, None)
 
 
-def _is_crowded(lane: Lane, query: Query, seconds: float) -> bool:
+def _is_crowded(loaded: LoadedModel, query: Query, seconds: float) -> bool:
     """Return whether a query finds room only where others give way."""
     return any(
         room.budget.used + amount > room.budget.capacity
-        for room, amount in ((lane.seconds, seconds), (lane.bytes, query.nbytes))
+        for room, amount in ((loaded.seconds, seconds), (loaded.bytes, query.nbytes))
     )
 
 
-def _fail(ticket: Ticket, error: Exception) -> None:
-    if not ticket.answer.done():
-        ticket.answer.set_exception(error)
+def _fail(pending: PendingRequest, error: Exception) -> None:
+    if not pending.answer.done():
+        pending.answer.set_exception(error)
 
 
 def _nothing(_: float) -> float:

@@ -19,8 +19,8 @@ from els_service.denoisers.networks.config import (
 )
 from els_service.denoisers.networks.denoiser import NetworkDenoiser
 from els_service.denoisers.networks.modules import build_network
-from els_service.documents import read_yaml
 from els_service.errors import LoadError, shortened
+from els_service.yaml_files import read_yaml
 
 MODEL_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"

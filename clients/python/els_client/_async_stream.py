@@ -1,0 +1,123 @@
+"""A stream of questions and their answers in order, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from typing import TypeAlias
+
+import grpc
+
+from els_client._channel import own_errors
+from els_client._retries import RetryState
+from els_client._stream import Call, PendingQueries, ended_early
+from els_client._types import Images, Query
+from els_client.errors import ElsError, UnavailableError
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+# What may happen: an answer, the end of a stream, or (None) that the questions have changed.
+_Event: TypeAlias = pb.DenoiseStreamResponse | ElsError | None
+
+
+class AsyncStream:
+    """Three tasks around two queues: one draws questions, one sends them, one hears answers.
+
+    The first outlives a stream that ends: an iterator cannot be asked again for what was drawn.
+    """
+
+    def __init__(
+        self,
+        queries: Iterable[Query] | AsyncIterable[Query],
+        pending: PendingQueries,
+        in_flight: int,
+        open_stream: Callable[[], Call],
+    ) -> None:
+        self._queries = queries
+        self._unanswered = pending
+        self._slots = asyncio.Semaphore(in_flight)
+        self._open_stream = open_stream
+        self._drawn = False
+        self._refused: Exception | None = None  # What drawing a question ended with.
+        self._inbox: asyncio.Queue[_Event] = asyncio.Queue()
+
+    async def answers(self) -> AsyncGenerator[Images | ElsError, None]:
+        """Yield the answer, or the error, of each question; streams that end are opened anew."""
+        attempts = RetryState(None)
+        drawing = asyncio.create_task(self._draw())
+        self._connect()
+        try:
+            while not self._drawn or len(self._unanswered) or self._refused:
+                event = await self._inbox.get()
+                if isinstance(event, UnavailableError):
+                    await asyncio.sleep(attempts.pause_if_away_s(event))
+                    await self._disconnect()
+                    self._connect()
+                elif isinstance(event, ElsError):
+                    raise event
+                elif event is not None:
+                    attempts.progressed()
+                    self._slots.release()
+                    yield self._unanswered.answer(event)
+                if self._refused:
+                    raise self._refused
+                while refusal := self._unanswered.refusal():
+                    self._slots.release()
+                    yield refusal
+            self._outbox.put_nowait(None)
+            await self._hearing
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+            await self._disconnect()
+
+    def _connect(self) -> None:
+        self._outbox: asyncio.Queue[pb.DenoiseRequest | None] = asyncio.Queue()
+        for request in self._unanswered.requests():
+            self._outbox.put_nowait(request)
+        self._call = self._open_stream()
+        self._sending = asyncio.create_task(self._send(self._call, self._outbox))
+        self._hearing = asyncio.create_task(self._hear(self._call))
+
+    async def _disconnect(self) -> None:
+        self._call.cancel()
+        self._sending.cancel()
+        await asyncio.gather(self._sending, self._hearing, return_exceptions=True)
+
+    async def _draw(self) -> None:
+        try:
+            async for query in _each(self._queries):
+                await self._slots.acquire()
+                if request := self._unanswered.add(query):
+                    self._outbox.put_nowait(request)
+                else:
+                    self._inbox.put_nowait(None)
+        except Exception as error:
+            self._refused = error
+        self._drawn = True
+        self._inbox.put_nowait(None)
+
+    async def _send(self, call: Call, outbox: asyncio.Queue[pb.DenoiseRequest | None]) -> None:
+        # A stream that has ended says so to the one that hears.
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):
+            while request := await outbox.get():
+                await call.write(request)
+            await call.done_writing()
+
+    async def _hear(self, call: Call) -> None:
+        try:
+            with own_errors(self._unanswered.route):
+                async for message in call:
+                    self._inbox.put_nowait(message)
+            self._inbox.put_nowait(ended_early())
+        except ElsError as error:
+            self._inbox.put_nowait(error)
+
+
+async def _each(queries: Iterable[Query] | AsyncIterable[Query]) -> AsyncIterator[Query]:
+    if isinstance(queries, AsyncIterable):
+        async for query in queries:
+            yield query
+    else:
+        for query in queries:
+            yield query

@@ -1,0 +1,146 @@
+"""A stream of questions and their answers in order: what both clients keep; the blocking one."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+from els_client import _codec as codec
+from els_client._channel import error_of_status, own_errors, timeout_of
+from els_client._retries import RetryState
+from els_client._route import Route
+from els_client._types import Images, Query
+from els_client.errors import ElsError, InvalidArgumentError, UnavailableError, Violation, error_of
+from els_proto.denoise.v1 import denoise_pb2 as pb
+
+# What the stub returns: an iterator of answers that can be cancelled, of no one public type.
+Call: TypeAlias = Any
+OpenStream: TypeAlias = Callable[[Iterator[pb.DenoiseRequest]], Call]
+
+
+def check_in_flight(in_flight: int) -> None:
+    """Refuse a window in which there is no room for a question."""
+    if in_flight < 1:
+        text = f"expected at least 1, got {in_flight}"
+        raise InvalidArgumentError(f"in_flight: {text}", [Violation("in_flight", text)])
+
+
+class PendingQueries:
+    """Questions of a stream in their order; one that cannot be sent is answered by its refusal.
+
+    Args:
+        timeout_s: Of questions that bring none.
+        route: Of the channel.
+    """
+
+    def __init__(self, timeout_s: float, route: Route) -> None:
+        self._timeout_s = timeout_s
+        self.route = route
+        self._questions: deque[pb.DenoiseRequest | ElsError] = deque()
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def add(self, query: Query) -> pb.DenoiseRequest | None:
+        """Return what is to be sent for a question, if anything is."""
+        try:
+            request = codec.encode_query(pb.DenoiseRequest, query)
+            request.timeout_s = timeout_of(query.timeout_s, self._timeout_s)
+        except ElsError as error:
+            self._questions.append(error)
+            return None
+        self._questions.append(request)
+        return request
+
+    def requests(self) -> list[pb.DenoiseRequest]:
+        """Return what a new stream must be sent again."""
+        return [one for one in self._questions if isinstance(one, pb.DenoiseRequest)]
+
+    def refusal(self) -> ElsError | None:
+        """Return the answer to the oldest question where that was not sent."""
+        oldest = self._questions[0] if self._questions else None
+        if not isinstance(oldest, ElsError):
+            return None
+        self._questions.popleft()
+        return oldest
+
+    def answer(self, message: pb.DenoiseStreamResponse) -> Images | ElsError:
+        """Return what a message says of the oldest question, which was sent."""
+        if not self._questions:
+            return error_of("INTERNAL", "the server answered more often than it was asked")
+        self._questions.popleft()
+        if message.HasField("error"):
+            return error_of_status(message.error)
+        return codec.decode_tensor(message.response.denoised)
+
+
+def answers_of(
+    queries: Iterator[Query], pending: PendingQueries, in_flight: int, open_stream: OpenStream
+) -> Generator[Images | ElsError, None, None]:
+    """Yield the answer, or the error, of each question; streams that end are opened anew."""
+    attempts, stream = RetryState(None), _Stream(open_stream, [], pending.route)
+    try:
+        while True:
+            for query in itertools.islice(queries, in_flight - len(pending)):
+                if request := pending.add(query):
+                    stream.send(request)
+            if not len(pending):
+                return stream.finish()
+            if refusal := pending.refusal():
+                yield refusal
+                continue
+            try:
+                message = stream.receive()
+            except UnavailableError as error:
+                time.sleep(attempts.pause_if_away_s(error))
+                stream.close()
+                stream = _Stream(open_stream, pending.requests(), pending.route)
+                continue
+            attempts.progressed()
+            yield pending.answer(message)
+    finally:
+        stream.close()
+
+
+class _Stream:
+    """One ``DenoiseStream``; a thread of gRPC's sends what is put into its queue."""
+
+    def __init__(
+        self, open_stream: OpenStream, requests: list[pb.DenoiseRequest], route: Route
+    ) -> None:
+        self._route = route
+        self._outbox: SimpleQueue[pb.DenoiseRequest | None] = SimpleQueue()
+        for request in requests:
+            self._outbox.put(request)
+        self._call = open_stream(iter(self._outbox.get, None))
+
+    def send(self, request: pb.DenoiseRequest) -> None:
+        self._outbox.put(request)
+
+    def receive(self) -> pb.DenoiseStreamResponse:
+        with own_errors(self._route):
+            for message in self._call:
+                answer: pb.DenoiseStreamResponse = message
+                return answer
+        raise ended_early()
+
+    def finish(self) -> None:
+        """End the stream as its server may expect it; all is answered, so its status is idle."""
+        self._outbox.put(None)
+        with suppress(ElsError), own_errors():
+            for _ in self._call:
+                pass
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._call.cancel()
+
+
+def ended_early() -> ElsError:
+    """Return the error of a stream that its server ended before its caller did."""
+    return error_of("UNAVAILABLE", "the server ended the stream")

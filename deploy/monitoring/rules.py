@@ -1,0 +1,219 @@
+"""Recording and alerting rules, as Prometheus reads them.
+
+An alert's expression keeps the labels that tell who is concerned; its ``hold`` is how long that
+must last. Every alert has a page in ``runbooks/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from promql_parser import parse
+
+OBJECTIVE = 0.995
+"""Share of calls, over 30 days, that the service answers as it promised."""
+BUDGET = round(1 - OBJECTIVE, 6)
+
+_ASK = '"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
+"""Methods that ask a model, not those that ask about the server."""
+ASKING = f"method=~{_ASK}"
+_CALLS = f"grpc_server_handled_total{{grpc_method=~{_ASK}"
+_BROKEN = 'grpc_code=~"DeadlineExceeded|FailedPrecondition|Internal|ResourceExhausted|Unavailable"'
+"""Ends that are the service's fault, or its lack of capacity."""
+_ASKED, _ERRORS = "namespace_job:els_calls:rate5m", "namespace_job:els_errors:rate5m"
+_WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
+
+Severity = Literal["critical", "warning"]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One alerting rule.
+
+    Args:
+        name: also of its runbook.
+        expression: PromQL; what it returns is what is wrong.
+        summary: one sentence; ``$labels`` and ``$value`` are Prometheus' own.
+        hold: how long it must be so, as a PromQL duration.
+        severity: critical where callers are hurt now or soon and nobody else will help.
+        labels: further ones, that tell rules of one name apart.
+    """
+
+    name: str
+    expression: str
+    summary: str
+    hold: str = "0s"
+    severity: Severity = "warning"
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Burn:
+    """How fast an error budget may go, in a long window and still in a short one.
+
+    The pairs are those of the Site Reliability Workbook, chapter 5: 2 % of the budget of 30 days in
+    an hour, 5 % in 6 hours, 10 % in a day and in three days.
+    """
+
+    factor: float
+    long: str
+    short: str
+    hold: str
+    severity: Severity
+
+
+BURNS = (
+    Burn(14.4, "1h", "5m", "2m", "critical"),
+    Burn(6, "6h", "30m", "15m", "critical"),
+    Burn(3, "1d", "2h", "1h", "warning"),
+    Burn(1, "3d", "6h", "3h", "warning"),
+)
+
+
+def error_ratio(window: str) -> str:
+    """Return the name of the recorded share of calls that broke the promise in a window."""
+    return f"namespace_job:els_errors:ratio_rate{window}"
+
+
+def _burn_alert(burn: Burn) -> Alert:
+    limit = f"{burn.factor} * {BUDGET}"
+    return Alert(
+        "ElsErrorBudgetBurn",
+        f"{error_ratio(burn.long)} > {limit} and {error_ratio(burn.short)} > {limit}",
+        f"{{{{ $value | humanizePercentage }}}} of the calls to {{{{ $labels.job }}}} fail: "
+        f"{burn.factor:g} times what the objective of {OBJECTIVE:.1%} allows, over {burn.long}",
+        burn.hold,
+        burn.severity,
+        (("window", burn.long),),
+    )
+
+
+BURN_ALERTS = tuple(map(_burn_alert, BURNS))
+ALERTS = (
+    Alert(
+        "ElsNothingServing",
+        "max by (namespace, job) (max_over_time(els_serving[1h]))"
+        " unless max by (namespace, job) (els_serving) == 1"
+        " or absent_over_time(els_serving[1h])",
+        "No replica of {{ $labels.job }} serves",
+        hold="1m",
+        severity="critical",
+    ),
+    Alert(
+        "ElsReplicaNotServing",
+        "max by (namespace, pod) (els_serving) == 0"
+        " and max by (namespace, pod) (els_draining_seconds) == 0",
+        "{{ $labels.pod }} runs, but serves no model",
+        hold="10m",
+    ),
+    Alert(
+        "ElsReplicaUnreachable",
+        "up == 0 and on (namespace, job, instance) last_over_time(els_build_info[1h])",
+        "{{ $labels.pod }} does not answer when its metrics are asked for",
+        hold="3m",
+    ),
+    Alert(
+        "ElsReplicaRestarted",
+        "max by (namespace, pod) (changes(process_start_time_seconds[15m])"
+        " and ignoring (version, commit) els_build_info) > 0",
+        "{{ $labels.pod }} ended and was started again: its device was lost, or it was killed",
+    ),
+    Alert(
+        "ElsWorkerStuck",
+        "max by (namespace, pod, device)"
+        " (els_device_stalled_seconds / ignoring (device) group_left () els_watchdog_seconds)"
+        # Before it serves it warms up, which may take long.
+        " > 0.25 and on (namespace, pod) max by (namespace, pod) (els_serving) == 1"
+        " or sum by (namespace, pod) (min_over_time(els_queue_items[2m])) > 0"
+        " and sum by (namespace, pod) (rate(els_compute_seconds_count[2m])) == 0",
+        "{{ $labels.pod }} makes no progress: one batch stands still, or none ends",
+        # No hold: by default the watchdog ends the process a minute and a half later.
+        severity="critical",
+    ),
+    Alert(
+        "ElsQueueSaturated",
+        "max by (namespace, pod, model)"
+        " (els_queue_cost_seconds / ignoring (model) group_left () els_queue_limit_seconds) > 0.8"
+        " or sum by (namespace, pod, model)"
+        ' (rate(els_dropped_total{reason=~"rejected_full|evicted"}[5m])) > 0',
+        "The queue of {{ $labels.model }} on {{ $labels.pod }} is full or nearly so",
+        hold="5m",
+    ),
+    Alert(
+        "ElsDeadlineMisses",
+        "sum by (namespace, job, model) (rate(els_request_seconds_count"
+        f'{{{ASKING}, code="DEADLINE_EXCEEDED"}}[10m]))'
+        f" / sum by (namespace, job, model) (rate(els_request_seconds_count{{{ASKING}}}[10m]))"
+        " > 0.05",
+        "{{ $value | humanizePercentage }} of the calls to {{ $labels.model }} come too late",
+        hold="10m",
+    ),
+    Alert(
+        "ElsDrainCutShort",
+        "last_over_time(els_calls_in_flight[10m]) > 0 and last_over_time(els_draining_seconds[10m])"
+        " > 0.5 * last_over_time(els_drain_limit_seconds[10m])",
+        "{{ $labels.pod }} was last seen late in its drain with {{ $value }} calls in flight",
+    ),
+    Alert(
+        "ElsModelRefused",
+        "sum by (namespace, job, model) (els_model_refused) > 0",
+        "{{ $value }} replicas refuse to load {{ $labels.model }}",
+        hold="5m",
+    ),
+    Alert(
+        "ElsReloadedFileStale",
+        "max by (namespace, pod, file) (els_reloaded_file_stale_seconds) > 60",
+        "{{ $labels.pod }} cannot use its {{ $labels.file }} file and keeps the one before, "
+        "for {{ $value | humanizeDuration }} so far: what was revoked or renewed since does not "
+        "count",
+        hold="1m",
+    ),
+    Alert(
+        "ElsEventLoopLag",
+        "histogram_quantile(0.99,"
+        " sum by (namespace, pod, le) (rate(els_event_loop_lag_seconds_bucket[5m]))) > 0.1",
+        "The event loop of {{ $labels.pod }} is {{ $value | humanizeDuration }} late",
+        hold="10m",
+    ),
+)
+
+
+def runbook(name: str) -> str:
+    """Return where an alert's runbook is, from the root of the repository."""
+    return f"deploy/monitoring/runbooks/{name}.md"
+
+
+def document() -> dict[str, Any]:
+    """Return the rules as a Prometheus rule file, or the ``spec`` of a PrometheusRule."""
+    budget = [*_records(), *map(_alerting, BURN_ALERTS)]
+    return {
+        "groups": [
+            {"name": "els-error-budget", "rules": budget},
+            {"name": "els", "rules": [_alerting(alert) for alert in ALERTS]},
+        ]
+    }
+
+
+def _records() -> Iterator[dict[str, str]]:
+    yield _recording(_ASKED, f"sum by (namespace, job) (rate({_CALLS}}}[5m]))")
+    yield _recording(_ERRORS, f"sum by (namespace, job) (rate({_CALLS}, {_BROKEN}}}[5m]))")
+    for window in _WINDOWS:
+        # Of what is recorded: days of every replica's own series would be too much to read.
+        ratio = f"sum_over_time({_ERRORS}[{window}]) / sum_over_time({_ASKED}[{window}])"
+        yield _recording(error_ratio(window), ratio)
+
+
+def _recording(name: str, expression: str) -> dict[str, str]:
+    return {"record": name, "expr": parse(expression).prettify()}
+
+
+def _alerting(alert: Alert) -> dict[str, Any]:
+    return {
+        "alert": alert.name,
+        "expr": parse(alert.expression).prettify(),
+        "for": alert.hold,
+        "labels": {"service": "els-denoise", "severity": alert.severity, **dict(alert.labels)},
+        "annotations": {"summary": alert.summary, "runbook": runbook(alert.name)},
+    }

@@ -1,0 +1,270 @@
+"""One loaded model: its denoisers, its queue, what is known of its speed, what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from els_kernels import ComputationStoppedError
+from els_service.config import Scheduling
+from els_service.denoisers.base import Denoised, Denoiser, LatentDecoder, Query, concatenate
+from els_service.engine.budget import Budget
+from els_service.engine.costs import CostModel
+from els_service.engine.decoding import DecoderAsDenoiser
+from els_service.engine.device import breaks_device, free_memory
+from els_service.engine.estimates import step_estimates
+from els_service.engine.fair_queue import FairQueue
+from els_service.engine.request_context import PRIORITIES, RequestContext
+from els_service.engine.room import Reservation, Room
+from els_service.errors import ResourceExhaustedError
+
+
+@dataclass(slots=True)
+class DurationSum:
+    """How often something happened and how long that took in all."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        self.count += 1
+        self.seconds += seconds
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What one version of a model was asked since it was loaded."""
+
+    succeeded: DurationSum = field(default_factory=DurationSum)
+    failed: DurationSum = field(default_factory=DurationSum)
+    queued: DurationSum = field(default_factory=DurationSum)
+    computed: DurationSum = field(default_factory=DurationSum)
+    """Of queries: each is charged the whole time of its batch."""
+    batches: dict[int, DurationSum] = field(default_factory=dict)
+    """Images → batches of so many."""
+    last: float = 0.0
+    """When something was computed last, in seconds since the epoch."""
+
+    def batch(self, images: int, seconds: float, now: float) -> None:
+        """Count a batch."""
+        self.last = now
+        tally = self.batches.get(images)
+        if tally is None:
+            tally = self.batches[images] = DurationSum()
+        tally.add(seconds)
+
+    def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
+        """Count a query that was computed when it came, and so was a batch."""
+        # Written out: every small call comes by, and calling costs more than counting.
+        self.last = now
+        batch = self.batches.get(images)
+        if batch is None:
+            batch = self.batches[images] = DurationSum()
+        for tally in (batch, self.computed, self.succeeded if succeeded else self.failed):
+            tally.count += 1
+            tally.seconds += seconds
+        self.queued.count += 1
+
+
+class LoadedModel:
+    """One version of a model, loaded. Queries in it are answered even when a newer one is served.
+
+    Args:
+        model: its name.
+        version: its number.
+        denoisers: device → the denoiser there; each is called by one thread at a time.
+        scheduling: bounds of its queue.
+        costs: what is known of its speed so far; None for nothing.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        denoisers: Mapping[str, Denoiser],
+        scheduling: Scheduling,
+        costs: CostModel | None = None,
+    ) -> None:
+        self.model, self.version, self.denoisers = model, version, denoisers
+        self.denoiser = next(iter(denoisers.values()))
+        """Any of them, for what is the same on all devices."""
+        self.queue: FairQueue[Chunk] = FairQueue(PRIORITIES, scheduling.starvation_s)
+        name = f"the queue of {model}"
+        self.seconds = Room(Budget(scheduling.queue_s), name, seconds=True)
+        """Held by what waits, as predicted when it came, and by trajectories, of a step each."""
+        self.bytes = Room(Budget(scheduling.queue_bytes), name, seconds=False)
+        """Held by what waits."""
+        self.rooms = self.seconds, self.bytes
+        self.costs = costs or CostModel()
+        self.statistics = Statistics()
+        self.virtual = 0.0
+        """Device seconds had, in the scheduler's virtual time."""
+        self.running = 0
+        """Batches being computed."""
+        self.on_cpu = "cpu" in denoisers
+        """Whether small work may be done on the event loop."""
+        self.slow = 0
+        """Answers in a row that took the event loop too long."""
+        self.purged = 0.0
+        """When late items were last looked for."""
+        decoders = {
+            device: DecoderAsDenoiser(denoiser)
+            for device, denoiser in denoisers.items()
+            if isinstance(denoiser, LatentDecoder)
+        }
+        self.decoder = LoadedModel(model, version, decoders, scheduling) if decoders else None
+        """The queue of latents to decode, where the model can."""
+
+    @property
+    def queues(self) -> Iterator[LoadedModel]:
+        """This one and its decoder's."""
+        yield self
+        if self.decoder is not None:
+            yield self.decoder
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step of one image, the mean of a sample of ``STEPS`` steps."""
+        return sum(map(self.costs.seconds, self._step_estimates)) / len(self._step_estimates)
+
+    @cached_property
+    def _step_estimates(self) -> list[float]:
+        return step_estimates(self.denoiser)
+
+    @property
+    def waiting_s(self) -> float:
+        """Predicted seconds of all that waits."""
+        return self.costs.marginal(self.queue.cost)
+
+    def take(self, chunk: Chunk, now: float) -> None:
+        """Remove an item that will be computed from the queue and its part from the rooms."""
+        self.queue.take(chunk, now)
+        pending = chunk.pending
+        before, pending.waiting = pending.waiting, pending.waiting - len(chunk.query)
+        if pending.reservation is not None:
+            pending.reservation.begin(self.rooms, pending.waiting / before)
+
+    def withdraw(self, pending: PendingRequest) -> bool:
+        """Remove what waits of a request from queue and budgets; return whether there was any."""
+        waiting = [chunk for chunk in pending.chunks if chunk.waiting]
+        for chunk in waiting:
+            self.queue.drop(chunk)
+        if pending.reservation is not None:
+            pending.reservation.release(*self.rooms)
+        return bool(waiting)
+
+
+class PendingRequest:
+    """One query and its answer to come, computed in one part or several."""
+
+    def __init__(self, model: str, query: Query, context: RequestContext, since: float) -> None:
+        self.model, self.query, self.context, self.since = model, query, context, since
+        self.caller = context.name()
+        self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
+        self.chunks: list[Chunk] = []
+        self.waiting = len(query)
+        """Images that wait; those withdrawn count."""
+        self.reservation: Reservation | None = None
+        """None where it is part of a trajectory, which has one."""
+        self._missing = 0
+        self._parts: list[Denoised | None] = []
+
+    def split(self, estimate: float, most: float) -> list[Chunk]:
+        """Return the items that answer the query together, each estimated at ``most`` or less.
+
+        A single image may exceed it.
+        """
+        images = len(self.query)
+        step = max(1, min(images, int(images * most / max(estimate, 1e-9))))
+        parts = [self.query] if step == images else list(_slices(self.query, step))
+        self._missing, self._parts = len(parts), [None] * len(parts)
+        share = max(estimate, 1e-9) / images
+        self.chunks = [Chunk(self, i, part, share * len(part)) for i, part in enumerate(parts)]
+        return self.chunks
+
+    def release(self) -> None:
+        """Give back what it holds of any room."""
+        if self.reservation is not None:
+            self.reservation.release()
+            # It knows this: together they would stay until garbage is collected.
+            self.reservation = None
+
+    def complete(self, index: int, part: Denoised) -> bool:
+        """Take one part; return whether the answer is complete."""
+        self._parts[index] = part
+        self._missing -= 1
+        if self._missing:
+            return False
+        self.answer.set_result(_join([part for part in self._parts if part is not None]))
+        return True
+
+
+class Chunk:
+    """One part of a query, as the queue and the batch see it."""
+
+    __slots__ = ("caller", "cost", "index", "pending", "priority", "query", "size", "waiting")
+
+    def __init__(self, pending: PendingRequest, index: int, query: Query, cost: float) -> None:
+        self.pending, self.index, self.query, self.cost = pending, index, query, cost
+        self.priority, self.caller = pending.context.priority, pending.caller
+        self.size = query.nbytes
+        self.waiting = False
+
+
+def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exception]:
+    """Return the answer to each query, computed together, or why there is none.
+
+    Where a batch fails it is halved until what fails is alone; where memory does not suffice, down
+    to a single image. Runs on a device's thread.
+
+    Raises:
+        ComputationStoppedError: Nobody wants any of the answers any more.
+        Exception: The device is broken.
+    """
+    try:
+        together = denoiser.denoise(concatenate(queries))
+    except Exception as error:
+        if isinstance(error, ComputationStoppedError) or breaks_device(error):
+            raise
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if short:
+            free_memory()
+        if len(queries) > 1:
+            middle = len(queries) // 2
+            return answers(denoiser, queries[:middle]) + answers(denoiser, queries[middle:])
+        return [_in_halves(denoiser, queries[0]) if short else error]
+    ends = np.cumsum([len(query) for query in queries]).tolist()
+    return [together[end - len(query) : end] for query, end in zip(queries, ends, strict=True)]
+
+
+def _in_halves(denoiser: Denoiser, query: Query) -> Denoised | Exception:
+    """Return the answer to a query that does not fit the memory at once."""
+    if len(query) == 1:
+        return ResourceExhaustedError("x.shape", "an image that the memory suffices for", "more")
+    parts: list[Denoised] = []
+    for half in _slices(query, (len(query) + 1) // 2):
+        (part,) = answers(denoiser, [half])
+        if isinstance(part, Exception):
+            return part
+        parts.append(part)
+    return _join(parts)
+
+
+def _slices(query: Query, step: int) -> Iterator[Query]:
+    for first in range(0, len(query), step):
+        yield query[first : first + step]
+
+
+def _join(parts: Sequence[Denoised]) -> Denoised:
+    if len(parts) == 1:
+        return parts[0]
+    evidence = [part.log_evidence for part in parts if part.log_evidence is not None]
+    return Denoised(
+        np.concatenate([part.pixels for part in parts]), torch.cat(evidence) if evidence else None
+    )

@@ -1,0 +1,354 @@
+"""Which models are served, in which versions, and which is unloaded when memory is short.
+
+A load is atomic: all versions of a model are loaded and warmed beside those that serve, then take
+their place between two queries. What was asked of the old ones they still answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from weakref import WeakValueDictionary
+
+from els_service.config import Scheduling
+from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.engine.costs import CostModel
+from els_service.engine.device import Device, DeviceLostError
+from els_service.engine.estimates import warm
+from els_service.engine.loaded_model import LoadedModel, Statistics
+from els_service.engine.loading import Loader
+from els_service.engine.repository import ModelRepository
+from els_service.errors import (
+    ElsError,
+    LoadError,
+    NotFoundError,
+    UnavailableError,
+    shortened,
+)
+
+_log = logging.getLogger(__name__)
+
+_LOAD_S = 600.0
+"""Patience with the first questions of a model."""
+
+
+@dataclass(slots=True, eq=False)
+class ModelVersion:
+    """One version of a model that is served."""
+
+    model: str
+    version: int
+    info: DenoiserInfo
+    loaded: LoadedModel | None
+    """None while it is unloaded for want of memory."""
+    statistics: Statistics
+    """Of all its loaded models."""
+    content: str = ""
+    """See ``ModelRepository.fingerprint``."""
+    used: int = 0
+    """Larger means asked later."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the index says of one version."""
+
+    model: str
+    version: int
+    state: str
+    """``READY``, ``LOADING`` or ``UNAVAILABLE``."""
+    reason: str = ""
+
+
+class ModelRegistry:
+    """The models that are served.
+
+    Args:
+        devices: each model is loaded on all of them.
+        scheduling: for the memory budget and for loaded models.
+        lost: called when a device can compute no more.
+    """
+
+    def __init__(
+        self, devices: Sequence[Device], scheduling: Scheduling, lost: Callable[[str], None]
+    ) -> None:
+        self._devices, self._scheduling, self._lost = devices, scheduling, lost
+        self._repository: ModelRepository | None = None
+        self._served: dict[str, dict[int, ModelVersion]] = {}
+        self._newest: dict[str, ModelVersion] = {}
+        self._reasons: dict[str, str] = {}
+        """Why models of the repository are not served."""
+        self._loading: set[str] = set()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Of models that are being loaded: one load of a model at a time."""
+        self._reloads: dict[ModelVersion, asyncio.Task[LoadedModel]] = {}
+        self._asked = 0
+        self._loader = Loader(scheduling.load_s)
+        self.faults: dict[str, LoadError] = {}
+        """Why models of the repository were refused."""
+        self.starting = True
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._served
+
+    def __iter__(self) -> Iterator[ModelVersion]:
+        """Yield every version served, by name and number."""
+        for _, versions in sorted(self._served.items()):
+            yield from (entry for _, entry in sorted(versions.items()))
+
+    def names(self) -> set[str]:
+        """Return the names of models that are served or being loaded."""
+        return {*self._served, *self._loading}
+
+    def newest(self) -> list[ModelVersion]:
+        """Return the newest version of each model, by name."""
+        return [entry for _, entry in sorted(self._newest.items())]
+
+    def entry(self, name: str, version: str = "") -> ModelVersion:
+        """Return a served version of a model; the newest where none is named.
+
+        Raises:
+            NotFoundError: There is none of that name or number; names those there are.
+            UnavailableError: Models are still being loaded.
+        """
+        try:
+            return self._served[name][_number(version)] if version else self._newest[name]
+        except (KeyError, ValueError):
+            raise self._missing(name, version) from None
+
+    def _missing(self, name: str, version: str) -> ElsError:
+        if name in self._served:
+            known = ", ".join(map(str, sorted(self._served[name])))
+            return NotFoundError(f"version of {name}: expected {known}, got {version[:100]!r}")
+        if self.starting:
+            return UnavailableError("models are still being loaded")
+        if name in self._loading:
+            return UnavailableError(f"model: {name} is being loaded")
+        if name in self.faults:
+            return NotFoundError(f"model: {name} was refused when it was loaded")
+        if name in self._reasons:
+            return NotFoundError(f"model: {name} is {self._reasons[name]}")
+        known = shortened(", ".join(sorted(self._served)) or "none")
+        return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
+
+    def mark_used(self, entry: ModelVersion) -> LoadedModel | None:
+        """Note that a version is used; return its loaded model, None where it is unloaded."""
+        self._asked += 1
+        entry.used = self._asked
+        return entry.loaded
+
+    async def reload(self, entry: ModelVersion) -> LoadedModel:
+        """Load a version again that was unloaded to save memory; return its loaded model.
+
+        Raises:
+            LoadError: It cannot be loaded any more.
+        """
+        if entry.loaded is not None:
+            return entry.loaded
+        task = self._reloads.get(entry)
+        if task is None:
+            task = self._reloads[entry] = asyncio.ensure_future(self._reload(entry))
+            task.add_done_callback(lambda _: self._reloads.pop(entry, None))
+        # One caller who leaves must not end the load that others wait for.
+        return await asyncio.shield(task)
+
+    async def _reload(self, entry: ModelVersion) -> LoadedModel:
+        async with self._lock(entry.model):
+            fresh = await self._load_version(entry.model, entry.version)
+            assert fresh.loaded is not None
+            fresh.loaded.statistics = entry.statistics
+            entry.loaded, entry.info, entry.content = fresh.loaded, fresh.info, fresh.content
+            self._make_room(entry)
+        return fresh.loaded
+
+    async def load_all(self, repository: ModelRepository) -> None:
+        """Load and warm every model of a repository; keeps why one is refused in ``faults``.
+
+        One after the other, but for those that are slow: they go on beside the next ones.
+
+        Raises:
+            LoadError: The repository cannot be read.
+        """
+        self._repository = repository
+        loads: set[asyncio.Task[None]] = set()
+        try:
+            for name in await self._loader.run(str(repository.root), repository.names):
+                loads.add(load := asyncio.ensure_future(self._load_or_keep_why(name)))
+                await asyncio.wait((load,), timeout=self._loader.slow_s)
+            await asyncio.gather(*loads)
+        finally:
+            for load in loads:
+                load.cancel()
+            self.starting = False
+
+    async def _load_or_keep_why(self, name: str) -> None:
+        # It may be gone since it was listed.
+        with contextlib.suppress(LoadError, NotFoundError):
+            await self.load(name)
+
+    async def load(self, name: str) -> None:
+        """Load a model of the repository, or load it anew, while its old version serves.
+
+        Raises:
+            NotFoundError: The repository has no such model.
+            LoadError: It is refused; what served before still does.
+        """
+        async with self._lock(name):
+            self._loading.add(name)
+            try:
+                versions = await self._loader.run(name, partial(self._versions_on_disk, name))
+                entries = {version: await self._load_version(name, version) for version in versions}
+            except LoadError as error:
+                _log.error("model refused", extra={"model": name, "reason": str(error)})
+                # Another: this one keeps the frames that it went through, and all that they hold.
+                self.faults[name] = LoadError(error.path, error.reason)
+                raise
+            finally:
+                self._loading.discard(name)
+            self._serve(name, entries)
+            for entry in entries.values():
+                self._make_room(entry)
+        _log.info("model loaded", extra={"model": name, "versions": versions})
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model; what it was asked before it still answers.
+
+        Raises:
+            NotFoundError: It is not served.
+        """
+        if name not in self._served:
+            raise self._missing(name, "")
+        del self._served[name], self._newest[name]
+        self.faults.pop(name, None)
+        self._reasons[name] = "unloaded"
+        _log.info("model unloaded", extra={"model": name})
+
+    def add(self, name: str, *denoisers: Denoiser) -> None:
+        """Serve a model from elsewhere: one denoiser for each of the first devices."""
+        placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
+        loaded = LoadedModel(name, 1, placed, self._scheduling)
+        self._serve(
+            name, {1: ModelVersion(name, 1, loaded.denoiser.info, loaded, loaded.statistics)}
+        )
+
+    async def index(self) -> list[State]:
+        """Return the state of every model of the repository, and of those added."""
+        names = set(self._served) | self._loading
+        if self._repository is not None:
+            # Not in the loader's thread, where a load may take minutes.
+            names |= set(await asyncio.to_thread(self._repository.names))
+        return [state for name in sorted(names) for state in self._states(name)]
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of each loaded model; a bank of several counts for the first."""
+        sizes: dict[str, int] = {}
+        for first, *_ in _holders(self).values():
+            sizes[first.model] = sizes.get(first.model, 0) + first.info.memory_bytes
+        return sizes
+
+    def refused(self) -> dict[str, bool]:
+        """Return, of each model that is served or was refused, whether its latest load was."""
+        # Asked by another thread: copied in one step each.
+        served, faults = list(self._served), list(self.faults)
+        return dict.fromkeys(served, False) | dict.fromkeys(faults, True)
+
+    def close(self) -> None:
+        """End the loading thread; waits a few seconds for a load under way."""
+        self._loader.close()
+
+    def _serve(self, name: str, entries: dict[int, ModelVersion]) -> None:
+        self._served[name] = entries
+        self._newest[name] = entries[max(entries)]
+        self.faults.pop(name, None)
+        self._reasons.pop(name, None)
+
+    def _states(self, name: str) -> Iterator[State]:
+        if name in self._served:
+            for entry in self._served[name].values():
+                reason = "" if entry.loaded else "unloaded to save memory until it is asked"
+                yield State(name, entry.version, "READY", reason)
+        elif name in self._loading:
+            yield State(name, 1, "LOADING")
+        else:
+            fault = self.faults.get(name)
+            reason = str(fault) if fault else self._reasons.get(name, "not loaded")
+            yield State(name, 1, "UNAVAILABLE", reason)
+
+    def _versions_on_disk(self, name: str) -> list[int]:
+        repository = self._repository
+        versions = repository.versions(name) if repository and name in repository else []
+        if not versions:
+            raise NotFoundError(f"model: the repository has no {name[:100]!r}")
+        return versions
+
+    async def _load_version(self, name: str, version: int) -> ModelVersion:
+        assert self._repository is not None
+        denoisers: dict[str, Denoiser] = {}
+        costs: list[CostModel] = []
+        for device in self._devices:
+            load = partial(self._repository.load, name, version, device.name)
+            denoiser = denoisers[device.name] = await self._loader.run(name, load)
+            try:
+                costs.append((await device.run(partial(warm, denoiser), _LOAD_S)).value)
+            except Exception as error:
+                # Others serve even if one fails in a way that nobody foresaw.
+                _log.exception("model fails", extra={"model": name})
+                if isinstance(error, DeviceLostError):
+                    self._lost(str(error))
+                raise LoadError(name, f"failed at its first question: {error}") from error
+        loaded = LoadedModel(name, version, denoisers, self._scheduling, costs[0])
+        fingerprint = partial(self._repository.fingerprint, name, version)
+        content = await self._loader.run(name, fingerprint)
+        return ModelVersion(name, version, loaded.denoiser.info, loaded, loaded.statistics, content)
+
+    def _make_room(self, keep: ModelVersion) -> None:
+        """Unload what was used longest ago until the rest fits the budget."""
+        budget = self._scheduling.memory_bytes
+        if budget is None or self._repository is None:
+            return
+        holders = _holders(self)
+        held = sum(first.info.memory_bytes for first, *_ in holders.values())
+        if held <= budget:
+            return
+        by_use = sorted((entry for entry in self if entry.loaded), key=lambda entry: entry.used)
+        for entry in by_use:
+            if held <= budget:
+                return
+            if entry is not keep:
+                entry.loaded = None
+                sharing = holders[_held(entry)]
+                held -= sharing[0].info.memory_bytes
+                sharing.remove(entry)
+                held += sharing[0].info.memory_bytes if sharing else 0
+                extra = {"model": entry.model, "version": entry.version, "budget": budget}
+                _log.info("model unloaded to save memory", extra=extra)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+
+def _held(entry: ModelVersion) -> object:
+    """Return what holds a version's memory: a bank that others may stand on too, or itself."""
+    info = entry.info
+    # Of other kinds the bank is where they come from, not what they hold.
+    return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
+
+
+def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
+    """Return the loaded versions by what holds their memory."""
+    holders: dict[object, list[ModelVersion]] = {}
+    for entry in entries:
+        if entry.loaded is not None:
+            holders.setdefault(_held(entry), []).append(entry)
+    return holders
+
+
+def _number(version: str) -> int:
+    """Return the number of a version; ValueError unless it is written in decimal."""
+    if not (version.isascii() and version.isdecimal()):
+        raise ValueError(version)
+    return int(version)

@@ -1,0 +1,1 @@
+"""Offline work with models: training, calibration and comparison."""

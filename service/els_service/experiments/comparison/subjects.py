@@ -1,0 +1,267 @@
+"""What is compared: a network by name or folder, a bank, machines over it, and their windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from els_kernels import GEOMETRIES, PatchAttention
+from els_service.denoisers.analytic import AnalyticDenoiser, bank_info
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE, load_network_folder
+from els_service.denoisers.windows import WindowTable
+from els_service.errors import InvalidArgumentError, LoadError
+from els_service.experiments.training import load_training_data
+from els_service.yaml_files import read_yaml
+
+BUNDLED_MODELS = Path(__file__).parents[2] / "models"
+WINDOWS_FILE = "windows.yaml"
+RECORD_FILE = "calibration.json"
+MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network and where it came from."""
+
+    name: str
+    folder: Path
+    denoiser: Denoiser
+    fingerprint: str
+    """SHA-256 (hex) of its weights file."""
+    parameters: int
+
+    def described(self) -> dict[str, Any]:
+        """Return what a record says of it."""
+        info = self.denoiser.info
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "architecture": info.machine,
+            "padding": info.padding,
+            "parameters": self.parameters,
+            "label_count": info.label_count,
+            "implementation": info.implementation,
+        }
+
+
+def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") -> Network:
+    """Return the network of a served name, else of a folder.
+
+    Args:
+        name: of a model in ``models``, NAME or NAME/VERSION, or a path; ``./NAME`` is always one.
+        models: the folder that is served.
+        device: where it shall run.
+
+    Raises:
+        InvalidArgumentError: There is no such name or folder, or both.
+        LoadError: A file is missing or refused; names it and the field or tensor.
+    """
+    folder = _newest(_folder_of(name, models))
+    weights = folder / WEIGHTS_FILE
+    denoiser = load_network_folder(folder, device)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return Network(Path(name).resolve().name, folder, denoiser, digest, _count(weights))
+
+
+def _folder_of(name: str, models: Path) -> Path:
+    path = Path(name)
+    inside = not path.is_absolute() and ".." not in path.parts and not name.startswith(".")
+    places = (models / path, path) if inside else (path,)
+    folders = [folder for folder in places if name and folder.is_dir()]
+    if not folders:
+        raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
+    # A folder of the same name may be something else, as what a comparison wrote.
+    found = [folder for folder in folders if (_newest(folder) / MODEL_FILE).exists()]
+    if len(found) == 2 and not found[0].samefile(found[1]):
+        expected = f"one model: there is one in {models}, and ./{name}"
+        raise InvalidArgumentError("network", expected, name)
+    return (found or folders)[0]
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the folder of a model, which may be that of a version within it, resolved."""
+    folder = folder.resolve()
+    return folder.parent if folder.name.isdecimal() else folder
+
+
+def _newest(folder: Path) -> Path:
+    """Return the folder of a model's newest version."""
+    if (folder / MODEL_FILE).exists():
+        return folder
+    numbered = [path.parent for path in folder.glob(f"*/{MODEL_FILE}")]
+    return max(
+        (path for path in numbered if path.name.isdecimal()),
+        key=lambda path: int(path.name),
+        default=folder,
+    )
+
+
+def _count(weights: Path) -> int:
+    with safe_open(weights, framework="np") as tensors:
+        # It has keys, but cannot be iterated.
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+def open_bank(path: Path, info: DenoiserInfo, limit: int | None = None) -> Bank:
+    """Return a bank, or a data set as one, that goes with a network.
+
+    Args:
+        path: what ``load_training_data`` reads.
+        info: of the network.
+        limit: how many images to keep at most: the first of each label, as many of each.
+
+    Raises:
+        LoadError: The file is missing or refused.
+        InvalidArgumentError: Its images have another shape, or the network's labels are missing.
+    """
+    bank = load_training_data([path])
+    if bank.shape != info.shape:
+        expected = f"images of shape {list(info.shape)} as the network's"
+        raise InvalidArgumentError("bank", expected, list(bank.shape))
+    if info.label_count:
+        missing = sorted(set(range(info.label_count)) - set(bank.labels.tolist()))
+        if missing:
+            expected = f"images of all {info.label_count} labels of the conditional network"
+            got = "an unlabelled bank" if not bank.label_count else f"none of {missing}"
+            raise InvalidArgumentError("bank", expected, got)
+    return bank if limit is None else _limited(bank, limit)
+
+
+def _limited(bank: Bank, limit: int) -> Bank:
+    starts, counts = np.unique(bank.labels, return_index=True, return_counts=True)[1:]
+    if limit < len(starts):
+        expected = f"at least {len(starts)}, an image of each label"
+        raise InvalidArgumentError("bank-limit", expected, limit)
+    each = limit // len(starts)
+    kept = np.concatenate(
+        [
+            np.arange(start, start + min(each, count))
+            for start, count in zip(starts, counts, strict=True)
+        ]
+    )
+    return replace(bank, images=bank.images[kept], labels=bank.labels[kept])
+
+
+def describe_bank(bank: Bank, info: DenoiserInfo) -> dict[str, Any]:
+    """Return what a record says of a bank, and whether the network was trained on just it."""
+    trained_on = info.bank.fingerprint if info.bank else None
+    return vars(bank_info(bank)) | {"is_training_data": bank.fingerprint == trained_on}
+
+
+def build_machines(
+    names: Sequence[str],
+    bank: Bank,
+    info: DenoiserInfo,
+    *,
+    windows: WindowTable | None = None,
+    device: str = "cpu",
+) -> dict[str, AnalyticDenoiser]:
+    """Return machines by name, with the padding of the network unless a name says another.
+
+    Args:
+        names: of ``MACHINES``, or MACHINE-PADDING, as in ``els-valid``.
+        bank: that all answer from.
+        info: of the network.
+        windows: by noise level, clipped to what is legal; None for the default ones.
+        device: where the bank is held.
+
+    Raises:
+        InvalidArgumentError: A name is unknown, or given twice.
+    """
+    if not names or len(set(names)) < len(names):
+        raise InvalidArgumentError("machines", "at least one, each once", ", ".join(names))
+    chosen = {name: _machine(name, info.padding or "zeros") for name in names}
+    attention = PatchAttention(bank.pixels().to(device))
+    return {
+        name: AnalyticDenoiser(
+            attention, bank, machine=machine, padding=padding, window=windows, clip=True
+        )
+        for name, (machine, padding) in chosen.items()
+    }
+
+
+def _machine(name: str, padding: str) -> tuple[str, str]:
+    machine, _, own = name.partition("-")
+    if machine not in MACHINES or (own and (machine, own) not in GEOMETRIES):
+        expected = f"some of {', '.join(MACHINES)}, or MACHINE-PADDING"
+        raise InvalidArgumentError("machines", expected, name)
+    return machine, own or padding
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A table of windows, None for the default one, and where it was found."""
+
+    table: WindowTable | None
+    source: str
+
+
+def find_windows(network: Network, asked: str = "calibrated") -> Windows:
+    """Return the windows that a comparison shall use.
+
+    Args:
+        network: whose calibration is looked for.
+        asked: ``calibrated`` for the table in the network's folder, unless a record beside it
+            names other weights; else in a folder beside the model's whose record names these, else
+            the default; ``auto`` for the default; or an odd number; or a file or folder with a
+            table.
+
+    Raises:
+        LoadError: A table or record cannot be read.
+        InvalidArgumentError: Nothing is found where a file is named.
+    """
+    if asked == "auto":
+        return Windows(None, "auto")
+    if asked.isdecimal():
+        if int(asked) % 2 == 0:
+            raise InvalidArgumentError("windows", "an odd number", asked)
+        return Windows(WindowTable.constant(int(asked)), "constant")
+    if asked == "calibrated":
+        found = _calibrated(network)
+        return Windows(None, "auto") if found is None else _from_file(found)
+    path = Path(asked)
+    path = path / WINDOWS_FILE if path.is_dir() else path
+    if not path.is_file():
+        expected = "calibrated, auto, an odd number, or a file or folder with a table"
+        raise InvalidArgumentError("windows", expected, asked)
+    return _from_file(path)
+
+
+def _calibrated(network: Network) -> Path | None:
+    own = network.folder / RECORD_FILE
+    # A table without a record was put there by hand.
+    if own.with_name(WINDOWS_FILE).exists() and (not own.exists() or _is_of(own, network)):
+        return own.with_name(WINDOWS_FILE)
+    beside = sorted(model_folder(network.folder).parent.glob(f"*/{RECORD_FILE}"))
+    found = (record for record in beside if record != own.resolve() and _is_of(record, network))
+    return next((record.with_name(WINDOWS_FILE) for record in found), None)
+
+
+def _is_of(record: Path, network: Network) -> bool:
+    """Return whether a calibration was that of ELS to these very weights."""
+    try:
+        content = json.loads(record.read_bytes())
+        fingerprint, machine = content["network"]["fingerprint"], content["machine"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LoadError(record, f"expected the record of a calibration: {error}") from error
+    return bool(fingerprint == network.fingerprint and machine == "els")
+
+
+def _from_file(path: Path) -> Windows:
+    content = read_yaml(path)
+    try:
+        table = WindowTable(tuple(map(float, content["sigma"])), tuple(map(index, content["k"])))
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(path, f"expected windows: {' '.join(str(error).split())}") from error
+    return Windows(table, f"{path.resolve().parent.name}/{path.name}")

@@ -1,0 +1,1 @@
+"""gRPC server: services, requests, transport, security, telemetry and lifecycle."""

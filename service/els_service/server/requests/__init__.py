@@ -1,0 +1,1 @@
+"""Messages to validated requests and back; knows no gRPC."""

@@ -1,0 +1,103 @@
+"""Resume tokens: where a trajectory stopped, as opaque bytes that only its own request may use.
+
+    "els2" · digest of request and model (16) · seed u64 · step u32 · state f64 [count, C, H, W] ·
+    checksum of all that (16)
+
+Little-endian. A token holds nothing secret and is believed nothing: all of it is checked. The
+checksum is no signature: it finds damage, not a caller who computes it anew for a state of his own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.denoisers.samplers import Resume
+from els_service.engine.registry import ModelVersion
+from els_service.errors import InvalidArgumentError
+
+_HEAD = struct.Struct("<4s16sQI")
+_MAGIC = b"els2"
+_CHECKSUM_BYTES = 16
+_MAX_STATE = 1e12
+"""Of a number of the state; heun's own scale reaches σ · noise."""
+
+
+def encode_token(
+    request: pb.SampleRequest, model: ModelVersion, index: int, state: Tensor
+) -> bytes:
+    """Return the token of a trajectory after step ``index``.
+
+    Args:
+        request: whose trajectory it is.
+        model: that answers.
+        index: of the last step taken.
+        state: [count, C, H, W] float64.
+    """
+    head = _HEAD.pack(_MAGIC, _digest(request, model), request.seed, index)
+    return sealed(head + state.contiguous().numpy().astype("<f8", copy=False).tobytes())
+
+
+def sealed(content: bytes) -> bytes:
+    """Return the token of a content: its checksum is appended."""
+    return content + hashlib.sha256(content).digest()[:_CHECKSUM_BYTES]
+
+
+def decode_token(
+    request: pb.SampleRequest, model: ModelVersion, shape: tuple[int, ...], steps: int
+) -> Resume | None:
+    """Return where a request wants to go on; None if it starts anew.
+
+    Args:
+        request: with the token.
+        model: that would answer.
+        shape: [count, C, H, W] of the state.
+        steps: that the trajectory has in all.
+
+    Raises:
+        InvalidArgumentError: Damaged, or not a token of this request to this version and content of
+            the model.
+    """
+    token = request.resume_token
+    if not token:
+        return None
+    size = _HEAD.size + 8 * math.prod(shape) + _CHECKSUM_BYTES
+    if len(token) != size:
+        raise InvalidArgumentError("resume_token", f"{size} bytes", f"{len(token)} bytes")
+    content = token[:-_CHECKSUM_BYTES]
+    if token != sealed(content):
+        raise InvalidArgumentError("resume_token", "bytes as they were sent", "changed ones")
+    magic, digest, seed, index = _HEAD.unpack_from(content)
+    if magic != _MAGIC or digest != _digest(request, model) or seed != request.seed:
+        expected = "a token of this very request, answered by the same model"
+        raise InvalidArgumentError("resume_token", expected, "another")
+    if not 1 <= index < steps:
+        raise InvalidArgumentError("resume_token", f"a step from 1 to {steps - 1}", index)
+    state = np.frombuffer(bytearray(content[_HEAD.size :]), "<f8").reshape(shape)
+    if not np.all(np.abs(state) <= _MAX_STATE):
+        raise InvalidArgumentError("resume_token", "a finite state", "NaN, infinity or more")
+    return Resume(index, torch.from_numpy(state.astype(np.float64, copy=False)))
+
+
+def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
+    info = model.info
+    drawn = (
+        *(request.model, request.count, request.seed, request.steps, request.sampler),
+        *(list(request.labels), list(request.windows)),
+        *(request.HasField("eta"), request.eta, request.churn, request.guidance),
+        # A version that was loaded anew may be another model.
+        *(model.version, model.content),
+        *(info.kind, info.machine, info.padding, info.schedule, info.shape),
+        *(info.window, info.bank.fingerprint if info.bank else ""),
+    )
+    digest = hashlib.sha256(repr(drawn).encode())
+    for tensor in (request.conditioning, request.unconditional):
+        digest.update(repr((tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.data)
+    return digest.digest()[:16]

@@ -1,0 +1,1 @@
+"""Access control, tokens, TLS and files that are reloaded on change."""

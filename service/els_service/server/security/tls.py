@@ -1,0 +1,103 @@
+"""TLS from PEM files: every handshake gets the newest pair that is whole."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from els_service.config import Settings
+from els_service.errors import LoadError
+from els_service.server.security.reloaded_file import ReloadedFile, warn_if_public
+
+
+@dataclass(frozen=True)
+class _Files:
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
+
+
+Watching = ReloadedFile[grpc.ServerCertificateConfiguration]
+
+
+def watched(settings: Settings) -> Watching | None:
+    """Return the watched files of certificate, key and client CA, None without TLS.
+
+    Raises:
+        LoadError: One of the files is missing in the settings, unreadable, or does not fit.
+    """
+    files = _files(settings)
+    return None if files is None else ReloadedFile(files.paths, lambda: _read(files))
+
+
+def credentials(files: Watching, *, client_certificates: bool) -> grpc.ServerCredentials:
+    """Return the server's credentials.
+
+    A changed file counts from the next handshake on; connections stay as they are.
+
+    Args:
+        files: Of ``watched``.
+        client_certificates: Whether a handshake without a certificate of the client CA fails.
+    """
+    served = files.current()
+
+    def newest() -> grpc.ServerCertificateConfiguration | None:
+        # None leaves the one before: building a context takes gRPC longer than a handshake.
+        nonlocal served
+        current = files.current()
+        if current is served:
+            return None
+        served = current
+        return current
+
+    # The stubs do not know that None means no change.
+    return grpc.dynamic_ssl_server_credentials(
+        served,
+        newest,  # type: ignore[arg-type]
+        require_client_authentication=client_certificates,
+    )
+
+
+def _files(settings: Settings) -> _Files | None:
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate and key:
+        return _Files(certificate, key, settings.tls_client_ca)
+    for name in ("tls_certificate", "tls_key", "tls_client_ca"):
+        if path := getattr(settings, name):
+            missing = "tls_key" if certificate else "tls_certificate"
+            raise LoadError(name, f"expected {missing} beside it, got {path} alone")
+    return None
+
+
+def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
+    """Return what the files hold, checked: gRPC itself would tell nobody but its log."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # The empty password, as OpenSSL would ask a terminal for one.
+        context.load_cert_chain(files.certificate, files.key, password="")
+        if files.client_ca:
+            context.load_verify_locations(files.client_ca)
+            if not context.cert_store_stats()["x509"]:
+                raise ValueError(f"no certificate in {files.client_ca}")
+        pair = files.key.read_bytes(), files.certificate.read_bytes()
+        authorities = files.client_ca.read_bytes() if files.client_ca else None
+        for content in (*pair, authorities or b""):
+            _check_whole(content)
+    except (OSError, ValueError) as error:
+        names = ", ".join(map(str, files.paths))
+        raise LoadError(names, f"expected a certificate, its key and PEM, got {error}") from error
+    warn_if_public(files.key)
+    return grpc.ssl_server_certificate_configuration([pair], authorities)
+
+
+def _check_whole(content: bytes) -> None:
+    """Raise ValueError where PEM breaks off in a block's first line, which OpenSSL passes over."""
+    if content.count(b"-----BEGIN") != content.count(b"-----END"):
+        raise ValueError("a block without an end")

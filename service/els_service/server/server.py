@@ -1,0 +1,325 @@
+"""The server: binds, loads, says that it is ready, serves, drains.
+
+bind ports ─► answer health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
+… SIGTERM ─► NOT_SERVING ─► grace ─► GOAWAY, finish what is in flight or say where to go on ─► exit
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
+from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
+from els_service.config import Settings, cpu_limit
+from els_service.engine.device import DeviceLostError, WorkerDevice, choose_devices
+from els_service.engine.engine import Engine
+from els_service.engine.repository import ModelRepository
+from els_service.errors import LoadError
+from els_service.server.addresses import address_of, bind, with_port
+from els_service.server.health import ALIVE, Health
+from els_service.server.security.access import (
+    AccessControl,
+    allow_connections,
+    channel_options,
+    metrics_host,
+)
+from els_service.server.services.denoiser import DenoiserService
+from els_service.server.services.inference import InferenceService
+from els_service.server.telemetry import heap, loop_lag, tracing_maker
+from els_service.server.telemetry.metrics import Gauges, Metrics
+from els_service.server.telemetry.metrics_http import HttpPages
+from els_service.server.transport.grpc_workarounds import make_server
+from els_service.server.transport.interceptor import CallInterceptor
+from els_service.server.transport.receiving import Receiver
+
+_log = logging.getLogger(__name__)
+
+_SERVICES = (
+    denoise_pb2.DESCRIPTOR.services_by_name["DenoiserService"].full_name,
+    grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
+_SWITCH_S = 0.001
+"""How long another thread, as one that writes a page of metrics or loads a model, may keep the
+event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
+_FLUSH_S = 0.5
+_UPKEEP_S = 5.0
+_CLOSE_S = 6.0
+"""Spans are sent within 5 s, and who scrapes is waited for."""
+_REMEDY = "fill the folder, then RepositoryModelLoad each model, or start anew"
+
+
+@dataclass(frozen=True)
+class Started:
+    """Where a server listens, and whether it has something to serve."""
+
+    ready: bool
+    grpc_port: int
+    """0 for a socket of the file system."""
+    metrics_port: int
+    health_port: int | None
+
+
+def bundled_models() -> Path:
+    """Return the folder of models that ships with the package."""
+    return Path(str(files("els_service") / "bundled"))
+
+
+def repository(settings: Settings) -> ModelRepository:
+    """Return the models that the settings name."""
+    return ModelRepository(settings.models or bundled_models())
+
+
+class Server:
+    """One process's server, made where its event loop runs: ``start``, ``drain``, ``close``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        make_tracing = tracing_maker(settings)
+        self._tracing = make_tracing() if make_tracing else None
+        self._metrics = Metrics(None if self._tracing is None else self._tracing.on_batch)
+        devices = [WorkerDevice(name) for name in choose_devices(settings.device)]
+        self._engine = Engine(self._metrics, settings.scheduling, devices)
+        self._metrics.gauges = self._gauges
+        self._access = AccessControl(settings)
+        is_model = self._engine.models.__contains__
+        limits = settings.limits
+        self._receiver = Receiver(self._engine.memory, limits.max_message_bytes, settings.receive_s)
+        self._calls = CallInterceptor(
+            self._metrics, is_model, self._access, limits, self._receiver, self._tracing
+        )
+        self._watching: tuple[asyncio.Task[None], ...] = ()
+        self._told_to_end: float | None = None
+        """When, on the monotonic clock."""
+        self._health = Health(_SERVICES, settings, self._receiver)
+        self._http: HttpPages | None = None
+        self._grpc = self._assemble()
+
+    async def start(self) -> Started:
+        """Bind the ports, load every model, and serve; returns when they are warm.
+
+        Without a model that can be served it stays NOT_SERVING, until one is loaded.
+
+        Raises:
+            LoadError: A port is in use, or there is nothing where the models should be.
+        """
+        settings = self._settings
+        models = repository(settings)
+        models.check_is_there()
+        duties = loop_lag.watch(self._metrics.lagged), heap.trim(), self._keep_up()
+        self._watching = tuple(map(asyncio.create_task, duties))
+        grpc_port = bind(partial(self._access.bind, self._grpc), settings.host, settings.port)
+        metrics_port = self._serve_metrics()
+        self._report()
+        health_port = await self._serve_health()
+        await self._grpc.start()
+        await self._load(models)
+        self._report()
+        return Started(self._ready(), grpc_port, metrics_port, health_port)
+
+    @property
+    def lost(self) -> asyncio.Future[str]:
+        """Done with the reason once a device can compute no more."""
+        return self._engine.lost
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING, take calls for ``grace_s``, and wait ``drain_s`` for those in flight.
+
+        What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
+        """
+        settings = self._settings
+        self._told_to_end = time.monotonic()
+        self._health.leave()
+        if not self.lost.done():
+            await asyncio.sleep(settings.grace_s)
+        self._calls.draining.set()
+        goaway = asyncio.ensure_future(self._grpc.stop(settings.drain_s + 2 * _FLUSH_S))
+        if not await self._calls.idle(settings.drain_s):
+            self._engine.interrupt("the server had to end; ask another")
+            await self._calls.idle(_FLUSH_S)
+        # Watchers of the health stay until they are sent away.
+        await self._grpc.stop(_FLUSH_S)
+        await goaway
+
+    async def close(self) -> None:
+        """End every call, thread and listener."""
+        await self._grpc.stop(None)
+        await self._health.close()
+        self._receiver.close()
+        self._engine.close()
+        for watching in self._watching:
+            watching.cancel()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
+        if self._http is not None:
+            await asyncio.to_thread(self._http.close)
+
+    def _assemble(self) -> grpc.aio.Server:
+        limits = self._settings.limits
+        server = make_server(
+            [
+                ("grpc.max_receive_message_length", limits.max_message_bytes),
+                ("grpc.max_send_message_length", limits.max_message_bytes),
+                *channel_options(self._settings),
+            ]
+        )
+        ours = DenoiserService(self._engine, limits, self._calls.draining)
+        protocol = InferenceService(self._engine, limits, self._ready, self._report)
+        self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
+        self._calls.register(
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
+        )
+        self._health.register(server)
+        if self._settings.reflection:
+            described = (*_SERVICES, ALIVE, reflection.SERVICE_NAME)
+            self._calls.admit(
+                reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+                reflection.aio.ReflectionServicer(described),
+                server,
+            )
+        if self._settings.channelz:
+            self._calls.admit(
+                channelz_pb2_grpc.add_ChannelzServicer_to_server,
+                channelz.aio.ChannelzServicer(),
+                server,
+            )
+        return server
+
+    def _gauges(self) -> Gauges:
+        """Yield what the engine tells, and the server's own state and bounds, at any time."""
+        settings, since = self._settings, self._told_to_end
+        yield from self._engine.gauges()
+        for name, stale_s in self._access.stale().items():
+            yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
+        yield from self._health.gauges()
+        yield "els_calls_in_flight", {}, self._calls.in_flight
+        yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
+        yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
+        yield "els_queue_limit_seconds", {}, settings.queue_s
+        yield "els_serving", {}, not self._why_not_ready()
+        yield "els_watchdog_seconds", {}, settings.watchdog_s
+
+    def _ready(self) -> bool:
+        models = self._engine.models
+        return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
+
+    def _why_not_ready(self) -> str:
+        """Return why the health of ``""`` is not SERVING, empty where it is; from any thread."""
+        if self._told_to_end is not None:
+            return "the server is draining"
+        if self._engine.models.starting:
+            return "models are being loaded"
+        return "" if self._ready() else "no model is served"
+
+    async def _keep_up(self) -> None:
+        """End series of models that are gone, and look at the files that may change."""
+        models = self._engine.models
+        while True:
+            await asyncio.sleep(_UPKEEP_S)
+            self._metrics.retire(models.names())
+            # Nobody may call or scrape, and a file that is broken should be told of all the same.
+            await asyncio.to_thread(self._access.stale)
+
+    def _report(self) -> None:
+        models = self._engine.models
+        served = {entry.model for entry in models.newest()}
+        self._health.report(ready=self._ready(), served=served, refused=models.faults)
+
+    async def _load(self, models: ModelRepository) -> None:
+        """Load what can be loaded; if that is nothing, say so and stay: models may come later."""
+        _log.info("loading models", extra={"models": str(models.root)})
+        reason = "there is none"
+        try:
+            await self._engine.models.load_all(models)
+        except LoadError as error:
+            reason = str(error)
+        if not self._engine.models.newest():
+            faults = "; ".join(map(str, self._engine.models.faults.values()))
+            extra = {"models": str(models.root), "reason": faults or reason, "remedy": _REMEDY}
+            _log.error("no model is served", extra=extra)
+
+    async def _serve_health(self) -> int | None:
+        settings = self._settings
+        if settings.health_port is None:
+            return None
+        address = with_port(settings.host), settings.health_port
+        return await self._health.listen(
+            lambda server: bind(server.add_insecure_port, *address), channel_options(settings)
+        )
+
+    def _serve_metrics(self) -> int:
+        host, port = metrics_host(self._settings), self._settings.metrics_port
+        try:
+            self._http = HttpPages(self._metrics.registry, self._why_not_ready, host, port)
+        except OSError as error:
+            raise LoadError(
+                address_of(host, port), f"cannot serve metrics: {error.strerror}"
+            ) from error
+        return self._http.port
+
+
+def stop_at_most_s(settings: Settings) -> float:
+    """Return how long a stop takes at most after SIGTERM, but for a batch that is being computed.
+
+    New calls are taken for the grace, then those in flight may finish, then the rest is told, then
+    what listens and sends is closed.
+    """
+    return settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
+
+
+async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        settings: what to serve and where.
+        ready: called once, when every loadable model is warm, or there is none.
+
+    Raises:
+        LoadError: As ``Server.start``.
+        DeviceLostError: A device can compute no more, and the server has ended for it.
+    """
+    heap.bound_arenas()
+    torch.set_num_threads(settings.threads or cpu_limit())
+    sys.setswitchinterval(_SWITCH_S)
+    allow_connections()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = Server(settings)
+    starting, stopping = loop.create_task(server.start()), loop.create_task(stop.wait())
+    try:
+        ends = stopping, server.lost
+        await asyncio.wait((starting, *ends), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            started = starting.result()
+            if started.ready:
+                _log.info("serving", extra=asdict(started))
+            # What is there now stays: it need not be searched for garbage again and again.
+            gc.collect()
+            gc.freeze()
+            ready(started)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        _log.info("draining", extra={"at_most_s": settings.drain_s})
+        await server.drain()
+        if server.lost.done():
+            raise DeviceLostError(server.lost.result())
+    finally:
+        gc.unfreeze()
+        starting.cancel()
+        stopping.cancel()
+        await server.close()

@@ -1,0 +1,1 @@
+"""RPC methods of denoise.v1, the Open Inference Protocol and grpc.health.v1."""

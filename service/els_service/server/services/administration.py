@@ -1,0 +1,246 @@
+"""The Open Inference Protocol's extensions: repository, configuration, statistics, log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from els_proto.inference import grpc_service_pb2 as pb
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceServicer
+from els_service import logs
+from els_service.config import Limits
+from els_service.denoisers.base import DenoiserInfo
+from els_service.engine.engine import Engine
+from els_service.engine.loaded_model import DurationSum, Statistics
+from els_service.engine.registry import ModelVersion
+from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
+from els_service.errors import InvalidArgumentError
+from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of
+from els_service.server.transport.interceptor import Context
+
+EXTENSIONS = ("model_repository", "model_configuration", "statistics", "logging")
+
+_CONFIG_TYPES = {"FP32": pb.TYPE_FP32, "INT64": pb.TYPE_INT64}
+_LOG_LEVEL = "log_level"
+_LOG_SETTINGS = {
+    _LOG_LEVEL: "string_param",
+    "log_verbose_level": "uint32_param",
+    "log_info": "bool_param",
+    "log_warning": "bool_param",
+    "log_error": "bool_param",
+}
+"""Names and kinds: ours, and the switches that Triton's clients can set."""
+
+Changed = Callable[[], None]
+"""Called when the models that are served are others than before."""
+
+
+class Administration(GRPCInferenceServiceServicer):
+    """The extensions; the base methods are another's."""
+
+    def __init__(self, engine: Engine, limits: Limits, changed: Changed) -> None:
+        self._engine, self._limits, self._changed = engine, limits, changed
+
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        """Return how a model is set up."""
+        entry = self._engine.models.entry(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(entry, self._limits))
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Return what models were asked since they were loaded."""
+        models = self._engine.models
+        entries = [models.entry(request.name, request.version)] if request.name else list(models)
+        return pb.ModelStatisticsResponse(
+            model_stats=[_statistics(entry, entry.statistics) for entry in entries]
+        )
+
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        """Return the state of every model, or of those that are served."""
+        _check_repository(request.repository_name)
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(
+                    name=state.model,
+                    version=str(state.version),
+                    state=state.state,
+                    reason=state.reason,
+                )
+                for state in await self._engine.models.index()
+                if state.state == "READY" or not request.ready
+            ]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model, or load it anew."""
+        _check_repository(request.repository_name)
+        for name in request.parameters:
+            raise InvalidArgumentError("parameters", "none", name)
+        try:
+            await self._engine.models.load(request.model_name)
+        finally:
+            # A model that was refused at its first load has a health, too.
+            self._changed()
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Stop serving a model."""
+        _check_repository(request.repository_name)
+        for name in request.parameters:
+            if name != "unload_dependents":
+                raise InvalidArgumentError("parameters", "unload_dependents or none", name)
+        self._engine.models.unload(request.model_name)
+        self._changed()
+        return pb.RepositoryModelUnloadResponse()
+
+    async def LogSettings(
+        self, request: pb.LogSettingsRequest, context: Context
+    ) -> pb.LogSettingsResponse:
+        """Change the level of the log where it is given; return it in our word and in Triton's."""
+        given = {
+            name: _setting(name, value.WhichOneof("parameter_choice"), value)
+            for name, value in request.settings.items()
+        }
+        changed = _level({**_switches(logs.level()), **given})
+        if given and changed != logs.level():
+            logs.set_level(changed)
+        response = pb.LogSettingsResponse()
+        for name, value in {_LOG_LEVEL: logs.level(), **_switches(logs.level())}.items():
+            setattr(response.settings[name], _LOG_SETTINGS[name], value)
+        return response
+
+
+def _setting(name: str, kind: str | None, value: pb.LogSettingsRequest.SettingValue) -> Any:
+    """Return the value of a setting that there is, of its own kind."""
+    if name not in _LOG_SETTINGS:
+        known = ", ".join(_LOG_SETTINGS)
+        raise InvalidArgumentError("settings", f"one of {known}", repr(name)[:100])
+    field = f"settings.{name}"
+    if kind != _LOG_SETTINGS[name]:
+        raise InvalidArgumentError(field, _LOG_SETTINGS[name], kind or "nothing")
+    got = getattr(value, kind)
+    if name == _LOG_LEVEL and got not in logs.LEVELS:
+        raise InvalidArgumentError(field, f"one of {', '.join(logs.LEVELS)}", got)
+    if name == "log_error" and not got:
+        raise InvalidArgumentError(field, "true: errors are always told", "false")
+    return got
+
+
+def _switches(level: str) -> dict[str, int]:
+    """Return a level as Triton's switches."""
+    at = logs.LEVELS.index(level)
+    return {
+        "log_verbose_level": int(at == 0),
+        "log_info": at <= 1,
+        "log_warning": at <= 2,
+        "log_error": True,
+    }
+
+
+def _level(settings: dict[str, Any]) -> str:
+    """Return the level that our word or Triton's switches stand for."""
+    named: str | None = settings.get(_LOG_LEVEL)
+    if named is not None:
+        return named
+    on = (settings["log_verbose_level"] > 0, settings["log_info"], settings["log_warning"], True)
+    return logs.LEVELS[on.index(True)]
+
+
+def platform_of(info: DenoiserInfo) -> str:
+    """Return the name of a model's kind in this protocol."""
+    return f"els-denoise_{info.kind}"
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidArgumentError("repository_name", "none: there is one repository", name)
+
+
+def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
+    info = entry.info
+    described = {
+        "machine": info.machine,
+        "padding": info.padding,
+        "schedule": info.schedule,
+        "implementation": info.implementation,
+        "batch_invariant": str(info.batch_invariant).lower(),
+        "max_images": str(limits.max_images),
+        "max_steps": str(limits.max_steps),
+        "max_pixels": str(limits.max_pixels),
+        "max_message_bytes": str(limits.max_message_bytes),
+    }
+    return pb.ModelConfig(
+        name=entry.model,
+        platform=platform_of(info),
+        backend="els-denoise",
+        # 0 means that shapes have the batch in them: without it a level would have no axis left,
+        # and the protocol has no word for a number.
+        max_batch_size=0,
+        input=[
+            pb.ModelInput(
+                name=name,
+                data_type=_CONFIG_TYPES[INPUTS[name].name],
+                dims=shape,
+                optional=name != "x",
+            )
+            for name, shape in inputs_of(info).items()
+        ],
+        output=[
+            pb.ModelOutput(name=name, data_type=pb.TYPE_FP32, dims=shape)
+            for name, shape in outputs_of(info).items()
+        ],
+        dynamic_batching=pb.ModelDynamicBatching(
+            preserve_ordering=False,
+            priority_levels=PRIORITIES,
+            default_priority_level=DEFAULT_PRIORITY,
+        ),
+        parameters={
+            name: pb.ModelParameter(string_value=value)
+            for name, value in described.items()
+            if value
+        },
+    )
+
+
+def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatistics:
+    batches = statistics.batches
+    # Reading and writing tensors is not told apart; clients want as many of each all the same.
+    nothing = pb.StatisticDuration(count=statistics.computed.count)
+    return pb.ModelStatistics(
+        name=entry.model,
+        version=str(entry.version),
+        last_inference=round(statistics.last * 1e3),
+        inference_count=sum(images * tally.count for images, tally in batches.items()),
+        execution_count=sum(tally.count for tally in batches.values()),
+        inference_stats=pb.InferStatistics(
+            success=_duration(statistics.succeeded),
+            fail=_duration(statistics.failed),
+            queue=_duration(statistics.queued),
+            compute_input=nothing,
+            compute_infer=_duration(statistics.computed),
+            compute_output=nothing,
+        ),
+        batch_stats=[
+            pb.InferBatchStatistics(
+                batch_size=images,
+                compute_input=pb.StatisticDuration(count=tally.count),
+                compute_infer=_duration(tally),
+                compute_output=pb.StatisticDuration(count=tally.count),
+            )
+            for images, tally in sorted(batches.items())
+        ],
+    )
+
+
+def _duration(tally: DurationSum) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=tally.count, ns=round(tally.seconds * 1e9))

@@ -1,0 +1,194 @@
+"""A stream of requests answered in order, several of them under way at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.engine.budget import Budget, Holding
+from els_service.errors import ElsError, QueueFullError, UnavailableError
+from els_service.server.requests.envelopes import DenoiseEnvelope
+from els_service.server.requests.kept import Recognised
+from els_service.server.transport.grpc_workarounds import check_cancelled
+from els_service.server.transport.interceptor import status_of
+
+_log = logging.getLogger(__name__)
+
+WINDOW = 64
+"""Requests of one stream under way; beyond it the stream is not read, and its caller waits."""
+_SHARE = 1 << 20
+"""Bytes that one of them may hold; one that holds more leaves room for fewer. So a stream whose
+caller does not read its answers holds ``WINDOW * _SHARE`` bytes, and the request read last."""
+_FREE_BYTES = 1 << 20
+"""What a stream holds beyond this counts in the budget of all callers."""
+_RETRY_S = 1.0
+
+Answer = pb.DenoiseStreamResponse
+Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
+"""Answers, each with the bytes that its request holds; None where there is no other."""
+Request = pb.DenoiseRequest | Recognised[DenoiseEnvelope]
+Begin = Callable[[Request], Answer | Awaitable[Answer]]
+
+
+class Window:
+    """Room for what is under way of one stream.
+
+    Args:
+        budget: of all callers, in bytes.
+        caller: whose stream it is.
+    """
+
+    def __init__(self, budget: Budget, caller: str) -> None:
+        self._budget, self._caller = budget, caller
+        self._room = asyncio.Semaphore(WINDOW)
+        self._holding: Holding | None = None
+        self._held = 0
+
+    async def enter(self, requests: int = 1) -> None:
+        """Wait until there is room for so many requests, and take it."""
+        for _ in range(requests):
+            await self._room.acquire()
+
+    def hold(self, size: int) -> None:
+        """Note that a request holds ``size`` bytes.
+
+        Raises:
+            QueueFullError: There is no room for them in the budget.
+        """
+        if not self._fits(self._held + size):
+            text = f"no room for {size} bytes of a stream beside what all callers hold"
+            raise QueueFullError(text, retry_after_s=_RETRY_S)
+        self._held += size
+
+    def leave(self, size: int) -> None:
+        """Give the room of a request that held ``size`` bytes back."""
+        self._held -= size
+        self._fits(self._held)
+        for _ in range(_places(size)):
+            self._room.release()
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._holding is not None:
+            self._budget.release(self._holding)
+
+    def _fits(self, held: int) -> bool:
+        excess = max(0, held - _FREE_BYTES)
+        if self._holding is not None:
+            return self._budget.resize(self._holding, excess)
+        if excess:
+            self._holding = self._budget.reserve(self._caller, excess)
+        return not excess or self._holding is not None
+
+
+async def in_order(
+    requests: AsyncIterator[Request], begin: Begin, draining: asyncio.Event, window: Window
+) -> AsyncIterator[Answer]:
+    """Yield one answer for each request, in order; what fails is answered with its error.
+
+    Args:
+        requests: read as answers are taken.
+        begin: returns an answer or the answer to come, or raises.
+        draining: once it is set no more is read, what was read is answered, and the stream ends.
+        window: of this stream.
+
+    Raises:
+        UnavailableError: It ended because the server drains, before the caller had ended it.
+    """
+    begun: Begun = asyncio.Queue()
+    reader = asyncio.ensure_future(_read(requests, begin, begun, window))
+    drain = asyncio.ensure_future(_end_at(draining, reader, begun))
+    try:
+        while (oldest := await begun.get()) is not None:
+            answer, size = oldest
+            yield answer if isinstance(answer, Answer) else await _settled(answer)
+            window.leave(size)
+        # While it waits for a request it cannot be stopped.
+        if not reader.done() or reader.cancelled():
+            raise UnavailableError("the server is draining; send the rest to another")
+        reader.result()
+    finally:
+        for task in (drain, reader):
+            task.cancel()
+        # A request that it waits for it waits for until the call ends; how that ends is known here.
+        reader.add_done_callback(_forget)
+        while not begun.empty():
+            left = begun.get_nowait()
+            if left is not None and isinstance(left[0], asyncio.Future):
+                left[0].cancel()
+        window.close()
+
+
+async def _read(
+    requests: AsyncIterator[Request],
+    begin: Begin,
+    begun: Begun,
+    window: Window,
+) -> None:
+    try:
+        # Before a request is read: one that was read is answered, whenever the reading ends.
+        await window.enter()
+        async for request in requests:
+            check_cancelled()
+            try:
+                answer = begin(request)
+            except Exception as error:
+                answer = _failed(error)
+            ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+            size = _held(request, ready)
+            try:
+                window.hold(size)
+            except QueueFullError as error:
+                if isinstance(ready, asyncio.Future):
+                    ready.cancel()
+                ready, size = _failed(error), 0
+            begun.put_nowait((ready, size))
+            del request
+            await window.enter(_places(size))
+    finally:
+        begun.put_nowait(None)
+
+
+async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], begun: Begun) -> None:
+    await draining.wait()
+    reader.cancel()
+    begun.put_nowait(None)
+
+
+def _forget(reader: asyncio.Task[None]) -> None:
+    """Take what a task raised, which would else be logged as an error."""
+    if not reader.cancelled():
+        reader.exception()
+
+
+async def _settled(answer: asyncio.Future[Answer]) -> Answer:
+    try:
+        return await answer
+    except Exception as error:
+        return _failed(error)
+
+
+def _places(size: int) -> int:
+    return min(WINDOW, 1 + size // _SHARE)
+
+
+def _held(request: Request, answer: Answer | asyncio.Future[Answer]) -> int:
+    """Return how many bytes a request and its answer hold at most, until the answer is taken."""
+    if isinstance(answer, Answer):
+        return answer.ByteSize()
+    # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
+    # evidence as pixels at most. The request holds pixels no more.
+    if isinstance(request, Recognised):
+        return 8 * request.envelope.blank.pixels.size
+    return request.ByteSize() + 8 * math.prod(request.x.shape)
+
+
+def _failed(error: Exception) -> Answer:
+    if not isinstance(error, ElsError):
+        _log.error("stream", exc_info=error)
+    # Its frames know the request, and it them: they would stay until garbage is collected.
+    error.__traceback__ = None
+    return Answer(error=status_of(error))

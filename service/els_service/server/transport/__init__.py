@@ -1,0 +1,1 @@
+"""Calls: receiving, status, context, and what gRPC itself needs."""

@@ -1,0 +1,24 @@
+"""Identity of the caller of the current call."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+_token_name: ContextVar[str] = ContextVar("token_name")
+
+
+def set_token_name(name: str) -> None:
+    """Set the name of the token that the current call presents."""
+    # Each call runs in a task of its own, so the variable belongs to the call.
+    _token_name.set(name)
+
+
+def token_name() -> str | None:
+    """Return the name of the token that the current call presents; None without a token."""
+    return _token_name.get(None)
+
+
+def caller_of(context: Any) -> str:
+    """Return the caller of a call: the token's name, else the peer, which is one connection."""
+    return _token_name.get(None) or context.peer()

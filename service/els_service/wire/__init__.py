@@ -1,1 +1,0 @@
-"""The wire: messages to tensors and back, two services, health, metrics, and their assembly."""

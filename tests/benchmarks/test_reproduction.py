@@ -1,0 +1,106 @@
+"""The table beside the paper's: rows by kind of network, those not had owed, differences."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.reproduction import PAPER, main
+from tests.denoisers.comparing import squares, subjects
+
+from els_service.experiments.comparison.run import Settings, compare
+
+SETTINGS = Settings(count=3, network_steps=(150, 20), machine_steps=2)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real one, but for what it says of the network."""
+    out = tmp_path_factory.mktemp("comparison")
+    found = compare(subjects(squares(), None, "els", "local", "ideal"), SETTINGS, out)
+    found["network"] |= {"architecture": "resnet", "parameters": 221_000, "label_count": 10}
+    (out / "compare.json").write_text(json.dumps(found))
+    return out / "compare.json"
+
+
+def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    out = tmp_path / "claim.json"
+    main([*arguments, "--out", str(out)])
+    return json.loads(out.read_text()), out.with_suffix(".md").read_text()
+
+
+def test_a_comparison_stands_beside_its_row_and_the_rest_is_owed(
+    tmp_path: Path, comparison: Path
+) -> None:
+    record, text = written(tmp_path, f"FMNIST={comparison}", "--note", "Tried: nothing else.")
+    rows = record["rows"]
+    assert len(rows) == len(PAPER) == 11
+    (had,) = [row for row in rows if row["ours"]]
+    assert had["paper"]["els"] == [0.94, 0.90]
+    els = had["ours"][0]["at_network_steps"]["150"]["els"]
+    lines = text.splitlines()
+    at = lines.index("| **FMNIST resnet zeros, with labels**: paper | | | 0.94 / 0.90 | "
+                     "0.88 / 0.88 | 0.68 / 0.74 | | |")  # fmt: skip
+    assert f"{els['median_pearson_r']:.3f} [" in lines[at + 1]
+    assert f"{els['median_pearson_r'] - 0.94:+.3f} / " in lines[at + 1]
+    assert "221,000, told | 3 of 24" in lines[at + 1]
+    assert text.count("| ours | owed |") == 10
+    assert "Owed: MNIST unet zeros, no labels; FMNIST unet zeros, with labels; MNIST" in text
+    assert "Owed until a GPU is at hand: CIFAR10 unet zeros, with labels; CIFAR10 resnet" in text
+    assert "for which a GPU is needed: FMNIST resnet zeros, with labels." in text
+    assert "as no set of faces was found: CelebA unet zeros, no labels; CelebA resnet" in text
+    assert lines[-1] == "- Tried: nothing else."
+
+
+def test_a_network_of_another_kind_has_a_row_of_its_own(tmp_path: Path, comparison: Path) -> None:
+    _, text = written(tmp_path, f"MNIST={comparison}")
+    assert "**MNIST resnet zeros, with labels**, no row of the paper: ours: " in text
+    assert text.count("| ours | owed |") == 11
+
+
+def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_it(
+    tmp_path: Path, comparison: Path
+) -> None:
+    found = json.loads(comparison.read_text())
+    found["network"] |= {"name": "wide", "parameters": 4_000_000}
+    (tmp_path / "wide.json").write_text(json.dumps(found))
+    record, text = written(tmp_path, f"FMNIST={comparison}", f"FMNIST={tmp_path}/wide.json")
+    (row,) = [row for row in record["rows"] if row["ours"]]
+    assert len(row["ours"]) == 2
+    lines = text.splitlines()
+    (second,) = [i for i, line in enumerate(lines) if line.startswith("| ours: wide | 4,000,000")]
+    assert "221,000" in lines[second - 1]
+    assert "for which a GPU is needed" not in text
+
+
+def test_machines_and_steps_that_were_not_tried_are_dashes(
+    tmp_path: Path, comparison: Path
+) -> None:
+    found = compare(
+        subjects(squares(), None, "els"), replace(SETTINGS, network_steps=(20,)), tmp_path / "els"
+    )
+    found["network"] = json.loads(comparison.read_text())["network"]
+    (tmp_path / "few.json").write_text(json.dumps(found))
+    _, text = written(tmp_path, f"FMNIST={tmp_path}/few.json")
+    (line,) = [line for line in text.splitlines() if "221,000" in line]
+    median = found["machines"]["els"]["median_pearson_r"]
+    low, high = found["machines"]["els"]["pearson_r_interval"]
+    assert line.split(" | ")[3:] == [
+        f"– / {median:.3f} [{low:.3f}, {high:.3f}]",
+        "– / –",
+        "– / –",
+        "– / –",
+        f"– / {median - 0.9:+.3f} |",
+    ]
+
+
+@pytest.mark.parametrize("argument", ["KMNIST=x", "MNIST=nowhere", "MNIST"])
+def test_what_is_no_comparison_is_refused(
+    tmp_path: Path, argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([argument])
+    assert "expected" in capsys.readouterr().err
