@@ -54,9 +54,9 @@ bench: install
 	$(BIN)/python -m benchmarks.service
 
 # What is generated for operators; a test compares.
-.PHONY: deploy-sight
+.PHONY: deploy-monitoring
 
-deploy-sight: $(VENV)/.installed
+deploy-monitoring: $(VENV)/.installed
 	$(BIN)/python -m deploy.monitoring
 
 # Longer than the tests do it: SECONDS of coverage-guided fuzzing, MINUTES of a loaded server.

@@ -12,7 +12,7 @@ import yaml
 from deploy.monitoring import dashboard, manifests, rules
 
 ROOT = Path(__file__).parents[2]
-_HEADER = "# Generated from deploy/monitoring/*.py by `make deploy-sight`.\n"
+_HEADER = "# Generated from deploy/monitoring/*.py by `make deploy-monitoring`.\n"
 
 
 class _Dumper(yaml.SafeDumper):

@@ -283,7 +283,7 @@ def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays()
 
 
 def test_the_caller_in_the_cluster_is_let_in_and_asks_the_service_by_its_name() -> None:
-    job, _ = yaml.safe_load_all((rendered.DEPLOY / "ask.yaml").read_text())
+    job, _ = yaml.safe_load_all((rendered.DEPLOY / "example-job.yaml").read_text())
     template = job["spec"]["template"]
     (callers,) = (
         one

@@ -37,14 +37,16 @@ def make_server(options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
     return server
 
 
-def check_cancelled() -> None:
-    """Raise CancelledError if the current task is to end.
+def check_cancelled() -> asyncio.Task[Any]:
+    """Return the current task; raise CancelledError if it is to end.
 
     To be asked after every read and write: a task that only reads or writes is not told otherwise.
     """
     task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    assert task is not None
+    if task.cancelling():
         raise asyncio.CancelledError("the caller is gone")
+    return task
 
 
 class _StandIn:

@@ -265,13 +265,14 @@ class CallInterceptor:
                     size = len(data)
             finally:
                 receiver.end(context, size)
-            # Whether the caller is gone is seen where the answer is waited for.
+            # An answer to a caller who is gone would stay in gRPC's memory.
+            task = check_cancelled()
             if size and is_large_gzip(data):
                 data = await self._decompressed(data, context, reject)
                 size = len(data)
             request = parse(data)
             del data
-            under_way = self._begin(method, request, context)
+            under_way = self._begin(method, request, context, task)
             holding: Holding | None = None
             try:
                 if size > LARGE_BYTES:
@@ -348,12 +349,18 @@ class CallInterceptor:
 
         return reject
 
-    def _begin(self, method: Method, request: Any, context: Context) -> CallRecord:
+    def _begin(
+        self,
+        method: Method,
+        request: Any,
+        context: Context,
+        task: asyncio.Task[Any] | None = None,
+    ) -> CallRecord:
         self._in_flight += 1
         # Not when the handler ends: its answer may have a long way to go yet. The context's own
         # callbacks end with the task, too, but tie call and context together until garbage is
         # collected.
-        task = asyncio.current_task()
+        task = task or asyncio.current_task()
         assert task is not None
         task.add_done_callback(self._done, context=_NO_VARIABLES)
         method.started += 1

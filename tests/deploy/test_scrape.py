@@ -26,7 +26,7 @@ from tests.e2e.processes import ODD, ServerProcess, serving
 from els_service.engine.request_context import REASONS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-RULES = DEPLOY / "sight" / "alerts.yaml"
+RULES = DEPLOY / "monitoring" / "alerts.yaml"
 POD = {
     "namespace": "els-denoise",
     "pod": "els-denoise-0",
@@ -56,14 +56,14 @@ def documents(path: Path) -> Iterator[Any]:
 
 def panels() -> list[tuple[str, str]]:
     """Return (legend, expression) of every query of the dashboard."""
-    dashboard = json.loads((DEPLOY / "sight" / "dashboard.json").read_text())
+    dashboard = json.loads((DEPLOY / "monitoring" / "dashboard.json").read_text())
     targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
     return [(target["legendFormat"], as_grafana(target["expr"])) for target in targets]
 
 
 def variables() -> list[str]:
     """Return the selectors from which the dashboard takes its variables."""
-    dashboard = json.loads((DEPLOY / "sight" / "dashboard.json").read_text())
+    dashboard = json.loads((DEPLOY / "monitoring" / "dashboard.json").read_text())
     queries = [one["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
     return [as_grafana(query.removeprefix("label_values(").rpartition(",")[0]) for query in queries]
 
@@ -75,7 +75,7 @@ def rules() -> list[str]:
 
 def runbooks() -> list[str]:
     """Return every query and metric that a runbook tells to look at."""
-    pages = sorted((DEPLOY / "sight" / "runbooks").glob("*.md"))
+    pages = sorted((DEPLOY / "monitoring" / "runbooks").glob("*.md"))
     return [query for page in pages for query in queries_of(page.read_text())]
 
 

@@ -19,25 +19,25 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from tests.deploy.prometheus import needs
 from tests.deploy.promql import queries_of, selections
 
-SIGHT = ROOT / "deploy" / "sight"
+MONITORING = ROOT / "deploy" / "monitoring"
 NAMES = sorted({alert.name for alert in (*ALERTS, *BURN_ALERTS)})
 SECTIONS = ("What it means", "Who is hurt", "Look at", "Do")
 
 
 def dashboard() -> dict[str, Any]:
     """Return the dashboard as it is committed."""
-    document: dict[str, Any] = json.loads((SIGHT / "dashboard.json").read_text())
+    document: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
     return document
 
 
 @pytest.mark.parametrize(("path", "content"), generated().items(), ids=generated())
 def test_what_is_committed_is_what_is_generated(path: str, content: str) -> None:
-    assert (ROOT / path).read_text() == content, "run make deploy-sight"
+    assert (ROOT / path).read_text() == content, "run make deploy-monitoring"
 
 
 def test_the_operator_s_rules_are_the_plain_ones() -> None:
     path = ROOT / "deploy" / "components" / "podmonitor" / "prometheusrule.yaml"
-    plain = yaml.safe_load((SIGHT / "alerts.yaml").read_text())
+    plain = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
     assert yaml.safe_load(path.read_text())["spec"] == plain == document()
 
 
@@ -80,7 +80,7 @@ def test_source_namespace_pod_and_model_are_chosen_in_the_dashboard() -> None:
 
 
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
-    assert sorted(path.stem for path in (SIGHT / "runbooks").glob("*.md")) == NAMES
+    assert sorted(path.stem for path in (MONITORING / "runbooks").glob("*.md")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +109,7 @@ def test_each_alert_fires_and_clears() -> None:
 
 
 def test_the_rules_own_tests_have_each_alert_fire_and_clear() -> None:
-    tests = yaml.safe_load((SIGHT / "alerts_test.yaml").read_text())["tests"]
+    tests = yaml.safe_load((MONITORING / "alerts_test.yaml").read_text())["tests"]
     cleared = set()
     for test in tests:
         first, *later = test["alert_rule_test"][-2:]
@@ -123,6 +123,11 @@ def test_the_rules_own_tests_have_each_alert_fire_and_clear() -> None:
 def promtool(*arguments: str) -> None:
     """Run promtool where the rules are."""
     done = subprocess.run(
-        ["promtool", *arguments], cwd=SIGHT, capture_output=True, text=True, timeout=60, check=False
+        ["promtool", *arguments],
+        cwd=MONITORING,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
