@@ -55,6 +55,8 @@ class GaussianDenoiser:
         # One number stays a Python float: the arithmetic below is the same, and much faster.
         self._mean, self._variance = _float_or_array(mean), _float_or_array(variance)
         self._centred = not np.any(self._mean)
+        self._is_plain = self._centred and isinstance(self._variance, float)
+        """Whether an answer is a multiple of the pixels."""
         statistics = (np.asarray(self._mean), np.asarray(self._variance))
         self._info = DenoiserInfo(
             kind="gaussian", shape=shape, memory_bytes=sum(array.nbytes for array in statistics)
@@ -76,7 +78,10 @@ class GaussianDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return the posterior means; no evidence."""
         # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
-        levels = list(zip(query.level.a.tolist(), query.level.s.tolist(), strict=True))
+        levels = query.level.pairs
+        if self._is_plain and len(levels) == 1:
+            ((a, s),) = levels
+            return Denoised(query.pixels * np.float32(self._gain(a, s)), None)
         gains = [self._gain(a, s) for a, s in levels]
         mean = query.pixels * _per_image(gains)
         if not self._centred:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.descriptor import Descriptor
 from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -49,6 +51,7 @@ class DenoiseMethod:
     ) -> None:
         self._models, self._limits = models, limits
         self._answer, self._path = answer, path
+        self._numbers = _numbers(answer.DESCRIPTOR, path)
         self._forms: FormCache[DenoiseForm] = FormCache()
 
     def read(self, request: tensors.Request) -> tuple[ModelVersion, DenoiseForm, Query, bool]:
@@ -71,21 +74,21 @@ class DenoiseMethod:
         elif len(data) != form.size:
             tensors.check_bytes(len(data), form.dtype, "x", shape)
         level = tensors.decode_level(request.level, entry.info.levels, self._limits)
-        if len(level) in (1, shape[0]) and not _has_more(request):
-            # As ``make_query`` below, in a third of the time.
-            blank = Query(data, level.repeat(shape[0]), form.labels, form.windows, ())
-            checked = form.checked
-        else:
-            blank = make_query(
-                forms.black(shape),
-                level,
-                tensors.bounded("labels", request.labels, self._limits),
-                tensors.decode_windows(tensors.bounded("windows", request.windows, self._limits)),
-                tensors.decode_conditions(request, entry.info, shape[0]),
-            )
-            checked = forms.check(entry, blank)
-        blank.pixels = tensors.decode_pixels(data, form.dtype, "x", shape)
-        return entry, form, blank, checked
+        if form.checked and len(level) in (1, shape[0]) and not _has_more(request):
+            # As below, in a third of the time.
+            pixels = tensors.decode_pixels(data, form.dtype, "x", shape)
+            query = Query(pixels, level.repeat(shape[0]), form.labels, form.windows, ())
+            return entry, form, query, True
+        query = make_query(
+            forms.black(shape),
+            level,
+            tensors.bounded("labels", request.labels, self._limits),
+            tensors.decode_windows(tensors.bounded("windows", request.windows, self._limits)),
+            tensors.decode_conditions(request, entry.info, shape[0]),
+        )
+        checked = forms.check(entry, query)
+        query.pixels = tensors.decode_pixels(data, form.dtype, "x", shape)
+        return entry, form, query, checked
 
     def write(
         self, form: DenoiseForm, pixels: Tensor | npt.NDArray[np.float32], denoised: Denoised
@@ -103,7 +106,8 @@ class DenoiseMethod:
             tensors.write_evidence(parent.log_evidence, denoised)
             data: bytes = message.SerializeToString()
             return data
-        return b"".join((form.prefix, tensors.buffer_of(pixels, form.output_dtype)))
+        parts: list[Any] = [form.prefix, tensors.buffer_of(pixels, form.output_dtype)]
+        return b"".join(parts)
 
     def _form(self, request: tensors.Request, size: int, entry: ModelVersion) -> DenoiseForm:
         info, limits, dtype = entry.info, self._limits, request.output_dtype
@@ -122,11 +126,12 @@ class DenoiseMethod:
 
     def _prefix(self, shape: tuple[int, ...], dtype: pb.DType.ValueType) -> bytes:
         """Return what precedes the pixels of an answer: they are the last field of its last one."""
-        message, parent = self._message(shape, dtype)
-        pixels = bytes(math.prod(shape) * tensors.output_size(dtype))
-        getattr(parent, self._path[-1]).data = pixels
-        data: bytes = message.SerializeToString()
-        return data[: len(data) - len(pixels)]
+        size = math.prod(shape) * tensors.output_size(dtype)
+        tensor = pb.Tensor(dtype=dtype or pb.DTYPE_F32, shape=shape)
+        prefix = tensor.SerializeToString() + forms.field_head(pb.Tensor.DATA_FIELD_NUMBER, size)
+        for number in reversed(self._numbers):
+            prefix = forms.field_head(number, len(prefix) + size) + prefix
+        return prefix
 
     def _message(self, shape: tuple[int, ...], dtype: pb.DType.ValueType) -> tuple[Any, Any]:
         """Return an answer without pixels, and the message that holds its tensor."""
@@ -137,6 +142,18 @@ class DenoiseMethod:
         tensor.dtype = dtype or pb.DTYPE_F32
         tensor.shape[:] = shape
         return message, parent
+
+
+def _numbers(descriptor: Descriptor, path: Sequence[str]) -> list[int]:
+    """Return the numbers of nested fields."""
+    numbers = []
+    parent: Descriptor | None = descriptor
+    for name in path:
+        assert parent is not None
+        field = parent.fields_by_name[name]
+        numbers.append(field.number)
+        parent = field.message_type
+    return numbers
 
 
 def _has_more(request: tensors.Request) -> bool:

@@ -21,6 +21,7 @@ from els_service.errors import InvalidArgumentError
 MAX_FORMS = 256
 """Of one method; clients choose shapes freely."""
 
+_LENGTH_DELIMITED = 2
 _ANY_LEVEL = NoiseLevel.of([(1.0, 1.0)])
 
 
@@ -92,6 +93,20 @@ def defaults(shape: tuple[int, ...], entry: ModelVersion) -> tuple[bool, Integer
 def black(shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """Return read-only zeros that take no memory, [B, C, H, W]."""
     return np.broadcast_to(np.float32(0), shape)
+
+
+def field_head(number: int, size: int) -> bytes:
+    """Return tag and length of a length-delimited field of ``size`` bytes, as protobuf writes them.
+
+    See https://protobuf.dev/programming-guides/encoding/.
+    """
+    encoded = bytearray()
+    for rest in (number << 3 | _LENGTH_DELIMITED, size):
+        while rest > 0x7F:
+            encoded.append(rest & 0x7F | 0x80)
+            rest >>= 7
+        encoded.append(rest)
+    return bytes(encoded)
 
 
 def check(entry: ModelVersion, query: Query) -> bool:

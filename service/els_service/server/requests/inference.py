@@ -21,7 +21,7 @@ from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
-from els_service.server.requests.forms import Form, FormCache
+from els_service.server.requests.forms import Form, FormCache, field_head
 from els_service.server.requests.signatures import (
     FP32,
     INPUTS,
@@ -34,7 +34,6 @@ from els_service.server.requests.signatures import (
 _MAX_TIMEOUT_US = 2**63 - 1
 _FIELDS = pb.ModelInferResponse.DESCRIPTOR.fields_by_name
 _ID, _CONTENTS = _FIELDS["id"].number, _FIELDS["raw_output_contents"].number
-_LENGTH_DELIMITED = 2
 
 Inputs = dict[str, npt.NDArray[Any]]
 
@@ -50,7 +49,9 @@ class InferenceForm(Form):
     size: int
     """Bytes of the answer's tensors."""
     prefix: bytes
-    """Of the answer: all but its id and contents."""
+    """Of the answer: what comes before its id."""
+    declared: bytes
+    """Of the answer: its outputs without their contents, which come next."""
     heads: list[bytes]
     """Tag and length of each output's contents."""
 
@@ -63,7 +64,8 @@ class InferenceForm(Form):
         """
         parts: list[Any] = [self.prefix]
         if request_id:
-            parts += _head(_ID, len(request_id)), request_id
+            parts += field_head(_ID, len(request_id)), request_id
+        parts.append(self.declared)
         for head, array in zip(self.heads, contents, strict=True):
             parts += head, np.ascontiguousarray(array, "<f4")
         return b"".join(parts)
@@ -121,10 +123,10 @@ class InferenceMethod:
         limits, x = self._limits, inputs["x"]
         sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
         level = tensors.one_level(sigma, alpha_bar, time, entry.info.levels)
-        if len(level) in (1, len(x)) and "window" not in inputs and "label" not in inputs:
-            # As ``make_query`` below, in a third of the time.
-            query = Query(x, level.repeat(len(x)), form.labels, form.windows, ())
-            return query, form.checked
+        fits = form.checked and len(level) in (1, len(x))
+        if fits and "window" not in inputs and "label" not in inputs:
+            # As below, in a third of the time.
+            return Query(x, level.repeat(len(x)), form.labels, form.windows, ()), True
         windows = tensors.decode_windows(_per_image("window", inputs, limits))
         labels = _per_image("label", inputs, limits)
         query = make_query(x, level, labels, windows)
@@ -140,10 +142,11 @@ class InferenceMethod:
         shape = inputs["x"].shape
         tensors.check_shape(shape, "x", limits)
         tensors.check_pixels("x.shape", inputs["x"].size, limits)
-        response = pb.ModelInferResponse(
+        named = pb.ModelInferResponse(
             model_name=request.model_name, model_version=str(entry.version)
         )
-        sizes = []
+        prefix: bytes = named.SerializeToString()
+        response, sizes = pb.ModelInferResponse(), []
         for name in outputs:
             of_output = shape[0], *outputs_of(info)[name][1:]
             response.outputs.add(name=name, datatype=FP32.name, shape=of_output)
@@ -154,8 +157,9 @@ class InferenceMethod:
             {name: array.shape for name, array in inputs.items()},
             outputs,
             sum(sizes),
+            prefix,
             response.SerializeToString(),
-            [_head(_CONTENTS, size) for size in sizes],
+            [field_head(_CONTENTS, size) for size in sizes],
         )
 
 
@@ -185,17 +189,6 @@ def _key(request: pb.ModelInferRequest) -> tuple[Any, ...]:
         parts += tensor.name, tensor.datatype, shape, tensor.HasField("contents")
     parts += [output.name for output in request.outputs[: len(OUTPUTS) + 1]]
     return tuple(parts)
-
-
-def _head(number: int, size: int) -> bytes:
-    """Return tag and length of a length-delimited field of ``size`` bytes."""
-    encoded = bytearray()
-    for rest in (number << 3 | _LENGTH_DELIMITED, size):
-        while rest > 0x7F:
-            encoded.append(rest & 0x7F | 0x80)
-            rest >>= 7  # noqa: PLW2901
-        encoded.append(rest)
-    return bytes(encoded)
 
 
 def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:

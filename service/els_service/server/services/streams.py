@@ -10,10 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
-from els_service.server.requests.envelopes import DenoiseEnvelope
-from els_service.server.requests.kept import Recognised
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.interceptor import status_of
+from els_service.server.transport.interceptor import Answer, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -26,10 +24,9 @@ _FREE_BYTES = 1 << 20
 """What a stream holds beyond this counts in the budget of all callers."""
 _RETRY_S = 1.0
 
-Answer = pb.DenoiseStreamResponse
 Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
 """Answers, each with the bytes that its request holds; None where there is no other."""
-Request = pb.DenoiseRequest | Recognised[DenoiseEnvelope]
+Request = pb.DenoiseRequest
 Begin = Callable[[Request], Answer | Awaitable[Answer]]
 
 
@@ -104,7 +101,7 @@ async def in_order(
     try:
         while (oldest := await begun.get()) is not None:
             answer, size = oldest
-            yield answer if isinstance(answer, Answer) else await _settled(answer)
+            yield await _settled(answer) if isinstance(answer, asyncio.Future) else answer
             window.leave(size)
         # While it waits for a request it cannot be stopped.
         if not reader.done() or reader.cancelled():
@@ -137,7 +134,7 @@ async def _read(
                 answer = begin(request)
             except Exception as error:
                 answer = _failed(error)
-            ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+            ready = asyncio.ensure_future(answer) if isinstance(answer, Awaitable) else answer
             size = _held(request, ready)
             try:
                 window.hold(size)
@@ -177,12 +174,12 @@ def _places(size: int) -> int:
 
 def _held(request: Request, answer: Answer | asyncio.Future[Answer]) -> int:
     """Return how many bytes a request and its answer hold at most, until the answer is taken."""
-    if isinstance(answer, Answer):
+    if isinstance(answer, bytes):
+        return len(answer)
+    if isinstance(answer, pb.DenoiseStreamResponse):
         return answer.ByteSize()
     # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
     # evidence as pixels at most. The request holds pixels no more.
-    if isinstance(request, Recognised):
-        return 8 * request.envelope.blank.pixels.size
     return request.ByteSize() + 8 * math.prod(request.x.shape)
 
 
@@ -191,4 +188,4 @@ def _failed(error: Exception) -> Answer:
         _log.error("stream", exc_info=error)
     # Its frames know the request, and it them: they would stay until garbage is collected.
     error.__traceback__ = None
-    return Answer(error=status_of(error))
+    return pb.DenoiseStreamResponse(error=status_of(error))
