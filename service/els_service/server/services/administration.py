@@ -55,7 +55,7 @@ class Administration(GRPCInferenceServiceServicer):
         models = self._engine.models
         entries = [models.entry(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
-            model_stats=[_statistics(entry, entry.statistics) for entry in entries]
+            model_stats=[_statistics(entry, entry.statistics.settle()) for entry in entries]
         )
 
     async def RepositoryIndex(

@@ -377,6 +377,8 @@ class CallInterceptor:
         """Count and log the call, and end its span."""
         seconds = time.monotonic() - call.since
         name = getattr(call.request, call.method.model_field, "")
+        # The record may stay, with gRPC's own objects, until garbage is collected.
+        call.request = None
         # Any other name would let callers make as many label values as they please.
         model = name if self._is_model(name) else ""
         call.method.end(model, code, seconds, call.trace_id)
@@ -408,7 +410,6 @@ class CallInterceptor:
         status = status_of(error)
         code = code_pb2.Code.Name(status.code)
         self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
-        call.request = None
         _forget_frames(error)
         await call.context.abort(
             grpc.StatusCode[code],
