@@ -167,10 +167,35 @@ class Denoised:
 
 
 def score(query: Query, mean: Tensor) -> Tensor:
-    """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32 (Tweedie's formula)."""
-    a = query.level.a.astype(np.float32).reshape(-1, 1, 1, 1)
-    precision = (query.level.s**-2.0).astype(np.float32).reshape(-1, 1, 1, 1)
-    return (mean * torch.from_numpy(a)).sub_(query.x).mul_(torch.from_numpy(precision))
+    """Return ∇ log p(x) of D(x) = ``mean``, as ``score_array`` does."""
+    return torch.from_numpy(score_array(query, mean.numpy()))
+
+
+def score_array(query: Query, mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32.
+
+    Tweedie's formula: Efron, "Tweedie's formula and selection bias", 2011.
+
+    Args:
+        query: has x.
+        mean: D(x), [B, C, H, W].
+    """
+    a = per_image([a for a, _ in query.level.pairs])
+    precision = per_image([s**-2.0 for _, s in query.level.pairs])
+    result = mean * a
+    result -= query.pixels
+    result *= precision
+    return result
+
+
+def per_image(
+    values: Sequence[float | npt.NDArray[np.float64]],
+) -> np.float32 | npt.NDArray[np.float32]:
+    """Return [B, ·, ·, ·] float32 of a value of each image, or what broadcasts to it."""
+    if len(values) == 1:
+        return np.float32(values[0])
+    array = np.array(values, np.float32)
+    return array.reshape(array.shape + (1,) * (4 - array.ndim))
 
 
 @dataclass(frozen=True)

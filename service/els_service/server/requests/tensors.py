@@ -219,7 +219,7 @@ def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> 
         InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
     if len(message.sigma) == 1 and not (message.alpha_bar or message.time):
-        return from_sigma(message.sigma)
+        return from_sigma(message.sigma[:])
     sigma = bounded("level", message.sigma, limits)
     alpha_bar = bounded("level", message.alpha_bar, limits)
     return one_level(sigma, alpha_bar, bounded("level", message.time, limits), schedule)

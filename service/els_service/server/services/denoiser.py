@@ -11,7 +11,7 @@ from functools import partial
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, DenoiserInfo, one_each, score
+from els_service.denoisers.base import Denoised, DenoiserInfo, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -74,7 +74,7 @@ class DenoiserService(DenoiserServiceServicer):
         answer = self._engine.denoise(entry, query, terms, checked=checked)
         if not isinstance(answer, Denoised):
             answer = await answer
-        return self._score.write(form, score(query, answer.mean), answer)
+        return self._score.write(form, score_array(query, answer.pixels), answer)
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, Query, score
+from els_service.denoisers.base import Denoised, Query, score_array
 from els_service.engine.engine import Engine
 from els_service.errors import ElsError
 from els_service.server.requests.inference import InferenceMethod, priority_of, timeout_s_of
@@ -29,7 +29,7 @@ from els_service.version import FULL
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
     "denoised": lambda query, answer: answer.pixels,
-    "score": lambda query, answer: score(query, answer.mean).numpy(),
+    "score": lambda query, answer: score_array(query, answer.pixels),
     "log_evidence": lambda query, answer: _evidence(answer),
 }
 
