@@ -42,7 +42,7 @@ def test_the_tiles_of_every_chip_give_the_same_answer(
 def test_a_bank_and_a_batch_too_large_for_one_launch_are_merged_exactly(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from els_kernels.triton import equivariant, launch
+    from els_kernels.triton import attention, equivariant, launch
 
     # Two images a slab, or a few more, and three queries a launch.
     monkeypatch.setattr(launch, "_SLAB_BYTES", 2048)
