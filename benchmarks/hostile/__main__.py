@@ -29,7 +29,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tests.e2e.security import TokenFile
+from tests.support.security import TokenFile
 
 from benchmarks import record
 from benchmarks.hostile.callers import KINDS

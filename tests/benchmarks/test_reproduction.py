@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks.reproduction import PAPER, main
-from tests.denoisers.comparing import squares, subjects
+from tests.support.comparing import squares, subjects
 
 from els_service.experiments.comparison.run import Settings, compare
 

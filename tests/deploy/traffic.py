@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tests.e2e.asking import asked, denoiser, images, images_computed, inference
-from tests.e2e.bad_inferences import SIGMA, X, infer
-from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.e2e.odd_server import FAULT
+from tests.support.bad_inferences import SIGMA, X, infer
+from tests.support.messages import asked, denoiser, images, images_computed, inference
+from tests.support.models_folder import DOCUMENTS, SHAPE, write_models
+from tests.support.odd_server import FAULT
 
 from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb
