@@ -28,7 +28,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     out = tmp_path / "claim.json"
-    main([*arguments, "--out", str(out)])
+    main([*arguments, "--dirty", "--out", str(out)])
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
