@@ -55,7 +55,7 @@ def test_a_record_names_commit_processor_and_versions(checkout: Path, tmp_path: 
 
 def test_a_tree_with_changes_is_recorded_only_if_told(checkout: Path) -> None:
     (checkout / "code.py").write_text("x = 2\n")
-    with pytest.raises(SystemExit, match="expected a commit without changes, got .*-dirty"):
+    with pytest.raises(SystemExit, match=r"expected a commit without changes, got .*-dirty"):
         record.start("trial", options())
     assert record.start("trial", options("--dirty")).commit.endswith("-dirty")
 
