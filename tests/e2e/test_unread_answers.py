@@ -11,11 +11,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.e2e import frames
-from tests.e2e.bad_requests import denoise, tensor
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.test_unfinished_messages import BUDGET, DENOISE, MIB, Sender, memory, port_of
+from tests.e2e.test_unfinished_messages import BUDGET, MIB, memory, port_of
+from tests.support import frames
+from tests.support.bad_requests import denoise, tensor
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
+from tests.support.unfinished import DENOISE, Sender
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -97,9 +97,7 @@ async def test_a_look_that_fails_is_followed_by_the_next(
     reading.close()
 
 
-async def test_sockets_that_count_nothing_are_charged_half_of_the_budget_at_most() -> (
-    None
-):
+async def test_sockets_that_count_nothing_are_charged_half_of_the_budget_at_most() -> None:
     reading = receiver(256 * MIB)
     calls = [Call("unix:", reading) for _ in range(8)]
     for call in calls:
