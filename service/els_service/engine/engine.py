@@ -183,7 +183,9 @@ class Engine:
                 self._check_ended()
                 loaded.denoiser.check(query)
                 self._check_time(loaded, query, run, context)
-                self._scheduler.enter(loaded, query, context, stay.reservation, decodes=run.decode)
+                self._scheduler.admission.enter(
+                    loaded, query, context, stay.reservation, decodes=run.decode
+                )
                 begun = True
             answer = (await self._step(loaded, query, context, stay)).mean.double()
 
@@ -209,7 +211,7 @@ class Engine:
 
         stay = Stay(context.name(), gave_way)
         parts = ((self._memory, float(size)),)
-        self._scheduler.reserve(entry.model, entry.statistics, stay.reservation, parts)
+        self._scheduler.admission.reserve(entry.model, entry.statistics, stay.reservation, parts)
         try:
             yield stay
         finally:
