@@ -18,7 +18,7 @@ from deploy import rendered, schemas
 
 VERSIONS = ("1.30", "1.33", "1.37")
 TOO_OLD = {("model-volume-oci", "1.30"): "volumes of images are newer"}
-"""What has to be refused, as the component says itself, and why."""
+"""Combinations that must be rejected, as the component says, and why."""
 CONFIG = rendered.DEPLOY / ".checkov.yaml"
 CUSTOM = rendered.DEPLOY.parent / ".venv-deploy" / "crds.json"
 CHECKOV = rendered.DEPLOY.parent / ".venv-checkov" / "bin" / "checkov"
