@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.models_folder import write_models
-from tests.e2e.processes import ServerProcess, run, serving
-from tests.e2e.security import Certificates
+from tests.support.models_folder import write_models
+from tests.support.processes import ServerProcess, run, serving
+from tests.support.security import Certificates
 
 UNHEALTHY, FAULT = 1, 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.support.models_folder import DOCUMENTS, write_models
 from typer.testing import CliRunner, Result
 
 from els_service.cli.main import app

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 from typer.testing import CliRunner
 
 from els_client import InvalidArgumentError, NotFoundError

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 from typer.testing import CliRunner, Result
 
 from els_client.cli import app

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
+from tests.support.twin import Twin
 
 from els_client import (
     AsyncClient,

@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import json, signal
-from tests.clients.fake_server import FakeDenoiser, served
+from tests.support.fake_server import FakeDenoiser, served
 with served(FakeDenoiser()) as target:
     port = int(target.rpartition(":")[2])
     print(json.dumps({"event": "ready", "grpc_port": port, "metrics_port": 0}), flush=True)

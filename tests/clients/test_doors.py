@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import trustme
 from grpc_health.v1 import health, health_pb2
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser, served
+from tests.support.fake_server import FakeDenoiser, served
+from tests.support.twin import Twin
 from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, InvalidArgumentError, Tls, UnavailableError

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 
 ROOT = Path(__file__).parents[2]
 

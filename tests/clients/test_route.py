@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.clients.fake_server import FakeDenoiser, served
-from tests.proxies import Proxy, proxying
+from tests.support.fake_server import FakeDenoiser, served
+from tests.support.proxies import Proxy, proxying
 
 from els_client import AsyncClient, Client, DeadlineExceededError, UnavailableError
 from els_client._route import Route

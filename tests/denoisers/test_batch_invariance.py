@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.denoisers.conftest import KINDS, SHAPE, answers_of, build, random_images, run
+from tests.support.denoisers import KINDS, SHAPE, answers_of, build, random_images, run
 from torch import Tensor
 
 from els_service.denoisers.banks import Bank

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.denoisers.comparing import SHAPE, squares, subjects, write_bank, write_network
+from tests.support.comparing import SHAPE, squares, subjects, write_bank, write_network
 from typer.testing import CliRunner
 
 from els_service.cli.main import app

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.denoisers.comparing import (
+from tests.support.comparing import (
     LABELS,
     SHAPE,
     pretended,
@@ -147,7 +147,7 @@ def test_three_channels_are_colours_and_of_others_the_first_is_shown() -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-from tests.denoisers.comparing import squares, subjects
+from tests.support.comparing import squares, subjects
 from tests.denoisers.test_comparison import LONG
 from els_service.experiments.comparison.run import compare
 

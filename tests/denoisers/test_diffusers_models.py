@@ -19,8 +19,8 @@ from diffusers import (
     PNDMScheduler,
 )
 from safetensors.torch import load_file, save_file
-from tests.denoisers.conftest import answers_of, random_images, run
-from tests.denoisers.pretrained import SHAPE, STEPS, edit, scheduler, unet, write_folder
+from tests.support.denoisers import answers_of, random_images, run
+from tests.support.pretrained import SHAPE, STEPS, edit, scheduler, unet, write_folder
 from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.comparing import write_bank, write_network
-from tests.denoisers.training import bars
+from tests.support.comparing import write_bank, write_network
+from tests.support.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.experiments.calibrate import main as calibrate

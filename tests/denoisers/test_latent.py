@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import LDMPipeline
 from safetensors.torch import load_file, save_file
-from tests.denoisers.conftest import random_images, run
-from tests.denoisers.pretrained import (
+from tests.support.denoisers import random_images, run
+from tests.support.pretrained import (
     LATENT,
     WIDTH,
     autoencoder,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.denoisers.conftest import random_images
-from tests.denoisers.networks import SHAPE, WIDTHS, config, denoiser
+from tests.support.denoisers import random_images
+from tests.support.networks import SHAPE, WIDTHS, config, denoiser
 
 from els_service.denoisers.base import Query, concatenate, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma

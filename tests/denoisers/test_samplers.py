@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.conftest import Answer, answers_of, build, random_images, run
+from tests.support.denoisers import Answer, answers_of, build, random_images, run
 from torch import Tensor
 
 from els_service.denoisers.banks import Bank

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.denoisers.networks import config
-from tests.denoisers.training import IMAGES, bars
+from tests.support.networks import config
+from tests.support.training import IMAGES, bars
 from torch import Tensor
 from typer.testing import CliRunner
 

@@ -30,7 +30,7 @@ from tests.deploy.manifests import (
     selected,
     settings,
 )
-from tests.e2e.processes import ServerProcess, run, serving
+from tests.support.processes import ServerProcess, run, serving
 
 from els_client import Client
 from els_service.server.health import ALIVE

@@ -10,10 +10,10 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.bad_requests import denoise, sample, tensor
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
+from tests.support.bad_inferences import fp32, infer
+from tests.support.bad_requests import denoise, sample, tensor
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
 
 from els_client import Client
 from els_proto.denoise.v1 import denoise_pb2 as pb

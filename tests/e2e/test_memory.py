@@ -13,10 +13,10 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.test_operations import metrics
+from tests.support.bad_requests import denoise, sample
+from tests.support.metrics import metrics
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -14,7 +14,7 @@ import torch
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel
-from tests.denoisers import pretrained
+from tests.support import pretrained
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.networks import (

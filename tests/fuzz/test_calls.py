@@ -11,12 +11,12 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.models_folder import RGB
-from tests.e2e.processes import ServerProcess
 from tests.fuzz.good import METHODS, good
 from tests.fuzz.mutations import near
 from tests.fuzz.verdict import MOST_BYTES, ask, full_name, judge, parses
+from tests.support.bad_inferences import fp32, infer
+from tests.support.models_folder import RGB
+from tests.support.processes import ServerProcess
 
 # A failure is told by its own message, not by the size of what failed.
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tests.e2e.bad_requests import denoise
 from tests.fuzz.decoders import INFO, LIMITS, TARGETS, seeds
 from tests.fuzz.mutations import damage
-from tests.server.opened import open_denoise
+from tests.support.bad_requests import denoise
+from tests.support.opened import open_denoise
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import InvalidArgumentError

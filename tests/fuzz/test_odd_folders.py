@@ -11,8 +11,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.fuzz.decoders import document
+from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.e2e.bad_requests import denoise
-from tests.e2e.models_folder import LABELS, SHAPE
+from tests.support.bad_requests import denoise
+from tests.support.models_folder import LABELS, SHAPE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits

@@ -18,9 +18,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
-from tests.e2e import frames
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.stalling import stalled
+from tests.support import frames
+from tests.support.refusals import TIMEOUT_S
+from tests.support.stalling import stalled
 
 from els_service.engine.budget import Budget
 from els_service.server.services import health as health_service

@@ -10,7 +10,7 @@ import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tests.server.opened import open_denoise, open_inference
+from tests.support.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as inference_pb

@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind
 from pydantic import ValidationError
-from tests.e2e.bad_requests import denoise, tensor
-from tests.e2e.models_folder import SHAPE, write_models
-from tests.proxies import proxying
+from tests.support.bad_requests import denoise, tensor
+from tests.support.models_folder import SHAPE, write_models
+from tests.support.proxies import proxying
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
