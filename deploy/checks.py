@@ -81,7 +81,7 @@ def main() -> int:
     quick = "--quick" in sys.argv[1:]
     combinations = [one for one in rendered.combinations() if not (quick and one[1])]
     built = {rendered.title(*one): rendered.build(*one) for one in combinations}
-    built["ask"] = (rendered.DEPLOY / "example-job.yaml").read_text()
+    built["example-job"] = (rendered.DEPLOY / "example-job.yaml").read_text()
     faults = [*faults_by_schema(built), *(() if quick else faults_by_policy(built))]
     for fault in faults:
         print(fault, file=sys.stderr)
