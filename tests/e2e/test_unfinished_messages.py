@@ -41,9 +41,12 @@ class Sender:
         peer: connected.
         path: of the method.
         calls: how many at once.
+        announced: size of each message in its head; None for no head.
     """
 
-    def __init__(self, peer: socket.socket, path: str, calls: int) -> None:
+    def __init__(
+        self, peer: socket.socket, path: str, calls: int, announced: int | None = ANNOUNCED
+    ) -> None:
         self._peer = peer
         self.room = 65535
         """Of the connection, in bytes."""
@@ -52,11 +55,12 @@ class Sender:
         self.ended: dict[int, bytes] = {}
         """Stream → the headers that ended it."""
         self._rest = b""
-        head = b"\0" + struct.pack(">I", ANNOUNCED)
+        head = b"" if announced is None else b"\0" + struct.pack(">I", announced)
         for stream in self.rooms:
             block = frames.headers(path)
             self._send(frames.HEADERS, stream, block, frames.END_HEADERS)
-            self._send(frames.DATA, stream, head)
+            if head:
+                self._send(frames.DATA, stream, head)
             self.rooms[stream] -= len(head)
             self.room -= len(head)
 
@@ -172,6 +176,38 @@ def test_a_message_that_does_not_arrive_in_time_ends_its_call(
         assert set(sender.ended) == {1, 3}
         records = [one for one in server.records() if one.get("code") == "DEADLINE_EXCEEDED"]
         assert [one["reason"] for one in records] == 2 * ["the message did not arrive within 0.3 s"]
+
+
+def connected_from(source: int, port: int) -> socket.socket:
+    """Return a connection from a port that may have others."""
+    peer = socket.socket()
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        peer.setsockopt(socket.SOL_SOCKET, option, 1)
+    peer.bind(("127.0.0.1", source))
+    peer.settimeout(20)
+    peer.connect(("127.0.0.1", port))
+    return peer
+
+
+def test_a_second_connection_from_the_same_port_hides_nothing(
+    models: Path, settings: dict[str, str]
+) -> None:
+    with (
+        serving("--models", models, "--threads", 1, **settings) as server,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
+        source = free.getsockname()[1]
+        free.close()
+        before = memory(server, "VmRSS")
+        with (
+            connected_from(source, int(server.ready["health_port"])),
+            connected_from(source, port_of(server)) as peer,
+        ):
+            peer.sendall(frames.BEGINNING)
+            sender = Sender(peer, DENOISE, CALLS)
+            sender.run(4)
+            assert sender.ended
+        assert memory(server, "VmHWM") - before < BUDGET / MIB + 150
 
 
 @pytest.mark.parametrize("where", ["grpc_port", "health_port"])

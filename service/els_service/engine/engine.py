@@ -296,6 +296,8 @@ class Engine:
     async def _revived(
         self, entry: ModelVersion, query: Query, context: RequestContext
     ) -> Denoised:
+        # The caller may be gone by the time that the model is loaded.
+        context = replace(context, caller=context.name())
         with self._staying(entry, query.nbytes, context) as stay:
             loaded = await self._loaded(entry, context, stay)
         answer = self._submit(loaded, query, context)

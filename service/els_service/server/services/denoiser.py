@@ -36,6 +36,7 @@ from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.interceptor import Answer, Context, Recognise, check_message
 from els_service.server.transport.request_context import context_of
+from els_service.server.transport.tcp_info import shut_down
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -79,7 +80,8 @@ class DenoiserService(DenoiserServiceServicer):
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
     ) -> AsyncIterator[pb.DenoiseStreamResponse]:
         """Return the answers in the order of their requests."""
-        window = Window(self._engine.memory, caller_of(context))
+        disconnect = partial(shut_down, context.peer())
+        window = Window(self._engine.memory, caller_of(context), disconnect)
         return in_order(requests, partial(self._begin, context), self._draining, window)
 
     def _begin(
