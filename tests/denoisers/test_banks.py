@@ -20,7 +20,7 @@ import els_service
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
 from els_service.errors import InvalidArgumentError, LoadError
 
-BUNDLED = Path(els_service.__file__).parent / "models/_banks/fashion-mnist-5000.safetensors"
+BUNDLED = Path(els_service.__file__).parent / "bundled/_banks/fashion-mnist-5000.safetensors"
 PIXELS = np.arange(4 * 2 * 3, dtype=np.uint8).reshape(4, 1, 2, 3)
 FLOATS = np.zeros((4, 1, 2, 3), np.float32)
 TEXT = st.text(st.characters(exclude_categories=("C", "Z")))
