@@ -87,7 +87,7 @@ def test_nobody_there_and_somebody_silent_are_unhealthy_in_time() -> None:
 def test_a_port_that_nobody_can_know_is_a_fault() -> None:
     code, said = probe(ELS_PORT="0")
     assert code == FAULT
-    assert said == "els-server: port: expected the port that the server listens at, got 0 (any)"
+    assert said == "els-server: port: expected the port of the server, got 0 (any)"
 
 
 def test_it_loads_neither_torch_nor_numpy() -> None:

@@ -228,7 +228,7 @@ def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     tensors = load_file(folder / "weights.safetensors")
     tensors["body.up.weight"].fill_(1e38)
     save_file(tensors, folder / "weights.safetensors")
-    with pytest.raises(ElsError, match="the network answered NaN or infinity in float32"):
+    with pytest.raises(ElsError, match="the network returned NaN or infinity in float32"):
         compare(replace(one, network=open_network(str(folder))), SMALL, tmp_path / "out")
 
 

@@ -227,7 +227,7 @@ def test_each_image_has_its_own_label(tmp_path: Path, null: bool) -> None:
     assert want is not None
     assert_close(denoiser.denoise(query).mean, want.pred_original_sample)
     if not null:
-        with pytest.raises(InvalidArgumentError, match="knows no image without one"):
+        with pytest.raises(InvalidArgumentError, match="requires a label"):
             denoiser.check(make_query(x, from_sigma([1.0])))
 
 

@@ -122,12 +122,12 @@ def test_what_float16_cannot_hold_is_refused_and_never_answered() -> None:
     assert np.isfinite(denoiser(of, precision="bfloat16").denoise(query).pixels).all()
     half = denoiser(of, precision="float16")
     assert np.isfinite(half.denoise(query[:1]).pixels).all()
-    with pytest.raises(ElsError, match="the network answered NaN or infinity in float16"):
+    with pytest.raises(ElsError, match="the network returned NaN or infinity in float16"):
         half.denoise(query)
     network = build_network(of)
     network.state_dict()["body.up.weight"].fill_(6e4)
     document = NetworkDocument(of, Execution(precision="float16", deterministic=True))
-    with pytest.raises(ValueError, match="deterministic: expected finite answers in float16"):
+    with pytest.raises(ValueError, match="deterministic: expected finite results in float16"):
         NetworkDenoiser(network, document)
     network = build_network(of)
     network.state_dict()["body.up.weight"].fill_(1e5)

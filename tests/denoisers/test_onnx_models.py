@@ -119,7 +119,7 @@ def test_further_inputs_are_constants_and_labels_the_callers(tmp_path: Path) -> 
     shift = torch.tensor([0.25, -0.5]).view(1, 2, 1, 1)
     want = 2 * x + shift + torch.tensor([4.0, 0, 2]).view(-1, 1, 1, 1)
     torch.testing.assert_close(denoiser.denoise(query).mean, want)
-    with pytest.raises(InvalidArgumentError, match="knows no image without one"):
+    with pytest.raises(InvalidArgumentError, match="requires a label"):
         denoiser.check(make_query(x, from_sigma([1.0])))
 
 
@@ -177,7 +177,7 @@ def test_an_answer_that_is_no_number_is_an_error_not_an_answer(tmp_path: Path) -
     denoiser = load(tmp_path, model)
     fine = make_query(torch.ones(1, *SHAPE), from_sigma([1.0]))
     assert np.isfinite(denoiser.denoise(fine).pixels).all()
-    with pytest.raises(ElsError, match="y: the graph answered NaN or infinity"):
+    with pytest.raises(ElsError, match="y: the graph returned NaN or infinity"):
         denoiser.denoise(make_query(torch.full((1, *SHAPE), -5.0), from_sigma([1.0])))
 
 
@@ -188,8 +188,8 @@ def test_an_answer_that_is_no_number_is_an_error_not_an_answer(tmp_path: Path) -
         ({"output": "z"}, "outputs: expected z among them, got ['y']"),
         ({"level": {"input": "x"}}, "sigma: expected a value in constants"),
         ({"constants": {"difficulty": 1.0}}, "inputs: expected difficulty among them"),
-        ({"constants": {"sigma": 1.0}}, "inputs: expected each told once"),
-        ({"label": {"input": "x", "count": 1}}, "inputs: expected each told once"),
+        ({"constants": {"sigma": 1.0}}, "inputs: expected each input used once"),
+        ({"label": {"input": "x", "count": 1}}, "inputs: expected each input used once"),
         ({"level": {"input": "sigma", "as": "noise"}}, "level.as"),
         ({"level": {"input": "sigma", "range": [1.0, 1.0]}}, "level.range: expected two"),
         ({"prediction": "edm"}, "prediction"),
@@ -241,13 +241,13 @@ ONE_LEVEL = graph(
     [
         (CUSTOM, "expected operators of ONNX or onnxruntime, got evil.Magic in node first"),
         (NOT_A_NUMBER, "weight: expected numbers, got NaN"),
-        (_infinite(), "failed at its first question: y: the graph answered NaN or infinity"),
+        (_infinite(), "failed at its first run: y: the graph returned NaN or infinity"),
         (_wide(), "y: expected shape [1, 2, 4, 5], got [1, 4, 4, 5]"),
         (FLAT, "x: expected [B, C, H, W]"),
         (TEXTS, "sigma: expected one of tensor(float)"),
         (ONE_LEVEL, "sigma: expected a value for each image, [B], got one value for all"),
         (b"\x80\x04}q\x00.", "expected a readable ONNX file"),
-        (b"", "onnxruntime refuses it"),
+        (b"", "onnxruntime rejects it"),
     ],
 )
 def test_a_graph_that_no_denoiser_can_be_is_refused_by_name(

@@ -325,5 +325,5 @@ def test_options_out_of_range_are_refused(sampler: str, options: Options, messag
 def test_a_sampler_that_is_sent_no_answer_says_so() -> None:
     trajectory = ddim(Recorder(), Options(3))
     assert isinstance(next(trajectory), DenoiseCall)
-    with pytest.raises(RuntimeError, match="must be sent the denoised images"):
+    with pytest.raises(RuntimeError, match="expected the denoised images"):
         next(trajectory)

@@ -329,7 +329,7 @@ def test_who_interrupts_a_run_is_told_how_to_go_on(
     monkeypatch.setattr(Batches, "__call__", interrupted)
     arguments = ["--data", f"{tmp_path}/bank.safetensors", "--out", f"{tmp_path}/out"]
     assert main([*arguments, "--widths", "8", "--device", "cpu"]) == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert "interrupted: the same command resumes it" in capsys.readouterr().err
 
 
 def test_the_server_s_command_trains_too(tmp_path: Path, bank: Bank) -> None:

@@ -1,4 +1,4 @@
-"""Noise levels: ``x = a·x0 + s·ε`` with one (a, s) for each image, however the caller names them.
+"""Noise levels: ``x = a·x0 + s·ε`` with one (a, s) for each image, given by one of three names.
 
 | name        | a    | s        | range      | convention                                  |
 |-------------|------|----------|------------|---------------------------------------------|
@@ -21,10 +21,10 @@ from els_service.errors import InvalidArgumentError
 Floats = npt.NDArray[np.float64]
 
 MIN_SIGMA, MAX_SIGMA = 1e-4, 1e6
-"""Range of s/a within which float32 logits stay finite and images keep meaning."""
+"""Range of s/a for which float32 logits are finite and results are meaningful."""
 
 
-@dataclass(eq=False, slots=True)  # never changed; frozen would make it five times as slow to make
+@dataclass(eq=False, slots=True)  # immutable; frozen: 5 times slower to construct
 class NoiseLevel:
     """Signal scale ``a`` and noise scale ``s`` of each image, [B] float64, both positive."""
 
@@ -76,7 +76,7 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     """Return the variance-exploding level a = 1, s = σ.
 
     Raises:
-        InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
+        InvalidArgumentError: A value is outside ``MIN_SIGMA … MAX_SIGMA``.
     """
     values = list(sigma)
     for value in values:
@@ -89,7 +89,7 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     """Return the variance-preserving level a = √ᾱ, s = √(1-ᾱ).
 
     Raises:
-        InvalidArgumentError: A value lies outside 0 < ᾱ < 1, or its s/a out of range.
+        InvalidArgumentError: A value is outside 0 < ᾱ < 1, or its s/a is out of range.
     """
     values = np.array(alpha_bar, np.float64)
     for value in values.tolist():
@@ -104,7 +104,7 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     """Return the level of a schedule at time t.
 
     Raises:
-        InvalidArgumentError: A value lies outside 0 < t ≤ 1, or its s/a out of range.
+        InvalidArgumentError: A value is outside 0 < t ≤ 1, or its s/a is out of range.
     """
     values = np.array(time, np.float64)
     for value in values.tolist():
@@ -123,7 +123,7 @@ def _ones(count: int) -> Floats:
 
 
 def _check(name: str, values: list[float], sigmas: list[float]) -> None:
-    # Plain floats: for the usual one level that is faster than array arithmetic.
+    # Python floats: faster than array arithmetic for the usual single level.
     for value, sigma in zip(values, sigmas, strict=True):
         if not MIN_SIGMA <= sigma <= MAX_SIGMA:
             raise _out_of_range(name, value)
