@@ -274,6 +274,7 @@ def test_a_part_that_does_not_fit_is_refused_by_field(
     assert reason in error.value.reason
 
 
+@pytest.mark.slow
 def test_a_vae_that_is_no_number_or_no_safetensors_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path) / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
