@@ -111,7 +111,9 @@ def test_guided_ddim_takes_the_steps_of_their_loop(
 
 
 # Of their pipelines those with text are importable only beside it.
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.skipif(
+    find_spec("transformers") is None, reason="needs transformers: pip install transformers"
+)
 # Its optional parts warn of each other.
 @pytest.mark.filterwarnings("ignore")
 def test_guided_ddim_takes_the_steps_of_stable_diffusion(denoiser: LatentDenoiser) -> None:

@@ -36,9 +36,7 @@ def ways(three: Fleet) -> Iterator[Mapping[str, str]]:
         yield found
 
 
-needs_envoy = pytest.mark.skipif(
-    envoy.program() is None, reason="no callers behind Envoy: make deploy-tools"
-)
+needs_envoy = pytest.mark.skipif(envoy.program() is None, reason="needs envoy: make deploy-tools")
 
 
 def assert_none_failed(observed: Mapping[str, Observed]) -> None:
