@@ -84,6 +84,7 @@ def test_the_slope_is_that_of_the_line_however_a_quarter_of_the_points_lies() ->
     assert theil_sen(x, y) == pytest.approx(3, abs=0.5)
 
 
+@pytest.mark.e2e
 def test_a_short_soak_of_the_real_server_finds_nothing(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
     loose = (

@@ -198,6 +198,7 @@ def test_progress_is_a_line_every_five_seconds_where_there_is_no_terminal(
     assert capsys.readouterr().err == "Reading it: 2 of 5 images\nReading it: 5 of 5 images\n"
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
     for path in (pictures / "c.png", *pictures.glob("*.txt")):
         path.unlink()

@@ -214,6 +214,7 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once() -> None:
     commands = ["run", "check", "check --config-only", "train --data a --out b", "token x"]
     shown = subprocess.run(

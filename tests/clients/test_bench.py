@@ -195,6 +195,7 @@ def test_warm_up_and_stragglers_count_where_they_belong() -> None:
     assert seconds == [(0, 2, 0), (1, 1, 1), (2, 1, 0)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_a_record_and_a_picture(
     target: str, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ async def test_timeout_is_the_deadline_of_unary_calls_and_of_samples(
     await twin.close()
 
 
+@pytest.mark.slow
 async def test_no_server_at_the_target_is_unavailable(
     kind: type[Client] | type[AsyncClient],
 ) -> None:

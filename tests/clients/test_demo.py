@@ -49,6 +49,7 @@ def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_at_work_ends_the_demo_with_its_last_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_the_same_bank_gives_the_same_bytes(file: Path, bank: Bank) -> None:
     assert file.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_file_with_any_byte_changed_is_refused(file: Path) -> None:
     data = file.read_bytes()
     for position in range(len(data)):

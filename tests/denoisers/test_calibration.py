@@ -129,6 +129,7 @@ runpy.run_module("els_service.experiments.calibrate", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, models: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", *told(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -163,6 +163,7 @@ compare(subjects(squares(labelled=False), None, "els", "ideal"), LONG, Path(sys.
 LONG = Settings(count=70, network_steps=(2,), machine_steps=2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_images(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "killed")]
     killed = subprocess.run(arguments, env={"PYTHONPATH": ":".join(sys.path)}, check=False)
@@ -279,6 +280,7 @@ runpy.run_module("els_service.experiments.compare", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_server_s_command_and_the_module_agree(tmp_path: Path) -> None:
     write_network(tmp_path / "models" / "net" / "2")
     write_network(tmp_path / "models" / "net" / "1", padding="circular")

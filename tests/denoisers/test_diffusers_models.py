@@ -368,6 +368,7 @@ def test_a_folder_outside_the_models_root_is_refused(tmp_path: Path, folder: str
         ModelRepository(root).load("model")
 
 
+@pytest.mark.slow
 def test_nothing_of_theirs_is_imported_unless_a_model_needs_it() -> None:
     code = (
         "import sys, els_service.server.server, els_service.denoisers.pretrained.latent\n"

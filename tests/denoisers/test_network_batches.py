@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.denoisers import random_images
+from tests.support.examples import examples
 from tests.support.networks import SHAPE, WIDTHS, config, denoiser
 
 from els_service.denoisers.base import Query, concatenate, make_query
@@ -53,7 +54,7 @@ def fixed(request: pytest.FixtureRequest) -> NetworkDenoiser:
 
 
 @given(images=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=9))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_a_deterministic_network_gives_the_same_bits_in_any_company(
     fixed: NetworkDenoiser, images: list[int]
 ) -> None:
@@ -154,6 +155,7 @@ def test_determinism_that_a_library_does_not_give_is_not_promised(
 # torch's compiler imports what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 # On a CPU it writes C++.
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling needs a C++ compiler")
 def test_a_compiled_network_answers_alike() -> None:
     of, query = config(widths=(4,), blocks=1), concatenate(pool()[:3])

@@ -113,6 +113,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str]
 ) -> None:

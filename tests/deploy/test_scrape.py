@@ -40,7 +40,7 @@ CODES = (
 )
 LABEL = re.compile(r"{{(\w+)}}")
 
-pytestmark = needs("prometheus")
+pytestmark = [pytest.mark.e2e, needs("prometheus")]
 
 
 def documents(path: Path) -> Iterator[Any]:

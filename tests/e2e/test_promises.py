@@ -19,6 +19,8 @@ from tests.support.odd_server import IMAGE_S
 from tests.support.processes import ServerProcess
 from tests.support.refusals import TIMEOUT_S
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 async def aio(odd: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:

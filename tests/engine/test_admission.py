@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.conftest import SHAPE, query
 from tests.engine.simulation import SimulatedDenoiser, World, simulate
+from tests.support.examples import examples
 
 from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
@@ -195,7 +196,8 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@examples(150)
 @given(
     acts=ACTS,
     estimate=st.sampled_from([0.1, 1.0, 10.0]),

@@ -62,6 +62,7 @@ def test_it_equals_the_reference_however_small_its_tiles(
     assert_within_budget(case, case.attend("torch"), case.attend("reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "circular", "valid"])
 def test_it_equals_the_reference_on_a_bank_of_several_tiles_of_full_size(
     implementation: str, padding: str

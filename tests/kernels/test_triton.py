@@ -17,6 +17,9 @@ from els_kernels import PatchAttention
 from els_kernels.attention import fastest
 from els_kernels.triton.tuning import Arch
 
+pytestmark = pytest.mark.slow
+
+
 # The project has to work without triton.
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"

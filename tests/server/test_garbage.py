@@ -101,6 +101,7 @@ def contents() -> list[str]:
     return [name for name in found if name != "Status"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "ask", [answered, refused, left, drawn, drawing_left, streamed, stream_left]
 )

@@ -145,6 +145,7 @@ async def test_few_dropped_watchers_of_a_connection_keep_their_calls(served: Ser
 
 
 # There is nothing to count with elsewhere.
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
 async def test_dropped_watchers_leave_no_memory_behind(served: Served) -> None:
     watchers, dropped = served.watchers, CONNECTIONS * WATCHES
