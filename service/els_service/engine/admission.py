@@ -15,7 +15,7 @@ from els_service.denoisers.base import Query
 from els_service.engine.batching import INLINE_S
 from els_service.engine.loaded_model import LoadedModel, PendingRequest, Statistics
 from els_service.engine.request_context import Observer, RequestContext, allows
-from els_service.engine.room import Reservation, Room
+from els_service.engine.reservations import NamedBudget, Reservation
 from els_service.errors import DeadlineExceededError, QueueFullError
 
 _LEAST_RETRY_S = 0.05
@@ -51,7 +51,7 @@ class Admission:
         self,
         workload: Workload,
         limits: Scheduling,
-        memory: Room,
+        memory: NamedBudget,
         observer: Observer,
         clock: Callable[[], float],
     ) -> None:
@@ -96,7 +96,7 @@ class Admission:
         model: str,
         statistics: Statistics,
         reservation: Reservation,
-        parts: Sequence[tuple[Room, float]],
+        parts: Sequence[tuple[NamedBudget, float]],
     ) -> None:
         """Hold parts of rooms, and count a request for which there is none.
 

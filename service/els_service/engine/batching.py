@@ -1,4 +1,4 @@
-"""Choice of the next batch of a device: whose turn it is, and what is worth computing together.
+"""Choice of the next batch of a device: which model, and which chunks together.
 
 A batch ends where more would save little (its launch is a small part of it), or where it would make
 a member late.

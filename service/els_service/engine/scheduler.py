@@ -31,7 +31,7 @@ from els_service.engine.batching import HAND_OUT_S, INLINE_S, batch_s, next_batc
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, answers
 from els_service.engine.request_context import Observer, RequestContext, timed_out
-from els_service.engine.room import Room
+from els_service.engine.reservations import NamedBudget
 from els_service.errors import DeadlineExceededError, ElsError
 
 _SLOW_S = 10 * INLINE_S
@@ -72,7 +72,7 @@ class Scheduler:
         self,
         devices: Sequence[Device],
         scheduling: Scheduling,
-        memory: Room,
+        memory: NamedBudget,
         observer: Observer,
         lost: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,

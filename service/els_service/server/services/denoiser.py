@@ -1,4 +1,4 @@
-"""``denoise.v1.DenoiserService``: decode, ask the engine, encode."""
+"""Service ``denoise.v1.DenoiserService``: reads requests, asks the engine, writes answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: every model under its name, for existing clients.
+"""Open Inference Protocol: server and model metadata, and ``ModelInfer``.
 
 What a model takes and gives is told in ``signatures``, how it is read in ``orders``.
 """

@@ -1,4 +1,4 @@
-"""A stream of requests answered in order, several of them under way at once."""
+"""Bidirectional streams answered in order, with several requests under way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every call shares: bad bytes and errors become statuses; each call is counted and logged.
+"""Interceptor of calls: parses, counts, logs and traces them, and maps errors to statuses.
 
 A status carries ``google.rpc.BadRequest`` details where a field is to blame. An exception that is
 no ``ElsError`` becomes INTERNAL with a neutral text; the log has its cause.

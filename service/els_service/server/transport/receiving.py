@@ -1,4 +1,4 @@
-"""Messages on their way in: what has arrived of them counts in one budget, and none takes for ever.
+"""Receiving of messages: bytes in flight count in one budget, and have a time limit.
 
 gRPC gives a caller room for a whole message as soon as it is waited for, and hands it over when it
 is whole. So every handler waits for its messages through a ``Receiver``. A message that is there at

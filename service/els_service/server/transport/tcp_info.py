@@ -1,4 +1,4 @@
-"""TCP connections of this process by peer: bytes received, as the kernel counts them, and shutdown.
+"""TCP connections of this process by peer: bytes received, and shutdown.
 
 gRPC reports nothing about a message before it is complete; ``tcpi_bytes_received`` of tcp(7) does.
 """
