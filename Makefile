@@ -1,4 +1,4 @@
-# make install · make demo · make test · make bench: each works on a fresh clone.
+# make install · make demo · make test-fast · make test · make bench: each works on a fresh clone.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 # A denoiser of 43 MB that others trained; only its own test needs it.
 TERRAIN := .terrain/terrain.onnx
 
-.PHONY: install demo test terrain lint bench clean
+.PHONY: install demo test test-fast test-nightly test-tools terrain lint bench clean
 
 install: $(VENV)/.installed $(PEER)/.installed
 
@@ -34,8 +34,25 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests share the cores; those that measure time or memory run afterwards, one at a time.
+WORKERS ?= auto
+SHARED := -n $(WORKERS) --dist worksteal
+
+# While developing: no processes of the server, no fuzzing, nothing that takes seconds.
+test-fast: $(VENV)/.installed
+	$(BIN)/pytest $(SHARED) -m "not (e2e or slow or fuzz or alone)" --ignore tests/e2e --ignore tests/fuzz
+
+# All that CI runs. What is skipped is printed with the command that brings what is missing.
 test: lint
-	$(BIN)/pytest
+	failed=0; \
+	$(BIN)/pytest $(SHARED) --durations 15 -m "not alone" || failed=1; \
+	$(BIN)/pytest -m alone || failed=1; \
+	exit $$failed
+
+# Properties with twenty times the examples.
+test-nightly: install
+	$(BIN)/pytest $(SHARED) --hypothesis-profile nightly --timeout 3600 \
+		tests/engine tests/server tests/denoisers tests/fuzz
 
 $(TERRAIN): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --no-deps --dest .terrain adaptive-terrain-diffusion==0.4.1
@@ -75,13 +92,23 @@ soak: install
 # What deploy/ needs: tools in environments of their own, see deploy/README.md.
 DEPLOY := .venv-deploy
 POLICY := .venv-checkov
+APT := DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends
 
-.PHONY: deploy-tools deploy-settings deploy-checks
+.PHONY: deploy-tools deploy-settings deploy-checks prometheus compilers
 
-# Prometheus with promtool is the distribution's.
-deploy-tools: $(DEPLOY)/.installed $(POLICY)/.installed
-	command -v promtool || { apt-get update --quiet && \
-		apt-get install --quiet --yes --no-install-recommends prometheus; }
+deploy-tools: $(DEPLOY)/.installed $(POLICY)/.installed prometheus
+
+# With promtool, of the distribution.
+prometheus:
+	command -v promtool || { apt-get update --quiet && $(APT) prometheus; }
+
+# clang, and a compiler and an emulator for another processor: for the native kernel's tests.
+compilers:
+	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
+		{ apt-get update --quiet && $(APT) clang g++-aarch64-linux-gnu qemu-user; }
+
+# What tests use where it is installed; without one of them they are skipped.
+test-tools: $(DEPLOY)/.installed prometheus compilers $(TERRAIN)
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)

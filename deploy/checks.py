@@ -18,7 +18,7 @@ from deploy import rendered, schemas
 
 VERSIONS = ("1.30", "1.33", "1.37")
 TOO_OLD = {("model-volume-oci", "1.30"): "volumes of images are newer"}
-"""What has to be refused, as the component says itself, and why."""
+"""Combinations that must be rejected, as the component says, and why."""
 CONFIG = rendered.DEPLOY / ".checkov.yaml"
 CUSTOM = rendered.DEPLOY.parent / ".venv-deploy" / "crds.json"
 CHECKOV = rendered.DEPLOY.parent / ".venv-checkov" / "bin" / "checkov"
@@ -81,7 +81,7 @@ def main() -> int:
     quick = "--quick" in sys.argv[1:]
     combinations = [one for one in rendered.combinations() if not (quick and one[1])]
     built = {rendered.title(*one): rendered.build(*one) for one in combinations}
-    built["ask"] = (rendered.DEPLOY / "example-job.yaml").read_text()
+    built["example-job"] = (rendered.DEPLOY / "example-job.yaml").read_text()
     faults = [*faults_by_schema(built), *(() if quick else faults_by_policy(built))]
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -21,13 +21,13 @@ COMPONENTS = tuple(
     sorted(path.parent.name for path in DEPLOY.glob("components/*/kustomization.yaml"))
 )
 BELOW = "cpu"
-"""The overlay that components are put on."""
+"""The overlay that components are added to."""
 
 Document = dict[str, Any]
 
 
 def combinations() -> list[tuple[str, tuple[str, ...]]]:
-    """Return what is checked: every overlay, every component alone, and those that go together."""
+    """Return the checked combinations: each overlay, each component alone, and some together."""
     together = [
         ("gpu", ("keda", "model-volume-pvc", "tls", "tokens", "tracing")),
         (BELOW, ("gateway", "hpa", "model-volume-init", "tls")),
@@ -50,7 +50,7 @@ def build(overlay: str, components: tuple[str, ...] = ()) -> str:
     """Return the manifests of an overlay with components on top, as YAML.
 
     Raises:
-        RuntimeError: kustomize refuses them; says why.
+        RuntimeError: kustomize rejects them; has the reason.
     """
     program = kubectl()
     if program is None:

@@ -34,7 +34,7 @@ Schemas = dict[str, Any]
 
 
 def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
-    """Return why a custom resource is refused, None if it is not.
+    """Return why a custom resource is invalid, or None if it is valid.
 
     Raises:
         KeyError: There is no schema for its kind.
@@ -79,7 +79,7 @@ def _published(published: dict[str, list[Any]], api_version: str, kind: str) -> 
 
 
 def _strict(schema: Any) -> Any:
-    """Return a schema that knows no fields but its own, and numbers as Kubernetes writes them."""
+    """Return a schema without additional fields, and with numbers as Kubernetes writes them."""
     if isinstance(schema, list):
         return [_strict(one) for one in schema]
     if not isinstance(schema, dict):

@@ -17,20 +17,20 @@ from els_service.config import Settings
 FILE = Path(__file__).with_name("base") / "settings.env"
 
 CHOSEN: Mapping[str, Any] = {
-    # Who may connect is for the NetworkPolicies to say.
+    # NetworkPolicies decide who may connect.
     "host": "0.0.0.0",
     "metrics_host": "0.0.0.0",
     "health_port": 50052,
-    # Clients ask the DNS anew when a connection ends: so long may they overlook a new replica.
+    # Clients resolve DNS again when a connection closes: they find new replicas within this time.
     "max_connection_age_s": 300.0,
     # Beside 0.4 GiB of the server itself in a limit of 2 GiB.
     "queue_bytes": 512 << 20,
-    # Told NOT_SERVING, clients and proxies look elsewhere.
+    # Time for clients and proxies to see NOT_SERVING and use other replicas.
     "grace_s": 5.0,
     # terminationGracePeriodSeconds depends on it.
     "drain_s": 30.0,
 }
-"""What is set on Kubernetes; the overlays and components add to it."""
+"""Settings on Kubernetes; overlays and components add to them."""
 
 _HEAD = """\
 Settings of els-server run. Written by `python -m deploy.settings` (make deploy-settings): change
@@ -40,7 +40,7 @@ CHOSEN there, or set a key in an overlay's configMapGenerator with `behavior: me
 
 def render() -> str:
     """Return the file's content, which ``kubectl kustomize`` reads as an env file."""
-    # The chosen values have to be legal, and are told as the server would understand them.
+    # Validates the chosen values, and writes them as the server parses them.
     settings = Settings.model_validate(CHOSEN)
     parts = [_comment(_HEAD)]
     for name, field in Settings.model_fields.items():

@@ -1,6 +1,6 @@
-"""Compiles the native CPU kernel: one source, once for every instruction set, into one library.
+"""Build of the native CPU kernel: one source, compiled for each instruction set, in one library.
 
-Called by the build hook; ``python kernels/native_build.py`` does the same in a checkout.
+Run by the build hook, or as ``python kernels/native_build.py`` in a checkout.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LIBRARY = NATIVE / "libels_native.so"
 
 COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    # False alarms of GCC 12 within its own AVX-512 header; clang does not know the second.
+    # False positives of GCC 12 in its own AVX-512 header; clang lacks the second option.
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
-    # No vector crosses a function that is called from another file.
+    # No vector is passed to a function of another translation unit.
     "-Wno-psabi",
 )
 _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma")
@@ -31,11 +31,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
-"""Kernel → compiler flags; on other processors than x86-64 there is only the baseline."""
+"""Kernel → compiler flags; processors other than x86-64 have only the baseline."""
 
 
 class NativeBuildError(Exception):
-    """There is no library; the text says why."""
+    """The library cannot be built; the text gives the reason."""
 
 
 def compile_native(root: Path) -> Path:
@@ -44,7 +44,7 @@ def compile_native(root: Path) -> Path:
     The compiler is ``$CXX``, else the first of c++, g++ and clang++ that is found.
 
     Raises:
-        NativeBuildError: No compiler, or it refused the source.
+        NativeBuildError: No compiler was found, or compilation failed.
     """
     library = root / LIBRARY
     library.unlink(missing_ok=True)
@@ -60,9 +60,9 @@ def compile_native(root: Path) -> Path:
 def compile_objects(
     compiler: list[str], root: Path, folder: Path, machine: str, library: Path | None = None
 ) -> list[Path]:
-    """Compile the kernels of a kind of machine and what chooses among them; return the objects.
+    """Compile the kernels of an architecture and the code that selects one; return the objects.
 
-    ``library`` stands in for the library's own source, which it includes: for tests.
+    ``library`` replaces the library's own source, which it includes; used by tests.
     """
     source = root / NATIVE / "src"
     kernels = KERNELS if machine.lower() in ("x86_64", "amd64") else ("baseline",)
@@ -91,7 +91,7 @@ def _compiler() -> list[str]:
 
 
 def run(*command: str) -> None:
-    """Run a compiler, or raise NativeBuildError with what it said."""
+    """Run a compiler; raise NativeBuildError with its output if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

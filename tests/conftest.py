@@ -1,12 +1,34 @@
-"""Settled before anything is imported."""
+"""Settled before anything is imported; marks and examples of the whole suite."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+# Before torch is imported, as the server does: threads that spin starve those of other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU Triton's kernels are interpreted. Triton asks when it is imported, which may be by
 # torch, long before the tests of the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# tests/support/examples.py scales its numbers by max_examples.
+settings.register_profile("ci", max_examples=100, deadline=None)
+settings.register_profile("nightly", max_examples=2000, deadline=None)
+settings.load_profile("ci")
+
+FOLDERS = Path(__file__).parent
+MARKED_FOLDERS = {FOLDERS / "e2e": "e2e", FOLDERS / "fuzz": "fuzz"}
+"""Every test in the folder has the mark."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for folder, mark in MARKED_FOLDERS.items():
+            if folder in item.path.parents:
+                item.add_marker(mark)

@@ -109,8 +109,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=6, help="of every number of replicas")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     options = parser.parse_args()
+    recorder = record.start("deploy-scale", options)
     with fleet(3) as behind:
         rows = throughput(behind, rounds=options.rounds, seconds=options.seconds)
     rows.append(service_times(MODEL, None, None))
@@ -119,7 +120,7 @@ def main() -> None:
         print(
             "  ".join(f"{key} {value}" for key, value in row.items() if key != "quantiles_core_ms")
         )
-    print(f"record: {record.write('deploy-scale', rows, options.out)}")
+    print(f"record: {recorder.write(rows)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -74,8 +73,9 @@ def play(name: str, about: str | None, plays: list[Play]) -> None:
     parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, help="both if not said")
     parser.add_argument("--share", type=float, default=0.25, help="of the capacity, that is asked")
     parser.add_argument("--steady-seconds", type=float, default=10.0, help="of load beforehand")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     options = parser.parse_args()
+    recorder = record.start(f"deploy-{name}", options)
     rows = []
     for way in options.ways:
         for each in plays:
@@ -83,7 +83,7 @@ def play(name: str, about: str | None, plays: list[Play]) -> None:
                 scene = Scene(behind, way, found[way], options.share, options.steady_seconds)
                 rows.append(uvloop.run(_run(each, scene)))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    print(f"record: {record.write(f'deploy-{name}', rows, options.out)}")
+    print(f"record: {recorder.write(rows)}")
 
 
 async def _run(each: Play, scene: Scene) -> dict[str, Any]:

@@ -116,8 +116,9 @@ def main() -> None:
     parser.add_argument("--price-per-core-hour", type=float, default=0.04, help="any currency")
     parser.add_argument("--start-seconds", type=float, default=30.0, help="from wish to service")
     parser.add_argument("--replicas", type=int, nargs="*", default=REPLICAS, help="at first")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     options = parser.parse_args()
+    recorder = record.start("deploy-simulation", options)
     times = service_times_s(options.service_times, options.model)
     world = World(service_s=times, start_s=options.start_seconds)
     rows, shown = [], {}
@@ -139,7 +140,7 @@ def main() -> None:
         "step": world.step,
         **next(reversed(settings_of.values())),
     }
-    path = record.write("deploy-simulation", [facts, *rows], options.out)
+    path = recorder.write([facts, *rows])
     plot(shown, rows, path.with_suffix(".png"))
     print(f"record: {path}")
 

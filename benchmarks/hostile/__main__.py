@@ -29,7 +29,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tests.e2e.security import TokenFile
+from tests.support.security import TokenFile
 
 from benchmarks import record
 from benchmarks.hostile.callers import KINDS
@@ -222,15 +222,16 @@ def main() -> int:
     """Measure with and without tokens; return 1 where a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path)
+    record.add_arguments(parser)
     options = parser.parse_args()
+    recorder = record.start("hostile", options)
     rows = []
     for tokens in (False, True):
         row = hold(options.seconds, tokens)
         row["faults"] = faults(row)
         print(json.dumps(row, indent=1), flush=True)
         rows.append(row)
-    print(record.write("hostile", rows, options.out))
+    print(recorder.write(rows))
     return int(any(row["faults"] for row in rows))
 
 

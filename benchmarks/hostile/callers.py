@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-from tests.e2e import frames
-from tests.e2e.test_unfinished_messages import DENOISE, HEALTH, Sender
-from tests.server.test_message_structure import large
+from tests.support import frames
+from tests.support.messages import large
+from tests.support.unfinished import DENOISE, HEALTH, Sender
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 

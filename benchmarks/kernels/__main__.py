@@ -30,7 +30,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best counts")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--errors", action="store_true", help="errors against float64, no speeds")
     parser.add_argument("--plot", type=Path, metavar="RECORD", help="draw a record only")
@@ -40,16 +40,18 @@ def main() -> None:
     if options.device == "cuda":
         from benchmarks.kernels import cuda
 
-        cuda.run(path, smoke=options.smoke)
+        recorder = record.start("kernels-cuda", options)
+        cuda.run(path, commit=recorder.commit, smoke=options.smoke)
     elif options.plot is None:
         from benchmarks.kernels import cpu, errors, naive
 
+        recorder = record.start(f"kernels-{'errors' if options.errors else 'cpu'}", options)
         measured = chain(naive.rows(options.repeats), cpu.rows(options.repeats))
         rows = []
         for row in errors.rows() if options.errors else measured:
             print(json.dumps(row), flush=True)
             rows.append(row)
-        path = record.write(f"kernels-{'errors' if options.errors else 'cpu'}", rows, options.out)
+        path = recorder.write(rows)
         print(f"record: {path}")
     if find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (pip install 'els-denoise[bench]')")

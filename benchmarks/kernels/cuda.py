@@ -13,9 +13,7 @@ import datetime
 import json
 import math
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.kernels import cuda_peers as peers
 from els_kernels import GEOMETRIES, Geometry, count_pairs
 from els_kernels.reference import Reference
@@ -228,14 +226,14 @@ def measure_peers(case: Case, bank: Tensor, device: torch.device) -> dict[str, A
     return answer
 
 
-def record(device: torch.device) -> tuple[dict[str, Any], float]:
-    """Return where and when this ran, and the exp2 bound in pairs a second."""
+def about_run(device: torch.device, commit: str) -> tuple[dict[str, Any], float]:
+    """Return date, commit and machine of this run, and the exp2 bound in pairs a second."""
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton.__version__, "chip": platform.machine(),
-    }  # fmt: skip
+        "commit": commit,
+        **record.machine(),
+        "chip": platform.machine(),
+    }
     if device.type != "cuda":
         return about, 1e9
     properties = torch.cuda.get_device_properties(device)
@@ -245,18 +243,13 @@ def record(device: torch.device) -> tuple[dict[str, Any], float]:
     return about, properties.multi_processor_count * clock * 16
 
 
-def _commit() -> str:
-    # A bare machine may have neither git nor a checkout.
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    return said.stdout.strip() or "unknown"
+def run(out: Path, *, commit: str, smoke: bool = False) -> None:
+    """Check, measure, and rewrite the JSON file ``out`` after every case.
 
-
-def run(out: Path, *, smoke: bool = False) -> None:
-    """Check, measure, and write the JSON file ``out`` anew after every case.
+    Args:
+        out: the record.
+        commit: that is measured, for the record.
+        smoke: two tiny cases, on a CPU.
 
     Raises:
         RuntimeError: There is no GPU, or a result was wrong; nothing is timed.
@@ -266,7 +259,7 @@ def run(out: Path, *, smoke: bool = False) -> None:
         raise RuntimeError(f"expected a GPU that torch {torch.__version__} can use, found none")
     device = torch.device("cpu" if smoke else "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
-    about, bound = record(device)
+    about, bound = about_run(device, commit)
     result: dict[str, Any] = {"about": about, "exp2_bound": bound}
     result["errors"] = check(device, smoke)
     print(f"correct: {len(result['errors'])} cases, worst error "

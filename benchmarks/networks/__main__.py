@@ -15,7 +15,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("clock: expected wall, or one thread of a CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
+    recorder = record.start(f"networks-{options.device}", options)
     until = time.monotonic() + 60 * options.minutes
     rows = []
     for row in measure(options, until):
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "rounds"))
-    print(f"record: {record.write('networks-' + options.device, rows, options.out)}")
+    print(f"record: {recorder.write(rows)}")
 
 
 def measure(options: argparse.Namespace, until: float) -> Iterator[Row]:
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=LIMIT_MINUTES, help="after which cases are left out")
     add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
     add("--widths", nargs="+", type=int, default=(), metavar="W", help="narrower networks")
-    add("--out", type=Path, metavar="FILE.json", help="another file to write")
+    record.add_arguments(parser)
     return parser
 
 

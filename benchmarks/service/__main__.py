@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -38,8 +37,9 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="all if not said")
     parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="all if not said")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     options = parser.parse_args()
+    recorder = record.start("service", options)
     needed = [*options.peers] if "overhead" in options.only else []
     needed += ["perf_analyzer"] if "perf_analyzer" in options.only else []
     if missing := [name for name in needed if not installed(name)]:
@@ -59,7 +59,7 @@ def main() -> None:
         for row in found:
             told = (f"{key} {value}" for key, value in row.items() if key not in _LONG)
             print("  ".join(told), flush=True)
-    print(f"record: {record.write('service', rows, options.out)}")
+    print(f"record: {recorder.write(rows)}")
 
 
 if __name__ == "__main__":

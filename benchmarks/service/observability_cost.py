@@ -249,12 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=30, help="rounds of every variant")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     options = parser.parse_args(given)
+    recorder = record.start("observability-cost", options)
     rows = measure(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    print(f"record: {record.write('sight', rows, options.out)}")
+    print(f"record: {recorder.write(rows)}")
 
 
 if __name__ == "__main__":

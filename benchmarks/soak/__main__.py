@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--blocks-noise", type=float, default=2000.0, help="whatever the rounds")
     parser.add_argument("--fds", type=int, default=4, help="allowed growth in open files")
     parser.add_argument("--threads", type=int, default=2, help="allowed growth in threads")
-    parser.add_argument("--out", type=Path, help="where the record goes")
+    record.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -113,6 +113,7 @@ def _run(options: argparse.Namespace) -> tuple[load.World, list[Sample], list[st
 def main() -> None:
     """Soak, print and record the numbers; exit 1 if they are not flat."""
     options = _options()
+    recorder = record.start("soak", options)
     bounds = Bounds(**{field.name: getattr(options, field.name) for field in fields(Bounds)})
     world, samples, wrong = _run(options)
     print(*wrong, sep="\n")
@@ -133,7 +134,7 @@ def main() -> None:
     for name, value in row.items():
         if name not in ("samples", "columns"):
             print(f"{name:>20} {value}")
-    print(f"record: {record.write('soak', [row], options.out)}")
+    print(f"record: {recorder.write([row])}")
     sys.exit(1 if row["faults"] else 0)
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the two bases out of Debian 12 packages, for where no registry is at hand:
+# Makes the two bases from Debian 12 packages, for machines without a registry:
 # localhost/els-base (Python) and localhost/els-build-base (with a compiler). Needs root.
 set -eu
 sources=${SOURCES:-/etc/apt/sources.list.d/debian.sources}

@@ -20,7 +20,7 @@ FILE = ROOT / "deploy" / "image" / "Containerfile"
 _PACKAGES = frozenset(
     ("cert", "extra-index-url", "find-links", "index-url", "no-index", "proxy", "trusted-host")
 )
-"""What pip can be told of where packages come from."""
+"""Options of pip that say where packages come from."""
 
 
 def pip_configuration() -> dict[str, str]:
@@ -36,7 +36,7 @@ def pip_configuration() -> dict[str, str]:
 def local_paths(configuration: Iterable[str]) -> Iterator[Path]:
     """Yield the files and folders of this machine that pip's configuration names."""
     for part in " ".join(configuration).split():
-        # An index's files lie beside it.
+        # The files of an index are in its folder.
         path = Path(urlparse(part).path).parent if part.startswith("file:") else Path(part)
         if path.is_absolute() and path.exists():
             yield path

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes what /opt/els is made of: a CycloneDX bill of materials, and every licence's text.
+# Lists the contents of /opt/els: a CycloneDX bill of materials, and the text of every licence.
 set -eu
 out=/usr/share/doc/els-denoise
 mkdir -p "$out"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Writes locks/*.txt anew: every package with its version and the hashes of its files.
-# Needs pip-tools of Python 3.11 on Linux; where packages come from is what pip is configured for,
-# and is not written down. For CPU torch's CPU build must be there; for GPU only variables count
-# (PIP_INDEX_URL): a CPU build beside CUDA's would lend it its hash.
+# Regenerates locks/*.txt: every package with its version and the hashes of its files.
+# Needs pip-tools of Python 3.11 on Linux. Packages come from pip's configured indexes, which are not
+# written down. For CPU these must have torch's CPU build; for GPU only variables are used
+# (PIP_INDEX_URL), as the hash of a CPU build beside CUDA's would be locked, too.
 set -eu
 cd "$(dirname "$0")/../.."
 locks=deploy/image/locks

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Pins the Containerfile's bases to the digests that their tags have today: pin.sh [REGISTRY/PATH/]
-# Needs skopeo and a registry; the argument is put before the names where they come from a mirror.
+# Pins the Containerfile's bases to the current digests of their tags: pin.sh [REGISTRY/PATH/]
+# Needs skopeo and a registry; the argument is a prefix of the names, for a mirror.
 set -eu
 file=$(dirname "$0")/Containerfile
 for argument in BASE BUILD_BASE; do

@@ -1,4 +1,4 @@
-"""Writes what is described here: dashboard, rules, and the component that an operator reads.
+"""Writes the generated files: dashboard, rules, and the component for the Prometheus operator.
 
 usage: python -m deploy.monitoring
 """
@@ -16,7 +16,7 @@ _HEADER = "# Generated from deploy/monitoring/*.py by `make deploy-monitoring`.\
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such, and no anchors."""
+    """YAML dumper that writes multi-line texts as blocks, and no anchors."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The Grafana dashboard, made of the panels' table.
+"""The Grafana dashboard, generated from the table of panels.
 
 Built with Grafana's own typed builders, for its dashboard schema of version 11; newer ones read it.
 """
@@ -42,7 +42,7 @@ def document() -> str:
         .with_variable(grafana.DatasourceVariable("datasource").label("Source").type("prometheus"))
         .with_variable(_variable("namespace", "els_build_info"))
         .with_variable(_variable("pod", f"els_build_info{{{NAMESPACE}}}"))
-        # Calls that name no model have an empty one: all is more than those that are listed.
+        # The label of calls that name no model is empty, so "all" is more than the listed models.
         .with_variable(_variable("model", f"els_model_refused{{{PODS}}}").all_value(".*"))
     )
     for title, graphs in ROWS:
@@ -80,7 +80,7 @@ def _panel(graph: Graph) -> StatPanel | TimeSeriesPanel:
             .ref_id(reference)
             .expr(expression)
             .legend_format(legend)
-            # Where traces are taken, a dot leads from a slow call to its trace.
+            # With traces on, a dot links a slow call to its trace.
             .exemplar("els_request_seconds_bucket" in expression)
         )
     return panel

@@ -1,4 +1,4 @@
-"""The kustomize component that has the pods scraped, and the rules evaluated, by an operator."""
+"""The kustomize component for the Prometheus operator: PodMonitor and PrometheusRule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from deploy.monitoring import rules
 
 SCRAPE_INTERVAL = "15s"
-"""At least four scrapes fit a drain of a minute, and one that is half done is seen."""
+"""Short enough for at least four scrapes in a drain of a minute."""
 SERVER = {"app.kubernetes.io/name": "els-denoise", "app.kubernetes.io/component": "server"}
 _METADATA = {
     "name": "els-denoise",
@@ -25,7 +25,7 @@ def kustomization() -> dict[str, Any]:
 
 
 def pod_monitor() -> dict[str, Any]:
-    """Return what has every pod scraped, ready or not: those that are not tell why."""
+    """Return the PodMonitor of all pods: the metrics of those that are not ready say why."""
     endpoint = {
         "port": "metrics",
         "path": "/metrics",
@@ -39,7 +39,7 @@ def pod_monitor() -> dict[str, Any]:
         "spec": {
             "selector": {"matchLabels": SERVER},
             "podMetricsEndpoints": [endpoint],
-            # Some hundred a model: more is a fault that would fill the store.
+            # A model has some hundred; more is a bug that would fill the storage.
             "sampleLimit": 50000,
         },
     }

@@ -1,4 +1,4 @@
-"""What the dashboard shows, as a table: is it well, where does time go, which replica differs."""
+"""Table of the dashboard's panels: health, where time is spent, differences between replicas."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Graph:
     """One panel.
 
     Args:
-        title: what is shown.
-        text: how to read it.
-        unit: Grafana's name of it.
+        title: of the panel.
+        text: description, how to read it.
+        unit: by its name in Grafana.
         queries: (legend, PromQL) of each set of lines.
-        stacked: whether the lines are parts of a whole.
-        single: whether the latest value is shown instead of lines.
-        width: of the 24 columns.
+        stacked: whether the lines add up to a total.
+        single: whether to show the latest value instead of lines.
+        width: in columns, of 24.
     """
 
     title: str
@@ -55,11 +55,11 @@ _ANSWERED = f'{_MODELS}, {ASKING}, code="OK"'
 
 ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
     (
-        "Is it well?",
+        "Is the service healthy?",
         (
             Graph(
-                "Replicas that serve",
-                "Those whose health is SERVING.",
+                "Serving replicas",
+                "Replicas whose health is SERVING.",
                 "none",
                 (("serving", f"sum(els_serving{{{PODS}}})"),),
                 single=True,
@@ -67,23 +67,23 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Burn of the error budget, 1 h",
-                "1 uses up the budget in exactly 30 days; at 14.4 somebody is called.",
+                "1 spends the budget in exactly 30 days; 14.4 raises a critical alert.",
                 "none",
                 (("burn", f"max({error_ratio('1h')}{{{NAMESPACE}}}) / {BUDGET}"),),
                 single=True,
                 width=6,
             ),
             Graph(
-                "Images a second",
-                "Computed, whoever asked; every step of a trajectory counts.",
+                "Images per second",
+                "Computed for all callers; every step of a trajectory counts.",
                 "none",
                 (("images", f"sum(rate(els_batch_size_sum{{{_MODELS}}}{_RATE}))"),),
                 single=True,
                 width=6,
             ),
             Graph(
-                "Models refused",
-                "Loads that failed and were not made good; each replica counts.",
+                "Models rejected",
+                "Models whose latest load failed; each replica counts.",
                 "none",
                 (("refused", f"sum(els_model_refused{{{_MODELS}}})"),),
                 single=True,
@@ -91,16 +91,16 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Calls by status",
-                "DEADLINE_EXCEEDED and RESOURCE_EXHAUSTED are refusals under load, INTERNAL and "
-                "UNAVAILABLE faults; the others are the callers' own.",
+                "DEADLINE_EXCEEDED and RESOURCE_EXHAUSTED are rejections under load, INTERNAL and "
+                "UNAVAILABLE failures of the service; the others are errors of callers.",
                 "reqps",
                 (("{{code}}", _rate("els_request_seconds_count", "code", _MODELS)),),
                 stacked=True,
                 width=12,
             ),
             Graph(
-                "Share of calls that broke the promise",
-                "As recorded for the alerts on the error budget.",
+                "Share of failed calls",
+                "As recorded for the error-budget alerts.",
                 "percentunit",
                 tuple(
                     (f"{{{{job}}}} {window}", f"{error_ratio(window)}{{{NAMESPACE}}}")
@@ -109,8 +109,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 width=12,
             ),
             Graph(
-                "Time to the last answer, by method",
-                "Of calls that ended well. Streams last as long as their callers like.",
+                "Latency to the last response, by method",
+                "Of successful calls. Streams last as long as their callers keep them open.",
                 "s",
                 (
                     ("{{method}} p50", _quantile(0.5, "els_request_seconds", "method", _ANSWERED)),
@@ -119,9 +119,9 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 width=12,
             ),
             Graph(
-                "Questions without an answer, by reason",
-                "Refused at the door (rejected), dropped in the queue (expired, cancelled, "
-                "evicted), computed for nobody (discarded), failed (faulted, interrupted).",
+                "Requests without a response, by reason",
+                "Rejected on arrival (rejected), dropped from the queue (expired, cancelled, "
+                "evicted), computed but not wanted (discarded), failed (faulted, interrupted).",
                 "cps",
                 (("{{reason}}", _rate("els_dropped_total", "reason", _MODELS)),),
                 stacked=True,
@@ -133,8 +133,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
         "Where does the time go?",
         (
             Graph(
-                "Work that waits",
-                "Predicted seconds by model, worst replica; at the limit more is refused.",
+                "Queued work",
+                "Predicted seconds by model, worst replica; beyond it requests are rejected.",
                 "s",
                 (
                     ("{{model}}", f"max by (model) (els_queue_cost_seconds{{{_MODELS}}})"),
@@ -142,8 +142,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 ),
             ),
             Graph(
-                "Wait for a batch",
-                "Of every question that had to wait.",
+                "Queueing time",
+                "Of requests that were queued.",
                 "s",
                 (
                     ("{{model}} p50", _quantile(0.5, "els_queue_seconds", "model", _MODELS)),
@@ -151,8 +151,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 ),
             ),
             Graph(
-                "Time of a batch",
-                "What one launch takes.",
+                "Batch time",
+                "Duration of one batch on a device.",
                 "s",
                 (
                     ("{{model}} p50", _quantile(0.5, "els_compute_seconds", "model", _MODELS)),
@@ -160,14 +160,14 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 ),
             ),
             Graph(
-                "Images in a batch",
-                "Mean: it grows with the load, as far as that saves something.",
+                "Images per batch",
+                "Mean; grows with the load as far as larger batches are cheaper per image.",
                 "none",
                 (("{{model}}", _mean("els_batch_size", "model", _MODELS)),),
             ),
             Graph(
-                "Devices at work",
-                "Share of the time; near 1 only more replicas help.",
+                "Device utilisation",
+                "Share of the time that each device computes; near 1 only more replicas help.",
                 "percentunit",
                 (
                     (
@@ -177,8 +177,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 ),
             ),
             Graph(
-                "Time taken over time predicted",
-                "Far from 1, refusals for deadlines are wrong: too early above, too late below.",
+                "Measured over predicted batch time",
+                "Far from 1 the cost model is off: rejections come too late (above) or too early.",
                 "none",
                 (
                     (
@@ -194,23 +194,23 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
         "Which replica is different?",
         (
             Graph(
-                "Calls under way",
-                "A drain ends when there is none.",
+                "Calls in flight",
+                "A drain ends when none is left.",
                 "none",
                 (("{{pod}}", _each("els_calls_in_flight", "pod", PODS)),),
             ),
             Graph(
-                "Items that wait, trajectories under way",
-                "Each trajectory has one item in the queue at most.",
+                "Queue length, running trajectories",
+                "Each trajectory has at most one request in the queue.",
                 "none",
                 (
-                    ("{{pod}} items", _each("els_queue_items", "pod", _MODELS)),
+                    ("{{pod}} queued", _each("els_queue_items", "pod", _MODELS)),
                     ("{{pod}} trajectories", _each("els_trajectories", "pod", PODS)),
                 ),
             ),
             Graph(
-                "Batch under way without progress",
-                "At the watchdog's limit the process ends; a slow batch that goes on is none.",
+                "Time without progress of the running batch",
+                "At the watchdog's limit the process exits; slow batches with progress do not.",
                 "s",
                 (
                     (
@@ -222,7 +222,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Drains",
-                "Seconds since each replica was told to end, and what it has.",
+                "Seconds since SIGTERM of each draining replica, and its limit.",
                 "s",
                 (
                     ("{{pod}}", f"{_each('els_draining_seconds', 'pod', PODS)} > 0"),
@@ -231,7 +231,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Event loop lag",
-                "p99, and the latest: every call waits this long before anything is done for it.",
+                "p99 and latest value; delays every call.",
                 "s",
                 (
                     ("{{pod}} p99", _quantile(0.99, "els_event_loop_lag_seconds", "pod", PODS)),
@@ -243,13 +243,13 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Processor cores in use",
-                "Of the process: computing on the CPU, and all that gRPC does.",
+                "Of the process: computation on the CPU, and gRPC.",
                 "none",
                 (("{{pod}}", _rate("process_cpu_seconds_total", "pod", PODS)),),
             ),
             Graph(
                 "Memory",
-                "Of the process, and of what its models say that they hold.",
+                "Resident memory of the process, and memory of its models.",
                 "bytes",
                 (
                     ("{{pod}}", _each("process_resident_memory_bytes", "pod", PODS)),
@@ -263,14 +263,14 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 (("{{pod}}", _each("process_open_fds", "pod", PODS)),),
             ),
             Graph(
-                "Calls begun, by method",
-                "Health and reflection are not counted; refused tokens are.",
+                "Started calls, by method",
+                "Without health and reflection; with calls whose token was rejected.",
                 "reqps",
                 (("{{grpc_method}}", _rate("grpc_server_started_total", "grpc_method", PODS)),),
             ),
             Graph(
                 "Messages",
-                "Of streams each message counts.",
+                "Each message of a stream counts.",
                 "cps",
                 (
                     ("received", f"sum(rate(grpc_server_msg_received_total{{{PODS}}}{_RATE}))"),
@@ -279,7 +279,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Versions",
-                "Replicas of each; two during a rollout.",
+                "Replicas by version; two versions during a rollout.",
                 "none",
                 (
                     (
@@ -290,8 +290,8 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 stacked=True,
             ),
             Graph(
-                "Reloaded files that are stale",
-                "Since a tokens or TLS file was broken; the content before still counts.",
+                "Stale reloaded files",
+                "Time since a tokens or TLS file became unusable; the previous content is in use.",
                 "s",
                 (
                     (
@@ -302,7 +302,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Log records lost",
-                "Where logs go, there is no room.",
+                "The destination of the log does not accept records.",
                 "none",
                 (("{{pod}}", _each("els_log_records_lost_total", "pod", PODS)),),
             ),

@@ -1,7 +1,7 @@
 """Recording and alerting rules, as Prometheus reads them.
 
-An alert's expression keeps the labels that tell who is concerned; its ``hold`` is how long that
-must last. Every alert has a page in ``runbooks/``.
+An alert's expression keeps the labels that identify what is affected; ``hold`` is how long it must
+be true. Every alert has a page in ``runbooks/``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, Literal
 from promql_parser import parse
 
 OBJECTIVE = 0.995
-"""Share of calls, over 30 days, that the service answers as it promised."""
+"""Share of successful calls over 30 days."""
 BUDGET = round(1 - OBJECTIVE, 6)
 
 _ASK = '"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
-"""Methods that ask a model, not those that ask about the server."""
+"""Methods that use a model, not those that describe the server."""
 ASKING = f"method=~{_ASK}"
 _CALLS = f"grpc_server_handled_total{{grpc_method=~{_ASK}"
 _BROKEN = 'grpc_code=~"DeadlineExceeded|FailedPrecondition|Internal|ResourceExhausted|Unavailable"'
-"""Ends that are the service's fault, or its lack of capacity."""
+"""Statuses caused by the service or its lack of capacity."""
 _ASKED, _ERRORS = "namespace_job:els_calls:rate5m", "namespace_job:els_errors:rate5m"
 _WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 
@@ -33,12 +33,12 @@ class Alert:
     """One alerting rule.
 
     Args:
-        name: also of its runbook.
-        expression: PromQL; what it returns is what is wrong.
-        summary: one sentence; ``$labels`` and ``$value`` are Prometheus' own.
-        hold: how long it must be so, as a PromQL duration.
-        severity: critical where callers are hurt now or soon and nobody else will help.
-        labels: further ones, that tell rules of one name apart.
+        name: of the alert and its runbook.
+        expression: PromQL; each series that it returns raises an alert.
+        summary: one sentence, with the template variables ``$labels`` and ``$value``.
+        hold: how long the expression must be true, as a PromQL duration.
+        severity: critical if callers are affected now or soon and it does not resolve itself.
+        labels: further labels, which distinguish rules of one name.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Burn:
-    """How fast an error budget may go, in a long window and still in a short one.
+    """Burn rate of the error budget that raises an alert, over a long and a short window.
 
     The pairs are those of the Site Reliability Workbook, chapter 5: 2 % of the budget of 30 days in
     an hour, 5 % in 6 hours, 10 % in a day and in three days.
@@ -73,7 +73,7 @@ BURNS = (
 
 
 def error_ratio(window: str) -> str:
-    """Return the name of the recorded share of calls that broke the promise in a window."""
+    """Return the name of the recorded share of failed calls in a window."""
     return f"namespace_job:els_errors:ratio_rate{window}"
 
 
@@ -111,24 +111,24 @@ ALERTS = (
     Alert(
         "ElsReplicaUnreachable",
         "up == 0 and on (namespace, job, instance) last_over_time(els_build_info[1h])",
-        "{{ $labels.pod }} does not answer when its metrics are asked for",
+        "{{ $labels.pod }} does not answer scrapes of its metrics",
         hold="3m",
     ),
     Alert(
         "ElsReplicaRestarted",
         "max by (namespace, pod) (changes(process_start_time_seconds[15m])"
         " and ignoring (version, commit) els_build_info) > 0",
-        "{{ $labels.pod }} ended and was started again: its device was lost, or it was killed",
+        "{{ $labels.pod }} ended and was restarted: it lost its device, crashed or was killed",
     ),
     Alert(
         "ElsWorkerStuck",
         "max by (namespace, pod, device)"
         " (els_device_stalled_seconds / ignoring (device) group_left () els_watchdog_seconds)"
-        # Before it serves it warms up, which may take long.
+        # Not during warm-up, which may take long.
         " > 0.25 and on (namespace, pod) max by (namespace, pod) (els_serving) == 1"
         " or sum by (namespace, pod) (min_over_time(els_queue_items[2m])) > 0"
         " and sum by (namespace, pod) (rate(els_compute_seconds_count[2m])) == 0",
-        "{{ $labels.pod }} makes no progress: one batch stands still, or none ends",
+        "{{ $labels.pod }} makes no progress: a batch is stalled, or no batch ends",
         # No hold: by default the watchdog ends the process a minute and a half later.
         severity="critical",
     ),
@@ -138,7 +138,7 @@ ALERTS = (
         " (els_queue_cost_seconds / ignoring (model) group_left () els_queue_limit_seconds) > 0.8"
         " or sum by (namespace, pod, model)"
         ' (rate(els_dropped_total{reason=~"rejected_full|evicted"}[5m])) > 0',
-        "The queue of {{ $labels.model }} on {{ $labels.pod }} is full or nearly so",
+        "The queue of {{ $labels.model }} on {{ $labels.pod }} is nearly full, or rejects requests",
         hold="5m",
     ),
     Alert(
@@ -147,27 +147,26 @@ ALERTS = (
         f'{{{ASKING}, code="DEADLINE_EXCEEDED"}}[10m]))'
         f" / sum by (namespace, job, model) (rate(els_request_seconds_count{{{ASKING}}}[10m]))"
         " > 0.05",
-        "{{ $value | humanizePercentage }} of the calls to {{ $labels.model }} come too late",
+        "{{ $value | humanizePercentage }} of the calls to {{ $labels.model }} miss their deadline",
         hold="10m",
     ),
     Alert(
         "ElsDrainCutShort",
         "last_over_time(els_calls_in_flight[10m]) > 0 and last_over_time(els_draining_seconds[10m])"
         " > 0.5 * last_over_time(els_drain_limit_seconds[10m])",
-        "{{ $labels.pod }} was last seen late in its drain with {{ $value }} calls in flight",
+        "{{ $labels.pod }} was last scraped late in its drain, with {{ $value }} calls in flight",
     ),
     Alert(
         "ElsModelRefused",
         "sum by (namespace, job, model) (els_model_refused) > 0",
-        "{{ $value }} replicas refuse to load {{ $labels.model }}",
+        "{{ $value }} replicas cannot load {{ $labels.model }}",
         hold="5m",
     ),
     Alert(
         "ElsReloadedFileStale",
         "max by (namespace, pod, file) (els_reloaded_file_stale_seconds) > 60",
-        "{{ $labels.pod }} cannot use its {{ $labels.file }} file and keeps the one before, "
-        "for {{ $value | humanizeDuration }} so far: what was revoked or renewed since does not "
-        "count",
+        "{{ $labels.pod }} cannot use its {{ $labels.file }} file and still uses the previous "
+        "content, for {{ $value | humanizeDuration }} so far: later changes have no effect",
         hold="1m",
     ),
     Alert(
@@ -181,7 +180,7 @@ ALERTS = (
 
 
 def runbook(name: str) -> str:
-    """Return where an alert's runbook is, from the root of the repository."""
+    """Return the path of an alert's runbook from the root of the repository."""
     return f"deploy/monitoring/runbooks/{name}.md"
 
 
@@ -200,7 +199,7 @@ def _records() -> Iterator[dict[str, str]]:
     yield _recording(_ASKED, f"sum by (namespace, job) (rate({_CALLS}}}[5m]))")
     yield _recording(_ERRORS, f"sum by (namespace, job) (rate({_CALLS}, {_BROKEN}}}[5m]))")
     for window in _WINDOWS:
-        # Of what is recorded: days of every replica's own series would be too much to read.
+        # From the recorded sums, as days of every replica's series are too many samples.
         ratio = f"sum_over_time({_ERRORS}[{window}]) / sum_over_time({_ASKED}[{window}])"
         yield _recording(error_ratio(window), ratio)
 

@@ -1,4 +1,4 @@
-"""Patch attention: the one operator behind every analytic denoiser. Needs torch alone.
+"""Patch attention: the operator behind every analytic denoiser. Depends on torch only.
 
 attention = PatchAttention(bank)                      # bank [N, C, H, W] in [-1, 1]
 posterior = attention(x, a=a, s=s, window=k, geometry=GEOMETRIES["els", "zeros"])

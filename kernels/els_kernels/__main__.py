@@ -1,4 +1,4 @@
-"""Prints what patch attention can run on here, and why not on the rest."""
+"""Prints the implementations of patch attention that run here, and why the others do not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from els_kernels.triton import unavailable
 
 
 def main() -> None:
-    """Print one line an implementation."""
+    """Print one line for each implementation."""
     try:
         native = ", ".join(instruction_sets())
     except RuntimeError as error:

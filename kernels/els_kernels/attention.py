@@ -1,4 +1,4 @@
-"""The public operator: checks every argument once, then hands over to an implementation."""
+"""The public operator: validates every argument once, then calls an implementation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _log = logging.getLogger(__name__)
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REACH = 1e18
-"""Distance in units of s up to which logits, 1e36, and all that makes them fit a float32."""
+"""Largest distance in units of s: logits (1e36) and their intermediate results fit a float32."""
 
 
 class Implementation(Protocol):
-    """A bank prepared for queries. Arguments come checked; ``window`` 1 where ``whole``."""
+    """A bank prepared for queries. Takes validated arguments; ``window`` is 1 for ``whole``."""
 
     def __call__(
         self,
@@ -56,8 +56,8 @@ class PatchAttention:
         ℓ(u; n, y) = -‖x[u+Ω] - a·φ_n[y+Ω]‖² / (2 s²)
         mean[u]    = Σ softmax(ℓ) φ_n[y]        log_evidence[u] = logsumexp(ℓ)
 
-    Results are bitwise the same for an image alone and in any batch, in any order. They carry no
-    gradient, and neither autocast nor a default device changes them.
+    Results are batch invariant: an image has the same bits alone and in any batch, in any order.
+    They carry no gradient, and do not depend on autocast or the default device.
     """
 
     @torch.no_grad()
@@ -69,14 +69,14 @@ class PatchAttention:
             implementation: a key of ``IMPLEMENTATIONS``, or ``auto``, which logs its choice.
 
         Raises:
-            ValueError: bank or implementation is not as above; says expected and got.
-            RuntimeError: ``native`` or ``triton`` was asked for and cannot be had; says why.
+            ValueError: the bank or the implementation is invalid; names expected and got.
+            RuntimeError: ``native`` or ``triton`` is requested but not available; gives the reason.
         """
         if not _is_images(bank) or 0 in bank.shape:
             raise ValueError(
                 f"bank: expected float32 [N, C, H, W], none of them 0, got {_describe(bank)}"
             )
-        # A negated view has its sign beside its memory.
+        # Native code reads the memory, which lacks the sign of a lazily negated view.
         bank = bank.resolve_neg()
         self._largest = _magnitudes("bank", bank[None])[0]
         if implementation == "auto":
@@ -111,13 +111,13 @@ class PatchAttention:
             s: noise scale of each image [B], > 0, and large enough that logits fit a float32:
                 ``(|x| + a·|φ|)·√(C·H·W)/s`` and ``a/s`` up to 1e18.
             window: odd side of each image's patch [B] integers; None where ``geometry.whole``.
-            ranges: images of the bank that may answer, [B, 2] integers ``lo, hi`` (half-open);
+            ranges: half-open ranges of bank images to attend to, [B, 2] integers ``lo, hi``;
                 None for all.
             geometry: window shape, sources and padding.
 
         Raises:
-            ValueError: an argument is not as above; says which, expected and got.
-            ComputationStoppedError: the current ``Control`` was told to stop, on a CPU.
+            ValueError: an argument is invalid; names it, expected and got.
+            ComputationStoppedError: the current ``Control`` was stopped (CPU only).
         """
         self._check_query(x)
         x = x.resolve_neg()
@@ -141,7 +141,7 @@ class PatchAttention:
     def _check_logits(self, sizes: list[float], a: list[float], s: list[float]) -> None:
         root = math.sqrt(math.prod(self.shape))
         for size, a_b, s_b in zip(sizes, a, s, strict=True):
-            # In this order nothing overflows: s may be 1e-300.
+            # This order of operations avoids overflow: s may be 1e-300.
             reach = max((size + a_b * self._largest) * root, a_b)
             if reach > _REACH * s_b:
                 raise ValueError(
@@ -177,7 +177,7 @@ class PatchAttention:
 
 
 def fastest(bank: Tensor) -> str:
-    """Return what ``auto`` takes for a bank, and log why it is not the fastest there could be."""
+    """Return the implementation that ``auto`` selects, and log why a faster one is unavailable."""
     if bank.device.type != "cpu":
         reason = triton_unavailable(bank)
         if reason is None:
@@ -202,8 +202,8 @@ def _is_images(images: object) -> TypeGuard[Tensor]:
 
 
 def _magnitudes(name: str, images: Tensor) -> list[float]:
-    """Return the largest |pixel| of each image; a pixel that is no number is an error."""
-    # NaN passes through both ends, and no mask as large as the images is made.
+    """Return the largest |pixel| of each image; raise ValueError if a pixel is not finite."""
+    # aminmax propagates NaN, and allocates no mask of the size of the images.
     ends = torch.stack(images.flatten(1).aminmax(dim=1), dim=1).tolist()
     for pair in ends:
         for end in pair:

@@ -1,7 +1,7 @@
-"""Stop flag and progress counter of a computation, shared with the thread that watches it.
+"""Stop flag and progress counter of a computation, shared with the thread that monitors it.
 
-A computation finds its control in a context variable, so that no signature has to carry it, and
-looks at it at every tile::
+The control is in a context variable, so that no signature has to pass it on; it is checked at every
+tile::
 
     control = Control()
     with control:                 # the thread that computes
@@ -20,11 +20,11 @@ _CACHE_LINE = 64
 
 
 class ComputationStoppedError(Exception):
-    """A computation was stopped from outside; there is no answer."""
+    """A computation was stopped by another thread and has no result."""
 
 
 class _Shared(ctypes.Structure):
-    """``Control`` of problem.hpp; the flag is read often, so the counter is on another line."""
+    """``Control`` of problem.hpp; the counter is on a cache line apart from the flag."""
 
     _fields_ = (
         ("stop", ctypes.c_int32),
@@ -65,26 +65,26 @@ class Control:
 
     @property
     def progress(self) -> int:
-        """Pieces of work begun so far: tiles, or batches of a network."""
+        """Units of work started so far: tiles, or batches of a network."""
         return int(self._shared.progress)
 
     @property
     def stopped(self) -> bool:
-        """Whether the computation was told to stop."""
+        """Whether a stop was requested."""
         return bool(self._shared.stop)
 
     def stop(self) -> None:
-        """Let the computation end at its next tile, or at its first if it has not begun."""
+        """Stop the computation at its next tile, or at its first if it has not started."""
         self._shared.stop = 1
 
     def advance(self) -> None:
-        """Count a piece of work that begins.
+        """Count a unit of work that starts.
 
         Raises:
-            ComputationStoppedError: The computation was told to stop.
+            ComputationStoppedError: A stop was requested.
         """
         if self._shared.stop:
-            raise ComputationStoppedError("nobody wants the answer any more")
+            raise ComputationStoppedError("the computation was stopped")
         self._shared.progress += 1
 
 
@@ -92,15 +92,15 @@ _CURRENT: ContextVar[Control | None] = ContextVar("els_control", default=None)
 
 
 def current() -> Control | None:
-    """Return the control of the computation that this thread is in; None outside of one."""
+    """Return the control of this thread's current computation, or None."""
     return _CURRENT.get()
 
 
 def checkpoint() -> None:
-    """Count a piece of work that begins, where a computation is watched.
+    """Count a unit of work that starts, if the computation has a control.
 
     Raises:
-        ComputationStoppedError: The computation was told to stop.
+        ComputationStoppedError: A stop was requested.
     """
     control = _CURRENT.get()
     if control is not None:

@@ -1,9 +1,9 @@
-"""Which pixels a query looks at and which places of the bank may answer it: Ω and S(u).
+"""Windows Ω and sources S(u): the pixels of a query patch and the bank places it attends to.
 
-One axis at a time. With zero padding the places of an axis fall into spans that share a border
-signature ``sig(i) = (min(i, r), min(H-1-i, r))``: the interior, where every place may answer every
-other, and each edge place by itself. A span sees a *crop* of the axis in which its window always
-fits, so that no mask and no padding is left::
+Axes are handled separately. With zero padding the places of an axis form spans that share a border
+signature ``sig(i) = (min(i, r), min(H-1-i, r))``: the interior, where every place is a source of
+every other, and one span for each edge place. A span has a *crop* of the axis in which its window
+always fits, so that neither masks nor padding are needed::
 
     H = 9, k = 5          0 1 2 3 4 5 6 7 8
     interior  places 2…6  [x x x x x x x x x]   window 5
@@ -27,7 +27,7 @@ Sources = Literal["same", "every"]
 
 
 class Posterior(NamedTuple):
-    """The answer of patch attention: float32, on the query's device."""
+    """Result of patch attention: float32, on the query's device."""
 
     mean: Tensor
     """[B, C, H, W]: the posterior mean E[x0 | x] of each pixel under its own window."""
@@ -41,8 +41,8 @@ class Geometry:
 
     ``sources``: the *same* place of every image, or *every* place that the padding allows.
     ``padding``: ``zeros`` clips windows at the border and matches border signatures; ``circular``
-    lives on the torus; ``valid`` takes interior places only and pads the query circularly.
-    ``whole``: the window is the whole image and no window is given.
+    wraps around the torus; ``valid`` uses interior places only and pads the query circularly.
+    ``whole``: the window is the whole image, and the window argument is None.
     """
 
     sources: Sources
@@ -50,7 +50,7 @@ class Geometry:
     whole: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for whole windows of every place under zero padding: no machine's."""
+        """Raise ValueError for whole windows of every place under zero padding: undefined."""
         if self.whole and self.sources == "every" and self.padding == "zeros":
             raise ValueError(
                 "geometry: expected a whole window of every place on the torus, got padding zeros"
@@ -70,10 +70,10 @@ GEOMETRIES: dict[tuple[str, str], Geometry] = {
 
 
 def max_window(geometry: Geometry, height: int, width: int) -> int:
-    """Return the largest odd window that is legal for images of this size.
+    """Return the largest odd window allowed for images of this size.
 
     On the torus a window larger than the image would count wrapped pixels twice; with zero padding
-    ``2·max(H, W) - 1`` sees the whole image from everywhere.
+    ``2·max(H, W) - 1`` covers the whole image from every place.
     """
     if geometry.padding == "zeros":
         return 2 * max(height, width) - 1
@@ -82,9 +82,10 @@ def max_window(geometry: Geometry, height: int, width: int) -> int:
 
 
 def count_pairs(geometry: Geometry, height: int, width: int, window: int) -> int:
-    """Return how many logits one query image and one bank image take: the unit of cost.
+    """Return the number of logits of one query image and one bank image: the unit of cost.
 
-    It is Σ_u |S(u)|, but for a whole window, where pixels share the logits of the image's shifts.
+    It is Σ_u |S(u)|, except for a whole window, where pixels share the logits of the image's
+    shifts.
     """
     pixels = height * width
     if geometry.whole or geometry.sources == "same":
@@ -103,7 +104,7 @@ def _axis_pairs(length: int, interior: int) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """Places of one axis that share a signature: ``crop`` is what their windows see."""
+    """Places of one axis that share a signature; ``crop`` is the range that their windows cover."""
 
     crop: slice
     places: slice
@@ -111,14 +112,14 @@ class Span:
 
     @property
     def single(self) -> bool:
-        """Whether the span is one place, which only itself may answer."""
+        """Whether the span is a single place, whose only source is itself."""
         return bool(self.places.stop - self.places.start == 1)
 
 
-def alike(*questions: Iterable[Hashable]) -> dict[tuple[Any, ...], list[int]]:
-    """Return which images of a batch ask the same: (entry of each list) → images, in order."""
+def group_by(*keys: Iterable[Hashable]) -> dict[tuple[Any, ...], list[int]]:
+    """Return the images of a batch grouped by their keys: (one entry of each list) → indices."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for b, key in enumerate(zip(*questions, strict=True)):
+    for b, key in enumerate(zip(*keys, strict=True)):
         groups[key].append(b)
     return groups
 
@@ -140,7 +141,7 @@ def zero_padded_spans(length: int, window: int) -> list[Span]:
 def band(length: int, window: int, padding: Padding) -> Tensor:
     """Return the 0/1 matrix [length, length] whose product sums each place's window (float64).
 
-    ``zeros`` clips the window at the ends, the others wrap it. It lies on the CPU.
+    ``zeros`` clips the window at the ends, the others wrap it. The matrix is on the CPU.
     """
     place = torch.arange(length, device="cpu")
     distance = place[:, None] - place[None, :]

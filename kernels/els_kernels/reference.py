@@ -1,7 +1,7 @@
-"""Patch attention by its definition, in float64: the specification, slow and plain.
+"""Patch attention by its definition, in float64: the specification.
 
-Every other implementation is tested against this one. It shares nothing with them: patches by
-explicit offsets, sources by an explicit mask, softmax over all of them at once.
+Every other implementation is tested against this one and shares no code with it: patches by
+explicit offsets, sources by an explicit mask, one softmax over all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Reference:
         ranges: list[tuple[int, int]],
         geometry: Geometry,
     ) -> Posterior:
-        """Return the posterior of each image, computed by itself."""
+        """Return the posterior of each image; images are computed separately."""
         answers = [
             _attend(x[b].double(), self._bank[slice(*ranges[b])], a[b], s[b], window[b], geometry)
             for b in range(len(x))
@@ -64,7 +64,7 @@ def _attend(
 
 
 def _offsets(height: int, width: int, window: int, geometry: Geometry) -> list[tuple[int, int]]:
-    """Return Ω. A whole window is every pixel once: from anywhere clipped, or once on the torus."""
+    """Return Ω. A whole window has every pixel once: clipped at the border, or on the torus."""
     if not geometry.whole:
         rows = cols = range(-(window // 2), window // 2 + 1)
     elif geometry.padding == "zeros":
@@ -92,7 +92,7 @@ def _patches(images: Tensor, offsets: list[tuple[int, int]], wraps: bool) -> Ten
 def _sources(
     height: int, width: int, window: int, geometry: Geometry, device: torch.device
 ) -> Tensor:
-    """Return which place y may answer which place u: bool [HW, HW] (u, y)."""
+    """Return the mask of sources: bool [HW, HW], true where y is in S(u), indexed (u, y)."""
     if geometry.sources == "same":
         return torch.eye(height * width, dtype=torch.bool, device=device)
     if geometry.padding == "circular":

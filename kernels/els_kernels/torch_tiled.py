@@ -1,22 +1,22 @@
-"""Patch attention on CPUs with torch alone: tiles of keys that fit the cache, online softmax.
+"""Patch attention on CPUs in torch: tiles of keys that fit the cache, online softmax.
 
-Two forms cover every geometry, both exact:
+Two exact forms cover every geometry:
 
 - *direct*: a matmul of unfolded query patches with unfolded key patches, one span at a time (see
-  ``geometry``). A whole-image window is a patch of which there is one; on the torus the query is
-  unfolded into its shifts instead of the bank, and the shifts are merged by log-sum-exp.
+  ``geometry``). A whole-image window is a single patch; on the torus the query is unfolded into its
+  shifts instead of the bank, and the shifts are merged by log-sum-exp.
 - *same place*: the box-sum identity ``⟨x[u+Ω], φ[u+Ω]⟩ = (band · (x ⊙ φ) · bandᵀ)[u]``, whose cost
   does not depend on the window.
 
 With centred data q = x - a·μ and p = φ - μ a logit in base 2 is
-``log₂e/s² · (a·⟨q, p⟩ - a²·‖p‖²/2)`` plus a constant of the query that only the evidence needs.
-The norm rides along as one more column of the matmul.
+``log₂e/s² · (a·⟨q, p⟩ - a²·‖p‖²/2)`` plus a term of the query that only the evidence needs.
+The norm is an additional column of the matmul.
 
-Tile shapes depend on the sizes of image, window and range, never on the batch: each image's
-arithmetic is the same alone and in company. Images that ask for the same keys share their tiles.
-Each tile begins with a ``checkpoint``, where a computation that nobody wants any more ends.
-Matmuls cut their operands by the number of threads, though: bits hold for one number of them. And
-torch's threads do not survive a fork: ask in a child only if nobody has asked before it.
+Tile shapes depend on the sizes of image, window and range, not on the batch, so results are batch
+invariant. Images with the same window and range share their key tiles. Each tile starts with a
+``checkpoint``, where a stopped computation ends. Matmuls partition their operands by the number of
+threads, so results are bitwise reproducible for one number of threads only. torch's thread pool
+does not survive a fork: a forked child may compute only if its parent has not.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from els_kernels.control import checkpoint
-from els_kernels.geometry import Geometry, Padding, Posterior, alike, band, zero_padded_spans
+from els_kernels.geometry import Geometry, Padding, Posterior, band, group_by, zero_padded_spans
 
 _LOG2E = math.log2(math.e)
 _TILE = 1 << 20
-"""Floats of unfolded keys and of logits in one tile: 4 MiB, at home in a server CPU's cache."""
+"""Floats of unfolded keys and of logits in one tile: 4 MiB, which fits a server CPU's cache."""
 _SUMMED = 1 << 12
-"""Keys of one tile at most: so many weights are added in float32, tiles in float64."""
+"""Maximum keys in one tile; weights are summed in float32 within a tile, in float64 across
+tiles."""
 _BLOCK = 1 << 22
-"""Floats of unfolded queries held at once: 16 MiB."""
+"""Maximum floats of unfolded queries in memory: 16 MiB."""
 
 State = tuple[Tensor, Tensor]
-"""Running maximum of the logits (base 2) and sums relative to it; the last sum is the weights'."""
+"""Running maximum of the logits (base 2), and sums relative to it; the last is the sum of
+weights."""
 
 
 class Tiled:
@@ -62,7 +64,7 @@ class Tiled:
     ) -> Posterior:
         """Return the posteriors; images that share window and range share their key tiles."""
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        for (k, (lo, hi)), members in alike(window, ranges).items():
+        for (k, (lo, hi)), members in group_by(window, ranges).items():
             queries = [_Query(x[b] - a[b] * self._centre, a[b], s[b]) for b in members]
             states = _attend(queries, self._bank[lo:hi], k, geometry)
             for b, query, (peak, sums) in zip(members, queries, states, strict=True):
@@ -73,13 +75,13 @@ class Tiled:
 
 
 class _Query:
-    """One centred image [C, H, W] (float64) with its level folded in."""
+    """One centred image [C, H, W] (float64) scaled by its noise level."""
 
     def __init__(self, image: Tensor, a: float, s: float) -> None:
         self._image, self._s = image, s
-        # Scaled in float64: its product with a key is the first part of a logit in base 2 …
+        # Scaled in float64: its product with a key is the first term of a logit in base 2 …
         self.scaled = (image * (a / s / s * _LOG2E)).float()
-        # … and the second is half the key's squared norm times this.
+        # … and the second term is half the key's squared norm times this.
         self.bias = -(a / s) * (a / s) * _LOG2E
 
     def energy(self, window: int, geometry: Geometry) -> Tensor:
@@ -114,7 +116,7 @@ def _attend(queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 
 @dataclass(frozen=True)
 class _Cell:
-    """Query places and the key places that may answer them, as crops where every window fits."""
+    """Query places and their source places, as crops in which every window fits."""
 
     query: Tensor
     """[G, C, h, w], scaled."""
@@ -125,7 +127,7 @@ class _Cell:
     window: tuple[int, int]
 
     def attend(self, bias: list[float]) -> Iterator[State]:
-        """Yield for each image of ``query`` maximum [M] and sums [V+1, M] over its M places."""
+        """Yield maximum [M] and sums [V+1, M] over the M places of each image of ``query``."""
         kh, kw = self.window
         images, channels, height, width = self.query.shape
         rows, cols = height - kh + 1, width - kw + 1
@@ -145,8 +147,8 @@ class _Cell:
                 )
 
     def _attend_rows(self, query: Tensor, bias: list[float]) -> list[State]:
-        """Return for each crop, small enough to be unfolded, maximum [M, 1] and sums [M, V+1]."""
-        # Tensors of their own, not slices of one: matmuls round by how their operands are aligned.
+        """Return maximum [M, 1] and sums [M, V+1] of each crop, all of them unfolded at once."""
+        # Separate tensors, not slices of one: the rounding of a matmul depends on alignment.
         patches = [_unfold(crop[None], self.window).flatten(0, 2) for crop in query]
         for patch, half_norm_scale in zip(patches, bias, strict=True):
             patch[:, -1] = half_norm_scale
@@ -186,7 +188,7 @@ class _Cell:
 
 
 def _unfold(images: Tensor, window: tuple[int, int]) -> Tensor:
-    """Return every patch, [N, P, Q, D+1], with the last column left to fill."""
+    """Return every patch, [N, P, Q, D+1]; the last column is uninitialised."""
     kh, kw = window
     patches = images.unfold(2, kh, 1).unfold(3, kw, 1).permute(0, 2, 3, 1, 4, 5)
     out = images.new_empty(*patches.shape[:3], patches[0, 0, 0].numel() + 1)
@@ -207,7 +209,7 @@ def _every_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
     if geometry.padding == "zeros":
-        # Corners may answer only themselves: box sums give them, the cells overwrite all the rest.
+        # The only source of a corner is itself: box sums compute it, cells overwrite the rest.
         states = _same_place(queries, bank, window, geometry)
     else:
         states = [_empty_state(bank) for _ in queries]
@@ -223,7 +225,7 @@ def _every_place(
 def _cells(
     scaled: Tensor, bank: Tensor, window: int, padding: Padding
 ) -> Iterator[tuple[slice, slice, _Cell]]:
-    """Yield rows and columns of query places with the cell that answers them."""
+    """Yield rows and columns of query places with the cell of their sources."""
     height, width = bank.shape[2:]
     r = window // 2
     if padding == "zeros":
@@ -255,7 +257,7 @@ def _cells(
 def _same_place(
     queries: list[_Query], bank: Tensor, window: int, geometry: Geometry
 ) -> list[State]:
-    """Return maximum [H, W] and sums [C+1, H, W], the sources being the query's own place."""
+    """Return maximum [H, W] and sums [C+1, H, W]; the only source is the query's own place."""
     images, _, height, width = bank.shape
     rows, cols = _bands(bank, window, geometry)
     states = [_empty_state(bank) for _ in queries]
@@ -283,17 +285,17 @@ def _empty_state(bank: Tensor) -> State:
 
 
 def _whole(queries: list[_Query], bank: Tensor) -> list[State]:
-    """Return the states of the ideal machine: one logit an image, the same for every pixel."""
+    """Return the states of the ideal machine: one logit for each image, shared by all pixels."""
     cell = _image_cell(torch.stack([query.scaled for query in queries]), bank)
     states = cell.attend([query.bias for query in queries])
     return [_spread(peak[0], sums[:-1, 0].view_as(bank[0]), sums[-1, 0]) for peak, sums in states]
 
 
 def _whole_on_torus(query: _Query, bank: Tensor) -> State:
-    """Return the state of the equivariant machine: every shift of the query meets every image.
+    """Return the state of the equivariant machine: every shift of the query attends to every image.
 
-    As shift p of the query sees what an unshifted one sees in a bank shifted by -p, its response is
-    moved by p; all shifts share one softmax.
+    Shift p of the query against the bank equals the query against the bank shifted by -p, so its
+    response is moved by p; all shifts share one softmax.
     """
     channels, height, width = bank.shape[1:]
     u = torch.arange(height * width, device=bank.device)

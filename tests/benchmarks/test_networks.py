@@ -10,7 +10,7 @@ import pytest
 from benchmarks.networks import __main__ as benchmark
 from benchmarks.networks import cases, plain
 
-TINY = ["--widths", "8", "16", "--batches", "2", "--rounds", "2", "--seconds", "0"]
+TINY = ["--dirty", "--widths", "8", "16", "--batches", "2", "--rounds", "2", "--seconds", "0"]
 
 
 def test_every_network_answers_as_plain_code_does_and_is_timed_beside_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import package_model
-from tests.denoisers.conftest import random_images
+from tests.support.denoisers import random_images
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import make_query

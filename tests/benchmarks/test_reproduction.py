@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from benchmarks.reproduction import PAPER, main
-from tests.denoisers.comparing import squares, subjects
+from tests.support.comparing import squares, subjects
 
 from els_service.experiments.comparison.run import Settings, compare
 
@@ -28,7 +28,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     out = tmp_path / "claim.json"
-    main([*arguments, "--out", str(out)])
+    main([*arguments, "--dirty", "--out", str(out)])
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 

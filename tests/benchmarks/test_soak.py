@@ -84,13 +84,14 @@ def test_the_slope_is_that_of_the_line_however_a_quarter_of_the_points_lies() ->
     assert theil_sen(x, y) == pytest.approx(3, abs=0.5)
 
 
+@pytest.mark.e2e
 def test_a_short_soak_of_the_real_server_finds_nothing(tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
     loose = (
         *("--noise-mib=40", "--mib-per-hour=0", "--fds=20", "--threads=8"),
         *("--malloc-noise-mib=20", "--blocks-noise=50000"),
     )
-    command = (sys.executable, "-m", "benchmarks.soak", "--minutes=0.2", "--every=0.3")
+    command = (sys.executable, "-m", "benchmarks.soak", "--dirty", "--minutes=0.2", "--every=0.3")
     done = subprocess.run(
         [*command, *loose, f"--out={out}"], capture_output=True, text=True, timeout=120, check=False
     )

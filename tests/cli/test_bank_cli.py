@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from els_service.cli.bank import app
 from els_service.cli.progress import progress_of
-from els_service.cli.speed import told_bank_speed
+from els_service.cli.speed import describe_bank_speed
 from els_service.denoisers.banks import load_bank, make_bank
 
 GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
@@ -65,7 +65,7 @@ def test_build_tells_what_a_step_takes_here(source: Path) -> None:
 def test_a_dear_bank_is_told_with_what_would_make_it_cheaper() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30_000, 3, 32, 32), np.uint8)
     began = time.monotonic()
-    told = told_bank_speed(make_bank(pixels))
+    told = describe_bank_speed(make_bank(pixels))
     assert time.monotonic() - began < 10
     seconds = re.fullmatch(
         r"an ELS machine over all 30000 images: one image takes ([0-9.e+]+) s a step here, "
@@ -180,7 +180,7 @@ def test_pictures_that_cannot_be_read_are_skipped_and_counted_where_asked(pictur
     first, *_, others, last = result.stderr.splitlines()
     assert first.startswith(f"skipped: {pictures / 'c.png'}: cannot be read")
     assert others == "skipped: … and 3 more"
-    assert last == "13 files skipped, as they cannot be read"
+    assert last == "13 files skipped: cannot be read"
 
 
 def test_skipping_is_for_folders_of_pictures(source: Path) -> None:
@@ -198,6 +198,7 @@ def test_progress_is_a_line_every_five_seconds_where_there_is_no_terminal(
     assert capsys.readouterr().err == "Reading it: 2 of 5 images\nReading it: 5 of 5 images\n"
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
     for path in (pictures / "c.png", *pictures.glob("*.txt")):
         path.unlink()

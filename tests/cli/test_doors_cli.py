@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.e2e.security import Certificates, TokenFile, bearing
+from tests.support.security import Certificates, TokenFile, bearing
 from typer.testing import CliRunner, Result
 
 from els_service.cli.main import app

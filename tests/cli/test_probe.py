@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.models_folder import write_models
-from tests.e2e.processes import ServerProcess, run, serving
-from tests.e2e.security import Certificates
+from tests.support.models_folder import write_models
+from tests.support.processes import ServerProcess, run, serving
+from tests.support.security import Certificates
 
 UNHEALTHY, FAULT = 1, 2
 
@@ -33,6 +33,7 @@ def probe(*options: str, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout.strip() + done.stderr.strip()
 
 
+@pytest.mark.e2e
 def test_a_server_that_serves_is_healthy_and_each_of_its_models(plain: ServerProcess) -> None:
     port = str(plain.ready["grpc_port"])
     assert probe(ELS_PORT=port) == (0, "SERVING")
@@ -44,6 +45,7 @@ def test_a_server_that_serves_is_healthy_and_each_of_its_models(plain: ServerPro
     assert (code, said.partition(":")[0]) == (UNHEALTHY, "NOT_FOUND")
 
 
+@pytest.mark.e2e
 def test_the_certificate_is_the_servers_own_whatever_names_it_bears(
     models: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +69,7 @@ def test_the_certificate_is_the_servers_own_whatever_names_it_bears(
         assert (code, said.partition(":")[0]) == (UNHEALTHY, "UNAVAILABLE")
 
 
+@pytest.mark.e2e
 def test_without_models_the_process_is_alive_and_the_server_is_not_healthy(tmp_path: Path) -> None:
     with serving("--models", tmp_path, ELS_HEALTH_PORT="0") as server:
         # As TLS would have it: of the gRPC port nothing is asked.
@@ -87,7 +90,7 @@ def test_nobody_there_and_somebody_silent_are_unhealthy_in_time() -> None:
 def test_a_port_that_nobody_can_know_is_a_fault() -> None:
     code, said = probe(ELS_PORT="0")
     assert code == FAULT
-    assert said == "els-server: port: expected the port that the server listens at, got 0 (any)"
+    assert said == "els-server: port: expected the port of the server, got 0 (any)"
 
 
 def test_it_loads_neither_torch_nor_numpy() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.support.models_folder import DOCUMENTS, write_models
 from typer.testing import CliRunner, Result
 
 from els_service.cli.main import app
@@ -214,6 +214,7 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once() -> None:
     commands = ["run", "check", "check --config-only", "train --data a --out b", "token x"]
     shown = subprocess.run(

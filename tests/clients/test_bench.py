@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 from typer.testing import CliRunner
 
 from els_client import InvalidArgumentError, NotFoundError
@@ -195,6 +195,7 @@ def test_warm_up_and_stragglers_count_where_they_belong() -> None:
     assert seconds == [(0, 2, 0), (1, 1, 1), (2, 1, 0)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_a_record_and_a_picture(
     target: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 from typer.testing import CliRunner, Result
 
 from els_client.cli import app
@@ -171,6 +171,7 @@ def test_a_failure_is_one_line_on_stderr_and_an_exit_code(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_no_server_has_its_own_exit_code() -> None:
     result = els("models", "--target", "127.0.0.1:1")
     assert result.exit_code == 4

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
+from tests.support.twin import Twin
 
 from els_client import (
     AsyncClient,
@@ -196,6 +196,7 @@ async def test_timeout_is_the_deadline_of_unary_calls_and_of_samples(
     await twin.close()
 
 
+@pytest.mark.slow
 async def test_no_server_at_the_target_is_unavailable(
     kind: type[Client] | type[AsyncClient],
 ) -> None:

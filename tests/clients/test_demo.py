@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 SERVE = """
 import json, signal
-from tests.clients.fake_server import FakeDenoiser, served
+from tests.support.fake_server import FakeDenoiser, served
 with served(FakeDenoiser()) as target:
     port = int(target.rpartition(":")[2])
     print(json.dumps({"event": "ready", "grpc_port": port, "metrics_port": 0}), flush=True)
@@ -49,6 +49,7 @@ def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_at_work_ends_the_demo_with_its_last_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import trustme
 from grpc_health.v1 import health, health_pb2
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser, served
+from tests.support.fake_server import FakeDenoiser, served
+from tests.support.twin import Twin
 from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, InvalidArgumentError, Tls, UnavailableError
@@ -64,6 +64,7 @@ async def test_both_sides_show_their_certificates(
     await twin.close()
 
 
+@pytest.mark.slow
 async def test_a_server_may_bear_another_name_than_its_address(
     kind: Kind, locked: str, tls: Tls
 ) -> None:
@@ -78,6 +79,7 @@ async def test_a_server_may_bear_another_name_than_its_address(
         await twin.close()
 
 
+@pytest.mark.slow
 async def test_who_has_no_certificate_or_does_not_encrypt_stays_outside(
     kind: Kind, locked: str, tls: Tls
 ) -> None:
@@ -110,6 +112,7 @@ async def test_a_malformed_token_is_refused_and_not_shown(kind: Kind, token: str
     assert not token or token not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_certificates_and_token_from_files(
     locked: str, tls: Tls, fake: FakeDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ async def test_calls_go_in_turn_to_every_server_that_says_it_is_healthy(kind: Ki
         await twin.close()
 
 
+@pytest.mark.slow
 async def test_a_connection_that_hangs_is_noticed_by_its_pings(target: str) -> None:
     host, _, port = target.rpartition(":")
     with Hole(host, int(port)) as hole:

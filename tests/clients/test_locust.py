@@ -7,14 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
 
 ROOT = Path(__file__).parents[2]
 
 
 # An extra that brings a web server along: development does without it. To import it here would
 # patch this process.
-@pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
+@pytest.mark.skipif(
+    find_spec("locust") is None, reason="needs locust: pip install 'els-denoise[locust]'"
+)
 def test_locust_counts_the_calls_of_its_users(target: str, fake: FakeDenoiser) -> None:
     script = "from locust.main import main; main()"
     options = ("--headless", "-u", "2", "-r", "2", "-t", "2s", "--json", "--host", target)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser, FakeRepository, served
+from tests.support.fake_server import FakeDenoiser, FakeRepository, served
+from tests.support.twin import Twin
 from typer.testing import CliRunner, Result
 
 from els_client import (

@@ -7,8 +7,8 @@ import time
 import grpc
 import numpy as np
 import pytest
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
+from tests.support.twin import Twin
 
 from els_client import AsyncClient, Client, ElsError, ResourceExhaustedError, UnavailableError
 from els_client._channel import own_errors

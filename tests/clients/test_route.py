@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.clients.fake_server import FakeDenoiser, served
-from tests.proxies import Proxy, proxying
+from tests.support.fake_server import FakeDenoiser, served
+from tests.support.proxies import Proxy, proxying
 
 from els_client import AsyncClient, Client, DeadlineExceededError, UnavailableError
 from els_client._route import Route
@@ -136,6 +136,7 @@ async def test_calls_for_others_go_through_the_proxy_to_their_server(
         assert proxy.asked == ["els.invalid:50051"]
 
 
+@pytest.mark.slow
 async def test_an_error_names_the_proxy_that_refused_and_not_its_password(
     kind: Kind, refusing: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ async def test_a_proxy_that_says_nothing_is_named_where_the_deadline_passes(
             await models(kind, "els.invalid:50051", timeout_s=0.2)
 
 
+@pytest.mark.slow
 async def test_where_nothing_listens_the_error_asks_whether_the_server_runs(
     kind: Kind, tmp_path: Path
 ) -> None:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
-from tests.clients.conftest import Twin
-from tests.clients.fake_server import FakeDenoiser
+from tests.support.fake_server import FakeDenoiser
+from tests.support.twin import Twin
 
 from els_client import AsyncClient, Client, ElsError, InvalidArgumentError, Query, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb

@@ -1,69 +1,13 @@
-"""A small labelled bank, denoisers of every kind, and the loop that drives a trajectory."""
+"""A small labelled bank, and a denoiser of every kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from tests.support.denoisers import KINDS, SHAPE, build, random_images
 
-from els_kernels import GEOMETRIES, PatchAttention
-from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, make_bank
-from els_service.denoisers.base import Denoiser, make_query
-from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
-
-Answer = Callable[[DenoiseCall], Tensor]
-
-SHAPE = (2, 5, 6)
-KINDS = [*("-".join(name) for name in GEOMETRIES), "gaussian", "wiener"]
-
-
-def random_images(shape: Sequence[int], seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (0.4 * torch.randn(tuple(shape), generator=generator) - 0.3).clamp(-1, 1)
-
-
-def build(kind: str, bank: Bank, **options: Any) -> Denoiser:
-    """A denoiser of a kind: ``gaussian``, ``wiener``, or ``MACHINE-PADDING``."""
-    if kind == "gaussian":
-        mean, variance = random_images(bank.shape, 1), random_images(bank.shape, 2).square() + 0.01
-        return GaussianDenoiser(bank.shape, mean, variance)
-    if kind == "wiener":
-        return WienerDenoiser(bank)
-    machine, padding = kind.split("-")
-    attention = PatchAttention(bank.pixels())
-    return AnalyticDenoiser(attention, bank, machine=machine, padding=padding, **options)
-
-
-def run(trajectory: Trajectory, answer: Answer) -> tuple[list[DenoiseCall], list[Step]]:
-    """What a sampler asks and the steps it takes when its questions are answered so."""
-    asks: list[DenoiseCall] = []
-    steps: list[Step] = []
-    sent: Tensor | None = None
-    while True:
-        try:
-            event = trajectory.send(sent)
-        except StopIteration:
-            return asks, steps
-        if isinstance(event, DenoiseCall):
-            asks.append(event)
-            sent = answer(event)
-        else:
-            steps.append(event)
-            sent = None
-
-
-def answers_of(denoiser: Denoiser, labels: int | list[int] = -1) -> Answer:
-    def answer(ask: DenoiseCall) -> Tensor:
-        query = make_query(ask.x.float(), ask.level, labels, windows_for(denoiser, ask))
-        return denoiser.denoise(query).mean.double()
-
-    return answer
+from els_service.denoisers.base import Denoiser
 
 
 @pytest.fixture(scope="session")

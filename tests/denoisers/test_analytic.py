@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.conftest import KINDS, SHAPE, build, random_images
+from tests.support.denoisers import KINDS, SHAPE, build, random_images
 
 from els_kernels import GEOMETRIES, PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser

@@ -20,7 +20,7 @@ import els_service
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
 from els_service.errors import InvalidArgumentError, LoadError
 
-BUNDLED = Path(els_service.__file__).parent / "models/_banks/fashion-mnist-5000.safetensors"
+BUNDLED = Path(els_service.__file__).parent / "bundled/_banks/fashion-mnist-5000.safetensors"
 PIXELS = np.arange(4 * 2 * 3, dtype=np.uint8).reshape(4, 1, 2, 3)
 FLOATS = np.zeros((4, 1, 2, 3), np.float32)
 TEXT = st.text(st.characters(exclude_categories=("C", "Z")))
@@ -159,6 +159,7 @@ def test_the_same_bank_gives_the_same_bytes(file: Path, bank: Bank) -> None:
     assert file.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_file_with_any_byte_changed_is_refused(file: Path) -> None:
     data = file.read_bytes()
     for position in range(len(data)):
@@ -214,7 +215,7 @@ FORGERIES: dict[str, tuple[dict[str, NDArray[Any]], dict[str, str]]] = {
     "images: expected float values from -1 to 1, got nan": ({"images": FLOATS * np.nan}, {}),
     "images: expected float values from -1 to 1, got inf": ({"images": FLOATS + np.inf}, {}),
     "images: expected float values from -1 to 1, got 2.0": ({"images": FLOATS + 2}, {}),
-    "labels: expected labels in rising order": ({"labels": np.array([0, 2, 0, 2])}, {}),
+    "labels: expected labels in increasing order": ({"labels": np.array([0, 2, 0, 2])}, {}),
     r"labels: expected int64 of shape \(4,\), got int32": ({"labels": np.zeros(4, np.int32)}, {}),
     r"labels: .* \(4,\), got int64 of shape \(3,\)": ({"labels": np.arange(3)}, {}),
     "labels: expected all -1": ({"labels": np.array([-1, 0, 1, 2])}, {}),

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.conftest import SHAPE, random_images
+from tests.support.denoisers import SHAPE, random_images
 
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, Denoiser, concatenate, make_query, one_each, score

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.denoisers.conftest import KINDS, SHAPE, answers_of, build, random_images, run
+from tests.support.denoisers import KINDS, SHAPE, answers_of, build, random_images, run
+from tests.support.examples import examples
 from torch import Tensor
 
 from els_service.denoisers.banks import Bank
@@ -47,7 +48,7 @@ def alone(denoiser: Denoiser) -> list[list[Tensor]]:
 
 
 @given(images=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=9))
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_an_answer_is_the_same_alone_and_in_any_batch_in_any_order(
     denoiser: Denoiser, alone: list[list[Tensor]], images: list[int]
 ) -> None:

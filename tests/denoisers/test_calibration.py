@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.denoisers.comparing import SHAPE, squares, subjects, write_bank, write_network
+from tests.support.comparing import SHAPE, squares, subjects, write_bank, write_network
 from typer.testing import CliRunner
 
 from els_service.cli.main import app
@@ -129,6 +129,7 @@ runpy.run_module("els_service.experiments.calibrate", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, models: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", *told(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from tests.denoisers.conftest import SHAPE, build, random_images
+from tests.support.denoisers import SHAPE, build, random_images
 
 from els_service.denoisers.banks import Bank, make_bank
 from els_service.denoisers.base import make_query

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.denoisers.comparing import (
+from tests.support.comparing import (
     LABELS,
     SHAPE,
     pretended,
@@ -147,7 +147,7 @@ def test_three_channels_are_colours_and_of_others_the_first_is_shown() -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-from tests.denoisers.comparing import squares, subjects
+from tests.support.comparing import squares, subjects
 from tests.denoisers.test_comparison import LONG
 from els_service.experiments.comparison.run import compare
 
@@ -163,6 +163,7 @@ compare(subjects(squares(labelled=False), None, "els", "ideal"), LONG, Path(sys.
 LONG = Settings(count=70, network_steps=(2,), machine_steps=2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_images(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", _KILLED, str(tmp_path / "killed")]
     killed = subprocess.run(arguments, env={"PYTHONPATH": ":".join(sys.path)}, check=False)
@@ -228,7 +229,7 @@ def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     tensors = load_file(folder / "weights.safetensors")
     tensors["body.up.weight"].fill_(1e38)
     save_file(tensors, folder / "weights.safetensors")
-    with pytest.raises(ElsError, match="the network answered NaN or infinity in float32"):
+    with pytest.raises(ElsError, match="the network returned NaN or infinity in float32"):
         compare(replace(one, network=open_network(str(folder))), SMALL, tmp_path / "out")
 
 
@@ -279,6 +280,7 @@ runpy.run_module("els_service.experiments.compare", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_server_s_command_and_the_module_agree(tmp_path: Path) -> None:
     write_network(tmp_path / "models" / "net" / "2")
     write_network(tmp_path / "models" / "net" / "1", padding="circular")

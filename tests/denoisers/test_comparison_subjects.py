@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.denoisers.comparing import (
+from tests.support.comparing import (
     squares,
     subjects,
     write_bank,

@@ -19,8 +19,8 @@ from diffusers import (
     PNDMScheduler,
 )
 from safetensors.torch import load_file, save_file
-from tests.denoisers.conftest import answers_of, random_images, run
-from tests.denoisers.pretrained import SHAPE, STEPS, edit, scheduler, unet, write_folder
+from tests.support.denoisers import answers_of, random_images, run
+from tests.support.pretrained import SHAPE, STEPS, edit, scheduler, unet, write_folder
 from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query
@@ -227,7 +227,7 @@ def test_each_image_has_its_own_label(tmp_path: Path, null: bool) -> None:
     assert want is not None
     assert_close(denoiser.denoise(query).mean, want.pred_original_sample)
     if not null:
-        with pytest.raises(InvalidArgumentError, match="knows no image without one"):
+        with pytest.raises(InvalidArgumentError, match="requires a label"):
             denoiser.check(make_query(x, from_sigma([1.0])))
 
 
@@ -368,6 +368,7 @@ def test_a_folder_outside_the_models_root_is_refused(tmp_path: Path, folder: str
         ModelRepository(root).load("model")
 
 
+@pytest.mark.slow
 def test_nothing_of_theirs_is_imported_unless_a_model_needs_it() -> None:
     code = (
         "import sys, els_service.server.server, els_service.denoisers.pretrained.latent\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.comparing import write_bank, write_network
-from tests.denoisers.training import bars
+from tests.support.comparing import write_bank, write_network
+from tests.support.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.experiments.calibrate import main as calibrate
@@ -97,6 +97,7 @@ def read_json(path: Path, *without: str) -> dict[str, object]:
     return {name: value for name, value in content.items() if name not in without}
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
     tmp_path: Path,
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_training_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
     assert records[0] == records[1]
 
 
+@pytest.mark.slow
 def test_a_calibration_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
     tmp_path: Path,
 ) -> None:

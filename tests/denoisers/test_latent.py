@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import LDMPipeline
 from safetensors.torch import load_file, save_file
-from tests.denoisers.conftest import random_images, run
-from tests.denoisers.pretrained import (
+from tests.support.denoisers import random_images, run
+from tests.support.pretrained import (
     LATENT,
     WIDTH,
     autoencoder,
@@ -111,7 +111,9 @@ def test_guided_ddim_takes_the_steps_of_their_loop(
 
 
 # Of their pipelines those with text are importable only beside it.
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.skipif(
+    find_spec("transformers") is None, reason="needs transformers: pip install transformers"
+)
 # Its optional parts warn of each other.
 @pytest.mark.filterwarnings("ignore")
 def test_guided_ddim_takes_the_steps_of_stable_diffusion(denoiser: LatentDenoiser) -> None:
@@ -274,6 +276,7 @@ def test_a_part_that_does_not_fit_is_refused_by_field(
     assert reason in error.value.reason
 
 
+@pytest.mark.slow
 def test_a_vae_that_is_no_number_or_no_safetensors_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path) / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}

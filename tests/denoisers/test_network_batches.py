@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.denoisers.conftest import random_images
-from tests.denoisers.networks import SHAPE, WIDTHS, config, denoiser
+from tests.support.denoisers import random_images
+from tests.support.examples import examples
+from tests.support.networks import SHAPE, WIDTHS, config, denoiser
 
 from els_service.denoisers.base import Query, concatenate, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
@@ -53,7 +54,7 @@ def fixed(request: pytest.FixtureRequest) -> NetworkDenoiser:
 
 
 @given(images=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=9))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_a_deterministic_network_gives_the_same_bits_in_any_company(
     fixed: NetworkDenoiser, images: list[int]
 ) -> None:
@@ -122,12 +123,12 @@ def test_what_float16_cannot_hold_is_refused_and_never_answered() -> None:
     assert np.isfinite(denoiser(of, precision="bfloat16").denoise(query).pixels).all()
     half = denoiser(of, precision="float16")
     assert np.isfinite(half.denoise(query[:1]).pixels).all()
-    with pytest.raises(ElsError, match="the network answered NaN or infinity in float16"):
+    with pytest.raises(ElsError, match="the network returned NaN or infinity in float16"):
         half.denoise(query)
     network = build_network(of)
     network.state_dict()["body.up.weight"].fill_(6e4)
     document = NetworkDocument(of, Execution(precision="float16", deterministic=True))
-    with pytest.raises(ValueError, match="deterministic: expected finite answers in float16"):
+    with pytest.raises(ValueError, match="deterministic: expected finite results in float16"):
         NetworkDenoiser(network, document)
     network = build_network(of)
     network.state_dict()["body.up.weight"].fill_(1e5)
@@ -154,6 +155,7 @@ def test_determinism_that_a_library_does_not_give_is_not_promised(
 # torch's compiler imports what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 # On a CPU it writes C++.
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling needs a C++ compiler")
 def test_a_compiled_network_answers_alike() -> None:
     of, query = config(widths=(4,), blocks=1), concatenate(pool()[:3])

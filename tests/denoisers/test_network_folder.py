@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.denoisers.conftest import random_images
-from tests.denoisers.networks import SHAPE, WIDTHS, config, denoiser, write_folder
+from tests.support.denoisers import random_images
+from tests.support.networks import SHAPE, WIDTHS, config, denoiser, write_folder
 
 from els_service.denoisers.base import BankInfo, Denoiser, make_query
 from els_service.denoisers.levels import from_sigma

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.conftest import random_images
-from tests.denoisers.networks import LABELS, SHAPE, WIDTHS, config, denoiser
+from tests.support.denoisers import random_images
+from tests.support.networks import LABELS, SHAPE, WIDTHS, config, denoiser
 from torch import Tensor
 
 from els_service.denoisers.base import Query, concatenate, make_query

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +10,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import yaml
 from onnx import TensorProto, helper, numpy_helper
-from tests.denoisers.conftest import random_images
+from tests.support.denoisers import random_images
+from tests.support.onnx_models import (
+    AXES,
+    COLUMN,
+    SHAPE,
+    constant,
+    gaussian,
+    graph,
+    scaled,
+    value,
+    write,
+)
 
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import NoiseLevel, from_alpha_bar, from_sigma
 from els_service.engine.repository import ModelRepository
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
-
-SHAPE = (2, 4, 5)
-DOCUMENT: dict[str, Any] = {
-    "kind": "onnx",
-    "file": "net.onnx",
-    "input": "x",
-    "output": "y",
-    "level": {"input": "sigma"},
-}
-
-
-def value(name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) -> Any:
-    return helper.make_tensor_value_info(name, kind, list(shape))
-
-
-def constant(name: str, array: Any) -> Any:
-    return numpy_helper.from_array(np.asarray(array, np.float32), name)
-
-
-def graph(
-    nodes: list[Any],
-    inputs: list[Any] | None = None,
-    initializers: Sequence[Any] = (),
-    output: Sequence[int | str] = ("B", *SHAPE),
-    domains: Sequence[str] = (),
-) -> Any:
-    """Return a model whose inputs are x [B, 2, 4, 5] and sigma [B] unless told otherwise."""
-    inputs = inputs or [value("x", ("B", *SHAPE)), value("sigma", ("B",))]
-    made = helper.make_graph(nodes, "net", inputs, [value("y", output)], list(initializers))
-    opsets = [helper.make_opsetid(domain, 1) for domain in domains]
-    return helper.make_model(
-        made, opset_imports=[helper.make_opsetid("", 18), *opsets], ir_version=10
-    )
-
-
-AXES = numpy_helper.from_array(np.array([1, 2, 3]), "axes")
-COLUMN = helper.make_node("Unsqueeze", ["sigma", "axes"], ["column"])
-
-
-def gaussian() -> Any:
-    """Return D(x) = x / (1 + σ²): the denoiser of N(0, 1), for x = x0 + σ·ε."""
-    nodes = [
-        COLUMN,
-        helper.make_node("Mul", ["column", "column"], ["square"]),
-        helper.make_node("Add", ["square", "one"], ["sum"]),
-        helper.make_node("Div", ["x", "sum"], ["y"]),
-    ]
-    return graph(nodes, initializers=[AXES, constant("one", 1)])
-
-
-def scaled(by: str = "column") -> Any:
-    """Return x times what it is told of the level."""
-    return graph([COLUMN, helper.make_node("Mul", ["x", by], ["y"])], initializers=[AXES])
-
-
-def write(root: Path, model: Any, **fields: Any) -> Path:
-    folder = root / "model"
-    folder.mkdir(parents=True)
-    (folder / "model.yaml").write_text(yaml.safe_dump(DOCUMENT | fields))
-    (folder / "net.onnx").write_bytes(
-        model if isinstance(model, bytes) else model.SerializeToString()
-    )
-    return folder
 
 
 def load(root: Path, model: Any, **fields: Any) -> Denoiser:
@@ -173,7 +119,7 @@ def test_further_inputs_are_constants_and_labels_the_callers(tmp_path: Path) -> 
     shift = torch.tensor([0.25, -0.5]).view(1, 2, 1, 1)
     want = 2 * x + shift + torch.tensor([4.0, 0, 2]).view(-1, 1, 1, 1)
     torch.testing.assert_close(denoiser.denoise(query).mean, want)
-    with pytest.raises(InvalidArgumentError, match="knows no image without one"):
+    with pytest.raises(InvalidArgumentError, match="requires a label"):
         denoiser.check(make_query(x, from_sigma([1.0])))
 
 
@@ -231,7 +177,7 @@ def test_an_answer_that_is_no_number_is_an_error_not_an_answer(tmp_path: Path) -
     denoiser = load(tmp_path, model)
     fine = make_query(torch.ones(1, *SHAPE), from_sigma([1.0]))
     assert np.isfinite(denoiser.denoise(fine).pixels).all()
-    with pytest.raises(ElsError, match="y: the graph answered NaN or infinity"):
+    with pytest.raises(ElsError, match="y: the graph returned NaN or infinity"):
         denoiser.denoise(make_query(torch.full((1, *SHAPE), -5.0), from_sigma([1.0])))
 
 
@@ -242,8 +188,8 @@ def test_an_answer_that_is_no_number_is_an_error_not_an_answer(tmp_path: Path) -
         ({"output": "z"}, "outputs: expected z among them, got ['y']"),
         ({"level": {"input": "x"}}, "sigma: expected a value in constants"),
         ({"constants": {"difficulty": 1.0}}, "inputs: expected difficulty among them"),
-        ({"constants": {"sigma": 1.0}}, "inputs: expected each told once"),
-        ({"label": {"input": "x", "count": 1}}, "inputs: expected each told once"),
+        ({"constants": {"sigma": 1.0}}, "inputs: expected each input used once"),
+        ({"label": {"input": "x", "count": 1}}, "inputs: expected each input used once"),
         ({"level": {"input": "sigma", "as": "noise"}}, "level.as"),
         ({"level": {"input": "sigma", "range": [1.0, 1.0]}}, "level.range: expected two"),
         ({"prediction": "edm"}, "prediction"),
@@ -295,13 +241,13 @@ ONE_LEVEL = graph(
     [
         (CUSTOM, "expected operators of ONNX or onnxruntime, got evil.Magic in node first"),
         (NOT_A_NUMBER, "weight: expected numbers, got NaN"),
-        (_infinite(), "failed at its first question: y: the graph answered NaN or infinity"),
+        (_infinite(), "failed at its first run: y: the graph returned NaN or infinity"),
         (_wide(), "y: expected shape [1, 2, 4, 5], got [1, 4, 4, 5]"),
         (FLAT, "x: expected [B, C, H, W]"),
         (TEXTS, "sigma: expected one of tensor(float)"),
         (ONE_LEVEL, "sigma: expected a value for each image, [B], got one value for all"),
         (b"\x80\x04}q\x00.", "expected a readable ONNX file"),
-        (b"", "onnxruntime refuses it"),
+        (b"", "onnxruntime rejects it"),
     ],
 )
 def test_a_graph_that_no_denoiser_can_be_is_refused_by_name(

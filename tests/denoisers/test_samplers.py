@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.conftest import Answer, answers_of, build, random_images, run
+from tests.support.denoisers import Answer, answers_of, build, random_images, run
 from torch import Tensor
 
 from els_service.denoisers.banks import Bank
@@ -325,5 +325,5 @@ def test_options_out_of_range_are_refused(sampler: str, options: Options, messag
 def test_a_sampler_that_is_sent_no_answer_says_so() -> None:
     trajectory = ddim(Recorder(), Options(3))
     assert isinstance(next(trajectory), DenoiseCall)
-    with pytest.raises(RuntimeError, match="must be sent the denoised images"):
+    with pytest.raises(RuntimeError, match="expected the denoised images"):
         next(trajectory)

@@ -95,6 +95,7 @@ def measured(reader: subprocess.Popen[str]) -> Callable[[Path], tuple[int, str]]
     return measure
 
 
+@pytest.mark.slow
 def test_of_a_gzipped_idx_file_that_goes_on_no_more_than_announced_is_expanded(
     tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
 ) -> None:

@@ -25,7 +25,9 @@ constants: {difficulty: 0.5}
 """
 
 # 38 MB to fetch, which not every run of the tests should.
-pytestmark = pytest.mark.skipif(not FETCHED.exists(), reason="needs make terrain, 38 MB")
+pytestmark = pytest.mark.skipif(
+    not FETCHED.exists(), reason="needs a network of 38 MB: make terrain"
+)
 
 
 @pytest.fixture(scope="module")

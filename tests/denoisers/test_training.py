@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.denoisers.networks import config
-from tests.denoisers.training import IMAGES, bars
+from tests.support.networks import config
+from tests.support.training import IMAGES, bars
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -113,6 +113,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,7 +330,7 @@ def test_who_interrupts_a_run_is_told_how_to_go_on(
     monkeypatch.setattr(Batches, "__call__", interrupted)
     arguments = ["--data", f"{tmp_path}/bank.safetensors", "--out", f"{tmp_path}/out"]
     assert main([*arguments, "--widths", "8", "--device", "cpu"]) == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert "interrupted: the same command resumes it" in capsys.readouterr().err
 
 
 def test_the_server_s_command_trains_too(tmp_path: Path, bank: Bank) -> None:

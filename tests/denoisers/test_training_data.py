@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.denoisers.training import bars
+from tests.support.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.errors import InvalidArgumentError

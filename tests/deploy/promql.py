@@ -22,7 +22,7 @@ def as_grafana(expression: str) -> str:
 
 
 def queries_of(runbook: str) -> list[str]:
-    """Return what a runbook tells to look at: its queries, and the metrics that its text names."""
+    """Return the queries of a runbook, and the metrics that its text names."""
     blocks = _BLOCK.findall(runbook)
     return [line for block in blocks for line in block.splitlines()] + _METRIC.findall(runbook)
 

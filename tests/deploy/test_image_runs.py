@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 from deploy.image.build import local_paths, pip_configuration
-from tests.denoisers import networks
-from tests.denoisers.pretrained import (
+from tests.support import networks
+from tests.support.models_folder import write_models
+from tests.support.onnx_models import gaussian, write
+from tests.support.pretrained import (
     autoencoder,
     conditional_unet,
     scheduler,
     unet,
     write_folder,
 )
-from tests.denoisers.test_onnx_models import gaussian, write
-from tests.e2e.models_folder import write_models
-from tests.e2e.processes import run
+from tests.support.processes import run
 
 from els_client import Client
 

@@ -30,7 +30,7 @@ from tests.deploy.manifests import (
     selected,
     settings,
 )
-from tests.e2e.processes import ServerProcess, run, serving
+from tests.support.processes import ServerProcess, run, serving
 
 from els_client import Client
 from els_service.server.health import ALIVE
@@ -206,6 +206,7 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.mark.e2e
 def test_with_the_settings_of_an_overlay_a_server_is_probed_and_asked(
     server: ServerProcess, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from tests.deploy.promql import queries_of, selections
 
 MONITORING = ROOT / "deploy" / "monitoring"
 NAMES = sorted({alert.name for alert in (*ALERTS, *BURN_ALERTS)})
-SECTIONS = ("What it means", "Who is hurt", "Look at", "Do")
+SECTIONS = ("Meaning", "Impact", "Diagnosis", "Mitigation")
 
 
 def dashboard() -> dict[str, Any]:

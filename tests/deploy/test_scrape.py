@@ -21,7 +21,7 @@ from deploy.monitoring.rules import error_ratio
 from tests.deploy import traffic
 from tests.deploy.prometheus import Prometheus, needs, scraping
 from tests.deploy.promql import TARGET, as_grafana, queries_of, selections
-from tests.e2e.processes import ODD, ServerProcess, serving
+from tests.support.processes import ODD, ServerProcess, serving
 
 from els_service.engine.request_context import REASONS
 
@@ -40,7 +40,7 @@ CODES = (
 )
 LABEL = re.compile(r"{{(\w+)}}")
 
-pytestmark = needs("prometheus")
+pytestmark = [pytest.mark.e2e, needs("prometheus")]
 
 
 def documents(path: Path) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from tests.deploy.manifests import (
     environment,
     needs_kubectl,
 )
-from tests.e2e.security import Certificates
+from tests.support.security import Certificates
 from typer.testing import CliRunner
 
 from els_service.cli.main import app

@@ -14,6 +14,9 @@ from benchmarks.deploy.load import Observed, around
 from benchmarks.deploy.replicas import Fleet, fleet
 from benchmarks.deploy.scenario import WAYS, targets
 
+pytestmark = pytest.mark.e2e
+
+
 RATE_PER_S = 20.0
 OUT_S = 10.0
 # The goal is 5 s, which the command judges; where others kept two cores busy it took 1 s to 11 s.
@@ -33,9 +36,7 @@ def ways(three: Fleet) -> Iterator[Mapping[str, str]]:
         yield found
 
 
-needs_envoy = pytest.mark.skipif(
-    envoy.program() is None, reason="no callers behind Envoy: make deploy-tools"
-)
+needs_envoy = pytest.mark.skipif(envoy.program() is None, reason="needs envoy: make deploy-tools")
 
 
 def assert_none_failed(observed: Mapping[str, Observed]) -> None:

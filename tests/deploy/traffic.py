@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tests.e2e.asking import asked, denoiser, images, images_computed, inference
-from tests.e2e.bad_inferences import SIGMA, X, infer
-from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.e2e.odd_server import FAULT
+from tests.support.bad_inferences import SIGMA, X, infer
+from tests.support.messages import asked, denoiser, images, images_computed, inference
+from tests.support.models_folder import DOCUMENTS, SHAPE, write_models
+from tests.support.odd_server import FAULT
 
 from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -38,9 +38,14 @@ async def most_ends(target: str) -> None:
 
 
 async def overload(target: str) -> None:
-    """Have an odd server refuse calls as its queue is full."""
-    async with grpc.aio.insecure_channel(target) as channel:
-        await _overloaded(channel)
+    """Have an odd server reject calls of one caller as its queue is full, and evict others."""
+    # A connection each: callers are told apart by their connections.
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        grpc.aio.insecure_channel(target, own) as channel,
+        grpc.aio.insecure_channel(target, own) as other,
+    ):
+        await _overloaded(channel, other)
 
 
 async def _answered(client: AsyncClient, channel: grpc.aio.Channel) -> None:
@@ -68,11 +73,17 @@ async def _refused(channel: grpc.aio.Channel) -> None:
 async def _late_or_unwanted(channel: grpc.aio.Channel) -> None:
     """Ten images are ten batches: of a caller who leaves, some wait and one is computed."""
     ours, many = denoiser(channel), images(*range(10))
-    # What an image takes is not known yet: it is taken, and dropped on the way.
+    # Predicted in 0.2 s: rejected.
     await _ends("DEADLINE_EXCEEDED", ours.Denoise(asked(many, timeout_s=0.05), timeout=_TIMEOUT_S))
-    await _ends("OK", ours.Denoise(asked(many), timeout=_TIMEOUT_S))
-    # By now it is: refused at the door.
-    await _ends("DEADLINE_EXCEEDED", ours.Denoise(asked(many, timeout_s=0.05), timeout=_TIMEOUT_S))
+    # Accepted, and then overtaken by 0.6 s of a higher priority until it expires.
+    before = await images_computed(channel, "slow")
+    expires = ours.Denoise(asked(many, timeout_s=0.5, priority=3), timeout=_TIMEOUT_S)
+    while await images_computed(channel, "slow") == before:
+        pass
+    overtake = [ours.Denoise(asked(many, priority=1), timeout=_TIMEOUT_S) for _ in range(3)]
+    await _ends("DEADLINE_EXCEEDED", expires)
+    for call in overtake:
+        await _ends("OK", call)
     before = await images_computed(channel, "slow")
     leaves = ours.Denoise(asked(images(*range(100))), timeout=_TIMEOUT_S)
     while await images_computed(channel, "slow") == before:
@@ -81,11 +92,15 @@ async def _late_or_unwanted(channel: grpc.aio.Channel) -> None:
     assert await leaves.code() is grpc.StatusCode.CANCELLED
 
 
-async def _overloaded(channel: grpc.aio.Channel) -> None:
-    ours = denoiser(channel)
-    calls = [ours.Denoise(asked(images(*range(10))), timeout=_TIMEOUT_S) for _ in range(20)]
-    codes = await asyncio.gather(*map(_code, calls))
-    assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+async def _overloaded(channel: grpc.aio.Channel, other: grpc.aio.Channel) -> None:
+    many = images(*range(10))
+    await other.channel_ready()
+    calls = [denoiser(channel).Denoise(asked(many), timeout=_TIMEOUT_S) for _ in range(20)]
+    codes = [asyncio.ensure_future(_code(call)) for call in calls]
+    # The first that ends is rejected: the queue is full.
+    await asyncio.wait(codes, return_when=asyncio.FIRST_COMPLETED)
+    await _ends("OK", denoiser(other).Denoise(asked(many), timeout=_TIMEOUT_S))
+    assert set(await asyncio.gather(*codes)) == {"OK", "RESOURCE_EXHAUSTED"}
 
 
 async def trajectory(channel: grpc.aio.Channel) -> Any:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.e2e.models_folder import write_models
-from tests.e2e.processes import ODD, ServerProcess, serving
+from tests.support.models_folder import write_models
+from tests.support.processes import ODD, ServerProcess, serving
 
 from els_client import Client
 

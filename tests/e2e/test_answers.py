@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.clients.conftest import Twin
-from tests.e2e.models_folder import DOCUMENTS, LABELLED, LABELS, RGB, SHAPE, WITH_EVIDENCE
-from tests.e2e.processes import ServerProcess
+from tests.support.models_folder import DOCUMENTS, LABELLED, LABELS, RGB, SHAPE, WITH_EVIDENCE
+from tests.support.processes import ServerProcess
+from tests.support.twin import Twin
 
 from els_client import AsyncClient, Client
 from els_service.denoisers.base import Denoiser, make_query, score

@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.e2e.bad_requests import QUERIES, SAMPLES, Bad, denoise, sample
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
+from tests.support.bad_requests import QUERIES, SAMPLES, Bad, denoise, sample
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

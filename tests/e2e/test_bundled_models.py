@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tests.e2e.processes import serving
+from tests.support.processes import serving
 
 from els_client import Client
 

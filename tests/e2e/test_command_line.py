@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.e2e.models_folder import DOCUMENTS
-from tests.e2e.processes import ServerProcess, run
+from tests.support.models_folder import DOCUMENTS
+from tests.support.processes import ServerProcess, run
 
 from els_client import Client
 from els_proto.build_info import COMMIT

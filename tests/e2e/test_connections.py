@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.e2e import frames
-from tests.e2e.processes import ServerProcess, serving
+from tests.support import frames
+from tests.support.processes import ServerProcess, serving
 
 from els_client import Client
 from els_service.config import Settings

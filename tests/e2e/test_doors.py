@@ -18,10 +18,10 @@ from grpc_channelz.v1 import channelz_pb2
 from grpc_channelz.v1.channelz_pb2_grpc import ChannelzStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.processes import ServerProcess, run, serving
-from tests.e2e.refusals import TIMEOUT_S, refused
-from tests.e2e.security import Certificates, TokenFile, bearing, healthy
+from tests.support.bad_requests import denoise, sample
+from tests.support.processes import ServerProcess, run, serving
+from tests.support.refusals import TIMEOUT_S, refused
+from tests.support.security import Certificates, TokenFile, bearing, healthy
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -13,13 +13,14 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.asking import array, asked, denoiser, images
-from tests.e2e.processes import ServerProcess, environment
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support import flood
+from tests.support.messages import array, asked, denoiser, images
+from tests.support.processes import ServerProcess, environment
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
-FLOOD = Path(__file__).with_name("flood.py")
+FLOOD = Path(flood.__file__)
 
 
 @asynccontextmanager

@@ -8,10 +8,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 from safetensors.numpy import save_file
-from tests.e2e.bad_requests import denoise
-from tests.e2e.models_folder import DOCUMENTS, write_models
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, refused
+from tests.support.bad_requests import denoise
+from tests.support.models_folder import DOCUMENTS, write_models
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers, refused
 
 from els_client import Client
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.models_folder import DOCUMENTS, write_models, write_slow_models
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.stalling import KINDS, NO_WINDOW, stalled
-from tests.e2e.test_operations import value
+from tests.support.metrics import value
+from tests.support.models_folder import DOCUMENTS, write_models, write_slow_models
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
+from tests.support.stalling import KINDS, NO_WINDOW, stalled
 
 from els_client import Client
 from els_proto.inference import grpc_service_pb2 as oip

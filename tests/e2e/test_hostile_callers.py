@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S, assert_answers
+from tests.support.bad_requests import denoise, sample
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S, assert_answers
 
 from els_client import AsyncClient, Client, DeadlineExceededError, InvalidArgumentError
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

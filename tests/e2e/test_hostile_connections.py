@@ -14,9 +14,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.e2e import frames
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers
+from tests.support import frames
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers
 
 PATIENCE_S = 0.5
 CROWD = 1000

@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.e2e.bad_inferences import SIGMA, X, fp32, infer
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused
+from tests.support.bad_inferences import SIGMA, X, fp32, infer
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S, assert_refused, refused
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub

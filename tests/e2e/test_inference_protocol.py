@@ -7,9 +7,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.bad_inferences import INFERENCES, ONE, SIGMA, X, fp32, infer, int64, typed
-from tests.e2e.bad_requests import Bad
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
+from tests.support.bad_inferences import INFERENCES, ONE, SIGMA, X, fp32, infer, int64, typed
+from tests.support.bad_requests import Bad
+from tests.support.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
 
 from els_client import Client
 from els_proto.inference import grpc_service_pb2 as pb

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.denoisers.pretrained import (
+from tests.support.onnx_models import gaussian, write
+from tests.support.pretrained import (
     LATENT,
     SHAPE,
     WIDTH,
@@ -21,8 +22,7 @@ from tests.denoisers.pretrained import (
     unet,
     write_folder,
 )
-from tests.denoisers.test_onnx_models import gaussian, write
-from tests.e2e.processes import ServerProcess, serving
+from tests.support.processes import ServerProcess, serving
 from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, Conditioning, InvalidArgumentError, Query

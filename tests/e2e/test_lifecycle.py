@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.models_folder import DOCUMENTS, write_models, write_slow_models
-from tests.e2e.processes import BIN, environment, page, run, serving
-from tests.e2e.refusals import TIMEOUT_S, refused
+from tests.support.models_folder import DOCUMENTS, write_models, write_slow_models
+from tests.support.processes import BIN, environment, page, run, serving
+from tests.support.refusals import TIMEOUT_S, refused
 
 from els_client import AsyncClient, Client, Step, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb

@@ -8,12 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.bad_requests import denoise, sample, tensor
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
+from tests.support.bad_inferences import fp32, infer
+from tests.support.bad_requests import denoise, sample, tensor
+from tests.support.examples import examples
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
 
 from els_client import Client
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -87,7 +88,7 @@ def outcome(channel: grpc.Channel, method: str, data: bytes) -> str:
 ANSWERS = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(150)
 @given(method=st.sampled_from(METHODS), data=st.binary(max_size=64))
 def test_no_bytes_at_all_are_an_error_of_the_server(
     channel: grpc.Channel, method: str, data: bytes
@@ -95,7 +96,7 @@ def test_no_bytes_at_all_are_an_error_of_the_server(
     assert outcome(channel, method, data) in ANSWERS
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(150)
 @given(place=st.integers(0, 200), flipped=st.integers(1, 255), cut=st.integers(0, 200))
 def test_a_message_with_a_damaged_byte_is_answered_or_refused(
     channel: grpc.Channel, place: int, flipped: int, cut: int

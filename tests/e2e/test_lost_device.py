@@ -13,10 +13,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.asking import asked, denoiser, images, images_computed
-from tests.e2e.models_folder import DOCUMENTS, write_models
-from tests.e2e.odd_server import BREAK, BROKEN, HANG
-from tests.e2e.processes import ODD, START_S, environment, serving
+from tests.support.messages import asked, denoiser, images, images_computed
+from tests.support.models_folder import DOCUMENTS, write_models
+from tests.support.odd_server import BREAK, BROKEN, HANG
+from tests.support.processes import ODD, START_S, environment, serving
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 

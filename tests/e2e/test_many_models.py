@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.asking import array, asked, denoiser, inference
-from tests.e2e.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support.messages import array, asked, denoiser, inference
+from tests.support.models_folder import DOCUMENTS, SHAPE, write_models
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip

@@ -13,13 +13,16 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.test_operations import metrics
+from tests.support.bad_requests import denoise, sample
+from tests.support.metrics import metrics
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+
+pytestmark = pytest.mark.alone
+
 
 CALLERS, CALLS, WINDOWS = 4, 500, 3
 BYTES = 64.0

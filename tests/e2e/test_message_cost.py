@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.bad_requests import denoise, tensor
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
-from tests.server.test_message_structure import large
+from tests.support.bad_requests import denoise, tensor
+from tests.support.messages import large
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers, assert_refused, refused
 
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 

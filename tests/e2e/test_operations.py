@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.request import urlopen
 
 import grpc
 import numpy as np
@@ -13,11 +12,11 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
-from prometheus_client.parser import text_string_to_metric_families
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.models_folder import DOCUMENTS
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S, refused
+from tests.support.bad_requests import denoise, sample
+from tests.support.metrics import metrics, value
+from tests.support.models_folder import DOCUMENTS
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S, refused
 
 from els_client import Client
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -26,22 +25,6 @@ from els_service.version import COMMIT, VERSION
 
 SERVICES = ("denoise.v1.DenoiserService", "inference.GRPCInferenceService")
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-def metrics(server: ServerProcess) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Return every sample as sample name → [(labels, value)]."""
-    with urlopen(server.metrics_url, timeout=TIMEOUT_S) as page:
-        families = text_string_to_metric_families(page.read().decode())
-        found: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for family in families:
-            for sample in family.samples:
-                found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
-
-
-def value(server: ServerProcess, name: str, **labels: str) -> float:
-    """Return one sample's value, 0 where there is none yet."""
-    return sum(number for found, number in metrics(server).get(name, []) if found == labels)
 
 
 @pytest.mark.parametrize("service", ["", *SERVICES, *sorted(DOCUMENTS)])

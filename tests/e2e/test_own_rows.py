@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tests.e2e.asking import Pixels, array, asked, denoiser, images, inference
-from tests.e2e.bad_inferences import SIGMA, infer
-from tests.e2e.odd_server import FAULT, Odd
+from tests.support.bad_inferences import SIGMA, infer
+from tests.support.messages import Pixels, array, asked, denoiser, images, inference
+from tests.support.odd_server import FAULT, Odd
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Settings

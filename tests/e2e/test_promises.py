@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from tests.e2e.asking import array, asked, denoiser, images
-from tests.e2e.odd_server import IMAGE_S
-from tests.e2e.processes import ServerProcess
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support.messages import array, asked, denoiser, images
+from tests.support.odd_server import IMAGE_S
+from tests.support.processes import ServerProcess
+from tests.support.refusals import TIMEOUT_S
+
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-from tests.e2e.asking import images, images_computed
-from tests.e2e.processes import ODD, ServerProcess
+from tests.support.messages import images, images_computed
+from tests.support.processes import ODD, ServerProcess
 
 from els_client import AsyncClient
 

@@ -16,10 +16,10 @@ import torch
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from safetensors.torch import save_file
-from tests.e2e.asking import asked, denoiser, inference
-from tests.e2e.models_folder import tiny_bank, write_models
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_refused
+from tests.support.messages import asked, denoiser, inference
+from tests.support.models_folder import tiny_bank, write_models
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_refused
 
 from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb

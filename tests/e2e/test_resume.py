@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.asking import denoiser
-from tests.e2e.bad_requests import denoise
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_refused, refused, violation
+from tests.support.bad_requests import denoise
+from tests.support.messages import denoiser
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_refused, refused, violation
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -12,12 +12,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.asking import array, asked, denoiser, inference
-from tests.e2e.bad_inferences import SIGMA, X, infer
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.processes import ODD, ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.test_operations import metrics
+from tests.support.bad_inferences import SIGMA, X, infer
+from tests.support.bad_requests import denoise, sample
+from tests.support.messages import array, asked, denoiser, inference
+from tests.support.metrics import metrics
+from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip

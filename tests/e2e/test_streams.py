@@ -11,10 +11,10 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import code_pb2, error_details_pb2
-from tests.e2e.asking import array, asked, denoiser, images, images_computed
-from tests.e2e.bad_requests import denoise
-from tests.e2e.processes import ODD, ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support.bad_requests import denoise
+from tests.support.messages import array, asked, denoiser, images, images_computed
+from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.server.services.streams import WINDOW

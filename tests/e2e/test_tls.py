@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e import frames
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers
-from tests.e2e.security import Certificates, healthy
+from tests.support import frames
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers
+from tests.support.security import Certificates, healthy
 
 from els_service.server.security.reloaded_file import STALE
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.e2e.processes import ServerProcess
+from tests.support.processes import ServerProcess
 
 from els_client import Client
 from els_service.version import FULL

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import re
 import socket
-import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from tests.e2e import frames
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.refusals import TIMEOUT_S, assert_answers
-from tests.e2e.security import TokenFile
+from tests.support import frames
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S, assert_answers
+from tests.support.security import TokenFile
+from tests.support.unfinished import DENOISE, HEALTH, Sender
 
 MIB = 1 << 20
-DENOISE = "/denoise.v1.DenoiserService/Denoise"
-HEALTH = "/grpc.health.v1.Health/Check"
 BUDGET = 256 * MIB
-ANNOUNCED = 60 * MIB
 CALLS = 12
 
 
@@ -32,83 +29,6 @@ def memory(process: ServerProcess, field: str) -> float:
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     assert found
     return int(found[1]) / 1024
-
-
-class Sender:
-    """Peer that begins calls on one connection, and sends all of their messages but the end.
-
-    Args:
-        peer: connected.
-        path: of the method.
-        calls: how many at once.
-    """
-
-    def __init__(self, peer: socket.socket, path: str, calls: int) -> None:
-        self._peer = peer
-        self.room = 65535
-        """Of the connection, in bytes."""
-        self.rooms = dict.fromkeys(range(1, 2 * calls, 2), 65535)
-        self.sent = dict.fromkeys(self.rooms, 0)
-        self.ended: dict[int, bytes] = {}
-        """Stream → the headers that ended it."""
-        self._rest = b""
-        head = b"\0" + struct.pack(">I", ANNOUNCED)
-        for stream in self.rooms:
-            block = frames.headers(path)
-            self._send(frames.HEADERS, stream, block, frames.END_HEADERS)
-            self._send(frames.DATA, stream, head)
-            self.rooms[stream] -= len(head)
-            self.room -= len(head)
-
-    def run(self, seconds: float) -> None:
-        """Send for some seconds, or until nothing may be sent and nothing comes."""
-        until = time.monotonic() + seconds
-        chunk = bytes(16384)
-        while time.monotonic() < until:
-            for stream, room in self.rooms.items():
-                size = min(room, self.room, 16384, ANNOUNCED - 1 - self.sent[stream])
-                if size > 0 and stream not in self.ended:
-                    self._send(frames.DATA, stream, chunk[:size])
-                    self.rooms[stream] -= size
-                    self.room -= size
-                    self.sent[stream] += size
-            self._take()
-
-    def _send(self, kind: int, stream: int, payload: bytes, flags: int = 0) -> None:
-        self._peer.sendall(frames.frame(kind, stream=stream, payload=payload, flags=flags))
-
-    def _take(self) -> None:
-        self._peer.settimeout(0.001)
-        with suppress(TimeoutError, BlockingIOError):
-            self._rest += self._peer.recv(1 << 16)
-        self._peer.settimeout(20)
-        while len(self._rest) >= 9:
-            size = int.from_bytes(self._rest[:3])
-            if len(self._rest) < 9 + size:
-                return
-            kind, flags = self._rest[3], self._rest[4]
-            stream = int.from_bytes(self._rest[5:9])
-            payload, self._rest = self._rest[9 : 9 + size], self._rest[9 + size :]
-            self._frame(kind, flags, stream, payload)
-
-    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == 8:  # WINDOW_UPDATE
-            more = int.from_bytes(payload)
-            if stream:
-                self.rooms[stream] += more
-            else:
-                self.room += more
-        elif kind == frames.SETTINGS and not flags & frames.ACK:
-            for at in range(0, len(payload), 6):
-                name, value = struct.unpack(">HI", payload[at : at + 6])
-                if name == 4:  # INITIAL_WINDOW_SIZE
-                    for other in self.rooms:
-                        self.rooms[other] += value - 65535
-            self._peer.sendall(frames.frame(frames.SETTINGS, flags=frames.ACK))
-        elif kind == frames.PING and not flags & frames.ACK:
-            self._peer.sendall(frames.frame(frames.PING, flags=frames.ACK, payload=payload))
-        elif (kind == frames.HEADERS and flags & frames.END_STREAM) or kind == frames.RST_STREAM:
-            self.ended.setdefault(stream, payload)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +92,38 @@ def test_a_message_that_does_not_arrive_in_time_ends_its_call(
         assert set(sender.ended) == {1, 3}
         records = [one for one in server.records() if one.get("code") == "DEADLINE_EXCEEDED"]
         assert [one["reason"] for one in records] == 2 * ["the message did not arrive within 0.3 s"]
+
+
+def connected_from(source: int, port: int) -> socket.socket:
+    """Return a connection from a port that may have others."""
+    peer = socket.socket()
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        peer.setsockopt(socket.SOL_SOCKET, option, 1)
+    peer.bind(("127.0.0.1", source))
+    peer.settimeout(20)
+    peer.connect(("127.0.0.1", port))
+    return peer
+
+
+def test_a_second_connection_from_the_same_port_hides_nothing(
+    models: Path, settings: dict[str, str]
+) -> None:
+    with (
+        serving("--models", models, "--threads", 1, **settings) as server,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
+        source = free.getsockname()[1]
+        free.close()
+        before = memory(server, "VmRSS")
+        with (
+            connected_from(source, int(server.ready["health_port"])),
+            connected_from(source, port_of(server)) as peer,
+        ):
+            peer.sendall(frames.BEGINNING)
+            sender = Sender(peer, DENOISE, CALLS)
+            sender.run(4)
+            assert sender.ended
+        assert memory(server, "VmHWM") - before < BUDGET / MIB + 150
 
 
 @pytest.mark.parametrize("where", ["grpc_port", "health_port"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.e2e.processes import run, serving
+from tests.support.processes import run, serving
 
 from els_client import Client, UnauthenticatedError
 

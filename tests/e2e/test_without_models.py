@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.models_folder import write_models
-from tests.e2e.processes import ServerProcess, run, serving
-from tests.e2e.refusals import TIMEOUT_S, refused
-from tests.e2e.security import Certificates
+from tests.support.models_folder import write_models
+from tests.support.processes import ServerProcess, run, serving
+from tests.support.refusals import TIMEOUT_S, refused
+from tests.support.security import Certificates
 
 from els_client import Client, NotFoundError
 from els_proto.denoise.v1 import denoise_pb2 as pb

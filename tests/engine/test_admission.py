@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.conftest import SHAPE, query
 from tests.engine.simulation import SimulatedDenoiser, World, simulate
+from tests.support.examples import examples
 
 from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
@@ -22,7 +23,7 @@ from els_service.engine.budget import Budget
 from els_service.engine.engine import SamplingRun
 from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.request_context import RequestContext
-from els_service.engine.room import Room
+from els_service.engine.reservations import NamedBudget
 from els_service.errors import QueueFullError
 
 IMAGE_S = 0.02
@@ -195,7 +196,8 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@examples(150)
 @given(
     acts=ACTS,
     estimate=st.sampled_from([0.1, 1.0, 10.0]),
@@ -252,7 +254,7 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
     assert world.is_idle()
 
 
-def _shares(rooms: Sequence[Room], caller: str, wanted: Sequence[float]) -> list[bool]:
+def _shares(rooms: Sequence[NamedBudget], caller: str, wanted: Sequence[float]) -> list[bool]:
     """Return of each room whether a caller who gets what it wants has more than its share."""
     more = []
     for room, amount in zip(rooms, wanted, strict=True):
@@ -262,7 +264,7 @@ def _shares(rooms: Sequence[Room], caller: str, wanted: Sequence[float]) -> list
     return more
 
 
-def _check_bounds(rooms: Sequence[Room]) -> None:
+def _check_bounds(rooms: Sequence[NamedBudget]) -> None:
     for room in rooms:
         budget = room.budget
         assert budget.used <= budget.capacity + 1e-6 or len(_holdings(budget)) == 1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.engine.conftest import WAIT_S, Observed
 from tests.engine.malformed import ALIASES
+from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.config import Scheduling
 from els_service.denoisers import banks

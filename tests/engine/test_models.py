@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.engine.conftest import Observed, Recorder, ask, held, turns, values
+from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, make_query

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.e2e.models_folder import DOCUMENTS, tiny_bank, write_models
 from tests.engine.malformed import BANK, ELS, GAUSSIAN, MALFORMED
+from tests.support.models_folder import DOCUMENTS, tiny_bank, write_models
 
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank, load_bank, save_bank

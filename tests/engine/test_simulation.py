@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.conftest import values
 from tests.engine.simulation import SimulatedDenoiser, World, now, simulate
+from tests.support.examples import examples
 
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised
@@ -51,7 +52,8 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@examples(500)
 @given(
     acts=ACTS,
     image_s=st.sampled_from([0.001, 0.1, 0.4]),
@@ -140,6 +142,7 @@ def test_a_flood_of_one_caller_does_not_hold_up_another() -> None:
     simulate(main())
 
 
+@pytest.mark.slow
 def test_callers_who_always_have_work_get_even_shares_of_time_whatever_they_ask() -> None:
     async def main() -> None:
         world = World(Scheduling(queue_s=1e6))
@@ -183,6 +186,7 @@ def test_a_lower_priority_is_slowed_down_and_never_starved() -> None:
     simulate(main())
 
 
+@pytest.mark.slow
 def test_models_share_a_device_by_time_not_by_requests() -> None:
     async def main() -> None:
         world = World(Scheduling(queue_s=1e6))
@@ -221,6 +225,7 @@ def test_two_devices_do_twice_the_work_and_nothing_twice() -> None:
     simulate(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimate", [0.1, 1.0, 10.0])
 def test_under_three_times_the_load_nearly_all_capacity_goes_into_answers_in_time(
     estimate: float,

@@ -7,10 +7,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.e2e.processes import ServerProcess, serving
-from tests.e2e.test_operations import metrics
 from tests.fuzz.good import write_world
 from tests.fuzz.verdict import MOST_BYTES
+from tests.support.metrics import metrics
+from tests.support.processes import ServerProcess, serving
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 from safetensors.torch import save
-from tests.denoisers import networks
-from tests.e2e.bad_inferences import SIGMA, X, infer
-from tests.e2e.bad_requests import denoise, sample
-from tests.e2e.models_folder import DOCUMENTS, LABELS, SHAPE, write_models
-from tests.server.opened import open_denoise, open_inference
+from tests.support import networks
+from tests.support.bad_inferences import SIGMA, X, infer
+from tests.support.bad_requests import denoise, sample
+from tests.support.models_folder import DOCUMENTS, LABELS, SHAPE, write_models
+from tests.support.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip

@@ -14,8 +14,8 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
-from tests.denoisers import networks
-from tests.e2e.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE, write_models
+from tests.support import networks
+from tests.support.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE, write_models
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip

@@ -9,14 +9,15 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.models_folder import RGB
-from tests.e2e.processes import ServerProcess
 from tests.fuzz.good import METHODS, good
 from tests.fuzz.mutations import near
 from tests.fuzz.verdict import MOST_BYTES, ask, full_name, judge, parses
+from tests.support.bad_inferences import fp32, infer
+from tests.support.examples import examples
+from tests.support.models_folder import RGB
+from tests.support.processes import ServerProcess
 
 # A failure is told by its own message, not by the size of what failed.
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
@@ -25,14 +26,12 @@ UNARY = [method for method in METHODS if not method.client_streaming]
 HEAVY = {"Denoise", "Score", "Sample", "ModelInfer"}
 EXAMPLES = {True: 120, False: 40}
 
-quick = settings(deadline=None, suppress_health_check=list(HealthCheck))
-
 
 @pytest.mark.parametrize("method", UNARY, ids=full_name)
 def test_any_request_is_answered_as_the_contract_says(
     channel: grpc.Channel, method: MethodDescriptor
 ) -> None:
-    @settings(quick, max_examples=EXAMPLES[method.name in HEAVY])
+    @examples(EXAMPLES[method.name in HEAVY])
     @given(data=near(good(method)))
     def check(data: bytes) -> None:
         outcome = ask(channel, method, data)
@@ -45,7 +44,7 @@ def test_any_request_is_answered_as_the_contract_says(
 
 @pytest.mark.parametrize("method", UNARY, ids=full_name)
 def test_a_good_request_is_answered(channel: grpc.Channel, method: MethodDescriptor) -> None:
-    @settings(quick, max_examples=10)
+    @examples(10)
     @given(request=good(method))
     def check(request: Any) -> None:
         data = request.SerializeToString()
@@ -54,7 +53,7 @@ def test_a_good_request_is_answered(channel: grpc.Channel, method: MethodDescrip
     check()
 
 
-@settings(quick, max_examples=60)
+@examples(60)
 @given(
     path=st.sampled_from(
         [

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.e2e.bad_requests import denoise
 from tests.fuzz.decoders import INFO, LIMITS, TARGETS, seeds
 from tests.fuzz.mutations import damage
-from tests.server.opened import open_denoise
+from tests.support.bad_requests import denoise
+from tests.support.examples import examples
+from tests.support.opened import open_denoise
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.errors import InvalidArgumentError
@@ -31,9 +32,9 @@ def damaged(draw: st.DrawFn, target: str) -> bytes:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_damaged_bytes_are_refused_or_sound(target: str) -> None:
-    examples = 20 if target in SLOW else 100
+    count = 20 if target in SLOW else 100
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @examples(count)
     @given(data=damaged(target))
     @example(data=b"")
     @example(data=b"\xff" * 64)

@@ -9,10 +9,11 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.e2e.models_folder import DOCUMENTS, write_models
 from tests.fuzz.decoders import document
+from tests.support.examples import examples
+from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
@@ -67,7 +68,7 @@ NASTY: st.SearchStrategy[object] = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(150)
 @given(
     text=st.sampled_from([*DOCUMENTS.values(), "kind: network\narchitecture: resnet\n"]),
     changes=st.lists(st.tuples(st.booleans(), st.integers(0, 9), NASTY), max_size=3),

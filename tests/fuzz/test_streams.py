@@ -15,7 +15,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import status_pb2
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz.good import METHODS, good
 from tests.fuzz.mutations import near
@@ -30,6 +30,7 @@ from tests.fuzz.verdict import (
     judge_answers,
     judge_refusal,
 )
+from tests.support.examples import examples
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -41,8 +42,6 @@ REQUEST = near(good(METHOD)).filter(lambda data: len(data) <= MOST_BYTES)
 REQUESTS = st.lists(st.one_of(REQUEST, st.binary(max_size=30)), max_size=12)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
-
-quick = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def stream(channel: grpc.Channel, requests: Iterator[bytes]) -> Any:
@@ -67,7 +66,7 @@ def grpc_name(number: int) -> str:
     return next(code.name for code in grpc.StatusCode if code.value[0] == number)
 
 
-@settings(quick, max_examples=150)
+@examples(150)
 @given(requests=REQUESTS)
 def test_each_request_of_a_stream_has_its_answer_in_order(
     channel: grpc.Channel, requests: list[bytes]
@@ -79,7 +78,7 @@ def test_each_request_of_a_stream_has_its_answer_in_order(
         judge_answer(data, answer)
 
 
-@settings(quick, max_examples=100)
+@examples(100)
 @given(requests=REQUESTS, taken=st.integers(0, 12), hangs_up=st.booleans())
 def test_a_stream_that_is_left_early_was_right_so_far(
     channel: grpc.Channel, requests: list[bytes], taken: int, hangs_up: bool
@@ -93,7 +92,7 @@ def test_a_stream_that_is_left_early_was_right_so_far(
         list(call)
 
 
-@settings(quick, max_examples=60)
+@examples(60)
 @given(requests=REQUESTS)
 def test_a_conversation_is_answered_turn_by_turn(
     channel: grpc.Channel, requests: list[bytes]
@@ -114,7 +113,7 @@ def crowds(draw: st.DrawFn) -> list[tuple[MethodDescriptor, bytes, bool]]:
     return [(method, draw(near(good(method))), draw(st.booleans())) for method in methods]
 
 
-@settings(quick, max_examples=40)
+@examples(40)
 @given(crowd=crowds())
 def test_a_crowd_of_any_requests_is_answered_and_who_leaves_harms_nobody(
     channel: grpc.Channel, crowd: list[tuple[MethodDescriptor, bytes, bool]]

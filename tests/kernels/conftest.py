@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 from tests.kernels.cases import NAMES, VARIANTS
 
 from els_kernels import Geometry
@@ -30,7 +31,9 @@ def variant(name: str) -> Any:
     """Return a parameter that is skipped where the variant cannot be had."""
     reason = missing(name)
     # Without a compiler, triton or a wide processor the rest of the suite still has to pass.
-    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    skip = pytest.mark.skipif(reason is not None, reason=str(reason))
+    interpreted = name == "triton" and not torch.cuda.is_available()
+    return pytest.param(name, marks=[skip, pytest.mark.slow] if interpreted else skip)
 
 
 @pytest.fixture(scope="session", params=[variant(name) for name in VARIANTS if name != "reference"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.kernels.cases import NAMES, Case, operator, random_case
 
-from els_kernels import PatchAttention, Posterior, max_window, tiled
+from els_kernels import PatchAttention, Posterior, max_window, torch_tiled
 
 POOL = 8
 COMPANIES = {
@@ -87,8 +87,8 @@ def test_it_holds_for_work_large_enough_to_be_split_among_threads(compiled: str,
 def test_it_holds_where_a_batch_is_cut_into_blocks(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(tiled, "_TILE", 2000)
-    monkeypatch.setattr(tiled, "_BLOCK", 3000)
+    monkeypatch.setattr(torch_tiled, "_TILE", 2000)
+    monkeypatch.setattr(torch_tiled, "_BLOCK", 3000)
     case = pool(name, (9, 2, 6, 7))
     attention = operator(case.bank, "torch")
     alone = [case[[i]].ask(attention) for i in range(POOL)]

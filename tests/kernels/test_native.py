@@ -49,6 +49,7 @@ def best() -> str:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5, 1, 3, 35), (2, 4, 35, 3)], ids=str)
 @pytest.mark.parametrize("name", ["local-zeros", "els-zeros", "els-circular", "els-valid"])
 def test_it_equals_the_reference_past_the_places_where_running_sums_start_afresh(
@@ -59,6 +60,7 @@ def test_it_equals_the_reference_past_the_places_where_running_sums_start_afresh
     assert_within_budget(case, case.attend(native), case.attend("reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_for_partial_results_does_not_show_in_the_bits(best: str, name: str) -> None:
     # 48 images leave more partial results than are kept at a time.
@@ -98,6 +100,7 @@ def low_noise(window: int) -> tuple[Case, Posterior]:
     return case, direct_on_torus(case, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [3, 17, 31])
 def test_running_sums_do_not_drift_at_low_noise(native: str, window: int) -> None:
     case, want = low_noise(window)
@@ -138,6 +141,7 @@ def test_who_asks_is_told_what_there_is_and_why_not(capsys: pytest.CaptureFixtur
     assert torch_line.startswith(f"torch      {torch.__version__}, ")
 
 
+@pytest.mark.alone
 def test_ctrl_c_ends_a_long_call_after_the_tasks_under_way(best: str) -> None:
     # 16 queries of 1e9 pairs: seconds of work in tasks of some milliseconds.
     bank = torch.zeros(1600, 1, 28, 28)

@@ -45,7 +45,7 @@ def program(
     for tool in (target.compiler, *target.runner):
         if shutil.which(tool) is None:
             # Nobody has to have every compiler.
-            pytest.skip(f"{tool} is not installed")
+            pytest.skip(f"{tool} is not installed: make compilers")
     return (*target.runner, str(compiled(target, tmp_path_factory.mktemp(request.param))))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.kernels.cases import NAMES, Case, assert_within_budget, few, operator, random_case
 
-from els_kernels import GEOMETRIES, Geometry, Posterior, max_window, tiled
+from els_kernels import GEOMETRIES, Geometry, Posterior, max_window, torch_tiled
 
 # Odd and even sides, H ≠ W, more and fewer images than a vector has lanes, ragged last tiles,
 # channels with and without code of their own, banks of bytes and of any floats.
@@ -55,13 +55,14 @@ def test_it_equals_the_reference_however_small_its_tiles(
     tile: int,
     block: int,
 ) -> None:
-    monkeypatch.setattr(tiled, "_TILE", tile)
-    monkeypatch.setattr(tiled, "_BLOCK", block)
+    monkeypatch.setattr(torch_tiled, "_TILE", tile)
+    monkeypatch.setattr(torch_tiled, "_BLOCK", block)
     windows = None if geometry.whole else [1, 3, max_window(geometry, *shape[2:])]
     case = random_case(geometry, shape, windows)
     assert_within_budget(case, case.attend("torch"), case.attend("reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "circular", "valid"])
 def test_it_equals_the_reference_on_a_bank_of_several_tiles_of_full_size(
     implementation: str, padding: str

@@ -17,6 +17,9 @@ from els_kernels import PatchAttention
 from els_kernels.attention import fastest
 from els_kernels.triton.tuning import Arch
 
+pytestmark = pytest.mark.slow
+
+
 # The project has to work without triton.
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
@@ -29,9 +32,9 @@ needs_triton = pytest.mark.skipif(
 def test_the_tiles_of_every_chip_give_the_same_answer(
     monkeypatch: pytest.MonkeyPatch, name: str, arch: Arch
 ) -> None:
-    from els_kernels.triton import machine
+    from els_kernels.triton import attention
 
-    monkeypatch.setattr(machine, "architecture", lambda device: arch)
+    monkeypatch.setattr(attention, "architecture", lambda device: arch)
     for channels, of_bytes in ((1, True), (3, False)):
         case = random_case(NAMES[name], (4, channels, 7, 8), [3, 5], of_bytes=of_bytes)
         assert_within_budget(case, case.attend("triton"), case.attend("reference"))
@@ -42,12 +45,12 @@ def test_the_tiles_of_every_chip_give_the_same_answer(
 def test_a_bank_and_a_batch_too_large_for_one_launch_are_merged_exactly(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from els_kernels.triton import equivariant, launch, machine
+    from els_kernels.triton import attention, equivariant, launch
 
     # Two images a slab, or a few more, and three queries a launch.
     monkeypatch.setattr(launch, "_SLAB_BYTES", 2048)
     monkeypatch.setattr(equivariant, "_LOGITS", 64)
-    monkeypatch.setattr(machine, "_TOGETHER", 3)
+    monkeypatch.setattr(attention, "_TOGETHER", 3)
     case = random_case(NAMES[name], (5, 1, 5, 6), [1, 1] if NAMES[name].whole else [5, 5])
     assert_within_budget(case, case.attend("triton"), case.attend("reference"))
 

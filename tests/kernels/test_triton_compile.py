@@ -15,9 +15,13 @@ import pytest
 from els_kernels.triton.tuning import Arch
 
 # The project has to work without triton.
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("triton") is None,
+        reason="triton is not installed: pip install 'els-denoise[gpu]'",
+    ),
+]
 
 # 24 binaries with the one that spills: of each form the smallest and the largest. The compile tool
 # makes all of them.

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.bad_requests import denoise, tensor
-from tests.e2e.models_folder import LABELS, SHAPE
-from tests.server.opened import OneModel
+from tests.support.bad_inferences import fp32, infer
+from tests.support.bad_requests import denoise, tensor
+from tests.support.models_folder import LABELS, SHAPE
+from tests.support.opened import OneModel
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip

@@ -13,8 +13,8 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from tests.e2e.asking import asked, denoiser
-from tests.e2e.models_folder import DOCUMENTS, write_models
+from tests.support.messages import asked, denoiser
+from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Settings
@@ -101,6 +101,7 @@ def contents() -> list[str]:
     return [name for name in found if name != "Status"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "ask", [answered, refused, left, drawn, drawing_left, streamed, stream_left]
 )

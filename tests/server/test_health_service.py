@@ -18,9 +18,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
-from tests.e2e import frames
-from tests.e2e.refusals import TIMEOUT_S
-from tests.e2e.stalling import stalled
+from tests.support import frames
+from tests.support.refusals import TIMEOUT_S
+from tests.support.stalling import stalled
 
 from els_service.engine.budget import Budget
 from els_service.server.services import health as health_service
@@ -145,6 +145,7 @@ async def test_few_dropped_watchers_of_a_connection_keep_their_calls(served: Ser
 
 
 # There is nothing to count with elsewhere.
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
 async def test_dropped_watchers_leave_no_memory_behind(served: Served) -> None:
     watchers, dropped = served.watchers, CONNECTIONS * WATCHES

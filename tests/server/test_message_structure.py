@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.e2e.bad_inferences import fp32, infer
-from tests.e2e.bad_requests import denoise, tensor
+from tests.support.bad_inferences import fp32, infer
+from tests.support.bad_requests import denoise, tensor
+from tests.support.messages import large
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
@@ -22,15 +23,6 @@ from els_service.server.requests.message_structure import (
 
 IMAGES = 256
 PIXELS = np.zeros(1 << 18, "<f4").tobytes()
-
-
-def large(field: int, payload: bytes) -> bytes:
-    """Return a message of one length-delimited field."""
-    size, varint = len(payload), bytearray()
-    while size >= 0x80:
-        varint.append(size & 0x7F | 0x80)
-        size >>= 7
-    return bytes([field << 3 | 2, *varint, size]) + payload
 
 
 def test_pixels_are_no_structure_however_many_they_are() -> None:

@@ -189,6 +189,7 @@ def test_what_is_not_http_is_a_400_and_the_connection_ends(pages: Pages, sent: b
     assert pages.ask("/healthz")[0] == 200
 
 
+@pytest.mark.alone
 def test_half_open_slow_and_deaf_peers_cost_no_thread_and_delay_no_scrape(pages: Pages) -> None:
     def memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -214,7 +215,8 @@ def test_half_open_slow_and_deaf_peers_cost_no_thread_and_delay_no_scrape(pages:
             assert pages.ask("/metrics")[0] == 200
             assert pages.ask("/readyz")[0] == 200
             assert time.monotonic() - began < 1.0
-        assert threading.active_count() == threads
+        # Threads of other tests may end meanwhile.
+        assert threading.active_count() <= threads
         assert memory() - before < 32 << 20
 
 

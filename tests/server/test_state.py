@@ -9,8 +9,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.e2e.asking import asked, denoiser, images
-from tests.e2e.models_folder import SHAPE, write_models
+from tests.support.messages import asked, denoiser, images
+from tests.support.models_folder import SHAPE, write_models
 
 from els_service.config import Settings
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import find, given, settings
+from hypothesis import find, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tests.server.opened import open_denoise, open_inference
+from tests.support.examples import examples
+from tests.support.opened import open_denoise, open_inference
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as inference_pb
@@ -88,7 +89,7 @@ def outcome(action: Any) -> Any:
         return str(error)
 
 
-@settings(max_examples=600, deadline=None)
+@examples(200)
 @given(request=requests)
 def test_a_request_is_a_valid_query_or_an_error_that_says_why(request: pb.DenoiseRequest) -> None:
     result = outcome(lambda: open_denoise(request, INFO, LIMITS))
@@ -96,7 +97,7 @@ def test_a_request_is_a_valid_query_or_an_error_that_says_why(request: pb.Denois
         assert_valid(result)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(data=st.binary(max_size=120))
 def test_any_bytes_that_parse_are_a_valid_query_or_an_error(data: bytes) -> None:
     request = pb.DenoiseRequest()
@@ -162,7 +163,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@settings(max_examples=400, deadline=None)
+@examples(150)
 @given(request=inferences())
 def test_an_inference_is_a_valid_query_or_an_error_that_says_why(
     request: inference_pb.ModelInferRequest,
@@ -172,6 +173,7 @@ def test_an_inference_is_a_valid_query_or_an_error_that_says_why(
         assert_valid(result)
 
 
+@pytest.mark.slow
 def test_the_fuzz_finds_valid_queries_too() -> None:
     def valid(action: Any) -> bool:
         return isinstance(outcome(action), Query)
@@ -192,7 +194,6 @@ pixels = arrays.arrays(
 )
 
 
-@settings(deadline=None)
 @given(x=pixels, dtype=st.sampled_from(sorted(FLOATS)))
 def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     x: np.ndarray, dtype: pb.DType.ValueType
@@ -205,7 +206,6 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     assert torch.equal(got, torch.from_numpy(x).to(FLOATS[dtype]).float())
 
 
-@settings(deadline=None)
 @given(x=arrays.arrays(np.uint8, arrays.array_shapes(min_dims=4, max_dims=4, max_side=4)))
 def test_bytes_are_pixels_from_minus_one_to_one(x: np.ndarray) -> None:
     message = pb.Tensor(dtype=pb.DTYPE_U8, shape=x.shape, data=x.tobytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.e2e.security import TokenFile, bearing
+from tests.support.security import TokenFile, bearing
 
 from els_service.errors import LoadError, PermissionDeniedError, UnauthenticatedError
 from els_service.server.security.tokens import Tokens, new_token

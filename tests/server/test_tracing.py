@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind
 from pydantic import ValidationError
-from tests.e2e.bad_requests import denoise, tensor
-from tests.e2e.models_folder import SHAPE, write_models
-from tests.proxies import proxying
+from tests.support.bad_requests import denoise, tensor
+from tests.support.models_folder import SHAPE, write_models
+from tests.support.proxies import proxying
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -350,6 +350,7 @@ def test_spans_pass_a_proxy_of_the_environment_unless_their_collector_is_on_this
     assert proxy.asked == ([f"{host}:{port}"] if asked else [])
 
 
+@pytest.mark.slow
 async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_path: Path) -> None:
     settings = Settings(
         models=write_models(tmp_path / "models"),
@@ -368,6 +369,7 @@ async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_pa
     assert time.monotonic() - start < 8
 
 
+@pytest.mark.slow
 def test_without_the_setting_nothing_of_opentelemetry_is_imported() -> None:
     script = (
         "import sys\n"

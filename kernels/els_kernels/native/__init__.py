@@ -1,4 +1,4 @@
-"""Patch attention on CPUs in C++: box sums by displacement, one price for every window."""
+"""Patch attention on CPUs in C++: box sums by displacement, at a cost independent of the window."""
 
 from els_kernels.native.binding import Native, instruction_sets
 

@@ -1,6 +1,6 @@
-"""The C++ library through ctypes, which releases the interpreter's lock while it works.
+"""ctypes binding of the C++ library; ctypes releases the GIL during a call.
 
-The library is loaded when the first bank is prepared, never on import.
+The library is loaded when the first bank is prepared, not on import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).with_name("libels_native.so")
 _SOURCES = {"same": 0, "every": 1}
 _PADDING = {"zeros": 0, "circular": 1, "valid": 2}
 _NO_MEMORY, _STOPPED = 1, 2
-"""What ``els_attend`` returns; 0 for an answer."""
+"""Return codes of ``els_attend``; 0 means success."""
 
 
 class _Call(ctypes.Structure):
@@ -56,7 +56,7 @@ def _library() -> ctypes.CDLL:
     """Return the loaded library.
 
     Raises:
-        RuntimeError: It was not built, or does not load.
+        RuntimeError: It was not built, or cannot be loaded.
     """
     if not LIBRARY.exists():
         raise RuntimeError(
@@ -82,10 +82,10 @@ def _library() -> ctypes.CDLL:
 
 
 def instruction_sets() -> list[str]:
-    """Return the instruction sets that this processor has a kernel for, best first.
+    """Return the instruction sets of the kernels that this processor can run, best first.
 
     Raises:
-        RuntimeError: The library was not built, or does not load.
+        RuntimeError: The library was not built, or cannot be loaded.
     """
     names: list[str] = []
     while (name := _library().els_kernel_name(len(names))) is not None:
@@ -94,7 +94,7 @@ def instruction_sets() -> list[str]:
 
 
 class Native:
-    """A centred bank, as many images side by side as a SIMD vector has lanes."""
+    """A centred bank, packed with one image for each lane of a SIMD vector."""
 
     def __init__(self, bank: Tensor, *, instruction_set: str | None = None) -> None:
         """Prepare a bank.
@@ -105,7 +105,7 @@ class Native:
 
         Raises:
             ValueError: The bank is not on the CPU, or the instruction set is unknown.
-            RuntimeError: The library was not built, or does not load.
+            RuntimeError: The library was not built, or cannot be loaded.
         """
         if bank.device.type != "cpu":
             raise ValueError(f"native: expected a bank on the CPU, got one on {bank.device}")
@@ -121,7 +121,7 @@ class Native:
         images, *image = bank.shape
         lanes = _library().els_kernel_lanes(self._kernel)
         tiles = -(-images // lanes)
-        # Whole cache lines, wherever torch's allocator begins.
+        # Aligned to cache lines, which torch's allocator does not guarantee.
         memory = bank.new_empty(tiles * image[0] * image[1] * image[2] * lanes + 16)
         self._bank = memory[-memory.data_ptr() % 64 // 4 :]
         bank = bank.contiguous()
@@ -145,8 +145,8 @@ class Native:
         """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
 
         Raises:
-            ComputationStoppedError: The current ``Control`` was told to stop.
-            MemoryError: There was none for the partial results.
+            ComputationStoppedError: The current ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
         """
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
@@ -176,7 +176,7 @@ class Native:
             log_evidence=answer.log_evidence.data_ptr(),
             control=control.address,
         )
-        # What the library reads and writes lives at least as long as it runs.
+        # Keeps the buffers alive until the library returns.
         status = _run(call, control, (self, x, scales, windows, limits, answer))
         if status == _STOPPED:
             raise ComputationStoppedError("native: stopped between two tiles")

@@ -1,6 +1,6 @@
 """Patch attention on GPUs in Triton: direct, diagonal, same-place and shift forms.
 
-Importing this package needs neither triton nor a GPU; asking it for an implementation does.
+Importing this package needs neither triton nor a GPU; creating an implementation does.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["create", "unavailable"]
 
 
 def unavailable(bank: Tensor) -> str | None:
-    """Return why Triton cannot serve this bank, or None if it can.
+    """Return why Triton cannot run on this bank, or None if it can.
 
-    Under ``TRITON_INTERPRET=1`` a bank on the CPU is served, slowly: for tests.
+    Under ``TRITON_INTERPRET=1`` a bank on the CPU works too, slowly: for tests.
     """
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install 'els-denoise[gpu]')"
@@ -33,7 +33,7 @@ def create(bank: Tensor) -> TritonAttention:
     """Return the implementation for a bank.
 
     Raises:
-        RuntimeError: triton is missing or the bank is not on a GPU; says which.
+        RuntimeError: triton is not installed, or the bank is not on a GPU; gives the reason.
     """
     reason = unavailable(bank)
     if reason is not None:

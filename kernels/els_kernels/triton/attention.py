@@ -1,4 +1,4 @@
-"""Patch attention on a GPU: chooses the form of every geometry and puts the pieces together."""
+"""Patch attention on a GPU: selects the form for each geometry and combines the partial results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from els_kernels.geometry import Geometry, Posterior, alike, band, zero_padded_spans
+from els_kernels.geometry import Geometry, Posterior, band, group_by, zero_padded_spans
 from els_kernels.triton import launch, layout, precision, tuning
 from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 _LOG2E = math.log2(math.e)
 
 _TOGETHER = 16
-"""Images that share a launch: bounds the memory of their states, and changes no bits."""
+"""Maximum images in a launch: bounds the memory of their states; results do not depend on it."""
 
 Form = Literal["direct", "diagonal"]
-"""How every place meets every place."""
+"""Form for the geometries in which every place is a source."""
 
 
 class TritonAttention:
@@ -56,13 +56,13 @@ class TritonAttention:
         terms_of = map(precision.query_terms, a, s, (channels * math.prod(side) for side in sides))
         parts = (
             (key, members[first : first + _TOGETHER])
-            for key, members in alike(window, ranges, terms_of).items()
+            for key, members in group_by(window, ranges, terms_of).items()
             for first in range(0, len(members), _TOGETHER)
         )
         for (k, (lo, hi), terms), members in parts:
             queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
             part = self._range(lo, hi)
-            # Triton launches on the current device.
+            # Triton launches kernels on the current device.
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
                 mean, log2_z = part.attend(_stack(queries), k, geometry)
             for i, (b, query) in enumerate(zip(members, queries, strict=True)):
@@ -77,18 +77,18 @@ class TritonAttention:
 
 
 class _Query:
-    """One centred image [C, H, W] in units of the keys, with its level folded in."""
+    """One centred image [C, H, W] in units of the keys, scaled by its noise level."""
 
     def __init__(self, x: Tensor, a: float, s: float, keys: precision.Keys, terms: int) -> None:
         self._image, self._s = x - a * keys.centre, s
-        # Its product with a key in units is the first part of a logit in base 2 …
+        # Its product with a key in these units is the first term of a logit in base 2 …
         scaled = self._image * (a / s / s * _LOG2E * keys.unit)
         larger, power = precision.scale_query(scaled)
         self.terms = precision.split(larger, terms)
         self.plain = scaled.float()
         self.scale = 1 / power
-        # … and the second is half the key's squared norm times this, never 0: a key of infinite
-        # norm, which overruns its tile, has to weigh nothing.
+        # … and the second term is half the key's squared norm times this, never 0: a key beyond the
+        # end of its tile has an infinite norm and must get the weight 0.
         self.bias = -max((a / s) * (a / s) * _LOG2E * keys.unit**2, 1e-30)
 
     def energy(self, window: int, geometry: Geometry) -> Tensor:
@@ -115,7 +115,7 @@ Answer = tuple[Tensor, Tensor]
 
 
 class _Part:
-    """The images of a bank that may answer."""
+    """The images of a bank within one range."""
 
     def __init__(self, keys: Tensor, values: Tensor, arch: tuning.Arch, form: Form | None) -> None:
         self._keys, self._values, self._arch, self._form = keys, values, arch, form
@@ -139,7 +139,7 @@ class _Part:
     def _every_place(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
         channels, height, width = self._keys.shape[2:]
         if geometry.padding == "zeros":
-            # Corners may answer only themselves; all other places are overwritten.
+            # The only source of a corner is itself; all other places are overwritten.
             mean, log2_z = self._same_place(batch, window, geometry)
         else:
             mean = batch.plain.new_empty(batch.plain.shape)
@@ -164,12 +164,12 @@ class _Part:
         if geometry.padding == "circular":
             keys = layout.wrap(keys, r, r)
         half = layout.half_norms(self._keys, window, geometry.padding)
-        # Channels last: a row of a patch is one run of memory.
+        # Channels last: a row of a patch is contiguous.
         queries = queries.permute(1, 0, 3, 4, 2).contiguous()
         keys = keys.permute(0, 1, 3, 4, 2)
-        # A padded patch may run past the last image by as many rows as its elements fill.
-        room = (tuning.DIRECT_DEPTHS[-1] + 1) * keys[0, 0, 0].numel()
-        keys = layout.zeros_with_room(keys, tuple(keys.shape), room).copy_(keys)
+        # A padded patch may extend past the last image by as many rows as its elements fill.
+        slack = (tuning.DIRECT_DEPTHS[-1] + 1) * keys[0, 0, 0].numel()
+        keys = layout.zeros_with_slack(keys, tuple(keys.shape), slack).copy_(keys)
         pieces = []
         for rows, cols, cell in _cells(height, width, window, geometry):
             state = launch.direct(queries, keys, batch, half, self._values, cell, self._arch)
@@ -184,16 +184,16 @@ class _Part:
         half = layout.half_norms(self._keys, window, padding)
         everywhere = slice(0, height), slice(0, width)
         if padding != "zeros":
-            walk = launch.walk_of(padding, height, width, window)
+            traversal = launch.traversal_of(padding, height, width, window)
             state = launch.diagonal(
-                batch, self._keys, half, self._values, walk, window, padding, self._arch
+                batch, self._keys, half, self._values, traversal, window, padding, self._arch
             )
             return [(*everywhere, self._finish(state))]
         pieces: list[tuple[slice, slice, Answer]] = []
         if width >= window:
-            walk = launch.walk_of(padding, height, width, window)
+            traversal = launch.traversal_of(padding, height, width, window)
             state = launch.diagonal(
-                batch, self._keys, half, self._values, walk, window, padding, self._arch
+                batch, self._keys, half, self._values, traversal, window, padding, self._arch
             )
             pieces.append((everywhere[0], slice(r, width - r), self._finish(state)))
         if height >= window and r > 0:
@@ -203,13 +203,13 @@ class _Part:
     def _side_edges(
         self, batch: Queries, half: Tensor, window: int
     ) -> list[tuple[slice, slice, Answer]]:
-        """Return the columns near the border, which meet only themselves: rows of the transpose."""
+        """Return the columns near the border, which attend to themselves: rows of the transpose."""
         height, width = self._keys.shape[-2:]
         r = window // 2
         turned = Queries(batch.terms.mT, batch.scale, batch.bias, batch.plain)
         state = launch.diagonal(
             turned, self._keys.mT, half.mT.contiguous(), self._values.transpose(1, 2).contiguous(),
-            launch.edge_walk(width, height, window), window, "zeros", self._arch,
+            launch.edge_traversal(width, height, window), window, "zeros", self._arch,
         )  # fmt: skip
         mean, log2_z = self._finish(State(state.peak.mT, state.sums.transpose(1, 2)))
         edges = [slice(0, width)] if width < window else [slice(0, r), slice(width - r, width)]
@@ -231,7 +231,7 @@ def _finish(state: State, channels: int, terms: int) -> Answer:
 def _cells(
     height: int, width: int, window: int, geometry: Geometry
 ) -> list[tuple[slice, slice, Cell]]:
-    """Return rows and columns of query places with the cell that answers them."""
+    """Return rows and columns of query places with the cell of their sources."""
     r, size, side = window // 2, (height, width), (window, window)
     everywhere = slice(0, height), slice(0, width)
     if geometry.padding == "circular":
@@ -253,7 +253,7 @@ def _cells(
 
 
 def architecture(device: torch.device) -> tuning.Arch:
-    """Return whose tiles a device takes: the newest known that is not newer than it."""
+    """Return the newest tuned architecture that is not newer than the device."""
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"triton: expected a GPU, got {device}")

@@ -1,10 +1,10 @@
-"""Compiles every kernel with every tuned tile for every chip, without a GPU, and reads the binary.
+"""Compiles every kernel with every tuned tile for every chip, without a GPU; analyses the binaries.
 
     python -m els_kernels.triton.compile [--arch sm90] [--only diagonal]
 
-prints registers, spills, shared memory, matrix instructions and, for the inner loop, instructions a
-pair by class with the bound that they put on an H200: the static roofline. It ends with what is
-wrong (a spill, shared memory over the chip's, no matrix instruction) and then with exit code 1.
+prints registers, spills, shared memory, matrix instructions and, for the inner loop, instructions
+per pair by class, with the bound they imply on an H200: the static roofline. Faults (a spill, too
+much shared memory, no matrix instruction) are printed last and make the exit code 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TARGETS: dict[Arch, GPUTarget] = {
 _HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
 _MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|v_mfma)")
 _UNITS: dict[Arch, str] = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
-"""The matrix instruction that is a chip's own."""
+"""The matrix instruction native to each chip."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Binary:
     config: Config
     arch: Arch
     pairs: int
-    """Pairs of places in one pass of the inner loop; 0 where that is not its unit."""
+    """Pairs of places in one pass of the inner loop; 0 where the loop is not over pairs."""
     matrix: bool = True
-    """Whether it is meant to use the matrix units."""
+    """Whether the kernel should use the matrix units."""
 
 
 class Report(NamedTuple):
-    """What the binary is."""
+    """Properties of a compiled binary."""
 
     registers: int
     spills: int
@@ -69,11 +69,11 @@ class Report(NamedTuple):
     matrix: str
     """Kinds of matrix instruction, or ``-``."""
     loop: dict[str, float] | None
-    """Inner loop: lane instructions a pair, by class; None where not read."""
+    """Inner loop: lane instructions per pair, by class; None where it cannot be analysed."""
 
 
 def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]:
-    """Yield every binary that banks of bytes (one key term) of these channels may ask of a chip."""
+    """Yield every binary that a chip needs for banks of bytes (one key term) of these channels."""
     for c in channels:
         values = 1 << c.bit_length()
         for window in (1, 3, 5) if c == 1 else (1, 3):
@@ -123,10 +123,10 @@ def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
 
 
 def build(binary: Binary) -> Report:
-    """Compile a binary for real and read what came out."""
+    """Compile a binary and return its properties."""
     kernel = binary.kernel
     signature = {name: _type(name, binary) for name in kernel.arg_names}
-    # What a launch specialises on: tensors are aligned to 16 bytes, sizes are not looked at.
+    # The specialisation of a launch: tensors aligned to 16 bytes, sizes not specialised.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
@@ -148,7 +148,7 @@ def build(binary: Binary) -> Report:
 
 
 def faults(binary: Binary, report: Report) -> list[str]:
-    """Return what must not be: spills, shared memory over the chip's, the wrong matrix unit."""
+    """Return the faults: spills, more shared memory than the chip has, the wrong matrix unit."""
     limit = tuning.SHARED_BYTES[binary.arch]
     # 32 × 32 tiles are too small for the wide instructions of Hopper and Blackwell.
     small = binary.kernel is same_place_kernel and binary.arch != "gfx942"
@@ -169,7 +169,7 @@ def _type(name: str, binary: Binary) -> str:
         return "constexpr"
     if not name.startswith("p_"):
         return "i32"
-    if name == "p_walks":
+    if name == "p_row_spans":
         return "*i32"
     floats = binary.kernel is same_place_kernel and name == "p_query"
     return "*fp16" if name in _HALVES and not floats else "*fp32"
@@ -216,9 +216,9 @@ def _instructions(sass: str) -> list[Instruction]:
 
 
 def _roofline(code: list[Instruction], binary: Binary) -> dict[str, float] | None:
-    """Return lane instructions a pair by class in the smallest loop that has both exp2 and matmul.
+    """Return lane instructions per pair by class in the smallest loop with both exp2 and matmul.
 
-    Branches inside are counted as taken: of the diagonal form it is the body of a full step.
+    Branches inside count as taken: for the diagonal form this is the body of a full step.
     """
     loops = [
         (int(target[1], 16), address)
@@ -252,16 +252,16 @@ def _class(op: str) -> str:
 
 
 def flops(binary: Binary) -> int:
-    """Return half-precision operations a pair on the matrix units: products, and weights·values."""
+    """Return half-precision operations per pair on the matrix units: logits and responses."""
     constants = binary.constants
     depth = constants.get("DEPTH", constants["BLOCK_K"])
     return 2 * 2 * depth + 2 * 2 * constants["BLOCK_V"]
 
 
 def bound(loop: dict[str, float], operations: int) -> dict[str, float]:
-    """Return pairs a second that each unit of an H200 allows (132 processors at 1.755 GHz).
+    """Return the pairs per second that each unit of an H200 allows (132 SMs at 1.755 GHz).
 
-    A clock of one processor issues 4 warp instructions, and has 16 exp2, 32 memory lanes and
+    In one clock an SM issues 4 warp instructions and completes 16 exp2, 32 memory lanes and
     8192 half-precision operations (dense).
     """
     clocks = 132 * 1.755e9
@@ -273,10 +273,10 @@ def bound(loop: dict[str, float], operations: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Compile and print; return 1 where something is wrong."""
+    """Compile and print; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=get_args(Arch), action="append")
-    parser.add_argument("--only", default="", help="what a kernel's name must hold")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
     print(
         "| chip | kernel | tile | warps | registers | spills | shared KiB | matrix "

@@ -1,6 +1,6 @@
-"""The diagonal form: two rows of products a step, whatever the window.
+"""The diagonal form: two rows of products per step, for any window.
 
-See ``README.md`` beside this file for the derivation and a drawing.
+See ``README.md`` in this folder for the derivation and a figure.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ def diagonal_kernel(
     p_values,
     p_scale,
     p_bias,
-    p_walks,
+    p_row_spans,
     p_peak,
     p_sums,
-    # Sizes: rows of the walk, columns of the tiles.
+    # Sizes: rows of the traversal, columns of the tiles.
     QUERY_ROWS,
     QUERY_COLS,
     KEY_ROWS,
     KEY_COLS,
     PAIR_COLS,
     IMAGES,
-    # Where key rows lie in the image: place row = (walk row + LAG) mod KEY_ROWS.
+    # Where key rows lie in the image: place row = (traversal row + LAG) mod KEY_ROWS.
     LAG,
     IMAGE_ROWS,
     IMAGE_COLS,
     ROW0,
     COL0,
-    # Which rows meet: the inner ones each other, the rest only themselves.
+    # Sources of a row: every inner row for inner rows, otherwise only the row itself.
     WINDOW,
     EMIT_FROM,
     INNER_LO,
@@ -63,7 +63,7 @@ def diagonal_kernel(
     matmul whose channels are *pairs*: (x[t], -x[t-k]) against (φ[t'], φ[t'-k]), of inner size 2kC.
 
     A program owns BLOCK_M neighbouring flat diagonals (query place minus key row, in the order of
-    places) and walks the key rows of BLOCK_N key columns at a time. The logit
+    places) and iterates over the key rows of BLOCK_N key columns at a time. The logit
     ``SCALE·S + BIAS·‖p‖²/2`` of a pair of places appears when the last row of their windows enters.
 
     Tensors:
@@ -73,7 +73,7 @@ def diagonal_kernel(
         p_half: [IMAGES, IMAGE_ROWS, IMAGE_COLS] float32: ‖p‖²/2 of the window at each place.
         p_values: [IMAGES, IMAGE_ROWS, IMAGE_COLS, VALUES] float16.
         p_scale: [B] float32. p_bias: [B] float32, < 0.
-        p_walks: [tiles, 2] int32: first and last+1 key row of each tile of diagonals.
+        p_row_spans: [tiles, 2] int32: first and last+1 key row of each tile of diagonals.
         p_peak: [B, CHUNKS, SLOTS, PLACES] float32, -inf at first; slot = key row modulo SLOTS.
         p_sums: [B, CHUNKS, SLOTS, PLACES, VALUES] float32, 0 at first.
     """
@@ -81,8 +81,8 @@ def diagonal_kernel(
     i_batch = tl.cast(tl.program_id(1), tl.int64)
     places = (QUERY_ROWS - WINDOW + 1) * QUERY_COLS
 
-    # Flat diagonals, [BLOCK_M]: the flat query place that meets key row 0. Those past the end never
-    # meet any.
+    # Flat diagonals, [BLOCK_M]: the flat query place paired with key row 0. Those past the end
+    # have no pairs.
     o_flat = FLAT0 + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_flat = tl.where(o_flat < FLAT0 + FLATS, o_flat, -(1 << 30))
     o_depth = tl.arange(0, BLOCK_K)
@@ -90,7 +90,7 @@ def diagonal_kernel(
     m_value = o_value < VALUES
     o_column = tl.arange(0, BLOCK_N)
 
-    # A chunk and a query are reached by 64 bits; what is inside them by 32, see ``chunk_images``.
+    # 64-bit offsets to a chunk and a query, 32-bit offsets within them: see ``chunk_images``.
     i_first = tl.cast(i_chunk, tl.int64) * CHUNK_IMAGES
     row_stride = PAIR_COLS * PAIR
     image_stride = KEY_ROWS * row_stride
@@ -102,7 +102,7 @@ def diagonal_kernel(
     p_query += i_batch * TERMS * query_stride
     i_state = (i_batch * CHUNKS + CHUNK0 + i_chunk) * SLOTS
     scale, bias = tl.load(p_scale + i_batch), tl.load(p_bias + i_batch)
-    first, last = tl.load(p_walks + 2 * i_tile), tl.load(p_walks + 2 * i_tile + 1)
+    first, last = tl.load(p_row_spans + 2 * i_tile), tl.load(p_row_spans + 2 * i_tile + 1)
 
     # Flat keys of the chunk: (image, column).
     flat_keys = (
@@ -142,8 +142,8 @@ def diagonal_kernel(
                         step = tl.dot(query, keys, step)
             box += step
 
-            # The windows that end in this row: inner key rows answer inner places, the others
-            # themselves. Steps that answer nobody, the warm-up among them, have no softmax.
+            # The windows that end in this row: inner key rows are sources of inner places, the
+            # others of themselves. Steps without pairs, such as the warm-up, skip the softmax.
             i_key = (t + LAG) % KEY_ROWS
             inner = (i_key >= INNER_LO) & (i_key < INNER_HI)
             lo = tl.where(inner, INNER_LO, i_key) * QUERY_COLS
@@ -154,7 +154,7 @@ def diagonal_kernel(
                 m_u = (o_u >= lo) & (o_u < hi)
 
                 i_source = (ROW0 + i_key) * IMAGE_COLS
-                # An overrunning key has an infinite norm: its logit is -inf, its weight 0.
+                # A key beyond the end has an infinite norm: its logit is -inf, its weight 0.
                 half = tl.load(p_half + i_source + o_place, mask=m_key, other=float("inf"))
                 # [BLOCK_N, BLOCK_V]
                 values = tl.load(
@@ -170,5 +170,5 @@ def diagonal_kernel(
                 peak, sums = absorb(box * scale + (half * bias)[None, :], values, peak, sums)
                 tl.store(p_peak + i_row + o_u, peak, mask=m_u)
                 tl.store(p_sum, sums, mask=m_sum)
-        # The next columns read the states that these have written.
+        # The next columns read the states written by these.
         tl.debug_barrier()

@@ -61,7 +61,7 @@ def direct_kernel(
     Tensors:
         p_query: [B, TERMS, QUERY_H, QUERY_W, CHANNELS] float16.
         p_keys: [KEY_TERMS, IMAGES, KEY_H, KEY_W, CHANNELS] float16, followed by finite numbers
-            for BLOCK_K elements of a patch that leaves the last image: they meet zeros.
+            for BLOCK_K elements of a patch that extends past the last image; multiplied by 0.
         p_half: [IMAGES, IMAGE_ROWS, IMAGE_COLS] float32: ‖p‖²/2 of the window at each place.
         p_values: [IMAGES, IMAGE_ROWS, IMAGE_COLS, VALUES] float16.
         p_scale: [B] float32. p_bias: [B] float32, < 0.
@@ -93,7 +93,7 @@ def direct_kernel(
     if TERMS == 2:
         query_low = tl.load(p_patch + query_stride, mask=m_patch, other=0.0)
 
-    # A chunk is reached by 64 bits; what is inside it by 32, see ``chunk_images``.
+    # 64-bit offset to a chunk, 32-bit offsets within it: see ``chunk_images``.
     i_first = tl.cast(i_chunk, tl.int64) * CHUNK_IMAGES
     image_stride = KEY_H * KEY_W * CHANNELS
     term_stride = tl.cast(image_stride, tl.int64) * IMAGES
@@ -113,7 +113,7 @@ def direct_kernel(
         o_key = start + o_column
         m_key = o_key < images * key_places
         o_key = tl.where(m_key, o_key, 0)
-        # Unsigned: half the instructions of a signed division.
+        # Unsigned: half as many instructions as a signed division.
         i_image = (o_key.to(tl.uint32) // tl.cast(key_places, tl.uint32)).to(tl.int32)
         i_place = o_key - i_image * key_places
         i_key_row = (i_place.to(tl.uint32) // tl.cast(KEY_COLS, tl.uint32)).to(tl.int32)
@@ -132,7 +132,7 @@ def direct_kernel(
         products = tl.dot(query, keys, products)
 
         o_source = (i_image * IMAGE_ROWS + ROW0 + i_key_row) * IMAGE_COLS + COL0 + i_key_col
-        # An overrunning key has an infinite norm: its logit is -inf, its weight 0.
+        # A key beyond the end has an infinite norm: its logit is -inf, its weight 0.
         half = tl.load(p_half + o_source, mask=m_key, other=float("inf"))
         # [BLOCK_N, BLOCK_V]
         values = tl.load(

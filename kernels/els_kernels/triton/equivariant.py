@@ -1,4 +1,4 @@
-"""The equivariant machine on a GPU: logits of all shifts as one matmul, responses as another."""
+"""The equivariant machine on a GPU: one matmul for the logits of all shifts, one for responses."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from els_kernels.triton.launch import Queries
 from els_kernels.triton.shifts import shift_logits_kernel, shift_responses_kernel
 
 _LOGITS = 1 << 27
-"""Logits held at once: 512 MiB."""
+"""Maximum logits in memory: 512 MiB."""
 
 
 def equivariant(batch: Queries, keys: Tensor, arch: tuning.Arch) -> tuple[Tensor, Tensor]:
     """Return mean [B, C, H, W] in units of the keys and base-2 log sum [B, H, W].
 
-    Images go one by one: each has H·W shifts, and fills the chip by itself.
+    Images are processed one by one: each has H·W shifts, enough to occupy the GPU.
 
     Args:
         batch: queries.
         keys: [KT, N, C, H, W] float16.
-        arch: whose tiles to take.
+        arch: architecture whose tuned tiles are used.
     """
     answers = [_attend(batch, b, keys, arch) for b in range(len(batch.plain))]
     means, logs = zip(*answers, strict=True)
@@ -36,16 +36,16 @@ def _attend(batch: Queries, b: int, keys: Tensor, arch: tuning.Arch) -> tuple[Te
     shifts = height * width
     query = torch.cat([batch.terms[:, b]] * 2, -1)
     query = torch.cat([query] * 2, -2).contiguous()
-    home = _homes(height, width, keys.device).expand(-1, channels, -1)
-    peak, total, weight = _nothing(keys)
+    indices = _unshift_indices(height, width, keys.device).expand(-1, channels, -1)
+    peak, total, weight = _empty_state(keys)
     step = max(1, _LOGITS // shifts)
     for first in range(0, images, step):
         slab = keys[:, first : first + step].contiguous()
         logits = _logits(query, slab, batch, b, arch)
         top = torch.maximum(peak, _reference(logits.amax()))
-        # [shifts, C, H·W]; the shift by p is answered from p on, and goes home.
+        # [shifts, C, H·W]; the response of the shift by p is moved back by p.
         answers = _responses(logits, slab, top, arch).view(shifts, channels, shifts)
-        moved = answers.gather(2, home).sum(0, dtype=torch.float64)
+        moved = answers.gather(2, indices).sum(0, dtype=torch.float64)
         scale = torch.exp2((peak - top).double())
         total = total * scale + moved.view_as(total)
         weight = weight * scale + torch.exp2(logits - top).sum(dtype=torch.float64)
@@ -55,19 +55,19 @@ def _attend(batch: Queries, b: int, keys: Tensor, arch: tuning.Arch) -> tuple[Te
 
 
 def _reference(largest: Tensor) -> Tensor:
-    """Return 15 below the largest logit, or itself where its rounding loses 15 (see ``online``)."""
+    """Return the reference of ``online``: the largest logit minus 15 unless rounding loses it."""
     below = largest - 15
     return torch.where(largest - below > 15, largest, below)
 
 
-def _nothing(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_state(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peak = torch.full((), -math.inf, device=keys.device)
     zeros = torch.zeros(keys.shape[2:], dtype=torch.float64, device=keys.device)
     return peak, zeros, torch.zeros_like(peak, dtype=torch.float64)
 
 
-def _homes(height: int, width: int, device: torch.device) -> Tensor:
-    """Return for every shift p the place from which place u takes its response: [p, 1, u]."""
+def _unshift_indices(height: int, width: int, device: torch.device) -> Tensor:
+    """Return, for every shift p and place u, the place in the shifted response: [p, 1, u]."""
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     rows = (y[None, :] - y[:, None]) % height
     cols = (x[None, :] - x[:, None]) % width

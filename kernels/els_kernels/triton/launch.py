@@ -1,7 +1,7 @@
-"""Launchers: from prepared tensors to states, one function a form.
+"""Launchers, one for each form: prepared tensors → states.
 
 Every launcher takes a batch of queries that share window, range and geometry, and returns their
-merged states. Grids and chunks follow from sizes of image, window and range alone.
+merged states. Grids and chunks depend only on the sizes of image, window and range.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from els_kernels.triton.online import merge_kernel
 from els_kernels.triton.same_place import same_place_kernel
 
 _SLAB_BYTES = 1 << 29
-"""Paired rows held at once."""
+"""Maximum paired rows in memory."""
 _NEVER = -(1 << 30)
 
 
 @dataclass(frozen=True)
 class Queries:
-    """A batch of centred, scaled queries in units of the keys, on their way to logits."""
+    """A batch of centred, scaled queries in units of the keys."""
 
     terms: Tensor
     """[T, B, C, H, W] float16."""
     scale: Tensor
-    """[B] float32: the power of two that undoes the queries' own."""
+    """[B] float32: the inverse of the power of two by which the queries are scaled."""
     bias: Tensor
     """[B] float32, < 0: the factor of a key's half squared norm."""
     plain: Tensor
@@ -45,12 +45,12 @@ class State(NamedTuple):
     peak: Tensor
     """[B, rows, cols] float32."""
     sums: Tensor
-    """[B, rows, cols, V] float32: Σ 2^(logit - peak)·value; the kernel says which values."""
+    """[B, rows, cols, V] float32: Σ 2^(logit - peak)·value; values depend on the kernel."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Query places and the key places that answer them, as (row, column) pairs."""
+    """Query places and the places of their sources, as (row, column) pairs."""
 
     query_start: tuple[int, int]
     query_places: tuple[int, int]
@@ -62,8 +62,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Where the diagonals of a geometry run, in rows of the paired layout."""
+class DiagonalTraversal:
+    """Diagonals of a geometry, in rows of the paired layout."""
 
     columns: int
     """Key places along the tiles' axis."""
@@ -74,7 +74,7 @@ class Walk:
     diagonals: tuple[int, int]
     """First and last+1 difference of query row and key row."""
     rows: tuple[int, int]
-    alone: int
+    margin: int
     slots: int
 
 
@@ -95,8 +95,8 @@ def direct(
         batch: scale and bias.
         half: [N, H, W] float32.
         values: [N, H, W, V] float16.
-        cell: which places of them.
-        arch: whose tiles to take.
+        cell: query places and key places.
+        arch: architecture whose tuned tiles are used.
     """
     key_terms, images, key_h, key_w, channels = keys.shape
     depth = tuning.direct_depth(math.prod(cell.window) * channels)
@@ -126,7 +126,7 @@ def diagonal(
     keys: Tensor,
     half: Tensor,
     values: Tensor,
-    walk: Walk,
+    traversal: DiagonalTraversal,
     window: int,
     padding: Padding,
     arch: tuning.Arch,
@@ -138,10 +138,10 @@ def diagonal(
         keys: [KT, N, C, H, W] float16.
         half: [N, H, W] float32.
         values: [N, H, W, V] float16.
-        walk: where the diagonals run.
+        traversal: the diagonals.
         window: k.
         padding: how rows and columns continue.
-        arch: whose tiles to take.
+        arch: architecture whose tuned tiles are used.
     """
     terms, size, channels = batch.terms.shape[:3]
     pair = layout.pair_width(channels)
@@ -150,29 +150,31 @@ def diagonal(
         layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
     )
     rows, cols = query.shape[2:4]
-    flat0, flats = (edge * cols for edge in walk.diagonals)
-    walks = layout.walks(flat0, flats - flat0, config.block_m, (rows, cols), walk.rows, walk.alone)
-    table = torch.tensor(walks, dtype=torch.int32, device=keys.device)
+    flat0, flats = (edge * cols for edge in traversal.diagonals)
+    spans = layout.row_spans(
+        flat0, flats - flat0, config.block_m, (rows, cols), traversal.rows, traversal.margin
+    )
+    table = torch.tensor(spans, dtype=torch.int32, device=keys.device)
 
     images = keys.shape[1]
     slab = _slab(images, keys.shape[-2:], window, pair * len(keys))
     elements = _paired_elements(keys.shape[-2:], window, pair * len(keys))
-    chunk = tuning.chunk_images(min(slab, images), walk.columns, len(walks), elements)
+    chunk = tuning.chunk_images(min(slab, images), traversal.columns, len(spans), elements)
     chunks = [-(-min(slab, images - first) // chunk) for first in range(0, images, slab)]
     places = (rows - window + 1) * cols
-    peak, sums = _empty(size, sum(chunks) * walk.slots, places, values)
-    # A slot that no pair reaches holds nothing: peak -inf and sums of 0.
+    peak, sums = _empty(size, sum(chunks) * traversal.slots, places, values)
+    # A slot without pairs is empty: peak -inf, sums 0.
     peak.fill_(-math.inf)
     sums.zero_()
     for i, first in enumerate(range(0, images, slab)):
         block = slice(first, first + slab)
-        paired = layout.pair_rows(keys[:, block], window, padding, query=False, room=depth)
-        diagonal_kernel[(len(walks), size, chunks[i])](
+        paired = layout.pair_rows(keys[:, block], window, padding, query=False, slack=depth)
+        diagonal_kernel[(len(spans), size, chunks[i])](
             query, paired, half[block], values[block], batch.scale, batch.bias, table, peak, sums,
-            rows, cols, paired.shape[2], walk.columns, paired.shape[3], paired.shape[1],
-            walk.lag, *half.shape[1:], *walk.origin,
-            window, walk.emit_from, *walk.inner,
-            sum(chunks[:i]), sum(chunks), chunk, walk.slots, flats - flat0, flat0,
+            rows, cols, paired.shape[2], traversal.columns, paired.shape[3], paired.shape[1],
+            traversal.lag, *half.shape[1:], *traversal.origin,
+            window, traversal.emit_from, *traversal.inner,
+            sum(chunks[:i]), sum(chunks), chunk, traversal.slots, flats - flat0, flat0,
             TERMS=terms, KEY_TERMS=min(len(keys), terms), PAIR=pair, DEPTH=depth,
             VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_V=max(16, values.shape[-1]),
@@ -184,15 +186,15 @@ def diagonal(
 def same_place(
     batch: Queries, keys: Tensor, bands: tuple[Tensor, Tensor], arch: tuning.Arch
 ) -> State:
-    """Return the state of every place, itself its only source, by the same-place form.
+    """Return the state of every place by the same-place form: its only source is itself.
 
-    The sums are the channels' and the weight's.
+    The sums are those of the channels and the weight.
 
     Args:
         batch: queries.
         keys: [KT, N, C, H, W] float16.
         bands: 0/1 matrices [H, H] and [W, W] float16 that sum a window.
-        arch: whose tiles to take.
+        arch: architecture whose tuned tiles are used.
     """
     key_terms, images, channels, height, width = keys.shape
     config = tuning.SAME_PLACE[arch]
@@ -223,35 +225,37 @@ def bands(
     return rows, cols
 
 
-def walk_of(padding: Padding, height: int, width: int, window: int) -> Walk:
-    """Return the walk of a geometry whose tiles run along rows of the image."""
+def traversal_of(padding: Padding, height: int, width: int, window: int) -> DiagonalTraversal:
+    """Return the traversal of a geometry whose tiles run along rows of the image."""
     r = window // 2
     if padding == "circular":
-        return Walk(
+        return DiagonalTraversal(
             width, height - r, (0, 0), _NEVER, (0, height), (0, height), (_NEVER, -_NEVER), 0,
             height,
         )  # fmt: skip
     if padding == "valid":
         inner = height - 2 * r
-        return Walk(
+        return DiagonalTraversal(
             width - 2 * r, height - (window - 1), (r, r), window - 1, (0, height),
             (1 - inner, height), (0, height), 0, inner,
         )  # fmt: skip
     inner = max(0, height - 2 * r)
-    return Walk(
+    return DiagonalTraversal(
         width - 2 * r, height, (0, r), window - 1, (r, max(r, height - r)),
         (min(0, 1 - inner), max(1, inner)), (r, height + r), r, height,
     )  # fmt: skip
 
 
-def edge_walk(height: int, width: int, window: int) -> Walk:
-    """Return the walk in which places of a row meet only that row of the bank, zero padded."""
+def edge_traversal(height: int, width: int, window: int) -> DiagonalTraversal:
+    """Return the traversal of rows that attend only to the same row of the bank, zero padded."""
     r = window // 2
-    return Walk(width - 2 * r, height, (0, r), window - 1, (0, 0), (0, 1), (r, height + r), r, 1)
+    return DiagonalTraversal(
+        width - 2 * r, height, (0, r), window - 1, (0, 0), (0, 1), (r, height + r), r, 1
+    )
 
 
 def _slab(images: int, size: tuple[int, ...], window: int, width: int) -> int:
-    """Return how many images' paired rows fit the memory set aside, at least one."""
+    """Return how many images' paired rows fit the memory limit, at least one."""
     return max(1, min(images, _SLAB_BYTES // (2 * _paired_elements(size, window, width))))
 
 

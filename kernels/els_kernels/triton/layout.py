@@ -1,4 +1,4 @@
-"""What the kernels read: rows paired along diagonals, and the walks of their tiles."""
+"""Memory layout of the kernels' inputs: rows paired along diagonals, and the rows of each tile."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from els_kernels.geometry import Padding, band
 
 
 def pair_rows(
-    images: Tensor, window: int, padding: Padding, *, query: bool, room: int = 0
+    images: Tensor, window: int, padding: Padding, *, query: bool, slack: int = 0
 ) -> Tensor:
     """Return each row with the row that leaves the window as it enters, [..., R, W', PAIR].
 
-    ``images`` are [..., C, H, W]. Channels are (row t, row t - k, zeros); of a query the second is
-    negated. A row that is not there is zero. On the torus a query has its H+k-1 rows written out
-    and nothing before them, while keys wrap. ``room`` more zeros follow in memory.
+    ``images`` are [..., C, H, W]. Channels are (row t, row t - k, zeros); for a query the second is
+    negated. Missing rows are zero. On the torus a query has its H+k-1 rows written out and none
+    before them, while keys wrap. ``slack`` zeros follow in memory.
     """
     r = window // 2
     channels = images.shape[-3]
@@ -30,7 +30,7 @@ def pair_rows(
         images = wrap(images, 0, r)
     rows, cols = images.shape[-2:]
     shape = (*images.shape[:-3], rows, cols, pair_width(channels))
-    pairs = zeros_with_room(images, shape, room)
+    pairs = zeros_with_slack(images, shape, slack)
     pairs[..., :channels] = images.movedim(-3, -1)
     if torus and not query:
         pairs[..., channels : 2 * channels] = images.roll(window, -2).movedim(-3, -1)
@@ -40,10 +40,10 @@ def pair_rows(
     return pairs
 
 
-def zeros_with_room(like: Tensor, shape: tuple[int, ...], room: int) -> Tensor:
-    """Return zeros of a shape with ``room`` more behind them, that loads may run into."""
+def zeros_with_slack(like: Tensor, shape: tuple[int, ...], slack: int) -> Tensor:
+    """Return zeros of a shape, followed in memory by ``slack`` zeros that loads may read."""
     size = math.prod(shape)
-    return like.new_zeros(size + room)[:size].view(shape)
+    return like.new_zeros(size + slack)[:size].view(shape)
 
 
 def pair_width(channels: int) -> int:
@@ -73,7 +73,7 @@ def wrap(images: Tensor, rows: int, cols: int) -> Tensor:
 def half_norms(terms: Tensor, window: int, padding: Padding) -> Tensor:
     """Return ‖p‖²/2 of the window at every place, [N, H, W] float32, of key terms [KT, N, C, H, W].
 
-    Windows that leave the image are clipped, but on the torus.
+    Windows that extend past the image are clipped, except on the torus.
     """
     inside: Padding = "circular" if padding == "circular" else "zeros"
     rows, cols = (band(n, window, inside).to(terms.device) for n in terms.shape[-2:])
@@ -100,20 +100,20 @@ def responses(terms: Tensor) -> Tensor:
     return values
 
 
-def walks(
-    flat0: int, flats: int, block: int, query: tuple[int, int], rows: tuple[int, int], alone: int
+def row_spans(
+    flat0: int, flats: int, block: int, query: tuple[int, int], rows: tuple[int, int], margin: int
 ) -> list[tuple[int, int]]:
-    """Return the key rows [first, last) that each tile of flat diagonals walks.
+    """Return the key rows [first, last) of each tile of flat diagonals.
 
-    A flat diagonal F meets key row t at flat query place F + t·cols. ``query`` is (rows, cols),
-    ``rows`` the key rows that any diagonal may need; the tile that holds diagonal 0 also walks
-    ``alone`` rows before and after them, where places answer only themselves.
+    A flat diagonal F pairs key row t with flat query place F + t·cols. ``query`` is (rows, cols),
+    ``rows`` the key rows that any diagonal may need; the tile of diagonal 0 also has
+    ``margin`` rows before and after them, where the only source of a place is itself.
     """
     query_rows, cols = query
     tiles = []
     for low in range(flat0, flat0 + flats, block):
         high = min(low + block, flat0 + flats) - 1
-        extra = alone if low < cols and high >= 0 else 0
+        extra = margin if low < cols and high >= 0 else 0
         first = max(rows[0] - extra, -(high // cols))
         last = min(rows[1] + extra, query_rows - low // cols)
         tiles.append((first, last))

@@ -1,9 +1,9 @@
-"""The running softmax that every kernel carries, and its exact merge.
+"""Online softmax state of every kernel, and its exact merge.
 
 A state is ``(peak, sums)``: a reference for base-2 logits and ``Σ 2^(logit - peak)·value``; the
-last value is 1, so that the last sum is the weight. The reference is 15 below the largest logit so
-far: that puts the largest weight, 2^15, at the top of the half-precision range. A weight is split
-into two half-precision terms for the matrix units, and nothing above 2^-40 of the largest is lost.
+last value is 1, so that the last sum is the weight. The reference is the largest logit so far minus
+15, which puts the largest weight, 2^15, at the top of the half-precision range. A weight is split
+into two half-precision terms for the matrix units; weights below 2^-40 of the largest are lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Return a kernel whose sizes are never specialised: one binary for each set of constants.
+    """Return a kernel without specialisation on sizes: one binary for each set of constants.
 
     Its parameters are tensors ``p_``, then sizes in capitals, then annotated constants.
     """
@@ -31,9 +31,9 @@ def absorb(logits, values, peak, sums):
     """Return the state (peak [M], sums [M, V]) after one tile of logits [M, N], values [N, V]."""
     largest = tl.max(logits, axis=1)
     below = largest - 15.0
-    # Logits so large that 15 is lost in their rounding are their own reference.
+    # A logit so large that rounding loses the 15 is its own reference.
     below = tl.where(largest - below > 15.0, largest, below)
-    # The reference is set, never added to: from -inf the old sums are scaled by exactly 0.
+    # The reference is assigned, not accumulated: from -inf, old sums are scaled by exactly 0.
     top = tl.maximum(peak, below)
     weights = tl.exp2(logits - top[:, None])
     high = weights.to(tl.float16)
@@ -58,7 +58,7 @@ def merge_kernel(
 ):
     """Merge partial states by log-sum-exp, in the order of their slots.
 
-    ``top = max_i peak_i``, ``total = Σ_i 2^(peak_i - top)·sums_i``. A slot that holds nothing has
+    ``top = max_i peak_i``, ``total = Σ_i 2^(peak_i - top)·sums_i``. An empty slot has
     peak -inf.
 
     Tensors:

@@ -1,10 +1,10 @@
-"""How many half-precision terms an operand needs: the one place that decides precision.
+"""Number of half-precision terms of each operand; the only module that determines precision.
 
 The matrix units multiply half-precision numbers (11 bits) exactly and add in float32. A float32 is
-carried as ``high + low`` of 11 bits each, relative error ≤ 2^-23, and a product as
-``high·high + high·low + low·high``: the grade of three-term TF32 at twice its speed. Half precision
-is taken rather than bfloat16 (8 bits, three terms) as every operand is first scaled by a power of
-two to the top of its range, where the exponent bits of bfloat16 buy nothing.
+represented as ``high + low`` of 11 bits each, relative error ≤ 2^-23, and a product as
+``high·high + high·low + low·high``: the precision of three-term TF32 at twice its speed. Half
+precision is used rather than bfloat16 (8 bits, three terms): every operand is first scaled by a
+power of two to the top of its range, where the exponent bits of bfloat16 have no benefit.
 
 Two facts save terms:
 
@@ -12,10 +12,11 @@ Two facts save terms:
   units of 1/127.5: one term holds them exactly, and a product takes two matmuls instead of three.
 - *High noise.* One term of the query (relative error e ≤ 2^-12, rms 2^-12/√3 at most) moves a logit
   by at most 4 standard deviations ``4·rms·a‖q‖‖p‖/(s²·√d)`` with d = k²C. The budget of the log
-  evidence is ``8·2^-23·max|logit| ≥ 2^-20·(‖q‖² + a²‖p‖²)/(2s²)``, as among centred keys some lie
-  behind the query. So one term holds where ``(‖q‖/(a‖p‖) + a‖p‖/‖q‖)·√d ≥ 2^11·4/√3``; with
+  evidence is ``8·2^-23·max|logit| ≥ 2^-20·(‖q‖² + a²‖p‖²)/(2s²)``, as some centred keys have a
+  negative product with the query. So one term suffices if ``(‖q‖/(a‖p‖) + a‖p‖/‖q‖)·√d ≥
+  2^11·4/√3``; with
   ‖q‖ ≥ s·√d/√2 (noise alone, with a margin) and ‖p‖ ≤ 2√d the rule is ``s/a·√d ≥ 13400``.
-  Nothing of a pixel image at t < .99 meets that: the evidence, not the mean, asks for two terms.
+  No image at t < .99 satisfies that: the evidence, not the mean, requires two terms.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ import torch
 from torch import Tensor
 
 LEVELS = 127.5
-"""Bytes v stand for v/LEVELS - 1."""
+"""A byte v represents v/LEVELS - 1."""
 _GRID_ERROR = 2e-5
-"""How far a float32 v/127.5 - 1 may lie off the grid, in levels: 127.5·2^-23, and a margin."""
+"""Tolerance of a float32 v/127.5 - 1 in levels: 127.5·2^-23, and a margin."""
 _ONE_TERM = 13400.0
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A bank in units in which half-precision terms hold it: ``(centre + unit·Σ terms)``."""
+    """A bank as a sum of half-precision terms: ``centre + unit·Σ terms``."""
 
     terms: Tensor
     """[KT, N, C, H, W] float16."""
@@ -45,7 +46,7 @@ class Keys:
 
 
 def prepare_keys(bank: Tensor) -> Keys:
-    """Return the bank in one term where it is made of bytes, else in two."""
+    """Return the bank in one term if its pixels are bytes, otherwise in two."""
     mean = bank.mean((0, 2, 3), dtype=torch.float64)[:, None, None]
     middle = ((mean + 1) * LEVELS).round().clamp(0, 255)
     terms = torch.empty(1, *bank.shape, dtype=torch.float16, device=bank.device)
@@ -59,11 +60,11 @@ def prepare_keys(bank: Tensor) -> Keys:
 
 
 _BLOCK = 4096
-"""Images converted at once."""
+"""Images converted per step."""
 
 
 def _two_terms(bank: Tensor, centre: Tensor) -> Keys:
-    # 2^11: squares and products of two terms stay far inside float32 and half precision.
+    # 2^11: squares and products of two terms are well within float32 and half precision.
     largest = max(float((bank.amax() - centre).max()), float((centre - bank.amin()).max()), 1e-30)
     unit = 2.0 ** (math.frexp(largest)[1] - 11)
     terms = torch.empty(2, *bank.shape, dtype=torch.float16, device=bank.device)
@@ -74,7 +75,7 @@ def _two_terms(bank: Tensor, centre: Tensor) -> Keys:
 
 
 def split(values: Tensor, terms: int) -> Tensor:
-    """Return float16 [terms, ...] whose sum is ``values`` (float64) but for the last's rounding."""
+    """Return float16 [terms, ...] whose sum is ``values`` (float64) up to its rounding."""
     parts = []
     for _ in range(terms):
         part = values.to(torch.float16)
@@ -84,9 +85,9 @@ def split(values: Tensor, terms: int) -> Tensor:
 
 
 def scale_query(query: Tensor) -> tuple[Tensor, float]:
-    """Return the query times a power of two that puts its largest element in [2^13, 2^14), and it.
+    """Return the query times a power of two, its largest element in [2^13, 2^14); the power.
 
-    Elements 2^-27 of the largest and below lose bits of their own, none that a logit would show.
+    Elements of at most 2^-27 of the largest lose bits, which is below the precision of a logit.
     """
     largest = float(query.abs().max())
     if largest == 0.0:
@@ -96,5 +97,5 @@ def scale_query(query: Tensor) -> tuple[Tensor, float]:
 
 
 def query_terms(a: float, s: float, depth: int) -> int:
-    """Return how many terms a query of ``depth`` elements a patch needs at this noise level."""
+    """Return the number of terms of a query with ``depth`` elements per patch at this level."""
     return 1 if s / a * math.sqrt(depth) >= _ONE_TERM else 2

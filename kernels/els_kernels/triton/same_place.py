@@ -1,7 +1,7 @@
 """The same-place form: box sums as two matmuls with banded 0/1 matrices.
 
-Serves the local machine, the corners of the boundary-broken one, and the ideal machine, whose
-bands are all ones.
+Used for the local machine, the corners of the boundary-broken one, and the ideal machine (bands of
+ones).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from els_kernels.triton.online import kernel
 
 @triton.jit
 def split_dot(left, right, SPLIT_LEFT: tl.constexpr):
-    """Return left·right in float32 grade: one side splits into half-precision terms, one is 0/1.
+    """Return left·right at float32 precision: one side is split into terms, the other is 0/1.
 
-    Three terms of 11 bits hold a float32; the scale keeps them in range whatever its size.
+    Three terms of 11 bits represent a float32; the scale keeps them in range.
     """
     whole = left if SPLIT_LEFT else right
-    # A power of two that brings the largest element to about 1: exact to multiply by.
+    # A power of two that scales the largest element to about 1: the product is exact.
     largest = tl.maximum(tl.max(tl.max(tl.abs(whole), axis=1), axis=0), 1e-30)
     power = tl.floor(tl.log2(largest))
     up, down = tl.exp2(-power), tl.exp2(power)
@@ -61,7 +61,7 @@ def same_place_kernel(
     """Absorb a chunk of the bank into the states of one tile of places, each its own source.
 
     With ``g[v] = Σ_c q_c[v]·p_c[v] + BIAS·‖p[v]‖²/2`` the logits of an image are
-    ``row_band · g · col_bandᵀ``: O(H + W) work a place, whatever the window.
+    ``row_band · g · col_bandᵀ``: O(H + W) work per place, for any window.
 
     Tensors:
         p_query: [B, CHANNELS, HEIGHT, WIDTH] float32, scaled.
@@ -128,7 +128,7 @@ def same_place_kernel(
         values = tl.load(p_image + o_here, mask=m_here, other=0.0).to(tl.float32)
         if KEY_TERMS == 2:
             values += tl.load(p_image + term_stride + o_here, mask=m_here, other=0.0)
-        # The maximum is set, never added to: from -inf the old sums are scaled by exactly 0.
+        # The maximum is assigned, not accumulated: from -inf, old sums are scaled by exactly 0.
         top = tl.maximum(peak, logits)
         old, new = tl.exp2(peak - top), tl.exp2(logits - top)
         mean = mean * old[None] + values * new[None]

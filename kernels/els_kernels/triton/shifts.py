@@ -1,7 +1,7 @@
-"""The equivariant machine: every shift of the query meets every image, and all share one softmax.
+"""The equivariant machine: every shift of the query attends to every image in one softmax.
 
-As shift p of the query sees what an unshifted one sees in a bank shifted by -p, the response of a
-shift is moved back by p before the sum.
+Shift p of the query against the bank equals the query against the bank shifted by -p, so the
+response of a shift is moved back by p before the sum.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shift_logits_kernel(
 ):
     """Write ``SCALE·⟨x shifted by p, φ_n⟩ + BIAS·‖φ_n‖²/2`` for every shift p and image n.
 
-    Shifts are loads from the query laid out twice along both axes.
+    Shifts are loads from the query, which is repeated twice along both axes.
 
     Tensors:
         p_query: [TERMS, CHANNELS, 2·HEIGHT, 2·WIDTH] float16.

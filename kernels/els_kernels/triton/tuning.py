@@ -1,7 +1,7 @@
-"""Tile shapes and the form to take, as data: nothing is tuned while a request waits.
+"""Tile shapes and the choice of form, as data: nothing is tuned at run time.
 
 Chosen from the static roofline (``benchmarks/results/static.md``): the largest tiles that neither
-spill nor pass the chip's shared memory. Results do not depend on the batch, as no entry does.
+spill nor exceed the chip's shared memory. No entry depends on the batch, so neither do results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of query places × keys × inner size, and how it is run."""
+    """Tile of query places × keys × inner size, with warps and stages."""
 
     block_m: int
     block_n: int
@@ -24,7 +24,7 @@ class Config:
 
 
 SHARED_BYTES: dict[Arch, int] = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-"""Largest shared memory of one program: what a driver lets a block opt in to."""
+"""Largest shared memory of one program, in bytes: the opt-in limit of a block."""
 
 DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
@@ -35,7 +35,7 @@ DIRECT_UP_TO: dict[Arch, dict[int, int]] = {
     "sm100": {1: 3, 2: 3, 3: 3, 4: 3},
     "gfx942": {1: 3, 2: 3, 3: 3, 4: 3},
 }
-"""Channels → the largest window (1 if not named) for which the direct form issues less a pair."""
+"""Channels → the largest window (default 1) at which the direct form issues fewer instructions."""
 
 _WIDE = Config(64, 128, 32, 4, 1)
 _NARROW = Config(64, 64, 32, 4, 1)
@@ -49,7 +49,7 @@ DIRECT: dict[Arch, dict[int, Config]] = {
 """Inner size → tile; the inner size is not tiled."""
 
 Steps = tuple[tuple[int, Config], ...]
-"""(largest inner size, tile) in rising order."""
+"""(largest inner size, tile), in increasing order."""
 
 _ANY = 1 << 30
 _PAIRS_942: Steps = ((_ANY, Config(64, 128, 32, 4, 1)),)
@@ -78,7 +78,7 @@ DIAGONAL: dict[Arch, dict[int, Steps]] = {
     },
     "sm100": {
         2: ((32, Config(64, 128, 16, 4, 1)), (_ANY, Config(64, 64, 16, 4, 1))),
-        # Few matmuls a step: triton 3.6 compiles eight of the wide ones to nothing.
+        # Few matmuls per step: triton 3.6 drops eight of the wide ones.
         8: (
             (96, Config(64, 128, 32, 4, 1)),
             (128, Config(64, 128, 64, 4, 1)),
@@ -87,7 +87,7 @@ DIAGONAL: dict[Arch, dict[int, Steps]] = {
     },
     "gfx942": {2: _PAIRS_942, 8: _PAIRS_942},
 }
-"""Channels of a pair of rows (those of 2: gray images; of 8: coloured ones and all others)."""
+"""Channels of a pair of rows: 2 for gray images, 8 for colour and all others."""
 
 SAME_PLACE: dict[Arch, Config] = {
     "sm80": Config(32, 32, 32, 8, 1),
@@ -104,13 +104,13 @@ SHIFTS: dict[Arch, Config] = {
 }
 
 PROGRAMS = 1024
-"""Programs that one image should give: several for each of a chip's 108 to 304 processors."""
+"""Programs that one image should launch: several for each of a chip's 108 to 304 processors."""
 MIN_KEYS = 1024
-"""Keys (of one row) that a program takes at least."""
+"""Minimum keys (of one row) of a program."""
 
 
 def form(channels: int, window: int, arch: Arch) -> Literal["direct", "diagonal"]:
-    """Return how every place meets every place."""
+    """Return the form for the geometries in which every place is a source."""
     fits = window * window * channels <= DIRECT_DEPTHS[-1]
     return "direct" if fits and window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
 
@@ -136,13 +136,13 @@ def direct_depth(depth: int) -> int:
 
 
 def chunk_images(images: int, cols: int, tiles: int, elements: int) -> int:
-    """Return how many images of a bank one program takes: from sizes alone, never the batch.
+    """Return the number of bank images of one program, independent of the batch.
 
     Args:
-        images: of the bank that answer.
-        cols: keys of one image in one pass of a program.
-        tiles: programs that share a chunk.
-        elements: the most that one image has in any tensor; a chunk has less than 2^31 of them.
+        images: bank images within the range.
+        cols: keys of one image per pass of a program.
+        tiles: programs that share a chunk of the bank.
+        elements: largest number per image in any tensor; a chunk has fewer than 2^31.
     """
     chunks = max(1, -(-PROGRAMS // tiles))
     wanted = max(-(-images // chunks), -(-MIN_KEYS // cols))

@@ -1,4 +1,4 @@
-"""``els-server bank``: build image banks from data sets, and tell what a bank holds."""
+"""``els-server bank``: build image banks from data sets, and describe banks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.errors import ElsError, InvalidArgumentError
 
 _SHOWN = 10
-"""Of the files that were skipped."""
+"""Maximum skipped files to list."""
 
 app = typer.Typer(help="Build and inspect image banks.", no_args_is_help=True)
 
@@ -34,32 +34,32 @@ def build(
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The bank to write.")],
     format: Annotated[str, typer.Option(help=f"auto, {', '.join(FORMATS)}.")] = "auto",
     labels: Annotated[
-        Path | None, typer.Option(help="Labels of an IDX source; found beside it if omitted.")
+        Path | None, typer.Option(help="Labels of an IDX source. [default: the file in its folder]")
     ] = None,
     label_names: Annotated[
-        str, typer.Option(help='One a label, "a,b,…"; else those of the source.')
+        str, typer.Option(help='One for each label, "a,b,…". [default: of the source]')
     ] = "",
     limit: Annotated[
-        int | None, typer.Option(help="Take the first N images at most, N ≥ 1.")
+        int | None, typer.Option(help="Maximum number of images, the first in file order.")
     ] = None,
     per_label: Annotated[
-        int | None, typer.Option(help="Take the first N images of each label at most, N ≥ 1.")
+        int | None, typer.Option(help="Maximum number of images of each label.")
     ] = None,
     resize: Annotated[
-        str | None, typer.Option(help="Fit every image to HxW, or N for NxN, pixels.")
+        str | None, typer.Option(help="Resize every image to HxW pixels, or N for NxN.")
     ] = None,
     source_name: Annotated[
-        str | None, typer.Option(help="Where the images come from; else the name of SOURCE.")
+        str | None, typer.Option(help="Origin of the images. [default: name of SOURCE]")
     ] = None,
-    licence: Annotated[str, typer.Option(help="Under which terms they may be used.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the images.")] = "",
     skip_unreadable: Annotated[
-        bool, typer.Option(help="Leave out pictures of a folder that cannot be read; count them.")
+        bool, typer.Option(help="Skip and count pictures that cannot be read.")
     ] = False,
 ) -> None:
     """Build a bank from IDX (.gz too), a folder of images, .npz or the CIFAR-10 PNG strips.
 
-    Pictures are grey or RGB of 8 bits, turned as their EXIF orientation says, of one frame,
-    without transparency, and of at most 67 million pixels: others are named and refused.
+    Pictures must be 8-bit grey or RGB, with one frame, no transparency and at most 67 million
+    pixels; others are rejected by name. They are rotated by their EXIF orientation.
     """
     skipped: list[str] = []
     with _one_line_errors(), progress_of(f"Reading {source}") as progress:
@@ -82,19 +82,19 @@ def build(
         save_bank(bank, out)
     _print_table(out, bank)
     if skip_unreadable:
-        _tell_skipped(skipped)
-    # Imports the engine, which takes a second.
-    from els_service.cli.speed import told_bank_speed
+        _report_skipped(skipped)
+    # Local import: the engine takes a second.
+    from els_service.cli.speed import describe_bank_speed
 
-    typer.echo(told_bank_speed(bank))
+    typer.echo(describe_bank_speed(bank))
 
 
-def _tell_skipped(skipped: list[str]) -> None:
+def _report_skipped(skipped: list[str]) -> None:
     for text in skipped[:_SHOWN]:
         typer.echo(f"skipped: {text}", err=True)
     if len(skipped) > _SHOWN:
         typer.echo(f"skipped: … and {len(skipped) - _SHOWN} more", err=True)
-    typer.echo(f"{len(skipped)} files skipped, as they cannot be read", err=True)
+    typer.echo(f"{len(skipped)} files skipped: cannot be read", err=True)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def info(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A bank.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a bank holds: sizes, labels, source, licence and fingerprint."""
+    """Describe a bank: sizes, labels, source, licence and fingerprint."""
     with _one_line_errors():
         bank = load_bank(file)
     if as_json:
@@ -112,7 +112,7 @@ def info(
 
 
 def _describe(bank: Bank) -> dict[str, Any]:
-    # Not a count for every number up to the largest: a file may hold one huge label.
+    # No counts for absent labels: a file may have a single huge label.
     labels, counts = np.unique(bank.labels, return_counts=True)
     entries = [
         {"label": int(label), "name": _name(bank, label), "images": int(count)}
@@ -142,7 +142,7 @@ def _print_table(file: Path, bank: Bank) -> None:
     facts |= {"shape": " × ".join(map(str, bank.shape)), "labels": "\n".join(labels)}
     table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in {"file": file, **facts}.items():
-        # Text, because a string would be read as markup.
+        # Text, because a string would be parsed as markup.
         table.add_row(name, Text(str(value) or "none"))
     Console().print(table)
 
@@ -152,7 +152,7 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """(H, W) of "HxW", or of "N" for a square."""
+    """Return (H, W) of "HxW", or of "N" for a square."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
         raise InvalidArgumentError("resize", "HxW or N, in pixels", text)
@@ -161,7 +161,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """End with exit code 2 and one line on stderr where a file or an argument is refused."""
+    """Exit with code 2 and one line on stderr if a file or an argument is invalid."""
     try:
         yield
     except (ElsError, OSError) as error:

@@ -9,12 +9,12 @@ app = typer.Typer()
 
 @app.command(
     "calibrate",
-    # One parser for both commands: it also runs where typer is not.
+    # Same parser as the module's command line, which runs without typer.
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )
 def calibrate(context: typer.Context) -> None:
-    """Fit a machine's windows to a network; leaves windows.yaml in an analytic model folder."""
+    """Fit a machine's windows to a network; writes windows.yaml in an analytic model folder."""
     from els_service.experiments.calibrate import main
 
     raise typer.Exit(main(context.args, program="els-server calibrate"))

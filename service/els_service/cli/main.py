@@ -53,17 +53,17 @@ LogLevel = Annotated[
 ]
 TlsCertificate = Annotated[Path | None, typer.Option(help="PEM file; with --tls-key serves TLS.")]
 TlsKey = Annotated[Path | None, typer.Option(help="PEM file of the certificate's private key.")]
-Tokens = Annotated[Path | None, typer.Option(help="File of tokens; see the command token.")]
+Tokens = Annotated[Path | None, typer.Option(help="YAML file of tokens; see els-server token.")]
 Insecure = Annotated[
     bool | None,
-    typer.Option(help="Allow plain text beyond loopback: something in front encrypts."),
+    typer.Option(help="Allow plaintext beyond loopback, such as behind a proxy."),
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings. [env: ELS_CONFIG]")]
 
 
 @app.callback(invoke_without_command=True)
 def _global(
-    version: Annotated[bool, typer.Option("--version", help="Tell version and commit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print version and commit.")] = False,
 ) -> None:
     if version:
         typer.echo(f"els-server {VERSION} ({COMMIT})")
@@ -87,10 +87,10 @@ def run(
 ) -> None:
     """Serve until SIGTERM; prints one line of JSON when ready, logs to stderr.
 
-    Without a model that can be served it says so and waits: health is NOT_SERVING until one is
-    loaded. Exits with 0, with 2 if it cannot start, with 3 if a device hangs or breaks.
+    If no model can be loaded, the line says so, and health is NOT_SERVING until one is loaded.
+    Exit codes: 0 after a drain, 2 if the server cannot start, 3 if a device hangs or fails.
 
-    A flag outranks its ELS_… variable, that the YAML file, that the default.
+    Precedence: flag, ELS_… variable, YAML file, default.
     """
     settings = _settings(locals())
     try:
@@ -99,7 +99,7 @@ def run(
         raise _refused(error) from error
     from els_service.logs import configure
 
-    # First, as gRPC asks how it shall log when it is imported.
+    # First: gRPC reads its logging configuration at import.
     configure(settings.log_level)
     import uvloop
 
@@ -122,10 +122,10 @@ def run(
         raise _refused(error) from error
     except DeviceLostError as error:
         print(f"els-server: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: a thread that hangs on the device would be waited for.
+        # Not sys.exit, which would wait for a thread that hangs on the device.
         os._exit(_DEVICE_LOST)
     finally:
-        # The loop's handlers went with it: a second signal would end the process with its own code.
+        # The event loop's handlers are gone: a second signal would exit with its own code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -143,15 +143,13 @@ def check(
     tokens: Tokens = None,
     insecure: Insecure = None,
     config: Config = None,
-    config_only: Annotated[bool, typer.Option(help="Leave out the model folders.")] = False,
-    strict: Annotated[
-        bool, typer.Option(help="Refuse ELS_… variables that are no setting, too.")
-    ] = False,
+    config_only: Annotated[bool, typer.Option(help="Check only the configuration.")] = False,
+    strict: Annotated[bool, typer.Option(help="Reject unknown ELS_… variables.")] = False,
 ) -> None:
     """Check configuration and model folders; exits with 2 and names each fault.
 
-    Tells how long a step of each model takes on this machine, and a sample of 20 steps: its own
-    estimate, corrected by a question that takes a tenth of a second.
+    For each model it prints the time of a step on this machine and of a sample of 20 steps: the
+    model's estimate, corrected by a measurement of a tenth of a second.
     """
     flags = dict(locals())
     del flags["config_only"], flags["strict"]
@@ -172,10 +170,10 @@ def check(
 
 
 def _check_models(settings: Settings) -> int:
-    """Load and ask every model, tell each one's state, and return how many are refused."""
+    """Load and run every model, print its state, and return the number of invalid ones."""
     import torch
 
-    from els_service.cli.speed import told_speed
+    from els_service.cli.speed import describe_speed
     from els_service.config import cpu_limit
     from els_service.engine.device import choose_devices
     from els_service.server.server import repository
@@ -193,9 +191,9 @@ def _check_models(settings: Settings) -> int:
             for version in models.versions(name):
                 denoiser = models.load(name, version, device)
                 info = denoiser.info
-                told = name if version == 1 else f"{name} version {version}"
+                label = name if version == 1 else f"{name} version {version}"
                 kind = f"{info.kind} {info.machine}".rstrip()
-                typer.echo(f"{told}: ok, {kind}; {told_speed(denoiser)}")
+                typer.echo(f"{label}: ok, {kind}; {describe_speed(denoiser)}")
         except LoadError as error:
             faults += 1
             typer.echo(f"{name}: {error}", err=True)

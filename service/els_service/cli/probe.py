@@ -1,6 +1,6 @@
-"""``els-server probe``: how the server beside it is, for a container's HEALTHCHECK.
+"""``els-server probe``: health check of the server in the same container, for HEALTHCHECK.
 
-It runs every few seconds beside a server at work, so it loads neither torch nor models.
+It runs every few seconds, so it imports neither torch nor models.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _SERVING = "SERVING"
 @app.command("probe")
 def probe(
     service: Annotated[
-        str, typer.Option(help="What to ask for: a model, a service; empty for the whole server.")
+        str, typer.Option(help="Name of a model or service; empty for the server.")
     ] = "",
     timeout: Annotated[float, typer.Option(min=0.01, max=3600, help="Seconds to wait.")] = 3.0,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of the server's settings. [env: ELS_CONFIG]")
     ] = None,
 ) -> None:
-    """Ask the server here whether it serves; exits with 0 if so, else with 1 and the reason.
+    """Check the health of the local server; exits with 0 if it is SERVING, else 1 and a reason.
 
-    It finds the server by the same ELS_… variables and the same file; flags of run it cannot know.
+    The address is taken from the ELS_… variables and the YAML file; flags of run are not known.
     """
     try:
-        # Of nan no comparison is true, so the option's own bounds let it pass.
+        # The option's bounds accept nan, as every comparison with it is false.
         if math.isnan(timeout):
             raise LoadError("timeout", "expected seconds, got nan")
         settings = load_settings(config)
         if settings.port == 0 and not settings.health_port:
-            raise LoadError("port", "expected the port that the server listens at, got 0 (any)")
+            raise LoadError("port", "expected the port of the server, got 0 (any)")
         from els_service.server.probe import ask
 
         answer = ask(settings, service, timeout)

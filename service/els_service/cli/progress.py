@@ -1,4 +1,4 @@
-"""How far a command has come, on stderr: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a command on stderr: a bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _EVERY_S = 5.0
 def progress_of(
     title: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield what is told of the items done and of how many there are.
+    """Yield a callback for the number of items done and the total.
 
     Args:
-        title: what is under way.
-        clock: in seconds.
+        title: name of the work.
+        clock: monotonic time in seconds.
     """
     if not sys.stderr.isatty():
         yield _Lines(title, clock)
@@ -34,12 +34,12 @@ def progress_of(
 
 
 class _Lines:
-    """A line every few seconds, none for what is quick."""
+    """Prints a line every few seconds, and none for quick work."""
 
     def __init__(self, title: str, clock: Callable[[], float]) -> None:
-        self._title, self._clock, self._told = title, clock, clock()
+        self._title, self._clock, self._printed = title, clock, clock()
 
     def __call__(self, done: int, total: int) -> None:
-        if (now := self._clock()) - self._told >= _EVERY_S:
-            self._told = now
+        if (now := self._clock()) - self._printed >= _EVERY_S:
+            self._printed = now
             typer.echo(f"{self._title}: {done} of {total} images", err=True)

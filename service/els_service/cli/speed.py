@@ -1,4 +1,4 @@
-"""What a model costs on this machine, as ``check`` and ``bank build`` tell it."""
+"""Estimated cost of a model on this machine, printed by ``check`` and ``bank build``."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from els_service.engine.estimates import STEPS, duration, step_estimates, warm
 from els_service.errors import LoadError
 
 _TIMED_S = 0.1
-"""Estimated seconds of the step by which a bank is judged: of as many of its images as that takes.
-"""
+"""Estimated seconds of the measured step: only as many images of the bank are used."""
 _DEAR_S = 1.0
-"""Of a step: from here on it is told how to make it cheaper."""
+"""Seconds of a step from which advice on a smaller bank is printed."""
 
 
-def told_speed(denoiser: Denoiser) -> str:
-    """Return how long a step of one image takes here, and a sample.
+def describe_speed(denoiser: Denoiser) -> str:
+    """Return the time of a step of one image on this machine, and of a sample, as text.
 
-    The denoiser's estimate is corrected by a question that takes a tenth of a second.
+    The denoiser's estimate is corrected by a measurement of a tenth of a second.
 
     Raises:
-        LoadError: The model fails at its first question.
+        LoadError: The model fails at its first run.
     """
     try:
         costs = warm(denoiser)
     except Exception as error:
-        raise LoadError("model.yaml", f"the model fails at its first question: {error}") from error
-    return _told(sum(map(costs.seconds, step_estimates(denoiser))) / STEPS)
+        raise LoadError("model.yaml", f"the model fails at its first run: {error}") from error
+    return _describe(sum(map(costs.seconds, step_estimates(denoiser))) / STEPS)
 
 
-def told_bank_speed(bank: Bank) -> str:
-    """Return how long a step of an ELS machine over a bank takes here, and what makes it cheaper.
+def describe_bank_speed(bank: Bank) -> str:
+    """Return the time of a step of an ELS machine over a bank, with advice on a smaller one.
 
-    A part of the bank is asked, for about a tenth of a second; time is proportional to the images.
+    A part of the bank is measured for about a tenth of a second; time is proportional to images.
     """
     images = len(bank.images)
     one = _machine(bank, 1)
@@ -46,13 +45,13 @@ def told_bank_speed(bank: Bank) -> str:
     machine = _machine(bank, count)
     costs = warm(machine)
     step_s = sum(map(costs.seconds, step_estimates(machine))) / STEPS * images / count
-    text = f"an ELS machine over all {images} images: {_told(step_s)}"
+    text = f"an ELS machine over all {images} images: {_describe(step_s)}"
     if step_s < _DEAR_S:
         return text
     return (
         f"{text}. Cheaper: fewer images (--per-label, --limit), as time grows with their number; "
-        "smaller ones (--resize), as it grows with the fourth power of their side; or callers who "
-        "name a label, whose images alone answer"
+        "smaller ones (--resize), as it grows with the fourth power of their side; or requests "
+        "with a label, which use only the images of that label"
     )
 
 
@@ -65,6 +64,6 @@ def _machine(bank: Bank, count: int) -> AnalyticDenoiser:
     return AnalyticDenoiser(PatchAttention(part.pixels()), part, machine="els", clip=True)
 
 
-def _told(step_s: float) -> str:
+def _describe(step_s: float) -> str:
     sample = f"{duration(STEPS * step_s)} for a sample of {STEPS} steps"
     return f"one image takes {duration(step_s)} a step here, {sample}"

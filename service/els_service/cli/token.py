@@ -1,4 +1,4 @@
-"""``els-server token``: a fresh token for its owner, and its entry for the file of tokens."""
+"""``els-server token``: creates a bearer token and its entry for the tokens file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _FAULT = 2
 
 
 def token(
-    name: Annotated[str, typer.Argument(help="Who will use it; shown in logs.")],
+    name: Annotated[str, typer.Argument(help="Name of the caller; shown in logs.")],
     role: Annotated[
-        Literal["infer", "admin"], typer.Option(help="admin may load models and change the log.")
+        Literal["infer", "admin"],
+        typer.Option(help="admin may load models and set the log level."),
     ] = "infer",
     expires: Annotated[
-        datetime | None, typer.Option(help="When it ends, in UTC. [default: never]")
+        datetime | None, typer.Option(help="Expiry time, in UTC. [default: never]")
     ] = None,
 ) -> None:
-    """Print a fresh token to stderr, once, and its entry to stdout.
+    """Print a new token to stderr, and its entry for the tokens file to stdout.
 
     els-server token ci --role infer >> tokens.yaml
     """
@@ -34,7 +35,7 @@ def token(
     except LoadError as error:
         print(f"els-server: {error}", file=sys.stderr)
         raise typer.Exit(_FAULT) from error
-    # The token goes where it does not end up in the file.
+    # stderr, so that the token is not redirected to the file.
     print(fresh, file=sys.stderr)
-    # JSON is YAML too.
+    # JSON is valid YAML.
     print(f"- {json.dumps(entry.model_dump(mode='json', exclude_none=True))}")

@@ -1,1 +1,1 @@
-"""Denoisers as a plain library: noise levels, machines, closed forms, samplers, banks. No gRPC."""
+"""Denoisers as a library without gRPC: noise levels, machines, closed forms, samplers, banks."""

@@ -1,4 +1,4 @@
-"""Analytic machines: a bank of images, patch attention, and a window that grows with the noise."""
+"""Analytic machines: a bank of images, patch attention, and a noise-dependent window."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from els_service.denoisers.base import (
 from els_service.denoisers.windows import WindowTable, default_windows
 
 _PER_THREAD = {"reference": 2e6, "torch": 1e8}
-"""Pairs that a thread does in a second (measured); decides what is inline, what makes a batch, and
-what a fresh server refuses."""
+"""Pairs per second of one thread (measured); determines inline execution, batch sizes, and the
+admission limit of a server without measured costs."""
 _NATIVE_PER_THREAD = {"avx512": 3.5e9, "avx2": 1.2e9, "baseline": 5e8}
-"""The same of the native kernel, by instruction set."""
+"""Pairs per second of one thread of the native kernel, by instruction set."""
 _TRITON = 1e11
-"""Pairs that a GPU does in a second, about."""
+"""Pairs per second of a GPU, approximately."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -35,15 +35,15 @@ class AnalyticDenoiser:
     """A machine of Kamb & Ganguli (ICML 2025, section 3): one row of ``GEOMETRIES``.
 
     Args:
-        attention: the bank's patch attention; models of one bank share it.
-        bank: where the images come from.
+        attention: patch attention of the bank; shared by all models with that bank.
+        bank: the images.
         machine: ``ideal``, ``local``, ``equivariant`` or ``els``.
         padding: ``zeros``, ``circular`` or (els alone) ``valid``; ideal and equivariant ignore it.
-        window: by noise level; None for the default.
-        clip: whether windows beyond the legal range are clipped to it or refused.
+        window: table by noise level; None for the default.
+        clip: whether windows above the maximum are clipped to it, or rejected.
 
     Raises:
-        ValueError: No such machine and padding, or a window larger than is legal.
+        ValueError: Unknown machine and padding, or a window above the maximum.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class AnalyticDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the machine is."""
+        """Description of the machine."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if shape, a label or a window does not fit."""
+        """Raise InvalidArgumentError if the shape, a label or a window is not supported."""
         check_query(self._info, query)
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
 
     def predict_seconds(self, query: Query) -> float:
-        """Return a rough estimate from the number of pairs, for as many threads as torch has."""
+        """Return a rough estimate from the number of pairs and the number of torch's threads."""
         work = sum(
             self._work(int(k)) * (hi - lo)
             for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
@@ -105,12 +105,12 @@ class AnalyticDenoiser:
         return work / self._pairs_per_second
 
     def _work(self, k: int) -> float:
-        """Return what an image and one of the bank cost, in pairs of the smallest window."""
+        """Return the cost of one image and one bank image, in pairs of the smallest window."""
         channels, height, width = self._info.shape
         pairs = count_pairs(self._geometry, height, width, k)
         if self._info.implementation not in ("native", "torch"):
             return pairs
-        # These weights are measured, too: products alone, and sweeps that answer only once.
+        # Measured weights, too: products only, and sweeps with a single source for each place.
         if self._geometry.whole:
             every = self._geometry.sources == "every"
             return channels * (pairs * pairs / 8 if every else pairs / 2)
@@ -118,7 +118,7 @@ class AnalyticDenoiser:
             return 3 * pairs
         if self._info.implementation == "torch":
             return pairs
-        # It goes by displacements, which become fewer as the root of the pairs does (measured).
+        # The cost is per displacement, whose number falls as the root of the pairs (measured).
         return math.sqrt(pairs * count_pairs(self._geometry, height, width, 1))
 
     def denoise(self, query: Query) -> Denoised:
@@ -143,7 +143,7 @@ class AnalyticDenoiser:
 
 
 def _speed(implementation: str) -> float:
-    """Return about how many pairs an implementation does in a second here."""
+    """Return the approximate pairs per second of an implementation on this machine."""
     if implementation == "triton":
         return _TRITON
     if implementation == "native":
@@ -152,10 +152,10 @@ def _speed(implementation: str) -> float:
 
 
 def bank_info(bank: Bank) -> BankInfo:
-    """Return what callers may know of a bank."""
+    """Return the public description of a bank."""
     return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence)
 
 
 def bank_bytes(bank: Bank) -> int:
-    """Return what a bank takes: its images, and their float32 copy that is computed with."""
+    """Return the memory of a bank: its images, and the float32 copy used for computation."""
     return bank.images.nbytes + 4 * bank.images.size

@@ -1,7 +1,7 @@
-"""Arrays in compressed files, expanded up to what their header announces and never beyond.
+"""Readers of compressed array files that never decompress more than the header declares.
 
-A few KiB of compressed zeros stand for gigabytes, so shape and type are known, and can be judged,
-before anything else is expanded.
+A few KiB of compressed zeros expand to gigabytes, so shape and type are read and validated before
+the data is decompressed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from els_service.errors import LoadError
 
 GZIP = b"\x1f\x8b"
 IDX = b"\x00\x00\x08"
-"""Two zeros, then the type: unsigned bytes."""
+"""Magic bytes: two zeros, then the type code of unsigned bytes."""
 _CHUNK = 1 << 20
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
-    """The array of an IDX file of unsigned bytes, plain or gzipped.
+    """Return the array of an IDX file of unsigned bytes, plain or gzipped.
 
     Raises:
-        LoadError: It is no such file, damaged, or of another length than its header says.
+        LoadError: Not an IDX file, damaged, or not of the length declared by its header.
     """
     with refusing(path), _unzipped(path) as file:
         head = file.read(4 + 4 * rank)
         if not head.startswith(IDX + bytes([rank])) or len(head) < 4 + 4 * rank:
             raise LoadError(path, f"not an IDX file of unsigned bytes with {rank} dimensions")
         shape = struct.unpack(f">{rank}I", head[4:])
-        # One byte more shows that the file goes on; behind it might be any number.
+        # One additional byte detects trailing data without decompressing all of it.
         data = read_at_most(file, math.prod(shape) + 1)
         if len(data) != math.prod(shape):
             got = f"{len(data)} bytes" + (" or more" if len(data) > math.prod(shape) else "")
@@ -47,14 +47,14 @@ def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
 
 
 def _unzipped(path: Path) -> IO[bytes]:
-    """The file as its content, whether it is gzipped or not."""
+    """Return the open file, decompressed if it is gzipped."""
     with path.open("rb") as file:
         zipped = file.read(2) == GZIP
     return cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb")
 
 
 def read_at_most(file: IO[bytes], count: int) -> bytearray:
-    """The next ``count`` bytes, or fewer at the end; takes no memory for what is not there."""
+    """Return the next ``count`` bytes, or fewer at the end; allocates no more than is read."""
     data = bytearray()
     while chunk := file.read(min(_CHUNK, count - len(data))):
         data += chunk
@@ -62,7 +62,7 @@ def read_at_most(file: IO[bytes], count: int) -> bytearray:
 
 
 class NpzFile:
-    """The arrays of an npz file, each judged by its header before it is read.
+    """The arrays of an npz file; each header is validated before its data is read.
 
     Args:
         archive: the file.
@@ -72,13 +72,13 @@ class NpzFile:
         self._archive = archive
         names = archive.namelist()
         self.names = {name.removesuffix(".npy") for name in names if name.endswith(".npy")}
-        """Of its arrays."""
+        """Names of the arrays."""
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and type of an array.
+        """Return shape and type of an array.
 
         Raises:
-            ValueError: The header announces another size than the archive does.
+            ValueError: The header and the archive declare different sizes.
         """
         size = self._archive.getinfo(f"{name}.npy").file_size
         with self._archive.open(f"{name}.npy") as file:
@@ -97,20 +97,20 @@ class NpzFile:
         return shape, dtype
 
     def read(self, name: str) -> NDArray[Any]:
-        """An array whose header was judged."""
+        """Return an array whose header was validated."""
         with self._archive.open(f"{name}.npy") as file:
             array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-            # To its end, where the checksum is compared.
+            # Reads to the end, where the checksum is verified.
             file.read(1)
             return array
 
 
 @contextmanager
 def opened_npz(path: Path) -> Iterator[NpzFile]:
-    """Yield the arrays of an npz file.
+    """Yield the open npz file.
 
     Raises:
-        LoadError: It is none.
+        LoadError: Not an npz file.
     """
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):

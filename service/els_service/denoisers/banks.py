@@ -1,10 +1,10 @@
-"""Image banks: the training images that analytic machines answer from, and their file format.
+"""Image banks: the training images of analytic machines, and their file format.
 
 A bank file is a safetensors file in one canonical byte layout: the tensors ``images`` and
 ``labels``, and the string metadata ``format``, ``version``, ``fingerprint``, ``source``,
-``licence``, ``label_names`` (a JSON list) and ``checksum``. Whatever is not byte for byte what
-``save_bank`` writes is refused, so no change of a file, however small, goes unnoticed. The same
-bank always gives the same bytes.
+``licence``, ``label_names`` (a JSON list) and ``checksum``. A file that differs in any byte from
+the output of ``save_bank`` is rejected, so every modification is detected. Equal banks have equal
+bytes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _SAFETENSORS_DTYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Images sorted by label, with where they come from; invalid banks cannot be constructed.
+    """Images sorted by label, with their provenance; invalid banks cannot be constructed.
 
     Attributes:
-        images: [N, C, H, W], all at least 1, C-contiguous; uint8, or float32 in [−1, 1].
+        images: [N, C, H, W], each at least 1, C-contiguous; uint8, or float32 in [−1, 1].
         labels: int64 [N], non-decreasing, from 0; all −1 in an unlabelled bank.
-        label_names: one a label, or none at all; printable, like the next two.
-        source: where the images come from: a title or an address.
-        licence: under which terms they may be used.
+        label_names: one for each label, or empty; printable, like the next two.
+        source: origin of the images: a title or a URL.
+        licence: licence of the images.
         fingerprint: SHA-256 (hex) over dtype, shape, images, labels and label names.
 
     Raises:
@@ -69,11 +69,11 @@ class Bank:
 
     @property
     def label_count(self) -> int:
-        """The largest label plus one; 0 when unlabelled."""
+        """The largest label plus one; 0 for an unlabelled bank."""
         return int(self.labels[-1]) + 1
 
     def label_range(self, label: int) -> tuple[int, int]:
-        """The half-open range of the images of one label; −1 means all, (0, N).
+        """Return the half-open range of the images of one label; −1 means all, (0, N).
 
         Raises:
             InvalidArgumentError: the bank is unlabelled, or no image has this label.
@@ -91,7 +91,7 @@ class Bank:
         return start, stop
 
     def pixels(self) -> torch.Tensor:
-        """A float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v becomes v/127.5 − 1."""
+        """Return a float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v → v/127.5 − 1."""
         pixels = torch.from_numpy(self.images.astype(np.float32))
         return pixels.div_(127.5).sub_(1) if self.images.dtype == np.uint8 else pixels
 
@@ -104,22 +104,22 @@ def make_bank(
     source: str = "",
     licence: str = "",
 ) -> Bank:
-    """A bank of a copy of these images, sorted by label; equal labels keep their order.
+    """Return a bank of a copy of the images, stably sorted by label.
 
     Args:
         images: [N, C, H, W]; uint8, or float32 in [−1, 1].
         labels: [N] integers from 0, in any order; None for an unlabelled bank.
-        label_names: one for each label up to the largest, or none at all.
-        source: where the images come from.
-        licence: under which terms they may be used.
+        label_names: one for each label up to the largest, or empty.
+        source: origin of the images.
+        licence: licence of the images.
 
     Raises:
-        InvalidArgumentError: an argument is not as described.
+        InvalidArgumentError: an argument has another dtype, shape or range.
     """
     images = np.asarray(images)
     _check_images(images)
     labels = np.full(len(images), UNLABELLED) if labels is None else np.asarray(labels)
-    # Anything else could wrap around: a large uint64 would turn into a negative label.
+    # Other types could wrap around: a large uint64 would become a negative label.
     if not (np.issubdtype(labels.dtype, np.integer) and np.can_cast(labels.dtype, np.int64)):
         raise InvalidArgumentError("labels", "integers that fit int64", labels.dtype)
     if labels.shape != (len(images),):
@@ -131,10 +131,10 @@ def make_bank(
 
 
 def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
-    """Write the bank to a file, whole or not at all.
+    """Write the bank to a file atomically.
 
     Raises:
-        OSError: the file cannot be written; what was there before is untouched.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,11 +142,11 @@ def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
 
 
 def load_bank(path: str | os.PathLike[str]) -> Bank:
-    """The bank in a file.
+    """Return the bank in a file.
 
     Raises:
-        LoadError: the file is missing, truncated, altered, of another format or version, or does
-            not hold a valid bank; it names the file and says which.
+        LoadError: the file is missing, truncated, modified, of another format or version, or does
+            not contain a valid bank; names the file and the reason.
     """
     try:
         return _decode(Path(path).read_bytes())
@@ -176,7 +176,7 @@ def _decode(data: bytes) -> Bank:
 
 
 def _read_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file whose header is known to be sound."""
+    """Return the metadata of a safetensors file whose header was validated."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata: dict[str, str] = header.get("__metadata__") or {}
     if metadata["format"] != FORMAT or metadata["version"] != VERSION:
@@ -186,9 +186,9 @@ def _read_metadata(data: bytes) -> dict[str, str]:
 
 
 def _encode(bank: Bank) -> bytes:
-    """The bank as the bytes of a safetensors file, always the same for the same bank.
+    """Return the bytes of the bank's safetensors file; equal banks give equal bytes.
 
-    Written here because the library orders the metadata anew in every process.
+    Not written by the library, whose order of the metadata differs between processes.
     """
     provenance = json.dumps([bank.fingerprint, bank.source, bank.licence])
     header: dict[str, Any] = {
@@ -199,12 +199,12 @@ def _encode(bank: Bank) -> bytes:
             "source": bank.source,
             "licence": bank.licence,
             "label_names": json.dumps(bank.label_names),
-            # The fingerprint tells contents apart; this one also guards source and licence.
+            # The fingerprint covers the contents; the checksum also covers source and licence.
             "checksum": hashlib.sha256(provenance.encode()).hexdigest(),
         }
     }
     blocks, offset = [], 0
-    # The wider type first keeps both aligned.
+    # The wider type first, so that both are aligned.
     for name, array in (("labels", bank.labels), ("images", bank.images)):
         block = _little_endian(array)
         dtype = _SAFETENSORS_DTYPES[array.dtype.name]
@@ -229,7 +229,7 @@ def _fingerprint(bank: Bank) -> str:
 
 
 def _little_endian(array: NDArray[Any]) -> memoryview:
-    """The array's bytes, the same on every machine; not a copy where it lies so in memory."""
+    """Return the array's bytes in little-endian order, without a copy if it has that order."""
     ordered = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return ordered.reshape(-1).view(np.uint8).data
 
@@ -239,7 +239,7 @@ def _check_images(images: NDArray[Any]) -> None:
         raise InvalidArgumentError("images", "uint8 or float32", images.dtype)
     if images.ndim != 4 or 0 in images.shape:
         raise InvalidArgumentError("images", "shape [N, C, H, W], none of them 0", images.shape)
-    # Negated, so that NaN is refused too.
+    # Negated, so that NaN is rejected too.
     if images.dtype == np.float32 and not (images.min() >= -1 and images.max() <= 1):
         got = f"{images.min()} to {images.max()}"
         raise InvalidArgumentError("images", "float values from -1 to 1", got)
@@ -250,7 +250,7 @@ def _check_labels(labels: NDArray[np.int64], count: int) -> None:
         got = f"{labels.dtype} of shape {labels.shape}"
         raise InvalidArgumentError("labels", f"int64 of shape ({count},)", got)
     if np.any(labels[1:] < labels[:-1]):
-        raise InvalidArgumentError("labels", "labels in rising order", "labels out of order")
+        raise InvalidArgumentError("labels", "labels in increasing order", "labels out of order")
     if labels[0] < 0 and not np.all(labels == UNLABELLED):
         raise InvalidArgumentError("labels", "all -1, or all at least 0", f"{labels[0]}")
 
@@ -258,9 +258,9 @@ def _check_labels(labels: NDArray[np.int64], count: int) -> None:
 def _check_texts(bank: Bank) -> None:
     texts = {"source": [bank.source], "licence": [bank.licence], "label_names": bank.label_names}
     for name, lines in texts.items():
-        # Printable keeps control sequences out of terminals and logs.
+        # Printable only: no control sequences in terminals and logs.
         if not all(isinstance(line, str) and line.isprintable() for line in lines):
             raise InvalidArgumentError(name, "printable text on one line", ascii(lines))
     if len(bank.label_names) not in (0, bank.label_count):
-        expected = f"none or {bank.label_count}, one a label"
+        expected = f"none or {bank.label_count}, one for each label"
         raise InvalidArgumentError("label_names", expected, len(bank.label_names))

@@ -1,4 +1,4 @@
-"""The one protocol of everything that removes noise, and what travels through it."""
+"""The denoiser protocol, and its queries and results."""
 
 from __future__ import annotations
 
@@ -19,44 +19,43 @@ from els_service.errors import InvalidArgumentError
 Integers = npt.NDArray[np.int64]
 
 
-# Not frozen, though never changed: that would make them five times as slow to make.
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # immutable by convention; frozen: 5 times slower to construct
 class Condition:
-    """What one image shall show, in the numbers that a conditional network attends to."""
+    """Conditioning of one image: the embedding that a conditional network attends to."""
 
     given: npt.NDArray[np.float32]
-    """[T, W]: T rows, as of a text's tokens."""
+    """[T, W]: T rows, such as the tokens of a text."""
     unconditional: npt.NDArray[np.float32] | None = None
-    """[T, W], as of an empty text; where there is guidance."""
+    """[T, W], such as that of an empty text; required for guidance."""
     guidance: float = 1.0
     """Classifier-free: D = D(unconditional) + guidance·(D(given) - D(unconditional))."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Size of both arrays in bytes."""
         return self.given.nbytes * (1 if self.unconditional is None else 2)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # immutable by convention; see Condition
 class Query:
-    """Noisy images, each with its own level, label and window: nothing is shared across a batch."""
+    """Noisy images, each with its own level, label, window and condition."""
 
     pixels: npt.NDArray[np.float32]
     """[B, C, H, W], C order; may be read-only."""
     level: NoiseLevel
     labels: Integers
-    """[B]; -1 stands for none."""
+    """[B]; -1 means none."""
     windows: Integers
-    """[B]; 0 stands for the model's own."""
+    """[B]; 0 means the model's own window."""
     conditions: tuple[Condition, ...] = ()
-    """One for each image, or none at all."""
+    """One for each image, or empty."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def x(self) -> Tensor:
-        """The pixels as a tensor on the CPU; shares their memory where that is writable."""
+        """Pixels as a CPU tensor that shares their memory; read-only pixels are copied first."""
         if not self.pixels.flags.writeable:
             # A view of a message's bytes: torch takes no read-only memory.
             self.pixels = self.pixels.copy()
@@ -64,7 +63,7 @@ class Query:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of pixels and conditions."""
+        """Size of pixels and conditions in bytes."""
         return self.pixels.nbytes + sum(condition.nbytes for condition in self.conditions)
 
     def __getitem__(self, images: slice) -> Query:
@@ -84,10 +83,12 @@ def make_query(
     windows: int | Sequence[int] = (),
     conditions: Sequence[Condition] = (),
 ) -> Query:
-    """Return a query; everything beside x may be one for all images, and all but the level none.
+    """Return a query; arguments other than x have one value for all images or one each.
+
+    Labels, windows and conditions may also be empty.
 
     Raises:
-        InvalidArgumentError: The number of levels, labels, windows or conditions fits neither.
+        InvalidArgumentError: The number of levels, labels, windows or conditions is neither.
     """
     batch, levels = len(x), len(level)
     if levels != batch:
@@ -111,12 +112,12 @@ def make_query(
 def one_each(
     field: str, values: int | np.integer[Any] | Sequence[int], batch: int, none: int
 ) -> Integers:
-    """Return one value for each image from none, one, or one each: [batch].
+    """Return one value for each image from no value, one value, or one each: [batch].
 
     Raises:
-        InvalidArgumentError: There are neither none, nor one, nor ``batch`` values.
+        InvalidArgumentError: The number of values is not 0, 1 or ``batch``.
     """
-    # Not an abstract base class: every call passes here twice.
+    # Not an abstract base class, whose isinstance is slow: every call runs this twice.
     given = [values] if isinstance(values, (int, np.integer)) else values
     count = len(given)
     if not count:
@@ -128,14 +129,14 @@ def one_each(
 
 @functools.lru_cache(1024)
 def _filled(value: int, batch: int) -> Integers:
-    """Return a read-only array: nearly every query has no labels or no windows."""
+    """Return a cached read-only array: most queries have no labels or no windows."""
     filled = np.full(batch, value, np.int64)
     filled.flags.writeable = False
     return filled
 
 
 def concatenate(queries: Sequence[Query]) -> Query:
-    """Return one query of all the images, in order."""
+    """Return one query with the images of all queries, in order."""
     if len(queries) == 1:
         return queries[0]
     return Query(
@@ -147,14 +148,14 @@ def concatenate(queries: Sequence[Query]) -> Query:
     )
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # immutable by convention; see Condition
 class Denoised:
-    """The answer to a query."""
+    """Result of a query."""
 
     pixels: npt.NDArray[np.float32]
     """[B, C, H, W], C order: D(x) = E[x0 | x]."""
     log_evidence: Tensor | None
-    """[B, H, W] float32, where the denoiser has it."""
+    """[B, H, W] float32; None if the denoiser does not compute it."""
 
     def __getitem__(self, images: slice) -> Denoised:
         evidence = self.log_evidence
@@ -162,7 +163,7 @@ class Denoised:
 
     @property
     def mean(self) -> Tensor:
-        """The pixels as a tensor on the CPU, which shares their memory."""
+        """Pixels as a CPU tensor that shares their memory."""
         return torch.from_numpy(self.pixels)
 
 
@@ -200,7 +201,7 @@ def per_image(
 
 @dataclass(frozen=True)
 class BankInfo:
-    """Where a denoiser's knowledge comes from."""
+    """Provenance of a denoiser's training images."""
 
     fingerprint: str
     images: int
@@ -210,7 +211,7 @@ class BankInfo:
 
 @dataclass(frozen=True)
 class DenoiserInfo:
-    """What a caller may know of a denoiser before asking it."""
+    """Public description of a denoiser."""
 
     kind: str
     shape: tuple[int, int, int]
@@ -218,51 +219,50 @@ class DenoiserInfo:
     padding: str = ""
     window: WindowTable | None = None
     max_window: int = 0
-    """0 where there is no window to choose."""
+    """0 if the window cannot be chosen."""
     schedule: str = "cosine"
-    """Named in ``SCHEDULES``, or ``timesteps`` where ``own_schedule`` is."""
+    """A key of ``SCHEDULES``, or ``timesteps`` with ``own_schedule``."""
     own_schedule: Schedule | None = None
-    """The levels that a network was trained at, where they are not a named schedule's."""
+    """Levels that a network was trained at, unless they are those of a named schedule."""
     label_count: int = 0
     label_names: tuple[str, ...] = ()
     bank: BankInfo | None = None
     batch_invariant: bool = True
-    """Whether an image has the same bits alone and in any batch; else they differ by rounding."""
+    """Whether an image has the same bits alone and in any batch, not only up to rounding."""
     has_log_evidence: bool = False
     implementation: str = ""
     memory_bytes: int = 0
-    """About what weights or bank keep resident; models of one bank share it."""
+    """Approximate resident size of weights or bank; models of one bank share it."""
     condition_width: int = 0
-    """W of the conditions that every image needs; 0 where the model takes none."""
+    """W of the condition that every image requires; 0 for a model without conditioning."""
     condition_rows: int = 0
-    """Most rows of a condition."""
+    """Maximum rows of a condition."""
     decoded_shape: tuple[int, int, int] | None = None
-    """(C, H, W) of the images that a latent model's images decode to; else None."""
+    """(C, H, W) of the decoded images of a latent model; otherwise None."""
 
     @property
     def levels(self) -> Schedule:
-        """The model's own schedule: time → level."""
+        """Schedule of the model: time → level."""
         return self.own_schedule or SCHEDULES[self.schedule]
 
 
 class Denoiser(Protocol):
-    """Answers queries. Thread-compatible: one caller at a time."""
+    """Denoises queries. Thread-compatible: one call at a time."""
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the denoiser is."""
+        """Description of the denoiser."""
         ...
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if ``denoise`` could not answer; cheap.
+        """Raise InvalidArgumentError if ``denoise`` would reject the query; cheap.
 
-        Looks at neither the level nor the values of the pixels: a shape that passed once passes
-        at every level.
+        Independent of the level and of the values of the pixels.
         """
         ...
 
     def predict_seconds(self, query: Query) -> float:
-        """Return about how long ``denoise`` will take."""
+        """Return the predicted duration of ``denoise``."""
         ...
 
     def denoise(self, query: Query) -> Denoised:
@@ -272,11 +272,11 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class LatentDecoder(Protocol):
-    """A denoiser of latents that can turn them into images."""
+    """A denoiser of latents that can decode them to images."""
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the denoiser is; has a ``decoded_shape``."""
+        """Description of the denoiser, with a ``decoded_shape``."""
         ...
 
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -285,10 +285,10 @@ class LatentDecoder(Protocol):
 
 
 def check_query(info: DenoiserInfo, query: Query) -> None:
-    """Check shape, labels, windows and conditions against what a denoiser takes.
+    """Check shape, labels, windows and conditions against the description of a denoiser.
 
     Raises:
-        InvalidArgumentError: One of them does not fit; says field, expected and got.
+        InvalidArgumentError: One of them is not supported; names field, expected and got.
     """
     if query.pixels.shape[1:] != info.shape:
         expected = f"[B, {', '.join(map(str, info.shape))}]"

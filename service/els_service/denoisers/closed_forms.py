@@ -1,4 +1,4 @@
-"""Denoisers with a formula: the Gaussian prior with diagonal or with full covariance."""
+"""Closed-form denoisers: Gaussian priors with diagonal or full covariance."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, per_image
 
 MAX_DIMENSIONS = 4096
-"""Above it a covariance and its eigenvectors are too large to be served."""
+"""Maximum C·H·W of a bank: the covariance and its eigenvectors grow with its square."""
 
 
 _LARGEST = {"mean": 1e9, "variance": 1e18}
-"""Larger statistics would overflow scores at the lowest noise."""
+"""Limits of the statistics, beyond which scores overflow at the lowest noise level."""
 
 
 class GaussianDenoiser:
@@ -28,11 +28,11 @@ class GaussianDenoiser:
 
     Args:
         shape: (C, H, W).
-        mean: μ, anything that broadcasts to ``shape``.
-        variance: v ≥ 0, likewise.
+        mean: μ, broadcastable to ``shape``.
+        variance: v ≥ 0, broadcastable to ``shape``.
 
     Raises:
-        ValueError: μ or v does not broadcast, is not finite or vast, or v is negative.
+        ValueError: μ or v cannot be broadcast, is not finite or too large, or v is negative.
     """
 
     def __init__(self, shape: tuple[int, int, int], mean: Tensor, variance: Tensor) -> None:
@@ -51,7 +51,7 @@ class GaussianDenoiser:
                 )
         if (variance < 0).any():
             raise ValueError(f"variance: expected >= 0, got {variance.min().item()}")
-        # One number stays a Python float: the arithmetic below is the same, and much faster.
+        # A scalar stays a Python float: same results as an array, and much faster.
         self._mean, self._variance = _float_or_array(mean), _float_or_array(variance)
         self._centred = not np.any(self._mean)
         self._is_plain = isinstance(self._mean, float) and isinstance(self._variance, float)
@@ -62,20 +62,20 @@ class GaussianDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the denoiser is."""
+        """Description of the denoiser."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the shape does not fit, or a label or window is given."""
+        """Raise InvalidArgumentError if the shape is wrong, or a label or window is given."""
         check_query(self._info, query)
 
     def predict_seconds(self, query: Query) -> float:
-        """Return set-up plus a few nanoseconds a pixel."""
+        """Return a constant plus a few nanoseconds per pixel."""
         return 3e-5 + 4e-9 * query.pixels.size
 
     def denoise(self, query: Query) -> Denoised:
-        """Return the posterior means; no evidence."""
-        # Numpy, as on small images torch's dispatch would cost more than the arithmetic.
+        """Return the posterior means, without evidence."""
+        # numpy: on small images torch's dispatch takes longer than the arithmetic.
         levels = query.level.pairs
         if self._is_plain and len(levels) == 1:
             # As below, in half of the time.
@@ -100,7 +100,7 @@ class GaussianDenoiser:
 
 
 _Statistic = float | npt.NDArray[np.float64]
-"""Of all pixels, or [C, H, W] and what broadcasts to it."""
+"""A scalar, or an array that can be broadcast to [C, H, W]."""
 
 
 def _float_or_array(statistic: Tensor) -> _Statistic:
@@ -122,8 +122,8 @@ class _Spectrum:
 class WienerDenoiser:
     """The linear minimum mean square error denoiser of a bank, ``μ + U λ/(λ+σ²) Uᵀ (x/a - μ)``.
 
-    A label restricts μ and covariance to its images; each label's spectrum is computed when it is
-    first asked for and kept.
+    A label restricts μ and covariance to its images; each label's spectrum is computed at its first
+    use and cached.
 
     Raises:
         ValueError: The images have more than ``MAX_DIMENSIONS`` numbers.
@@ -148,25 +148,25 @@ class WienerDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the denoiser is."""
+        """Description of the denoiser."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the shape or a label does not fit, or a window is given."""
+        """Raise InvalidArgumentError if the shape or a label is wrong, or a window is given."""
         check_query(self._info, query)
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
 
     def predict_seconds(self, query: Query) -> float:
-        """Return the time of two matrix-vector products an image, more for a new label."""
+        """Return the time of two matrix-vector products per image, plus spectra of new labels."""
         dimensions = self._pixels.shape[1]
         fresh = {int(label) for label in query.labels} - self._spectra.keys()
         return len(query) * 1e-9 * dimensions**2 + len(fresh) * 1e-9 * dimensions**3
 
     def denoise(self, query: Query) -> Denoised:
-        """Return the posterior means; no evidence."""
+        """Return the posterior means, without evidence."""
         images = [
-            # One product an image: a matmul of many rows rounds differently from one of a few.
+            # One product per image: rounding of a matmul depends on its number of rows.
             self._denoise_one(x.flatten(), float(a), float(s), int(label))
             for x, a, s, label in zip(
                 query.x, query.level.a, query.level.s, query.labels, strict=True
@@ -185,7 +185,7 @@ class WienerDenoiser:
 
 
 def _spectra_bytes(bank: Bank) -> int:
-    """Return what the eigenvectors take once every label was asked for."""
+    """Return the memory of the eigenvectors of all labels."""
     dimensions = math.prod(bank.shape)
     counts = [len(bank.labels), *np.unique_counts(bank.labels).counts.tolist()]
     return sum(4 * dimensions * min(count, dimensions) for count in counts)
@@ -197,7 +197,7 @@ def _spectrum(images: Tensor) -> _Spectrum:
     mean = exact.mean(0)
     centred = exact - mean
     if len(images) < images.shape[1]:
-        # Fewer images than dimensions: the other axes have no variance.
+        # Fewer images than dimensions: the remaining axes have no variance.
         _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
         values, vectors = singular.square() / len(images), axes.T
     else:

@@ -1,7 +1,7 @@
-"""Files written whole or not at all: a temporary file in the same folder, then a rename.
+"""Atomic file writes: a temporary file in the same folder, then a rename.
 
-The temporary file's name is random and the file is locked for as long as its writer lives, so that
-writers never meet, and what a killed writer left can be told from what a live one holds.
+The temporary file has a random name and is locked while its writer runs, so that writers do not
+collide, and files left by a killed writer can be distinguished from those in use.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import BinaryIO
 from els_service.errors import LoadError
 
 REMAINS_S = 600.0
-"""Age in seconds from which a temporary file that nobody holds is removed. A live writer's file is
-unlocked only between its creation and its lock."""
+"""Minimum age in seconds of an unlocked temporary file to be removed. The file of a running writer
+is unlocked only between its creation and its lock."""
 
 _TEMPORARY = re.compile(
     r"\.els-[0-9a-f]{16}\.tmp|\..+\.(safetensors|yaml|json|csv|png)\.[0-9]+\.tmp"
 )
-"""Today's names, and those of earlier versions, which held a process id."""
+"""Current names, and those of earlier versions, which contained a process id."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def check_temporary_folder() -> None:
-    """Return if a temporary folder can be written: torch's compiler needs one when it is imported.
+    """Check that a temporary folder is writable: torch's compiler needs one at import.
 
-    Otherwise that import fails half way at the first network, and again, differently, at the next.
+    Without it that import fails halfway at the first network, and differently at the next.
 
     Raises:
-        LoadError: There is none; names the variable and the folders that were tried.
+        LoadError: There is none; names the variable and the folders tried.
     """
     try:
         tempfile.gettempdir()
@@ -48,14 +48,14 @@ def check_temporary_folder() -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and durably; removes old remains of killed writers.
+    """Write a file atomically and durably; removes old temporary files of killed writers.
 
     Args:
-        path: in a folder that is there. The file's mode follows the umask.
-        content: of the file.
+        path: file in an existing folder. Its mode follows the umask.
+        content: new content of the file.
 
     Raises:
-        OSError: The file cannot be written; what was there before is untouched.
+        OSError: The file cannot be written; an existing file is unchanged.
     """
     remove_remains(path.parent)
     # In the same folder, because a rename is atomic only within one file system.
@@ -70,8 +70,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def remove_remains(folder: Path, age_s: float = REMAINS_S) -> None:
     """Remove temporary files of killed writers from a folder.
 
-    A file is removed if its name is a temporary one, it is older than ``age_s`` seconds, and no
-    process holds its lock. What cannot be looked at or removed is left.
+    A file is removed if it has a temporary name, is older than ``age_s`` seconds, and is not
+    locked. Files that cannot be inspected or removed are skipped.
     """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -81,12 +81,12 @@ def remove_remains(folder: Path, age_s: float = REMAINS_S) -> None:
 
 
 def _remove_if_abandoned(name: str, age_s: float) -> None:
-    # Not through a link, and without waiting where the name is a pipe's.
+    # Without following links, and without blocking on a pipe.
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if time.time() - os.fstat(descriptor).st_mtime < age_s:
             return
-        # BlockingIOError, an OSError, where a writer lives.
+        # BlockingIOError, an OSError, if a writer holds the lock.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(name)
     finally:
@@ -95,15 +95,15 @@ def _remove_if_abandoned(name: str, age_s: float) -> None:
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Yield a new locked file; it is gone afterwards unless it was renamed."""
+    """Yield a new locked file, which is removed on exit unless it was renamed."""
     name = folder / f".els-{secrets.token_hex(8)}.tmp"
     try:
-        # Not tempfile's, which nobody but this user could read once it is renamed.
+        # Not tempfile: its mode 0600 would remain after the rename.
         with name.open("xb") as file:
             try:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             except OSError as error:
-                # A file system without locks: there nothing is removed either.
+                # A file system without locks; no file is removed there either.
                 if error.errno not in _UNSUPPORTED:
                     raise
             yield name, file
@@ -112,7 +112,7 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the file system can."""
+    """Make a rename durable, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,4 +1,4 @@
-"""Noise levels: ``x = a·x0 + s·ε`` with one (a, s) for each image, however the caller names them.
+"""Noise levels: ``x = a·x0 + s·ε`` with one (a, s) for each image, given by one of three names.
 
 | name        | a    | s        | range      | convention                                  |
 |-------------|------|----------|------------|---------------------------------------------|
@@ -22,11 +22,11 @@ Pair = tuple[float, float]
 """(a, s) of one image."""
 
 MIN_SIGMA, MAX_SIGMA = 1e-4, 1e6
-"""Range of s/a within which float32 logits stay finite and images keep meaning."""
+"""Range of s/a for which float32 logits are finite and results are meaningful."""
 
 
 class NoiseLevel:
-    """Signal scale ``a`` and noise scale ``s`` of each image, both positive; never changed.
+    """Signal scale ``a`` and noise scale ``s`` of each image, both positive; immutable.
 
     Held as plain floats until arrays are needed: for one image, arrays cost more than the
     arithmetic of a simple denoiser.
@@ -119,7 +119,7 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     """Return the variance-exploding level a = 1, s = σ.
 
     Raises:
-        InvalidArgumentError: A value lies outside ``MIN_SIGMA … MAX_SIGMA``.
+        InvalidArgumentError: A value is outside ``MIN_SIGMA … MAX_SIGMA``.
     """
     pairs = []
     for value in map(float, sigma):
@@ -133,7 +133,7 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     """Return the variance-preserving level a = √ᾱ, s = √(1-ᾱ).
 
     Raises:
-        InvalidArgumentError: A value lies outside 0 < ᾱ < 1, or its s/a out of range.
+        InvalidArgumentError: A value is outside 0 < ᾱ < 1, or its s/a is out of range.
     """
     values = list(map(float, alpha_bar))
     for value in values:
@@ -148,7 +148,7 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     """Return the level of a schedule at time t.
 
     Raises:
-        InvalidArgumentError: A value lies outside 0 < t ≤ 1, or its s/a out of range.
+        InvalidArgumentError: A value is outside 0 < t ≤ 1, or its s/a is out of range.
     """
     values = np.array(time, np.float64)
     for value in values.tolist():

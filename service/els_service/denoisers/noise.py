@@ -1,8 +1,8 @@
-"""Noise that belongs to an image: the same bits alone, in any batch, on any machine and release.
+"""Reproducible noise of an image: the same bits in any batch, on any machine and release.
 
 Philox 4x64 keyed by (seed, image index) with the number of the draw in the counter's top word, so
-that any draw can be had without those before it; Box-Muller in float64, rounded once to float32.
-numpy promises a stable bit stream, not stable distributions, hence the own transform.
+that draws are independent of each other; Box-Muller in float64, rounded once to float32. numpy
+guarantees a stable bit stream but not stable distributions, hence the transform here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def standard_normal(seed: int, image: int, draw: int, count: int) -> npt.NDArray
     """Return ``count`` standard normal numbers, float32.
 
     Args:
-        seed: 0 ≤ seed < 2⁶⁴, the caller's.
+        seed: 0 ≤ seed < 2⁶⁴.
         image: index of the image within the request, from 0.
         draw: number of the draw, from 0.
-        count: how many.
+        count: how many numbers.
     """
     key = np.array([seed, image], np.uint64)
     counter = np.array([0, 0, 0, draw], np.uint64)

@@ -1,6 +1,6 @@
-"""One picture of a file as pixels, read only where it has one plain meaning.
+"""Reader of picture files whose pixels have one unambiguous meaning.
 
-No image format is read for which Pillow calls another program.
+No image format is read for which Pillow runs another program.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from els_service.errors import LoadError
 
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 1 << 26
-"""Height × width of one picture: a file of a few KiB may announce gigabytes."""
+"""Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _FLATTEN = "flatten it onto a background, as RGB without transparency"
 
 
 def read_picture(file: Path) -> NDArray[np.uint8]:
-    """One picture, [H, W, C], grey or RGB, turned as its EXIF orientation says.
+    """Return one picture, [H, W, C], grey or RGB, rotated by its EXIF orientation.
 
-    Of the several pictures of one shot that a camera stores in a JPEG file (MPO), the first.
+    Of a multi-picture JPEG file (MPO) the first picture is read.
 
     Raises:
-        LoadError: The file is damaged or none of ``IMAGE_FORMATS``, has several frames,
+        LoadError: The file is damaged or not in ``IMAGE_FORMATS``, has several frames,
             transparency, another mode than L or RGB, or more than ``MAX_PIXELS``; names the file.
     """
     with refusing(file), _opened(file) as picture:
@@ -41,20 +41,20 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into a refusal that names the file."""
+    """Convert any exception of reading a damaged file to a LoadError that names the file."""
     try:
         yield
     except LoadError:
         raise
     except Exception as error:
-        # No list of what the decoders of so many formats raise would be complete.
+        # A list of all exceptions of the many decoders would not be complete.
         reason = getattr(error, "strerror", None) or error
         raise LoadError(path, f"cannot be read: {reason}") from error
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
-    """Yield a picture of which only the header was read; none that is too large."""
+    """Yield a picture with only its header read; raises LoadError if it is too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -75,7 +75,7 @@ def _check(file: Path, picture: Image.Image) -> None:
         expected = "expected one frame: save the one that is meant as a file of its own"
         raise LoadError(file, f"{expected}, got {getattr(picture, 'n_frames', 1)}")
     if picture.mode not in ("L", "RGB"):
-        # No silent conversion: transparency and palettes have no one meaning in [−1, 1].
+        # No silent conversion: transparency and palettes are ambiguous in [−1, 1].
         remedy = _FLATTEN if picture.mode in _ALPHA else "convert it"
         mode = f"mode {picture.mode}, expected L (8-bit grey) or RGB"
         raise LoadError(file, f"{mode}: {remedy}")

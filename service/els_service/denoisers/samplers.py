@@ -1,8 +1,8 @@
-"""Reverse diffusion: samplers as generators that ask for denoising and report their steps.
+"""Reverse diffusion: samplers as generators that yield denoising calls and steps.
 
-A sampler yields a ``DenoiseCall`` and is sent the answer D(x), or yields a ``Step`` and is sent
-None. So one body serves a plain loop (``sample``) and an engine that answers many trajectories in
-shared batches. State is float64; all noise comes from the ``noise`` argument.
+A sampler yields a ``DenoiseCall`` and is sent D(x), or yields a ``Step`` and is sent None. One
+implementation serves both a plain loop (``sample``) and an engine that batches the calls of many
+trajectories. State is float64; all noise comes from the ``noise`` argument.
 
 Aligned sampling: t = i/n for i = n … 1, from x ~ N(0, I); the last step returns D(x).
 """
@@ -25,36 +25,36 @@ from els_service.errors import InvalidArgumentError
 
 @dataclass(frozen=True, eq=False)
 class DenoiseCall:
-    """A question: D of ``x`` [B, C, H, W] (float64) at ``level``."""
+    """A request for D of ``x`` [B, C, H, W] (float64) at ``level``."""
 
     x: Tensor
     level: NoiseLevel
-    """Of one image, for all."""
+    """Level of length 1, shared by all images."""
     window_level: NoiseLevel | None = None
-    """Where the window is looked up if not at ``level``."""
+    """Level for the window table; None means ``level``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step taken, ``index`` from 1 to ``total``; float64 [B, C, H, W]."""
+    """A completed step, ``index`` from 1 to ``total``; float64 [B, C, H, W]."""
 
     index: int
     total: int
     x: Tensor
-    """The state after the step, in variance-preserving scale; at the end the result."""
+    """State after the step, in variance-preserving scale; the result at the last step."""
     denoised: Tensor
-    """D(x) with which the step was taken; at the end the result."""
+    """D(x) used by the step; the result at the last step."""
     alpha_bar: float
-    """ᾱ at which ``x`` stands; 1 at the end."""
+    """ᾱ of ``x``; 1 at the last step."""
     state: Tensor
-    """What the sampler goes on from: ``x``, in heun's own scale for heun."""
+    """State for resuming the sampler: ``x``, for heun in its own scale."""
     decoded: Tensor | None = None
-    """At the end of a latent model's trajectory the images of ``x``, float32, if asked for."""
+    """Decoded images of ``x``, float32, at the last step of a latent model if requested."""
 
 
 @dataclass(frozen=True, eq=False)
 class Resume:
-    """Where a trajectory goes on: a ``Step``'s index and state."""
+    """Starting point of a resumed trajectory: index and state of a ``Step``."""
 
     index: int
     state: Tensor
@@ -65,12 +65,12 @@ Trajectory = Generator[DenoiseCall | Step, Tensor | None, None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to sample: number of steps, schedule, and what noise the steps add."""
+    """Sampling options: number of steps, schedule, and noise added by the steps."""
 
     steps: int = 20
     schedule: Schedule = cosine
     eta: float = 1.0
-    """0 ≤ eta ≤ 1, for ddpm: 1 is ancestral sampling, 0 is ddim."""
+    """0 ≤ eta ≤ 1, for ddpm: 1 is ancestral sampling, 0 equals ddim."""
     churn: float = 0.0
     """0 ≤ churn ≤ steps, for heun: S_churn."""
 
@@ -94,28 +94,28 @@ def _ancestral(noise: Noise, options: Options, resume: Resume | None, eta: float
     taken, x = (resume.index, resume.state) if resume else (0, noise(0))
     for i in range(n - taken, 1, -1):
         here, there = options.level(i), options.level(i - 1)
-        x_hat = yield from _ask(DenoiseCall(x, here))
+        x_hat = yield from _denoised(DenoiseCall(x, here))
         (a, s), (a_next, s_next) = _scales(here), _scales(there)
         added = eta * s_next / s * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))
         x = _move(x, x_hat, here, a_next, math.sqrt(max(0.0, s_next**2 - added**2)))
         if added:
             x = x + added * noise(n - i + 1)
         yield Step(n - i + 1, n, x, x_hat, a_next**2, x)
-    x_hat = yield from _ask(DenoiseCall(x, options.level(1)))
+    x_hat = yield from _denoised(DenoiseCall(x, options.level(1)))
     yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
 
 
 def ddim_released(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """DDIM in the order of the published ELS code: i = n-1 … 1, and x at t = 0 is the result.
 
-    Noise meant for t = 1 is used at t = (n-1)/n, and the window at t = i/n is the one of
-    t = (i+1)/n, as its table is indexed from 0. Kept so that published figures can be reproduced.
+    The noise of t = 1 is used at t = (n-1)/n, and the window at t = i/n is that of t = (i+1)/n,
+    because the published table is indexed from 0. Needed to reproduce the published figures.
     """
     n = options.steps
     taken, x = (resume.index, resume.state) if resume else (0, noise(0))
     for i in range(n - 1 - taken, 0, -1):
         here = options.level(i)
-        x_hat = yield from _ask(DenoiseCall(x, here, window_level=options.level(i + 1)))
+        x_hat = yield from _denoised(DenoiseCall(x, here, window_level=options.level(i + 1)))
         a_next, s_next = _scales(options.level(i - 1))
         x = _move(x, x_hat, here, a_next, s_next) if i > 1 else x_hat
         yield Step(n - i, n - 1, x, x_hat, a_next**2, x)
@@ -124,8 +124,8 @@ def ddim_released(noise: Noise, options: Options, resume: Resume | None = None) 
 def heun(noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
     """Heun's method with churn (Karras et al. 2022, algorithm 2), ρ = 7, in VE variables.
 
-    From the schedule's σ at t = 1 down to 0.002; two answers a step but for the last. Reports
-    √ᾱ·x, so that its states are those of the variance-preserving samplers.
+    From the schedule's σ at t = 1 down to 0.002; two evaluations per step except the last. Steps
+    have √ᾱ·x, so that states are comparable with the variance-preserving samplers.
     """
     n = options.steps
     top = float(options.level(n).sigma[0])
@@ -137,13 +137,13 @@ def heun(noise: Noise, options: Options, resume: Resume | None = None) -> Trajec
         sigma_hat = sigma * (1 + gamma)
         if gamma:
             x = x + math.sqrt(sigma_hat**2 - sigma**2) * noise(i + 1)
-        x_hat = yield from _ask(DenoiseCall(x, _exploding(sigma_hat)))
+        x_hat = yield from _denoised(DenoiseCall(x, _exploding(sigma_hat)))
         if sigma_next == 0:
             yield Step(n, n, x_hat, x_hat, 1.0, x_hat)
             return
         slope = (x - x_hat) * (1 / sigma_hat)
         euler = x + (sigma_next - sigma_hat) * slope
-        second = yield from _ask(DenoiseCall(euler, _exploding(sigma_next)))
+        second = yield from _denoised(DenoiseCall(euler, _exploding(sigma_next)))
         slope_next = (euler - second) * (1 / sigma_next)
         x = x + (sigma_next - sigma_hat) * 0.5 * (slope + slope_next)
         alpha_bar = 1 / (1 + sigma_next**2)
@@ -151,10 +151,10 @@ def heun(noise: Noise, options: Options, resume: Resume | None = None) -> Trajec
 
 
 class Sampler(Protocol):
-    """Starts a trajectory, or goes on with one."""
+    """Starts or resumes a trajectory."""
 
     def __call__(self, noise: Noise, options: Options, resume: Resume | None = None) -> Trajectory:
-        """Return the trajectory; all its noise comes from ``noise``."""
+        """Return the trajectory, whose noise comes from ``noise``."""
         ...
 
 
@@ -167,21 +167,21 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def steps_of(sampler: str, options: Options) -> int:
-    """Return how many steps a trajectory reports."""
+    """Return the number of steps of a trajectory."""
     return options.steps - (sampler == "ddim_released")
 
 
 def evaluations_of(sampler: str, options: Options, resume: Resume | None = None) -> int:
-    """Return how many questions a trajectory asks, from its start or from where it goes on."""
+    """Return the number of function evaluations (NFE) of a new or resumed trajectory."""
     left = steps_of(sampler, options) - (resume.index if resume else 0)
     return 2 * left - 1 if sampler == "heun" else left
 
 
 def check_options(sampler: str, options: Options) -> None:
-    """Check that a sampler takes these options.
+    """Check that a sampler supports these options.
 
     Raises:
-        InvalidArgumentError: Says field, expected and got.
+        InvalidArgumentError: An option is out of range; names field, expected and got.
     """
     least = 2 if sampler == "ddim_released" else 1
     if options.steps < least:
@@ -203,7 +203,7 @@ def sample(
     labels: int | list[int] = -1,
     conditions: Sequence[Condition] = (),
 ) -> Iterator[Step]:
-    """Yield the steps of ``count`` images drawn together; image i draws from (seed, first + i)."""
+    """Yield the steps of ``count`` images; the noise of image i has the key (seed, first + i)."""
     options = options or Options()
     check_options(sampler, options)
     noise = seeded_noise(seed, count, denoiser.info.shape, first)
@@ -223,23 +223,23 @@ def sample(
             answer = denoiser.denoise(query).mean.double()
 
 
-def windows_for(denoiser: Denoiser, ask: DenoiseCall) -> list[int]:
-    """Return the window that a sampler wants, or none to leave it to the model."""
+def windows_for(denoiser: Denoiser, call: DenoiseCall) -> list[int]:
+    """Return the window that a sampler requests, or an empty list for the model's own."""
     table = denoiser.info.window
-    if ask.window_level is None or table is None:
+    if call.window_level is None or table is None:
         return []
-    return [int(table.at(ask.window_level.sigma)[0])]
+    return [int(table.at(call.window_level.sigma)[0])]
 
 
-def _ask(ask: DenoiseCall) -> Generator[DenoiseCall | Step, Tensor | None, Tensor]:
-    answer = yield ask
+def _denoised(call: DenoiseCall) -> Generator[DenoiseCall | Step, Tensor | None, Tensor]:
+    answer = yield call
     if answer is None:
-        raise RuntimeError("a sampler that asks must be sent the denoised images")
+        raise RuntimeError("expected the denoised images to be sent to the sampler, got None")
     return answer
 
 
 def _move(x: Tensor, x_hat: Tensor, here: NoiseLevel, a_next: float, s_next: float) -> Tensor:
-    """Return a'·D + s'·ε̂ with ε̂ = (x - a·D)/s: DDIM's update, written around its two ends."""
+    """Return a'·D + s'·ε̂ with ε̂ = (x - a·D)/s, the update of DDIM."""
     a, s = _scales(here)
     return a_next * x_hat + s_next * ((x - a * x_hat) * (1 / s))
 

@@ -1,4 +1,4 @@
-"""The window as a function of noise level: larger patches at higher noise."""
+"""The window as a function of the noise level: larger patches at higher noise."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy.typing as npt
 from els_service.denoisers.levels import Floats, cosine
 
 _FMNIST_RESNET_ZEROS = (3, 3, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 13, 13, 13, 15, 15, 15, 17, 17)
-"""Published with the paper; entry i (from 1) belongs to t = i/20."""
+"""Published table of the paper; entry i (from 1) is that of t = i/20."""
 
 
 @dataclass(frozen=True)
 class WindowTable:
     """Odd windows ``k`` at increasing noise levels ``sigma`` = s/a.
 
-    Between entries linear in log σ and rounded to the nearest odd number (ties up); beyond the
-    ends the end's value.
+    Interpolated linearly in log σ and rounded to the nearest odd number (ties up); constant beyond
+    the ends.
 
     Raises:
         ValueError: The table is empty, ragged, not increasing, or a window is not odd.
@@ -43,7 +43,7 @@ class WindowTable:
 
     @classmethod
     def constant(cls, k: int) -> WindowTable:
-        """Return the table that answers ``k`` at every level."""
+        """Return the table with window ``k`` at every level."""
         return cls((1.0,), (k,))
 
     def clipped(self, largest: int) -> WindowTable:
@@ -53,7 +53,7 @@ class WindowTable:
     def at(self, sigma: Floats) -> npt.NDArray[np.int64]:
         """Return the window at each level, [B]."""
         k = np.interp(np.log(sigma), np.log(self.sigma), self.k)
-        # A hair's breadth lets an entry's own level hit its window whatever log and exp round.
+        # A tolerance, so that rounding in log and exp does not change the window at an entry.
         return (np.floor((k + 1e-9) / 2) * 2 + 1).astype(np.int64)
 
 

@@ -1,1 +1,1 @@
-"""The engine: models by name, and many callers' queries turned into few launches. No gRPC."""
+"""Engine: models by name, queues, batching and devices. Does not know gRPC."""

@@ -1,4 +1,4 @@
-"""Batches that were computed, as traces tell of them: on the wall clock."""
+"""Records of computed batches for traces, on the wall clock."""
 
 from __future__ import annotations
 

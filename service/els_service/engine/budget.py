@@ -114,6 +114,13 @@ class Budget:
             account.evictable -= holding.amount
             holding.evict = None
 
+    def allow_eviction(self, holding: Holding, evict: Callable[[], None]) -> None:
+        """Let a holding be evicted from now on; one that was released before is left."""
+        account = self._accounts.get(holding.caller)
+        if account is not None and holding in account.holdings and holding.evict is None:
+            account.evictable += holding.amount
+            holding.evict = evict
+
     def release(self, holding: Holding) -> None:
         """Give a holding back; one that was evicted or released before is left."""
         account = self._accounts.get(holding.caller)

@@ -1,4 +1,4 @@
-"""How long a batch takes: an estimate by the denoiser, corrected by the clock.
+"""Cost model of batches: estimates of the denoiser, corrected by measured times.
 
     seconds = fixed + rate · estimate
 

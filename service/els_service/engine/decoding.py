@@ -1,4 +1,4 @@
-"""Decoding latents as a question like any other: it queues, has a deadline, and is watched."""
+"""Latent decoders as denoisers: decoding is queued, has a deadline and a watchdog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device: one worker thread that computes for all models on it, and a watchdog beside it.
+"""Device: one worker thread that computes for all models on it, and its watchdog.
 
 On a CPU the watchdog judges progress: the counter of the computation's ``Control``, which grows
 with every tile, or else the CPU time of the worker thread. A computation that is slow, on a

@@ -1,4 +1,4 @@
-"""The engine: answers queries and drives trajectories for named models."""
+"""Engine: answers queries and advances trajectories of named models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from els_service.engine.device import Device, WorkerDevice
 from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.engine.request_context import Observer, RequestContext, allows
-from els_service.engine.room import Room, Stay
+from els_service.engine.reservations import NamedBudget, TrajectoryReservation
 from els_service.engine.scheduler import Scheduler
 from els_service.errors import DeadlineExceededError, UnavailableError
 
@@ -89,7 +89,7 @@ class Engine:
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
         self.models = ModelRegistry(self._devices, scheduling, self._lose)
         self.memory = Budget(scheduling.in_flight_bytes)
-        self._memory = Room(self.memory, "the memory for requests in flight", seconds=False)
+        self._memory = NamedBudget(self.memory, "the memory for requests in flight", seconds=False)
         self._scheduler = Scheduler(
             self._devices, scheduling, self._memory, observer, self._lose, clock
         )
@@ -164,7 +164,7 @@ class Engine:
         entry: ModelVersion,
         run: SamplingRun,
         context: RequestContext,
-        stay: Stay,
+        stay: TrajectoryReservation,
         large: bool,
     ) -> AsyncGenerator[Step, None]:
         loaded = await self._loaded(entry, context, stay)
@@ -183,12 +183,18 @@ class Engine:
                 self._check_ended()
                 loaded.denoiser.check(query)
                 self._check_time(loaded, query, run, context)
-                self._scheduler.enter(loaded, query, context, stay.reservation, decodes=run.decode)
+                self._scheduler.admission.enter(
+                    loaded, query, context, stay.reservation, decodes=run.decode
+                )
                 begun = True
             answer = (await self._step(loaded, query, context, stay)).mean.double()
 
     async def _step(
-        self, loaded: LoadedModel, query: Query, context: RequestContext, stay: Stay
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        context: RequestContext,
+        stay: TrajectoryReservation,
     ) -> Denoised:
         """Return the answer to a question of a trajectory."""
         stay.check()
@@ -196,7 +202,9 @@ class Engine:
         return given if isinstance(given, Denoised) else await stay.until(given)
 
     @contextmanager
-    def _staying(self, entry: ModelVersion, size: int, context: RequestContext) -> Iterator[Stay]:
+    def _staying(
+        self, entry: ModelVersion, size: int, context: RequestContext
+    ) -> Iterator[TrajectoryReservation]:
         """Hold memory meanwhile.
 
         Raises:
@@ -207,9 +215,9 @@ class Engine:
             self._observer.on_dropped(entry.model, "evicted")
             entry.statistics.failed.add(0.0)
 
-        stay = Stay(context.name(), gave_way)
+        stay = TrajectoryReservation(context.name(), gave_way)
         parts = ((self._memory, float(size)),)
-        self._scheduler.reserve(entry.model, entry.statistics, stay.reservation, parts)
+        self._scheduler.admission.reserve(entry.model, entry.statistics, stay.reservation, parts)
         try:
             yield stay
         finally:
@@ -296,13 +304,15 @@ class Engine:
     async def _revived(
         self, entry: ModelVersion, query: Query, context: RequestContext
     ) -> Denoised:
+        # The caller may be gone by the time that the model is loaded.
+        context = replace(context, caller=context.name())
         with self._staying(entry, query.nbytes, context) as stay:
             loaded = await self._loaded(entry, context, stay)
         answer = self._submit(loaded, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def _loaded(
-        self, entry: ModelVersion, context: RequestContext, stay: Stay
+        self, entry: ModelVersion, context: RequestContext, stay: TrajectoryReservation
     ) -> LoadedModel:
         """Return an entry's loaded model, loaded again if need be."""
         loaded = self.models.mark_used(entry)
@@ -324,7 +334,11 @@ class Engine:
                 ended.exception()  # taken note of: it would else be logged
 
     async def _decoded(
-        self, loaded: LoadedModel, latents: Tensor, context: RequestContext, stay: Stay
+        self,
+        loaded: LoadedModel,
+        latents: Tensor,
+        context: RequestContext,
+        stay: TrajectoryReservation,
     ) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
         assert loaded.decoder is not None  # as the model's info says

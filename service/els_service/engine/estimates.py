@@ -1,4 +1,4 @@
-"""What a model costs on this machine before anybody has asked it: a first measurement, a step."""
+"""Estimates of a model's speed on this machine before its first request."""
 
 from __future__ import annotations
 

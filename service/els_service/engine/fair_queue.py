@@ -1,4 +1,4 @@
-"""Who is next: priorities that never starve each other, and fair shares between callers.
+"""Priority queue with start-time fair queueing between callers and no starvation.
 
 Pure bookkeeping: no clock, no event loop. Within a level of priority this is start-time fair
 queueing (Goyal, Vin & Cheng 1996): an item's tag is the virtual time at which its caller's work

@@ -1,4 +1,4 @@
-"""One loaded model: its denoisers, its queue, what is known of its speed, what it was asked."""
+"""Loaded model: its denoisers, queue, cost model and statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from els_service.engine.device import breaks_device, free_memory
 from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.request_context import PRIORITIES, RequestContext
-from els_service.engine.room import Reservation, Room
+from els_service.engine.reservations import NamedBudget, Reservation
 from els_service.errors import ResourceExhaustedError
 
 _PENDING = 256
@@ -109,9 +109,9 @@ class LoadedModel:
         """Any of them, for what is the same on all devices."""
         self.queue: FairQueue[Chunk] = FairQueue(PRIORITIES, scheduling.starvation_s)
         name = f"the queue of {model}"
-        self.seconds = Room(Budget(scheduling.queue_s), name, seconds=True)
+        self.seconds = NamedBudget(Budget(scheduling.queue_s), name, seconds=True)
         """Held by what waits, as predicted when it came, and by trajectories, of a step each."""
-        self.bytes = Room(Budget(scheduling.queue_bytes), name, seconds=False)
+        self.bytes = NamedBudget(Budget(scheduling.queue_bytes), name, seconds=False)
         """Held by what waits."""
         self.rooms = self.seconds, self.bytes
         self.costs = costs or CostModel()

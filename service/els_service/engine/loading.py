@@ -1,4 +1,4 @@
-"""The thread that loads models, and its replacement where a load takes long or hangs."""
+"""Loader thread of models, replaced where a load is slow or hangs."""
 
 from __future__ import annotations
 

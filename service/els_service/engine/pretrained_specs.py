@@ -1,4 +1,4 @@
-"""What ``model.yaml`` says of networks that others trained, and how they are loaded."""
+"""Sections of ``model.yaml`` that describe pretrained networks, and their loaders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models are served, in which versions, and which is unloaded when memory is short.
+"""Registry of served models and versions; unloads the least recently used under memory pressure.
 
 A load is atomic: all versions of a model are loaded and warmed beside those that serve, then take
 their place between two queries. What was asked of the old ones they still answer.

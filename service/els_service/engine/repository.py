@@ -1,4 +1,4 @@
-"""Model folders: ``NAME/model.yaml`` with banks and tables beside it, turned into denoisers.
+"""Model folders, ``NAME/model.yaml`` with banks and tables, and denoisers built from them.
 
 A folder ``NAME/VERSION/model.yaml``, its name a whole number, is a version of the model; a
 ``model.yaml`` right in ``NAME`` is version 1.

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine beside the answer, and what the engine tells its observer."""
+"""Scheduling context of a request, and the observer of queries and batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns the queries that wait for many models into launches on few devices, and keeps promises.
+"""Dispatch of queued queries to devices in batches, and delivery of their results.
 
     submit ─► admitted? ─► the model's queue ─► batch ─► device ─► each its rows
                  │               │                │
@@ -25,27 +25,18 @@ from functools import partial
 from els_kernels import ComputationStoppedError, Control
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
+from els_service.engine.admission import Admission, Workload, fail
 from els_service.engine.batch_records import batch_record
+from els_service.engine.batching import HAND_OUT_S, INLINE_S, batch_s, next_batch, next_model
 from els_service.engine.device import Device, DeviceLostError, Outcome
-from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, Statistics, answers
-from els_service.engine.request_context import Observer, RequestContext, allows, timed_out
-from els_service.engine.room import Reservation, Room
-from els_service.errors import DeadlineExceededError, ElsError, QueueFullError
+from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, answers
+from els_service.engine.request_context import Observer, RequestContext, timed_out
+from els_service.engine.reservations import NamedBudget
+from els_service.errors import DeadlineExceededError, ElsError
 
-INLINE_S = 1e-4
-"""Shorter work runs on the event loop: handing it over would take as long."""
 _SLOW_S = 10 * INLINE_S
 _WRONG = 3
 """So many answers in a row that were slow, and they are no work for the event loop."""
-_SHORT_S = 0.01
-"""Predicted time of a batch whose launch costs nothing: others get their turn after it."""
-_LAUNCH_SHARE = 0.2
-"""Part of a batch that its launch may be; batches grow until it is."""
-_HAND_OUT_S = 0.002
-"""Of a deadline: an answer that is computed has yet to be handed out."""
-_PURGE_S = 0.1
-"""How often a full queue is searched for items that are late."""
-_LEAST_RETRY_S = 0.05
 
 Results = Outcome[list[Denoised | Exception]]
 
@@ -72,7 +63,7 @@ class Scheduler:
         devices: by which loaded models name their denoisers.
         scheduling: bounds of queues and batches.
         memory: room for the bytes of all that waits or is computed, of all models.
-        observer: told of everything.
+        observer: receives a callback for each query and batch event.
         lost: called when a device can compute no more.
         clock: in seconds; deadlines are on it.
     """
@@ -81,17 +72,15 @@ class Scheduler:
         self,
         devices: Sequence[Device],
         scheduling: Scheduling,
-        memory: Room,
+        memory: NamedBudget,
         observer: Observer,
         lost: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._devices, self._limits, self._observer = devices, scheduling, observer
-        self._memory, self._lost, self.clock = memory, lost, clock
-        self._busy: dict[str, float] = {}
-        """Device → when its batch is predicted to end."""
-        self._waiting_models: dict[LoadedModel, None] = {}
-        """Those with something waiting."""
+        self._lost, self.clock = lost, clock
+        self._workload = Workload()
+        self.admission = Admission(self._workload, scheduling, memory, observer, clock)
         self._running: Counter[PendingRequest] = Counter()
         """Tickets with parts that are being computed, and how many."""
         self._batches: dict[str, _Running] = {}
@@ -122,78 +111,26 @@ class Scheduler:
         now = self.clock()
         pending = PendingRequest(loaded.model, query, context, now)
         if not admitted:
-            self._admit(loaded, query, context, estimate, now)
-            self._reserve(loaded, pending, estimate)
+            self.admission.check_deadline(loaded, query, context, estimate, now)
+            self.admission.reserve_for(loaded, pending, estimate)
         pending.answer.add_done_callback(partial(self._on_done, loaded, pending))
-        most = self._batch_s(loaded) / max(loaded.costs.marginal(1.0), 1e-9)
-        if not loaded.queue and loaded not in self._waiting_models:
+        most = batch_s(loaded, self._limits) / max(loaded.costs.marginal(1.0), 1e-9)
+        if not loaded.queue and loaded not in self._workload.waiting:
             loaded.virtual = max(loaded.virtual, self._virtual)
         for chunk in pending.split(estimate, most):
             loaded.queue.push(chunk, now)
-        self._waiting_models[loaded] = None
+        self._workload.waiting[loaded] = None
         self._dispatch()
         return pending.answer
 
-    def enter(
-        self,
-        loaded: LoadedModel,
-        query: Query,
-        context: RequestContext,
-        reservation: Reservation,
-        *,
-        decodes: bool,
-    ) -> None:
-        """Admit a trajectory by its first question: it holds room for one step from now on.
-
-        Args:
-            loaded: model whose denoiser is asked.
-            query: the first question; those to come take about as long.
-            context: deadline, priority and caller.
-            reservation: of the trajectory.
-            decodes: whether its latents are decoded in the end.
-
-        Raises:
-            QueueFullError: More work waits than is allowed, and the caller has its share of it.
-            DeadlineExceededError: The first answer would come too late.
-        """
-        estimate = loaded.denoiser.predict_seconds(query)
-        if estimate >= INLINE_S or loaded.running:
-            self._admit(loaded, query, context, estimate, self.clock())
-        asked = [loaded, loaded.decoder] if decodes and loaded.decoder is not None else [loaded]
-        parts = []
-        for each in asked:
-            seconds = each.costs.marginal(each.denoiser.predict_seconds(query))
-            # One that is alone may take longer than all that may wait.
-            parts.append((each.seconds, min(seconds, self._limits.queue_s)))
-        self.reserve(loaded.model, loaded.statistics, reservation, parts)
-
-    def reserve(
-        self,
-        model: str,
-        statistics: Statistics,
-        reservation: Reservation,
-        parts: Sequence[tuple[Room, float]],
-    ) -> None:
-        """Hold parts of rooms, and count a request for which there is none.
-
-        Raises:
-            QueueFullError: There is no room.
-        """
-        try:
-            reservation.reserve(parts)
-        except QueueFullError:
-            self._observer.on_dropped(model, "rejected_full")
-            statistics.failed.add(0.0)
-            raise
-
     def waiting(self) -> int:
         """Return how many items wait."""
-        return sum(len(loaded.queue) for loaded in self._waiting_models)
+        return sum(len(loaded.queue) for loaded in self._workload.waiting)
 
     def interrupt(self, error: ElsError) -> None:
         """Fail everything that waits or is being computed."""
         pending_requests = [
-            chunk.pending for loaded in self._waiting_models for chunk in loaded.queue
+            chunk.pending for loaded in self._workload.waiting for chunk in loaded.queue
         ]
         for pending in [*pending_requests, *self._running]:
             if not pending.answer.done():
@@ -205,7 +142,7 @@ class Scheduler:
     ) -> Denoised:
         began = self.clock()
         if began > context.deadline:
-            raise self._too_late(
+            raise self.admission.too_late(
                 loaded,
                 f"the deadline of a question to {loaded.model} passed before it was computed",
             )
@@ -233,140 +170,24 @@ class Scheduler:
         loaded.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
         return seconds
 
-    def _admit(
-        self,
-        loaded: LoadedModel,
-        query: Query,
-        context: RequestContext,
-        estimate: float,
-        now: float,
-    ) -> None:
-        """Raise if the answer would come too late; drop what is, where the queue is crowded."""
-        own = loaded.costs.seconds(estimate)
-        if loaded.queue and _is_crowded(loaded, query, own):
-            self._drop_expired(loaded, now)
-        slack = context.deadline - now
-        if slack > 0 and not loaded.costs.may_refuse(estimate, slack, now):
-            return
-        wait = self._busy_for(loaded, now)
-        everything = wait + own + sum(other.waiting_s for other in self._waiting_models)
-        if everything <= slack:
-            return
-        predicted = self._predict(loaded, context, estimate, wait)
-        if predicted > slack:
-            raise self._too_late(
-                loaded,
-                f"the answer of {loaded.model} is predicted in {predicted:.3g} s, of which "
-                f"{max(predicted - own, 0.0):.3g} s waiting; {allows(slack)}",
-                retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
-            )
-
-    def _too_late(
-        self, loaded: LoadedModel, text: str, retry_after_s: float | None = None
-    ) -> DeadlineExceededError:
-        """Count a query that is refused for its deadline, and return what its caller is told."""
-        self._observer.on_dropped(loaded.model, "rejected_late")
-        loaded.statistics.failed.add(0.0)
-        return DeadlineExceededError(text, retry_after_s=retry_after_s)
-
-    def _reserve(self, loaded: LoadedModel, pending: PendingRequest, estimate: float) -> None:
-        """Take room for a query, from other callers where need be, or raise QueueFullError."""
-        size = pending.query.nbytes
-        parts = [(loaded.seconds, loaded.costs.marginal(estimate)), (loaded.bytes, float(size))]
-        if not loaded.queue:
-            # It may be as large as it likes, whatever trajectories hold that ask nothing now.
-            parts = [(room, room.up_to(amount)) for room, amount in parts]
-        parts.append((self._memory, size))
-        reservation = Reservation(pending.caller, partial(self._evict, loaded, pending))
-        self.reserve(loaded.model, loaded.statistics, reservation, parts)
-        pending.reservation = reservation
-
-    def _evict(self, loaded: LoadedModel, pending: PendingRequest, error: QueueFullError) -> None:
-        self._observer.on_dropped(loaded.model, "evicted")
-        loaded.statistics.failed.add(self.clock() - pending.since)
-        loaded.withdraw(pending)
-        _fail(pending, error)
-
-    def _predict(
-        self, loaded: LoadedModel, context: RequestContext, estimate: float, wait: float
-    ) -> float:
-        """Return in how many seconds an answer can be expected."""
-        ahead = loaded.costs.marginal(
-            loaded.queue.ahead_of(context.name(), context.priority, estimate)
-        )
-        here = loaded.costs.seconds(estimate) - loaded.costs.marginal(estimate) + ahead
-        # Models share their devices evenly, too.
-        others = sum(
-            min(other.waiting_s, here)
-            for other in self._waiting_models
-            if other is not loaded and not other.denoisers.keys().isdisjoint(loaded.denoisers)
-        )
-        return wait + (here + others) / len(loaded.denoisers)
-
-    def _busy_for(self, loaded: LoadedModel, now: float) -> float:
-        """Return in how many seconds the first of a model's devices is predicted to be free."""
-        return max(0.0, min(self._busy.get(name, now) for name in loaded.denoisers) - now)
-
-    def _drop_expired(self, loaded: LoadedModel, now: float) -> None:
-        """Drop what is late already."""
-        if now - loaded.purged > _PURGE_S:
-            loaded.purged = now
-            for chunk in list(loaded.queue):
-                if chunk.waiting and now > chunk.pending.context.deadline:
-                    self._expire(loaded, chunk.pending, now)
-
     def _dispatch(self) -> None:
         """Give every idle device its next batch."""
         for device in self._devices:
-            while device.name not in self._busy:
+            while device.name not in self._workload.busy:
                 now = self.clock()
-                loaded = self._next_lane(device.name, now)
+                loaded = next_model(self._workload.waiting, device.name, now)
                 if loaded is None:
                     break
-                batch = self._next_batch(loaded, now)
+                batch = next_batch(loaded, now, self._limits, self.admission.expire)
                 if not loaded.queue:
-                    self._waiting_models.pop(loaded, None)
+                    self._workload.waiting.pop(loaded, None)
                 if batch:
                     self._launch(device, loaded, batch, now)
-
-    def _next_lane(self, device: str, now: float) -> LoadedModel | None:
-        """Return the model with the most urgent chunk; of several, the one that had least time."""
-        here = [loaded for loaded in self._waiting_models if device in loaded.denoisers]
-        if len(here) < 2:
-            return here[0] if here else None
-        return min(here, key=lambda loaded: (loaded.queue.next_priority(now), loaded.virtual))
-
-    def _next_batch(self, loaded: LoadedModel, now: float) -> list[Chunk]:
-        """Take from the queue what is worth computing and can be computed in time, together."""
-        batch: list[Chunk] = []
-        estimate, first_deadline = 0.0, float("inf")
-        longest = self._batch_s(loaded)
-        upper_bound = loaded.costs.upper_bound if loaded.costs.is_calibrated(now) else _nothing
-        until = now + _HAND_OUT_S
-        while chunk := loaded.queue.peek(now):
-            deadline = chunk.pending.context.deadline
-            if until + upper_bound(chunk.cost) > deadline:
-                self._expire(loaded, chunk.pending, now)
-                continue
-            together = estimate + chunk.cost
-            if batch and (
-                loaded.costs.seconds(together) > longest
-                or until + upper_bound(together) > min(first_deadline, deadline)
-            ):
-                break
-            loaded.take(chunk, now)
-            batch.append(chunk)
-            estimate, first_deadline = together, min(first_deadline, deadline)
-        return batch
-
-    def _batch_s(self, loaded: LoadedModel) -> float:
-        """Return the predicted time that a batch should take, if there is so much to do."""
-        return min(self._limits.batch_s, max(_SHORT_S, loaded.costs.fixed_s / _LAUNCH_SHARE))
 
     def _launch(self, device: Device, loaded: LoadedModel, batch: list[Chunk], now: float) -> None:
         estimate = sum(chunk.cost for chunk in batch)
         cost = loaded.costs.seconds(estimate)
-        self._busy[device.name] = now + cost
+        self._workload.busy[device.name] = now + cost
         self._virtual = loaded.virtual
         loaded.virtual += cost
         loaded.running += 1
@@ -390,7 +211,7 @@ class Scheduler:
                 running.stop_unless_wanted(self.clock())
 
             # A little later, as the loop's clock and ours are not read at the same time.
-            delay = max(0.0, latest - now) + _HAND_OUT_S
+            delay = max(0.0, latest - now) + HAND_OUT_S
             running.timer = asyncio.get_running_loop().call_later(delay, expired)
         return running
 
@@ -404,7 +225,7 @@ class Scheduler:
         done: asyncio.Future[Results],
     ) -> None:
         """Start the next batch, then hand out the results of this one."""
-        ended = self._busy.pop(device.name)
+        ended = self._workload.busy.pop(device.name)
         running = self._batches.pop(device.name)
         if running.timer is not None:
             running.timer.cancel()
@@ -412,7 +233,7 @@ class Scheduler:
         error = done.exception()
         if isinstance(error, DeviceLostError):
             # It stays busy for ever: nothing else is sent there.
-            self._busy[device.name] = float("inf")
+            self._workload.busy[device.name] = float("inf")
         elif isinstance(error, ComputationStoppedError):
             # Without an answer, but not without a lesson: it takes longer than this.
             if (seconds := self.clock() - (ended - cost)) > cost:
@@ -449,11 +270,11 @@ class Scheduler:
             self._observer.on_dropped(loaded.model, "discarded")
             loaded.statistics.failed.add(now - pending.since)
             late = now - pending.context.deadline
-            _fail(pending, DeadlineExceededError(f"{loaded.model} took {late:.3g} s too long"))
+            fail(pending, DeadlineExceededError(f"{loaded.model} took {late:.3g} s too long"))
         elif isinstance(result, Exception):
             self._observer.on_dropped(loaded.model, "faulted")
             loaded.statistics.failed.add(now - pending.since)
-            _fail(pending, result)
+            fail(pending, result)
         elif pending.complete(chunk.index, result):
             loaded.statistics.succeeded.add(now - pending.since)
 
@@ -473,21 +294,6 @@ class Scheduler:
             record = batch_record(loaded.model, device.name, traced, images, cost, span, self.clock)
             self._observer.on_batch(record)
 
-    def _expire(self, loaded: LoadedModel, pending: PendingRequest, now: float) -> None:
-        self._observer.on_dropped(loaded.model, "expired")
-        loaded.statistics.failed.add(now - pending.since)
-        # At once, not when the future's callback runs: the caller of this looks at the queue next.
-        loaded.withdraw(pending)
-        left = pending.context.deadline - now
-        state = f"passed {-left:.3g} s ago" if left < 0 else f"in {left:.3g} s cannot be met"
-        _fail(
-            pending,
-            DeadlineExceededError(
-                f"waited {now - pending.since:.3g} s in the queue of {loaded.model}: "
-                f"the deadline {state}"
-            ),
-        )
-
     def _on_done(
         self, loaded: LoadedModel, pending: PendingRequest, answer: asyncio.Future[Denoised]
     ) -> None:
@@ -504,21 +310,4 @@ class Scheduler:
             late = timed_out(pending.context.deadline - now)
             self._observer.on_dropped(loaded.model, "expired" if late else "cancelled")
         if not loaded.queue:
-            self._waiting_models.pop(loaded, None)
-
-
-def _is_crowded(loaded: LoadedModel, query: Query, seconds: float) -> bool:
-    """Return whether a query finds room only where others give way."""
-    return any(
-        room.budget.used + amount > room.budget.capacity
-        for room, amount in ((loaded.seconds, seconds), (loaded.bytes, query.nbytes))
-    )
-
-
-def _fail(pending: PendingRequest, error: Exception) -> None:
-    if not pending.answer.done():
-        pending.answer.set_exception(error)
-
-
-def _nothing(_: float) -> float:
-    return 0.0
+            self._workload.waiting.pop(loaded, None)

@@ -1,6 +1,6 @@
 """Fit windows to a network: ``python -m els_service.experiments.calibrate``.
 
-Needs nothing beyond torch, numpy, safetensors, PyYAML and Pillow.
+Requires only torch, numpy, safetensors, PyYAML and Pillow.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ _SEED = 1
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Calibrate as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
+    """Run a calibration; return the exit code: 0, 2 for invalid input, 130 for Ctrl-C.
 
     Args:
-        arguments: without the program's name; None for those of the process.
-        program: name of the command, for its help and for the record.
+        arguments: without the program's name; None for sys.argv.
+        program: name of the command in the help and the record.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(program or "python -m els_service.experiments.calibrate")
@@ -121,7 +121,7 @@ def _reporter(
 
 
 def _candidates(asked: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tuple[int, ...]:
-    """Return the odd windows to try: from 3 up to the image's smaller side, where none are told."""
+    """Return the odd windows to try; by default from 3 to the image's smaller side."""
     largest = machine.info.max_window
     if not largest:
         raise InvalidArgumentError("machine", "one with a window", machine.info.machine)
@@ -140,10 +140,10 @@ def _beside(network: Network, machine: str) -> Path:
 
 
 def _check_folder(out: Path, machine: AnalyticDenoiser) -> None:
-    """Refuse a folder that holds another model than the machine that is calibrated.
+    """Check that a folder is empty or has the model that is calibrated.
 
     Raises:
-        LoadError: Its ``model.yaml`` says another kind, machine, padding or window.
+        LoadError: Its ``model.yaml`` has another kind, machine, padding or window.
     """
     path = out / MODEL_FILE
     if not path.exists():
@@ -171,7 +171,7 @@ def _record(
         for sigma, k, row in zip(found.sigma, found.k, found.cosines, strict=True)
     ]
     record = {"format": "els-calibration-1", "command": command, **settings, "levels": levels}
-    # A climb has seen too few windows to say what another label would have chosen.
+    # A climb evaluates too few windows to find the best ones for each label.
     if settings["network"]["label_count"] and settings["search"] == "all":
         record["k_by_label"] = best_by_label(found, labels)
     return record
@@ -180,16 +180,16 @@ def _record(
 def _write(
     out: Path, machine: AnalyticDenoiser, bank: Path, found: Calibration, record: dict[str, Any]
 ) -> None:
-    """Write table and record; and a model, where there is none and it could be served."""
+    """Write table and record, and a model if there is none and it can be served."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
     write_atomically(out / WINDOWS_FILE, _text(table))
-    # Last, because it says whose windows those are.
+    # Last, because it identifies the network of the windows.
     write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     if (out / MODEL_FILE).exists():
         return
     root = model_folder(out).parent
     if bank.suffix != ".safetensors" or not bank.resolve().is_relative_to(root):
-        print(f"no {MODEL_FILE} was written: {bank} is no bank (.safetensors) inside {root}")
+        print(f"no {MODEL_FILE} was written: {bank} is not a bank (.safetensors) inside {root}")
         return
     where = os.path.relpath(bank.resolve(), out.resolve())
     info = machine.info
@@ -198,37 +198,52 @@ def _write(
 
 
 def _text(document: Mapping[str, Any]) -> bytes:
-    # Lists in one line, the rest in lines of its own.
+    # Lists on one line, everything else indented.
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100).encode()
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         program,
-        description="Find the windows by noise level with which a machine's score is most like a "
-        "network's, and write them into an analytic model folder: windows.yaml, with calibration."
-        "json beside it. A run that was killed goes on when the same command is given again.",
+        description="Find the windows by noise level for which a machine's score is closest to a "
+        "network's; writes windows.yaml and calibration.json to an analytic model folder. The same "
+        "command resumes an interrupted run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("network", metavar="MODEL", help="a served name, or the model folder of a network")
+    add("network", metavar="MODEL", help="name of a served model, or a network's model folder")
     add_shared(parser)
     add("--machine", default="els", help="els or local, or MACHINE-PADDING")
     add(
         "--out",
         type=Path,
         metavar="DIR",
-        help="an analytic model folder, made if it is not there; None: MODEL-MACHINE beside MODEL",
+        help="analytic model folder, created if missing; by default MODEL-MACHINE next to MODEL",
     )
-    add("--samples", type=positive("samples"), default=20, help="trajectories of the network")
-    add("--steps", type=positive("steps"), default=20, help="of each, and levels of the table")
-    add("--seed", type=int, default=_SEED, help="of the noise: not the one that `compare` takes")
-    add("--search", choices=SEARCHES, default="all", help="all windows; or climb, a third as long")
+    add(
+        "--samples",
+        type=positive("samples"),
+        default=20,
+        help="trajectories of the network",
+    )
+    add(
+        "--steps",
+        type=positive("steps"),
+        default=20,
+        help="steps, and levels of the table",
+    )
+    add("--seed", type=int, default=_SEED, help="seed of the noise, unlike that of `compare`")
+    add(
+        "--search",
+        choices=SEARCHES,
+        default="all",
+        help="all windows; climb: 3 times faster",
+    )
     add(
         "--windows",
         type=listed("windows"),
         metavar="K[,K]",
-        help="odd candidates; None: 3 to the side",
+        help="odd candidates; by default from 3 to the side",
     )
     return parser
 

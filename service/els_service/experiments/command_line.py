@@ -1,4 +1,4 @@
-"""What `train`, `calibrate` and `compare` share: numbers, devices, progress, exit codes."""
+"""Command-line helpers of `train`, `calibrate` and `compare`."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def amount(field: str) -> Callable[[str], float]:
 
 
 def listed(field: str) -> Callable[[str], tuple[int, ...]]:
-    """Return a parser of whole numbers above 0, parted by commas."""
+    """Return a parser of whole numbers above 0, separated by commas."""
     number = positive(field)
     return lambda text: tuple(number(part) for part in text.split(","))
 
 
 def prepared_device(options: argparse.Namespace) -> str:
-    """Return the device to compute on, with its threads set.
+    """Set the number of threads and return the device.
 
     Raises:
         InvalidArgumentError: There is no GPU, or the number of threads is negative.
@@ -69,7 +69,7 @@ def prepared_device(options: argparse.Namespace) -> str:
 
 
 def refusing(program: str, work: Callable[[], None]) -> int:
-    """Do the work; return the exit code, told on stderr: 2: something is refused, 130: Ctrl-C."""
+    """Run ``work``; return its exit code: 0, 2 for invalid input, 130 for Ctrl-C (on stderr)."""
     try:
         check_temporary_folder()
         work()
@@ -77,17 +77,17 @@ def refusing(program: str, work: Callable[[], None]) -> int:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return _REFUSED
     except KeyboardInterrupt:
-        print(f"{program}: interrupted: the same command goes on", file=sys.stderr)
+        print(f"{program}: interrupted: the same command resumes it", file=sys.stderr)
         return _INTERRUPTED
     return 0
 
 
 class Progress:
-    """A line on stderr that says how far a long run has come: a bar, elsewhere one now and then.
+    """Progress of a long run on stderr: a bar on a terminal, otherwise a line now and then.
 
     Args:
-        title: what is under way.
-        quiet_s: between two lines where they stay, as in a log.
+        title: name of the work.
+        quiet_s: seconds between two lines if stderr is not a terminal.
     """
 
     def __init__(self, title: str, quiet_s: float = 10.0) -> None:
@@ -96,10 +96,10 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show that ``done`` of ``total`` is done, and a note."""
+        """Show that ``done`` of ``total`` steps are complete, with a note."""
         now = time.monotonic()
         if self._first < 0:
-            # What an earlier run did says nothing about this one's speed.
+            # Steps of an earlier run do not count for the speed of this one.
             self._first, self._begin = done, now
         if not self._terminal and done < total and now - self._shown < self._quiet_s:
             return

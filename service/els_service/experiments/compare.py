@@ -1,6 +1,6 @@
 """Compare a network with machines: ``python -m els_service.experiments.compare``.
 
-Needs nothing beyond torch, numpy, safetensors, PyYAML and Pillow.
+Requires only torch, numpy, safetensors, PyYAML and Pillow.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from els_service.experiments.comparison.subjects import (
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Compare as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
+    """Run a comparison; return the exit code: 0, 2 for invalid input, 130 for Ctrl-C.
 
     Args:
-        arguments: without the program's name; None for those of the process.
-        program: name of the command, for its help and for the record.
+        arguments: without the program's name; None for sys.argv.
+        program: name of the command in the help and the record.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(program or "python -m els_service.experiments.compare")
@@ -82,7 +82,7 @@ def _compare(options: argparse.Namespace, command: str) -> None:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return a table of medians with their intervals, one line a machine and number of steps."""
+    """Return a table of medians with intervals, one line for each machine and number of steps."""
     found = [f"network {record['network']['name']}, windows {record['windows']}"]
     for steps, machines in record["at_network_steps"].items():
         for name, one in machines.items():
@@ -99,13 +99,13 @@ def lines(record: dict[str, Any]) -> list[str]:
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         program,
-        description="Draw images with a network and with machines from the same noise, and say how "
-        "alike they are: compare.json, compare.png. A run that was killed goes on when the same "
-        "command is given again.",
+        description="Sample images with a network and with machines from the same noise and "
+        "measure their agreement; writes compare.json and compare.png. The same command resumes an "
+        "interrupted run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--network", required=True, metavar="NAME", help="a served name, or a model folder")
+    add("--network", required=True, metavar="NAME", help="a served model or a model folder")
     add(
         "--machines",
         type=_names,
@@ -116,18 +116,18 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--windows",
         default="calibrated",
         metavar="TABLE",
-        help="calibrated: shipped with the network, else auto; or an odd number, a file or folder",
+        help="calibrated: those of the network's folder, or auto; an odd number; file or folder",
     )
     add_shared(parser)
     _add_amounts(parser)
-    add("--out", type=Path, required=True, metavar="DIR", help="where record and figure go")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of record and figure")
     add(
         "--columns",
         type=positive("columns"),
         default=FigureOptions.columns,
-        help="images of the figure",
+        help="number of images in the figure",
     )
-    add("--figure-without", type=_names, default=(), help="machines that it does not show")
+    add("--figure-without", type=_names, default=(), help="machines to omit from the figure")
     return parser
 
 
@@ -139,11 +139,11 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
         "--network-steps",
         type=listed("network-steps"),
         metavar="N[,N]",
-        help="of the network instead, as in 20,150; the first is under `machines` in the record",
+        help="steps of the network, such as 20,150; `machines` in the record has the first",
     )
-    add("--machine-steps", type=positive("machine-steps"), metavar="N", help="of machines instead")
+    add("--machine-steps", type=positive("machine-steps"), metavar="N", help="steps of machines")
     add("--indexing", choices=tuple(INDEXINGS), default=Settings.indexing, help="of machines")
-    add("--seed", type=int, default=Settings.seed, help="of the noise")
+    add("--seed", type=int, default=Settings.seed, help="seed of the noise")
 
 
 def _names(text: str) -> tuple[str, ...]:

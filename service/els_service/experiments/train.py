@@ -1,6 +1,6 @@
 """Train a network from the command line: ``python -m els_service.experiments.train``.
 
-Needs nothing beyond torch, numpy, safetensors, PyYAML and Pillow.
+Requires only torch, numpy, safetensors, PyYAML and Pillow.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from els_service.experiments.training.record import Row
 from els_service.experiments.training.settings import PRECISIONS
 
 _WIDTHS = {"resnet": (256,), "unet": (64, 128, 256), "unet-attention": (64, 128, 256)}
-"""Of the paper."""
+"""Default widths, those of the paper."""
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Train as told; return the exit code: 0, 2 where something is refused, 130 for Ctrl-C.
+    """Run a training; return the exit code: 0, 2 for invalid input, 130 for Ctrl-C.
 
     Args:
-        arguments: without the program's name; None for those of the process.
-        program: name of the command, for its help and for the record.
+        arguments: without the program's name; None for sys.argv.
+        program: name of the command in the help and the record.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(program or "python -m els_service.experiments.train")
@@ -79,7 +79,7 @@ def _train(options: argparse.Namespace, command: str) -> None:
         storage=_STORAGE[options.store],
         report=_reporter(),
     )
-    state = "finished" if outcome.finished else "paused: the same command goes on"
+    state = "finished" if outcome.finished else "paused: the same command resumes it"
     print(f"step {outcome.step} of {outcome.steps}, loss {outcome.loss:.4g}: {state}")
 
 
@@ -114,7 +114,7 @@ def _settings(options: argparse.Namespace, bank: Bank) -> TrainingSettings:
 
 
 def _reporter() -> Callable[[Row, int], None]:
-    progress = Progress("train", quiet_s=0.0)  # rows come as often as --log-steps says
+    progress = Progress("train", quiet_s=0.0)  # --log-steps sets how often rows come
     return lambda row, steps: progress(
         row.step, steps, f"step {row.step}/{steps}  loss {row.loss:.4f}"
     )
@@ -123,8 +123,8 @@ def _reporter() -> Callable[[Row, int], None]:
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         program,
-        description="Train a denoising network; leaves a model folder that can be served. "
-        "A run that was killed or paused goes on when the same command is given again.",
+        description="Train a denoising network; writes a servable model folder. "
+        "The same command resumes a paused or interrupted run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_data(parser)
@@ -142,20 +142,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="PATH",
-        help="a bank, IDX file, folder of pictures, .npz or CIFAR-10 strips; parts are joined",
+        help="banks, IDX files, folders of pictures, .npz or CIFAR-10 strips, concatenated",
     )
     add("--out", type=Path, required=True, metavar="MODEL_DIR", help="the model folder")
-    add("--resize", type=_size, metavar="HxW", help="fit every image to HxW, or N for NxN")
+    add("--resize", type=_size, metavar="HxW", help="resize every image to HxW, or N for NxN")
     add(
         "--limit",
         type=positive("limit"),
         metavar="N",
-        help="take the first N images at most of each part",
+        help="maximum number of images of each data set, the first in file order",
     )
-    add("--label-names", type=_names, default=(), metavar="A,B,…", help="one a label")
-    add("--unconditional", action="store_true", help="leave labels out")
-    add("--source", default="", help="where the images come from, for the record")
-    add("--licence", default="", help="under which terms they may be used, for the record")
+    add("--label-names", type=_names, default=(), metavar="A,B,…", help="one for each label")
+    add("--unconditional", action="store_true", help="ignore labels")
+    add("--source", default="", help="origin of the images, for the record")
+    add("--licence", default="", help="licence of the images, for the record")
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -165,43 +165,48 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--widths",
         type=listed("widths"),
         metavar="W,…",
-        help="channels: one number for a resnet, one a resolution for a unet; else the paper's",
+        help="channels: one number for a resnet, one per resolution for a unet (default: paper)",
     )
     add("--blocks", type=int, default=6, help="residual blocks of a resnet")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of convolutions")
-    add("--prediction", choices=PREDICTIONS, default="eps", help="what the network predicts")
-    add("--sigma-data", type=float, default=0.5, help="for edm: deviation of the data")
+    add("--prediction", choices=PREDICTIONS, default="eps", help="prediction of the network")
+    add("--sigma-data", type=float, default=0.5, help="for edm: standard deviation of the data")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--epochs", type=float, default=TrainingSettings.epochs, help="passes over the data")
-    add("--batch", type=int, default=TrainingSettings.batch, help="images a step")
-    add("--lr", type=float, default=TrainingSettings.rate, help="highest learning rate")
-    add("--rate-schedule", choices=RATES, default="decay", help="of the learning rate")
+    add("--batch", type=int, default=TrainingSettings.batch, help="images per step")
+    add("--lr", type=float, default=TrainingSettings.rate, help="maximum learning rate")
+    add("--rate-schedule", choices=RATES, default="decay", help="schedule of the learning rate")
     add("--weight-decay", type=float, default=TrainingSettings.weight_decay, help="of AdamW")
     add("--ema", type=float, default=0.0, help="decay of the moving average of weights, 0: none")
     add(
         "--label-dropout",
         type=float,
         default=0.0,
-        help="how often a label is withheld; above 0 the network also answers without one",
+        help="probability of dropping a label; above 0 the network also works without labels",
     )
-    add("--seed", type=int, default=0, help="of weights, order and noise")
+    add("--seed", type=int, default=0, help="seed of weights, order and noise")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
-    add("--precision", choices=PRECISIONS, default="float32", help="of the passes")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to train on")
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    add("--precision", choices=PRECISIONS, default="float32", help="precision of the passes")
     add("--channels-last", action=flag, default=True, help="memory layout of images")
     add("--compile", action=flag, default=False, help="torch.compile the network")
-    add("--minutes", type=amount("minutes"), default=float("inf"), help="pause after so many")
+    add(
+        "--minutes",
+        type=amount("minutes"),
+        default=float("inf"),
+        help="pause after this time",
+    )
     seconds = amount("checkpoint-seconds")
     add("--checkpoint-seconds", type=seconds, default=30.0, help="between checkpoints")
-    add("--log-steps", type=positive("log-steps"), default=50, help="steps a row of the log")
+    add("--log-steps", type=positive("log-steps"), default=50, help="steps per row of the log")
     add("--store", choices=_STORAGE, default="float32", help="precision of the stored weights")
 
 

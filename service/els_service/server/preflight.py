@@ -1,4 +1,4 @@
-"""Settings judged as a server would at its start, but for its models: those it judges itself."""
+"""Validation of settings the way a start would, without loading models."""
 
 from __future__ import annotations
 

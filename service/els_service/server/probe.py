@@ -1,4 +1,4 @@
-"""Asks the server on this machine for its health, as ``els-server probe`` does; loads no torch."""
+"""Client side of the health check of ``els-server probe``; does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server: binds, loads, says that it is ready, serves, drains.
+"""Lifecycle of the server: bind, load, serve, drain, close.
 
 bind ports ─► answer health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
 … SIGTERM ─► NOT_SERVING ─► grace ─► GOAWAY, finish what is in flight or say where to go on ─► exit

@@ -1,4 +1,4 @@
-"""Trained networks as denoisers: what they are, their modules, weights, and how they are run."""
+"""Trained networks as denoisers: configuration, modules, weights and execution."""
 
 from els_service.denoisers.networks.config import (
     Execution,

@@ -1,6 +1,6 @@
-"""What a network is and how it is run: the fields of ``kind: network``, checked without pydantic.
+"""Configuration of ``kind: network``: the network and its execution, validated without pydantic.
 
-Training and comparison read them where nothing but torch, numpy, safetensors and PyYAML is.
+Training and comparison read it with no packages but torch, numpy, safetensors and PyYAML.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPILE_MODES = ("none", "default", "cuda-graphs")
 MAX_BUCKET = 1024
 
 _Check = tuple[str, Callable[[Any], bool]]
-"""What is expected, and whether a value is that."""
+"""Description of the expected values, and a predicate."""
 
 
 def _one_of(*values: str) -> _Check:
@@ -72,17 +72,17 @@ _CHECKS: dict[str, _Check] = {
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """What a network computes: needed to build it, and the same wherever it runs.
+    """Architecture of a network, independent of where it runs.
 
     Raises:
-        InvalidArgumentError: A field is out of range, or two do not go together.
+        InvalidArgumentError: A field is out of range, or two fields are incompatible.
     """
 
     architecture: str
     shape: tuple[int, int, int]
     """(C, H, W)"""
     widths: tuple[int, ...]
-    """Channels: one number for a resnet; for a unet one a resolution, each half the one before."""
+    """Channels: one number for a resnet; one per resolution for a unet, each half the previous."""
     blocks: int = 6
     """Residual blocks of a resnet; its receptive field is 2·blocks + 5 pixels."""
     padding: str = "zeros"
@@ -90,7 +90,7 @@ class NetworkConfig:
     """0: unconditional."""
     label_names: tuple[str, ...] = ()
     null_label: bool = False
-    """Whether a conditional network also learned to do without a label (-1)."""
+    """Whether a conditional network was also trained without a label (-1)."""
     prediction: str = "eps"
     sigma_data: float = 0.5
     """Standard deviation of the data, for prediction ``edm``."""
@@ -108,21 +108,21 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a network is run.
+    """Execution options of a network.
 
     Raises:
-        InvalidArgumentError: A field is out of range, or two do not go together.
+        InvalidArgumentError: A field is out of range, or two fields are incompatible.
     """
 
     precision: str = "float32"
-    """Of weights and arithmetic; ``tf32`` is float32 with the GPU's faster, coarser products."""
+    """Precision of weights and arithmetic; ``tf32`` is float32 with TF32 products on a GPU."""
     channels_last: bool = True
     compile: str = "none"
-    """``default``: torch.compile; ``cuda-graphs``: with its reduced launch overhead."""
+    """``default``: torch.compile; ``cuda-graphs``: its mode reduce-overhead."""
     buckets: tuple[int, ...] = ()
-    """Batch sizes to run: a batch is padded to the next one, or cut by the largest."""
+    """Batch sizes: a batch is padded to the next one, or split by the largest."""
     deterministic: bool = False
-    """The same bits alone and in any batch: needs exactly one bucket."""
+    """Same bits alone and in any batch; requires exactly one bucket."""
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -141,15 +141,15 @@ class NetworkDocument:
     config: NetworkConfig
     execution: Execution
     data: BankInfo | None = None
-    """What the network was trained on, if that is told."""
+    """Training data of the network, if the document names it."""
 
 
 def parse_network(document: Mapping[str, Any], source: object) -> NetworkDocument:
-    """Return a network's document from the content of its ``model.yaml``.
+    """Return the document of a network from the content of its ``model.yaml``.
 
     Args:
-        document: the mapping, ``kind`` included or not.
-        source: the file, for errors.
+        document: the mapping, with or without ``kind``.
+        source: the file, named in errors.
 
     Raises:
         LoadError: A field is unknown, missing or out of range; names it.
@@ -174,7 +174,7 @@ def parse_network(document: Mapping[str, Any], source: object) -> NetworkDocumen
 
 
 def describe_network(document: NetworkDocument) -> dict[str, Any]:
-    """Return what ``parse_network`` reads; of the execution what is not at its default."""
+    """Return the mapping that ``parse_network`` reads, without execution fields at defaults."""
     described: dict[str, Any] = {"kind": "network"}
     for part in (document.config, document.execution):
         for field in dataclasses.fields(part):

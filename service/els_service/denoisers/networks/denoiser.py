@@ -1,4 +1,4 @@
-"""A network behind the one denoiser protocol: batches, buckets, precision, determinism."""
+"""Denoiser of a trained network: batches, buckets, precision, determinism."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from els_service.errors import ElsError, InvalidArgumentError
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
-"""About what a thread on a server's core, or a GPU, does; decides what makes a batch."""
+"""Approximate operations per second of a CPU thread and a GPU; determines batch sizes."""
 _LAUNCH_S = 2e-4
-"""Of a call, however small."""
+"""Minimum duration of a call in seconds."""
 _DTYPES = {"tf32": torch.float32}
 _DETERMINISTIC_BUCKET = 8
 _COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _CPU_LAYER_BYTES = 2 << 20
-"""Of one layer's output: it is read again at once, and should then still be in the cache."""
+"""Maximum bytes of one layer's output, so that it is still cached when the next layer reads it."""
 _CPU_SMALLEST = 4
-"""Fewer images than this leave a CPU's cores idle between layers."""
+"""Minimum images of a launch on a CPU; fewer leave cores idle between layers."""
 _LARGEST_BATCH = 64
-"""Beyond it a batch is no faster, only larger in memory."""
+"""Maximum images of a launch; a larger one is not faster and needs more memory."""
 
 
 class NetworkDenoiser:
     """A trained network.
 
     Args:
-        network: with its weights; taken over: moved, cast and frozen.
-        document: what it is and how it is run.
-        device: where.
+        network: with its weights; the denoiser owns it: it is moved, cast and frozen.
+        document: its configuration and execution options.
+        device: device of the weights.
 
     Raises:
-        ValueError: The device cannot do what ``document.execution`` asks for, a weight is too large
-            for its precision, or answers would depend on the place in the batch although
-            ``deterministic`` is asked for.
+        ValueError: The device does not support ``document.execution``, a weight is too large for
+            its precision, or results depend on the place in the batch with ``deterministic``.
     """
 
     def __init__(
@@ -69,19 +68,19 @@ class NetworkDenoiser:
         self._flops_per_second = threads * _FLOPS_PER_SECOND[self._device.type]
         self._info = self._describe(network, document)
         if self._execution.deterministic:
-            self._prove_that_places_are_alike()
+            self._check_batch_invariance()
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the network is; ``machine`` is its architecture, ``bank`` its training data."""
+        """Description; ``machine`` is the architecture, ``bank`` the training data."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if shape or a label does not fit, or a window is given."""
+        """Raise InvalidArgumentError if shape or a label is wrong, or a window is given."""
         check_query(self._info, query)
         config = self._config
         if config.label_count and not config.null_label and (query.labels < 0).any():
-            expected = f"0 to {config.label_count - 1}: this network knows no image without a label"
+            expected = f"0 to {config.label_count - 1}: this network requires a label"
             raise InvalidArgumentError("labels", expected, -1)
 
     def predict_seconds(self, query: Query) -> float:
@@ -90,10 +89,10 @@ class NetworkDenoiser:
         return _LAUNCH_S + images * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x); no evidence.
+        """Return D(x), without evidence.
 
         Raises:
-            ElsError: An answer is not finite, as where a pixel is too large for float16.
+            ElsError: A result is not finite, for example if a pixel is too large for float16.
         """
         with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             parts = [
@@ -107,16 +106,16 @@ class NetworkDenoiser:
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
         x = query.x
         predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
-        # A product and a sum, never fused: each rounds alike wherever an image stands.
+        # A separate product and sum: fused ones could round differently by place in the batch.
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip)).numpy()
         if not np.isfinite(mean).all():
             precision = self._execution.precision
-            raise ElsError(f"the network answered NaN or infinity in {precision}")
+            raise ElsError(f"the network returned NaN or infinity in {precision}")
         return mean
 
     def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:
         """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
-        # The product is in memory of its own, so alignment is always the same; padding is zeros.
+        # The product is a new allocation, so its alignment is always the same; padding is zeros.
         padding = bucket - len(scaled)
         x = functional.pad(scaled, (0, 0, 0, 0, 0, 0, 0, padding))
         times = functional.pad(torch.from_numpy(time).float(), (0, padding))
@@ -130,22 +129,22 @@ class NetworkDenoiser:
         )
 
     def _launches(self, images: int) -> Iterator[tuple[slice, int]]:
-        """Yield the slices of a batch, each with the batch size it is run at."""
+        """Yield the slices of a batch with their bucket sizes."""
         for first in range(0, images, self._largest):
             count = min(self._largest, images - first)
             bucket = next((size for size in self._buckets if size >= count), count)
             yield slice(first, first + count), bucket
 
     def _launch_size(self) -> int:
-        """Return how many images are best computed at once: on a CPU as its caches hold."""
+        """Return the number of images of a launch; on a CPU limited by its caches."""
         if self._device.type != "cpu":
             return _LARGEST_BATCH
         _, height, width = self._config.shape
         layer = self._config.widths[0] * height * width * self._dtype.itemsize
         return min(_LARGEST_BATCH, max(_CPU_SMALLEST, _CPU_LAYER_BYTES // layer))
 
-    def _prove_that_places_are_alike(self) -> None:
-        """Ask for one image at every place of the bucket: libraries promise nothing."""
+    def _check_batch_invariance(self) -> None:
+        """Compare one image at every place of the bucket: libraries do not guarantee equality."""
         (bucket,) = self._buckets
         image = torch.linspace(-2, 2, int(np.prod(self._config.shape))).view(1, *self._config.shape)
         time, labels = np.full(bucket, 0.5), np.zeros(bucket, np.int64)
@@ -154,7 +153,7 @@ class NetworkDenoiser:
             alone = self._predict(image, time[:1], labels[:1], bucket)
         if not alone.isfinite().all():
             precision = self._execution.precision
-            raise ValueError(f"deterministic: expected finite answers in {precision}, got others")
+            raise ValueError(f"deterministic: expected finite results in {precision}, got others")
         if not all(torch.equal(place, alone[0]) for place in places):
             raise ValueError(
                 f"deterministic: expected the same bits at every place of a batch of {bucket}, "
@@ -195,7 +194,7 @@ def _check_weights(network: Network, precision: str) -> None:
 
 def count_flops(config: NetworkConfig) -> int:
     """Return the floating-point operations of convolutions and products for one image."""
-    # Here, because it imports triton, which a server without networks has no use for.
+    # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 
     network = build_network(config, "meta")
@@ -206,7 +205,7 @@ def count_flops(config: NetworkConfig) -> int:
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """Return torch's name of a layout."""
+    """Return torch's memory format of a layout."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -226,7 +225,7 @@ def _compiled(network: Network, mode: str) -> Forward:
     if mode == "none":
         return network
     options = "reduce-overhead" if mode == "cuda-graphs" else None
-    # Buckets keep the number of shapes small; each is compiled when it first comes.
+    # Buckets keep the number of shapes small; each is compiled at its first use.
     return torch.compile(network, dynamic=False, mode=options)
 
 
@@ -236,7 +235,7 @@ def _column(values: Floats) -> Tensor:
 
 @contextmanager
 def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Set whether float32 products may round their inputs to TF32, for the time being."""
+    """Set temporarily whether float32 products may round their inputs to TF32."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed

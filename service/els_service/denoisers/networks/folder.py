@@ -26,7 +26,7 @@ MODEL_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
 
 _PICKLES = (b"PK\x03\x04", b"\x80")
-"""How files of ``torch.save`` begin, today's and those before torch 1.6."""
+"""Magic bytes of ``torch.save``, current and before torch 1.6."""
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,13 +37,13 @@ def load_network(
     """Return the denoiser of a network.
 
     Args:
-        document: what it is and how it is run.
-        weights: a safetensors file; float16 and bfloat16 tensors are widened.
-        device: where it shall run.
+        document: its configuration and execution options.
+        weights: a safetensors file; float16 and bfloat16 tensors are converted to float32.
+        device: device to run on.
 
     Raises:
-        LoadError: The weights are unreadable or not this network's; names the tensor.
-        ValueError: The device cannot do what the document asks for.
+        LoadError: The weights are unreadable or of another network; names the tensor.
+        ValueError: The device does not support the execution options.
     """
     network = build_network(document.config, "meta")
     tensors = read_weights(weights, network.state_dict())
@@ -52,10 +52,10 @@ def load_network(
 
 
 def load_network_folder(folder: Path, device: torch.device | str = "cpu") -> NetworkDenoiser:
-    """Return the denoiser of a model folder, without the repository's rules on paths.
+    """Return the denoiser of a model folder, without the repository's path checks.
 
     Raises:
-        LoadError: A file is missing or refused; names it and the field or tensor.
+        LoadError: A file is missing or rejected; names it and the field or tensor.
     """
     path = folder / MODEL_FILE
     content = read_yaml(path)
@@ -77,13 +77,13 @@ def save_network_folder(
     tensors: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a servable model folder, each file whole or not at all.
+    """Write a servable model folder, each file atomically.
 
     Args:
-        folder: made if it is not there.
-        document: for ``model.yaml``.
+        folder: created if missing.
+        document: content of ``model.yaml``.
         tensors: the network's state.
-        dtype: in which the weights are stored.
+        dtype: dtype of the stored weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
@@ -98,8 +98,8 @@ def read_weights(
     """Return the tensors of a safetensors file as float32, checked against a network's state.
 
     Args:
-        path: of the file.
-        expected: the state, of which shapes count.
+        path: the file.
+        expected: the state, whose names and shapes are required.
         renamed: name in the file → name in the state.
 
     Raises:
@@ -107,7 +107,7 @@ def read_weights(
             type, or not finite; names the tensor.
     """
     try:
-        # Read, not mapped: a file that is replaced while it is mapped would change the network.
+        # Read, not memory-mapped: overwriting a mapped file would change the network.
         content = path.read_bytes()
     except OSError as error:
         reason = f"expected a readable file, got {error.strerror}"

@@ -1,7 +1,7 @@
 """The networks of Kamb & Ganguli (ICML 2025): ResNet, UNet, UNet with self-attention.
 
-None normalises over an image, so each output pixel knows nothing but its receptive field — but for
-self-attention, which is there to show where locality fails.
+None normalises over an image, so an output pixel depends only on its receptive field. The exception
+is self-attention, included to show where locality fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEADS = 4
 class Network(nn.Module):
     """F(x, t, label): x [B, C, H, W], t [B] in (0, 1], labels int64 [B] → [B, C, H, W].
 
-    In a network with a null label, that is row ``label_count``.
+    The null label of a network is row ``label_count`` of its embedding.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -38,12 +38,12 @@ class Network(nn.Module):
         embedding = sinusoids(time, self.config.widths[0]).to(x.dtype)
         if self.label is not None:
             embedding = embedding + self.label(labels)
-        # A clone, as one channel counts as laid out either way, and what follows would be mixed.
+        # A clone: with one channel both layouts are equal, and later layers would mix them.
         output: Tensor = self.body(x.clone(memory_format=self.layout), embedding)
         return output
 
     def set_layout(self, layout: torch.memory_format) -> None:
-        """Compute in this layout; the kernels of convolutions are laid out so in place."""
+        """Compute in this layout; the weights of convolutions are converted in place."""
         self.layout = layout
         for parameter in self.parameters():
             if parameter.ndim == 4:
@@ -51,7 +51,7 @@ class Network(nn.Module):
 
 
 def build_network(config: NetworkConfig, device: torch.device | str = "cpu") -> Network:
-    """Return a network with fresh weights, drawn from torch's global generator."""
+    """Return a network with random weights from torch's global generator."""
     with torch.device(device):
         return Network(config)
 
@@ -66,7 +66,7 @@ def sinusoids(time: Tensor, width: int) -> Tensor:
 
 
 class Condition(nn.Module):
-    """Time and label as one number a channel: Linear, GroupNorm, ReLU; [B, E] → [B, W, 1, 1]."""
+    """Time and label as one bias per channel: Linear, GroupNorm, ReLU; [B, E] → [B, W, 1, 1]."""
 
     def __init__(self, embedding: int, width: int) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class Condition(nn.Module):
         self.norm = nn.GroupNorm(math.gcd(8, width // 2), width)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Return what is added to every pixel."""
+        """Return the bias that is added to every pixel."""
         return functional.relu(self.norm(self.linear(embedding)))[:, :, None, None]
 
 
 class _Conv(nn.Conv2d):
-    """A 3×3 convolution; circular padding keeps the layout, which torch's own does not."""
+    """A 3×3 convolution whose circular padding keeps the memory layout, unlike torch's."""
 
     def __init__(self, inputs: int, outputs: int, padding: str) -> None:
         super().__init__(inputs, outputs, 3, padding=int(padding == "zeros"))
@@ -128,7 +128,7 @@ class _TwoConvs(nn.Module):
 
 
 class _SelfAttention(nn.Module):
-    """Every pixel attends to every other; added to what came in."""
+    """Residual self-attention between all pixels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _SelfAttention(nn.Module):
         batch, width, height, breadth = x.shape
         split = self.inputs(x).reshape(batch, 3, self.heads, width // self.heads, height * breadth)
         query, key, value = split.transpose(-1, -2).contiguous().unbind(1)
-        # Queries and keys of unit length keep the logits in range without a norm over the image.
+        # Unit-length queries and keys bound the logits without normalising over the image.
         mixed = functional.scaled_dot_product_attention(
             functional.normalize(query, dim=-1),
             functional.normalize(key, dim=-1),

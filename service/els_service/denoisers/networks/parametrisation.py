@@ -1,4 +1,4 @@
-"""The one place where what a network predicts becomes D(x) = E[x0 | x], and back for training.
+"""Conversion between a network's prediction and D(x) = E[x0 | x], for inference and training.
 
 Every parametrisation is ``D(x) = c_skip·x + c_out·F(c_in·x, t)`` (Karras et al. 2022, eq. 7). With
 ā = a/√(a² + s²), s̄ = s/√(a² + s²) and σ = s/a, for x = a·x0 + s·ε:
@@ -10,8 +10,8 @@ Every parametrisation is ``D(x) = c_skip·x + c_out·F(c_in·x, t)`` (Karras et 
 | ``v``      | ā·ε - s̄·x0            | 1/√(a² + s²)   | ā/√(a² + s²)         | -s̄              |
 | ``edm``    | preconditioned, [1]   | 1/(a√(σ²+σd²)) | σd²/(σ²+σd²)/a       | σσd/√(σ²+σd²)   |
 
-v: Salimans & Ho 2022. [1] Karras et al. 2022, table 1, with ``sigma_data`` σd. The network is told
-the time t of its schedule at the same σ, whatever the convention in which the level was named.
+v: Salimans & Ho 2022. [1] Karras et al. 2022, table 1, with ``sigma_data`` σd. The network's input
+t is the time of its schedule at the same σ, for any convention of the noise level.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from els_service.denoisers.levels import Floats, NoiseLevel, cosine, cosine_time
 
 MIN_TIME = 1e-3
-"""Networks are trained at t from here to 1."""
+"""Lowest time t of training; the highest is 1."""
 _MAX_SIGMA = float(cosine(np.ones(1)).sigma[0])
 
 
@@ -36,7 +36,7 @@ class Parametrisation:
     c_skip: Floats
     c_out: Floats
     sigma: Floats
-    """s/a of c_in·x, at most the highest that was trained."""
+    """s/a of c_in·x, at most the highest trained level."""
 
     @property
     def time(self) -> Floats:
@@ -49,14 +49,14 @@ def parametrise(
 ) -> Parametrisation:
     """Return the coefficients at a noise level.
 
-    Above the trained levels x is shrunk to the highest: there D hardly depends on x, while an
-    untrained ε would be magnified by σ. Below the lowest only what the network is told is held.
+    Above the trained levels x is scaled down to the highest: D hardly depends on x there, while the
+    error of an untrained ε would be multiplied by σ. Below the lowest only the time is clamped.
 
     Args:
         prediction: one of ``PREDICTIONS``.
-        level: of each image, [B].
+        level: noise level of each image, [B].
         sigma_data: standard deviation of the data, for ``edm``.
-        max_sigma: highest s/a that was trained; 80.2 is the cosine schedule's at t = 1.
+        max_sigma: highest trained s/a; the default 80.2 is that of the cosine schedule at t = 1.
     """
     sigma = np.minimum(level.sigma, max_sigma)
     shrink = sigma / (level.sigma * level.a)

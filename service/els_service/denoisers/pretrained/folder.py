@@ -1,10 +1,10 @@
-"""Reads the parts of a diffusers folder: a module of theirs with its weights, a noise schedule.
+"""Reader of diffusers folders: modules with their weights, and the noise schedule.
 
     PART/config.json  PART/diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
 
-Configurations choose among classes listed here; nothing is imported by a name that a file gives,
-``model_index.json`` is not read, pickles are refused and nothing is fetched. What a file says and
-we would not do as diffusers does is refused by the field's name.
+Configurations select among the classes listed here: no class is imported by a name from a file,
+``model_index.json`` is not read, pickles are rejected and nothing is downloaded. A setting that is
+not implemented as in diffusers is rejected by the name of its field.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.errors import LoadError
 
 Only = Mapping[str, tuple[object, ...]]
-"""Field → the values that we can do; others are refused."""
+"""Field → supported values; others are rejected."""
 Inside = Callable[[str], Path]
-"""Name in the model's folder → path; raises LoadError where it leaves the root or is no file."""
+"""Name in the model folder → path; raises LoadError if outside the root or not a file."""
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
@@ -55,36 +55,36 @@ _ONLY: Only = {
         None,
     ),
 }
-"""Fields of schedulers that change what the network's output means, and what we can do."""
+"""Scheduler fields that change the meaning of the network's output → supported values."""
 _RENAMED = (
     ("query", "to_q"),
     ("key", "to_k"),
     ("value", "to_v"),
     ("proj_attn", "to_out.0"),
 )
-"""Names of attention's tensors before diffusers 0.15 → today's."""
+"""Names of attention tensors before diffusers 0.15 → current names."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a scheduler's configuration says of the network's training."""
+    """Training parameters of the network, from the scheduler's configuration."""
 
     prediction: str
     """One of ``PREDICTIONS``."""
     timesteps: Timesteps
     clip: float | None
-    """D is held within ±clip, as their schedulers hold it where ``clip_sample`` is true."""
+    """D is clipped to ±clip, as in diffusers' schedulers with ``clip_sample``."""
 
 
 def read_trained(inside: Inside, *, whole: bool) -> Trained:
-    """Return what the scheduler's configuration says; how it samples is left to our samplers.
+    """Return the training parameters of the scheduler's configuration; its sampler is ignored.
 
     Args:
-        inside: of the diffusers folder.
-        whole: whether the network takes whole timesteps alone.
+        inside: resolver of names in the diffusers folder.
+        whole: whether the network takes integer timesteps only.
 
     Raises:
-        LoadError: A field is unknown, illegal, or means what we would not do; names it.
+        LoadError: A field is unknown, invalid or not supported; names it.
     """
     import diffusers
 
@@ -96,7 +96,7 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
         if name not in known:
             raise LoadError(path, f"{name}: expected no such field")
         _check_value(name, value, _ONLY, path)
-    # Of another scheduler's fields theirs takes no notice either.
+    # diffusers ignores the fields of other schedulers, too.
     said = {name: config.get(name, default) for name, default in own.items()}
     clip = said.get("clip_sample_range", 1.0) if said.get("clip_sample") else None
     if not (clip is None or (isinstance(clip, int | float) and clip > 0)):
@@ -113,13 +113,13 @@ def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
         raise LoadError(path, f"num_train_timesteps: expected {expected}, got {count!r:.80}")
     levels = {name: said[name] for name in _LEVEL_FIELDS}
     try:
-        # Every one of their schedulers makes the same levels of these fields.
+        # Every scheduler of diffusers computes the same levels from these fields.
         schedule: Any = diffusers.DDPMScheduler(**levels)
         alpha_bar = schedule.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             return Timesteps(np.sqrt((1 - alpha_bar) / alpha_bar), whole)
-    # What diffusers' schedulers raise where a field is wrong; the last but one for a schedule that
-    # they do not have.
+    # Exceptions of diffusers' schedulers for an invalid field; the last but one for an unknown
+    # schedule.
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise LoadError(path, f"{', '.join(_LEVEL_FIELDS)}: {text}") from error
@@ -127,30 +127,30 @@ def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
 
 @dataclass(frozen=True)
 class Part:
-    """A module of a diffusers folder, not yet with its weights: on torch's ``meta`` device."""
+    """A module of a diffusers folder, without weights until loaded: on torch's ``meta`` device."""
 
     module: nn.Module
     config: Mapping[str, Any]
     """All fields, defaults included."""
     path: Path
-    """Of the configuration, for errors."""
+    """Path of the configuration, for errors."""
 
     def refuse(self, field: str, expected: str) -> LoadError:
-        """Return the error that says what a field should have been."""
+        """Return the error for an invalid field."""
         return LoadError(self.path, f"{field}: expected {expected}, got {self.config[field]!r:.80}")
 
 
 def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) -> Part:
-    """Return a part of the folder, its weights unread.
+    """Return a part of the folder without reading its weights.
 
     Args:
-        inside: of the diffusers folder.
+        inside: resolver of names in the diffusers folder.
         part: ``unet`` or ``vae``.
-        classes: names of the classes of diffusers that it may be.
-        only: fields of which not every value will do.
+        classes: names of the allowed classes of diffusers.
+        only: supported values of restricted fields.
 
     Raises:
-        LoadError: The configuration is unreadable, or its class refuses it; names the field.
+        LoadError: The configuration is unreadable or invalid; names the field.
     """
     path = inside(f"{part}/config.json")
     config = _read_config(path)
@@ -164,7 +164,7 @@ def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) 
         with torch.device("meta"):
             module = kind(**config)
     except Exception as error:
-        # Theirs to check: each field is refused in a way of its own.
+        # Validated by diffusers, with a different exception for each field.
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise LoadError(path, f"expected a configuration of {kind.__name__}, got {text}") from error
     return Part(module, {**defaults, **config}, path)
@@ -174,14 +174,14 @@ def load_part(inside: Inside, name: str, part: Part, *, variant: str, device: st
     """Read the weights of a part into its module, in float32.
 
     Args:
-        inside: of the diffusers folder.
+        inside: resolver of names in the diffusers folder.
         name: ``unet`` or ``vae``.
-        part: of ``build_part``.
+        part: result of ``build_part``.
         variant: as in ``diffusion_pytorch_model.VARIANT.safetensors``; empty for none.
-        device: where.
+        device: device of the weights.
 
     Raises:
-        LoadError: The file is missing, a pickle, or not this module's; names the tensor.
+        LoadError: The file is missing, a pickle, or of another module; names the tensor.
     """
     path = _weights_path(inside, name, variant)
     expected = part.module.state_dict()
@@ -227,7 +227,7 @@ def _check_value(name: str, value: object, only: Only, path: Path) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the fields of a configuration, private ones but for the class left out."""
+    """Return the fields of a configuration, without private ones other than the class."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -1,13 +1,13 @@
-"""Latent diffusion: a denoiser of latents, and the decoder that turns latents into images.
+"""Latent diffusion: a denoiser of latents, and the decoder from latents to images.
 
-Everything that is denoised is a latent: the model's shape is the latents', levels are of latents in
-the VAE's scaled units (``scaling_factor``), and batches, scores and samplers know of no VAE. Only
-at the end of a trajectory, if the caller wants it, latents are decoded to images in [-1, 1]:
-``decode``, one launch of its own. So the contract needs three fields of a request (conditioning,
-unconditional, guidance: each image its own, mixed freely in a batch), one flag and one field of
-``Sample``, and a description in ``Model``.
+All denoising is on latents: the model's shape is that of the latents, levels are in the VAE's
+scaled units (``scaling_factor``), and batches, scores and samplers do not involve the VAE. Only at
+the end of a trajectory, on request, ``decode`` converts latents to images in [-1, 1], as a batch of
+its own. In the API this is three fields of a request (conditioning, unconditional, guidance; each
+image has its own, and a batch may mix them), a flag and a field of ``Sample``, and a description in
+``Model``.
 
-Text encoders are not served: a caller brings their output, as a tensor.
+Text encoders are not served: callers send embeddings as tensors.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ONLY: Only = {"latents_mean": (None,), "latents_std": (None,)}
 
 
 class LatentDenoiser:
-    """A UNet over latents, with the VAE's decoder, in float32.
+    """A UNet on latents with the VAE's decoder, in float32.
 
     Args:
-        unet: the denoiser.
+        unet: denoiser of latents.
         part: the VAE with its weights; its encoder is dropped.
-        decoded_shape: (C, H, W) of an image.
-        device: where the weights are.
+        decoded_shape: (C, H, W) of a decoded image.
+        device: device of the weights.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class LatentDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the model is; ``shape`` is the latents'."""
+        """Description of the model; ``shape`` is that of the latents."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if shape, a label or a condition does not fit."""
+        """Raise InvalidArgumentError if shape, a label or a condition is not supported."""
         self._unet.check(query)
 
     def predict_seconds(self, query: Query) -> float:
@@ -75,14 +75,14 @@ class LatentDenoiser:
         return self._unet.predict_seconds(query)
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x), latents."""
+        """Return D(x) as latents."""
         return self._unet.denoise(query)
 
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
         with torch.inference_mode():
             scaled = torch.from_numpy(latents).to(self._device) / self._scale + self._shift
-            # One at a time: an image takes far more memory than its latent.
+            # One at a time: decoding needs far more memory than a latent.
             images = [self._decode_one(one) for one in scaled]
             pixels: npt.NDArray[np.float32] = torch.cat(images).clamp_(-1, 1).cpu().numpy()
         return pixels
@@ -97,12 +97,12 @@ def load_latent(inside: Inside, options: UnetOptions, device: str) -> LatentDeno
     """Return the denoiser of a diffusers folder: ``vae``, ``unet`` and ``scheduler``.
 
     Args:
-        inside: of the diffusers folder.
-        options: how the UNet is to be understood.
-        device: where it shall run.
+        inside: resolver of names in the diffusers folder.
+        options: options of the UNet.
+        device: device to run on.
 
     Raises:
-        LoadError: A file is missing or refused; names it and the field or tensor.
+        LoadError: A file is missing or rejected; names it and the field or tensor.
     """
     part = build_part(inside, "vae", _VAES, _ONLY)
     scale, shift = part.config["scaling_factor"], part.config["shift_factor"]
@@ -120,7 +120,7 @@ def _decoded_shape(part: Part, shape: tuple[int, int, int]) -> tuple[int, int, i
     """Return (C, H, W) of the images of latents (C, H, W).
 
     Raises:
-        LoadError: The VAE has latents of another number of channels.
+        LoadError: The latents of the VAE have another number of channels.
     """
     if part.config["latent_channels"] != shape[0]:
         raise part.refuse("latent_channels", f"{shape[0]}, as the unet's in_channels")
@@ -130,7 +130,7 @@ def _decoded_shape(part: Part, shape: tuple[int, int, int]) -> tuple[int, int, i
             latents = torch.empty(1, *shape, device="meta")
             _, channels, height, width = module.decode(latents, return_dict=False)[0].shape
     except Exception as error:
-        # Theirs to refuse.
+        # Validated by diffusers, with many exception types.
         text = " ".join(str(error).split())
         raise LoadError(part.path, f"expected a decoder of {list(shape)}, got {text}") from error
     return channels, height, width

@@ -1,7 +1,7 @@
-"""Reads an ONNX file and refuses what a graph from elsewhere must not bring.
+"""Reader of ONNX files that rejects unsafe graphs.
 
-Operators of custom domains would need a library that executes; data outside the file's folder is
-not ours to read; weights that are no numbers answer nothing. The rest onnxruntime judges.
+Rejected are operators of custom domains, which need native libraries, external data outside the
+file's folder, and weights with NaN. Everything else is validated by onnxruntime.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from els_service.errors import LoadError
 
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
-"""Operators that onnxruntime has of itself."""
+"""Operator domains built into onnxruntime."""
 
 
 def read_onnx(path: Path) -> bytes | Path:
-    """Return what onnxruntime may load: the file's bytes, its path where data lies beside it.
+    """Return the argument for onnxruntime: the file's bytes, or its path if it has external data.
 
     Args:
-        path: of the file, links resolved.
+        path: the file, with links resolved.
 
     Raises:
-        LoadError: Not an ONNX file, or one with custom operators, data that leaves its folder, or
-            weights that are no numbers; names the operator or tensor.
+        LoadError: Not an ONNX file, or one with custom operators, data outside its folder, or NaN
+            weights; names the operator or tensor.
     """
     import onnx
 
@@ -34,7 +34,7 @@ def read_onnx(path: Path) -> bytes | Path:
         content = path.read_bytes()
         model = onnx.load_model_from_string(content)
     except Exception as error:
-        # The file system and protobuf each refuse in their own ways.
+        # The file system and protobuf raise different exceptions.
         raise LoadError(path, f"expected a readable ONNX file, got {error}") from error
     external = False
     functions = {(function.domain, function.name) for function in model.functions}
@@ -55,7 +55,7 @@ def read_onnx(path: Path) -> bytes | Path:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """Yield a protobuf message and all that it holds, however deep: subgraphs, attributes."""
+    """Yield a protobuf message and all messages nested in it: subgraphs, attributes."""
     waiting = [message]
     while waiting:
         current = waiting.pop()
@@ -66,7 +66,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _check_location(tensor: Any, path: Path) -> None:
-    """Raise LoadError if a tensor's data lies where it may not."""
+    """Raise LoadError if a tensor's external data is outside the file's folder."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
     try:
@@ -85,7 +85,7 @@ def _check_numbers(tensor: Any, path: Path) -> None:
     try:
         values = numpy_helper.to_array(tensor, base_dir=str(path.parent))
     except Exception as error:
-        # Sizes that do not agree, types that it does not know: each in its own way.
+        # Inconsistent sizes and unknown types raise different exceptions.
         text = " ".join(str(error).split())
         raise LoadError(path, f"{tensor.name}: expected a tensor, got {text:.200}") from error
     if values.dtype.kind == "f" and np.isnan(values).any():

@@ -1,7 +1,7 @@
-"""An ONNX denoiser: any graph from a noisy image and its level to D(x), ε or v, by onnxruntime.
+"""Denoiser of an ONNX graph that maps a noisy image and its level to D(x), ε or v.
 
-Its inputs are told by name; one that is neither the image, nor the level, nor the label is a
-constant. It runs on the CPU, with as many threads as torch has, in onnxruntime's own operators.
+Inputs are identified by name; one that is neither the image, the level nor the label is a constant.
+The graph runs on the CPU in onnxruntime's own operators, with the number of torch's threads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOLD: dict[str, Callable[[Floats], Floats]] = {
     "alpha_bar": lambda sigma: 1 / (1 + sigma**2),
     "time": cosine_time,
 }
-"""σ = s/a → what a graph is told of it; ``time`` is the cosine schedule's."""
+"""σ = s/a → value of the graph's level input; ``time`` is that of the cosine schedule."""
 LEVELS = tuple(_TOLD)
 _TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -41,36 +41,36 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "tensor(int32)": np.dtype(np.int32),
 }
 _LARGEST_BATCH = 16
-"""Images at once: beyond it a batch is no faster, only larger in memory."""
+"""Maximum images of a launch; a larger one is not faster and needs more memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxDocument:
-    """What ``model.yaml`` says of a graph."""
+    """Description of a graph in ``model.yaml``."""
 
     input: str
-    """The noisy image: [B, C, H, W]."""
+    """Name of the input for the noisy image: [B, C, H, W]."""
     output: str
-    """[B, C, H, W]."""
+    """Name of the output: [B, C, H, W]."""
     level: str
-    """The input that is told the noise level: [B], or with axes of one."""
+    """Name of the input for the noise level: [B], or with additional axes of size 1."""
     level_as: str = "sigma"
     """One of ``LEVELS``."""
     prediction: str = "x0"
-    """What the output is: ``x0`` for D(x), ``eps`` or ``v``."""
+    """Meaning of the output: ``x0`` for D(x), ``eps`` or ``v``."""
     exploding: bool = True
-    """Whether the image comes as x0 + σ·ε; else with a² + s² = 1."""
+    """Whether the input image is x0 + σ·ε; otherwise a² + s² = 1."""
     sigma_range: tuple[float, float] = (0.002, 80.0)
-    """Lowest and highest s/a that it was trained at."""
+    """Lowest and highest trained s/a."""
     label: str | None = None
-    """The input that is told the label, [B]."""
+    """Name of the input for the label, [B]."""
     label_count: int = 0
     constants: Mapping[str, float | list[float]] = field(default_factory=dict)
-    """Further inputs: one number, or as many as one image has, the same for all images."""
+    """Other inputs → one number, or all numbers of one image; the same for every image."""
     shape: tuple[int, int, int] | None = None
-    """(C, H, W), where the graph leaves it open."""
+    """(C, H, W); required if the graph does not define it."""
     deterministic: bool = False
-    """One image at a time: the same bits alone and in any batch."""
+    """Whether images are computed one at a time, so that results do not depend on the batch."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Input:
     rest: tuple[int, ...]
 
     def fill(self, values: npt.ArrayLike, count: int) -> npt.NDArray[Any]:
-        """Return values, [B] or of one image, as the graph takes them."""
+        """Return values, [B] or of one image, in the input's type and shape."""
         array = np.asarray(values, self.dtype)
         return np.ascontiguousarray(np.broadcast_to(array, (count, *self.rest)))
 
@@ -91,13 +91,13 @@ class OnnxDenoiser:
     """A graph in onnxruntime.
 
     Args:
-        session: of the graph.
-        document: what it is.
-        path: of the graph, for errors.
+        session: session of the graph.
+        document: its description.
+        path: path of the graph, for errors.
 
     Raises:
-        LoadError: Inputs, outputs or shapes are not as the document says, or the graph fails, or
-            answers what is no number; names the input or output.
+        LoadError: Inputs, outputs or shapes differ from the document, or the graph fails or returns
+            NaN or infinity; names the input or output.
     """
 
     def __init__(self, session: Any, document: OnnxDocument, path: Path) -> None:
@@ -120,26 +120,26 @@ class OnnxDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the graph is."""
+        """Description of the graph."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if shape or a label does not fit."""
+        """Raise InvalidArgumentError if shape or a label is not supported."""
         check_query(self._info, query)
         if self._info.label_count and (query.labels < 0).any():
-            expected = f"0 to {self._info.label_count - 1}: this graph knows no image without one"
+            expected = f"0 to {self._info.label_count - 1}: this graph requires a label"
             raise InvalidArgumentError("labels", expected, -1)
 
     def predict_seconds(self, query: Query) -> float:
-        """Return the time of as many images by the one that was tried when the model was loaded."""
+        """Return the number of images times the duration measured when the model was loaded."""
         batch = self._graph.batch or 1
         return self._seconds * math.ceil(len(query) / batch)
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x); no evidence.
+        """Return D(x), without evidence.
 
         Raises:
-            ElsError: The graph answered something that is no number.
+            ElsError: The graph returned NaN or infinity.
         """
         parts = [self._denoise_part(query[images]) for images in self._launches(len(query))]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
@@ -158,11 +158,11 @@ class OnnxDenoiser:
         output = self._graph.run(x * _column(c_in), told, query.labels)
         mean: npt.NDArray[np.float32] = output * _column(level.c_out) + x * _column(level.c_skip)
         if not np.isfinite(mean).all():
-            raise ElsError(f"{document.output}: the graph answered NaN or infinity")
+            raise ElsError(f"{document.output}: the graph returned NaN or infinity")
         return mean
 
     def _try(self, path: Path) -> float:
-        """Return the seconds of one image, or of one fixed batch; the first one warms up."""
+        """Return the seconds of one image, or of one fixed batch, after a warm-up run."""
         seconds = 0.0
         try:
             for sigma in (1.0, self._document.sigma_range[1]):
@@ -172,14 +172,14 @@ class OnnxDenoiser:
                 self._denoise_part(query)
                 seconds = time.perf_counter() - began
         except Exception as error:
-            # onnxruntime's errors share no class of their own.
+            # onnxruntime's exceptions have no common class.
             text = " ".join(str(error).split())
-            raise LoadError(path, f"failed at its first question: {text:.300}") from error
+            raise LoadError(path, f"failed at its first run: {text:.300}") from error
         return seconds
 
 
 class _Graph:
-    """A session with its inputs sorted out."""
+    """A session with its inputs classified."""
 
     def __init__(self, session: Any, document: OnnxDocument, path: Path) -> None:
         self._session, self._document, self._path = session, document, path
@@ -202,10 +202,10 @@ class _Graph:
     def run(
         self, x: npt.NDArray[np.float32], told: Floats, labels: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """Return the output for x [B, C, H, W], float32; a fixed batch is filled up with x's last.
+        """Return the output for x [B, C, H, W], float32; a fixed batch is padded with the last x.
 
         Raises:
-            ElsError: It has another shape than x.
+            ElsError: The output's shape differs from that of x.
         """
         count = len(x)
         size = self.batch or count
@@ -237,16 +237,16 @@ class _Graph:
             if name not in told:
                 raise self._fault(name, "a value in constants for this input", "none")
         if len(set(told)) < len(told):
-            raise self._fault("inputs", "each told once", told)
+            raise self._fault("inputs", "each input used once", told)
         if document.output not in outputs:
             raise self._fault("outputs", f"{document.output} among them", sorted(outputs))
 
     def _shape(self, dims: list[int | str | None]) -> tuple[int, int, int]:
-        """Return (C, H, W) from the graph, and from the document where the graph leaves it open."""
+        """Return (C, H, W) from the graph, or from the document if the graph does not define it."""
         given = self._document.shape
         if given is None:
             if not all(isinstance(dim, int) for dim in dims):
-                raise self._fault("shape", "[C, H, W], as the graph leaves it open", dims)
+                raise self._fault("shape", "[C, H, W], as the graph does not define it", dims)
             channels, height, width = (int(dim) for dim in dims if dim)
             return channels, height, width
         for dim, own in zip(dims, given, strict=True):
@@ -255,7 +255,7 @@ class _Graph:
         return given
 
     def _input(self, node: Any, rest: tuple[int, ...] | None = None) -> _Input:
-        """Return an input; axes beside the batch that the graph leaves open are taken as one."""
+        """Return an input; undefined axes other than the batch have size 1."""
         if node.type not in _TYPES:
             raise self._fault(node.name, f"one of {', '.join(_TYPES)}", node.type)
         if not node.shape:
@@ -268,7 +268,7 @@ class _Graph:
     def _per_image(self, node: Any) -> _Input:
         one = self._input(node)
         if any(size != 1 for size in one.rest):
-            raise self._fault(node.name, "[B], or with axes of one", node.shape)
+            raise self._fault(node.name, "[B], or with axes of size 1", node.shape)
         return one
 
     def _constant(self, node: Any, value: float | list[float]) -> npt.NDArray[Any]:
@@ -286,12 +286,12 @@ def load_onnx(document: OnnxDocument, file: str, inside: Inside) -> OnnxDenoiser
     """Return the denoiser of an ONNX file.
 
     Args:
-        document: what the graph is.
+        document: description of the graph.
         file: its name.
-        inside: of the folder that the name is relative to.
+        inside: resolver of names in the model folder.
 
     Raises:
-        LoadError: The file is refused, or is not as the document says; names what.
+        LoadError: The file is rejected, or differs from the document; names the field.
     """
     import onnxruntime
 
@@ -302,14 +302,14 @@ def load_onnx(document: OnnxDocument, file: str, inside: Inside) -> OnnxDenoiser
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     options.log_severity_level = 3
-    # Threads that spin for work would take the cores from other models.
+    # Without spinning threads, which would take the cores from other models.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        # onnxruntime's errors share no class of their own.
+        # onnxruntime's exceptions have no common class.
         text = " ".join(str(error).split())
-        raise LoadError(path, f"onnxruntime refuses it: {text:.300}") from error
+        raise LoadError(path, f"onnxruntime rejects it: {text:.300}") from error
     return OnnxDenoiser(session, document, path)
 
 

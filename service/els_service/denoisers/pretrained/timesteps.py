@@ -1,7 +1,7 @@
-"""The levels of a network that was trained at whole timesteps, and what it is told of others.
+"""Noise levels of a network trained at integer timesteps, and its time input at other levels.
 
-Between two timesteps the network is told a fraction of a step, linear in log σ: sinusoids of time
-are smooth, and at the trained levels it is the timestep itself. Beyond the ends the end is held.
+Between two timesteps the time input is interpolated linearly in log σ: sinusoids of time are
+smooth, and at trained levels the value is the timestep itself. Outside the range it is clamped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Timesteps:
     """The levels of timesteps 0 … T-1.
 
     Raises:
-        ValueError: They are fewer than two, do not increase, or are out of range.
+        ValueError: Fewer than two levels, not increasing, or out of range.
     """
 
     sigma: Floats = field(repr=False)
     """[T], s/a of each timestep."""
     whole: bool = False
-    """Whether the network can be told whole timesteps alone; then the nearest in log σ."""
+    """Whether the network takes integer timesteps only; then the nearest in log σ is used."""
 
     def __post_init__(self) -> None:
         if len(self.sigma) < 2 or not (np.diff(self.sigma) > 0).all():
@@ -39,13 +39,13 @@ class Timesteps:
         return float(self.sigma[-1])
 
     def at(self, sigma: Floats) -> Floats:
-        """Return what the network is told at s/a = ``sigma``: 0 ≤ timestep ≤ T-1."""
+        """Return the time input at s/a = ``sigma``: 0 ≤ timestep ≤ T-1."""
         count = np.arange(len(self.sigma))
         timestep = np.interp(np.log(sigma), np.log(self.sigma), count)
         return np.round(timestep) if self.whole else timestep
 
     def schedule(self, time: Floats) -> NoiseLevel:
-        """Return the level at 0 < t ≤ 1, which is timestep T·t - 1 ("trailing" in diffusers)."""
+        """Return the level at 0 < t ≤ 1, timestep T·t - 1 (spacing "trailing" in diffusers)."""
         count = len(self.sigma)
         sigma = np.exp(np.interp(count * time - 1, np.arange(count), np.log(self.sigma)))
         a = 1 / np.sqrt(1 + sigma**2)

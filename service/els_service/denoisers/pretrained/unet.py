@@ -1,9 +1,9 @@
-"""A UNet of diffusers behind the one denoiser protocol: per-image levels, labels and conditions.
+"""Denoiser of a diffusers UNet: per-image levels, labels and conditions.
 
-D(x) comes from its output as from any network's (``networks.parametrisation``); what it is told of
-the level is ``timesteps.Timesteps.at``. Where the scheduler's configuration has ``clip_sample``, D
-is held within its range, and the noise that our samplers and scores go by follows from that D (as
-in DDPM; for DDIM that is ``use_clipped_model_output``).
+D(x) is computed from its output as for any network (``networks.parametrisation``); its time input
+is ``timesteps.Timesteps.at``. If the scheduler's configuration has ``clip_sample``, D is clipped to
+its range, and samplers and scores derive the noise from the clipped D (as in DDPM; for DDIM that is
+``use_clipped_model_output``).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ UNCONDITIONAL = ("UNet2DModel",)
 CONDITIONAL = ("UNet2DModel", "UNet2DConditionModel")
 
 _FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
-"""About what two server cores, or a GPU, do; decides what makes a batch."""
+"""Approximate operations per second of two CPU cores and a GPU; determines batch sizes."""
 _LAUNCH_S = 1e-3
-"""Of a call, however small: these networks have many layers."""
+"""Minimum duration of a call in seconds: these networks have many layers."""
 _LARGEST_BATCH = 16
-"""Rows at once: beyond it a batch is no faster, only larger in memory."""
+"""Maximum rows of a launch; a larger one is not faster and needs more memory."""
 _ONLY: Only = {
     "time_embedding_type": ("positional", "learned"),
     "class_embed_type": (None,),
@@ -58,30 +58,30 @@ _ONLY: Only = {
     "time_cond_proj_dim": (None,),
     "attention_type": ("default",),
 }
-"""Fields that would ask for inputs that no query has."""
+"""Fields that enable inputs that a query does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnetOptions:
-    """How a folder's UNet is to be understood and served."""
+    """Options for loading the UNet of a folder."""
 
     variant: str = ""
-    """As in ``diffusion_pytorch_model.VARIANT.safetensors``."""
+    """VARIANT of ``diffusion_pytorch_model.VARIANT.safetensors``."""
     null_label: bool = False
-    """Whether the last label stands for none."""
+    """Whether the last label means none."""
     condition_rows: int = 77
-    """Most rows of a condition; 77 is what Stable Diffusion's text encoder gives."""
+    """Maximum rows of a condition; Stable Diffusion's text encoder returns 77."""
 
 
 class UnetDenoiser:
     """A UNet of diffusers, in float32.
 
     Args:
-        part: with its weights.
-        trained: what its scheduler's configuration says.
-        options: see there.
-        device: where the weights are.
-        flops: of one image.
+        part: the UNet with its weights.
+        trained: training parameters from the scheduler's configuration.
+        options: loading options.
+        device: device of the weights.
+        flops: floating-point operations of one image.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class UnetDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the network is; ``machine`` is its class."""
+        """Description of the network; ``machine`` is its class."""
         return self._info
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if shape, a label or a condition does not fit."""
+        """Raise InvalidArgumentError if shape, a label or a condition is not supported."""
         check_query(self._info, query)
         if self._info.label_count and self._null_row is None and (query.labels < 0).any():
-            expected = f"0 to {self._info.label_count - 1}: this network knows no image without one"
+            expected = f"0 to {self._info.label_count - 1}: this network requires a label"
             raise InvalidArgumentError("labels", expected, -1)
 
     def predict_seconds(self, query: Query) -> float:
@@ -124,7 +124,7 @@ class UnetDenoiser:
         return _LAUNCH_S + rows * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x); no evidence."""
+        """Return D(x), without evidence."""
         with torch.inference_mode():
             parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
@@ -174,13 +174,13 @@ def load_unet(
     """Return the denoiser of a diffusers folder: ``unet`` and ``scheduler``.
 
     Args:
-        inside: of the diffusers folder.
-        options: how it is to be understood.
-        device: where it shall run.
-        classes: which of theirs the UNet may be.
+        inside: resolver of names in the diffusers folder.
+        options: loading options.
+        device: device to run on.
+        classes: allowed classes of the UNet.
 
     Raises:
-        LoadError: A file is missing or refused; names it and the field or tensor.
+        LoadError: A file is missing or rejected; names it and the field or tensor.
     """
     part = build_part(inside, "unet", classes, _ONLY)
     _check(part, options)
@@ -194,7 +194,7 @@ def shape_of(part: Part) -> tuple[int, int, int]:
     """Return (C, H, W) of a UNet's images.
 
     Raises:
-        LoadError: The configuration does not say.
+        LoadError: The configuration does not define it.
     """
     size = part.config["sample_size"]
     sides = [size, size] if isinstance(size, int) else size
@@ -208,10 +208,10 @@ def shape_of(part: Part) -> tuple[int, int, int]:
 
 
 def condition_width(part: Part) -> int:
-    """Return the numbers of one row of a condition; 0 for a UNet that takes none.
+    """Return the width of a condition; 0 for a UNet without conditioning.
 
     Raises:
-        LoadError: Blocks want different widths.
+        LoadError: Blocks have different widths.
     """
     if "cross_attention_dim" not in part.config:
         return 0
@@ -227,7 +227,7 @@ def memory_of(module: nn.Module) -> int:
 
 
 def _check(part: Part, options: UnetOptions) -> None:
-    """Raise LoadError if the UNet wants or gives what a denoiser does not."""
+    """Raise LoadError if inputs or outputs of the UNet are not those of a denoiser."""
     config = part.config
     if config["out_channels"] != config["in_channels"]:
         raise part.refuse("out_channels", f"{config['in_channels']}, as in_channels")
@@ -237,12 +237,12 @@ def _check(part: Part, options: UnetOptions) -> None:
 
 
 def _count_flops(part: Part) -> int:
-    """Return the operations of one image; proves, too, that the network takes such images.
+    """Return the operations of one image; also checks that the network accepts such images.
 
     Raises:
-        LoadError: It does not.
+        LoadError: The network rejects them.
     """
-    # Here, because it imports triton, which a server without networks has no use for.
+    # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, width = shape_of(part), condition_width(part)
@@ -257,17 +257,17 @@ def _count_flops(part: Part) -> int:
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             output = part.module(x, timestep, return_dict=False, **inputs)[0]
     except Exception as error:
-        # Theirs to refuse: sizes that cannot be halved so often, and the like.
+        # Raised by diffusers: sizes that cannot be halved that often, for example.
         text = " ".join(str(error).split())
         expected = f"a size that the blocks can halve ({text:.120})"
         raise part.refuse("sample_size", expected) from error
     if output.shape != x.shape:
-        raise part.refuse("sample_size", f"one that is kept, not {list(output.shape[2:])}")
+        raise part.refuse("sample_size", f"the size of the output, {list(output.shape[2:])}")
     return int(counter.get_total_flops())
 
 
 def _launches(query: Query) -> Iterator[slice]:
-    """Yield slices of images that the network can take at once: conditions of one length each."""
+    """Yield slices of images for one launch each: conditions of equal length."""
     first = 0
     lengths = [len(condition.given) for condition in query.conditions] or [0] * len(query)
     for _, group in itertools.groupby(lengths):
@@ -278,7 +278,7 @@ def _launches(query: Query) -> Iterator[slice]:
 
 
 def _states(conditions: Sequence[Condition], guided: Sequence[int]) -> Tensor:
-    """Return what each row attends to, [B + guided, T, W]."""
+    """Return the condition of each row, [B + guided, T, W]."""
     others = [conditions[i].unconditional for i in guided]
     given = [condition.given for condition in conditions]
     return torch.from_numpy(np.stack([*given, *(other for other in others if other is not None)]))

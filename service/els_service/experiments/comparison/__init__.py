@@ -1,1 +1,1 @@
-"""Networks beside the machines that predict them: calibration, comparison, figure and record."""
+"""Comparison of networks with the machines that predict them: calibration, figure and record."""

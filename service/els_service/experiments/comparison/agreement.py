@@ -1,4 +1,4 @@
-"""How well one image predicts another, and medians over many with their uncertainty."""
+"""Agreement of images, and medians with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _BLOCK = 1000
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Of each image, [N] float64."""
+    """Agreement of each image, [N] float64."""
 
     pearson_r: Floats
-    """0 where one of the two images has no contrast."""
+    """0 if one of the two images is constant."""
     explained: Floats
-    """1 - SSE/SST: 1 for the same image, 0 for one no better than the target's mean, else below;
-    0 where the target has no contrast."""
+    """1 - SSE/SST: 1 for equal images, 0 for one as good as the target's mean, negative for a worse
+    one; 0 if the target is constant."""
 
     @property
     def r2(self) -> Floats:
-        """The square of ``pearson_r``: the variance explained once scale and offset are fitted."""
+        """The square of ``pearson_r``: explained variance after fitting scale and offset."""
         return self.pearson_r**2
 
 
 def agreement(predicted: Tensor, target: Tensor) -> Agreement:
-    """Return how well ``predicted`` [N, C, H, W] predicts ``target``, over all pixels and channels.
+    """Return the agreement of ``predicted`` and ``target`` [N, C, H, W], over pixels and channels.
 
     Raises:
         ValueError: The shapes differ.

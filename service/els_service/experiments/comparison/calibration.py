@@ -1,7 +1,7 @@
-"""Windows by noise level with which a machine's score is most like a network's.
+"""Windows by noise level for which a machine's score is closest to a network's.
 
-Along the network's own trajectories (Kamb & Ganguli, ICML 2025, appendix): at each level, for each
-sample, the window whose score has the largest cosine with the network's; of these the median.
+Along the network's own trajectories (Kamb & Ganguli, ICML 2025, appendix): at each level the median
+over samples of the window whose score has the largest cosine with the network's.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ SEARCHES = ("all", "climb")
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Where the trajectories of all samples stand at one level."""
+    """States of the trajectories of all samples at one level."""
 
     level: NoiseLevel
-    """Of one image, for all."""
+    """Level of length 1, shared by all samples."""
     x: Tensor
     """[N, C, H, W] float32"""
     pull: Tensor
-    """a·D(x) - x of the network, [N, C, H, W] float64: its score but for a factor."""
+    """a·D(x) - x of the network, [N, C, H, W] float64: its score up to a factor."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The result: a window for each level, and every cosine that was computed."""
+    """Result: a window for each level, and all cosines computed."""
 
     sigma: tuple[float, ...]
     k: tuple[int, ...]
     cosines: tuple[Mapping[int, Floats], ...]
-    """Of each level: window → cosine of each sample, [N]."""
+    """For each level: window → cosine of each sample, [N]."""
 
     @property
     def table(self) -> WindowTable:
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def trajectory(network: Denoiser, how: SampleSpec, count: int) -> list[Point]:
-    """Return where the network's samples pass, from the lowest level up.
+    """Return the states of the network's trajectories, from the lowest level up.
 
     Raises:
         ElsError: The network's answer is not finite.
@@ -92,16 +92,16 @@ def cosine(machine: Denoiser, point: Point, window: int, labels: Sequence[int]) 
 
 @dataclass(eq=False)
 class Journal:
-    """Cosines that were computed, kept in a file so that a run that was killed goes on.
+    """Computed cosines, saved to a file so that an interrupted run can be resumed.
 
     Raises:
-        LoadError: The file is of another run; says of which setting.
+        LoadError: The file is of another run; names the setting that differs.
     """
 
     file: Path
     settings: Mapping[str, Any]
     cosines: dict[str, list[float]] = field(default_factory=dict)
-    """LEVEL/WINDOW → of each sample."""
+    """LEVEL/WINDOW → cosine of each sample."""
 
     def __post_init__(self) -> None:
         if not self.file.exists():
@@ -115,10 +115,10 @@ class Journal:
         for name in sorted(found.keys() | asked.keys()):
             if found.get(name) != asked.get(name):
                 reason = f"{name}: expected {found.get(name)} as begun, got {asked.get(name)}"
-                raise LoadError(self.file, f"{reason}; remove the file to begin anew")
+                raise LoadError(self.file, f"{reason}; remove the file to start over")
 
     def once(self, key: str, compute: Callable[[], Floats]) -> Floats:
-        """Return what is kept under a key, computed if it is not there."""
+        """Return the value of a key, computed and saved if missing."""
         if key not in self.cosines:
             self.cosines[key] = compute().tolist()
             content = {"settings": self.settings, "cosines": self.cosines}
@@ -136,17 +136,17 @@ def calibrate(
     search: str = "all",
     report: Callable[[int, int], None] = lambda level, window: None,
 ) -> Calibration:
-    """Return for each level the upper median of the windows that are the samples' best.
+    """Return for each level the upper median of the samples' best windows.
 
     Args:
-        machine: with a window.
-        points: from the lowest level up.
-        labels: of the samples, -1 for none: whose images of the bank may answer.
+        machine: machine with a window.
+        points: states of the trajectories, from the lowest level up.
+        labels: labels of the samples, -1 for none.
         windows: candidates, increasing.
-        journal: keeps what is done.
-        search: ``all`` candidates; or ``climb``: from the one of the level below, its neighbours
-            as long as the median cosine grows, at about a third of the cost.
-        report: told level (from 1) and window of what is computed next.
+        journal: saves the computed cosines.
+        search: ``all`` candidates; or ``climb``: hill climbing from the window of the level
+            below by the median cosine, at about a third of the cost.
+        report: callback with level (from 1) and window of the next computation.
     """
     table: list[Mapping[int, Floats]] = []
     chosen: list[int] = []
@@ -165,7 +165,7 @@ def calibrate(
 
 @dataclass(eq=False)
 class _Row:
-    """The cosines of one level, computed when they are asked for."""
+    """The cosines of one level, computed on demand."""
 
     machine: Denoiser
     point: Point
@@ -186,19 +186,19 @@ class _Row:
 
 
 def _climb(height: Callable[[int], float], windows: Sequence[int], start: int) -> None:
-    """Ask for heights until a window's neighbours are known not to be higher."""
+    """Evaluate ``height`` until no neighbour of the best window is higher."""
     here = windows.index(start)
     while True:
         beside = windows[max(0, here - 1) : here + 2]
         higher = max(beside, key=height)
-        # Of equals the one that is held: else two could hand over to each other for ever.
+        # Ties keep the current window, so that two equal ones do not alternate for ever.
         if height(higher) <= height(windows[here]):
             return
         here = windows.index(higher)
 
 
 def best_by_label(calibration: Calibration, labels: Sequence[int]) -> dict[int, list[int]]:
-    """Return for each label the windows that its samples alone would have chosen."""
+    """Return for each label the windows chosen by its samples only."""
     return {
         label: [_median_best(row, np.array(labels) == label) for row in calibration.cosines]
         for label in sorted(set(labels))
@@ -208,7 +208,7 @@ def best_by_label(calibration: Calibration, labels: Sequence[int]) -> dict[int, 
 def _median_best(
     row: Mapping[int, Floats], samples: npt.NDArray[np.bool_] | slice = slice(None)
 ) -> int:
-    """Return the upper median of each sample's best window; of equals the smallest is best."""
+    """Return the upper median of each sample's best window; the smallest of equal ones."""
     windows = np.array(list(row))
     cosines = np.stack(list(row.values()))[:, samples]
     best = np.sort(windows[cosines.argmax(0)])

@@ -1,4 +1,4 @@
-"""Images drawn by network and machines from the same noise, kept as they come, resumed later."""
+"""Sampling of images by networks and machines from the same noise, with resumption."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
 _FORMAT = "els-compare-1"
 _CHUNK_S = 30.0
-"""About how long images are drawn before they are kept: what a kill may cost."""
+"""Approximate seconds between two writes of the images."""
 _LARGEST_CHUNK = 64
 
 Report = Callable[[int, int], None]
-"""Told how many steps of how many are done."""
+"""Callback with the number of steps done and the total."""
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How images are drawn; image i depends on this and on i alone."""
+    """Sampling options; image i depends only on them and on i."""
 
     seed: int = 0
     steps: int = 20
     sampler: str = "ddim"
     label_count: int = 0
-    """Image i has label i modulo this; 0: none."""
+    """Image i has label i modulo this number; 0 means no labels."""
 
     def labels(self, first: int, count: int) -> list[int]:
-        """Return the labels of images from ``first`` on."""
+        """Return the labels of ``count`` images from ``first`` on."""
         if not self.label_count:
             return [-1] * count
         return [i % self.label_count for i in range(first, first + count)]
 
 
 def check_seed(seed: int) -> None:
-    """Raise InvalidArgumentError if noise cannot be drawn from a seed."""
+    """Raise InvalidArgumentError unless 0 ≤ seed < 2⁶⁴."""
     if not 0 <= seed < 1 << 64:
         raise InvalidArgumentError("seed", "0 to 2**64 - 1", seed)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [N, C, H, W] float32, and how long they took, in all calls together."""
+    """Images [N, C, H, W] float32, and the seconds they took in all runs."""
 
     images: Tensor
     seconds: float
@@ -67,18 +67,18 @@ def draw(
     identity: Mapping[str, Any],
     report: Report = lambda done, total: None,
 ) -> Samples:
-    """Return the first ``count`` images of a denoiser; those that ``file`` holds are not drawn.
+    """Return the first ``count`` images of a denoiser; those in ``file`` are not sampled again.
 
     Args:
         denoiser: a network or a machine.
         how: noise, labels and steps.
-        count: at least 1.
-        file: where images are kept, a few at a time.
-        identity: tells denoisers apart, as JSON.
-        report: told of every step.
+        count: number of images, at least 1.
+        file: file of the images, written after every few images.
+        identity: JSON value that identifies the denoiser.
+        report: callback for every step.
 
     Raises:
-        LoadError: ``file`` holds images of another run; says of which setting.
+        LoadError: ``file`` has images of another run; names the setting that differs.
         ElsError: An image is not finite.
     """
     settings = json.loads(json.dumps({**identity, **vars(how)}))
@@ -87,7 +87,7 @@ def draw(
     chunk = chunk_size(denoiser, how)
     steps = steps_of(how.sampler, options)
     while (done := sum(map(len, parts))) < count:
-        # A run that was interrupted cuts its batches where any other does.
+        # The same batch boundaries as in a run without interruption.
         size = min(count, (done // chunk + 1) * chunk) - done
         begin = time.monotonic()
         labels = how.labels(done, size)
@@ -109,7 +109,7 @@ def draw(
 
 
 def chunk_size(denoiser: Denoiser, how: SampleSpec) -> int:
-    """Return how many images to draw together: about half a minute of them."""
+    """Return the number of images per batch: about half a minute of computation."""
     x = torch.zeros(1, *denoiser.info.shape)
     options = Options(steps=how.steps)
     questions = (make_query(x, options.level(i), how.labels(0, 1)) for i in range(1, how.steps + 1))
@@ -138,7 +138,7 @@ def _read(file: Path, settings: dict[str, Any]) -> tuple[list[Tensor], float]:
     for name in sorted(found.keys() | settings.keys()):
         if found.get(name) != settings.get(name):
             reason = f"{name}: expected {found.get(name)} as begun, got {settings.get(name)}"
-            raise LoadError(file, f"{reason}; another --out begins anew")
+            raise LoadError(file, f"{reason}; use another --out to start over")
     return [images], seconds
 
 

@@ -1,4 +1,4 @@
-"""The figure of a comparison: a row each for the noise, the network and every machine."""
+"""Figure of a comparison: one row for the noise, the network and every machine."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 _GAP = 2
 _MARGIN = 100
-"""Pixels at the left for the rows' names."""
+"""Width in pixels of the column of row names."""
 _CELL = 56
-"""Pixels that a cell has at least, at a whole multiple of the image's size."""
+"""Minimum pixels of a cell, whose size is an integer multiple of the image's."""
 
 
 def draw_figure(rows: Mapping[str, Tensor]) -> bytes:
     """Return a PNG.
 
     Args:
-        rows: name → images [N, C, H, W], the same shape in each row; shown from -1, black, to 1;
-            of any number of channels but three the first is shown.
+        rows: name → images [N, C, H, W] of one shape, from -1 (black) to 1; of images without
+            three channels the first channel is shown.
 
     Raises:
-        ValueError: There is no row.
+        ValueError: No rows.
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
     count, _, height, width = next(iter(rows.values())).shape
     scale = -(-_CELL // max(height, width))
-    # Of the figure as a whole, as it is pasted cell by cell.
+    # Size of the whole figure; cells are pasted one by one.
     right, bottom = cell_corner(len(rows), count, height, width)
     figure = Image.new("RGB", (right, bottom), "white")
     pen = ImageDraw.Draw(figure)
@@ -47,7 +47,7 @@ def draw_figure(rows: Mapping[str, Tensor]) -> bytes:
 
 
 def cell_corner(row: int, column: int, height: int, width: int) -> tuple[int, int]:
-    """Return the left and upper pixel of a cell that shows an image of this size."""
+    """Return left and upper pixel of a cell for images of this size."""
     scale = -(-_CELL // max(height, width))
     return (
         _MARGIN + column * (width * scale + _GAP),

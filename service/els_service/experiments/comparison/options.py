@@ -1,4 +1,4 @@
-"""What calibration and comparison share on the command line."""
+"""Command-line options shared by calibration and comparison."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="images that the machines answer from: a bank, or a data set as `train` reads it",
+        help="images of the machines: a bank, or a data set as for `train`",
     )
     add(
         "--bank-limit",
         type=positive("bank-limit"),
         metavar="N",
-        help="keep at most N of them, the first of each label, as many of each",
+        help="maximum number of images, evenly from all labels, the first of each",
     )
-    add("--models", type=Path, default=BUNDLED_MODELS, help="folder of served models")
+    add("--models", type=Path, default=BUNDLED_MODELS, help="folder of models")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")

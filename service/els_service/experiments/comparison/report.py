@@ -1,4 +1,4 @@
-"""What a comparison writes down: agreement of every machine with the network."""
+"""Summary of a comparison: agreement of every machine with the network."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _BASELINE = "ideal"
 
 
 def summarise(network: Tensor, machines: Mapping[str, Tensor], seed: int = 0) -> dict[str, Any]:
-    """Return for each machine how it predicts the network's images, as JSON.
+    """Return the agreement of each machine with the network's images, as JSON.
 
     ``median_pearson_r``, its 95 % bootstrap interval ``pearson_r_interval``, the values of all
-    images under ``pearson_r``; likewise ``r2`` and ``explained`` (see ``Agreement``). Beside an
-    ideal machine, ``share_above_ideal``: of the images whose Pearson r is above its.
+    images under ``pearson_r``; likewise ``r2`` and ``explained`` (see ``Agreement``). If there is
+    an ideal machine, ``share_above_ideal`` is the share of images with a larger Pearson r.
 
     Args:
         network: [N, C, H, W].
         machines: name → images from the same noise, in the same order.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     found = {name: agreement(images, network) for name, images in machines.items()}
     ideal = found.get(_BASELINE)

@@ -1,4 +1,4 @@
-"""A whole comparison: images of network and machines from the same noise, record and figure."""
+"""A complete comparison: images of network and machines from the same noise, record, figure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from els_service.experiments.comparison.subjects import Network, Windows, descri
 RECORD_FILE, FIGURE_FILE = "compare.json", "compare.png"
 SAMPLES = "samples"
 INDEXINGS = {"aligned": "ddim", "released": "ddim_released"}
-"""How machines step; networks are always aligned, as in the published code."""
+"""Step indexing of machines; networks are always aligned, as in the published code."""
 _SHORT = {"local": "LS", "els": "ELS"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much is compared.
+    """Size of a comparison.
 
     Raises:
         InvalidArgumentError: A number is out of range.
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Subjects:
-    """What is compared."""
+    """Network, bank and machines of a comparison."""
 
     network: Network
     bank: Bank
@@ -68,11 +68,11 @@ class Subjects:
 
 @dataclass(frozen=True, kw_only=True)
 class FigureOptions:
-    """What the figure shows."""
+    """Options of the figure."""
 
     columns: int = 10
     hidden: tuple[str, ...] = ()
-    """Names of machines that it leaves out."""
+    """Names of omitted machines."""
 
 
 def compare(
@@ -84,21 +84,21 @@ def compare(
     command: str = "",
     reporter: Callable[[str], Report] = lambda title: lambda done, total: None,
 ) -> dict[str, Any]:
-    """Return the record of a comparison, written to ``out`` beside the figure and the images.
+    """Run a comparison, write record, figure and images to ``out``, and return the record.
 
-    Images that ``out`` already holds are not drawn again: a run that was killed goes on, one with a
-    larger count or another number of network steps draws only what is new.
+    Images in ``out`` are not sampled again: an interrupted run is resumed, and one with a larger
+    count or other numbers of network steps samples only what is missing.
 
     Args:
         subjects: network and machines.
-        settings: how much.
-        out: folder, made if it is not there.
-        look: of the figure.
-        command: how to do it again, for the record.
-        reporter: returns, for a title, what is told of every step.
+        settings: size of the comparison.
+        out: folder, created if missing.
+        look: options of the figure.
+        command: command line, for the record.
+        reporter: returns the callback for every step, for a title.
 
     Raises:
-        LoadError: ``out`` holds images of another run; says of which setting.
+        LoadError: ``out`` has images of another run; names the setting that differs.
         ElsError: An image is not finite.
     """
     (out / SAMPLES).mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _draw_machines(
 
 
 def describe_machine(machine: Denoiser) -> dict[str, Any]:
-    """Return what a record says of a machine."""
+    """Return the description of a machine in a record."""
     info = machine.info
     described: dict[str, Any] = {"machine": info.machine, "padding": info.padding}
     if info.window is not None:
@@ -179,7 +179,7 @@ def _record(
         "bank": describe_bank(subjects.bank, subjects.network.denoiser.info),
         "windows": subjects.windows.source,
         "seconds": seconds | {name: one.seconds for name, one in machines.items()},
-        # Against the network at the first of its numbers of steps.
+        # Compared with the network at the first number of steps.
         "machines": {
             name: described[name] | summary
             for name, summary in results[str(settings.network_steps[0])].items()
@@ -197,7 +197,7 @@ def _rows(
     shown = min(look.columns, settings.count)
     shape = next(iter(networks.values())).images.shape[1:]
     noise = seeded_noise(settings.seed, shown, (shape[0], shape[1], shape[2]))(0)
-    # At a third of its contrast, or most of it would be black or white.
+    # At a third of its contrast; otherwise most of it would be black or white.
     rows = {"noise": noise / 3}
     rows |= {f"network {steps}": one.images[:shown] for steps, one in networks.items()}
     rows |= {

@@ -1,4 +1,4 @@
-"""What is compared: a network by name or folder, a bank, machines over it, and their windows."""
+"""Subjects of a comparison: a network by name or folder, a bank, machines, and windows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network and where it came from."""
+    """A trained network and its origin."""
 
     name: str
     folder: Path
@@ -41,7 +41,7 @@ class Network:
     parameters: int
 
     def described(self) -> dict[str, Any]:
-        """Return what a record says of it."""
+        """Return its description in a record."""
         info = self.denoiser.info
         return {
             "name": self.name,
@@ -55,16 +55,16 @@ class Network:
 
 
 def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") -> Network:
-    """Return the network of a served name, else of a folder.
+    """Return the network of a served model, or of a folder.
 
     Args:
-        name: of a model in ``models``, NAME or NAME/VERSION, or a path; ``./NAME`` is always one.
-        models: the folder that is served.
-        device: where it shall run.
+        name: model in ``models``, NAME or NAME/VERSION, or a path; ``./NAME`` is always a path.
+        models: folder of served models.
+        device: device to run on.
 
     Raises:
-        InvalidArgumentError: There is no such name or folder, or both.
-        LoadError: A file is missing or refused; names it and the field or tensor.
+        InvalidArgumentError: Neither a model nor a folder has that name, or both have.
+        LoadError: A file is missing or rejected; names it and the field or tensor.
     """
     folder = _newest(_folder_of(name, models))
     weights = folder / WEIGHTS_FILE
@@ -80,7 +80,7 @@ def _folder_of(name: str, models: Path) -> Path:
     folders = [folder for folder in places if name and folder.is_dir()]
     if not folders:
         raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
-    # A folder of the same name may be something else, as what a comparison wrote.
+    # A folder of the same name may be something else, such as the output of a comparison.
     found = [folder for folder in folders if (_newest(folder) / MODEL_FILE).exists()]
     if len(found) == 2 and not found[0].samefile(found[1]):
         expected = f"one model: there is one in {models}, and ./{name}"
@@ -89,7 +89,7 @@ def _folder_of(name: str, models: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the folder of a model, which may be that of a version within it, resolved."""
+    """Return the resolved folder of a model; a folder of one of its versions is allowed."""
     folder = folder.resolve()
     return folder.parent if folder.name.isdecimal() else folder
 
@@ -108,22 +108,22 @@ def _newest(folder: Path) -> Path:
 
 def _count(weights: Path) -> int:
     with safe_open(weights, framework="np") as tensors:
-        # It has keys, but cannot be iterated.
+        # It has keys but is not iterable.
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     return sum(int(np.prod(shape)) for shape in shapes)
 
 
 def open_bank(path: Path, info: DenoiserInfo, limit: int | None = None) -> Bank:
-    """Return a bank, or a data set as one, that goes with a network.
+    """Return a bank, or a data set as a bank, that matches a network.
 
     Args:
-        path: what ``load_training_data`` reads.
-        info: of the network.
-        limit: how many images to keep at most: the first of each label, as many of each.
+        path: bank or data set, as for ``load_training_data``.
+        info: description of the network.
+        limit: maximum number of images, evenly from all labels, the first of each.
 
     Raises:
-        LoadError: The file is missing or refused.
-        InvalidArgumentError: Its images have another shape, or the network's labels are missing.
+        LoadError: The file is missing or rejected.
+        InvalidArgumentError: Its images have another shape, or labels of the network are missing.
     """
     bank = load_training_data([path])
     if bank.shape != info.shape:
@@ -154,7 +154,7 @@ def _limited(bank: Bank, limit: int) -> Bank:
 
 
 def describe_bank(bank: Bank, info: DenoiserInfo) -> dict[str, Any]:
-    """Return what a record says of a bank, and whether the network was trained on just it."""
+    """Return the description of a bank, and whether the network was trained on exactly it."""
     trained_on = info.bank.fingerprint if info.bank else None
     return vars(bank_info(bank)) | {"is_training_data": bank.fingerprint == trained_on}
 
@@ -167,17 +167,17 @@ def build_machines(
     windows: WindowTable | None = None,
     device: str = "cpu",
 ) -> dict[str, AnalyticDenoiser]:
-    """Return machines by name, with the padding of the network unless a name says another.
+    """Return machines by name, with the padding of the network unless the name has another.
 
     Args:
-        names: of ``MACHINES``, or MACHINE-PADDING, as in ``els-valid``.
-        bank: that all answer from.
-        info: of the network.
-        windows: by noise level, clipped to what is legal; None for the default ones.
-        device: where the bank is held.
+        names: keys of ``MACHINES``, or MACHINE-PADDING, such as ``els-valid``.
+        bank: images of all machines.
+        info: description of the network.
+        windows: by noise level, clipped to the maximum; None for the default ones.
+        device: device of the bank.
 
     Raises:
-        InvalidArgumentError: A name is unknown, or given twice.
+        InvalidArgumentError: A name is unknown or given twice.
     """
     if not names or len(set(names)) < len(names):
         raise InvalidArgumentError("machines", "at least one, each once", ", ".join(names))
@@ -201,25 +201,24 @@ def _machine(name: str, padding: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Windows:
-    """A table of windows, None for the default one, and where it was found."""
+    """A table of windows, None for the default one, and its origin."""
 
     table: WindowTable | None
     source: str
 
 
 def find_windows(network: Network, asked: str = "calibrated") -> Windows:
-    """Return the windows that a comparison shall use.
+    """Return the windows for a comparison.
 
     Args:
-        network: whose calibration is looked for.
-        asked: ``calibrated`` for the table in the network's folder, unless a record beside it
-            names other weights; else in a folder beside the model's whose record names these, else
-            the default; ``auto`` for the default; or an odd number; or a file or folder with a
-            table.
+        network: network whose calibration is used.
+        asked: ``calibrated`` for the table in the network's folder, unless its record names other
+            weights; otherwise in a sibling folder whose record names these weights, otherwise the
+            default; ``auto`` for the default; an odd number; or a file or folder with a table.
 
     Raises:
         LoadError: A table or record cannot be read.
-        InvalidArgumentError: Nothing is found where a file is named.
+        InvalidArgumentError: The named file does not exist.
     """
     if asked == "auto":
         return Windows(None, "auto")
@@ -240,7 +239,7 @@ def find_windows(network: Network, asked: str = "calibrated") -> Windows:
 
 def _calibrated(network: Network) -> Path | None:
     own = network.folder / RECORD_FILE
-    # A table without a record was put there by hand.
+    # A table without a record was written by hand.
     if own.with_name(WINDOWS_FILE).exists() and (not own.exists() or _is_of(own, network)):
         return own.with_name(WINDOWS_FILE)
     beside = sorted(model_folder(network.folder).parent.glob(f"*/{RECORD_FILE}"))
@@ -249,7 +248,7 @@ def _calibrated(network: Network) -> Path | None:
 
 
 def _is_of(record: Path, network: Network) -> bool:
-    """Return whether a calibration was that of ELS to these very weights."""
+    """Return whether a record is of a calibration of ELS to exactly these weights."""
     try:
         content = json.loads(record.read_bytes())
         fingerprint, machine = content["network"]["fingerprint"], content["machine"]

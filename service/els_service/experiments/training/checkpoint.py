@@ -1,4 +1,4 @@
-"""Checkpoints: all that a training run needs to go on, in one safetensors file, never torn."""
+"""Checkpoints: the state of a training run in one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _FORMAT = "els-training-1"
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int = 0
     """Steps taken."""
     seconds: float = 0.0
-    """Spent in all calls."""
+    """Seconds spent in all calls."""
     loss_sum: float = 0.0
-    """Of the steps since the last row of the log."""
+    """Sum of the losses of the steps since the last row of the log."""
     loss_steps: int = 0
 
 
 @dataclass(frozen=True)
 class State:
-    """What training changes."""
+    """State that training changes."""
 
     network: nn.Module
     average: nn.Module | None
@@ -44,7 +44,7 @@ class State:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> None:
-    """Write the state; ``settings`` are what it must be continued with."""
+    """Write the state, with the settings that a resumed run must have."""
     tensors = {f"network/{name}": t for name, t in state.network.state_dict().items()}
     if state.average is not None:
         tensors |= {f"average/{name}": t for name, t in state.average.state_dict().items()}
@@ -61,10 +61,10 @@ def save_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> 
 
 
 def restore_checkpoint(folder: Path, state: State, settings: Mapping[str, Any]) -> bool:
-    """Continue from a folder's checkpoint; return whether there is one.
+    """Restore the state from a folder's checkpoint; return whether there is one.
 
     Raises:
-        LoadError: It is no checkpoint of this run; names the setting or tensor.
+        LoadError: Not a checkpoint of this run; names the setting or tensor.
     """
     path = folder / CHECKPOINT_FILE
     if not path.exists():
@@ -94,7 +94,7 @@ def _restore_moments(state: State, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in state.network.named_parameters():
         moments = _part(tensors, f"optimizer/{name}/")
         state.optimizer.state[parameter] = {
-            # In the layout of the weights, which the fused update wants.
+            # In the layout of the weights, as the fused update requires.
             key: (torch.empty_like(parameter) if value.ndim else torch.empty_like(value)).copy_(
                 value
             )
@@ -111,7 +111,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """Return the metadata of a safetensors file whose header is known to be sound."""
+    """Return the metadata of a safetensors file whose header was validated."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata: dict[str, str] = header["__metadata__"]
     if metadata["format"] != _FORMAT:
@@ -124,4 +124,4 @@ def _check_settings(path: Path, found: dict[str, Any], asked: Mapping[str, Any])
     for name in sorted(found.keys() | asked.keys()):
         if found.get(name) != asked.get(name):
             reason = f"{name}: expected {found.get(name)} as begun, got {asked.get(name)}"
-            raise LoadError(path, f"{reason}; another --out begins anew")
+            raise LoadError(path, f"{reason}; use another --out to start over")

@@ -1,4 +1,4 @@
-"""Training data: banks or data sets, joined, with batches that depend on seed and step alone."""
+"""Training data: concatenated banks or data sets; batches depend only on seed and step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from els_service.experiments.training.settings import TrainingSettings
 
 _TIMES = 1000
 _ORDER, _NOISE = 1, 2
-"""Streams of random numbers, beside the first, which draws the weights."""
+"""Streams of random numbers; stream 0 is that of the weights."""
 
 
 def load_training_data(
@@ -38,18 +38,18 @@ def load_training_data(
     """Return all images of banks (``.safetensors``) and data sets as one bank.
 
     Args:
-        paths: banks, or what ``read_source`` reads; several are joined. Labels that have names are
-            joined by name, the others by number.
-        resize: (H, W) to fit the images of data sets to.
-        limit: how many images to take of each data set at most.
-        label_names: one a label, in place of those found; then parts are joined by number.
-        source: where the images come from, in place of what the banks say.
-        licence: likewise.
-        labelled: whether labels will be used; where they will not, their names need not agree.
+        paths: banks, or data sets as for ``read_source``, which are concatenated. Labels are
+            matched by name if they have names, otherwise by number.
+        resize: (H, W) of the images of data sets.
+        limit: maximum number of images of each data set.
+        label_names: one for each label, replacing those found; labels are then matched by number.
+        source: origin of the images, replacing that of the banks.
+        licence: licence of the images, replacing that of the banks.
+        labelled: whether labels will be used; otherwise their names may differ.
 
     Raises:
         LoadError: A file is missing, damaged or of an unknown format; names it.
-        InvalidArgumentError: The parts do not go together, or nothing is given.
+        InvalidArgumentError: The parts are incompatible, or there are none.
     """
     if not paths:
         raise InvalidArgumentError("data", "at least one file or folder", "none")
@@ -116,29 +116,29 @@ def _names(banks: Sequence[Bank]) -> tuple[str, ...]:
 
 def _renumbered(bank: Bank, names: Sequence[str]) -> npt.NDArray[np.int64]:
     number = {name: i for i, name in enumerate(names)}
-    # A label without images may have no number: none asks for it.
+    # A label without images needs no number.
     return np.array([number.get(name, 0) for name in bank.label_names])[bank.labels]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step: network inputs, what it should put out there, on the device."""
+    """One batch on the device: inputs of the network and target outputs."""
 
     x: Tensor
     """[B, C, H, W] float32: c_in·(a·x0 + s·ε)"""
     time: Tensor
     labels: Tensor
     target: Tensor
-    """(x0 - c_skip·x) / c_out, whatever the parametrisation."""
+    """Target: (x0 - c_skip·x) / c_out, for any parametrisation."""
 
 
 class Batches:
-    """The batches of a training run: step n is the same whenever and in whichever call it comes.
+    """Batches of a training run; batch n is the same in every run with the same seed.
 
     Args:
         bank: the images.
         settings: batch size, seed, parametrisation.
-        device: where images are kept and batches made.
+        device: device of images and batches.
     """
 
     def __init__(self, bank: Bank, settings: TrainingSettings, device: torch.device) -> None:
@@ -148,12 +148,12 @@ class Batches:
         self._order = (-1, np.empty(0, np.int64))
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch of a step, from 0."""
+        """Return the batch of a step, counted from 0."""
         settings = self._settings
         seed = np.random.SeedSequence((settings.seed, _NOISE, step))
         numbers = np.random.default_rng(seed)
         chosen = self._chosen(step)
-        # t = 0 is left out: there is no noise to be found in it.
+        # Without t = 0, which has no noise to predict.
         level = cosine(numbers.integers(1, _TIMES + 1, len(chosen)) / _TIMES)
         p = parametrise(settings.network.prediction, level, settings.network.sigma_data)
         columns = np.stack([level.a, level.s, p.c_in, p.c_skip, p.c_out, p.time])
@@ -169,11 +169,11 @@ class Batches:
         tensor = torch.from_numpy(array)
         if self._device.type == "cpu":
             return tensor
-        # From pinned memory: any other copy would wait until the GPU's work so far is done.
+        # From pinned memory: other copies wait for the GPU's pending work.
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _chosen(self, step: int) -> npt.NDArray[np.int64]:
-        """Return the step's part of an endless row of shuffled epochs."""
+        """Return the indices of a step within the infinite sequence of shuffled epochs."""
         images, batch = len(self._images), self._settings.batch
         places = np.arange(step * batch, (step + 1) * batch)
         parts = [
@@ -197,7 +197,7 @@ class Batches:
     def _withheld(
         self, labels: npt.NDArray[np.int64], numbers: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """Return the labels, some of them replaced by the null label."""
+        """Return the labels, some of them randomly replaced by the null label."""
         withheld = numbers.random(len(labels)) < self._settings.label_dropout
         return np.where(withheld, self._settings.network.label_count, labels)
 

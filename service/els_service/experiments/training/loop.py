@@ -1,8 +1,8 @@
-"""The training loop: denoising score matching, resumable at any step, the same bits by seed.
+"""The training loop: denoising score matching, resumable at any step, reproducible by seed.
 
 The loss is the mean square of F(c_in·x, t, label) - (x0 - c_skip·x)/c_out with t uniform on
-{1 … 1000}/1000, whatever F stands for. On a CPU a run that was killed and resumed ends in the same
-bits as one that was not, given the same number of threads; on a GPU up to rounding.
+{1 … 1000}/1000, for any parametrisation F. On a CPU an interrupted and resumed run gives the same
+bits as an uninterrupted one with the same number of threads; on a GPU the same up to rounding.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ RECORD_FILE = "training.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When a call pauses, saves and reports; none of it changes the weights that come out.
+    """Limits on when a call pauses, saves and reports; they do not change the weights.
 
     Raises:
-        InvalidArgumentError: A field is negative, or not a number, or there are no log steps.
+        InvalidArgumentError: A field is negative or not a number, or ``log_steps`` is 0.
     """
 
     seconds: float = math.inf
-    """After which the run pauses; the same call goes on with it."""
+    """Minutes after which the run pauses; the same call resumes it."""
     checkpoint_s: float = 30.0
     log_steps: int = 50
 
@@ -71,12 +71,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended."""
+    """Outcome of a call."""
 
     step: int
     steps: int
     loss: float
-    """Of the last row of the log."""
+    """Loss in the last row of the log."""
 
     @property
     def finished(self) -> bool:
@@ -95,22 +95,22 @@ def train(
     storage: torch.dtype = torch.float32,
     report: Callable[[Row, int], None] = lambda row, steps: None,
 ) -> Outcome:
-    """Train a network, or go on with it, and leave a servable model folder.
+    """Train a network, or resume training, and write a servable model folder.
 
     Args:
-        settings: what the weights depend on.
+        settings: settings that determine the weights.
         bank: the training images.
-        out: model folder; holds the checkpoint too, which a finished model can do without.
-        device: where to train.
+        out: model folder; also has the checkpoint, which a finished model does not need.
+        device: device to train on.
         limits: when to pause, save and report.
-        command: how to do it again, for the record.
-        storage: in which the weights are stored.
-        report: told of every row of the log, and of the number of steps.
+        command: command line, for the record.
+        storage: dtype of the stored weights.
+        report: callback with every row of the log and the number of steps.
 
     Raises:
-        InvalidArgumentError: Data or device do not suit the settings.
-        LoadError: ``out`` holds a checkpoint of another run, and says of which setting; or a model
-            without one.
+        InvalidArgumentError: Data or device are incompatible with the settings.
+        LoadError: ``out`` has a checkpoint of another run (names the setting that differs), or a
+            model without a checkpoint.
         ElsError: The loss is no longer finite.
     """
     limits, device = limits or Limits(), torch.device(device)
@@ -119,13 +119,13 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(settings, bank, out, device, limits)
     with allow_tf32(settings.precision == "tf32"), _repeatable():
-        run.go_on(report)
+        run.resume(report)
     _save(run, bank, command, storage)
     return Outcome(run.progress.step, run.steps, run.rows[-1].loss if run.rows else math.nan)
 
 
 class _Run:
-    """A training run under way; construction resumes it where ``out`` holds a checkpoint."""
+    """A training run; the constructor restores a checkpoint in ``out``."""
 
     def __init__(
         self,
@@ -157,16 +157,16 @@ class _Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The moving average where there is one, else the weights."""
+        """The moving average of the weights if there is one, otherwise the weights."""
         return (self._state.average or self.network).state_dict()
 
-    def go_on(self, report: Callable[[Row, int], None]) -> None:
-        """Take steps until all are done or the time is over, and leave a checkpoint."""
+    def resume(self, report: Callable[[Row, int], None]) -> None:
+        """Take steps until all are done or the time is over, and write a checkpoint."""
         compiled = self.settings.compile
         forward: Forward = torch.compile(self.network) if compiled else self.network
         progress, started = self.progress, time.monotonic()
         saved, before = started, self.progress.seconds
-        # Kept on the device: reading it every step would make a GPU wait.
+        # Kept on the device: reading it at every step would synchronise the GPU.
         loss = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.device)
         while progress.step < self.steps:
             loss += self._step(forward)
@@ -237,18 +237,18 @@ def _check(settings: TrainingSettings, bank: Bank, device: torch.device) -> None
 
 
 def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds a model, but no checkpoint: it is not this run's."""
+    """Reject a folder with a model but no checkpoint, which is not of this run."""
     if (out / CHECKPOINT_FILE).exists():
         return
     versions = sorted(out.glob(f"[0-9]*/{MODEL_FILE}"))
     for path in (out / MODEL_FILE, out / WEIGHTS_FILE, out / "windows.yaml", *versions):
         if path.exists():
             expected = "expected no model, or one with its checkpoint"
-            raise LoadError(path, f"{expected}, got this; another --out begins anew")
+            raise LoadError(path, f"{expected}, got this; use another --out to start over")
 
 
 def _new_network(settings: TrainingSettings, device: torch.device) -> Network:
-    """Return the network with the weights of its seed, the same on every device."""
+    """Return the network with its seed's weights, which are the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_network(settings.network)
@@ -257,7 +257,7 @@ def _new_network(settings: TrainingSettings, device: torch.device) -> Network:
 
 
 def _decay(ema: float, step: int) -> float:
-    """Return the average's decay: less at first, so that it forgets the random start."""
+    """Return the decay of the average: smaller at first, to forget the random initial weights."""
     return min(ema, (1 + step) / (10 + step))
 
 
@@ -269,7 +269,7 @@ def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Let cuDNN choose by speed, but only among algorithms that repeat their results."""
+    """Let cuDNN select the fastest of its deterministic algorithms."""
     cudnn = torch.backends.cudnn
     with cudnn.flags(
         enabled=cudnn.enabled,
@@ -290,7 +290,7 @@ def _save(run: _Run, bank: Bank, command: str, storage: torch.dtype) -> None:
 
 
 def _record(run: _Run, bank: Bank, command: str) -> dict[str, Any]:
-    """Return what is needed to train the network again, and what came out."""
+    """Return the settings to reproduce the training, and its results."""
     return {
         "command": command,
         "settings": run.settings.described(),
@@ -298,7 +298,7 @@ def _record(run: _Run, bank: Bank, command: str) -> dict[str, Any]:
         "step": run.progress.step,
         "steps": run.steps,
         "seconds": round(run.progress.seconds, 1),
-        # In the log's digits: a run that was resumed after its last row has no others.
+        # With the log's digits, which are all that a resumed run has.
         "loss": float(f"{run.rows[-1].loss:.6g}") if run.rows else None,
         "parameters": sum(parameter.numel() for parameter in run.network.parameters()),
         "device": _device_name(run.device),

@@ -1,4 +1,4 @@
-"""The log of a training run: rows of CSV, a picture of the loss, and the record beside a model."""
+"""Log of a training run: CSV rows, a plot of the loss, and the record in the model folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIZE, _MARGIN, _INK = (640, 360), 40, "#1f4e9c"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the log; the loss is the mean since the row before."""
+    """One row of the log; the loss is the mean since the previous row."""
 
     step: int
     epoch: float
@@ -31,18 +31,18 @@ class Row:
 
 
 def read_log(folder: Path, last_step: int) -> list[Row]:
-    """Return the rows up to a step: those after it were lost with their steps."""
+    """Return the rows up to a step; later rows are of steps after the checkpoint."""
     path = folder / LOG_FILE
     if not path.exists():
         return []
-    # A killed run may leave a torn last row, in any byte of it.
+    # A killed run may leave an incomplete last row, cut at any byte.
     lines = path.read_bytes().decode(errors="replace").split("\n")[1:-1]
     rows = (row for line in lines if (row := _parsed(line)))
     return [row for row in rows if row.step <= last_step]
 
 
 def _parsed(line: str) -> Row | None:
-    """Return a row of the log; None where it is none."""
+    """Return a row of the log, or None if the line is invalid."""
     step, *others = line.split(",")
     try:
         return Row(int(step), *map(float, others))
@@ -71,7 +71,7 @@ def _fields(row: Row) -> tuple[str, ...]:
 
 
 def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
-    """Draw the loss over steps, the loss on a logarithmic axis."""
+    """Plot the loss over steps, with a logarithmic loss axis."""
     rows = [row for row in rows if row.loss > 0]
     if not rows:
         return
@@ -89,7 +89,7 @@ def plot_loss(folder: Path, rows: Sequence[Row]) -> None:
     draw = ImageDraw.Draw(image)
     draw.rectangle((_MARGIN, _MARGIN, _MARGIN + width, _MARGIN + height), outline="grey")
     draw.line(points, fill=_INK, width=2)
-    # A single row is no line.
+    # A single row makes no line.
     x, y = points[-1]
     draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=_INK)
     draw.text((4, _MARGIN - 6), f"{math.exp(high):.3g}", fill="black")

@@ -1,4 +1,4 @@
-"""How a network is trained: all that its weights depend on, beside the data."""
+"""Training settings: everything other than the data that determines the weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from els_service.errors import InvalidArgumentError
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 _DECAY = 0.999965
-"""Of the paper, a step."""
+"""Decay of the learning rate per step in the paper."""
 _WARM_UP = 0.3
 _START, _END = 1 / 25, 1e-4
-"""Of a one-cycle rate's ends, relative to its peak."""
+"""Ends of the one-cycle schedule, relative to its peak."""
 
 
 def _constant(progress: float, step: int) -> float:
@@ -57,17 +57,17 @@ class TrainingSettings:
     epochs: float = 300
     batch: int = 128
     rate: float = 1e-4
-    """The highest learning rate."""
+    """Maximum learning rate."""
     schedule: str = "decay"
     """A key of ``RATES``."""
     weight_decay: float = 0.01
     ema: float = 0.0
-    """Decay a step of the moving average of the weights; 0: none."""
+    """Decay per step of the moving average of the weights; 0 means none."""
     label_dropout: float = 0.0
-    """How often a label is withheld, if the network has a null label."""
+    """Probability of dropping a label, if the network has a null label."""
     seed: int = 0
     precision: str = "float32"
-    """Of the passes; weights and their updates are always float32."""
+    """Precision of the passes; weights and their updates are always float32."""
     channels_last: bool = True
     compile: bool = False
 
@@ -87,15 +87,15 @@ class TrainingSettings:
             raise InvalidArgumentError("label_dropout", expected, self.label_dropout)
 
     def steps(self, images: int) -> int:
-        """Return the number of steps over a data set."""
+        """Return the number of steps for a data set of this size."""
         return max(1, round(self.epochs * images / self.batch))
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step, from 0."""
+        """Return the learning rate of a step, counted from 0."""
         return self.rate * RATES[self.schedule](step / steps, step)
 
     def described(self) -> dict[str, Any]:
-        """Return the settings as JSON can hold them."""
+        """Return the settings as JSON."""
         return dataclasses.asdict(self)
 
 

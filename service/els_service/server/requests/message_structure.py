@@ -1,4 +1,4 @@
-"""Bound of what a message holds beside its bulk data, checked on its bytes before they are parsed.
+"""Bound on the structure of a message, checked on its bytes before they are parsed.
 
 A parser makes up to fifty bytes of one on the wire: of empty sub-messages, of numbers packed as
 single bytes. Bulk data, which are strings, ``bytes`` and packed floating-point numbers, cost

@@ -1,4 +1,4 @@
-"""Resume tokens: where a trajectory stopped, as opaque bytes that only its own request may use.
+"""Resume tokens: checkpoints of trajectories, opaque and bound to their request.
 
     "els2" · digest of request and model (16) · seed u64 · step u32 · state f64 [count, C, H, W] ·
     checksum of all that (16)

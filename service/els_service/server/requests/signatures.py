@@ -1,4 +1,4 @@
-"""What every model takes and gives in the Open Inference Protocol: names, datatypes, shapes.
+"""Tensor names, datatypes and shapes of every model in the Open Inference Protocol.
 
 Inputs: ``x`` FP32 [-1, C, H, W]; exactly one of ``sigma``, ``alpha_bar``, ``time`` FP32 [-1];
 optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised`` and ``score`` FP32

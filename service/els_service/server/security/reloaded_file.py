@@ -1,4 +1,4 @@
-"""Files that are read anew when they change; a broken one leaves what was read before."""
+"""Files reloaded on change; a broken one leaves the last good content in place."""
 
 from __future__ import annotations
 

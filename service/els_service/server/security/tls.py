@@ -1,4 +1,4 @@
-"""TLS from PEM files: every handshake gets the newest pair that is whole."""
+"""TLS from PEM files: every handshake uses the newest complete pair."""
 
 from __future__ import annotations
 

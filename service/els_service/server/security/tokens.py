@@ -1,4 +1,4 @@
-"""Bearer tokens: a file of their hashes, looked up for every call; nothing here shows a token.
+"""Bearer tokens: a file of their hashes, looked up at every call.
 
 The file is YAML or JSON, a list of entries as ``els-server token`` prints them:
 

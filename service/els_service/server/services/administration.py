@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's extensions: repository, configuration, statistics, log."""
+"""Extensions of the Open Inference Protocol: repository, configuration, statistics, log."""
 
 from __future__ import annotations
 

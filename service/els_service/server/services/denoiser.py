@@ -1,4 +1,4 @@
-"""``denoise.v1.DenoiserService``: decode, ask the engine, encode."""
+"""Service ``denoise.v1.DenoiserService``: reads requests, asks the engine, writes answers."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.interceptor import Answer, Context, check_message
 from els_service.server.transport.request_context import context_of
+from els_service.server.transport.tcp_info import shut_down
 
 _SAMPLERS: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -80,15 +81,14 @@ class DenoiserService(DenoiserServiceServicer):
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
     ) -> AsyncIterator[Answer]:
         """Return the answers in the order of their requests."""
-        window = Window(self._engine.memory, caller_of(context))
+        disconnect = partial(shut_down, context.peer())
+        window = Window(self._engine.memory, caller_of(context), disconnect)
         return in_order(requests, partial(self._begin, context), self._draining, window)
 
     def _begin(self, context: Context, request: pb.DenoiseRequest) -> Answer | Awaitable[Answer]:
         """Return the answer to one request of a stream, or the answer to come."""
         check_message(request)
         entry, form, query, checked = self._stream.read(request)
-        # The query has the pixels; what the request still holds counts in the stream's window.
-        request.x.ClearField("data")
         terms = context_of(context, request.priority, request.timeout_s)
         answer = self._engine.denoise(entry, query, terms, checked=checked)
         if isinstance(answer, Denoised):

@@ -1,4 +1,4 @@
-"""The service ``grpc.health.v1.Health``: statuses of services, asked for or watched.
+"""Service ``grpc.health.v1.Health``: status of each service, by request or watch.
 
 Each watcher is woken by an event of its own and is sent the latest status only; one that does not
 take an answer delays nobody but itself and those on its connection.

@@ -1,4 +1,4 @@
-"""Bookkeeping of the calls that watch the health at one port: who is admitted, woken, dropped.
+"""Registry of the calls that watch health at one port, with their bounds.
 
 A watcher is *held* from its admission to the end of its call, and *live* until it is dropped. A
 connection is bounded in what it holds, as a dropped call costs memory until the peer takes the

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: every model under its name, for existing clients.
+"""Open Inference Protocol: server and model metadata, and ``ModelInfer``.
 
 ``signatures`` lists the inputs and outputs of a model, ``requests.inference`` reads them.
 """

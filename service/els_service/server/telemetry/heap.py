@@ -1,4 +1,4 @@
-"""What this process has allocated, as its allocators count it: resident memory counts more."""
+"""Allocator statistics (glibc, CPython), and the return of freed memory to the system."""
 
 from __future__ import annotations
 

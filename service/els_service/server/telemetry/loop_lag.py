@@ -1,4 +1,4 @@
-"""How late the event loop is: what every call waits before anything is done for it."""
+"""Lag of the event loop, which every call waits."""
 
 from __future__ import annotations
 

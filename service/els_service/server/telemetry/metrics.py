@@ -1,4 +1,4 @@
-"""Prometheus metrics: what was asked, how long it waited and computed, in which company.
+"""Prometheus metrics of calls, queues and batches.
 
 Everything is counted in plain numbers on the event loop; families are made when they are scraped.
 ``grpc_server_…`` have the names, labels and code values of go-grpc-prometheus, so that dashboards

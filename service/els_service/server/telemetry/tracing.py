@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each call, its waits and computations, and one for each batch.
+"""OpenTelemetry spans of calls, their waits and computations, and batches.
 
     caller's span ─► call (server span) ─┬► queue
                                          └► compute ··link··► batch ··links··► call, call, …

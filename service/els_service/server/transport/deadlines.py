@@ -1,4 +1,4 @@
-"""Deadlines as gRPC sends them: a caller may have less time than its server is told."""
+"""Deadlines of callers, corrected for gRPC's rounding of timeouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gRPC server that waits for all it asks of gRPC's core, so that all of it is freed.
+"""gRPC server whose operations are all awaited, so that their memory is freed.
 
 grpc.aio frees a batch of operations when a task sees it end well. One that fails, or whose task is
 cancelled meanwhile, is never freed: some hundred bytes for each call that its caller leaves

@@ -1,4 +1,4 @@
-"""What every call shares: bad bytes and errors become statuses; each call is counted and logged.
+"""Interceptor of calls: parses, counts, logs and traces them, and maps errors to statuses.
 
 A status carries ``google.rpc.BadRequest`` details where a field is to blame. An exception that is
 no ``ElsError`` becomes INTERNAL with a neutral text; the log has its cause.
@@ -272,12 +272,15 @@ class CallInterceptor:
                     holding = receiver.hold(caller_of(context), size)
                 self._admit(request)
                 answer = await behaviour(request, context)
+                if holding is None and (size := _size(answer)) > LARGE_BYTES:
+                    holding = receiver.hold(caller_of(context), size)
             except BaseException as error:
                 del request  # grpc keeps this frame until garbage is collected
-                await self._fail(error, under_way)
-            finally:
                 if holding is not None:
                     receiver.budget.release(holding)
+                await self._fail(error, under_way)
+            if holding is not None:
+                receiver.hold_until_sent(holding, task, context.peer())
             self._end("OK", under_way)
             return answer
 
@@ -443,9 +446,17 @@ async def _write_all(answers: Any, method: Method, context: Context) -> None:
             method.sent += 1
 
 
+def _size(answer: Answer) -> int:
+    """Return the bytes of an answer."""
+    size: int = len(answer) if type(answer) is bytes else answer.ByteSize()
+    return size
+
+
 async def _write(context: Context, answer: Any) -> None:
     try:
         await context.write(answer)
+    except grpc.aio.AbortError:
+        raise  # its call was rejected meanwhile
     except grpc.aio.BaseError as error:
         raise asyncio.CancelledError("the caller is gone") from error
     check_cancelled()

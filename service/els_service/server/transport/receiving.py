@@ -1,4 +1,4 @@
-"""Messages on their way in: what has arrived of them counts in one budget, and none takes for ever.
+"""Receiving of messages: bytes in flight count in one budget, and have a time limit.
 
 gRPC gives a caller room for a whole message as soon as it is waited for, and hands it over when it
 is whole. So every handler waits for its messages through a ``Receiver``. A message that is there at
@@ -10,6 +10,9 @@ room, the newest message of the caller that holds most is rejected.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -25,27 +28,38 @@ from els_service.server.requests.message_structure import (
     inflated,
     is_large_gzip,
 )
+from els_service.server.transport.caller import set_token_name
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.tcp_info import TcpConnections
+from els_service.server.transport.tcp_info import TcpConnections, shut_down
 
 LARGE_BYTES = 64 << 10
 """A smaller message is not accounted for once it is whole."""
 _WHOLE = 2
 """Times its size that a larger one holds until it is answered: the message, and its answer."""
 _LOOK_S = 0.01
+_DOUBLINGS = 10
 _LOOK_SHARE = 0.05
 """Part of the event loop's time that looking may take."""
 _UNSEEN_BYTES = 8 << 20
 """What a message may have received before it is looked at: 20 ms at 3 Gbit/s."""
+_SLOW_S = 0.1
+"""Until a message has been late for so long nothing that may have come unseen is charged."""
+_SCAN_S = 1.0
+"""Between looks for a connection's further sockets while a message on it is late."""
+_UNREAD_S = 1.0
+"""An answer that has not left for so long may be evicted, by ending its connection."""
 _FORGET_S = 10.0
 """A connection is forgotten when nothing of it was late for so long."""
-_FRAME_BYTES, _FRAME_OVERHEAD, _CALL_OVERHEAD = 16 << 10, 9, 64
-"""HTTP/2 needs this much beside a message at least."""
+_FRAME_BYTES, _FRAME_OVERHEAD, _CALL_OVERHEAD = 16 << 10, 9, 200
+"""HTTP/2 and headers need about this much beside a message."""
 _RETRY_S = 1.0
 _DECOMPRESSIONS = 2
 """Messages that are decompressed at once, each in a thread."""
 _HEAD_BYTES = 64
 """Of a message that cannot be decompressed: enough to see that."""
+
+_log = logging.getLogger(__name__)
+_NO_VARIABLES = contextvars.Context()
 
 Context = Any
 Reject = Callable[[Any, ElsError], Awaitable[None]]
@@ -62,29 +76,72 @@ asked. To ask the context of a call that has ended ends the process.
 class _Late:
     """Message that was not there at once."""
 
-    __slots__ = ("caller", "context", "holding", "limit_s", "peer", "reject", "rejected", "since")
+    __slots__ = (
+        *("caller", "context", "holding", "limit_s", "peer"),
+        *("reject", "rejected", "since", "token"),
+    )
 
     def __init__(self, context: Context, terms: _Terms, now: float) -> None:
-        self.context, (caller, self.reject, self.limit_s, _, peer) = context, terms
+        self.context, (self.token, self.reject, self.limit_s, _, peer) = context, terms
         self.peer: str = peer or context.peer()
-        self.caller = caller or self.peer
+        self.caller = self.token or self.peer
         self.since = now
         self.holding: Holding | None = None
         self.rejected = False
 
 
 class _Connection:
-    """Connection with a late message, or a stream."""
+    """Connection with a late message, or a stream.
 
-    __slots__ = ("base", "delivered", "idle_since", "late")
+    Args:
+        unseen: bytes at most that a late message may have received before the first look.
+        now: on the monotonic clock.
+    """
 
-    def __init__(self, base: int, now: float) -> None:
-        self.base = base
-        """Bytes received before any of a message that is late now."""
+    __slots__ = ("_delivered_since", "_mark", "base", "delivered", "idle_since", "late", "unseen")
+
+    def __init__(self, unseen: int, now: float) -> None:
+        self.base: int | None = None
+        """Bytes received before any of a message that is late now; None before the first look."""
         self.delivered = 0
         """Bytes of messages since then."""
+        self.unseen = unseen
+        self._mark: int | None = None
+        """Bytes received at the look before the latest one at which nothing was late."""
+        self._delivered_since = 0
         self.late: list[_Late] = []
         self.idle_since = now
+
+    def unfinished(self, received: int, now: float) -> int:
+        """Return the bytes of messages that are not complete.
+
+        Args:
+            received: of the connection, in all.
+            now: on the monotonic clock.
+        """
+        if self.base is None:
+            self.base = max(0, received - LARGE_BYTES)
+            self.unseen = min(self.unseen, self.base)
+        if self.unseen and now - min(late.since for late in self.late) > _SLOW_S:
+            self.base, self.unseen = self.base - self.unseen, 0
+        unfinished = received - self.base - self.delivered
+        if unfinished < 0:
+            # Overheads are estimates: what was subtracted in excess is no credit.
+            self.base += unfinished
+        return max(0, unfinished)
+
+    def deliver(self, size: int) -> None:
+        """Note that a message of ``size`` bytes is complete, or was given up."""
+        frames = 1 + size // _FRAME_BYTES
+        whole = size + frames * _FRAME_OVERHEAD + _CALL_OVERHEAD
+        self.delivered += whole
+        self._delivered_since += whole
+
+    def settle(self, received: int | None) -> None:
+        """Note that no message is late: what was received before the last look is delivered."""
+        self.base = received if self._mark is None else self._mark
+        self.delivered, self.unseen = self._delivered_since, 0
+        self._mark, self._delivered_since = received, 0
 
 
 class Messages:
@@ -156,6 +213,10 @@ class Receiver:
         self._sockets = TcpConnections()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._scanned = -math.inf
+        """When the sockets were looked for last, on the monotonic clock."""
+        self._uncounted = 0
+        """Bytes charged in this look on sockets that count none."""
         self._decompressing = asyncio.Semaphore(_DECOMPRESSIONS)
 
     @property
@@ -179,7 +240,7 @@ class Receiver:
     def end(self, context: Context, size: int) -> None:
         """Note that it is there, with ``size`` bytes, or will not come."""
         terms = self._pending.pop(context, None)
-        if terms is not None and self._connections:
+        if terms is not None and (self._connections or self._late):
             self._deliver(context, size, terms[4])
 
     async def read(
@@ -227,14 +288,24 @@ class Receiver:
         Raises:
             QueueFullError: There is no room for as much as it may become.
         """
-        holding = self.hold(caller, min(announced_bytes(data), max_bytes))
+        holding = self.hold(caller, max(len(data), min(announced_bytes(data), max_bytes)))
         try:
-            async with self._decompressing:
-                return await asyncio.to_thread(inflated, data, max_bytes)
+            await self._decompressing.acquire()
+        except BaseException:
+            self.budget.release(holding)
+            raise
+        work = asyncio.get_running_loop().run_in_executor(None, inflated, data, max_bytes)
+
+        def done(_: object) -> None:
+            self.budget.release(holding)
+            self._decompressing.release()
+
+        # The thread goes on where the caller has left; until it ends it holds its memory.
+        work.add_done_callback(done)
+        try:
+            return await asyncio.shield(work)
         except MessageStructureError:
             return data[:_HEAD_BYTES]
-        finally:
-            self.budget.release(holding)
 
     def hold(self, caller: str, size: int) -> Holding:
         """Return the holding of a message over ``LARGE_BYTES``, to be released with its answer.
@@ -246,6 +317,32 @@ class Receiver:
         if holding is None:
             raise self._full(f"a message of {size} bytes")
         return holding
+
+    def hold_until_sent(self, holding: Holding, task: asyncio.Task[Any], peer: str) -> None:
+        """Keep a holding until the answer of a call has left.
+
+        An answer that its caller does not read cannot be taken back from gRPC. If others need the
+        memory, its connection is ended.
+
+        Args:
+            holding: released at the end of the task.
+            task: of the call.
+            peer: of the call.
+        """
+
+        def evict() -> None:
+            _log.warning("connection ended: its answers are not read", extra={"peer": peer})
+            shut_down(peer)
+
+        timer = asyncio.get_running_loop().call_later(
+            _UNREAD_S, self.budget.allow_eviction, holding, evict, context=_NO_VARIABLES
+        )
+
+        def sent(_: object) -> None:
+            timer.cancel()
+            self.budget.release(holding)
+
+        task.add_done_callback(sent, context=_NO_VARIABLES)
 
     def close(self) -> None:
         """Look no more."""
@@ -264,34 +361,46 @@ class Receiver:
     def track(self, peer: str) -> None:
         """Count a connection's bytes from the beginning of a stream: it may wait for long."""
         if peer not in self._connections:
-            self._connect(peer, LARGE_BYTES, time.monotonic())
-
-    def _connect(self, peer: str, unseen: int, now: float) -> _Connection:
-        received = self._sockets.received(peer) or 0
-        connection = self._connections[peer] = _Connection(max(0, received - unseen), now)
-        return connection
+            self._connections[peer] = _Connection(0, time.monotonic())
 
     def _look_in(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+        # Without the variables of the call that happens to be the current one.
+        self._timer = asyncio.get_running_loop().call_later(
+            seconds, self._look, context=_NO_VARIABLES
+        )
 
     def _look(self) -> None:
-        """Account for what has arrived of messages that are late."""
+        """Account for what has arrived of messages that are late, and plan the next look."""
         now = time.monotonic()
+        try:
+            self._account_all(now)
+        except Exception:
+            # The next look has to come: it enforces limits of time and memory.
+            _log.exception("accounting of messages that are being received")
+        self._timer = None
+        if self._pending or self._connections:
+            self._look_in(max(_LOOK_S, (time.monotonic() - now) / _LOOK_SHARE))
+
+    def _account_all(self, now: float) -> None:
         for connection in self._connections.values():
             connection.late.clear()
         for context, terms in list(self._pending.items()):
             if terms[3] < self._looks:
                 self._note_late(context, terms, now)
         self._looks += 1
+        late = [each for each in self._connections.values() if each.late]
+        if any(each.base is None for each in late) or (late and now - self._scanned > _SCAN_S):
+            self._sockets.scan()
+            self._scanned = now
+        self._uncounted = 0
         for peer, connection in list(self._connections.items()):
             if connection.late:
                 connection.idle_since = now
-                self._account(peer, connection)
+                self._account(peer, connection, now)
             elif now - connection.idle_since > _FORGET_S:
                 del self._connections[peer]
-        self._timer = None
-        if self._pending or self._connections:
-            self._look_in(max(_LOOK_S, (time.monotonic() - now) / _LOOK_SHARE))
+            else:
+                connection.settle(self._sockets.received(peer))
 
     def _note_late(self, context: Context, terms: _Terms, now: float) -> None:
         late = self._late.get(context)
@@ -303,21 +412,35 @@ class Receiver:
         if not late.rejected:
             connection = self._connections.get(late.peer)
             if connection is None:
-                connection = self._connect(late.peer, _UNSEEN_BYTES, now)
+                connection = self._connections[late.peer] = _Connection(_UNSEEN_BYTES, now)
             connection.late.append(late)
 
-    def _account(self, peer: str, connection: _Connection) -> None:
+    def _account(self, peer: str, connection: _Connection, now: float) -> None:
         received = self._sockets.received(peer)
         if received is None:
-            # A socket of the file system: of a unary message all may be there but a byte.
-            sizes = [0 if each.limit_s is None else self._max_bytes for each in connection.late]
+            sizes = [self._possible(late, now) for late in connection.late]
         else:
-            unfinished = max(0, received - connection.base - connection.delivered)
-            each_size = min(self._max_bytes, unfinished // len(connection.late))
-            sizes = [each_size] * len(connection.late)
+            unfinished = connection.unfinished(received, now)
+            sizes = [min(self._max_bytes, unfinished // len(connection.late))] * len(
+                connection.late
+            )
         for late, size in zip(connection.late, sizes, strict=True):
             if not late.rejected and not self._resize(late, size):
                 self._reject(late, self._full("a message that is being received"))
+
+    def _possible(self, late: _Late, now: float) -> int:
+        """Return the bytes that a message may have received on a socket that counts none.
+
+        Those of the file system do not. Together they are charged half of the budget at most; the
+        rest is charged more than there is room for, and so rejected.
+        """
+        if late.limit_s is None:
+            return 0
+        looks = min(int((now - late.since) / _LOOK_S), _DOUBLINGS)
+        size = min(self._max_bytes, LARGE_BYTES << looks)
+        self._uncounted += size
+        fits = 2 * self._uncounted <= self.budget.capacity
+        return size if fits else math.ceil(self.budget.capacity) + 1
 
     def _resize(self, late: _Late, size: int) -> bool:
         if late.holding is not None:
@@ -331,7 +454,11 @@ class Receiver:
     def _reject(self, late: _Late, error: ElsError) -> None:
         if not late.rejected:
             late.rejected = True
-            task = asyncio.ensure_future(self._end(late, error))
+            variables = contextvars.Context()
+            if late.token is not None:
+                variables.run(set_token_name, late.token)
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._end(late, error), context=variables)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -345,9 +472,11 @@ class Receiver:
 
     def _deliver(self, context: Context, size: int, peer: str | None) -> None:
         late = self._late.pop(context, None)
+        charged = 0
         if late is not None and late.holding is not None:
+            charged = round(late.holding.amount)
             self.budget.release(late.holding)
         connection = self._connections.get(late.peer if late else peer or context.peer())
-        if connection is not None and size:
-            frames = 1 + size // _FRAME_BYTES
-            connection.delivered += size + frames * _FRAME_OVERHEAD + _CALL_OVERHEAD
+        if connection is not None:
+            # What was received of a message that does not come any more is no part of the next.
+            connection.deliver(size or charged)

@@ -1,4 +1,4 @@
-"""On which terms a request is answered: its deadline, its priority, and whose it is."""
+"""Scheduling context of a call: deadline, priority, caller, trace."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bytes that a peer has sent over its TCP connection, as the kernel counts them.
+"""TCP connections of this process by peer: bytes received, and shutdown.
 
-gRPC tells nothing of a message before it is whole, ``tcpi_bytes_received`` of tcp(7) does.
+gRPC reports nothing about a message before it is complete; ``tcpi_bytes_received`` of tcp(7) does.
 """
 
 from __future__ import annotations
@@ -21,13 +21,29 @@ _Address = tuple[str, int]
 
 
 class TcpConnections:
-    """Connections of this process, by peer; looked up among its open files."""
+    """Connections of this process by peer, as of the latest ``scan`` of its open files."""
 
     def __init__(self) -> None:
-        self._files: dict[_Address, int] = {}
+        self._files: dict[_Address, list[int]] = {}
+
+    def scan(self) -> None:
+        """Find the connections; keeps those known where the open files cannot be listed."""
+        try:
+            names = os.listdir("/proc/self/fd")
+        except OSError:
+            return  # no file can be opened at the moment
+        files: dict[_Address, list[int]] = {}
+        for name in names:
+            address = _peer_of(int(name))
+            if address is not None:
+                files.setdefault(address, []).append(int(name))
+        self._files = files
 
     def received(self, peer: str) -> int | None:
-        """Return the bytes received of a peer; None where there is no such TCP connection.
+        """Return the bytes received from a peer; None where no TCP connection of it is known.
+
+        A peer may have several connections from one port, to different ports of this process:
+        their sum counts.
 
         Args:
             peer: as gRPC writes it: ``ipv4:127.0.0.1:5``, ``ipv6:%5B::1%5D:5``, ``unix:``.
@@ -35,26 +51,37 @@ class TcpConnections:
         address = _address_of(peer)
         if address is None:
             return None
-        file = self._files.get(address)
-        if file is not None and _peer_of(file) == address:
-            return _received_of(file)
-        self._files = dict(_peers())
-        file = self._files.get(address)
-        return None if file is None else _received_of(file)
+        files = self._files.get(address, ())
+        counts = [_received_of(file) for file in files if _peer_of(file) == address]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
 
 
-def _peers() -> Iterator[tuple[_Address, int]]:
-    for name in os.listdir("/proc/self/fd"):
-        address = _peer_of(int(name))
-        if address is not None:
-            yield address, int(name)
+def shut_down(peer: str) -> None:
+    """End the TCP connections of a peer: every call on them is cancelled.
+
+    Args:
+        peer: as of ``TcpConnections.received``; others than TCP's are left.
+    """
+    address = _address_of(peer)
+    connections = TcpConnections()
+    connections.scan()
+    for file in connections._files.get(address, ()) if address else ():
+        try:
+            with _borrowed(file) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue  # it ended meanwhile
 
 
 def _peer_of(file: int) -> _Address | None:
     try:
         with _borrowed(file) as connection:
             name = connection.getpeername()
-            return _normalised(name[0], name[1]) if isinstance(name, tuple) else None
+            # Sockets of other families, such as netlink, have numbers for names.
+            if not isinstance(name, tuple) or not isinstance(name[0], str):
+                return None
+            return _normalised(name[0], name[1])
     except (OSError, ValueError):
         return None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tests.e2e.bad_requests import INF, NAN, Bad
-from tests.e2e.models_folder import SHAPE
+from tests.support.bad_requests import INF, NAN, Bad
+from tests.support.models_folder import SHAPE
 
 from els_proto.inference import grpc_service_pb2 as pb
 

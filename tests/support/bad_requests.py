@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import Message
-from tests.e2e.models_folder import SHAPE
+from tests.support.models_folder import SHAPE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 

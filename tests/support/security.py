@@ -13,7 +13,7 @@ import grpc
 import trustme
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support.refusals import TIMEOUT_S
 
 from els_service.server.security.tokens import Role, new_token
 

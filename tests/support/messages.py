@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
-from tests.e2e.models_folder import SHAPE
+from tests.support.models_folder import SHAPE
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -51,3 +51,12 @@ async def images_computed(channel: grpc.aio.Channel, model: str) -> int:
     request = oip.ModelStatisticsRequest(name=model)
     (statistics,) = (await inference(channel).ModelStatistics(request, timeout=30)).model_stats
     return int(statistics.inference_count)
+
+
+def large(field: int, payload: bytes) -> bytes:
+    """Return a message of one length-delimited field."""
+    size, varint = len(payload), bytearray()
+    while size >= 0x80:
+        varint.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([field << 3 | 2, *varint, size]) + payload

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 
 import grpc
-from tests.e2e.asking import asked, denoiser, images
+from tests.support.messages import asked, denoiser, images
 
 CALLS, IMAGES = 20, 16
 

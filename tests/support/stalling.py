@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from grpc_health.v1 import health_pb2
-from tests.e2e import frames
-from tests.e2e.bad_requests import sample
-from tests.e2e.refusals import TIMEOUT_S
+from tests.support import frames
+from tests.support.bad_requests import sample
+from tests.support.refusals import TIMEOUT_S
 
 from els_service.server.services.health import WRITES_OF_PEER
 

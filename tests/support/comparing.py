@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.denoisers.networks import config, write_folder
+from tests.support.networks import config, write_folder
 
 from els_service.denoisers.banks import Bank, make_bank, save_bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo

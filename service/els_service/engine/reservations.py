@@ -1,4 +1,4 @@
-"""Rooms: budgets with the words for their refusals, and what one request holds of several."""
+"""Budgets with their error texts, and what one request reserves of several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RETRY_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Room:
+class NamedBudget:
     """Budget that requests hold parts of while they wait.
 
     Args:
@@ -77,9 +77,9 @@ class Reservation:
 
     def __init__(self, caller: str, gave_way: Callable[[QueueFullError], None]) -> None:
         self.caller, self._gave_way = caller, gave_way
-        self._held: list[tuple[Room, Holding]] = []
+        self._held: list[tuple[NamedBudget, Holding]] = []
 
-    def reserve(self, parts: Sequence[tuple[Room, float]]) -> None:
+    def reserve(self, parts: Sequence[tuple[NamedBudget, float]]) -> None:
         """Hold an amount of each room, beside what is held already.
 
         Raises:
@@ -94,7 +94,7 @@ class Reservation:
             assert holding is not None
             self._held.append((room, holding))
 
-    def begin(self, queue: Sequence[Room], share: float) -> None:
+    def begin(self, queue: Sequence[NamedBudget], share: float) -> None:
         """Keep a share, 0 to 1, of what is held of a queue's rooms; pin what is held of others.
 
         For a request of which a part ceases to wait and is computed.
@@ -107,7 +107,7 @@ class Reservation:
         if not share:
             self.release(*queue)
 
-    def release(self, *rooms: Room) -> None:
+    def release(self, *rooms: NamedBudget) -> None:
         """Release what is held of some rooms; of all where none is named. Twice is no matter."""
         kept = []
         for room, holding in self._held:
@@ -118,7 +118,7 @@ class Reservation:
         # A holding knows its request: together they would stay until garbage is collected.
         self._held = kept
 
-    def _evicted(self, room: Room) -> None:
+    def _evicted(self, room: NamedBudget) -> None:
         amount = sum(holding.amount for other, holding in self._held if other is room)
         error = room.gave_way(self.caller, amount)
         # What is pinned is in use; it is released when that ends.
@@ -126,7 +126,7 @@ class Reservation:
         self._gave_way(error)
 
 
-class Stay:
+class TrajectoryReservation:
     """A trajectory, or a query whose model is being loaded, which ends if it has to give way.
 
     Args:

@@ -1,0 +1,87 @@
+"""Answers that nobody reads: what they hold is bounded, and other callers get in."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.e2e.test_unfinished_messages import BUDGET, MIB, memory, port_of
+from tests.support import frames
+from tests.support.bad_requests import denoise, tensor
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
+from tests.support.unfinished import DENOISE, Sender
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+
+_OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@pytest.fixture
+def tight(models: Path) -> Iterator[ServerProcess]:
+    """A server of which all callers together may hold 256 MiB."""
+    with serving("--models", models, "--threads", 1, ELS_IN_FLIGHT_BYTES=str(BUDGET)) as process:
+        yield process
+
+
+def images(count: int) -> pb.DenoiseRequest:
+    shape = count, 3, 32, 32
+    return denoise(model="gaussian", x=tensor(shape=shape, data=bytes(count * 12288)))
+
+
+class Deaf(Sender):
+    """Peer that sends whole messages and leaves no room for a byte of their answers."""
+
+    def run(self, seconds: float) -> None:
+        message = images(64).SerializeToString()
+        until = time.monotonic() + seconds
+        data = b"\0" + struct.pack(">I", len(message)) + message
+        while time.monotonic() < until and any(
+            self.sent[stream] < len(data) for stream in self.rooms if stream not in self.ended
+        ):
+            for stream in self.rooms.keys() - self.ended.keys():
+                at = self.sent[stream]
+                size = min(self.rooms[stream], self.room, 16384, len(data) - at)
+                if size > 0:
+                    last = frames.END_STREAM if at + size == len(data) else 0
+                    self._send(frames.DATA, stream, data[at : at + size], last)
+                    self.rooms[stream] -= size
+                    self.room -= size
+                    self.sent[stream] += size
+            self._take()
+
+
+def test_unary_answers_hold_no_more_than_the_budget_and_give_way(tight: ServerProcess) -> None:
+    before = memory(tight, "VmRSS")
+    with frames.connected(port_of(tight), frames.WITHOUT_WINDOW) as peer:
+        with suppress(ConnectionError):  # it may be ended
+            Deaf(peer, DENOISE, 600, announced=None).run(20)
+        with grpc.insecure_channel(tight.target) as channel:
+            for _ in range(3):
+                DenoiserServiceStub(channel).Denoise(images(85), timeout=TIMEOUT_S)
+        assert memory(tight, "VmHWM") - before < BUDGET / MIB + 150
+
+
+def test_streams_give_way_to_a_caller_within_its_share(tight: ServerProcess) -> None:
+    over = threading.Event()
+
+    def requests() -> Iterator[pb.DenoiseRequest]:
+        yield from (images(86) for _ in range(80))
+        over.wait(30)
+
+    with ExitStack() as stack:
+        stack.callback(over.set)
+        for _ in range(6):
+            channel = stack.enter_context(grpc.insecure_channel(tight.target, _OWN_CONNECTION))
+            DenoiserServiceStub(channel).DenoiseStream(requests())
+        time.sleep(3)
+        channel = stack.enter_context(grpc.insecure_channel(tight.target, _OWN_CONNECTION))
+        for count in (1, 40, 85, 85, 85):
+            DenoiserServiceStub(channel).Denoise(images(count), timeout=TIMEOUT_S)

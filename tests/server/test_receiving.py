@@ -1,0 +1,116 @@
+"""Accounts of connections: what is charged to messages that have not arrived."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from els_service.engine.budget import Budget
+from els_service.errors import ElsError
+from els_service.server.transport import receiving, tcp_info
+from els_service.server.transport.receiving import LARGE_BYTES, Receiver
+
+MIB = 1 << 20
+PEER = "ipv4:127.0.0.1:5"
+
+
+class Call:
+    """Call of which nothing arrives."""
+
+    def __init__(self, peer: str = PEER, reading: Receiver | None = None) -> None:
+        self._peer, self._reading = peer, reading
+        self.rejected: list[ElsError] = []
+
+    def peer(self) -> str:
+        return self._peer
+
+    async def reject(self, _: object, error: ElsError) -> None:
+        self.rejected.append(error)
+        if self._reading is not None:
+            self._reading.end(self, 0)  # as its handler does
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that the kernel counts, by peer."""
+    counts = {PEER: 0}
+    monkeypatch.setattr(tcp_info.TcpConnections, "scan", lambda _: None)
+    monkeypatch.setattr(tcp_info.TcpConnections, "received", lambda _, peer: counts.get(peer))
+    return counts
+
+
+def receiver(capacity: int = 1 << 30) -> Receiver:
+    return Receiver(Budget(capacity), 64 * MIB, 60.0)
+
+
+async def looks(count: int) -> None:
+    await asyncio.sleep(count * 2 * receiving._LOOK_S)
+
+
+async def test_what_arrives_of_a_late_message_is_held_and_given_back(
+    received: dict[str, int],
+) -> None:
+    reading, call = receiver(), Call()
+    reading.begin(call, None, call.reject)
+    await looks(3)
+    received[PEER] += 10 * MIB
+    await looks(3)
+    assert reading.budget.held_by(PEER) == pytest.approx(10 * MIB, abs=LARGE_BYTES)
+    reading.end(call, 10 * MIB)
+    assert reading.budget.used == 0
+    reading.close()
+
+
+async def test_a_late_message_on_an_old_connection_is_not_charged_what_came_before(
+    received: dict[str, int],
+) -> None:
+    received[PEER] = 100 * MIB
+    reading, call = receiver(), Call()
+    reading.begin(call, None, call.reject)
+    await looks(2)
+    assert reading.budget.used <= LARGE_BYTES
+    reading.close()
+
+
+async def test_a_look_that_fails_is_followed_by_the_next(
+    received: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = True
+
+    def count(_: object, peer: str) -> int:
+        if failing:
+            raise OSError("too many open files")
+        return received[peer]
+
+    monkeypatch.setattr(tcp_info.TcpConnections, "received", count)
+    reading, call = receiver(), Call()
+    reading.begin(call, None, call.reject)
+    await looks(3)
+    failing = False
+    received[PEER] = 5 * MIB
+    await looks(3)
+    received[PEER] += 5 * MIB
+    await looks(3)
+    assert reading.budget.used > MIB
+    reading.close()
+
+
+async def test_sockets_that_count_nothing_are_charged_half_of_the_budget_at_most() -> None:
+    reading = receiver(256 * MIB)
+    calls = [Call("unix:", reading) for _ in range(8)]
+    for call in calls:
+        reading.begin(call, None, call.reject)
+    async with asyncio.timeout(5):
+        while not any(call.rejected for call in calls):
+            await looks(1)
+    await looks(3)
+    assert reading.budget.used <= 128 * MIB
+    assert sum(bool(call.rejected) for call in calls) == 6
+    reading.close()
+
+
+def test_a_socket_of_another_family_is_no_connection() -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as link:
+        assert tcp_info._peer_of(link.fileno()) is None

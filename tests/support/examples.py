@@ -1,0 +1,19 @@
+"""How many examples a property is tried with."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+
+def examples(count: int) -> settings:
+    """Return settings of a property test, to be used as its decorator.
+
+    Args:
+        count: of examples under the profile ``ci``; ``--hypothesis-profile=nightly`` tries twenty
+            times as many.
+    """
+    return settings(
+        max_examples=count * settings().max_examples // 100,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
