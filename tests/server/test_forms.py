@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tests.support.bad_inferences import fp32, infer
+from tests.support.bad_inferences import fp32, infer, int64
 from tests.support.bad_requests import denoise, tensor
 from tests.support.models_folder import LABELS, SHAPE
 from tests.support.opened import OneModel
@@ -21,6 +21,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.levels import from_alpha_bar, from_sigma, from_time
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
@@ -223,6 +224,43 @@ def test_inferences_share_a_form_whatever_their_id_level_and_parameters(
     assert form(named) is first
     assert form(asked(outputs=["score"])) is not first
     assert form(asked(images=2)) is not first
+
+
+ONE = ("x", "FP32", (1, *SHAPE), bytes(120))
+NAN = ("x", "FP32", (1, *SHAPE), np.full(30, np.nan, "<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("known", "inputs", "expected"),
+    [
+        ((fp32("sigma", 1.0),), (NAN, fp32("sigma", 1.0)), "finite pixels"),
+        ((fp32("sigma", 1.0),), (ONE, ("sigma", "FP32", (1,), bytes(3))), "expected 4 bytes"),
+        ((fp32("sigma", 1.0),), (ONE, fp32("sigma", -1.0)), "level.sigma"),
+        ((fp32("time", 1.0),), (ONE, fp32("time", 2.0)), "level.time"),
+        ((fp32("sigma", 1.0), int64("label", 1)), (ONE, fp32("sigma", 1), int64("label", 9)), "9"),
+        ((fp32("sigma", 1), int64("window", 3)), (ONE, fp32("sigma", 1), int64("window", 0)), "0"),
+    ],
+    ids=["pixels", "bytes", "sigma", "time", "label", "window"],
+)
+def test_a_known_form_of_an_inference_hides_no_error(
+    inference: InferenceMethod, known: Any, inputs: Any, expected: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=expected) as new:
+        inference.read(infer(*inputs))
+    inference.read(infer(ONE, *known))
+    assert len(inference._forms) == 1
+    with pytest.raises(InvalidArgumentError, match=expected) as again:
+        inference.read(infer(*inputs))
+    assert str(again.value) == str(new.value)
+
+
+@pytest.mark.parametrize("name", ["sigma", "alpha_bar", "time"])
+def test_every_inference_has_its_own_level(inference: InferenceMethod, name: str) -> None:
+    method = {"sigma": from_sigma, "alpha_bar": from_alpha_bar, "time": from_time}[name]
+    for value in (0.25, 0.5, 0.75):
+        *_, query, checked = inference.read(infer(ONE, fp32(name, value)))
+        assert checked
+        assert query.level.pairs == method([value]).pairs
 
 
 def message(answer: Any, form: DenoiseForm, pixels: np.ndarray) -> bytes:

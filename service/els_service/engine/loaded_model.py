@@ -60,10 +60,10 @@ class Statistics:
     def batch(self, images: int, seconds: float, now: float) -> None:
         """Count a batch."""
         self.last = now
-        tally = self.batches.get(images)
-        if tally is None:
-            tally = self.batches[images] = DurationSum()
-        tally.add(seconds)
+        batches = self.batches.get(images)
+        if batches is None:
+            batches = self.batches[images] = DurationSum()
+        batches.add(seconds)
 
     def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
         """Add a query that was computed when it came, and so was a batch."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
+from els_service.denoisers.levels import from_sigma
 from els_service.engine.registry import ModelRegistry, ModelVersion
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError
@@ -44,6 +45,8 @@ class InferenceForm(Form):
 
     inputs: dict[str, tuple[int, ...]]
     """Name → shape, in the order of the request."""
+    level: str
+    """Name of the level among the inputs if ``x`` is the only other one, else empty."""
     outputs: list[str]
     """Names, in order."""
     size: int
@@ -121,10 +124,12 @@ class InferenceMethod:
     ) -> tuple[Query, bool]:
         """Return the query of decoded inputs, and whether it is known to fit."""
         limits, x = self._limits, inputs["x"]
-        sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
-        level = tensors.one_level(sigma, alpha_bar, time, entry.info.levels)
-        fits = form.checked and len(level) in (1, len(x))
-        if fits and "window" not in inputs and "label" not in inputs:
+        if form.checked and form.level == "sigma":
+            level = from_sigma(_per_image("sigma", inputs, limits))
+        else:
+            sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
+            level = tensors.one_level(sigma, alpha_bar, time, entry.info.levels)
+        if form.checked and form.level and len(level) in (1, len(x)):
             # As below, in a third of the time.
             return Query(x, level.repeat(len(x)), form.labels, form.windows, ()), True
         windows = tensors.decode_windows(_per_image("window", inputs, limits))
@@ -152,9 +157,11 @@ class InferenceMethod:
             response.outputs.add(name=name, datatype=FP32.name, shape=of_output)
             sizes.append(math.prod(of_output) * FP32.layout.itemsize)
         checked, labels, windows = forms.defaults(shape, entry)
+        others = [name for name in inputs if name != "x"]
         return InferenceForm(
             *(info, checked, shape, labels, windows),
             {name: array.shape for name, array in inputs.items()},
+            others[0] if len(others) == 1 and others[0] in LEVELS else "",
             outputs,
             sum(sizes),
             prefix,

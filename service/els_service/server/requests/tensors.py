@@ -31,7 +31,7 @@ MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
 MAX_REPORTED = 100
 """Elements of a list that an error tells of: there may be millions."""
-_ENVELOPE = 4096
+_OVERHEAD_BYTES = 4096
 """Bytes of a response that are not tensor data, at most."""
 
 _STORED: dict[int, np.dtype[Any]] = {
@@ -283,7 +283,7 @@ def check_answer_size(field: str, size: int, limits: Limits) -> None:
     Raises:
         ResourceExhaustedError: It does not.
     """
-    if size > limits.max_message_bytes - _ENVELOPE:
+    if size > limits.max_message_bytes - _OVERHEAD_BYTES:
         expected = f"an answer of at most {limits.max_message_bytes} bytes"
         raise ResourceExhaustedError(field, expected, f"{size} bytes")
 
