@@ -121,11 +121,10 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value is outside ``MIN_SIGMA … MAX_SIGMA``.
     """
-    pairs = []
-    for value in map(float, sigma):
+    pairs = [(1.0, float(value)) for value in sigma]
+    for _, value in pairs:
         if not MIN_SIGMA <= value <= MAX_SIGMA:
             raise _out_of_range("sigma", value)
-        pairs.append((1.0, value))
     return NoiseLevel.of(pairs)
 
 

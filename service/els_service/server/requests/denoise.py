@@ -76,7 +76,7 @@ class DenoiseMethod:
         level = tensors.decode_level(request.level, entry.info.levels, self._limits)
         if form.checked and len(level) in (1, shape[0]) and not _has_more(request):
             # As below, in a third of the time.
-            pixels = tensors.decode_pixels(data, form.dtype, "x", shape)
+            pixels = tensors.pixels_of(data, form.dtype, "x", shape)
             query = Query(pixels, level.repeat(shape[0]), form.labels, form.windows, ())
             return entry, form, query, True
         query = make_query(
@@ -87,7 +87,7 @@ class DenoiseMethod:
             tensors.decode_conditions(request, entry.info, shape[0]),
         )
         checked = forms.check(entry, query)
-        query.pixels = tensors.decode_pixels(data, form.dtype, "x", shape)
+        query.pixels = tensors.pixels_of(data, form.dtype, "x", shape)
         return entry, form, query, checked
 
     def write(

@@ -97,6 +97,17 @@ def decode_pixels(
         InvalidArgumentError: The byte count or a number is wrong.
     """
     check_bytes(len(data), dtype, field, shape)
+    return pixels_of(data, dtype, field, shape)
+
+
+def pixels_of(
+    data: bytes | memoryview, dtype: int, field: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Return what ``decode_pixels`` does, of data that passed ``check_bytes``.
+
+    Raises:
+        InvalidArgumentError: A number is wrong.
+    """
     flat = np.frombuffer(data, _STORED[dtype])
     if dtype == pb.DTYPE_U8:
         return (flat.astype(np.float32) / np.float32(127.5) - 1).reshape(shape)
@@ -218,8 +229,9 @@ def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> 
     Raises:
         InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
-    if len(message.sigma) == 1 and not (message.alpha_bar or message.time):
-        return from_sigma(message.sigma[:])
+    values = message.sigma
+    if len(values) == 1 and not (message.alpha_bar or message.time):
+        return from_sigma(values[:])
     sigma = bounded("level", message.sigma, limits)
     alpha_bar = bounded("level", message.alpha_bar, limits)
     return one_level(sigma, alpha_bar, bounded("level", message.time, limits), schedule)
