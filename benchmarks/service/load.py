@@ -22,13 +22,13 @@ async def unary(port: int, method: Method, seconds: float) -> float:
     """Return the calls a second of ``CALLERS`` callers, each with one call under way."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call: Raw = channel.unary_unary(method.name)
-        await call(method.body, timeout=CALL_S)
+        await call(method.message(), timeout=CALL_S)
         end = time.perf_counter() + seconds
 
         async def caller() -> int:
             calls = 0
             while time.perf_counter() < end:
-                await call(method.body, timeout=CALL_S)
+                await call(method.message(), timeout=CALL_S)
                 calls += 1
             return calls
 
@@ -45,7 +45,7 @@ async def stream(port: int, method: Method, seconds: float) -> float:
         async def write() -> int:
             while time.perf_counter() < end:
                 await free.acquire()
-                await call.write(method.body)
+                await call.write(method.message())
             await call.done_writing()
             return 0
 

@@ -13,7 +13,18 @@ from typing import Any
 import uvloop
 
 from benchmarks.service import load, messages
-from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, Method
+from benchmarks.service.messages import (
+    DENOISE,
+    DENOISE_NEW,
+    DENOISE_STREAM,
+    ECHO,
+    INFER_NEW,
+    MODEL_INFER,
+    SCORE_NEW,
+    STREAM_NEW,
+    STREAMED,
+    Method,
+)
 from benchmarks.service.peers import REQUIREMENTS, peer
 from benchmarks.service.servers import Running, baselines, els_server
 from benchmarks.service.statistics import ratio_of_pairs
@@ -42,14 +53,23 @@ class Target:
 GOALS: tuple[tuple[str, str, float], ...] = (
     ("denoise", "bare_denoise", 0.80),
     ("denoise", "echo", 0.65),
+    ("denoise_new", "bare_denoise", 0.75),
+    ("denoise_new", "denoise", 0.0),
+    ("score_new", "bare_denoise", 0.0),
     ("infer", "bare_infer", 0.80),
+    ("infer_new", "bare_infer", 0.75),
+    ("infer_new", "infer", 0.0),
     ("infer", "kserve", 1.3),
     ("infer", "mlserver", 1.6),
     ("infer", "pytriton", 1.6),
     ("stream", "denoise", 1.4),
+    ("stream_new", "denoise_new", 1.6),
     ("stream", "bare_stream", 0.0),
 )
-"""Which rate is to be at least how many times which other; 0 where the ratio is only told."""
+"""Rate, rate that it is compared with, and the least ratio; 0 where the ratio has no goal.
+
+``new`` has another level at every call, and ``infer_new`` another id.
+"""
 
 
 def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
@@ -78,13 +98,20 @@ def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
         Target("echo", bare, ECHO),
         Target("bare_denoise", bare, DENOISE),
         Target("denoise", ours, DENOISE),
+        Target("denoise_new", ours, DENOISE_NEW),
+        Target("score_new", ours, SCORE_NEW),
     ]
     if STREAMS:
         targets += [
+            Target("stream_new", ours, STREAM_NEW),
             Target("stream", ours, DENOISE_STREAM),
             Target("bare_stream", bare, DENOISE_STREAM),
         ]
-    targets += [Target("bare_infer", bare, MODEL_INFER), Target("infer", ours, MODEL_INFER)]
+    targets += [
+        Target("infer_new", ours, INFER_NEW),
+        Target("bare_infer", bare, MODEL_INFER),
+        Target("infer", ours, MODEL_INFER),
+    ]
     for name in peers:
         targets.append(Target(name, stack.enter_context(peer(name)), MODEL_INFER))
     return targets
@@ -93,14 +120,14 @@ def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
 async def _warm(targets: Sequence[Target]) -> None:
     """Wait until each target answers, and rightly."""
     for target in targets:
-        ask = load.first_streamed if target.method is DENOISE_STREAM else load.first_answer
+        ask = load.first_streamed if target.method in STREAMED else load.first_answer
         answer = await ask(target.server.port, target.method, _START_S)
         bare = target.name == "echo" or target.name.startswith("bare")
         messages.check(target.method, answer, bare=bare)
 
 
 async def _turn(target: Target, seconds: float) -> None:
-    loop = load.stream if target.method is DENOISE_STREAM else load.unary
+    loop = load.stream if target.method in STREAMED else load.unary
     before = target.server.cpu_seconds()
     rate = await loop(target.server.port, target.method, seconds)
     cpu = target.server.cpu_seconds() - before

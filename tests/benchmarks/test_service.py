@@ -8,9 +8,23 @@ import json
 import numpy as np
 import pytest
 from benchmarks.service import load, perf_analyzer
-from benchmarks.service.messages import DENOISE, DENOISE_STREAM, ECHO, MODEL_INFER, X, check
-from benchmarks.service.servers import baselines
+from benchmarks.service.messages import (
+    DENOISE,
+    DENOISE_NEW,
+    DENOISE_STREAM,
+    ECHO,
+    INFER_NEW,
+    MODEL_INFER,
+    SCORE_NEW,
+    STREAM_NEW,
+    X,
+    check,
+)
+from benchmarks.service.servers import baselines, els_server
 from benchmarks.service.statistics import ratio_of_pairs
+
+from els_proto.denoise.v1.denoise_pb2 import DenoiseRequest
+from els_proto.inference.grpc_service_pb2 import ModelInferRequest
 
 
 def test_the_ratio_is_the_median_of_pairs_within_its_interval() -> None:
@@ -35,6 +49,28 @@ def test_bare_handlers_return_the_image_and_bear_the_load() -> None:
 
         asyncio.run(answers())
         assert server.cpu_seconds() > 0
+
+
+def test_our_server_answers_what_is_timed() -> None:
+    with els_server() as server:
+
+        async def answers() -> None:
+            for method in (DENOISE, DENOISE_NEW, SCORE_NEW, MODEL_INFER, INFER_NEW):
+                check(method, await load.first_answer(server.port, method, 30), bare=False)
+            for method in (DENOISE_STREAM, STREAM_NEW):
+                check(method, await load.first_streamed(server.port, method, 30), bare=False)
+            assert await load.unary(server.port, INFER_NEW, 0.1) > 0
+
+        asyncio.run(answers())
+
+
+def test_a_new_level_is_never_repeated_and_an_old_one_always() -> None:
+    requests = [DenoiseRequest.FromString(DENOISE_NEW.message()) for _ in range(100)]
+    assert len({request.level.sigma[0] for request in requests}) == 100
+    inferences = [ModelInferRequest.FromString(INFER_NEW.message()) for _ in range(100)]
+    assert len({one.raw_input_contents[1] for one in inferences}) == 100
+    assert len({one.id for one in inferences}) == 100
+    assert {DENOISE.message() for _ in range(100)} == {DENOISE.body}
 
 
 def test_a_wrong_answer_is_not_timed() -> None:

@@ -30,8 +30,8 @@ def test_a_machine_is_a_row_of_the_table_over_patch_attention(labelled: Bank, ki
     table = denoiser.info.window
     want = PatchAttention(labelled.pixels())(
         noisy(),
-        a=torch.from_numpy(LEVELS.a),
-        s=torch.from_numpy(LEVELS.s),
+        a=torch.tensor(LEVELS.a),
+        s=torch.tensor(LEVELS.s),
         window=None if table is None else torch.from_numpy(table.at(LEVELS.sigma)),
         ranges=torch.tensor([[0, 5], [0, 9], [5, 9], [0, 9]]),
         geometry=GEOMETRIES[machine, padding],

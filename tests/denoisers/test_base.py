@@ -60,7 +60,7 @@ def test_the_score_is_a_times_d_minus_x_over_s_squared(denoiser: Denoiser) -> No
     query = make_query(random_images((3, *SHAPE), 5), level)
     mean = denoiser.denoise(query).mean
     got = score(query, mean)
-    a, s = (torch.from_numpy(values)[:, None, None, None] for values in (level.a, level.s))
+    a, s = (torch.tensor(values)[:, None, None, None] for values in (level.a, level.s))
     want = (a * mean.double() - query.x) / s**2
     assert got.dtype == torch.float32
     # a, a·D, the difference and its product with 1/s² are each rounded once.
@@ -72,7 +72,7 @@ def test_the_score_points_the_same_way_for_either_convention(denoiser: Denoiser)
     # p(x; a, s) is p(x/a; σ) up to a constant, so its gradient is 1/a times as long.
     level = from_time([0.1, 0.5])
     x = random_images((2, *SHAPE), 5)
-    a = torch.from_numpy(level.a)[:, None, None, None]
+    a = torch.tensor(level.a)[:, None, None, None]
     preserving = make_query(x, level)
     exploding = make_query((x / a).float(), from_sigma(level.sigma))
     got = score(preserving, denoiser.denoise(preserving).mean)

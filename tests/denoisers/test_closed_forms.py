@@ -34,7 +34,7 @@ def test_gaussian_minimises_the_posterior_energy() -> None:
     x = random_images((4, *SHAPE), 5)
     level = from_time(TIMES)
     got = GaussianDenoiser(SHAPE, mean, variance).denoise(make_query(x, level)).mean.double()
-    a, s = (torch.from_numpy(values)[:, None, None, None] for values in (level.a, level.s))
+    a, s = (torch.tensor(values)[:, None, None, None] for values in (level.a, level.s))
     # ∂/∂D of ‖x - a·D‖²/2s² + (D - μ)²/2v must be 0; times v it is a few eps32 of its terms.
     pull, rest = variance * a * (x - a * got) / s**2, got - mean
     slack = 4 * torch.finfo(torch.float32).eps * (1 + variance * a * a / s**2) * (1 + x.abs() / a)
@@ -128,7 +128,7 @@ def test_wiener_of_one_image_returns_it() -> None:
 def test_preserving_and_exploding_variance_are_one_problem(labelled: Bank, kind: str) -> None:
     denoiser, x = build(kind, labelled), random_images((3, *SHAPE), 5)
     preserving = from_alpha_bar([0.01, 0.5, 0.99])
-    scaled = (x.double() / torch.from_numpy(preserving.a)[:, None, None, None]).float()
+    scaled = (x.double() / torch.tensor(preserving.a)[:, None, None, None]).float()
     got = denoiser.denoise(make_query(scaled, from_sigma(preserving.sigma))).mean
     want = denoiser.denoise(make_query(x, preserving)).mean
     # A rounding of x/√ᾱ, at most 10 here: some eps32 of it in the answer.

@@ -247,7 +247,7 @@ async def test_statistics_count_queries_batches_and_images(engine: Engine) -> No
         await ask(engine, 9)
     loaded = engine.models.entry("model").loaded
     assert loaded is not None
-    statistics = loaded.statistics
+    statistics = loaded.statistics.settle()
     assert (statistics.succeeded.count, statistics.failed.count) == (3, 1)
     assert statistics.batches[4].count == 1
     assert statistics.queued.count == statistics.computed.count >= 3

@@ -292,7 +292,7 @@ async def test_what_fails_at_once_is_counted_as_what_fails_in_a_batch(
         await ask(engine, 9)
     assert observed.reasons == ["faulted"]
     assert observed.waits == []
-    assert engine.models.entry("model").statistics.failed.count == 1
+    assert engine.models.entry("model").statistics.settle().failed.count == 1
 
 
 async def test_a_fresh_server_refuses_what_cannot_be_in_time_and_says_what_to_raise(

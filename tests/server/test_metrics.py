@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
@@ -16,7 +17,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from els_service.engine.request_context import BatchRecord, Observer
 from els_service.server.telemetry import loop_lag
-from els_service.server.telemetry.histogram import Histogram, family, merged
+from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
 from els_service.server.telemetry.metrics import RETAIN_S, RETAINED_MODELS, Metrics
 
 BOUNDS = (0.001, 0.5, 1, 10.0)
@@ -33,26 +34,53 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 @given(st.lists(st.sampled_from(BOUNDS) | st.floats(0, 1e9)))
-def test_a_tally_has_the_samples_of_the_library_s_own_histogram(values: list[float]) -> None:
-    registry, tally = CollectorRegistry(), Histogram(BOUNDS)
+def test_a_histogram_has_the_samples_of_the_library_s_own_histogram(values: list[float]) -> None:
+    registry, histogram = CollectorRegistry(), Histogram(BOUNDS)
     library = PrometheusHistogram("h", "text", ("label",), buckets=BOUNDS, registry=registry)
     oracle = library.labels("one")
     for value in values:
         oracle.observe(value)
-        tally.observe(value)
+        histogram.observe(value)
     (expected,) = registry.collect()
     kept = [found for found in expected.samples if not found.name.endswith("_created")]
-    assert family("h", "text", ("label",), [(("one",), tally)]).samples == kept
+    assert family("h", "text", ("label",), [(("one",), histogram)]).samples == kept
 
 
-def test_merged_tallies_count_every_value_once() -> None:
-    tallies = [Histogram(BOUNDS) for _ in range(3)]
-    for tally, value in zip(tallies, (0.1, 0.7, 99.0), strict=True):
-        tally.observe(value)
-    one = merged(tallies, BOUNDS)
-    assert one.counts == [0, 1, 1, 0, 1]
-    assert one.total == pytest.approx(99.8)
-    assert sum(merged([], BOUNDS).counts) == 0
+def test_merged_histograms_count_every_value_once() -> None:
+    histograms = [Histogram(BOUNDS) for _ in range(3)]
+    for histogram, value in zip(histograms, (0.1, 0.7, 99.0), strict=True):
+        histogram.observe(value)
+    one = merged(histograms, BOUNDS)
+    counts, total = one.read()
+    assert counts == [0, 1, 1, 0, 1]
+    assert total == pytest.approx(99.8)
+    assert merged([], BOUNDS).count == 0
+
+
+def test_a_histogram_counts_every_value_of_every_thread_while_it_is_read() -> None:
+    histogram = Histogram(BOUNDS)
+    with ThreadPoolExecutor(4) as threads:
+        writers = [threads.submit(_observe, histogram, PENDING * 20) for _ in range(3)]
+        seen = []
+        while not all(writer.done() for writer in writers):
+            counts, total = histogram.read()
+            assert total == pytest.approx(0.5 * sum(counts))
+            seen.append(sum(counts))
+    assert seen == sorted(seen)
+    assert histogram.count == 3 * PENDING * 20
+    assert len(histogram._pending) == 0
+
+
+def _observe(histogram: Histogram, count: int) -> None:
+    for _ in range(count):
+        histogram.observe(0.5)
+
+
+def test_few_values_of_a_histogram_are_pending() -> None:
+    histogram = Histogram(BOUNDS)
+    for _ in range(3 * PENDING):
+        histogram.observe(0.5)
+        assert len(histogram._pending) < PENDING
 
 
 def test_calls_are_counted_as_go_grpc_prometheus_counts_them() -> None:

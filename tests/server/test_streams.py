@@ -12,7 +12,7 @@ from google.rpc import code_pb2
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget
 from els_service.errors import UnavailableError
-from els_service.server.services.streams import WINDOW, Answer, Request, Window, in_order
+from els_service.server.services.streams import WINDOW, Request, Window, in_order
 
 
 def roomy() -> Window:
@@ -27,7 +27,7 @@ class Caller:
         self._x = pb.Tensor(shape=shape, data=bytes(math.prod(shape)))
         self.read = self.begun = 0
         self.go = asyncio.Event()
-        self.futures: list[asyncio.Future[Answer]] = []
+        self.futures: list[asyncio.Future[pb.DenoiseStreamResponse]] = []
 
     async def requests(self) -> AsyncIterator[pb.DenoiseRequest]:
         while self.read < self._count:
@@ -35,15 +35,15 @@ class Caller:
             self.read += 1
             yield pb.DenoiseRequest(model=str(self.read), x=self._x)
 
-    def begin(self, request: Request) -> asyncio.Future[Answer]:
+    def begin(self, request: Request) -> asyncio.Future[pb.DenoiseStreamResponse]:
         self.begun += 1
         future = asyncio.ensure_future(self._answer(request))
         self.futures.append(future)
         return future
 
-    async def _answer(self, request: Request) -> Answer:
+    async def _answer(self, request: Request) -> pb.DenoiseStreamResponse:
         await self.go.wait()
-        answer = Answer()
+        answer = pb.DenoiseStreamResponse()
         answer.error.message = request.model
         return answer
 

@@ -16,7 +16,8 @@ from tests.support.opened import open_denoise, open_inference
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo, Query, check_query
+from els_service.denoisers.base import DenoiserInfo, Query, check_query, make_query
+from els_service.denoisers.levels import from_sigma
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
 
@@ -200,7 +201,7 @@ def test_a_tensor_comes_back_as_it_went_rounded_to_its_dtype(
     message = tensors.encode_tensor(torch.from_numpy(x), dtype)
     assert message.dtype == dtype
     assert tuple(message.shape) == x.shape
-    got = torch.from_numpy(pixels_of(message))
+    got = torch.from_numpy(pixels_of(message).copy())
     assert got.dtype == torch.float32
     assert torch.equal(got, torch.from_numpy(x).to(FLOATS[dtype]).float())
 
@@ -220,10 +221,13 @@ def test_bytes_are_little_endian() -> None:
     assert (half.data, brain.data) == (b"\x00\x3c", b"\x80\x3f")
 
 
-def test_a_decoded_tensor_is_the_caller_s_own() -> None:
+def test_f32_pixels_are_a_view_of_the_bytes_and_copied_where_torch_asks_for_them() -> None:
     message = pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 1, 2], data=bytes(8))
-    pixels_of(message)[:] += 1
-    assert message.data == bytes(8)
+    pixels = pixels_of(message)
+    assert not pixels.flags.writeable
+    query = make_query(pixels, from_sigma([1.0]))
+    query.x[:] += 1
+    assert (pixels.sum(), query.pixels.sum()) == (0, 2)
 
 
 @pytest.mark.parametrize("length", [10, 100_000])

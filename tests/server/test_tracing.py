@@ -30,8 +30,8 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.config import Settings
 from els_service.engine.request_context import BatchRecord
+from els_service.server.requests.denoise import DenoiseMethod
 from els_service.server.server import Server
-from els_service.server.services.denoiser import DenoiserService
 from els_service.server.telemetry.tracing import Tracing
 from els_service.server.transport.interceptor import current_trace
 
@@ -286,13 +286,13 @@ async def test_a_traced_call_is_an_exemplar_of_its_duration(traced: Traced) -> N
 async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, ask = [], DenoiserService._ask
+    seen, read = [], DenoiseMethod.read
 
     def watched(*arguments: Any) -> Any:
         seen.append(current_trace())
-        return ask(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(DenoiserService, "_ask", watched)
+    monkeypatch.setattr(DenoiseMethod, "read", watched)
     await asyncio.gather(*(traced.stub.Denoise(denoise(), timeout=TIMEOUT_S) for _ in range(8)))
     assert all(isinstance(span, Span) for span in seen)
     assert len({id(span) for span in seen}) == 8

@@ -19,7 +19,7 @@ from els_service.errors import InvalidArgumentError
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(eq=False, slots=True)  # immutable by convention; see NoiseLevel
+@dataclass(eq=False, slots=True)  # immutable by convention; frozen: 5 times slower to construct
 class Condition:
     """Conditioning of one image: the embedding that a conditional network attends to."""
 
@@ -36,12 +36,12 @@ class Condition:
         return self.given.nbytes * (1 if self.unconditional is None else 2)
 
 
-@dataclass(eq=False, slots=True)  # immutable by convention; see NoiseLevel
+@dataclass(eq=False, slots=True)  # immutable by convention; see Condition
 class Query:
     """Noisy images, each with its own level, label, window and condition."""
 
     pixels: npt.NDArray[np.float32]
-    """[B, C, H, W], C order."""
+    """[B, C, H, W], C order; may be read-only."""
     level: NoiseLevel
     labels: Integers
     """[B]; -1 means none."""
@@ -55,7 +55,10 @@ class Query:
 
     @property
     def x(self) -> Tensor:
-        """Pixels as a CPU tensor that shares their memory."""
+        """Pixels as a CPU tensor that shares their memory; read-only pixels are copied first."""
+        if not self.pixels.flags.writeable:
+            # A view of a message's bytes: torch takes no read-only memory.
+            self.pixels = self.pixels.copy()
         return torch.from_numpy(self.pixels)
 
     @property
@@ -87,7 +90,7 @@ def make_query(
     Raises:
         InvalidArgumentError: The number of levels, labels, windows or conditions is neither.
     """
-    batch, levels = len(x), len(level.s)
+    batch, levels = len(x), len(level)
     if levels != batch:
         if levels != 1:
             raise InvalidArgumentError("level", f"1 value or {batch}", f"{levels} values")
@@ -138,17 +141,14 @@ def concatenate(queries: Sequence[Query]) -> Query:
         return queries[0]
     return Query(
         np.concatenate([query.pixels for query in queries]),
-        NoiseLevel(
-            np.concatenate([query.level.a for query in queries]),
-            np.concatenate([query.level.s for query in queries]),
-        ),
+        NoiseLevel.of([pair for query in queries for pair in query.level.pairs]),
         np.concatenate([query.labels for query in queries]),
         np.concatenate([query.windows for query in queries]),
         tuple(condition for query in queries for condition in query.conditions),
     )
 
 
-@dataclass(eq=False, slots=True)  # immutable by convention; see NoiseLevel
+@dataclass(eq=False, slots=True)  # immutable by convention; see Condition
 class Denoised:
     """Result of a query."""
 
@@ -168,10 +168,35 @@ class Denoised:
 
 
 def score(query: Query, mean: Tensor) -> Tensor:
-    """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32 (Tweedie's formula)."""
-    a = query.level.a.astype(np.float32).reshape(-1, 1, 1, 1)
-    precision = (query.level.s**-2.0).astype(np.float32).reshape(-1, 1, 1, 1)
-    return (mean * torch.from_numpy(a)).sub_(query.x).mul_(torch.from_numpy(precision))
+    """Return ∇ log p(x) of D(x) = ``mean``, as ``score_array`` does."""
+    return torch.from_numpy(score_array(query, mean.numpy()))
+
+
+def score_array(query: Query, mean: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return ∇ log p(x) = (a·D(x) - x) / s², [B, C, H, W] float32.
+
+    Tweedie's formula: Efron, "Tweedie's formula and selection bias", 2011.
+
+    Args:
+        query: has x.
+        mean: D(x), [B, C, H, W].
+    """
+    a = per_image([a for a, _ in query.level.pairs])
+    precision = per_image([s**-2.0 for _, s in query.level.pairs])
+    result = mean * a
+    result -= query.pixels
+    result *= precision
+    return result
+
+
+def per_image(
+    values: Sequence[float | npt.NDArray[np.float64]],
+) -> np.float32 | npt.NDArray[np.float32]:
+    """Return [B, ·, ·, ·] float32 of a value of each image, or what broadcasts to it."""
+    if len(values) == 1:
+        return np.float32(values[0])
+    array = np.array(values, np.float32)
+    return array.reshape(array.shape + (1,) * (4 - array.ndim))
 
 
 @dataclass(frozen=True)
@@ -230,7 +255,10 @@ class Denoiser(Protocol):
         ...
 
     def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if ``denoise`` would reject the query; cheap."""
+        """Raise InvalidArgumentError if ``denoise`` would reject the query; cheap.
+
+        Independent of the level and of the values of the pixels.
+        """
         ...
 
     def predict_seconds(self, query: Query) -> float:

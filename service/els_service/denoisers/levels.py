@@ -9,9 +9,8 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,27 +18,73 @@ import numpy.typing as npt
 from els_service.errors import InvalidArgumentError
 
 Floats = npt.NDArray[np.float64]
+Pair = tuple[float, float]
+"""(a, s) of one image."""
 
 MIN_SIGMA, MAX_SIGMA = 1e-4, 1e6
 """Range of s/a for which float32 logits are finite and results are meaningful."""
 
 
-@dataclass(eq=False, slots=True)  # immutable; frozen: 5 times slower to construct
 class NoiseLevel:
-    """Signal scale ``a`` and noise scale ``s`` of each image, [B] float64, both positive."""
+    """Signal scale ``a`` and noise scale ``s`` of each image, both positive; immutable.
 
-    a: Floats
-    s: Floats
+    Held as plain floats until arrays are needed: for one image, arrays cost more than the
+    arithmetic of a simple denoiser.
+
+    Args:
+        a: [B] float64.
+        s: [B] float64.
+    """
+
+    __slots__ = ("_arrays", "_pairs")
+
+    def __init__(self, a: Floats, s: Floats) -> None:
+        self._arrays: tuple[Floats, Floats] | None = (a, s)
+        self._pairs: Sequence[Pair] | None = None
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> NoiseLevel:
+        """Return the level of images with these (a, s)."""
+        level = cls.__new__(cls)
+        level._pairs, level._arrays = pairs, None
+        return level
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """(a, s) of each image, plain floats."""
+        if self._pairs is None:
+            a, s = self._both()
+            self._pairs = list(zip(a.tolist(), s.tolist(), strict=True))
+        return self._pairs
+
+    @property
+    def a(self) -> Floats:
+        """Signal scales, [B] float64; read-only where made from pairs."""
+        return self._both()[0]
+
+    @property
+    def s(self) -> Floats:
+        """Noise scales, [B] float64; read-only where made from pairs."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[Floats, Floats]:
+        if self._arrays is None:
+            columns = np.array(self._pairs, np.float64).reshape(-1, 2).T.copy()
+            columns.flags.writeable = False
+            self._arrays = columns[0], columns[1]
+        return self._arrays
 
     def __len__(self) -> int:
-        return len(self.a)
+        return len(self._arrays[0] if self._pairs is None else self._pairs)  # type: ignore[index]
 
     def __getitem__(self, images: slice) -> NoiseLevel:
+        if self._pairs is not None:
+            return NoiseLevel.of(self._pairs[images])
         return NoiseLevel(self.a[images], self.s[images])
 
     @property
     def sigma(self) -> Floats:
-        """Noise-to-signal ratio s/a of each image."""
+        """Noise-to-signal ratio s/a of each image, [B] float64."""
         return self.s / self.a
 
     @property
@@ -49,9 +94,7 @@ class NoiseLevel:
 
     def repeat(self, count: int) -> NoiseLevel:
         """Return a level for ``count`` images from one for a single image."""
-        return (
-            self if len(self) == count else NoiseLevel(self.a.repeat(count), self.s.repeat(count))
-        )
+        return self if len(self) == count else NoiseLevel.of(list(self.pairs) * count)
 
 
 Schedule = Callable[[Floats], NoiseLevel]
@@ -78,11 +121,12 @@ def from_sigma(sigma: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value is outside ``MIN_SIGMA … MAX_SIGMA``.
     """
-    values = list(sigma)
-    for value in values:
+    pairs = []
+    for value in map(float, sigma):
         if not MIN_SIGMA <= value <= MAX_SIGMA:
             raise _out_of_range("sigma", value)
-    return NoiseLevel(_ones(len(values)), np.array(values, np.float64))
+        pairs.append((1.0, value))
+    return NoiseLevel.of(pairs)
 
 
 def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
@@ -91,13 +135,13 @@ def from_alpha_bar(alpha_bar: Sequence[float] | Floats) -> NoiseLevel:
     Raises:
         InvalidArgumentError: A value is outside 0 < ᾱ < 1, or its s/a is out of range.
     """
-    values = np.array(alpha_bar, np.float64)
-    for value in values.tolist():
+    values = list(map(float, alpha_bar))
+    for value in values:
         if not 0 < value < 1:
             raise InvalidArgumentError("level.alpha_bar", "0 < alpha_bar < 1", value)
-    level = NoiseLevel(np.sqrt(values), np.sqrt(1 - values))
-    _check("alpha_bar", values.tolist(), level.sigma.tolist())
-    return level
+    pairs = [(math.sqrt(value), math.sqrt(1 - value)) for value in values]
+    _check("alpha_bar", values, [s / a for a, s in pairs])
+    return NoiseLevel.of(pairs)
 
 
 def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> NoiseLevel:
@@ -115,15 +159,7 @@ def from_time(time: Sequence[float] | Floats, schedule: Schedule = cosine) -> No
     return level
 
 
-@functools.lru_cache(1024)
-def _ones(count: int) -> Floats:
-    ones = np.ones(count)
-    ones.flags.writeable = False
-    return ones
-
-
 def _check(name: str, values: list[float], sigmas: list[float]) -> None:
-    # Python floats: faster than array arithmetic for the usual single level.
     for value, sigma in zip(values, sigmas, strict=True):
         if not MIN_SIGMA <= sigma <= MAX_SIGMA:
             raise _out_of_range(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,9 @@ from els_service.engine.fair_queue import FairQueue
 from els_service.engine.request_context import PRIORITIES, RequestContext
 from els_service.engine.reservations import NamedBudget, Reservation
 from els_service.errors import ResourceExhaustedError
+
+_PENDING = 256
+"""Queries that a version's statistics have yet to count, at most."""
 
 
 @dataclass(slots=True)
@@ -50,26 +54,35 @@ class Statistics:
     """Images → batches of so many."""
     last: float = 0.0
     """When something was computed last, in seconds since the epoch."""
+    pending: deque[tuple[int, float, bool]] = field(default_factory=deque)
+    """Images, seconds and success of queries that ``settle`` has yet to count."""
 
     def batch(self, images: int, seconds: float, now: float) -> None:
         """Count a batch."""
         self.last = now
-        tally = self.batches.get(images)
-        if tally is None:
-            tally = self.batches[images] = DurationSum()
-        tally.add(seconds)
+        batches = self.batches.get(images)
+        if batches is None:
+            batches = self.batches[images] = DurationSum()
+        batches.add(seconds)
 
     def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
-        """Count a query that was computed when it came, and so was a batch."""
-        # Written out: every small call comes by, and calling costs more than counting.
+        """Add a query that was computed when it came, and so was a batch."""
+        # Every small call comes by: it is counted later.
         self.last = now
-        batch = self.batches.get(images)
-        if batch is None:
-            batch = self.batches[images] = DurationSum()
-        for tally in (batch, self.computed, self.succeeded if succeeded else self.failed):
-            tally.count += 1
-            tally.seconds += seconds
-        self.queued.count += 1
+        self.pending.append((images, seconds, succeeded))
+        if len(self.pending) >= _PENDING:
+            self.settle()
+
+    def settle(self) -> Statistics:
+        """Count what ``at_once`` added; return the statistics themselves."""
+        now, pending = self.last, self.pending
+        while pending:
+            images, seconds, succeeded = pending.popleft()
+            self.batch(images, seconds, now)
+            self.queued.add(0.0)
+            self.computed.add(seconds)
+            (self.succeeded if succeeded else self.failed).add(seconds)
+        return self
 
 
 class LoadedModel:

@@ -31,7 +31,7 @@ MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
 MAX_REPORTED = 100
 """Elements of a list that an error tells of: there may be millions."""
-_ENVELOPE = 4096
+_OVERHEAD_BYTES = 4096
 """Bytes of a response that are not tensor data, at most."""
 
 _STORED: dict[int, np.dtype[Any]] = {
@@ -68,12 +68,17 @@ def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> t
     if message.dtype not in _STORED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
     check_shape(shape, field, limits)
-    _check_bytes(size, message.dtype, field, shape)
+    check_bytes(size, message.dtype, field, shape)
     check_pixels(f"{field}.shape", math.prod(shape), limits)
     return shape
 
 
-def _check_bytes(size: int, dtype: int, field: str, shape: tuple[int, ...]) -> None:
+def check_bytes(size: int, dtype: int, field: str, shape: tuple[int, ...]) -> None:
+    """Check the byte count of a tensor's data.
+
+    Raises:
+        InvalidArgumentError: It is not that of ``shape`` in ``dtype``.
+    """
     expected = math.prod(shape) * _STORED[dtype].itemsize
     if size != expected:
         raise InvalidArgumentError(
@@ -86,12 +91,13 @@ def decode_pixels(
 ) -> npt.NDArray[np.float32]:
     """Return the numbers that bytes stand for, float32 of ``shape``; u8 as v/127.5 - 1.
 
+    Those of f32 are a view of ``data``, read-only where it is.
+
     Raises:
         InvalidArgumentError: The byte count or a number is wrong.
     """
-    _check_bytes(len(data), dtype, field, shape)
-    # A writable copy, as torch takes no read-only memory.
-    flat = np.frombuffer(bytearray(data), _STORED[dtype])
+    check_bytes(len(data), dtype, field, shape)
+    flat = np.frombuffer(data, _STORED[dtype])
     if dtype == pb.DTYPE_U8:
         return (flat.astype(np.float32) / np.float32(127.5) - 1).reshape(shape)
     if dtype == pb.DTYPE_BF16:
@@ -212,6 +218,8 @@ def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> 
     Raises:
         InvalidArgumentError: None or two of them are given, or a value is out of range.
     """
+    if len(message.sigma) == 1 and not (message.alpha_bar or message.time):
+        return from_sigma(message.sigma[:])
     sigma = bounded("level", message.sigma, limits)
     alpha_bar = bounded("level", message.alpha_bar, limits)
     return one_level(sigma, alpha_bar, bounded("level", message.time, limits), schedule)
@@ -275,7 +283,7 @@ def check_answer_size(field: str, size: int, limits: Limits) -> None:
     Raises:
         ResourceExhaustedError: It does not.
     """
-    if size > limits.max_message_bytes - _ENVELOPE:
+    if size > limits.max_message_bytes - _OVERHEAD_BYTES:
         expected = f"an answer of at most {limits.max_message_bytes} bytes"
         raise ResourceExhaustedError(field, expected, f"{size} bytes")
 
@@ -302,12 +310,19 @@ def write_tensor(
 
 def bytes_of(tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType) -> bytes:
     """Return float32 numbers as messages carry them in ``dtype``, which passed ``output_size``."""
+    return buffer_of(tensor, dtype).tobytes()
+
+
+def buffer_of(
+    tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType
+) -> npt.NDArray[Any]:
+    """Return an array in C order of the bytes of ``bytes_of``; shares memory where it can."""
     if dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_F32):
         array: npt.NDArray[Any] = tensor.numpy() if isinstance(tensor, Tensor) else tensor
     else:
         # Through its bits: numpy has no bf16.
         array = torch.as_tensor(tensor).to(_ENCODED[dtype]).view(torch.int16).numpy()
-    return array.tobytes()
+    return np.ascontiguousarray(array)
 
 
 def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:

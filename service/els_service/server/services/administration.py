@@ -55,7 +55,7 @@ class Administration(GRPCInferenceServiceServicer):
         models = self._engine.models
         entries = [models.entry(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
-            model_stats=[_statistics(entry, entry.statistics) for entry in entries]
+            model_stats=[_statistics(entry, entry.statistics.settle()) for entry in entries]
         )
 
     async def RepositoryIndex(
@@ -220,8 +220,8 @@ def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatisti
         name=entry.model,
         version=str(entry.version),
         last_inference=round(statistics.last * 1e3),
-        inference_count=sum(images * tally.count for images, tally in batches.items()),
-        execution_count=sum(tally.count for tally in batches.values()),
+        inference_count=sum(images * batch.count for images, batch in batches.items()),
+        execution_count=sum(batch.count for batch in batches.values()),
         inference_stats=pb.InferStatistics(
             success=_duration(statistics.succeeded),
             fail=_duration(statistics.failed),
@@ -233,14 +233,14 @@ def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatisti
         batch_stats=[
             pb.InferBatchStatistics(
                 batch_size=images,
-                compute_input=pb.StatisticDuration(count=tally.count),
-                compute_infer=_duration(tally),
-                compute_output=pb.StatisticDuration(count=tally.count),
+                compute_input=pb.StatisticDuration(count=batch.count),
+                compute_infer=_duration(batch),
+                compute_output=pb.StatisticDuration(count=batch.count),
             )
-            for images, tally in sorted(batches.items())
+            for images, batch in sorted(batches.items())
         ],
     )
 
 
-def _duration(tally: DurationSum) -> pb.StatisticDuration:
-    return pb.StatisticDuration(count=tally.count, ns=round(tally.seconds * 1e9))
+def _duration(total: DurationSum) -> pb.StatisticDuration:
+    return pb.StatisticDuration(count=total.count, ns=round(total.seconds * 1e9))

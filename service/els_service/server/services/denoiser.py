@@ -11,7 +11,7 @@ from functools import partial
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, one_each, score
+from els_service.denoisers.base import Denoised, DenoiserInfo, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
@@ -30,11 +30,11 @@ from els_service.errors import (
     UnavailableError,
 )
 from els_service.server.requests import tensors
-from els_service.server.requests.envelopes import DenoiseEnvelope, Envelopes
+from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
-from els_service.server.transport.interceptor import Answer, Context, Recognise, check_message
+from els_service.server.transport.interceptor import Answer, Context, check_message
 from els_service.server.transport.request_context import context_of
 from els_service.server.transport.tcp_info import shut_down
 
@@ -52,54 +52,52 @@ class DenoiserService(DenoiserServiceServicer):
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
         self._engine, self._limits, self._draining = engine, limits, draining
-        self._denoise = Envelopes(engine.models, limits, pb.DenoiseResponse, "denoised")
-        self._score = Envelopes(engine.models, limits, pb.ScoreResponse, "score")
-        self.recognise: Recognise = {
-            "Denoise": self._denoise.recognise,
-            "DenoiseStream": self._denoise.recognise,
-            "Score": self._score.recognise,
-        }
+        models = engine.models
+        self._denoise = DenoiseMethod(models, limits, pb.DenoiseResponse, "denoised")
+        self._score = DenoiseMethod(models, limits, pb.ScoreResponse, "score")
+        self._stream = DenoiseMethod(
+            models, limits, pb.DenoiseStreamResponse, "response", "denoised"
+        )
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Answer:
         """Return the expected clean images."""
-        entry, envelope, query = self._denoise.open(request)
-        answer = self._ask(entry, envelope, query, context)
+        entry, form, query, checked = self._denoise.read(request)
+        terms = context_of(context, request.priority, request.timeout_s)
+        answer = self._engine.denoise(entry, query, terms, checked=checked)
         if not isinstance(answer, Denoised):
             answer = await answer
-        return self._denoise.answer(envelope, answer.pixels, answer)
+        return self._denoise.write(form, answer.pixels, answer)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> Answer:
         """Return the scores."""
-        entry, envelope, query = self._score.open(request)
-        answer = self._ask(entry, envelope, query, context)
+        entry, form, query, checked = self._score.read(request)
+        terms = context_of(context, request.priority, request.timeout_s)
+        answer = self._engine.denoise(entry, query, terms, checked=checked)
         if not isinstance(answer, Denoised):
             answer = await answer
-        return self._score.answer(envelope, score(query, answer.mean), answer)
+        return self._score.write(form, score_array(query, answer.pixels), answer)
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
-    ) -> AsyncIterator[pb.DenoiseStreamResponse]:
+    ) -> AsyncIterator[Answer]:
         """Return the answers in the order of their requests."""
         disconnect = partial(shut_down, context.peer())
         window = Window(self._engine.memory, caller_of(context), disconnect)
         return in_order(requests, partial(self._begin, context), self._draining, window)
 
-    def _begin(
-        self, context: Context, request: pb.DenoiseRequest
-    ) -> pb.DenoiseStreamResponse | Awaitable[pb.DenoiseStreamResponse]:
+    def _begin(self, context: Context, request: pb.DenoiseRequest) -> Answer | Awaitable[Answer]:
         """Return the answer to one request of a stream, or the answer to come."""
         check_message(request)
-        entry, envelope, query = self._denoise.open(request)
-        answer = self._ask(entry, envelope, query, context)
+        entry, form, query, checked = self._stream.read(request)
+        terms = context_of(context, request.priority, request.timeout_s)
+        answer = self._engine.denoise(entry, query, terms, checked=checked)
         if isinstance(answer, Denoised):
-            return _streamed(answer, envelope)
-        return _streamed_later(answer, envelope)
+            return self._stream.write(form, answer.pixels, answer)
+        return self._later(form, answer)
 
-    def _ask(
-        self, entry: ModelVersion, envelope: DenoiseEnvelope, query: Query, context: Context
-    ) -> Denoised | Awaitable[Denoised]:
-        terms = context_of(context, envelope.priority, envelope.timeout_s)
-        return self._engine.denoise(entry, query, terms, checked=envelope.checked)
+    async def _later(self, form: DenoiseForm, answer: Awaitable[Denoised]) -> bytes:
+        denoised = await answer
+        return self._stream.write(form, denoised.pixels, denoised)
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
@@ -194,29 +192,11 @@ class DenoiserService(DenoiserServiceServicer):
         return pb.GetModelResponse(model=tensors.encode_model(entry, self._limits))
 
 
-def _write(response: pb.DenoiseResponse, answer: Denoised, envelope: DenoiseEnvelope) -> None:
-    envelope.write(response.denoised, answer.pixels)
-    if envelope.log_evidence:
-        tensors.write_evidence(response.log_evidence, answer)
-
-
 def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:
     """Return where a trajectory goes on after a step; where it began, if none was taken."""
     if taken is None:
         return request.resume_token
     return encode_token(request, entry, taken.index, taken.state)
-
-
-def _streamed(answer: Denoised, envelope: DenoiseEnvelope) -> pb.DenoiseStreamResponse:
-    message = pb.DenoiseStreamResponse()
-    _write(message.response, answer, envelope)
-    return message
-
-
-async def _streamed_later(
-    answer: Awaitable[Denoised], envelope: DenoiseEnvelope
-) -> pb.DenoiseStreamResponse:
-    return _streamed(await answer, envelope)
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

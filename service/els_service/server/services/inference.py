@@ -1,6 +1,6 @@
 """Open Inference Protocol: server and model metadata, and ``ModelInfer``.
 
-What a model takes and gives is told in ``signatures``, how it is read in ``orders``.
+``signatures`` lists the inputs and outputs of a model, ``requests.inference`` reads them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, Query, score
+from els_service.denoisers.base import Denoised, Query, score_array
 from els_service.engine.engine import Engine
 from els_service.errors import ElsError
-from els_service.server.requests.orders import Orders
+from els_service.server.requests.inference import InferenceMethod, priority_of, timeout_s_of
 from els_service.server.requests.signatures import FP32, INPUTS, inputs_of, outputs_of
 from els_service.server.services.administration import (
     EXTENSIONS,
@@ -23,13 +23,13 @@ from els_service.server.services.administration import (
     Changed,
     platform_of,
 )
-from els_service.server.transport.interceptor import Answer, Context, Recognise
+from els_service.server.transport.interceptor import Answer, Context
 from els_service.server.transport.request_context import context_of
 from els_service.version import FULL
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
     "denoised": lambda query, answer: answer.pixels,
-    "score": lambda query, answer: score(query, answer.mean).numpy(),
+    "score": lambda query, answer: score_array(query, answer.pixels),
     "log_evidence": lambda query, answer: _evidence(answer),
 }
 
@@ -41,8 +41,7 @@ class InferenceService(Administration):
         self, engine: Engine, limits: Limits, ready: Callable[[], bool], changed: Changed
     ) -> None:
         super().__init__(engine, limits, changed)
-        self._ready, self._orders = ready, Orders(engine.models, limits)
-        self.recognise: Recognise = {"ModelInfer": self._orders.recognise}
+        self._ready, self._infer = ready, InferenceMethod(engine.models, limits)
 
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context
@@ -95,14 +94,13 @@ class InferenceService(Administration):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Answer:
         """Return the requested outputs, as raw contents."""
-        entry, order, query, name = self._orders.open(request)
-        terms = context_of(context, order.priority, order.timeout_s)
-        answer = self._engine.denoise(entry, query, terms, checked=order.checked)
+        entry, form, query, checked = self._infer.read(request)
+        terms = context_of(context, priority_of(request), timeout_s_of(request))
+        answer = self._engine.denoise(entry, query, terms, checked=checked)
         if not isinstance(answer, Denoised):
             answer = await answer
-        return order.answer(
-            name, [_OUTPUTS[output](query, answer).tobytes() for output in order.outputs]
-        )
+        contents = [_OUTPUTS[output](query, answer) for output in form.outputs]
+        return form.write(request.id.encode(), contents)
 
 
 def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:

@@ -10,10 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
-from els_service.server.requests.envelopes import DenoiseEnvelope
-from els_service.server.requests.kept import Recognised
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.interceptor import status_of
+from els_service.server.transport.interceptor import Answer, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +26,9 @@ _RETRY_S = 1.0
 _UNREAD_S = 1.0
 """After that a stream that was evicted, and whose caller reads nothing, loses its connection."""
 
-Answer = pb.DenoiseStreamResponse
 Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
 """Answers, each with the bytes that its request holds; None where there is no other."""
-Request = pb.DenoiseRequest | Recognised[DenoiseEnvelope]
+Request = pb.DenoiseRequest
 Begin = Callable[[Request], Answer | Awaitable[Answer]]
 
 
@@ -129,7 +126,7 @@ async def in_order(
     try:
         while (oldest := await begun.get()) is not None:
             answer, size = oldest
-            yield answer if isinstance(answer, Answer) else await _settled(answer)
+            yield await _settled(answer) if isinstance(answer, asyncio.Future) else answer
             window.leave(size)
         if window.evicted.is_set():
             raise no_room("a stream")
@@ -161,17 +158,24 @@ async def _read(
             size = _held(request)
             try:
                 window.hold(size)
-                answer = begin(request)
             except QueueFullError as error:
-                answer, size = _failed(error), 0
-            except Exception as error:
-                answer = _failed(error)
-            ready = answer if isinstance(answer, Answer) else asyncio.ensure_future(answer)
+                ready: Answer | asyncio.Future[Answer] = _failed(error)
+                size = 0
+            else:
+                ready = _begin(begin, request)
             begun.put_nowait((ready, size))
             del request
             await window.enter(_places(size))
     finally:
         begun.put_nowait(None)
+
+
+def _begin(begin: Begin, request: Request) -> Answer | asyncio.Future[Answer]:
+    try:
+        answer = begin(request)
+    except Exception as error:
+        return _failed(error)
+    return asyncio.ensure_future(answer) if isinstance(answer, Awaitable) else answer
 
 
 async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], begun: Begun) -> None:
@@ -214,13 +218,10 @@ def _places(size: int) -> int:
 
 def _held(request: Request) -> int:
     """Return how many bytes a request and its answer hold at most, until the answer is taken."""
-    # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
-    # evidence as pixels at most. The request holds pixels no more.
-    if isinstance(request, Recognised):
-        return 8 * request.envelope.blank.pixels.size
     if not isinstance(request, pb.DenoiseRequest):
         return 0  # its bytes were none
-    # A shape of more pixels than there are bytes is rejected.
+    # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
+    # evidence as pixels at most. A shape of more pixels than there are bytes is rejected.
     size = request.ByteSize()
     return size + 8 * max(0, min(math.prod(request.x.shape[:4]), size))
 
@@ -230,4 +231,4 @@ def _failed(error: Exception) -> Answer:
         _log.error("stream", exc_info=error)
     # Its frames know the request, and it them: they would stay until garbage is collected.
     error.__traceback__ = None
-    return Answer(error=status_of(error))
+    return pb.DenoiseStreamResponse(error=status_of(error))

@@ -8,7 +8,6 @@ and alerts written for it work.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
 from grpc import StatusCode
@@ -102,17 +101,17 @@ class Method:
 
     def end(self, model: str, code: str, seconds: float, trace_id: str | None = None) -> None:
         """Count the end of a call."""
-        tally = self.ended.get((model, code))
-        if tally is None:
-            tally = self.ended[model, code] = Histogram(_SECONDS)
-        tally.observe(seconds)
+        histogram = self.ended.get((model, code))
+        if histogram is None:
+            histogram = self.ended[model, code] = Histogram(_SECONDS)
+        histogram.observe(seconds)
         if trace_id is not None:
-            tally.exemplify(seconds, trace_id)
+            histogram.exemplify(seconds, trace_id)
 
     def retire(self, models: set[str]) -> None:
         """End the series of models; the method's own counts keep their calls."""
         gone = [key for key in self.ended if key[0] in models]
-        kept = {key: tally for key, tally in self.ended.items() if key[0] not in models}
+        kept = {key: histogram for key, histogram in self.ended.items() if key[0] not in models}
         for code in {code for _, code in gone}:
             keys = [(None, code), *(key for key in gone if key[1] == code)]
             kept[None, code] = merged([self.ended[k] for k in keys if k in self.ended], _SECONDS)
@@ -123,31 +122,23 @@ class Method:
         """Return how many messages were sent."""
         if self.kind in ("server_stream", "bidi_stream"):
             return self.sent
-        return sum(sum(t.counts) for (_, code), t in list(self.ended.items()) if code == "OK")
+        return sum(each.count for (_, code), each in list(self.ended.items()) if code == "OK")
 
 
 class _Batches:
-    """What one model's batches were like."""
+    """Durations, predicted costs and sizes of one model's batches."""
 
     __slots__ = ("compute", "cost", "images")
 
     def __init__(self) -> None:
-        self.compute, self.cost, self.images = (
-            Histogram(_SECONDS),
-            Histogram(_SECONDS),
-            Histogram(_IMAGES),
-        )
+        self.compute, self.cost = Histogram(_SECONDS), Histogram(_SECONDS)
+        self.images = Histogram(_IMAGES)
 
     def observe(self, seconds: float, images: int, cost: float) -> None:
-        """Count one batch."""
-        # Written out, as small calls are a batch each, and calling costs as much as counting.
-        compute, predicted, sizes = self.compute, self.cost, self.images
-        compute.counts[bisect_left(_SECONDS, seconds)] += 1
-        compute.total += seconds
-        predicted.counts[bisect_left(_SECONDS, cost)] += 1
-        predicted.total += cost
-        sizes.counts[bisect_left(_IMAGES, images)] += 1
-        sizes.total += images
+        """Add one batch."""
+        self.compute.observe(seconds)
+        self.images.observe(images)
+        self.cost.observe(cost)
 
 
 class Metrics(Collector):
@@ -180,10 +171,10 @@ class Metrics(Collector):
 
     def on_queued(self, model: str, seconds: float) -> None:
         """One item waited this long."""
-        tally = self._queued.get(model)
-        if tally is None:
-            tally = self._queued[model] = Histogram(_SECONDS)
-        tally.observe(seconds)
+        histogram = self._queued.get(model)
+        if histogram is None:
+            histogram = self._queued[model] = Histogram(_SECONDS)
+        histogram.observe(seconds)
 
     def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
         """One batch of ``images`` took this long; ``cost`` seconds were predicted."""
@@ -249,9 +240,9 @@ class Metrics(Collector):
             "Time from a request's arrival to its last answer.",
             ("model", "method", "code"),
             (
-                ((model, method.name, code), tally)
+                ((model, method.name, code), histogram)
                 for method in self._methods
-                for (model, code), tally in list(method.ended.items())
+                for (model, code), histogram in list(method.ended.items())
                 if model is not None
             ),
         )
@@ -274,15 +265,15 @@ class Metrics(Collector):
             # From zero on, as go-grpc-prometheus can: a rate cannot see the call that makes a
             # series.
             for code in _CODES:
-                count = sum(sum(tally.counts) for (_, found), tally in ended if found == code)
+                count = sum(each.count for (_, found), each in ended if found == code)
                 handled.add_metric((*method.labels, _go_code(code)), count)
-            seconds.append((method.labels, merged([tally for _, tally in ended], _SECONDS)))
+            seconds.append((method.labels, merged([histogram for _, histogram in ended], _SECONDS)))
         yield from (started, received, sent, handled)
         text = "Time from a call's arrival to its end."
         yield family("grpc_server_handling_seconds", text, _METHOD, seconds)
 
     def _of_batches(self) -> Iterator[Metric]:
-        queued = [((model,), tally) for model, tally in list(self._queued.items())]
+        queued = [((model,), histogram) for model, histogram in list(self._queued.items())]
         computed = [((model,), batches) for model, batches in list(self._computed.items())]
         text = "Time that an item waited for its batch."
         yield family("els_queue_seconds", text, _MODEL, queued)

@@ -75,8 +75,6 @@ Handler = Any
 """A ``grpc.RpcMethodHandler``; its stubs cannot say of which request."""
 Answer = Any
 """A message of the method, or its bytes; the generated bases know only of messages."""
-Recognise = Mapping[str, Callable[[bytes], object | None]]
-"""Method → what it is handed for bytes that it need not read whole; None where it has to."""
 Parse = Callable[[bytes | None], Any]
 """Returns the request that a message is, or ``_Malformed``; None stands for no message."""
 Context = Any
@@ -170,18 +168,16 @@ class CallInterceptor:
     ) -> None:
         """Add a servicer to a server, by the function that was generated for it.
 
-        A servicer may have ``recognise``, and answer with the bytes of a message.
+        A servicer may answer with the bytes of a message.
         """
         collector = _Collector()
         add_to_server(servicer, collector)
-        recognise: Recognise = getattr(servicer, "recognise", {})
         for service, handlers in collector.handlers.items():
             methods = {
                 name: self._method(service, name, handler) for name, handler in handlers.items()
             }
             wrapped = {
-                name: self._wrap(methods[name], handler, recognise.get(name, _nothing))
-                for name, handler in handlers.items()
+                name: self._wrap(methods[name], handler) for name, handler in handlers.items()
             }
             self._add(service, wrapped, methods, server)
 
@@ -233,10 +229,9 @@ class CallInterceptor:
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         return self._metrics.method(kind, service, name, next(fields, ""))
 
-    def _wrap(
-        self, method: Method, handler: Handler, recognise: Callable[[bytes], object | None]
-    ) -> Handler:
-        parse = _tolerant(handler.request_deserializer, method, recognise, self._limits)
+    def _wrap(self, method: Method, handler: Handler) -> Handler:
+        parse = _tolerant(handler.request_deserializer, method, self._limits)
+        serializer = _lenient(handler.response_serializer)
         if handler.request_streaming:
             call = self._streaming(method, handler.stream_stream, parse)
         elif handler.response_streaming:
@@ -244,11 +239,9 @@ class CallInterceptor:
         else:
             # To gRPC it takes a stream of requests, so that reading the one is ours.
             return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary, parse),
-                None,
-                _lenient(handler.response_serializer),
+                self._unary(method, handler.unary_unary, parse), None, serializer
             )
-        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(call, None, serializer)
 
     def _unary(self, method: Method, behaviour: Any, parse: Parse) -> Any:
         receiver, reject = self._receiver, self._rejecting(method)
@@ -387,6 +380,8 @@ class CallInterceptor:
         """Count and log the call, and end its span."""
         seconds = time.monotonic() - call.since
         name = getattr(call.request, call.method.model_field, "")
+        # The record may stay, with gRPC's own objects, until garbage is collected.
+        call.request = None
         # Any other name would let callers make as many label values as they please.
         model = name if self._is_model(name) else ""
         call.method.end(model, code, seconds, call.trace_id)
@@ -418,7 +413,6 @@ class CallInterceptor:
         status = status_of(error)
         code = code_pb2.Code.Name(status.code)
         self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
-        call.request = None
         _forget_frames(error)
         await call.context.abort(
             grpc.StatusCode[code],
@@ -526,12 +520,7 @@ def _ids(context: Context, trace_id: str | None) -> dict[str, str]:
     return ids
 
 
-def _tolerant(
-    deserializer: Any,
-    method: Method,
-    recognise: Callable[[bytes], object | None],
-    limits: Limits,
-) -> Any:
+def _tolerant(deserializer: Any, method: Method, limits: Limits) -> Any:
     """Return a deserializer that answers garbage with ``_Malformed``: grpc would say INTERNAL.
 
     gRPC would decompress without a bound, and the parser makes much of little: both are bounded
@@ -545,9 +534,6 @@ def _tolerant(
         method.received += 1
         try:
             data = inflated(data, limits.max_message_bytes)
-            known = recognise(data)
-            if known is not None:
-                return known
             check_structure(data, descriptor, limits.max_images)
             return deserializer(data)
         except (DecodeError, MessageStructureError) as error:
@@ -637,7 +623,3 @@ def _lenient(serializer: Any) -> Any:
         return data
 
     return write
-
-
-def _nothing(_: bytes) -> None:
-    return None
