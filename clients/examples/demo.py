@@ -1,4 +1,4 @@
-"""Starts a server, draws one sample of each label and shows how each came out of noise.
+"""Starts a server, samples one image of each label and plots its trajectory from noise.
 
 Usage: python clients/examples/demo.py --out demo.png
 """
@@ -35,9 +35,9 @@ Column = tuple[str, npt.NDArray[np.float32]]
 
 
 def main() -> None:
-    """Run the demo; exits with 1 and the cause on stderr where it fails."""
+    """Run the demo; exits with 1 and the cause on stderr if it fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write")
     out: Path = parser.parse_args().out
     times = [time.perf_counter()]
     try:
@@ -59,16 +59,16 @@ def main() -> None:
 
 @contextmanager
 def running_server() -> Iterator[int]:
-    """Yield the port of a server process; ends it in good order.
+    """Yield the port of a server process, which is drained on exit.
 
     Raises:
-        RuntimeError: It did not start, or a call failed; the text ends with the server's log.
+        RuntimeError: It did not start, or a call failed; the text has the end of the server's log.
     """
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(SERVER, stdout=subprocess.PIPE, stderr=log, text=True) as server,
     ):
-        # Whatever hangs, the demo ends: a server that is killed fails its calls.
+        # Killing the server fails its calls, so that the demo ends even if something hangs.
         alarm = threading.Timer(SERVER_LIFE_S, server.kill)
         alarm.start()
         try:
@@ -83,7 +83,7 @@ def running_server() -> Iterator[int]:
 
 
 def ready_port(server: subprocess.Popen[str]) -> int:
-    """Return the port that the server says it is ready at, in its one line on stdout."""
+    """Return the port in the server's ready line on stdout."""
     assert server.stdout is not None
     line = server.stdout.readline()
     if not line:
@@ -92,13 +92,13 @@ def ready_port(server: subprocess.Popen[str]) -> int:
 
 
 def stop(server: subprocess.Popen[str]) -> None:
-    """Ask the server to drain and wait until it is gone."""
+    """Drain the server and wait for its exit."""
     server.terminate()
     server.wait()
 
 
 def trajectory(client: Client, count: int) -> list[Column]:
-    """Return columns of images [count, 1, H, W]: noise, expectations on the way, the samples."""
+    """Return columns of images [count, 1, H, W]: noise, denoised steps, samples."""
     steps = client.sample(
         model="fashion-els",
         label=list(range(count)),
@@ -112,7 +112,7 @@ def trajectory(client: Client, count: int) -> list[Column]:
 
 
 def draw(names: Sequence[str], columns: Sequence[Column]) -> Image.Image:
-    """Return the picture: a row a label, its name at the left, a caption above each column."""
+    """Return the picture: one row per label with its name, and a caption above each column."""
     height, width = (ZOOM * side for side in columns[0][1].shape[2:])
     size = (MARGIN + len(columns) * (width + GAP), CAPTION + len(names) * (height + GAP))
     picture = Image.new("RGB", size, PAPER)

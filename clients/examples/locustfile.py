@@ -15,25 +15,25 @@ NOISY = np.random.default_rng(0).standard_normal((1, 1, 28, 28), np.float32)
 
 
 class Caller(DenoiserUser):
-    """Denoises mostly, asks for a score or draws a picture now and then."""
+    """Mostly denoises, sometimes requests a score or a sample."""
 
     wait_time = constant(0)
 
     @task(8)
     def denoise(self) -> None:
-        """Ask for one clean image."""
+        """Denoise one image."""
         with self.counted("denoise"):
             self.client.denoise(NOISY, model=MODEL, sigma=1.0, label=7)
 
     @task(1)
     def score(self) -> None:
-        """Ask for one score."""
+        """Request one score."""
         with self.counted("score"):
             self.client.score(NOISY, model=MODEL, sigma=1.0, label=7)
 
     @task(1)
     def sample(self) -> None:
-        """Draw one image in five steps."""
+        """Sample one image in five steps."""
         with self.counted("sample"):
             for _ in self.client.sample(model=MODEL, steps=5, label=7, want=()):
                 pass

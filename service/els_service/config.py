@@ -1,4 +1,4 @@
-"""The server's settings: one frozen object, and the only reader of the environment.
+"""Settings of the server: one frozen object, and the only reader of the environment.
 
 Precedence: command line > ``ELS_…`` variable > YAML file > default.
 """
@@ -27,7 +27,7 @@ from els_service.errors import LoadError
 from els_service.yaml_files import read_yaml, validate
 
 _SERVICE_LINK = re.compile(r"^(tcp|udp|sctp)://")
-"""What Kubernetes puts into ELS_PORT where a service is called ``els``: no setting of ours."""
+"""Value of ELS_PORT that Kubernetes sets for a service named ``els``; ignored."""
 
 _CPU_MAX_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CPU_QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
@@ -36,31 +36,31 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MEMORY_INFO = Path("/proc/meminfo")
 
 _LEAST_IN_FLIGHT = 4
-"""Largest messages that may be in flight at least: one alone takes four times its size as float32,
-if its pixels are bytes."""
+"""Minimum of ``in_flight_bytes`` in maximum messages: a message of uint8 pixels takes four times
+its size as float32."""
 
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Positive = Annotated[int, Field(ge=1)]
-# gRPC counts in int32 milliseconds.
+# gRPC uses int32 milliseconds.
 _Seconds = Annotated[float, Field(ge=0.001, le=2e6)]
 _Pause = Annotated[float, Field(ge=0, le=2e6)]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for; published in the metadata."""
+    """Limits of one request, published in the metadata."""
 
     max_images: int
     max_steps: int
     max_message_bytes: int
     max_pixels: int
     max_in_flight_bytes: int = 1 << 30
-    """Of all requests together."""
+    """Limit of all requests together."""
 
 
 @dataclass(frozen=True)
 class Scheduling:
-    """Bounds of queues, batches and memory; see ``Settings``."""
+    """Limits of queues, batches and memory; see ``Settings``."""
 
     queue_s: float = 30.0
     queue_bytes: int = 1 << 30
@@ -77,113 +77,118 @@ def _lower(value: object) -> object:
 
 
 class Settings(BaseModel):
-    """Everything that ``els-server run`` can be told."""
+    """All settings of ``els-server run``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     models: Path | None = None
     """Folder of models; None for the bundled ones."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen at; beyond loopback TLS is needed, or ``insecure``. Or ``unix:PATH``, a
-    socket that its file's permissions guard."""
+    """Address to bind; TLS or ``insecure`` is required beyond loopback. ``unix:PATH`` binds a Unix
+    socket, protected by file permissions."""
     port: _Port = 50051
-    """Port of gRPC; 0 takes any that is free, here and below."""
+    """Port of gRPC; 0 means any free port, as for the other ports."""
     metrics_port: _Port = 9090
     """Port of /metrics, /healthz and /readyz over HTTP."""
     metrics_host: Annotated[str, Field(min_length=1)] | None = None
-    """Address of these, plain HTTP; None for ``host`` where that is loopback, else 127.0.0.1."""
+    """Address of the HTTP endpoints; None for ``host`` if that is loopback, otherwise 127.0.0.1."""
     health_port: _Port | None = None
-    """Port that answers health checks alone, in plain text, for probes that speak no TLS; None for
-    none. Health is answered at ``port``, too."""
+    """Port of a plaintext health service, for probes without TLS; None for none. ``port`` has the
+    health service, too."""
     insecure: bool = False
-    """Listen beyond loopback without TLS: something in front encrypts and authenticates."""
+    """Bind beyond loopback without TLS, such as behind a proxy that encrypts and authenticates."""
     tls_certificate: Path | None = None
-    """PEM file of the server's certificate and its chain; read anew when it changes."""
+    """PEM file of the server's certificate chain; reloaded when it changes."""
     tls_key: Path | None = None
-    """PEM file of its private key, not encrypted."""
+    """PEM file of the certificate's private key, unencrypted."""
     tls_client_ca: Path | None = None
-    """PEM file of authorities; clients must then show a certificate of one of them."""
+    """PEM file of certificate authorities; enables mutual TLS, so that clients need a
+    certificate."""
     tokens: Path | None = None
-    """File of bearer tokens' hashes; callers must then show a token. Read anew when it changes."""
+    """YAML file of bearer token hashes; callers then need a token. Reloaded when it changes."""
     reflection: bool = True
-    """Whether the contract can be asked of the server."""
+    """Whether gRPC server reflection is enabled."""
     channelz: bool = False
-    """Whether gRPC's own view of connections can be asked; needs the role admin."""
+    """Whether channelz is enabled; calls need the role admin."""
     keepalive_s: _Seconds = 60.0
-    """A connection silent for this long is pinged."""
+    """Seconds without traffic after which a connection is pinged."""
     keepalive_timeout_s: _Seconds = 20.0
-    """A ping not answered for this long closes the connection."""
+    """Seconds after which an unanswered ping closes the connection."""
     client_ping_s: _Seconds = 5.0
-    """How often a client may ping, in calls and between them; one in more haste is sent away."""
+    """Minimum seconds between pings of a client, with or without calls; more frequent ones close
+    the connection."""
     handshake_s: _Seconds = 20.0
-    """A connection that has not begun to speak HTTP/2 by then is closed."""
+    """Seconds within which a new connection must complete its HTTP/2 handshake."""
     receive_s: _Seconds = 60.0
-    """How long the message of a call may take to arrive; those of a stream may take any time."""
+    """Seconds within which the message of a unary call must arrive; streams are not limited."""
     max_connection_idle_s: _Seconds = 900.0
-    """A connection without calls for this long is closed."""
+    """Seconds without calls after which a connection is closed."""
     max_connection_age_s: _Seconds = 1800.0
-    """An older connection takes no new calls (GOAWAY), so that clients spread over servers."""
+    """Maximum age of a connection in seconds; an older one gets GOAWAY, so that clients
+    rebalance."""
     max_connection_age_grace_s: _Seconds = 900.0
-    """How long calls may go on on a connection that is too old."""
+    """Seconds for calls in flight to finish on a connection past its maximum age."""
     max_concurrent_streams: _Positive = 1024
-    """Calls at once on one connection; a client keeps further ones back."""
+    """Maximum concurrent calls on one connection; clients queue further ones."""
     health_watchers: _Positive = 2048
-    """Watchers of the health at each port; beyond it a new one is RESOURCE_EXHAUSTED, or takes the
-    place of one of the connection that has the most."""
+    """Maximum health watchers at each port; beyond it a new one is RESOURCE_EXHAUSTED, or replaces
+    one of the connection with the most."""
     health_watchers_per_connection: _Positive = 256
-    """Watchers of the health on one connection, which all callers behind a proxy may share."""
+    """Maximum health watchers on one connection, which callers behind a proxy may share."""
     max_connections: _Positive = 4096
-    """Connections at once; a further one is closed."""
+    """Maximum connections; further ones are closed."""
     compression: bool = True
-    """Whether messages may come compressed with gzip; else such calls are UNIMPLEMENTED."""
+    """Whether gzip-compressed messages are accepted; otherwise such calls are UNIMPLEMENTED."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models compute; auto takes every GPU there is, else the CPU."""
+    """Device of the models; auto means all GPUs, or the CPU if there are none."""
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )
-    """What is logged: records of this level and above."""
+    """Minimum level of log records."""
     traces: Annotated[str, Field(pattern=r"^https?://[^/:]+")] | None = None
-    """OTLP collector that speaks gRPC and takes the traces; None for none."""
+    """OTLP/gRPC endpoint of the trace collector; None disables tracing."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the calls that are traced, where the caller has not decided."""
+    """Fraction of calls that are traced, unless the caller's trace context decides."""
     drain_s: _Pause = 30.0
-    """How long work in flight may take to finish after SIGTERM; then it is told UNAVAILABLE."""
+    """Seconds for work in flight to finish after SIGTERM; the rest is UNAVAILABLE."""
     grace_s: _Pause = 1.0
-    """How long new calls are taken after SIGTERM, so that balancers have time to look elsewhere."""
+    """Seconds for which new calls are accepted after SIGTERM, so that load balancers can react."""
     queue_s: Annotated[float, Field(gt=0)] = 30.0
-    """Work that may wait for one model, in predicted seconds, and a step of each of its
-    trajectories; more is RESOURCE_EXHAUSTED. Where it is scarce callers get even shares."""
+    """Maximum predicted seconds of work queued for one model, including a step of each of its
+    trajectories; more is RESOURCE_EXHAUSTED. Under contention callers get equal shares."""
     queue_bytes: _Positive = 1 << 30
-    """Pixels and conditions of requests that may wait for one model, in bytes, likewise shared.
-    Beside ``in_flight_bytes``, so that one model cannot take all of that."""
+    """Maximum bytes of pixels and conditions queued for one model, shared in the same way. Limits
+    the part of ``in_flight_bytes`` that one model can use."""
     batch_s: Annotated[float, Field(gt=0)] = 0.25
-    """Predicted time of one batch at most, shorter where launches cost little; a single image may
-    take longer."""
+    """Maximum predicted seconds of one batch, shorter if the overhead of a batch is small; a single
+    image may take longer."""
     starvation_s: Annotated[float, Field(gt=0)] = 1.0
-    """A priority level with work is served at least this often, whatever waits before it."""
+    """Maximum seconds between batches of a priority level with queued work: prevents starvation."""
     memory_bytes: _Positive | None = None
-    """Budget for loaded models; beyond it the one asked longest ago is unloaded meanwhile."""
+    """Memory budget of loaded models in bytes; beyond it the least recently used one is unloaded,
+    and reloaded on demand."""
     watchdog_s: Annotated[float, Field(gt=0)] = 120.0
-    """A batch without progress for this long means a hung device: the server ends. On a CPU
-    progress is a tile or CPU time of the worker; a GPU's batch is done ten times its prediction
-    later at the latest."""
+    """Seconds without progress of a batch after which the device counts as hung and the server
+    exits (code 3). On a CPU progress is a tile or CPU time of the worker; on a GPU a batch may also
+    take ten times its prediction."""
     load_s: _Seconds = 300.0
-    """How long a model may take to load; then it is refused, and the others are served."""
+    """Maximum seconds to load a model; beyond it the model is rejected, and the others are
+    served."""
     max_images: _Positive = 256
-    """Images in one call."""
+    """Maximum images of one call."""
     max_steps: _Positive = 1000
-    """Steps of one trajectory."""
+    """Maximum steps of one trajectory."""
     max_message_bytes: Annotated[int, Field(ge=1 << 16, lt=1 << 31)] = 64 << 20
-    """Size of a message in either direction."""
+    """Maximum bytes of a message, in either direction."""
     max_pixels: _Positive = 1 << 24
-    """B·C·H·W of one call."""
+    """Maximum B·C·H·W of one call."""
     in_flight_bytes: _Positive | None = None
-    """Bytes of messages being received, parsed, queued and computed and of trajectories, of all
-    models and callers together; None for a quarter of the memory limit of the container or
-    machine, but four times ``max_message_bytes`` at least, which is the least it may be. Where it
-    is scarce callers get even shares."""
+    """Maximum bytes of messages being received, parsed, queued and computed, and of trajectories,
+    for all models and callers together; at least four times ``max_message_bytes``. None for a
+    quarter of the memory limit of the container or machine, or that minimum if larger. Under
+    contention callers get equal shares."""
 
     @field_validator("in_flight_bytes")
     @classmethod
@@ -196,7 +201,7 @@ class Settings(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        """The limits of one request."""
+        """Limits of one request."""
         return Limits(
             self.max_images,
             self.max_steps,
@@ -207,7 +212,7 @@ class Settings(BaseModel):
 
     @property
     def scheduling(self) -> Scheduling:
-        """The bounds of the engine."""
+        """Limits of the scheduler."""
         values = {field.name: getattr(self, field.name) for field in fields(Scheduling)}
         return Scheduling(**{**values, "in_flight_bytes": self._in_flight_limit()})
 
@@ -224,11 +229,11 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """Return the settings.
 
     Args:
-        config: YAML file; None for the one that ``ELS_CONFIG`` names, if any.
+        config: YAML file; None for the file named by ``ELS_CONFIG``, if set.
         flags: settings by name; None where a flag was not given.
 
     Raises:
-        LoadError: The file cannot be read, or a setting is unknown or illegal; each is named.
+        LoadError: The file cannot be read, or settings are unknown or invalid; names each.
     """
     path = config or (Path(name) if (name := os.environ.get("ELS_CONFIG")) else None)
     content = read_yaml(path) if path else None
@@ -242,7 +247,7 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
 
 def _environment() -> dict[str, str]:
-    """Return the settings that ``ELS_…`` variables name; others are not ours to judge."""
+    """Return the settings of known ``ELS_…`` variables; others are ignored."""
     variables = {name: os.environ.get(f"ELS_{name.upper()}") for name in Settings.model_fields}
     return {
         name: value for name, value in variables.items() if value and not _SERVICE_LINK.match(value)
@@ -250,9 +255,9 @@ def _environment() -> dict[str, str]:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of ``ELS_…`` variables that are no setting, sorted; misspelt, perhaps.
+    """Return the sorted names of unknown ``ELS_…`` variables, which may be misspelt.
 
-    Those in small letters, too, which nobody reads.
+    Includes those in lower case, which are never read.
     """
     known = {"ELS_CONFIG", *(f"ELS_{name.upper()}" for name in Settings.model_fields)}
     ours = {name for name in environment if name.upper().startswith("ELS_")}
@@ -260,7 +265,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def cpu_limit() -> int:
-    """Return how many CPUs this process may keep busy: cgroup quota and affinity, at least 1."""
+    """Return the number of CPUs of this process by cgroup quota and affinity, at least 1."""
     available = len(os.sched_getaffinity(0))
     for path, parse in ((_CPU_MAX_V2, _quota_v2), (_CPU_QUOTA_V1, _quota_v1)):
         if path.is_file() and (quota := parse(path)) is not None:
@@ -280,9 +285,9 @@ def _quota_v1(path: Path) -> float | None:
 
 
 def memory_limit() -> int:
-    """Return how many bytes this process may use: the least limit of its cgroups and the machine.
+    """Return the memory limit of this process in bytes: the minimum of its cgroups and the machine.
 
-    Limits of the cgroups above its own hold, too.
+    Limits of parent cgroups are included.
     """
     limits = [int(path.read_text()) for path in _memory_limits() if _is_number(path)]
     total = re.search(r"^MemTotal:\s+(\d+) kB", _MEMORY_INFO.read_text(), re.MULTILINE)
@@ -292,8 +297,8 @@ def memory_limit() -> int:
 
 
 def _memory_limits() -> Iterator[Path]:
-    """Yield the files of limits of memory, cgroup v2 and v1, from the process's own up."""
-    # Within a container its cgroup may be mounted as the root, whatever the path says.
+    """Yield the files of memory limits, cgroup v2 and v1, from the process's own to the root."""
+    # In a container its cgroup may be mounted as the root, although the path differs.
     lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if not controllers:
@@ -309,5 +314,5 @@ def _memory_limits() -> Iterator[Path]:
 
 
 def _is_number(path: Path) -> bool:
-    """Return whether a file holds a number: cgroup v2 says ``max`` where there is no limit."""
+    """Return whether a file has a number: cgroup v2 has ``max`` without a limit."""
     return path.is_file() and path.read_text().strip().isdecimal()

@@ -1,18 +1,18 @@
-"""One tree of errors, each with the status that its caller sees.
+"""Error classes and their gRPC status codes.
 
     ElsError                    INTERNAL
-    ├── InvalidArgumentError    INVALID_ARGUMENT     a field of the request is wrong
-    ├── UnauthenticatedError    UNAUTHENTICATED      no token that is known
-    ├── PermissionDeniedError   PERMISSION_DENIED    a caller without the role
+    ├── InvalidArgumentError    INVALID_ARGUMENT     invalid field of the request
+    ├── UnauthenticatedError    UNAUTHENTICATED      missing or unknown token
+    ├── PermissionDeniedError   PERMISSION_DENIED    caller lacks the role
     ├── NotFoundError           NOT_FOUND            no model of that name
     ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   over a published limit
-    ├── QueueFullError          RESOURCE_EXHAUSTED   too much work waits; says when to come again
-    ├── DeadlineExceededError   DEADLINE_EXCEEDED    too late to be worth computing
-    ├── UnavailableError        UNAVAILABLE          still loading, or draining
-    └── LoadError               FAILED_PRECONDITION  a bank, model or setting is refused
+    ├── QueueFullError          RESOURCE_EXHAUSTED   queue full; has a retry delay
+    ├── DeadlineExceededError   DEADLINE_EXCEEDED    deadline passed or unreachable
+    ├── UnavailableError        UNAVAILABLE          loading or draining
+    └── LoadError               FAILED_PRECONDITION  invalid bank, model or setting
 
-Status codes are plain strings: only the wire knows gRPC. The text of an ``ElsError`` reaches the
-caller; of any other exception the caller sees a neutral text and the log has the cause.
+Status codes are strings: only ``server`` depends on gRPC. Callers get the text of an ``ElsError``;
+for any other exception they get a generic text, and the log has the cause.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 _LONGEST = 200
-"""Characters of one part of a text: a status travels in headers, of which 8 KiB are safe."""
+"""Maximum characters of one part of a text: a status is sent in headers, of which 8 KiB are
+safe."""
 _MOST_BYTES = 1500
 _LONGEST_REASON = 4096
-"""Characters of why a file is refused, and of its name: for logs and the index of models."""
+"""Maximum characters of a LoadError's reason and file name, for logs and the index of models."""
 
 
 class ElsError(Exception):
-    """An error whose text may reach the caller."""
+    """An error whose text is sent to the caller."""
 
     code: ClassVar[str] = "INTERNAL"
     retry_after_s: float | None = None
-    """Seconds after which asking again may help; None where nothing is known."""
+    """Seconds after which a retry may succeed; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong with one field: its path, what was expected, what came; long parts cut."""
+    """An invalid field: its path, expected, got; long parts are shortened."""
 
     field: str
     expected: str
@@ -52,25 +53,25 @@ class Violation:
 
 
 def shortened(text: str, longest: int = _LONGEST) -> str:
-    """Return the text, its end replaced by "…" if it is longer than ``longest`` characters."""
+    """Return the text, truncated with "…" if longer than ``longest`` characters."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def fit_for_headers(text: str) -> str:
-    """Return the text, cut to as many bytes as a status may have: sent twice, it triples."""
+    """Return the text truncated to the size of a status, which sends it twice and encoded."""
     data = text.encode()
     return text if len(data) <= _MOST_BYTES else data[:_MOST_BYTES].decode(errors="ignore") + "…"
 
 
 def printable(text: str) -> str:
-    """Return the text with everything escaped that is no sign: it may reach terminals and UTF-8."""
+    """Return the text with nonprintable characters escaped, for terminals and UTF-8."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class InvalidArgumentError(ElsError, ValueError):
-    """A field of the request is wrong; says field, expected and got."""
+    """Invalid field of the request; names field, expected and got."""
 
     code = "INVALID_ARGUMENT"
 
@@ -80,25 +81,25 @@ class InvalidArgumentError(ElsError, ValueError):
 
 
 class UnauthenticatedError(ElsError):
-    """The caller shows no token that is known; never says which was shown."""
+    """Missing or unknown token; the text never contains the token."""
 
     code = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(ElsError):
-    """The caller is known, or need not be, but may not do this."""
+    """The caller lacks the permission for this call."""
 
     code = "PERMISSION_DENIED"
 
 
 class NotFoundError(ElsError):
-    """The named thing is not served here."""
+    """The named model or version is not served."""
 
     code = "NOT_FOUND"
 
 
 class ResourceExhaustedError(ElsError):
-    """The request is over a limit that the metadata publishes; says field, expected and got."""
+    """The request exceeds a published limit; names field, expected and got."""
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -108,7 +109,7 @@ class ResourceExhaustedError(ElsError):
 
 
 class QueueFullError(ElsError):
-    """More work waits than is allowed."""
+    """The queue is full."""
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -118,7 +119,7 @@ class QueueFullError(ElsError):
 
 
 class DeadlineExceededError(ElsError):
-    """The answer would come too late, or the deadline passed before the work began."""
+    """The deadline passed, or would pass before the result is computed."""
 
     code = "DEADLINE_EXCEEDED"
 
@@ -128,19 +129,19 @@ class DeadlineExceededError(ElsError):
 
 
 class UnavailableError(ElsError):
-    """The service cannot answer now but may soon."""
+    """The service is temporarily unavailable."""
 
     code = "UNAVAILABLE"
 
 
 class LoadError(ElsError, ValueError):
-    """A file is refused; says which file and why, each cut to ``_LONGEST_REASON`` characters."""
+    """Invalid file; names file and reason, each of at most ``_LONGEST_REASON`` characters."""
 
     code = "FAILED_PRECONDITION"
 
     def __init__(self, path: object, reason: str) -> None:
-        # Names of files and keys of documents may hold anything.
+        # File names and document keys may have any characters.
         self.path = printable(shortened(str(path), _LONGEST_REASON))
-        # Cut first: escaping takes long texts apart sign by sign.
+        # Truncated first, because escaping a long text is slow.
         self.reason = printable(shortened(reason, _LONGEST_REASON))
         super().__init__(f"{self.path}: {self.reason}")

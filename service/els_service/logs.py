@@ -1,4 +1,4 @@
-"""Logs as JSON lines on stderr, ours and the libraries' alike; their level may change any time."""
+"""Logs as JSON lines on stderr, for libraries too; the level can be changed at run time."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class CallContext(Protocol):
-    """What is known of the call that a task works for."""
+    """Context of the call that a task processes."""
 
     @property
     def trace(self) -> object | None:
-        """What its part of a trace hangs on, where it is traced."""
+        """Span of the call, if it is traced."""
         ...
 
     def log_fields(self) -> Mapping[str, str]:
-        """Return what every record of the call carries."""
+        """Return the fields of every log record of the call."""
         ...
 
 
 CALL: ContextVar[CallContext | None] = ContextVar("els_call", default=None)
-"""The call that the current task works for."""
+"""The call that the current task processes."""
 
 
 class _Lines(logging.Handler):
-    """Writes whole lines to a file descriptor; what cannot be written is counted, never raised."""
+    """Writes whole lines to a file descriptor; failures are counted, not raised."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # A full disk may have taken half of the line before.
+            # A full disk may have truncated the previous line.
             line = ("\n" * self._torn + self.format(record) + "\n").encode(errors="replace")
             rest = line[os.write(self._descriptor, line) :]
             self._torn = bool(rest)
@@ -50,7 +50,7 @@ class _Lines(logging.Handler):
                 rest = rest[os.write(self._descriptor, rest) :]
             self._torn = False
         except Exception:
-            # There is nowhere left to tell why.
+            # The error cannot be logged either.
             self.lost += 1
 
 
@@ -70,7 +70,7 @@ def configure(level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    # Without a stderr its number may be anyone's by now, a caller's connection for one.
+    # Without stderr its descriptor number may belong to something else, such as a connection.
     handler = logging.NullHandler() if sys.stderr is None else _Lines(sys.stderr.fileno())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -84,26 +84,26 @@ def configure(level: str) -> None:
     logging.getLogger(_GRPC).addFilter(_calm)
     logging.getLogger().handlers = [handler]
     set_level(level)
-    # gRPC's core writes lines of its own to stderr, such as every handshake that a stranger fails.
+    # gRPC's core logs to stderr itself, for example every failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def set_level(level: str) -> None:
-    """Log at ``level`` or above from the next record on.
+    """Set the minimum level of log records.
 
     Raises:
-        ValueError: ``level`` is none of ``LEVELS``.
+        ValueError: ``level`` is not in ``LEVELS``.
     """
     if level not in LEVELS:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r:.100}")
     root = logging.getLogger()
     root.setLevel(level.upper())
-    # At debug it tells every turn of its loop.
+    # At debug level asyncio logs every iteration of its loop.
     logging.getLogger("grpc").setLevel(max(root.level, logging.INFO))
 
 
 def level() -> str:
-    """Return the level in force: one of ``LEVELS``."""
+    """Return the current level, one of ``LEVELS``."""
     return logging.getLevelName(logging.getLogger().level).lower()
 
 
@@ -121,9 +121,9 @@ def _add_call(
 
 
 def _calm(record: logging.LogRecord) -> bool:
-    """Turn what grpc calls an error of the server, and is a caller who left, into a debug record.
+    """Downgrade gRPC's error record for a client disconnect to DEBUG.
 
-    It says so where a caller hangs up while its answer is on its way.
+    gRPC logs it if a client disconnects while its response is being sent.
     """
     if record.levelno >= logging.ERROR and str(record.msg).startswith("ExecuteBatchError raised"):
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"

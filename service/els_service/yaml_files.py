@@ -1,7 +1,7 @@
-"""YAML documents read safely, and their faults told in one line.
+"""Safe reader of YAML documents, with errors of one line.
 
-A short document may stand for an endless one, as an alias costs a few bytes however much it
-repeats. So a document is measured with its aliases written out before anything is made of it.
+A short document can expand to a huge one, as an alias of a few bytes repeats any node. So the size
+of a document with its aliases expanded is checked before it is constructed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 MAX_BYTES = 1 << 20
-"""Size of a document."""
+"""Maximum size of a document in bytes."""
 _LARGEST = 2 * MAX_BYTES
-"""Values and characters of a document, aliases written out; more than one without any can have."""
+"""Maximum values and characters of a document with aliases expanded; more than ``MAX_BYTES`` allows
+without aliases."""
 _LONGEST_SCALAR = 1 << 16
-"""Characters of one value: a number of a megabyte takes minutes to read."""
+"""Maximum characters of one value: parsing a number of a megabyte takes minutes."""
 _FAULTS = 20
-"""How many faults of a document are told."""
+"""Maximum faults of a document in an error."""
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -38,7 +39,7 @@ def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file of at most ``MAX_BYTES``.
 
     Raises:
-        LoadError: The file cannot be read, is no YAML, or is too large, also through aliases.
+        LoadError: The file cannot be read, is not YAML, or is too large, with aliases expanded.
     """
     try:
         with path.open("rb") as file:
@@ -63,7 +64,7 @@ def _parse(data: bytes) -> Any:
             return None
         if (size := _Sizes().of(node)) > _LARGEST:
             raise ValueError(
-                f"{size} values and characters with aliases written out; {_LARGEST} are allowed"
+                f"{size} values and characters with aliases expanded; {_LARGEST} are allowed"
             )
         return loader.construct_document(node)
     finally:
@@ -71,7 +72,7 @@ def _parse(data: bytes) -> Any:
 
 
 class _Sizes:
-    """Sizes of nodes with their aliases written out, each node looked at once."""
+    """Sizes of nodes with aliases expanded; each node is visited once."""
 
     def __init__(self) -> None:
         self._known: dict[yaml.Node, int | None] = {}
@@ -80,11 +81,11 @@ class _Sizes:
         """Return the number of values and characters of a node.
 
         Raises:
-            ValueError: The node holds itself, or a value that is too long.
+            ValueError: The node contains itself, or a value that is too long.
         """
         known = self._known.get(node, 0)
         if known is None:
-            raise ValueError("an alias of something around it")
+            raise ValueError("an alias of a node that contains it")
         if not known:
             self._known[node] = None
             known = self._known[node] = 1 + self._inside(node)
@@ -102,12 +103,12 @@ class _Sizes:
 
 
 def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: bool = False) -> _T:
-    """Return the content as the adapter's type; a ``secret`` one is not shown in errors.
+    """Return the content as the adapter's type; ``secret`` content is not shown in errors.
 
     Raises:
-        LoadError: It does not fit; names ``source`` and the faults, the first of very many.
+        LoadError: The content is invalid; names ``source`` and the first faults.
     """
-    # Here, because training and comparison read YAML where there is no pydantic.
+    # Local import: training and comparison read YAML without pydantic.
     from pydantic import ValidationError
 
     try:

@@ -108,7 +108,7 @@ async def test_the_first_step_carries_the_noise_if_it_is_wanted(twin: Twin) -> N
 async def test_steps_carry_only_what_is_wanted_but_the_last_carries_both(twin: Twin) -> None:
     first, last = await twin.steps(model="fashion-els", steps=2, want=("denoised",))
     assert first.denoised.shape == last.x.shape == last.denoised.shape
-    with pytest.raises(AttributeError, match="carries no x"):
+    with pytest.raises(AttributeError, match="has no x"):
         _ = first.x
 
 

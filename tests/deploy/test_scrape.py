@@ -21,7 +21,7 @@ from deploy.monitoring.rules import error_ratio
 from tests.deploy import traffic
 from tests.deploy.prometheus import Prometheus, needs, scraping
 from tests.deploy.promql import TARGET, as_grafana, queries_of, selections
-from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 
 from els_service.engine.request_context import REASONS
 
@@ -114,7 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("sight")
     options = {"ELS_QUEUE_S": traffic.QUEUE_S, "ELS_DRAIN_S": traffic.DRAIN_S}
     root = traffic.models(folder / "models")
-    with serving("--models", root, "--threads", 1, program=ODD, **options) as server:
+    with serving("--models", root, "--threads", 1, program=FAULT_SERVER, **options) as server:
         target = f"127.0.0.1:{server.ready['metrics_port']}"
         with scraping(folder, target, RULES, POD) as prometheus:
             prometheus.until("els_serving == 1")

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import numpy as np
 from tests.support.bad_inferences import SIGMA, X, infer
+from tests.support.fault_server import FAULT
 from tests.support.messages import asked, denoiser, images, images_computed, inference
 from tests.support.models_folder import DOCUMENTS, SHAPE, write_models
-from tests.support.odd_server import FAULT
 
 from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -30,7 +30,7 @@ def models(root: Path) -> Path:
 
 
 async def most_ends(target: str) -> None:
-    """Ask a fresh odd server in every way; calls end in every way but overload and draining."""
+    """Ask a fresh fault server in every way; calls end in every way but overload and draining."""
     async with AsyncClient(target) as client, grpc.aio.insecure_channel(target) as channel:
         await _answered(client, channel)
         await _refused(channel)
@@ -38,7 +38,7 @@ async def most_ends(target: str) -> None:
 
 
 async def overload(target: str) -> None:
-    """Have an odd server reject calls of one caller as its queue is full, and evict others."""
+    """Have a fault server reject calls of one caller as its queue is full, and evict others."""
     # A connection each: callers are told apart by their connections.
     own = [("grpc.use_local_subchannel_pool", 1)]
     async with (

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.support.models_folder import write_models
-from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 
 from els_client import Client
 
@@ -25,10 +25,10 @@ def server(models: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def odd(models: Path) -> Iterator[ServerProcess]:
+def fault_server(models: Path) -> Iterator[ServerProcess]:
     """A second server, with a model of 20 ms an image and a short queue."""
     options = {"ELS_QUEUE_S": "2", "ELS_STARVATION_S": "0.3"}
-    with serving("--models", models, "--threads", 1, program=ODD, **options) as process:
+    with serving("--models", models, "--threads", 1, program=FAULT_SERVER, **options) as process:
         yield process
 
 

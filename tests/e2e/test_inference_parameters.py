@@ -69,11 +69,11 @@ def test_an_empty_parameter_is_refused(channel: grpc.Channel) -> None:
     assert_refused(call, "INVALID_ARGUMENT", "parameters.timeout", _WHOLE, "nothing")
 
 
-def test_a_timeout_counts_in_microseconds(odd: ServerProcess) -> None:
+def test_a_timeout_counts_in_microseconds(fault_server: ServerProcess) -> None:
     one = fp32("x", *[1.0] * 30, shape=(1, 1, 6, 5))
     request = with_parameters(infer(one, SIGMA, model="slow"), timeout=("int64", 1000))
     ample = with_parameters(infer(one, SIGMA, model="slow"), timeout=("int64", 20_000_000))
-    with grpc.insecure_channel(odd.target) as channel:
+    with grpc.insecure_channel(fault_server.target) as channel:
         stub = GRPCInferenceServiceStub(channel)
         for _ in range(4):  # by now what an image takes is known
             assert stub.ModelInfer(ample, timeout=TIMEOUT_S).outputs

@@ -13,10 +13,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from tests.support.fault_server import BREAK, BROKEN, HANG
 from tests.support.messages import asked, denoiser, images, images_computed
 from tests.support.models_folder import DOCUMENTS, write_models
-from tests.support.odd_server import BREAK, BROKEN, HANG
-from tests.support.processes import ODD, START_S, environment, serving
+from tests.support.processes import FAULT_SERVER, START_S, environment, serving
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -31,7 +31,7 @@ async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3
     models: Path, value: float, reason: str
 ) -> None:
     options = {"ELS_WATCHDOG_S": "0.5", "ELS_DRAIN_S": "2"}
-    with serving("--models", models, program=ODD, **options) as server:
+    with serving("--models", models, program=FAULT_SERVER, **options) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             stub = denoiser(channel)
             health: Any = HealthStub(channel)
@@ -63,7 +63,7 @@ async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3
 
 async def test_a_server_that_was_paused_beyond_its_watchdog_serves_on(models: Path) -> None:
     options = {"ELS_WATCHDOG_S": "0.5", "ELS_BATCH_S": "0.05"}
-    with serving("--models", models, program=ODD, **options) as server:
+    with serving("--models", models, program=FAULT_SERVER, **options) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             stub = denoiser(channel)
             call = asyncio.ensure_future(stub.Denoise(asked(images(*[1.0] * 20)), timeout=60))
@@ -83,7 +83,7 @@ def test_a_device_that_breaks_while_models_are_loaded_ends_the_process_with_3(
 ) -> None:
     models = write_models(tmp_path / "models", {BROKEN: DOCUMENTS["gaussian"]})
     ended = subprocess.run(
-        [*map(str, ODD), "run", "--port=0", "--metrics-port=0", f"--models={models}"],
+        [*map(str, FAULT_SERVER), "run", "--port=0", "--metrics-port=0", f"--models={models}"],
         capture_output=True,
         text=True,
         timeout=START_S,

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.support.bad_inferences import SIGMA, infer
+from tests.support.fault_server import FAULT, FaultyDenoiser
 from tests.support.messages import Pixels, array, asked, denoiser, images, inference
-from tests.support.odd_server import FAULT, Odd
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Settings
@@ -51,7 +51,7 @@ ACTS = st.lists(
         Act,
         kind=st.sampled_from(["denoise", "score", "infer", "stream", "sample"]),
         connection=st.integers(0, 2),
-        model=st.sampled_from(["odd", "small"]),
+        model=st.sampled_from(["slow", "small"]),
         count=st.integers(1, 6),
         priority=st.integers(0, 3),
         after_s=st.sampled_from([0.0, 0.0, 0.002, 0.01]),
@@ -74,8 +74,8 @@ class World:
     async def start(self) -> None:
         self.server = Server(self.settings)
         self.models = self.server._engine.models
-        self.models.add("odd", Odd(image_s=0.002))
-        self.models.add("small", Odd(image_s=0.001, memory=3))
+        self.models.add("slow", FaultyDenoiser(image_s=0.002))
+        self.models.add("small", FaultyDenoiser(image_s=0.001, memory=3))
         target = f"127.0.0.1:{(await self.server.start()).grpc_port}"
         own = [("grpc.use_local_subchannel_pool", 1)]
         self.channels = [grpc.aio.insecure_channel(target, own) for _ in range(3)]
@@ -244,7 +244,11 @@ async def _sample(channel: grpc.aio.Channel, act: Act, values: list[float]) -> N
     call = denoiser(channel).Sample(request, timeout=timeout_s(act))
     messages = [message async for message in call]
     *_, last = sample(
-        Odd(image_s=0), count=act.count, seed=seed, sampler="ddim", options=Options(steps=STEPS)
+        FaultyDenoiser(image_s=0),
+        count=act.count,
+        seed=seed,
+        sampler="ddim",
+        options=Options(steps=STEPS),
     )
     assert [message.index for message in messages] == [1, 2, 3]
     assert np.array_equal(array(messages[-1].x), last.x.float().numpy())

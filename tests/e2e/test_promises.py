@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tests.support.fault_server import IMAGE_S
 from tests.support.messages import array, asked, denoiser, images
-from tests.support.odd_server import IMAGE_S
 from tests.support.processes import ServerProcess
 from tests.support.refusals import TIMEOUT_S
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.alone
 
 
 @pytest.fixture
-async def aio(odd: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:
-    async with grpc.aio.insecure_channel(odd.target) as channel:
+async def aio(fault_server: ServerProcess) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(fault_server.target) as channel:
         for i in range(4):  # by now what an image takes is known
             await ask(channel, i)
         yield channel
@@ -123,11 +123,11 @@ async def test_the_patient_do_not_starve(aio: grpc.aio.Channel) -> None:
 
 
 async def test_a_flood_of_one_caller_does_not_slow_another_down_twice(
-    odd: ServerProcess, aio: grpc.aio.Channel
+    fault_server: ServerProcess, aio: grpc.aio.Channel
 ) -> None:
     # Otherwise both channels would share a connection, and be one caller.
     own_connection = [("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(odd.target, own_connection) as other:
+    async with grpc.aio.insecure_channel(fault_server.target, own_connection) as other:
         fair = await latencies_beside(aio, other, flood=4)
         flooded = await latencies_beside(aio, other, flood=40)
     # p99 of a few hundred calls is their worst; a busy machine adds a batch to it now and then.

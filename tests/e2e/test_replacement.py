@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from tests.support.messages import images, images_computed
-from tests.support.processes import ODD, ServerProcess
+from tests.support.processes import FAULT_SERVER, ServerProcess
 
 from els_client import AsyncClient
 
@@ -33,7 +33,7 @@ class Pair:
         self._started += 1
         log = self._logs / str(self._started)
         options = ("--models", self._models, "--threads", 1, f"--port={port}")
-        return ServerProcess(log, *options, program=ODD, ELS_GRACE_S="0.2")
+        return ServerProcess(log, *options, program=FAULT_SERVER, ELS_GRACE_S="0.2")
 
     async def replace(self, which: int, number: signal.Signals) -> int:
         """End a server by a signal, start it again; return the exit code of the old one."""

@@ -60,12 +60,12 @@ async def steps(channel: grpc.aio.Channel, request: pb.SampleRequest) -> list[pb
 
 @pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
 async def test_a_token_of_any_step_goes_on_with_the_same_bits_on_any_server(
-    aio: grpc.aio.Channel, odd: ServerProcess, options: dict[str, Any]
+    aio: grpc.aio.Channel, fault_server: ServerProcess, options: dict[str, Any]
 ) -> None:
     whole = await steps(aio, drawn(**options))
     assert [step.index for step in whole] == [1, 2, 3, 4, 5]
     assert [bool(step.resume_token) for step in whole] == [True] * 4 + [False]
-    async with grpc.aio.insecure_channel(odd.target) as other:
+    async with grpc.aio.insecure_channel(fault_server.target) as other:
         for channel in (aio, other):
             for taken in range(1, 5):
                 token = whole[taken - 1].resume_token

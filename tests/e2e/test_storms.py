@@ -16,7 +16,7 @@ from tests.support.bad_inferences import SIGMA, X, infer
 from tests.support.bad_requests import denoise, sample
 from tests.support.messages import array, asked, denoiser, inference
 from tests.support.metrics import metrics
-from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -35,9 +35,9 @@ Ask = Callable[[grpc.aio.Channel], Any]
 
 @pytest.fixture(scope="module")
 def stormed(models: Path) -> Iterator[ServerProcess]:
-    """A server with the slow model of ``odd_server`` and a short queue, which fills in a storm."""
+    """A server with a slow model and a short queue, which fills in a storm."""
     options = {"ELS_QUEUE_S": "2"}
-    with serving("--models", models, "--threads", 1, program=ODD, **options) as process:
+    with serving("--models", models, "--threads", 1, program=FAULT_SERVER, **options) as process:
         yield process
 
 

@@ -13,7 +13,7 @@ import pytest
 from google.rpc import code_pb2, error_details_pb2
 from tests.support.bad_requests import denoise
 from tests.support.messages import array, asked, denoiser, images, images_computed
-from tests.support.processes import ODD, ServerProcess, serving
+from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -158,14 +158,16 @@ def resident_mib(server: ServerProcess) -> float:
     return int(line.split()[1]) / 1024
 
 
-async def test_what_a_caller_leaves_in_a_stream_is_not_computed(odd: ServerProcess) -> None:
-    async with grpc.aio.insecure_channel(odd.target) as channel:
+async def test_what_a_caller_leaves_in_a_stream_is_not_computed(
+    fault_server: ServerProcess,
+) -> None:
+    async with grpc.aio.insecure_channel(fault_server.target) as channel:
         before = await images_computed(channel, "slow")
         call = denoiser(channel).DenoiseStream(timeout=60)
         await send(call, *(asked(images(i)) for i in range(60)))
         assert array((await call.read()).response.denoised)[0, 0, 0, 0] == 0
         call.cancel()
-        async with grpc.aio.insecure_channel(odd.target) as other:
+        async with grpc.aio.insecure_channel(fault_server.target) as other:
             answer = await denoiser(other).Denoise(asked(images(5)), timeout=TIMEOUT_S)
             assert np.array_equal(array(answer.denoised), images(10))
             # The one that was read, two batches at most that were under way, and this one.
@@ -175,7 +177,7 @@ async def test_what_a_caller_leaves_in_a_stream_is_not_computed(odd: ServerProce
 async def test_a_drain_answers_what_was_read_of_a_stream_and_says_unavailable(
     models: Path,
 ) -> None:
-    with serving("--models", models, program=ODD) as server:
+    with serving("--models", models, program=FAULT_SERVER) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             ended, open_ = (denoiser(channel).DenoiseStream(timeout=60) for _ in range(2))
             for call in (ended, open_):

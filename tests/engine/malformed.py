@@ -22,20 +22,20 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     "an impossible time": ("kind: !!timestamp never", "expected YAML"),
     "an endless number": (f"kind: {'9' * 5000}", "expected YAML"),
     "nested without end": ("[" * 20_000, "expected YAML"),
-    "aliases without end": (f"{ALIASES}kind: wiener\nbank: x\n", "with aliases written out"),
-    "a kind without end": (f"{ALIASES}kind: *a11\nbank: x\n", "with aliases written out"),
+    "aliases without end": (f"{ALIASES}kind: wiener\nbank: x\n", "with aliases expanded"),
+    "a kind without end": (f"{ALIASES}kind: *a11\nbank: x\n", "with aliases expanded"),
     "a mapping merged without end": (
         "a0: &a0 {x: 1}\n"
         + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12))
         + "kind: wiener\nbank: x\n",
-        "with aliases written out",
+        "with aliases expanded",
     ),
     "a long text through aliases": (
         f"t: &t {'x' * 50_000}\nkind: [{', '.join(['*t'] * 1000)}]\n",
-        "with aliases written out",
+        "with aliases expanded",
     ),
-    "an alias of itself": ("kind: &a [*a]\n", "an alias of something around it"),
-    "an alias of what merges it": ("a: &a {<<: *a}\nkind: wiener\n", "an alias of something"),
+    "an alias of itself": ("kind: &a [*a]\n", "an alias of a node that contains it"),
+    "an alias of what merges it": ("a: &a {<<: *a}\nkind: wiener\n", "an alias of a node"),
     "a text too long": (f"kind: {'x' * 70_000}\n", "a value of 70000 characters"),
     "a number in base sixty": (f"kind: {'1:' * 100_000}1\n", "a value of 200001 characters"),
     "a hexadecimal number": (f"kind: wiener\nbank: 0x{'f' * 9000}\n", "very many digits"),

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 BIN = Path(sys.executable).parent
-ODD = (sys.executable, Path(__file__).with_name("odd_server.py"))
-"""A program: ``els-server`` with the models of ``odd_server``."""
+FAULT_SERVER = (sys.executable, Path(__file__).with_name("fault_server.py"))
+"""A program: ``els-server`` with the models of ``fault_server``."""
 START_S = 60
 """Ample: two busy cores take a few seconds."""
 

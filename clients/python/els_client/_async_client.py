@@ -1,4 +1,4 @@
-"""The twin of the blocking client for asyncio."""
+"""The client for asyncio."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _Response = TypeVar("_Response")
 
 
 class AsyncClient:
-    """``Client`` for asyncio: the same methods, awaited. Make it where its event loop runs.
+    """``Client`` for asyncio: the same methods, awaited. Construct it in its event loop.
 
-    Cancelling a task cancels its call. Many calls at once share one connection, and a server
-    computes together what arrives together.
+    Cancelling a task cancels its call. Concurrent calls share one connection, and the server
+    batches them.
 
     Example:
         >>> async with AsyncClient() as client:
@@ -77,26 +77,26 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
+        """Close the channel and cancel calls in flight."""
         await self._channel.close()
 
     @property
     def repository(self) -> AsyncRepository:
-        """What an operator may do with this server."""
+        """Administration of the server."""
         return AsyncRepository(self._operate)
 
     async def models(self) -> list[Model]:
-        """Return what ``Client.models`` does."""
+        """Like ``Client.models``."""
         response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
         return [codec.decode_model(model) for model in response.models]
 
     async def model(self, name: str, *, version: str | None = None) -> Model:
-        """Return what ``Client.model`` does."""
+        """Like ``Client.model``."""
         request = pb.GetModelRequest(name=name, version=version or "")
         return codec.decode_model((await self._unary(self._stub.GetModel, request)).model)
 
     async def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
-        """Return what ``Client.denoise`` does."""
+        """Like ``Client.denoise``."""
         query = Query(x, **options)
         request = codec.encode_query(pb.DenoiseRequest, query)
         answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
@@ -105,14 +105,14 @@ class AsyncClient:
     async def denoise_with_evidence(
         self, x: Pixels, **options: Unpack[QueryOptions]
     ) -> tuple[Images, Images]:
-        """Return what ``Client.denoise_with_evidence`` does."""
+        """Like ``Client.denoise_with_evidence``."""
         query = Query(x, **options)
         request = codec.encode_query(pb.DenoiseRequest, query, return_log_evidence=True)
         answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
     async def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
-        """Return what ``Client.score`` does."""
+        """Like ``Client.score``."""
         query = Query(x, **options)
         request = codec.encode_query(pb.ScoreRequest, query)
         answer = await self._unary(self._stub.Score, request, query.timeout_s)
@@ -143,9 +143,9 @@ class AsyncClient:
         in_flight: int = 16,
         return_exceptions: bool = False,
     ) -> AsyncGenerator[Images | ElsError, None]:
-        """Denoise a stream of questions as ``Client.denoise_many`` does; use ``async for``.
+        """Denoise a stream of queries like ``Client.denoise_many``; use ``async for``.
 
-        Here an answer is yielded as soon as it is there, even while the next question is not.
+        A result is yielded as soon as it arrives, even while waiting for the next query.
         """
         check_in_flight(in_flight)
         return self._many(queries, in_flight, return_exceptions)
@@ -153,10 +153,10 @@ class AsyncClient:
     def sample(
         self, *, timeout_s: float | None = None, **options: Unpack[SampleOptions]
     ) -> AsyncGenerator[Step, None]:
-        """Draw images as ``Client.sample`` does; iterate with ``async for``.
+        """Sample images like ``Client.sample``; iterate with ``async for``.
 
-        A loop left early cancels the call when the iterator is dropped, and at once inside
-        ``async with contextlib.aclosing(client.sample(...)) as steps``.
+        Leaving the loop early cancels the call when the iterator is garbage collected, and
+        immediately inside ``async with contextlib.aclosing(client.sample(...)) as steps``.
         """
         timeout_s = timeout_of(timeout_s, self._sample_timeout_s)
         return self._steps(codec.encode_sample(**options), timeout_s)

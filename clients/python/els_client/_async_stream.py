@@ -1,4 +1,4 @@
-"""A stream of questions and their answers in order, for asyncio."""
+"""Stream of queries and their results in order, for asyncio."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from els_client._types import Images, Query
 from els_client.errors import ElsError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
-# What may happen: an answer, the end of a stream, or (None) that the questions have changed.
+# Events: a response, the end of a stream, or (None) a change of the pending queries.
 _Event: TypeAlias = pb.DenoiseStreamResponse | ElsError | None
 
 
 class AsyncStream:
-    """Three tasks around two queues: one draws questions, one sends them, one hears answers.
+    """Three tasks and two queues: one task reads queries, one sends requests, one receives.
 
-    The first outlives a stream that ends: an iterator cannot be asked again for what was drawn.
+    The first task outlives a broken stream, because queries read from an iterator are not repeated.
     """
 
     def __init__(
@@ -34,20 +34,20 @@ class AsyncStream:
         open_stream: Callable[[], Call],
     ) -> None:
         self._queries = queries
-        self._unanswered = pending
+        self._pending = pending
         self._slots = asyncio.Semaphore(in_flight)
         self._open_stream = open_stream
         self._drawn = False
-        self._refused: Exception | None = None  # What drawing a question ended with.
+        self._refused: Exception | None = None  # Exception raised by the iterator of queries.
         self._inbox: asyncio.Queue[_Event] = asyncio.Queue()
 
     async def answers(self) -> AsyncGenerator[Images | ElsError, None]:
-        """Yield the answer, or the error, of each question; streams that end are opened anew."""
+        """Yield the result or the error of each query; broken streams are reopened."""
         attempts = RetryState(None)
         drawing = asyncio.create_task(self._draw())
         self._connect()
         try:
-            while not self._drawn or len(self._unanswered) or self._refused:
+            while not self._drawn or len(self._pending) or self._refused:
                 event = await self._inbox.get()
                 if isinstance(event, UnavailableError):
                     await asyncio.sleep(attempts.pause_if_away_s(event))
@@ -58,14 +58,14 @@ class AsyncStream:
                 elif event is not None:
                     attempts.progressed()
                     self._slots.release()
-                    yield self._unanswered.answer(event)
+                    yield self._pending.answer(event)
                 if self._refused:
                     raise self._refused
-                while refusal := self._unanswered.refusal():
+                while error := self._pending.pop_invalid():
                     self._slots.release()
-                    yield refusal
+                    yield error
             self._outbox.put_nowait(None)
-            await self._hearing
+            await self._receiving
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
@@ -73,22 +73,22 @@ class AsyncStream:
 
     def _connect(self) -> None:
         self._outbox: asyncio.Queue[pb.DenoiseRequest | None] = asyncio.Queue()
-        for request in self._unanswered.requests():
+        for request in self._pending.requests():
             self._outbox.put_nowait(request)
         self._call = self._open_stream()
         self._sending = asyncio.create_task(self._send(self._call, self._outbox))
-        self._hearing = asyncio.create_task(self._hear(self._call))
+        self._receiving = asyncio.create_task(self._receive(self._call))
 
     async def _disconnect(self) -> None:
         self._call.cancel()
         self._sending.cancel()
-        await asyncio.gather(self._sending, self._hearing, return_exceptions=True)
+        await asyncio.gather(self._sending, self._receiving, return_exceptions=True)
 
     async def _draw(self) -> None:
         try:
             async for query in _each(self._queries):
                 await self._slots.acquire()
-                if request := self._unanswered.add(query):
+                if request := self._pending.add(query):
                     self._outbox.put_nowait(request)
                 else:
                     self._inbox.put_nowait(None)
@@ -98,15 +98,15 @@ class AsyncStream:
         self._inbox.put_nowait(None)
 
     async def _send(self, call: Call, outbox: asyncio.Queue[pb.DenoiseRequest | None]) -> None:
-        # A stream that has ended says so to the one that hears.
+        # The receiving task reports the end of the stream.
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
             while request := await outbox.get():
                 await call.write(request)
             await call.done_writing()
 
-    async def _hear(self, call: Call) -> None:
+    async def _receive(self, call: Call) -> None:
         try:
-            with own_errors(self._unanswered.route):
+            with own_errors(self._pending.route):
                 async for message in call:
                     self._inbox.put_nowait(message)
             self._inbox.put_nowait(ended_early())

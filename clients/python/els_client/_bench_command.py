@@ -1,4 +1,4 @@
-"""The command ``els bench``: a load, a table of what it showed, and its record."""
+"""The command ``els bench``: generates load, prints a table of results, writes a record."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from els_client.bench.plan import KINDS, Kind
 from els_client.errors import InvalidArgumentError
 
 _Value = TypeVar("_Value")
-_LOAD, _ASKED, _LENGTH, _OUT = "Who calls", "What is asked", "How long", "What is kept"
+_LOAD, _ASKED, _LENGTH, _OUT = "Load", "Requests", "Duration", "Output"
 
 
 def _parser(parse: Callable[[str], _Value], expected: str) -> Callable[[str], _Value]:
-    """Return a parser whose refusal says what was expected."""
+    """Return a parser whose error names the expected value."""
 
     def parsed(text: str) -> _Value:
         try:
@@ -51,7 +51,7 @@ def bench(
     callers: Annotated[
         int | None,
         typer.Option(
-            help="Closed loop: so many callers, each asks again when answered; by default 8.",
+            help="Closed loop: number of callers, each calls after each response; by default 8.",
             min=1,
             rich_help_panel=_LOAD,
         ),
@@ -59,17 +59,17 @@ def bench(
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Open loop: so many calls a second at random times, however slow the answers;"
-            " latency counts from the time at which a call was to start.",
+            help="Open loop: calls per second at random times, independent of responses;"
+            " latency counts from the scheduled start of a call.",
             min=0.001,
             rich_help_panel=_LOAD,
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(help="Processes that call.", min=1, rich_help_panel=_LOAD)
+        int, typer.Option(help="Load processes.", min=1, rich_help_panel=_LOAD)
     ] = 1,
     connections: Annotated[
-        int, typer.Option(help="Connections of each.", min=1, rich_help_panel=_LOAD)
+        int, typer.Option(help="Connections per process.", min=1, rich_help_panel=_LOAD)
     ] = 1,
     mix: Annotated[
         str,
@@ -80,7 +80,7 @@ def bench(
         typer.Option("--stream", help="Denoise over DenoiseStream.", rich_help_panel=_ASKED),
     ] = False,
     images: Annotated[
-        int, typer.Option(help="Images in one call.", min=1, rich_help_panel=_ASKED)
+        int, typer.Option(help="Images per call.", min=1, rich_help_panel=_ASKED)
     ] = 1,
     sigma: Annotated[
         str,
@@ -92,48 +92,48 @@ def bench(
         int | None, typer.Option(help="Label of all images.", rich_help_panel=_ASKED)
     ] = None,
     steps: Annotated[
-        int, typer.Option(help="Steps of a sample.", min=1, rich_help_panel=_ASKED)
+        int, typer.Option(help="Steps per sample.", min=1, rich_help_panel=_ASKED)
     ] = 20,
     priority: Annotated[
-        int | None, typer.Option(help="From 1, the first.", min=1, rich_help_panel=_ASKED)
+        int | None, typer.Option(help="Priority; 1 is the highest.", min=1, rich_help_panel=_ASKED)
     ] = None,
     deadline: Annotated[
         float | None,
         typer.Option(
-            help="Seconds after which an answer is of no use; it travels with the call.",
+            help="Deadline in seconds, sent with the call.",
             min=0.001,
             rich_help_panel=_ASKED,
         ),
     ] = None,
     warm_up: Annotated[
-        float, typer.Option(help="Seconds that do not count.", min=0, rich_help_panel=_LENGTH)
+        float, typer.Option(help="Warm-up in seconds.", min=0, rich_help_panel=_LENGTH)
     ] = 1.0,
     duration: Annotated[
-        float, typer.Option(help="Seconds that count.", min=0.1, rich_help_panel=_LENGTH)
+        float, typer.Option(help="Measurement in seconds.", min=0.1, rich_help_panel=_LENGTH)
     ] = 10.0,
     count: Annotated[
         int | None,
-        typer.Option(help="End sooner, after so many calls.", min=1, rich_help_panel=_LENGTH),
+        typer.Option(help="Maximum number of calls.", min=1, rich_help_panel=_LENGTH),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of times, kinds and pixels.", min=0, rich_help_panel=_LENGTH)
+        int, typer.Option(help="Seed of times, kinds and pixels.", min=0, rich_help_panel=_LENGTH)
     ] = 0,
     json: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Everything, with series.", rich_help_panel=_OUT),
+        typer.Option(metavar="FILE", help="JSON record with time series.", rich_help_panel=_OUT),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Curves of it.", rich_help_panel=_OUT),
+        typer.Option(metavar="FILE.png", help="Plots of the results.", rich_help_panel=_OUT),
     ] = None,
     target: Target = TARGET,
     model: ModelName = MODEL,
 ) -> None:
-    """Load a server, and tell what its callers would have seen.
+    """Generate load on a server and print latencies and rates.
 
-    Latencies are of answered calls. Goodput counts answers that came before --deadline. The last
-    lines say whether the load itself kept up: if it lagged or used a whole core, give it more
-    --processes. Needs the extra "bench".
+    Latencies are of successful calls. Goodput counts responses before --deadline. The last lines
+    show whether the load generator kept up: if it lagged or used a whole core, increase
+    --processes. Requires the extra "bench".
 
     For example:
 
@@ -141,12 +141,12 @@ def bench(
 
         els bench --rate 200 --deadline 1 --mix denoise=8,score=1,sample=1 --plot load.png
     """
-    door: options.Door = context.obj
+    access: options.Access = context.obj
     with options.failures():
         plan = Plan(
             target=target,
-            tls=door.tls,
-            token=door.token,
+            tls=access.tls,
+            token=access.token,
             model=model,
             callers=8 if callers is None and rate is None else callers,
             rate_per_s=rate,
@@ -166,9 +166,9 @@ def bench(
             seed=seed,
         )
         for path in (json, plot):
-            # Before the load: what it showed would be lost.
+            # Checked before the load, so that results are not lost.
             if path and not path.parent.is_dir():
-                raise InvalidArgumentError(f"{path}: expected a folder that is there")
+                raise InvalidArgumentError(f"{path}: expected an existing folder")
         report = _run(plan)
         _show(report)
         if json:

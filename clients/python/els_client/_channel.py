@@ -1,4 +1,4 @@
-"""How a channel is set up, and how its failures become errors of our own tree."""
+"""Channel options, and conversion of gRPC errors to ``ElsError``."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ Metadata = tuple[tuple[str, str], ...]
 Options = tuple[tuple[str, str | int], ...]
 
 _MAX_MESSAGE_BYTES = 64 * 2**20
-# A server that takes pings every 5 s counts one that comes a little early as abuse.
+# A server that allows pings every 5 s treats a slightly early one as abuse.
 _PING_EVERY_MS = 5_500
-# Both together tell a server that hangs within ten seconds.
+# Together they detect a hung server within ten seconds.
 _PING_TIMEOUT_MS = 4_000
-# A server that comes back is found again soon, not after up to the two minutes of grpc's default.
+# A restarted server is found soon; the default of grpc is up to two minutes.
 _RECONNECT_AT_MOST_MS = 2_000
-# How soon after an answer a name may be asked again, which is when a connection ends. At grpc's
-# default of 30 s a rollout could replace every server that a client knows in between.
+# Minimum interval of name resolution, which happens when a connection ends. At grpc's default
+# of 30 s a rollout could replace every known server within one interval.
 _RESOLVE_AGAIN_MS = 2_000
-# What grpc.aio says, with INTERNAL, of a message that a stream which ends does not take any more.
+# Text of grpc.aio, with INTERNAL, for a message written to a stream that is ending.
 _NOT_TAKEN = "Internal error from Core"
-# What a proxy makes of a server that is gone in the middle of an answer; no server ends a call so.
+# Text from a proxy whose server disconnected within a response; servers never send it.
 _RESET = "RST_STREAM"
-# Every method is a pure question, so asking again harms nobody.
+# Every method is idempotent, so retries are safe.
 _RETRY_POLICY = {
     "maxAttempts": 4,
     "initialBackoff": "0.1s",
     "maxBackoff": "2s",
     "backoffMultiplier": 3,
-    # The latter is what grpc's own shutdown makes of a call that it overtakes.
+    # The latter results from a call that races with grpc's own shutdown.
     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 
 
 def channel_options(*, retried: bool = True, healthy_only: bool = True) -> Options:
-    """Return the options of a channel: calls go in turn to every server that says it is healthy.
+    """Return the options of a channel: round robin over all healthy servers.
 
-    Without ``retried`` a call is one attempt, for those who count attempts; without
-    ``healthy_only`` calls go to every server that answers.
+    Without ``retried`` a call is a single attempt; without ``healthy_only`` calls also go to
+    servers that are not healthy.
     """
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if healthy_only:
@@ -65,12 +65,12 @@ def channel_options(*, retried: bool = True, healthy_only: bool = True) -> Optio
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-        # A message larger than this buffer (by default 256 KiB) would be sent only once.
+        # A message larger than this buffer (by default 256 KiB) would not be retried.
         ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
         ("grpc.enable_retries", int(retried)),
         ("grpc.keepalive_time_ms", _PING_EVERY_MS),
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
-        # A ping that measures bandwidth holds the others back; it is given up on as they are.
+        # A bandwidth probe delays keepalive pings, so it has the same timeout.
         ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_reconnect_backoff_ms", _RECONNECT_AT_MOST_MS),
@@ -79,7 +79,7 @@ def channel_options(*, retried: bool = True, healthy_only: bool = True) -> Optio
 
 
 def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> grpc.Channel:
-    """Return a blocking channel; ``healthy_only`` as of ``channel_options``.
+    """Return a blocking channel; ``healthy_only`` as for ``channel_options``.
 
     Raises:
         InvalidArgumentError: A file of ``tls`` cannot be read, or a key lacks its certificate.
@@ -94,7 +94,7 @@ def open_channel(target: str, tls: Tls | None, *, healthy_only: bool = True) -> 
 def open_async_channel(
     target: str, tls: Tls | None, options: Options | None = None
 ) -> grpc.aio.Channel:
-    """Return a channel for asyncio; errors are those of ``open_channel``."""
+    """Return a channel for asyncio; raises the errors of ``open_channel``."""
     options = channel_options() if options is None else options
     options += _tls_options(tls) + _proxy_options(target)
     if tls is None:
@@ -103,7 +103,7 @@ def open_async_channel(
 
 
 def bearer(token: str | None) -> Metadata:
-    """Return the metadata that carries a token; the refusal of a malformed one does not show it."""
+    """Return the metadata with a token; the error for a malformed one does not contain it."""
     if token is None:
         return ()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
@@ -118,19 +118,19 @@ def _tls_options(tls: Tls | None) -> Options:
 
 
 def _proxy_options(target: str) -> Options:
-    """Return the option that keeps calls to this machine from a proxy of the environment."""
+    """Return the option that disables the environment's proxy for targets on this machine."""
     return (("grpc.enable_http_proxy", 0),) if Route.to(target).is_local else ()
 
 
 def timeout_of(timeout_s: float | None, default_s: float) -> float:
-    """Return a deadline in seconds, the default where None is given.
+    """Return a deadline in seconds; None means the default.
 
     Raises:
-        InvalidArgumentError: It is no number, nan, 0, negative, or beyond a year.
+        InvalidArgumentError: Not a number, nan, 0, negative, or more than a year.
     """
     if timeout_s is None:
         return default_s
-    # Booleans are numbers, and nan fails every comparison.
+    # bool is a subclass of int, and every comparison with nan is false.
     if isinstance(timeout_s, Real) and not isinstance(timeout_s, bool):
         seconds = float(timeout_s)
         if 0 < seconds <= MAX_TIMEOUT_S:
@@ -159,11 +159,11 @@ def _content(field: str, path: str | Path | None) -> bytes | None:
 
 @contextmanager
 def own_errors(route: Route | None = None, timeout_s: float | None = None) -> Iterator[None]:
-    """Raise what gRPC raises inside as an ``ElsError``, the original as its cause.
+    """Convert gRPC errors inside to an ``ElsError`` with the original as its cause.
 
     Args:
-        route: Of the channel; it explains what never reached a server or was not answered.
-        timeout_s: What the whole call was allowed, for the text of one that took longer.
+        route: Route of the channel; explains why a call did not reach a server.
+        timeout_s: Deadline of the whole call in seconds, for the text of a timeout.
     """
     try:
         yield
@@ -172,7 +172,7 @@ def own_errors(route: Route | None = None, timeout_s: float | None = None) -> It
 
 
 def _translated(error: grpc.RpcError, route: Route | None, timeout_s: float | None) -> ElsError:
-    # Both kinds of channel raise an error that is its own call, which the stubs do not say.
+    # The errors of both kinds of channel are calls as well, which the stubs do not declare.
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     metadata = dict(error.trailing_metadata() or ())
     status = _status_of(metadata.get("grpc-status-details-bin", b""))
@@ -187,13 +187,13 @@ def _translated(error: grpc.RpcError, route: Route | None, timeout_s: float | No
 
 
 def error_of_status(status: status_pb2.Status) -> ElsError:
-    """Return the error that a ``google.rpc.Status`` inside a message stands for."""
+    """Return the error for a ``google.rpc.Status`` in a message."""
     code = next((code.name for code in grpc.StatusCode if code.value[0] == status.code), "UNKNOWN")
     return _error_of(code, status.message or code, status)
 
 
 def _error_of(code: str, message: str, status: status_pb2.Status) -> ElsError:
-    """Return the error with the wrong fields and the wait that ``status`` names in its details."""
+    """Return the error with the violations and the retry delay in the details of ``status``."""
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     violations: list[Violation] = []
@@ -212,7 +212,7 @@ def _error_of(code: str, message: str, status: status_pb2.Status) -> ElsError:
 
 
 def _status_of(details: str | bytes) -> status_pb2.Status:
-    """Return a serialised google.rpc.Status; of garbage an empty one."""
+    """Parse a google.rpc.Status; return an empty one if it is malformed."""
     try:
         return status_pb2.Status.FromString(details)
     except DecodeError:

@@ -34,26 +34,25 @@ _Response = TypeVar("_Response")
 
 
 class Client:
-    """A blocking client of one server, or of all that a name stands for.
+    """A blocking client of one server, or of all servers behind a name.
 
-    Safe to share between threads. Calls go in turn to every server that says it is healthy; those
-    that find none are retried for two or three seconds. A server that hangs is noticed within about
-    ten seconds, by pings.
+    Thread-safe. Calls are distributed round robin over all healthy servers; if there is none, they
+    are retried for two or three seconds. Pings detect a hung server within about ten seconds.
 
     Args:
         target: Address, such as ``"127.0.0.1:50051"``, ``"dns:///els.example:50051"`` or
-            ``"unix:/run/els.sock"``. Loopback and sockets are reached without a proxy; for others
-            gRPC takes that of ``grpc_proxy``, ``https_proxy`` or ``http_proxy``, but for hosts in
-            ``no_proxy``.
+            ``"unix:/run/els.sock"``. For other targets than loopback and sockets gRPC uses the
+            proxy
+            in ``grpc_proxy``, ``https_proxy`` or ``http_proxy``, except for hosts in ``no_proxy``.
         timeout_s: Deadline of every call in seconds, more than 0 and at most a year; None means 60,
-            and 600 for ``sample``. What is out of range is refused before anything is sent.
-        tls: How the connection is encrypted; None means not at all.
-        token: Bearer token that every call carries. Without ``tls`` it travels readable: use it so
-            on loopback alone, or where something else encrypts.
-        wait_when_full: Whether a call that a full server refuses is made again when that server
-            says it will have room, as long as the deadline allows.
-        healthy_only: Whether servers are left out that say they are not healthy. An operator who
-            brings the first model to a server has to reach it before it is.
+            and 600 for ``sample``. Values out of range are rejected before sending.
+        tls: TLS options; None means plaintext.
+        token: Bearer token of every call. Without ``tls`` it is sent in plaintext: use that only on
+            loopback, or if the connection is encrypted otherwise.
+        wait_when_full: Whether a call rejected by a full server is retried after the server's retry
+            delay, within the deadline.
+        healthy_only: Whether to use healthy servers only. Set it to False to load the first model
+            of a server, which is not healthy before.
 
     Example:
         >>> with Client() as client:
@@ -91,57 +90,57 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls under way are cancelled."""
+        """Close the channel and cancel calls in flight."""
         self._channel.close()
 
     @property
     def repository(self) -> Repository:
-        """What an operator may do with this server."""
+        """Administration of the server."""
         return Repository(self._operate)
 
     def models(self) -> list[Model]:
-        """Return every model that can be asked now, sorted by name."""
+        """Return every served model, sorted by name."""
         response = self._unary(self._stub.ListModels, pb.ListModelsRequest())
         return [codec.decode_model(model) for model in response.models]
 
     def model(self, name: str, *, version: str | None = None) -> Model:
-        """Return one model's description, by default of its newest version.
+        """Return the description of a model, by default of its newest version.
 
         Raises:
-            NotFoundError: No model has that name; the text says which there are.
+            NotFoundError: No model has that name; the text lists the served models.
         """
         request = pb.GetModelRequest(name=name, version=version or "")
         return codec.decode_model(self._unary(self._stub.GetModel, request).model)
 
     def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
-        """Return the clean image expected behind each noisy one, E[x0 | x], float32 [B, C, H, W].
+        """Return the posterior mean E[x0 | x] of each noisy image, float32 [B, C, H, W].
 
-        Name exactly one noise level. Level, label and window are one for all images or one each.
+        Exactly one noise level is required. Level, label and window have one value or B values.
 
         Args:
             x: Noisy images [B, C, H, W] with pixels in [-1, 1] before noise was added; float16,
-                float32 or float64 (rounded to float32), or uint8, where v stands for v/127.5 - 1.
-            **options: What is said of them.
+                float32 or float64 (rounded to float32), or uint8, where v means v/127.5 - 1.
+            **options: Query options.
 
-                - model: Name of the model; needed.
+                - model: Name of the model; required.
                 - sigma: Noise level of x = x0 + σ·ε.
                 - alpha_bar: Noise level of x = √ᾱ·x0 + √(1-ᾱ)·ε, 0 < ᾱ < 1.
                 - time: Time on the model's own schedule, 0 < t <= 1.
                 - label: From 0 to ``Model.label_count`` - 1, or -1 for none.
-                - window: Odd side of the patch in pixels; by default the model's own.
-                - conditioning: Floats [1 or B, T, W] that a model with ``Model.conditioning``
-                  attends to, such as a text encoder's output; needed there, elsewhere refused.
-                - unconditional: Likewise, of its T, for no text; where there is guidance.
+                - window: Odd side of the patch in pixels; by default that of the model.
+                - conditioning: Floats [1 or B, T, W], such as a text encoder's output; required
+                  by models with ``Model.conditioning``, rejected by others.
+                - unconditional: The same for an empty text, with the same T; required for guidance.
                 - guidance: g of D(unconditional) + g·(D(conditioning) - D(unconditional)),
-                  |g| <= 100; by default 1, which is none.
-                - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
+                  |g| <= 100; by default 1, which means none.
+                - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - timeout_s: Deadline of this call in seconds; by default the client's.
                 - version: Version of the model; by default the newest.
 
         Raises:
-            InvalidArgumentError: A field is wrong; ``violations`` says which.
+            InvalidArgumentError: A field is invalid; ``violations`` names it.
             NotFoundError: No model has that name.
-            ResourceExhaustedError: The server is full; ``retry_after_s`` says for how long.
+            ResourceExhaustedError: The server is full; ``retry_after_s`` is the retry delay.
             ElsError: Any other failure.
 
         Example:
@@ -156,10 +155,10 @@ class Client:
     def denoise_with_evidence(
         self, x: Pixels, **options: Unpack[QueryOptions]
     ) -> tuple[Images, Images]:
-        """Return what ``denoise`` does and the log evidence of each pixel, float32 [B, H, W].
+        """Return the result of ``denoise`` and the log evidence of each pixel, float32 [B, H, W].
 
-        It is log Σ exp(logit) over a pixel's sources, unnormalised. Arguments and errors are those
-        of ``denoise``; also an ``InvalidArgumentError`` unless ``Model.has_log_evidence``.
+        The evidence is log Σ exp(logit) over a pixel's sources, unnormalised. Arguments and errors
+        are those of ``denoise``, and an ``InvalidArgumentError`` unless ``Model.has_log_evidence``.
         """
         query = Query(x, **options)
         request = codec.encode_query(pb.DenoiseRequest, query, return_log_evidence=True)
@@ -192,17 +191,16 @@ class Client:
     def denoise_many(
         self, queries: Iterable[Query], *, in_flight: int = 16, return_exceptions: bool = False
     ) -> Generator[Images | ElsError, None, None]:
-        """Denoise a stream of questions: yield one answer each, in their order.
+        """Denoise a stream of queries and yield their results in order.
 
-        Questions are drawn while answers are: never are more than ``in_flight`` on their way, and
-        that many are drawn before the first answer is yielded. Should the server end, what it has
-        not answered is asked of the next one.
+        At most ``in_flight`` queries are pending, and that many are read before the first result is
+        yielded. If the server shuts down, pending queries are sent to the next one.
 
         Args:
-            queries: Questions, finite or not; a deadline of theirs counts from their arrival.
-            in_flight: Questions on their way, at least 1.
-            return_exceptions: Whether a failed question yields its error in its place; else its
-                error is raised and ends the stream.
+            queries: Queries, possibly infinite; the deadline of a query counts from its arrival.
+            in_flight: Maximum pending queries, at least 1.
+            return_exceptions: Whether to yield the error of a failed query in its place; otherwise
+                it is raised and ends the stream.
 
         Example:
             >>> queries = (Query(x, model="fashion-els", sigma=0.5) for x in batches)
@@ -215,36 +213,37 @@ class Client:
     def sample(
         self, *, timeout_s: float | None = None, **options: Unpack[SampleOptions]
     ) -> Generator[Step, None, None]:
-        """Draw images by reverse diffusion and yield each step; ``x`` of the last is the result.
+        """Sample images by reverse diffusion and yield each step; ``x`` of the last is the result.
 
-        A loop left early cancels the call, and a slow one slows the server down. Should the server
-        end before the last step, or need room for other callers, it is resumed where it stopped.
+        Leaving the loop early cancels the call; a slow loop applies back-pressure. A trajectory
+        that ends early, as its server shuts down or preempts it, is resumed from its last step.
 
         Args:
             timeout_s: Deadline of all steps together; by default the client's.
-            **options: What is to be drawn, and how.
+            **options: Sampling options.
 
-                - model: Name of the model; needed.
-                - count: How many images, 1 to ``Limits.max_images``; by default 1.
-                - seed: 0 to 2**64 - 1, by default 0; image i draws its noise from (seed, i), alone
-                  or in any batch.
+                - model: Name of the model; required.
+                - count: Number of images, 1 to ``Limits.max_images``; by default 1.
+                - seed: 0 to 2**64 - 1, by default 0; the noise of image i depends only on (seed,
+                i),
+                  in any batch.
                 - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released.
                 - sampler: "ddim", the default, "ddim_released", "ddpm" or "heun".
-                - label: One for all images or one each; -1 for none.
-                - eta: Noise that each step of ddpm adds, 0 to 1; by default 0, and None means 1.
-                - churn: Noise that heun adds in all, S_churn of EDM, 0 to ``steps``; by default 0.
-                - want: What each step carries, by default "x" and "denoised"; the last always
-                  carries these. The first alone carries "noise", which the trajectory started
-                  from, the last alone "decoded", the images of a latent model.
+                - label: One for all images or one each; -1 means none.
+                - eta: Noise of each step of ddpm, 0 to 1; by default 0, and None means 1.
+                - churn: Total noise of heun, S_churn of EDM, 0 to ``steps``; by default 0.
+                - want: Arrays of each step, by default "x" and "denoised", which the last step
+                  always has. Only the first step has "noise", the initial state, and only the last
+                  has "decoded", the images of a latent model.
                 - window: Odd side of the patch in pixels, one for all images or one each.
                 - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
-                - priority: From 1, the first, to ``Limits.priority_levels``; by default 2.
+                - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.
-                - survive_breaks: Whether a connection that breaks without a word is outlived too;
-                  each step is then longer by its state.
+                - survive_breaks: Whether to resume after a broken connection as well; each step
+                  then also has the state.
 
         Raises:
-            InvalidArgumentError: A field is wrong; ``violations`` says which.
+            InvalidArgumentError: A field is invalid; ``violations`` names it.
             NotFoundError: No model has that name.
             ElsError: Any other failure.
 

@@ -1,4 +1,4 @@
-"""Between numpy and the messages of the contract: pure functions that both clients share."""
+"""Conversion between numpy and messages: pure functions shared by both clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _Query = TypeVar("_Query", pb.DenoiseRequest, pb.ScoreRequest)
 
-# The scalar type of an array, how it travels, and what the contract calls that.
+# Scalar type of an array → type in the message, and its name in the contract.
 _DTYPES: dict[type[np.generic], tuple[str, pb.DType.ValueType]] = {
     np.float64: ("<f4", pb.DTYPE_F32),
     np.float32: ("<f4", pb.DTYPE_F32),
@@ -57,7 +57,7 @@ def encode_tensor(x: Pixels) -> pb.Tensor:
 
 
 def _conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
-    """Return conditions [1 or B, T, W] as a tensor; None is left out of the message."""
+    """Return conditions [1 or B, T, W] as a tensor; None is omitted from the message."""
     return None if given is None else _tensor(field, given, "[1 or B, T, W]", _FLOATS)
 
 
@@ -72,7 +72,7 @@ def _tensor(
         *others, last = sorted(dtype.__name__ for dtype in dtypes)
         _refuse(field, f"{', '.join(others)} or {last}", x.dtype)
     layout, dtype = _DTYPES[x.dtype.type]
-    with np.errstate(over="ignore"):  # beyond float32 it is infinite, which the server refuses
+    with np.errstate(over="ignore"):  # infinite beyond float32, which the server rejects
         data = x.astype(layout, copy=False).tobytes()
     return pb.Tensor(dtype=dtype, shape=x.shape, data=data)
 
@@ -80,7 +80,7 @@ def _tensor(
 def encode_level(
     sigma: Levels | None, alpha_bar: Levels | None, time: Levels | None
 ) -> pb.NoiseLevel:
-    """Return the one level that is given."""
+    """Return the level message of the one given level."""
     levels = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
     given = [name for name, level in levels.items() if level is not None]
     if len(given) != 1:
@@ -89,8 +89,8 @@ def encode_level(
 
 
 @contextmanager
-def _own_refusals() -> Iterator[None]:
-    """Raise protobuf's refusal of a value, such as a float of steps, as one of ours."""
+def _invalid_arguments() -> Iterator[None]:
+    """Convert protobuf's errors for a value, such as a float for steps."""
     try:
         yield
     except InvalidArgumentError:
@@ -99,11 +99,11 @@ def _own_refusals() -> Iterator[None]:
         raise InvalidArgumentError(f"request: {error}") from error
 
 
-@_own_refusals()
+@_invalid_arguments()
 def encode_query(
     request: type[_Query], query: Query, *, return_log_evidence: bool = False
 ) -> _Query:
-    """Return the request that asks ``query``, without its deadline: that is the call's."""
+    """Return the request of ``query`` without its deadline, which is that of the call."""
     return request(
         model=query.model,
         x=encode_tensor(query.x),
@@ -119,7 +119,7 @@ def encode_query(
     )
 
 
-@_own_refusals()
+@_invalid_arguments()
 def encode_sample(
     *,
     model: str,
@@ -139,14 +139,14 @@ def encode_sample(
     version: str | None = None,
     survive_breaks: bool = False,
 ) -> pb.SampleRequest:
-    """Return the request that draws ``count`` images; ``eta`` None leaves it to the server."""
+    """Return the request for ``count`` samples; ``eta`` None means the server's default."""
     if sampler not in _SAMPLERS:
         _refuse("sampler", f"one of {', '.join(_SAMPLERS)}", repr(sampler))
     if not set(want) <= set(get_args(Want)):
         _refuse("want", f"any of {', '.join(get_args(Want))}", repr(want))
     if not 0 <= seed < 2**64:
         _refuse("seed", "0 to 2**64 - 1", seed)
-    if count < 1:  # On the wire 0 means 1.
+    if count < 1:  # In the message 0 means 1.
         _refuse("count", "at least 1", count)
     return pb.SampleRequest(
         model=model,
@@ -172,15 +172,15 @@ def encode_sample(
 
 
 def decode_tensor(tensor: pb.Tensor) -> Images:
-    """Return a tensor as a float32 array of its own, which the caller may write to."""
+    """Return a tensor as a writable float32 array."""
     if tensor.dtype != pb.DTYPE_F32 or len(tensor.data) != 4 * math.prod(tensor.shape):
         got = f"{pb.DType.Name(tensor.dtype)} {list(tensor.shape)} in {len(tensor.data)} bytes"
-        raise error_of("INTERNAL", f"the server answered a malformed tensor: {got}")
+        raise error_of("INTERNAL", f"the server returned a malformed tensor: {got}")
     return np.frombuffer(tensor.data, "<f4").reshape(tuple(tensor.shape)).astype(np.float32)
 
 
 def decode_step(step: pb.SampleResponse) -> Step:
-    """Return one message of a stream."""
+    """Return the step of a message."""
     return Step(
         index=step.index,
         total=step.total,
@@ -193,7 +193,7 @@ def decode_step(step: pb.SampleResponse) -> Step:
 
 
 def decode_model(model: pb.Model) -> Model:
-    """Return a model's description."""
+    """Return the description of a model."""
     window, bank, limits, wanted = model.window, model.bank, model.limits, model.conditioning
     decoded = model.decoded_shape
     return Model(
@@ -237,7 +237,7 @@ def decode_model(model: pb.Model) -> Model:
 
 
 def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[Any]:
-    """Return one value, or one each, as the list that the wire carries; None is empty."""
+    """Return one or several values as the list of the message; None is empty."""
     if values is None:
         return []
     array = np.asarray(values)
@@ -251,7 +251,7 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
 def _guidance(guidance: float | None) -> float:
     if guidance is None:
         return 0.0
-    if guidance == 0:  # On the wire 0 means 1.
+    if guidance == 0:  # In the message 0 means 1.
         expected = "a number other than 0, which asks for the unconditional as conditioning alone"
         _refuse("guidance", expected, guidance)
     return guidance

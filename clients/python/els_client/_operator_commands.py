@@ -1,4 +1,4 @@
-"""The commands of an operator: ``els repository`` and ``els log-level``."""
+"""Commands for operators: ``els repository`` and ``els log-level``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from els_client import _terminal as terminal
 from els_client._options import TARGET, AsJson, Target, Timeout
 from els_client._repository import LogLevel
 
-repository = typer.Typer(
-    no_args_is_help=True, help="See, load and unload the models of a server's repository."
-)
+repository = typer.Typer(no_args_is_help=True, help="List, load and unload the models of a server.")
 
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")]
 
@@ -21,12 +19,12 @@ Name = Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model.")
 @repository.command()
 def index(
     context: typer.Context,
-    ready: Annotated[bool, typer.Option("--ready", help="Only what is served.")] = False,
+    ready: Annotated[bool, typer.Option("--ready", help="Only served models.")] = False,
     target: Target = TARGET,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every model with its version and state, and what was asked of it."""
+    """List every model with version, state and statistics."""
     with options.connected(context, target, timeout, healthy_only=False) as client:
         models = client.repository.index(ready=ready)
         asked = client.repository.statistics() if any(m.state == "READY" for m in models) else []
@@ -37,7 +35,7 @@ def index(
 def load(
     context: typer.Context, name: Name, target: Target = TARGET, timeout: Timeout = None
 ) -> None:
-    """Load a model, or load it anew; its callers notice nothing. Needs the role admin."""
+    """Load or reload a model without interruption. Requires the role admin."""
     with (
         options.connected(context, target, timeout, healthy_only=False) as client,
         terminal.waiting(f"loading {name}"),
@@ -50,7 +48,7 @@ def load(
 def unload(
     context: typer.Context, name: Name, target: Target = TARGET, timeout: Timeout = None
 ) -> None:
-    """Stop serving a model. Needs the role admin."""
+    """Unload a model. Requires the role admin."""
     with options.connected(context, target, timeout, healthy_only=False) as client:
         client.repository.unload(name)
     typer.echo(f"unloaded {name}")
@@ -59,11 +57,11 @@ def unload(
 def log_level(
     context: typer.Context,
     level: Annotated[
-        LogLevel | None, typer.Argument(help="What to log from now on; else only asks.")
+        LogLevel | None, typer.Argument(help="New level; if omitted, the level is only printed.")
     ] = None,
     target: Target = TARGET,
     timeout: Timeout = None,
 ) -> None:
-    """Tell how much the server logs, and change it. Needs the role admin."""
+    """Print or set the server's log level. Requires the role admin."""
     with options.connected(context, target, timeout, healthy_only=False) as client:
         typer.echo(client.repository.log_level(level))

@@ -1,4 +1,4 @@
-"""How the commands reach their server: options that stand before a command, and its client."""
+"""Connection options of the commands, and their client."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Timeout = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 EXIT_CODES_HELP = (
-    "Exit codes: 0 done · 2 wrong usage or argument · 3 no such model · 4 no server answers"
+    "Exit codes: 0 success · 2 wrong usage or argument · 3 no such model · 4 server unavailable"
     " · 5 deadline exceeded · 6 full or over a limit · 7 not allowed · 1 any other failure."
 )
 _EXIT_CODES: dict[type[Exception], int] = {
@@ -50,41 +50,41 @@ _EXIT_CODES: dict[type[Exception], int] = {
 
 
 @dataclass(frozen=True)
-class Door:
-    """How to get in: with which certificates, and with which token."""
+class Access:
+    """Certificates and token of a connection."""
 
     tls: Tls | None = None
     token: str | None = field(default=None, repr=False)
 
 
-def door(
+def access(
     *,
     encrypted: bool,
     ca: Path | None,
     certificate: Path | None,
     key: Path | None,
     token_file: Path | None,
-) -> Door:
-    """Return what the options say; any file of TLS asks for TLS."""
+) -> Access:
+    """Return the access options; any TLS file enables TLS."""
     tls = Tls(ca=ca, certificate=certificate, key=key)
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
-    return Door(tls if encrypted or tls != Tls() else None, token)
+    return Access(tls if encrypted or tls != Tls() else None, token)
 
 
 @contextmanager
 def connected(
     context: typer.Context, target: str, timeout_s: float | None, *, healthy_only: bool = True
 ) -> Iterator[Client]:
-    """Yield a client; a failure inside becomes one line on stderr and an exit code."""
-    door: Door = context.obj
-    how: dict[str, Any] = {"tls": door.tls, "token": door.token, "healthy_only": healthy_only}
+    """Yield a client; an error inside becomes one line on stderr and an exit code."""
+    access: Access = context.obj
+    how: dict[str, Any] = {"tls": access.tls, "token": access.token, "healthy_only": healthy_only}
     with failures(), Client(target, timeout_s=timeout_s, **how) as client:
         yield client
 
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Turn a failure inside into one line on stderr and an exit code."""
+    """Convert an error inside to one line on stderr and an exit code."""
     try:
         yield
     except (ElsError, OSError) as error:

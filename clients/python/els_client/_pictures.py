@@ -1,4 +1,4 @@
-"""Between arrays [C, H, W] in [-1, 1] and files: PNG, GIF, npy."""
+"""Conversion between arrays [C, H, W] in [-1, 1] and files: PNG, GIF, npy."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from els_client._types import Images
 from els_client.errors import InvalidArgumentError
 
 _MODES = {1: "L", 3: "RGB"}
-# Grids and GIFs enlarge small images to about this side, in whole factors.
+# Grids and GIFs enlarge small images to about this side, by integer factors.
 _TILE_SIDE = 112
 _GIF_MS = 100
 _GIF_LAST_MS = 1500
 MAX_PIXELS = 1 << 26
-"""Height × width of a picture that is read: a file of a few KiB may announce gigabytes."""
+"""Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 _OPAQUE = 255
 
 
 def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
-    It is turned as its EXIF orientation says. Of the several pictures of one shot that a camera
-    stores in a JPEG file (MPO), the first is read.
+    It is rotated by its EXIF orientation. Of a multi-picture JPEG file (MPO) the first picture is
+    read.
 
     Args:
-        path: A picture of 8 bits a channel, one frame, no transparency, at most ``MAX_PIXELS``.
-        shape: What the model takes.
-        resize: Whether to crop another proportion about the centre and scale it to fit.
+        path: Picture with 8 bits per channel, one frame, no transparency, at most ``MAX_PIXELS``.
+        shape: Shape of the model's images.
+        resize: Whether to crop to the model's aspect ratio about the centre and scale to fit.
 
     Raises:
-        InvalidArgumentError: No such picture, or it is of another size and not to be resized.
+        InvalidArgumentError: Not such a picture, or of another size without ``resize``.
     """
     channels, height, width = shape
     if channels not in _MODES:
@@ -57,7 +57,7 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged picture raises into a refusal that names the file."""
+    """Convert any exception of reading a damaged picture to an error that names the file."""
     try:
         yield
     except InvalidArgumentError:
@@ -65,13 +65,13 @@ def _refusing(path: Path) -> Iterator[None]:
     except (UnidentifiedImageError, SyntaxError):
         raise InvalidArgumentError(f"{path}: not a picture") from None
     except Exception as error:
-        # No list of what the decoders of so many formats raise would be complete.
+        # A list of all exceptions of the many decoders would not be complete.
         raise InvalidArgumentError(f"{path}: {error}") from None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Yield a picture of which only the header was read; none that is too large."""
+    """Yield a picture with only its header read; raises an error if it is too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -97,7 +97,7 @@ def _check(path: Path, picture: Image.Image) -> None:
             f"{path}: expected one frame, got {frames}: save the one that is meant as a picture"
         )
     if picture.has_transparency_data:
-        # What shows through is not in the file; a channel of it that hides nothing may be there.
+        # The background is not in the file; a fully opaque alpha channel is allowed.
         alpha = picture.convert("RGBA").getchannel("A")
         if np.asarray(alpha).min() < _OPAQUE:
             raise InvalidArgumentError(
@@ -106,29 +106,29 @@ def _check(path: Path, picture: Image.Image) -> None:
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:
-    """Return the array of a ``.npy`` file; one that holds objects is not read.
+    """Return the array of a ``.npy`` file; object arrays are rejected.
 
     Raises:
-        InvalidArgumentError: It is no such file.
+        InvalidArgumentError: Not such a file.
     """
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, MemoryError) as error:
-        # A header may announce any size.
+        # A header may declare any size.
         raise InvalidArgumentError(f"{path}: expected an array in .npy: {error}") from None
 
 
 def check_target(path: Path | None) -> None:
-    """Check that a picture can be written there, before long work for it begins.
+    """Check that a picture can be written to a path, before a long computation.
 
     Raises:
-        InvalidArgumentError: Its folder is missing, or its suffix names no picture format.
+        InvalidArgumentError: The folder is missing, or the suffix is not of a picture format.
     """
     if path is None:
         return
     if not path.parent.is_dir():
-        raise InvalidArgumentError(f"{path}: expected a folder that is there")
+        raise InvalidArgumentError(f"{path}: expected an existing folder")
     if path.suffix.lower() not in Image.registered_extensions():
         raise InvalidArgumentError(f"{path}: expected a name such as out.png")
 
@@ -137,15 +137,15 @@ def write(path: Path, image: Images) -> None:
     """Write ``image`` [C, H, W] as a picture, clipped to [-1, 1].
 
     Raises:
-        InvalidArgumentError: The file's suffix names no picture format.
+        InvalidArgumentError: The suffix is not of a picture format.
     """
     _save(_picture(image), path)
 
 
 def write_score(path: Path, score: Images) -> None:
-    """Write ``score`` [B, C, H, W]: exactly to ``.npy``, else its first image as a symmetric map.
+    """Write ``score`` [B, C, H, W]: all of it to ``.npy``, otherwise a map of its first image.
 
-    In the map mid-grey is 0, and black and white are minus and plus the largest magnitude.
+    In the map mid-grey is 0; black and white are minus and plus the largest magnitude.
     """
     if path.suffix == ".npy":
         np.save(path, score)
@@ -154,12 +154,12 @@ def write_score(path: Path, score: Images) -> None:
 
 
 def write_grid(path: Path, images: Images) -> None:
-    """Write ``images`` [B, C, H, W] in rows of one picture, about as wide as high."""
+    """Write ``images`` [B, C, H, W] as a roughly square grid."""
     _save(_grid(images), path)
 
 
 def write_gif(path: Path, steps: Sequence[Images]) -> None:
-    """Write one frame for each of ``steps`` [B, C, H, W], in a loop that rests on the last."""
+    """Write one frame for each of ``steps`` [B, C, H, W], in a loop that pauses on the last."""
     frames = [_grid(images) for images in steps]
     durations = [_GIF_MS] * (len(frames) - 1) + [_GIF_LAST_MS]
     _save(

@@ -1,4 +1,4 @@
-"""A server's models as an operator sees them: the repository, statistics and the log."""
+"""Administration of a server: model repository, statistics and log level."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ _LOG_LEVEL = "log_level"
 
 
 class Repository:
-    """What an operator may do; loading, unloading and the log need a token of the role admin."""
+    """Administration; loading, unloading and setting the log level require the role admin."""
 
     def __init__(self, call: Callable[[str, Any], Any]) -> None:
         self._call = call
 
     def index(self, *, ready: bool = False) -> list[RepositoryModel]:
-        """Return every model of the repository; of the served alone if ``ready``."""
+        """Return every model of the repository, or only the served ones if ``ready``."""
         return _models(self._call("RepositoryIndex", pb.RepositoryIndexRequest(ready=ready)))
 
     def load(self, name: str) -> None:
-        """Load a model, or load it anew; its callers notice nothing.
+        """Load or reload a model, without interruption for its callers.
 
         Raises:
-            ElsError: It cannot be loaded; the text says why. What was served still is.
+            ElsError: Loading failed, with the reason; the version loaded before is still served.
         """
         self._call("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=name))
 
     def unload(self, name: str) -> None:
-        """Stop serving a model."""
+        """Unload a model."""
         self._call("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=name))
 
     def statistics(self, name: str = "", *, version: str = "") -> list[Statistics]:
-        """Return what was asked of a model, or of all, since it was loaded."""
+        """Return the statistics of a model, or of all, since it was loaded."""
         request = pb.ModelStatisticsRequest(name=name, version=version)
         return _statistics(self._call("ModelStatistics", request))
 
     def log_level(self, level: LogLevel | None = None) -> str:
-        """Set the level of the server's log if one is given, and return the one that holds."""
+        """Set the server's log level if given, and return the current one."""
         return _level(self._call("LogSettings", _log_settings(level)))
 
 
@@ -51,24 +51,24 @@ class AsyncRepository:
         self._call = call
 
     async def index(self, *, ready: bool = False) -> list[RepositoryModel]:
-        """Return what ``Repository.index`` does."""
+        """Like ``Repository.index``."""
         return _models(await self._call("RepositoryIndex", pb.RepositoryIndexRequest(ready=ready)))
 
     async def load(self, name: str) -> None:
-        """Do what ``Repository.load`` does."""
+        """Like ``Repository.load``."""
         await self._call("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=name))
 
     async def unload(self, name: str) -> None:
-        """Do what ``Repository.unload`` does."""
+        """Like ``Repository.unload``."""
         await self._call("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=name))
 
     async def statistics(self, name: str = "", *, version: str = "") -> list[Statistics]:
-        """Return what ``Repository.statistics`` does."""
+        """Like ``Repository.statistics``."""
         request = pb.ModelStatisticsRequest(name=name, version=version)
         return _statistics(await self._call("ModelStatistics", request))
 
     async def log_level(self, level: LogLevel | None = None) -> str:
-        """Do what ``Repository.log_level`` does."""
+        """Like ``Repository.log_level``."""
         return _level(await self._call("LogSettings", _log_settings(level)))
 
 

@@ -1,4 +1,4 @@
-"""When a failed call is worth another attempt, and after what pause: both clients ask here."""
+"""Retry policy of both clients: which errors are retried, and after what delay."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MAX_CONSECUTIVE_FAILURES = 5
 
 
 class RetryState:
-    """The attempts of one call: until when, and how many in a row were in vain.
+    """Retry state of one call: its deadline and its consecutive failures.
 
     Args:
-        timeout_s: For all of them together; None means without end.
-        wait_when_full: Whether a server that says when it will have room is asked again then; a
-            sample that has begun is resumed in any case.
+        timeout_s: Deadline of all attempts together; None means none.
+        wait_when_full: Whether to retry after the retry delay of a full server; a sample that has
+            started is resumed in any case.
     """
 
     def __init__(self, timeout_s: float | None, *, wait_when_full: bool = False) -> None:
@@ -32,18 +32,18 @@ class RetryState:
         self._broken = False
 
     def left_s(self) -> float | None:
-        """Return what is left of the deadline."""
+        """Return the remaining seconds of the deadline."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def progressed(self) -> None:
-        """Begin to count anew: this attempt was not in vain."""
+        """Reset the consecutive failures: this attempt made progress."""
         self._consecutive_failures = 0
 
     def pause_s(self, error: ElsError) -> float:
-        """Return how long to wait before a question is asked again, or raise ``error``.
+        """Return the delay before a retry, or raise ``error``.
 
-        gRPC asks again by itself, but not once an answer has begun, even if it breaks off. Whether
-        it had cannot be seen from here, so whoever is told that nobody is there asks once more.
+        gRPC retries by itself, but not once a response has started. Whether it had is not visible
+        here, so an UNAVAILABLE call is retried once more.
         """
         if not isinstance(error, UnavailableError) or self._broken:
             return self.pause_if_full_s(error)
@@ -51,15 +51,15 @@ class RetryState:
         return self._pause_s(error)
 
     def pause_if_full_s(self, error: ElsError) -> float:
-        """Return how long to wait for a full server, or raise ``error``."""
+        """Return the delay before a retry at a full server, or raise ``error``."""
         if not (_is_full(error) and self.wait_when_full):
             raise error
         return self._pause_s(error)
 
     def pause_if_away_s(self, error: ElsError) -> float:
-        """Return how long to wait before work is resumed, or raise ``error``.
+        """Return the delay before a trajectory is resumed, or raise ``error``.
 
-        By a server's successor, or by the same server where the work gave way to other callers.
+        It is resumed by another server, or by the same one if it was preempted for other callers.
         """
         resumable = isinstance(error, UnavailableError) or _is_full(error)
         if not resumable or self._consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
@@ -68,7 +68,7 @@ class RetryState:
 
     def _pause_s(self, error: ElsError) -> float:
         backoff = min(math.ldexp(_FIRST_PAUSE_S, self._consecutive_failures), _LONGEST_PAUSE_S)
-        # Random, or all who were refused together would come back together.
+        # Jitter: callers rejected together do not retry together.
         pause = max(error.retry_after_s or 0.0, backoff) * random.uniform(1.0, 1.25)
         left = self.left_s()
         if left is not None and left <= pause:
@@ -78,11 +78,11 @@ class RetryState:
 
 
 class Trajectory:
-    """A sample that outlives the server that began it: each step once, in order.
+    """A sample that is resumed at other servers; each step is delivered once, in order.
 
     Attributes:
-        request: What the next attempt asks.
-        attempts: When to ask.
+        request: Request of the next attempt.
+        attempts: Retry state.
     """
 
     def __init__(self, request: pb.SampleRequest, attempts: RetryState) -> None:
@@ -92,31 +92,31 @@ class Trajectory:
         self._total = -1
 
     def accept(self, message: pb.SampleResponse) -> Step | None:
-        """Return the step that a message carries, if it does and it is new.
+        """Return the step of a message, or None if it has none or a known one.
 
         Raises:
-            ElsError: A step is missing between the last one and this.
+            ElsError: A step is missing before this one.
         """
         if message.resume_token:
             self.request.resume_token = message.resume_token
-        # A token alone has index 0; an attempt from an older token begins with steps that came.
+        # A message with only a token has index 0; a resumed attempt may repeat known steps.
         if message.index <= self._index:
             return None
         if message.index != self._index + 1:
-            text = f"the server answered step {message.index} after step {self._index}"
+            text = f"the server returned step {message.index} after step {self._index}"
             raise error_of("INTERNAL", text)
         self._index, self._total = message.index, message.total
         self.attempts.progressed()
         return codec.decode_step(message)
 
     def check_complete(self) -> None:
-        """Raise an ``ElsError`` unless the last step has come."""
+        """Raise an ``ElsError`` unless the last step was received."""
         if self._index != self._total:
             text = f"the server ended after step {self._index} of {self._total}"
             raise error_of("INTERNAL", text)
 
     def pause_s(self, error: ElsError) -> float:
-        """Return how long to wait before the next attempt, or raise ``error``."""
+        """Return the delay before the next attempt, or raise ``error``."""
         if _is_full(error) and self.attempts.wait_when_full:
             return self.attempts.pause_if_full_s(error)
         if not self.request.resume_token:
@@ -125,5 +125,5 @@ class Trajectory:
 
 
 def _is_full(error: ElsError) -> bool:
-    """Return whether a server has no room now and says when it may."""
+    """Return whether a server is full and gives a retry delay."""
     return isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None

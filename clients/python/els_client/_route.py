@@ -1,4 +1,4 @@
-"""How a channel reaches its target: directly or through a proxy, and what its failures mean."""
+"""Route of a channel to its target, directly or through a proxy, for error messages."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-"""As gRPC reads them: the first that is set counts, even where it is empty."""
+"""Proxy variables in gRPC's order: the first that is set counts, even if empty."""
 _EXEMPT_VARIABLES = ("no_grpc_proxy", "no_proxy")
 _UNIX_SCHEMES = ("unix", "unix-abstract", "vsock")
 _SCHEMES = (*_UNIX_SCHEMES, "dns", "ipv4", "ipv6", "xds")
 _REFUSED = re.compile(r"Connection refused|unix:.*No such file or directory")
 _NOT_CONNECTED = re.compile(r"failed to connect|backends failing|errors resolving|HTTP proxy")
-# What gRPC says, or its code if it says nothing, where the client itself ended the call.
+# Texts of gRPC (or the code without a text) for calls that the client itself ended.
 _LATE = re.compile(r"Deadline[ _]Exceeded", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Route:
-    """The way to a target, as the environment has it when the channel is opened.
+    """Route to a target, by the environment at the time the channel is opened.
 
     Attributes:
-        target: As the client was told it.
-        is_local: Whether all of it is on this machine: loopback, or a socket of the file system.
-        proxy: Address of the HTTP proxy that gRPC uses, without credentials; empty for none.
-        variable: Name of the environment variable that has it.
+        target: Target as given to the client.
+        is_local: Whether the target is on this machine: loopback, or a Unix socket.
+        proxy: Address of the HTTP proxy used by gRPC, without credentials; empty for none.
+        variable: Environment variable of the proxy.
     """
 
     target: str
@@ -38,7 +38,7 @@ class Route:
 
     @classmethod
     def to(cls, target: str) -> Self:
-        """Return the route to a target; what is on this machine never takes a proxy."""
+        """Return the route to a target; targets on this machine never use a proxy."""
         scheme, hosts = _parsed(target)
         if scheme in _UNIX_SCHEMES or all(map(_is_loopback, hosts)):
             return cls(target, is_local=True)
@@ -49,12 +49,12 @@ class Route:
         return cls(target, False, proxy, variable)
 
     def explained(self, code: str, message: str, timeout_s: float | None = None) -> str:
-        """Return the text of an error, with what its caller can do where nothing was reached.
+        """Return the text of an error, with advice if no server was reached.
 
         Args:
             code: Name of the status.
-            message: Text of the status; its code where it has none.
-            timeout_s: Seconds that the whole call was allowed, where known.
+            message: Text of the status, or its code if empty.
+            timeout_s: Deadline of the whole call in seconds, if known.
         """
         if code == "DEADLINE_EXCEEDED" and _LATE.fullmatch(message):
             if timeout_s is not None:
@@ -80,7 +80,7 @@ def _parsed(target: str) -> tuple[str, list[str]]:
     if scheme not in _SCHEMES:
         scheme, rest = "dns", target
     elif rest.startswith("//"):
-        # What stands between the slashes is who resolves the name.
+        # Between the slashes is the authority that resolves the name.
         rest = rest[2:].partition("/")[2]
     parts = rest.split(",") if scheme in ("ipv4", "ipv6") else [rest]
     return scheme, [_host(unquote(part)) for part in parts]
@@ -103,12 +103,12 @@ def _is_loopback(host: str) -> bool:
         return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    # Whoever connects to the unspecified address reaches this machine.
+    # Connections to the unspecified address reach this machine.
     return address.is_loopback or address.is_unspecified
 
 
 def _address_of(url: str) -> str:
-    """Return a proxy's address without its user and password; empty where gRPC takes it not."""
+    """Return a proxy's address without user and password; empty if gRPC rejects the URL."""
     try:
         parts: SplitResult = urlsplit(url)
     except ValueError:
@@ -118,7 +118,7 @@ def _address_of(url: str) -> str:
 
 
 def _is_exempt(host: str) -> bool:
-    """Return whether ``no_proxy`` has a suffix of the host, or a network that it is in."""
+    """Return whether ``no_proxy`` has a suffix of the host, or a network with it."""
     listed = next((os.environ[name] for name in _EXEMPT_VARIABLES if name in os.environ), "")
     entries = [entry.strip().lower() for entry in listed.split(",") if entry]
     return any(host.lower().endswith(entry) or _is_in(host, entry) for entry in entries)

@@ -1,4 +1,4 @@
-"""A stream of questions and their answers in order: what both clients keep; the blocking one."""
+"""Stream of queries and their results in order: state of both clients, and the blocking one."""
 
 from __future__ import annotations
 
@@ -18,62 +18,62 @@ from els_client._types import Images, Query
 from els_client.errors import ElsError, InvalidArgumentError, UnavailableError, Violation, error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
-# What the stub returns: an iterator of answers that can be cancelled, of no one public type.
+# Return type of the stub: a cancellable iterator of responses without a public type.
 Call: TypeAlias = Any
 OpenStream: TypeAlias = Callable[[Iterator[pb.DenoiseRequest]], Call]
 
 
 def check_in_flight(in_flight: int) -> None:
-    """Refuse a window in which there is no room for a question."""
+    """Raise InvalidArgumentError unless ``in_flight`` is at least 1."""
     if in_flight < 1:
         text = f"expected at least 1, got {in_flight}"
         raise InvalidArgumentError(f"in_flight: {text}", [Violation("in_flight", text)])
 
 
 class PendingQueries:
-    """Questions of a stream in their order; one that cannot be sent is answered by its refusal.
+    """Pending queries of a stream in order; the result of an invalid one is its error.
 
     Args:
-        timeout_s: Of questions that bring none.
-        route: Of the channel.
+        timeout_s: Default deadline of a query.
+        route: Route of the channel.
     """
 
     def __init__(self, timeout_s: float, route: Route) -> None:
         self._timeout_s = timeout_s
         self.route = route
-        self._questions: deque[pb.DenoiseRequest | ElsError] = deque()
+        self._queries: deque[pb.DenoiseRequest | ElsError] = deque()
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return len(self._queries)
 
     def add(self, query: Query) -> pb.DenoiseRequest | None:
-        """Return what is to be sent for a question, if anything is."""
+        """Return the request of a query, or None if the query is invalid."""
         try:
             request = codec.encode_query(pb.DenoiseRequest, query)
             request.timeout_s = timeout_of(query.timeout_s, self._timeout_s)
         except ElsError as error:
-            self._questions.append(error)
+            self._queries.append(error)
             return None
-        self._questions.append(request)
+        self._queries.append(request)
         return request
 
     def requests(self) -> list[pb.DenoiseRequest]:
-        """Return what a new stream must be sent again."""
-        return [one for one in self._questions if isinstance(one, pb.DenoiseRequest)]
+        """Return the requests to send again on a new stream."""
+        return [one for one in self._queries if isinstance(one, pb.DenoiseRequest)]
 
-    def refusal(self) -> ElsError | None:
-        """Return the answer to the oldest question where that was not sent."""
-        oldest = self._questions[0] if self._questions else None
+    def pop_invalid(self) -> ElsError | None:
+        """Return the error of the oldest query if it is invalid and was not sent."""
+        oldest = self._queries[0] if self._queries else None
         if not isinstance(oldest, ElsError):
             return None
-        self._questions.popleft()
+        self._queries.popleft()
         return oldest
 
     def answer(self, message: pb.DenoiseStreamResponse) -> Images | ElsError:
-        """Return what a message says of the oldest question, which was sent."""
-        if not self._questions:
-            return error_of("INTERNAL", "the server answered more often than it was asked")
-        self._questions.popleft()
+        """Return the result or error of the oldest query, which was sent."""
+        if not self._queries:
+            return error_of("INTERNAL", "the server sent more responses than there were requests")
+        self._queries.popleft()
         if message.HasField("error"):
             return error_of_status(message.error)
         return codec.decode_tensor(message.response.denoised)
@@ -82,7 +82,7 @@ class PendingQueries:
 def answers_of(
     queries: Iterator[Query], pending: PendingQueries, in_flight: int, open_stream: OpenStream
 ) -> Generator[Images | ElsError, None, None]:
-    """Yield the answer, or the error, of each question; streams that end are opened anew."""
+    """Yield the result or the error of each query; broken streams are reopened."""
     attempts, stream = RetryState(None), _Stream(open_stream, [], pending.route)
     try:
         while True:
@@ -91,8 +91,8 @@ def answers_of(
                     stream.send(request)
             if not len(pending):
                 return stream.finish()
-            if refusal := pending.refusal():
-                yield refusal
+            if error := pending.pop_invalid():
+                yield error
                 continue
             try:
                 message = stream.receive()
@@ -108,7 +108,7 @@ def answers_of(
 
 
 class _Stream:
-    """One ``DenoiseStream``; a thread of gRPC's sends what is put into its queue."""
+    """One ``DenoiseStream``; a thread of gRPC sends the requests in its queue."""
 
     def __init__(
         self, open_stream: OpenStream, requests: list[pb.DenoiseRequest], route: Route
@@ -130,7 +130,7 @@ class _Stream:
         raise ended_early()
 
     def finish(self) -> None:
-        """End the stream as its server may expect it; all is answered, so its status is idle."""
+        """Half-close the stream; all queries have results, so its status is ignored."""
         self._outbox.put(None)
         with suppress(ElsError), own_errors():
             for _ in self._call:
@@ -142,5 +142,5 @@ class _Stream:
 
 
 def ended_early() -> ElsError:
-    """Return the error of a stream that its server ended before its caller did."""
+    """Return the error of a stream that the server ended early."""
     return error_of("UNAVAILABLE", "the server ended the stream")

@@ -1,4 +1,4 @@
-"""What the commands show: progress, reports and tables."""
+"""Output of the commands: progress, reports and tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from els_client._types import Model, RepositoryModel, Statistics
 
 
 def waiting(text: str) -> Status:
-    """Return a spinner on stderr, silent where that is no terminal."""
+    """Return a spinner on stderr, silent unless that is a terminal."""
     return Console(stderr=True).status(text)
 
 
 def progress() -> Progress:
-    """Return a bar of steps on stderr, silent where that is no terminal."""
+    """Return a progress bar on stderr, silent unless that is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -38,7 +38,7 @@ def progress() -> Progress:
 def report(
     as_json: bool, began: float, out: Path, gif: Path | None = None, **facts: object
 ) -> None:
-    """Print what was written and how long it took since ``began`` (``time.perf_counter``)."""
+    """Print the written files and the time since ``began`` (``time.perf_counter``)."""
     seconds = round(time.perf_counter() - began, 3)
     paths = {name: str(path) for name, path in (("out", out), ("gif", gif)) if path}
     if as_json:
@@ -48,7 +48,7 @@ def report(
 
 
 def list_models(models: Sequence[Model], as_json: bool) -> None:
-    """Print every model: all that is known as JSON, else a table of what tells them apart."""
+    """Print every model: as JSON with all fields, otherwise as a table."""
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in models]))
         return
@@ -73,7 +73,7 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """Return a predicted duration, two digits and a unit, or ``< 1 ms``; 0 is not known."""
+    """Return a predicted duration with two digits and a unit, or ``< 1 ms``; 0 is unknown."""
     if not seconds:
         return "–"
     for unit, size in (("h", 3600.0), ("min", 60.0)):
@@ -87,7 +87,7 @@ def _duration(seconds: float) -> str:
 def list_repository(
     models: Sequence[RepositoryModel], asked: Sequence[Statistics], as_json: bool
 ) -> None:
-    """Print every model of a repository with what was asked of it."""
+    """Print every model of a repository with its statistics."""
     statistics = {(one.name, one.version): one for one in asked}
     pairs = [(model, statistics.get((model.name, model.version))) for model in models]
     if as_json:

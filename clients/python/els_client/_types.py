@@ -1,4 +1,4 @@
-"""What the client takes and gives: arrays, models and steps."""
+"""Types of the client: arrays, queries, models and steps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Conditions: TypeAlias = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """How a channel is encrypted; of ``Tls()`` alone, with the authorities that gRPC trusts.
+    """TLS options of a channel; ``Tls()`` uses the certificate authorities that gRPC trusts.
 
     Attributes:
-        ca: PEM file of the authorities that may vouch for the server.
-        certificate: PEM file of the client's own certificate chain, for mutual TLS.
-        key: PEM file of its private key.
-        server_name: Name that the server's certificate must bear, if not the target's.
+        ca: PEM file of the certificate authorities of the server.
+        certificate: PEM file of the client's certificate chain, for mutual TLS.
+        key: PEM file of the client's private key.
+        server_name: Name in the server's certificate, if not that of the target.
     """
 
     ca: str | Path | None = None
@@ -37,7 +37,7 @@ class Tls:
 
 
 class QueryOptions(TypedDict, total=False):
-    """What may be said of images in a question; ``Client.denoise`` explains it."""
+    """Options of a query; see ``Client.denoise``."""
 
     model: Required[str]
     sigma: Levels | None
@@ -55,7 +55,7 @@ class QueryOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One question of many, for ``denoise_many``: the arguments of ``Client.denoise``."""
+    """One query of ``denoise_many``, with the arguments of ``Client.denoise``."""
 
     x: Pixels
     _: KW_ONLY
@@ -74,7 +74,7 @@ class Query:
 
 
 class SampleOptions(TypedDict, total=False):
-    """What may be said of a trajectory; ``Client.sample`` explains it."""
+    """Options of a trajectory; see ``Client.sample``."""
 
     model: Required[str]
     count: int
@@ -96,12 +96,12 @@ class SampleOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class WindowTable:
-    """The window that a model takes at a noise level: linear in log σ, rounded to odd, ends held.
+    """Window of a model by noise level: linear in log σ, rounded to odd, constant beyond the ends.
 
     Attributes:
         sigma: Increasing noise levels, s/a.
         k: Odd side of the window in pixels, one for each sigma.
-        max_k: Largest window that a request may ask for.
+        max_k: Largest window of a request.
     """
 
     sigma: tuple[float, ...]
@@ -111,13 +111,13 @@ class WindowTable:
 
 @dataclass(frozen=True)
 class Bank:
-    """The training images that an analytic model answers from.
+    """Training images of an analytic model.
 
     Attributes:
         fingerprint: SHA-256 of the content, hexadecimal.
-        images: How many there are.
-        source: Where they come from.
-        licence: Under which terms.
+        images: Number of images.
+        source: Origin of the images.
+        licence: Licence of the images.
     """
 
     fingerprint: str
@@ -128,7 +128,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a model wants to be told of each image: [1 to ``max_rows``, ``width``] numbers."""
+    """Shape of a model's condition for each image: [1 to ``max_rows``, ``width``] numbers."""
 
     max_rows: int
     width: int
@@ -136,10 +136,10 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may ask for; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level.
+    """Limits of one call; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level.
 
-    ``max_in_flight_bytes`` bounds what all callers have in flight together; 0 where the server does
-    not say.
+    ``max_in_flight_bytes`` is the limit of all callers together; 0 if the server does not report
+    it.
     """
 
     max_images: int
@@ -157,31 +157,32 @@ class Model:
     """A model's description.
 
     Attributes:
-        name: What calls name it by.
+        name: Name in calls.
         kind: "analytic", "gaussian", "wiener", "network", "diffusers", "onnx" or "latent".
-        machine: Of analytic models "ideal", "local", "equivariant" or "els"; of networks their
-            architecture; else empty.
-        padding: Of analytic models "zeros", "circular" or "valid"; else empty.
-        channels: C of its images.
-        height: H of its images.
-        width: W of its images.
-        window: None where there is none to choose.
-        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)); "timesteps": those that the network was
+        machine: "ideal", "local", "equivariant" or "els" for analytic models; for networks their
+            architecture; otherwise empty.
+        padding: "zeros", "circular" or "valid" for analytic models; otherwise empty.
+        channels: Channels C of its images.
+        height: Height H of its images.
+        width: Width W of its images.
+        window: Window by noise level; None if it cannot be chosen.
+        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)); "timesteps": those at which the network
+        was
             trained at.
         label_count: Labels are 0 … label_count-1; 0 means unconditional.
-        label_names: Empty, or one name a label.
-        limits: What one call may ask for.
-        bank: None where there is none.
+        label_names: Empty, or one name for each label.
+        limits: Limits of one call.
+        bank: Training images; None for models without a bank.
         batch_invariant: Whether an image has the same bits alone and in any batch, on one device
             and implementation; if not, results and samples differ by rounding.
-        has_log_evidence: Whether ``denoise_with_evidence`` is answered.
-        implementation: Which patch attention answers; empty where none is used.
-        version: A whole number, written in decimal.
-        memory_bytes: About how much memory it takes while loaded.
-        conditioning: None where it takes none; else every question needs one.
-        decoded_shape: (C, H, W) of the images that a latent model's latents decode to; else None.
-        step_seconds: Seconds that the server predicts for one step of one image, averaged over a
-            sample of 20 steps; 0 where it does not know.
+        has_log_evidence: Whether ``denoise_with_evidence`` is supported.
+        implementation: Implementation of patch attention; empty if none is used.
+        version: Decimal integer.
+        memory_bytes: Approximate memory while loaded.
+        conditioning: Condition that every query requires; None for models without conditioning.
+        decoded_shape: (C, H, W) of the decoded images of a latent model; otherwise None.
+        step_seconds: Predicted seconds for one step of one image, averaged over a sample of 20
+            steps; 0 if unknown.
     """
 
     name: str
@@ -208,7 +209,7 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the images it takes."""
+        """Shape (C, H, W) of its images."""
         return self.channels, self.height, self.width
 
 
@@ -217,10 +218,10 @@ class RepositoryModel:
     """A model of a server's repository, served or not.
 
     Attributes:
-        name: What calls name it by.
-        version: A whole number, written in decimal.
+        name: Name in calls.
+        version: Decimal integer.
         state: "READY", "LOADING" or "UNAVAILABLE".
-        reason: Why it is not ready; else empty.
+        reason: Reason why it is not ready; otherwise empty.
     """
 
     name: str
@@ -231,17 +232,17 @@ class RepositoryModel:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was asked of a model since it was loaded.
+    """Statistics of a model since it was loaded.
 
     Attributes:
         name: Name of the model.
-        version: A whole number, written in decimal.
-        images: Images that were computed.
-        batches: Launches that computed them.
-        answered: Requests that were answered.
-        failed: Requests that were not.
-        queued_s: Seconds that requests waited, in all.
-        computed_s: Seconds that they were computed, in all.
+        version: Decimal integer.
+        images: Computed images.
+        batches: Computed batches.
+        answered: Successful requests.
+        failed: Failed requests.
+        queued_s: Total seconds of requests in the queue.
+        computed_s: Total seconds of computation of requests.
     """
 
     name: str
@@ -260,8 +261,8 @@ class Step:
 
     Attributes:
         index: From 1 to ``total``.
-        total: How many steps there are.
-        alpha_bar: ᾱ at which ``x`` stands; rises to 1.
+        total: Number of steps.
+        alpha_bar: ᾱ of ``x``; increases to 1.
     """
 
     index: int
@@ -277,25 +278,25 @@ class Step:
         """State after this step, float32 [count, C, H, W].
 
         Raises:
-            AttributeError: It was not wanted, and this is not the last step.
+            AttributeError: Not requested, and this is not the last step.
         """
         return _wanted("x", self._x)
 
     @property
     def denoised(self) -> Images:
-        """D(x) that this step was taken with, float32 [count, C, H, W].
+        """D(x) used by this step, float32 [count, C, H, W].
 
         Raises:
-            AttributeError: It was not wanted, and this is not the last step.
+            AttributeError: Not requested, and this is not the last step.
         """
         return _wanted("denoised", self._denoised)
 
     @property
     def noise(self) -> Images:
-        """Standard normal noise that the trajectory started from, float32 [count, C, H, W].
+        """Initial standard normal noise of the trajectory, float32 [count, C, H, W].
 
         Raises:
-            AttributeError: It was not wanted, or this is not the first step.
+            AttributeError: Not requested, or this is not the first step.
         """
         return _wanted("noise", self._noise)
 
@@ -304,7 +305,7 @@ class Step:
         """Images in [-1, 1] of a latent model's ``x``: float32 [count, *Model.decoded_shape].
 
         Raises:
-            AttributeError: They were not wanted, or this is not the last step.
+            AttributeError: Not requested, or this is not the last step.
         """
         return _wanted("decoded", self._decoded)
 
@@ -314,5 +315,5 @@ class Step:
 
 def _wanted(name: str, images: Images | None) -> Images:
     if images is None:
-        raise AttributeError(f"this step carries no {name}: ask for it with want=({name!r},)")
+        raise AttributeError(f"this step has no {name}: request it with want=({name!r},)")
     return images

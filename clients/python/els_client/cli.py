@@ -1,4 +1,4 @@
-"""The command ``els``: a server's models, denoise, score and sample; the other commands join."""
+"""The command ``els``: models, denoise, score and sample, and the commands of other modules."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def _els(
     timeout: Timeout = None,
     as_json: AsJson = False,
     tls: Annotated[
-        bool, typer.Option("--tls", help="Encrypt; implied by the next three.", envvar="ELS_TLS")
+        bool, typer.Option("--tls", help="Use TLS; implied by the next three.", envvar="ELS_TLS")
     ] = False,
     ca: Annotated[
         Path | None,
-        typer.Option(help="Authorities that may vouch for the server.", envvar="ELS_CA", **_PEM),
+        typer.Option(help="Certificate authorities of the server.", envvar="ELS_CA", **_PEM),
     ] = None,
     certificate: Annotated[
         Path | None, typer.Option(help="Own certificate.", envvar="ELS_CERTIFICATE", **_PEM)
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="Own private key.", envvar="ELS_KEY", **_PEM)
+        Path | None, typer.Option(help="Client's private key.", envvar="ELS_KEY", **_PEM)
     ] = None,
     token_file: Annotated[
         Path | None,
@@ -84,15 +84,15 @@ def _els(
     ] = None,
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Tell the version."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Ask a server of denoisers.
+    """Client of a denoising server.
 
-    Of the options here --target, --model, --timeout and --json may also stand after the command.
+    The options --target, --model, --timeout and --json may also follow the command.
     """
     with options.failures():
-        context.obj = options.door(
+        context.obj = options.access(
             encrypted=tls, ca=ca, certificate=certificate, key=key, token_file=token_file
         )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
@@ -113,7 +113,7 @@ def models(
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models that can be asked."""
+    """List the served models."""
     with options.connected(context, target, timeout) as client:
         terminal.list_models(client.models(), as_json)
 
@@ -134,11 +134,11 @@ def denoise(
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the clean picture expected behind a noisy one.
+    """Denoise a picture: write the posterior mean of a noisy one.
 
     The picture is mapped to [-1, 1], and the noise level is in those units; no noise is added. It
-    is turned as its EXIF orientation says; animations, transparency and pictures of more than 67
-    million pixels are refused.
+    is rotated by its EXIF orientation; animations, transparency and pictures of more than 67
+    million pixels are rejected.
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
@@ -165,10 +165,10 @@ def score(
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write which way is uphill in probability from a noisy picture.
+    """Write the score of a noisy picture, the gradient of its log density.
 
-    A picture shows 0 as mid-grey and the largest magnitude as black or white; .npy has the values,
-    float32 [1, C, H, W] in 1/pixel. The picture is read as by denoise.
+    In a picture 0 is mid-grey and the largest magnitude is black or white; .npy has the values,
+    float32 [1, C, H, W] in 1/pixel. The picture is read as in denoise.
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
@@ -184,38 +184,34 @@ def sample(
     context: typer.Context,
     count: Annotated[
         int | None,
-        typer.Option(help="Images to draw; by default one, or one a --label.", min=1),
+        typer.Option(help="Number of images; by default one, or one for each --label.", min=1),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i draws from (seed, i).", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Noise of image i: (seed, i).", min=0)] = 0,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="One for all or one each: repeat it, or part with commas.", metavar="N"),
+        typer.Option(help="One for all or one each: repeat it, or use commas.", metavar="N"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
-    sampler: Annotated[Sampler, typer.Option(help="How steps are taken.")] = "ddim",
+    sampler: Annotated[Sampler, typer.Option(help="Sampler.")] = "ddim",
     eta: Annotated[
-        float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1 there.")
+        float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1.")
     ] = None,
-    churn: Annotated[float, typer.Option(help="Noise of heun in all, 0 to steps.")] = 0.0,
+    churn: Annotated[float, typer.Option(help="Total noise of heun, 0 to steps.")] = 0.0,
     conditioning: Annotated[
-        Path | None, typer.Option(help="What a latent model attends to, [1 or N, T, W].", **_NPY)
+        Path | None, typer.Option(help="Condition of a latent model, [1 or N, T, W].", **_NPY)
     ] = None,
     unconditional: Annotated[
-        Path | None, typer.Option(help="The same of an empty text, for guidance.", **_NPY)
+        Path | None, typer.Option(help="Condition of an empty text, for guidance.", **_NPY)
     ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength of the condition; by default 1.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where the grid of images goes.")] = Path("grid.png"),
-    gif: Annotated[
-        Path | None, typer.Option(help="Where the way from noise to images goes.")
-    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance strength; by default 1.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture of the images to write.")] = Path("grid.png"),
+    gif: Annotated[Path | None, typer.Option(help="GIF of the trajectory to write.")] = None,
     target: Target = TARGET,
     model: ModelName = MODEL,
     timeout: Timeout = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw images from noise and write them as one grid; a latent model's are decoded."""
+    """Sample images and write them as one grid; those of a latent model are decoded."""
     began = clock.perf_counter()
     states: list[Images] = []
     with options.connected(context, target, timeout) as client, terminal.progress() as progress:

@@ -1,15 +1,15 @@
-"""One tree of errors, each with the status that the server answered with.
+"""Error classes and their gRPC status codes.
 
-    ElsError                    any other status; `code` says which
-    ├── InvalidArgumentError    INVALID_ARGUMENT     a field is wrong (a ValueError)
-    ├── UnauthenticatedError    UNAUTHENTICATED      the token is missing or unknown
-    ├── PermissionDeniedError   PERMISSION_DENIED    the token is not of the role that is needed
+    ElsError                    any other status, in `code`
+    ├── InvalidArgumentError    INVALID_ARGUMENT     invalid field (a ValueError)
+    ├── UnauthenticatedError    UNAUTHENTICATED      missing or unknown token
+    ├── PermissionDeniedError   PERMISSION_DENIED    the token lacks the required role
     ├── NotFoundError           NOT_FOUND            no model of that name
     ├── ResourceExhaustedError  RESOURCE_EXHAUSTED   full, or over a published limit
-    ├── DeadlineExceededError   DEADLINE_EXCEEDED    no answer within `timeout_s` (a TimeoutError)
-    └── UnavailableError        UNAVAILABLE          nobody answers there, not even after retries
+    ├── DeadlineExceededError   DEADLINE_EXCEEDED    no response within `timeout_s` (a TimeoutError)
+    └── UnavailableError        UNAVAILABLE          no server reachable, even after retries
 
-What the client refuses by itself, before anything is sent, is an ``InvalidArgumentError`` too.
+Arguments that the client rejects before sending raise ``InvalidArgumentError`` too.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Violation:
-    """One wrong field: its path in the request and what is wrong with it."""
+    """An invalid field: its path in the request, and a description."""
 
     field: str
     description: str
 
 
 class ElsError(Exception):
-    """A call failed; the text is the server's own.
+    """A call failed; the text is that of the server.
 
     Attributes:
         code: Name of the gRPC status, such as ``"INTERNAL"``.
-        violations: The wrong fields, where the server names them.
-        retry_after_s: When to ask again, where the server says so.
+        violations: Invalid fields, if the server names them.
+        retry_after_s: Retry delay in seconds, if the server gives one.
     """
 
     code: str = "UNKNOWN"
@@ -44,19 +44,19 @@ class ElsError(Exception):
 
 
 class InvalidArgumentError(ElsError, ValueError):
-    """A field of the request is wrong; ``violations`` says which."""
+    """Invalid field of the request; ``violations`` names it."""
 
     code = "INVALID_ARGUMENT"
 
 
 class UnauthenticatedError(ElsError):
-    """The server knows no such token, or none came."""
+    """Missing or unknown token."""
 
     code = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(ElsError):
-    """The token is not of the role that the method needs."""
+    """The token lacks the role required by the method."""
 
     code = "PERMISSION_DENIED"
 
@@ -68,19 +68,19 @@ class NotFoundError(ElsError):
 
 
 class ResourceExhaustedError(ElsError):
-    """The server is full, and ``retry_after_s`` says for how long; or a limit is passed."""
+    """The server is full (``retry_after_s`` is the retry delay), or a limit is exceeded."""
 
     code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceededError(ElsError, TimeoutError):
-    """No answer came within the deadline."""
+    """No response within the deadline."""
 
     code = "DEADLINE_EXCEEDED"
 
 
 class UnavailableError(ElsError):
-    """No server answers at the target, or it is loading or draining."""
+    """No server is reachable at the target, or it is loading or draining."""
 
     code = "UNAVAILABLE"
 
@@ -105,7 +105,7 @@ def error_of(
     violations: Sequence[Violation] = (),
     retry_after_s: float | None = None,
 ) -> ElsError:
-    """Return the error that stands for a status; ``ElsError`` itself where the tree has none."""
+    """Return the error for a status; ``ElsError`` for codes without a subclass."""
     error = _BY_CODE.get(code, ElsError)(message, violations)
     error.code = code
     error.retry_after_s = retry_after_s

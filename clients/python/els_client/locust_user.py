@@ -1,4 +1,4 @@
-"""A Locust user with a client of ours: subclass it, write tasks, and Locust counts their calls.
+"""Locust user with an els-denoise client: subclass it and write tasks.
 
 >>> class Caller(DenoiserUser):
 ...     @task
@@ -6,8 +6,8 @@
 ...         with self.counted("denoise"):
 ...             self.client.denoise(NOISY, model="fashion-els", sigma=0.5)
 
-Needs the extra ``locust``. Its loops are closed and its callers greenlets of one core:
-``els bench`` loads harder and knows open loops.
+Requires the extra ``locust``. The load is closed-loop, and all users are greenlets of one core:
+``els bench`` generates more load and supports open loops.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from els_client.errors import ElsError
 
 
 class DenoiserUser(User):
-    """One caller; Locust's ``--host`` is the target.
+    """One user; Locust's ``--host`` is the target.
 
     Attributes:
         token: Bearer token of each call.
-        tls: How the connection is encrypted; None means not at all.
-        client: What its tasks ask with.
+        tls: TLS options; None means plaintext.
+        client: Client for the tasks.
     """
 
     abstract = True
@@ -50,7 +50,7 @@ class DenoiserUser(User):
 
     @contextmanager
     def counted(self, name: str) -> Iterator[None]:
-        """Have Locust count what happens inside as one request, a failure too: it is not raised."""
+        """Report the block to Locust as one request; errors are reported and not raised."""
         began, failure = time.perf_counter(), None
         try:
             yield
@@ -68,5 +68,5 @@ class DenoiserUser(User):
 
 @cache
 def _make_grpc_wait_as_greenlets_do() -> None:
-    # Once a process, before the first channel: a call would stop all greenlets otherwise.
+    # Once per process, before the first channel: otherwise a call blocks all greenlets.
     grpc_gevent.init_gevent()

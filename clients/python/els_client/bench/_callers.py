@@ -1,4 +1,4 @@
-"""How calls of a load travel: one by one, or on a stream; each is counted when it ends."""
+"""Transports of a load: unary calls, or a stream; each call is counted when it ends."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _SERVICE = "/denoise.v1.DenoiserService/"
 _REOPEN_AFTER_S = 0.1
-# How long a call without a deadline may take.
+# Timeout of a call without a deadline.
 _PATIENCE_S = 600.0
 
-# Called once when a call has ended, whatever became of it.
+# Called once at the end of a call, successful or not.
 Done: TypeAlias = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What all calls of a process share."""
+    """State shared by all calls of a process."""
 
     plan: Plan
     requests: Requests
@@ -39,22 +39,22 @@ class Load:
 
     @property
     def metadata(self) -> Metadata:
-        """What authorises each call."""
+        """Metadata that authorises each call."""
         return bearer(self.plan.token)
 
     def remaining_s(self, intended: float) -> float | None:
-        """Return what is left of the deadline of a call that was to start at ``intended``."""
+        """Return the remaining deadline of a call scheduled at ``intended``."""
         if self.plan.deadline_s is None:
             return None
         return max(intended + self.plan.deadline_s - time.monotonic(), 1e-3)
 
     def is_whole(self, tensor: pb.Tensor) -> bool:
-        """Return whether an answer has as many bytes as its images need."""
+        """Return whether a response has the size of its images."""
         return len(tensor.data) == self.plan.images * self.image_bytes
 
 
 class UnaryCalls:
-    """Calls of their own, over several connections in turn."""
+    """Unary calls, round robin over several connections."""
 
     def __init__(self, load: Load, channels: list[grpc.aio.Channel]) -> None:
         self._load = load
@@ -71,7 +71,7 @@ class UnaryCalls:
         task.add_done_callback(lambda _: done())
 
     async def close(self) -> None:
-        """Cancel what is still in flight; it counts as unfinished."""
+        """Cancel calls in flight, which count as unfinished."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -97,11 +97,11 @@ class UnaryCalls:
 
 
 class StreamCalls:
-    """Denoise over one ``DenoiseStream``, opened anew when it ends."""
+    """Denoise calls over one ``DenoiseStream``, reopened when it ends."""
 
     def __init__(self, load: Load, channel: grpc.aio.Channel) -> None:
         self._load = load
-        # The stubs know no method without a serialiser.
+        # The stubs do not support methods without a serialiser.
         self._method: Any = channel.stream_stream(
             f"{_SERVICE}DenoiseStream",
             response_deserializer=pb.DenoiseStreamResponse.FromString,
@@ -111,11 +111,11 @@ class StreamCalls:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def submit(self, kind: Kind, intended: float, done: Done) -> None:
-        """Send a request as soon as the stream takes it."""
+        """Send a request as soon as the stream accepts it."""
         self._waiting.put_nowait((intended, done))
 
     async def close(self) -> None:
-        """End the stream; what was not answered counts as unfinished, what was not sent as such."""
+        """End the stream; calls without a response count as unfinished or unsent."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         for intended, *_ in self._pending:
@@ -131,7 +131,7 @@ class StreamCalls:
                 with own_errors():
                     async for answer in call:
                         self._end(self._code(answer))
-                code = "UNAVAILABLE"  # The server ended a stream that we had not.
+                code = "UNAVAILABLE"  # The server ended the stream early.
             except ElsError as error:
                 code = error.code
             finally:
@@ -161,7 +161,7 @@ class StreamCalls:
 
 
 def _methods(channel: grpc.aio.Channel) -> dict[Kind, Any]:
-    """Return each kind's method; requests are bytes that were serialised before."""
+    """Return the method of each kind; requests are serialised in advance."""
     return {
         "denoise": channel.unary_unary(
             f"{_SERVICE}Denoise", response_deserializer=pb.DenoiseResponse.FromString
@@ -176,7 +176,7 @@ def _methods(channel: grpc.aio.Channel) -> dict[Kind, Any]:
 
 
 async def _last(call: Any) -> pb.SampleResponse | None:
-    """Return the last message of a sample, or nothing where it was not the last step's."""
+    """Return the last message of a sample, or None if it is not that of the last step."""
     last = None
     async for message in call:
         last = message

@@ -1,4 +1,4 @@
-"""The messages of a load, made before it begins: random images at random noise levels."""
+"""Requests of a load, prepared in advance: random images at random noise levels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from els_client import _codec as codec
 from els_client.bench.plan import Kind, Plan
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
-_DISTINCT = 16  # Enough that no call repeats its neighbours, few enough to be made at once.
+_DISTINCT = 16  # Enough that no call repeats its neighbours, and quick to prepare.
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Serialised messages of each kind, in turn; of one seed always the same.
+    """Serialised messages of each kind, in turn; determined by the seed.
 
-    A message is extended by appending a field: that is how protobuf defines concatenation.
+    A field is added to a message by appending it, as concatenation merges protobuf messages.
     """
 
     bodies: dict[Kind, list[bytes]]
@@ -27,14 +27,14 @@ class Requests:
     mix: dict[Kind, float]
 
     def kind(self) -> Kind:
-        """Return what the next call asks."""
+        """Return the kind of the next call."""
         if len(self.mix) == 1:
             return next(iter(self.mix))
         (kind,) = self.random.choices(list(self.mix), list(self.mix.values()))
         return kind
 
     def body(self, kind: Kind, timeout_s: float | None = None) -> bytes:
-        """Return a message of that kind; all but samples may carry a deadline."""
+        """Return a message of a kind; all kinds but samples can have a deadline."""
         body = self.random.choice(self.bodies[kind])
         if timeout_s is None or kind == "sample":
             return body
@@ -43,7 +43,7 @@ class Requests:
 
 
 def prepare(plan: Plan, shape: tuple[int, int, int], index: int) -> Requests:
-    """Return the messages of process ``index`` for a model of images ``shape`` (C, H, W)."""
+    """Return the messages of process ``index`` for a model with images of ``shape`` (C, H, W)."""
     pixels = np.random.default_rng((plan.seed, index))
     mix: dict[Kind, float] = {kind: weight for kind, weight in plan.mix.items() if weight > 0}
     bodies = {

@@ -1,4 +1,4 @@
-"""Runs plans: starts their processes, begins all at one moment, sums what they counted."""
+"""Runs plans: starts their processes, synchronises their start, and sums their results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from els_client.bench.report import Report, summed
 from els_client.bench.tally import histogram
 from els_client.errors import UnavailableError
 
-# Between the last process being ready and the first call: time for all to hear of it.
+# Seconds between the last process being ready and the first call.
 _HEAD_START_S = 0.1
 
 
 def run(plan: Plan) -> Report:
-    """Put one load on a server and return what it showed.
+    """Run one load on a server and return its report.
 
     Raises:
         ElsError: The server does not know the model, or cannot be reached.
@@ -33,21 +33,21 @@ def run(plan: Plan) -> Report:
 
 
 def run_all(plans: Sequence[Plan]) -> list[Report]:
-    """Put several loads on their servers at once, and return what each showed.
+    """Run several loads at the same time, and return their reports.
 
-    Each plan has processes of its own; all begin at the same moment. Errors are those of ``run``.
+    Each plan has its own processes; all start at the same time. Raises the errors of ``run``.
     """
-    histogram()  # Fails here, not in every process, where the extra is missing.
+    histogram()  # Fails here rather than in every process if the extra is missing.
     with ExitStack() as stack:
         workers = [[stack.enter_context(_Worker(job)) for job in _jobs(plan)] for plan in plans]
         everyone = [worker for group in workers for worker in group]
         for worker in everyone:
-            worker.hear("ready")
+            worker.read("ready")
         begin = time.monotonic() + _HEAD_START_S
         now = datetime.now(UTC) + timedelta(seconds=_HEAD_START_S)
         for worker in everyone:
-            worker.tell(repr(begin))
-        counted = [[json.loads(worker.hear()) for worker in group] for group in workers]
+            worker.write(repr(begin))
+        counted = [[json.loads(worker.read()) for worker in group] for group in workers]
     return [
         summed(plan, documents, (now + timedelta(seconds=plan.warm_up_s)).isoformat("T", "seconds"))
         for plan, documents in zip(plans, counted, strict=True)
@@ -55,7 +55,7 @@ def run_all(plans: Sequence[Plan]) -> list[Report]:
 
 
 def _jobs(plan: Plan) -> list[str]:
-    """Return what each process of a plan is told through a pipe: argv would show the token."""
+    """Return the job of each process of a plan, sent by a pipe: argv would show the token."""
     with Client(plan.target, tls=plan.tls, token=plan.token, timeout_s=10.0) as client:
         shape = client.model(plan.model).shape
     document = dataclasses.asdict(plan)
@@ -68,7 +68,7 @@ def _jobs(plan: Plan) -> list[str]:
 
 
 class _Worker:
-    """A process that loads; it is gone when the context ends."""
+    """A load process, which is killed when the context ends."""
 
     def __init__(self, job: str) -> None:
         self._job = job
@@ -79,28 +79,28 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # An interrupt reaches this process, which ends that one.
-            # What this process can import, that one can.
+            start_new_session=True,  # Ctrl-C interrupts this process, which ends the load process.
+            # The load process has the same import path.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        self.tell(self._job)
+        self.write(self._job)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
 
-    def tell(self, line: str) -> None:
+    def write(self, line: str) -> None:
         """Write a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
 
-    def hear(self, expected: str | None = None) -> str:
+    def read(self, expected: str | None = None) -> str:
         """Read a line.
 
         Raises:
-            UnavailableError: The process ended instead; why stands on stderr.
+            UnavailableError: The process ended instead; the reason is on stderr.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline().strip()

@@ -1,7 +1,7 @@
-"""One process of a load: ``python -m els_client.bench._worker``, told by JSON on stdin.
+"""Load process: ``python -m els_client.bench._worker``, with JSON lines on stdin and stdout.
 
-It reads a line with the plan, writes ``ready``, reads a line with the moment to begin (seconds of
-``time.monotonic``, which all processes of a machine share) and writes a line with what it counted.
+It reads the plan, writes ``ready``, reads the start time (seconds of ``time.monotonic``, which all
+processes of a machine share) and writes its results.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from els_client.bench._requests import prepare
 from els_client.bench.plan import Kind, Plan, share
 from els_client.bench.tally import Tally
 
-# Calls of an open loop in flight; further ones wait, and their latency counts that.
+# Maximum calls of an open loop in flight; further ones wait, which counts in their latency.
 _MAX_IN_FLIGHT = 4096
 _CONNECT_TIMEOUT_S = 10.0
 
 
-class Lanes:
-    """Everything that carries calls; starts and ends them, and knows how many are in flight."""
+class Transports:
+    """The transports of all kinds of call; counts the calls in flight."""
 
     def __init__(self, load: Load, channels: list[grpc.aio.Channel]) -> None:
         self._load = load
@@ -46,7 +46,7 @@ class Lanes:
         self._idle.set()
 
     def submit(self, kind: Kind, intended: float, then: Done) -> None:
-        """Start a call; ``then`` is called when it has ended."""
+        """Start a call; ``then`` is called at its end."""
         self.in_flight += 1
         self._idle.clear()
 
@@ -56,16 +56,16 @@ class Lanes:
             if not self.in_flight:
                 self._idle.set()
 
-        self._lane(kind).submit(kind, intended, done)
+        self._transport(kind).submit(kind, intended, done)
 
-    def _lane(self, kind: Kind) -> UnaryCalls | StreamCalls:
+    def _transport(self, kind: Kind) -> UnaryCalls | StreamCalls:
         if kind != "denoise" or not self._streams:
             return self._unary
         self._next_stream = (self._next_stream + 1) % len(self._streams)
         return self._streams[self._next_stream]
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for what is in flight, then give up on the rest."""
+        """Wait for calls in flight, then cancel the rest."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -74,8 +74,8 @@ class Lanes:
             await stream.close()
 
 
-async def closed_loop(load: Load, lanes: Lanes, callers: int, count: int | None) -> None:
-    """Keep ``callers`` calls in flight until time or ``count`` is up."""
+async def closed_loop(load: Load, transports: Transports, callers: int, count: int | None) -> None:
+    """Keep ``callers`` calls in flight until the end or ``count`` calls."""
     loop, tally = asyncio.get_running_loop(), load.tally
     over = asyncio.Event()
     left = math.inf if count is None else count
@@ -87,7 +87,7 @@ async def closed_loop(load: Load, lanes: Lanes, callers: int, count: int | None)
             over.set()
             return
         left -= now >= tally.start
-        lanes.submit(load.requests.kind(), now, ask)
+        transports.submit(load.requests.kind(), now, ask)
 
     for _ in range(callers):
         ask()
@@ -95,7 +95,7 @@ async def closed_loop(load: Load, lanes: Lanes, callers: int, count: int | None)
     await over.wait()
 
 
-async def open_loop(load: Load, lanes: Lanes, arrivals: Iterator[float]) -> None:
+async def open_loop(load: Load, transports: Transports, arrivals: Iterator[float]) -> None:
     """Start a call at each of ``arrivals``, in seconds of ``time.monotonic``."""
     loop = asyncio.get_running_loop()
     waiting: deque[tuple[Kind, float]] = deque()
@@ -105,8 +105,8 @@ async def open_loop(load: Load, lanes: Lanes, arrivals: Iterator[float]) -> None
         start()
 
     def start() -> None:
-        while waiting and lanes.in_flight < _MAX_IN_FLIGHT:
-            lanes.submit(*waiting.popleft(), start)
+        while waiting and transports.in_flight < _MAX_IN_FLIGHT:
+            transports.submit(*waiting.popleft(), start)
 
     await asyncio.to_thread(_pace, loop, arrivals, release)
     while waiting:
@@ -117,7 +117,7 @@ async def open_loop(load: Load, lanes: Lanes, arrivals: Iterator[float]) -> None
 def _pace(
     loop: asyncio.AbstractEventLoop, arrivals: Iterator[float], release: Callable[[float], None]
 ) -> None:
-    """Release arrivals on time: a thread sleeps to the microsecond, an event loop to the milli."""
+    """Release arrivals on time: a thread sleeps with µs precision, an event loop with ms."""
     for intended in arrivals:
         if (delay := intended - time.monotonic()) > 0:
             time.sleep(delay)
@@ -139,7 +139,7 @@ def poisson(
 
 @asynccontextmanager
 async def connected(plan: Plan) -> AsyncIterator[list[grpc.aio.Channel]]:
-    """Yield connections of their own, all established; calls are attempted once."""
+    """Yield separate, established connections without retries."""
     options = (*channel_options(retried=False), ("grpc.use_local_subchannel_pool", 1))
     channels = [open_async_channel(plan.target, plan.tls, options) for _ in range(plan.connections)]
     try:
@@ -153,7 +153,7 @@ async def connected(plan: Plan) -> AsyncIterator[list[grpc.aio.Channel]]:
 
 
 async def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Do the part of a load that ``job`` says and return what was counted."""
+    """Run the part of a load in ``job`` and return its results."""
     plan = plan_of(job["plan"])
     index, shape = job["index"], tuple(job["shape"])
     requests = prepare(plan, shape, index)
@@ -165,24 +165,24 @@ async def run(job: dict[str, Any]) -> dict[str, Any]:
         stop = start + plan.duration_s
         tally = Tally(start=start, stop=stop, deadline_s=plan.deadline_s)
         load = Load(plan, requests, tally, 4 * math.prod(shape))
-        lanes = Lanes(load, channels)
+        transports = Transports(load, channels)
         while (early := begin - time.monotonic()) > 0:  # Timers may be a millisecond early.
             await asyncio.sleep(early)
         spent = _cpu_s()
         if plan.callers is not None:
-            await closed_loop(load, lanes, share(plan.callers, index, plan.processes), count)
+            await closed_loop(load, transports, share(plan.callers, index, plan.processes), count)
         else:
             assert plan.rate_per_s is not None
             rate, seed = plan.rate_per_s / plan.processes, f"{plan.seed} {index} arrivals"
             arrivals = poisson(rate, begin=begin, start=start, stop=stop, count=count, seed=seed)
-            await open_loop(load, lanes, arrivals)
+            await open_loop(load, transports, arrivals)
         busy = (_cpu_s() - spent) / (time.monotonic() - begin)
-        await lanes.drain(plan.drain_s)
+        await transports.drain(plan.drain_s)
     return tally.document() | {"busy_share": busy}
 
 
 def plan_of(document: dict[str, Any]) -> Plan:
-    """Return the plan that ``run.py`` wrote."""
+    """Return the plan of a document written by ``_run``."""
     tls = document.pop("tls")
     document["sigma"] = tuple(document["sigma"])
     return Plan(**document, tls=None if tls is None else Tls(**tls))
@@ -194,7 +194,7 @@ def _cpu_s() -> float:
 
 
 def main() -> None:
-    """Serve one plan."""
+    """Run one plan."""
     sys.setswitchinterval(5e-4)  # The pacing thread must not wait 5 ms for its turn.
     job = json.loads(sys.stdin.readline())
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return that of uvloop where it is installed: a call costs less on it."""
+    """Return the loop factory of uvloop if installed, on which a call takes less time."""
     try:
         import uvloop
     except ImportError:

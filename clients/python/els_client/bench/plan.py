@@ -1,4 +1,4 @@
-"""What a load is made of: who calls how often, what is asked, and for how long."""
+"""Plan of a load: callers or rate, requests, and duration."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A load on one model of one server; every default is small.
+    """A load on one model of one server; the defaults are small.
 
-    With ``callers`` the loop is closed: each caller asks again when it is answered. With
-    ``rate_per_s`` it is open: calls start at random times (a Poisson process) whatever becomes of
-    the earlier ones, and a latency counts from the time at which the call was to start.
+    With ``callers`` the loop is closed: each caller calls again after its response. With
+    ``rate_per_s`` it is open: calls start at random times (a Poisson process) independent of
+    earlier ones, and latency counts from the scheduled start of a call.
 
     Attributes:
-        name: What the report calls this load.
+        name: Name of the load in the report.
         target: Address of the server.
-        tls: How the connection is encrypted; None means not.
-        token: Bearer token; in no report.
+        tls: TLS options; None means plaintext.
+        token: Bearer token; not in reports.
         model: Name of the model.
         version: Version of the model; None means the newest.
         callers: Calls in flight of a closed loop, over all processes.
-        rate_per_s: Calls a second of an open loop, over all processes.
-        mix: How often each kind is asked, relative to each other.
-        stream: Whether denoise goes over ``DenoiseStream``, one stream a connection.
-        images: Images in one call.
-        sigma: Least and largest noise level σ; each image's own is log-uniform between.
+        rate_per_s: Calls per second of an open loop, over all processes.
+        mix: Relative frequency of each kind.
+        stream: Whether denoise uses ``DenoiseStream``, one stream per connection.
+        images: Images per call.
+        sigma: Minimum and maximum noise level σ; log-uniform for each image.
         label: Label of all images; None means unconditional.
         window: Odd side of the patch in pixels; None means the model's own.
         steps: Steps of a sample.
-        processes: Processes that ask, at most one for each caller.
-        connections: Connections of each process.
-        warm_up_s: How long the load runs before it counts.
-        duration_s: How long calls are started after that.
-        count: Calls that are started after warm-up at most; None means no bound but time.
-        deadline_s: When an answer is of no more use; it travels with the call.
-        grace_s: How much longer the caller listens, so that late answers are seen; a sample's
-            deadline is the call's own and has no grace.
-        drain_s: How long answers are waited for at the end.
-        priority: 1 (first) to ``Limits.priority_levels``; None means the server's default.
-        seed: Of arrivals, kinds, pixels and levels.
+        processes: Load processes, at most one for each caller.
+        connections: Connections per process.
+        warm_up_s: Duration of the load before measurement.
+        duration_s: Duration of the measurement, in which calls are started.
+        count: Maximum calls started after the warm-up; None means limited by time only.
+        deadline_s: Deadline of a call, sent with it.
+        grace_s: Additional time for late responses; samples have none, as their deadline is that of
+            the gRPC call.
+        drain_s: Maximum wait for responses at the end.
+        priority: 1 (highest) to ``Limits.priority_levels``; None means the server's default.
+        seed: Seed of arrivals, kinds, pixels and levels.
     """
 
     name: str = "load"
@@ -79,10 +79,10 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no load can be made of.
+        """Validate the plan.
 
         Raises:
-            InvalidArgumentError: With the field, what was expected and what came.
+            InvalidArgumentError: A field is invalid; names field, expected and got.
         """
         _expect(
             (self.callers is None) != (self.rate_per_s is None),
@@ -110,7 +110,7 @@ class Plan:
             _expect(self.processes <= self.count, "processes", "at most count", self.processes)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a report may tell of the plan: all but the token and the files of TLS."""
+        """Return the fields of the plan for a report, without token and TLS files."""
         hidden = ("token", "tls")
         facts = {name: value for name, value in vars(self).items() if name not in hidden}
         return facts | {"mix": dict(self.mix), "tls": self.tls is not None}
@@ -123,5 +123,5 @@ def _expect(sound: bool, name: str, expected: str, got: object) -> None:
 
 
 def share(total: int, index: int, parts: int) -> int:
-    """Return the part of ``total`` that falls to part ``index`` of ``parts``."""
+    """Return the share of ``total`` of part ``index`` of ``parts``."""
     return total // parts + (index < total % parts)

@@ -1,4 +1,4 @@
-"""Draws a report: latency and goodput over time, and how rare long waits are."""
+"""Plots of a report: latency and goodput over time, and the tail of latencies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from els_client.bench.report import Outcome, Report, latencies_of
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
-    """Write a picture (PNG, SVG or PDF by its suffix) of several loads side by side in time."""
+    """Write a plot (PNG, SVG or PDF by the suffix) of several loads over time."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     over_time, rates, tail = figure.subplots(1, 3)
     for report in reports:
@@ -23,8 +23,8 @@ def draw(reports: Sequence[Report], path: Path) -> None:
             _draw_tail(tail, f"{report.plan['name']}: {kind}", outcome)
     for axes, title, x, y in (
         (over_time, "latency", "second", "ms"),
-        (rates, "calls ended", "second", "calls a second"),
-        (tail, "how many waited longer", "ms", "share of answers"),
+        (rates, "calls ended", "second", "calls per second"),
+        (tail, "latency tail", "ms", "share of answers"),
     ):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
@@ -43,7 +43,7 @@ def _draw_latency(axes: Axes, report: Report) -> None:
 
 
 def _draw_rates(axes: Axes, report: Report) -> None:
-    # The last second is one of stragglers, not of load.
+    # Without the last second, which only has late responses.
     whole = [second for second in report.series if second.second < report.seconds_counted]
     for name, style in (("good", "-"), ("failed", ":")):
         values = [getattr(second, name) for second in whole]

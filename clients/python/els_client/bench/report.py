@@ -1,4 +1,4 @@
-"""What a load showed: counts, rates and latencies, summed over its processes."""
+"""Report of a load: counts, rates and latencies, summed over its processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PERCENTILES = {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0, "p999_ms": 99.9}
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Latencies of answered calls in milliseconds; all 0 where there was none."""
+    """Latencies of successful calls in milliseconds; all 0 if there were none."""
 
     mean_ms: float
     p50_ms: float
@@ -30,18 +30,18 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How calls ended that were to start between warm-up and end.
+    """Outcome of the calls scheduled between warm-up and end.
 
     Attributes:
-        calls: How many there were.
-        ok: Answered, in time or late.
-        good: Answered before the deadline; without one, answered.
-        late: Answered after it.
-        latest_ms: How long after it the latest answer came.
-        errors: How many ended with which status. Beside those of gRPC: MALFORMED, an answer that
-            is none; UNFINISHED, given up on after the end; UNSENT, for which there was no room.
-        latency: Of the answered; of an open loop from the time at which a call was to start.
-        histogram: Latencies in µs, as HdrHistogram encodes them.
+        calls: Number of calls.
+        ok: Successful calls, in time or late.
+        good: Successful calls before the deadline, if there is one.
+        late: Successful calls after the deadline.
+        latest_ms: Maximum delay of a response after the deadline.
+        errors: Status → number of calls. In addition to those of gRPC: MALFORMED, an invalid
+            response; UNFINISHED, cancelled after the end; UNSENT, not sent for lack of capacity.
+        latency: Latencies of successful calls; of an open loop from the scheduled start.
+        histogram: Latencies in µs, in HdrHistogram's encoding.
     """
 
     calls: int
@@ -56,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Second:
-    """One second after warm-up: the calls that ended in it, whenever they started."""
+    """One second after warm-up: the calls that ended in it."""
 
     second: int
     ok: int
@@ -69,13 +69,13 @@ class Second:
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """Whether the load was what it should have been.
+    """Accuracy of the load generator.
 
     Attributes:
-        lag_p99_ms: How late calls started.
-        lag_max_ms: How late the latest did.
-        busy_share: Share of one core that the busiest process used: close to 1 the load itself was
-            the bottleneck, and latencies are its own.
+        lag_p99_ms: 99th percentile of the delay between scheduled and actual start of a call.
+        lag_max_ms: Maximum of that delay.
+        busy_share: Fraction of one core used by the busiest process; close to 1 the generator was
+            the bottleneck, and latencies include its own.
     """
 
     lag_p99_ms: float
@@ -85,19 +85,19 @@ class Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one plan showed.
+    """Results of one plan.
 
     Attributes:
-        plan: What was asked for, without the token.
-        started_at: When counting began, ISO 8601 in UTC.
-        seconds_counted: Length of the window of the rates.
-        throughput_per_s: Answers in that window, a second.
-        goodput_per_s: Those of them that came before their deadline.
-        images_per_s: Images in all answers, a second.
-        total: Of all kinds together.
-        kinds: Of each kind.
-        series: Second by second.
-        generator: Of the load itself.
+        plan: The plan, without the token.
+        started_at: Start of the measurement, ISO 8601 in UTC.
+        seconds_counted: Duration of the measurement in seconds.
+        throughput_per_s: Successful responses per second.
+        goodput_per_s: Successful responses before their deadline, per second.
+        images_per_s: Images in successful responses, per second.
+        total: Outcome of all kinds together.
+        kinds: Outcome of each kind.
+        series: Results of each second.
+        generator: Accuracy of the load generator.
     """
 
     plan: Mapping[str, Any]
@@ -112,23 +112,23 @@ class Report:
     generator: Generator
 
     def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
+        """Return the report as JSON."""
         return dataclasses.asdict(self)
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         path.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
 
 
 def summed(plan: Plan, documents: Sequence[dict[str, Any]], started_at: str) -> Report:
-    """Return the report of what the processes of a plan counted."""
+    """Return the report of a plan from the results of its processes."""
     kinds = {
         kind: _outcome([d["outcomes"][kind] for d in documents if kind in d["outcomes"]])
         for kind in sorted({kind for document in documents for kind in document["outcomes"]})
     }
     lag = _merged(document["lag"] for document in documents)
     length = plan.duration_s
-    if plan.count is not None:  # It may have been over sooner.
+    if plan.count is not None:  # The load may have ended earlier.
         length = min(length, max(max(document["last_end_s"] for document in documents), 1e-9))
     window: Counter[str] = Counter()
     for document in documents:

@@ -1,4 +1,4 @@
-"""What one process counts: outcomes, latencies and each second's share of them."""
+"""Results of one process: outcomes and latencies, in total and for each second."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ _LONGEST_US = 3_600_000_000
 
 def histogram(digits: int = 3) -> Histogram:
     """Return an empty histogram of 1 µs to 1 h, exact to ``digits`` significant digits."""
-    from hdrh.histogram import HdrHistogram  # An extra: the command line imports this without it.
+    from hdrh.histogram import (
+        HdrHistogram,  # Local import: the command line imports this module without the extra.
+    )
 
     return HdrHistogram(1, _LONGEST_US, digits)
 
 
 def add_seconds(target: Histogram, seconds: float) -> None:
-    """Count one duration; what lies outside the range counts at its edge."""
+    """Count one duration; values out of range count at its limit."""
     target.record_value(min(max(round(seconds * 1e6), 1), _LONGEST_US))
 
 
 @dataclass
 class Outcome:
-    """How the calls of one kind ended; latencies are of those that were answered."""
+    """Outcome of the calls of one kind; latencies are those of successful calls."""
 
     codes: Counter[str] = field(default_factory=Counter)
     good: int = 0
@@ -38,7 +40,7 @@ class Outcome:
 
 @dataclass
 class Second:
-    """One second of the load, by the time at which its calls ended."""
+    """One second of the load, by the end of its calls."""
 
     ok: int = 0
     good: int = 0
@@ -50,9 +52,9 @@ class Tally:
     """Counts calls as they end.
 
     Args:
-        start: When calls begin to count, in seconds of ``time.monotonic``.
-        stop: When they cease to be started.
-        deadline_s: When an answer ceases to be good.
+        start: Start of the measurement, in seconds of ``time.monotonic``.
+        stop: End of the measurement, when no more calls are started.
+        deadline_s: Deadline for a good response.
     """
 
     def __init__(self, *, start: float, stop: float, deadline_s: float | None) -> None:
@@ -67,13 +69,13 @@ class Tally:
         self._now = 0
 
     def add(self, kind: str, *, intended: float, sent: float, end: float, code: str) -> None:
-        """Count a call that was to start at ``intended``, did so at ``sent``, ended at ``end``."""
+        """Count a call scheduled at ``intended``, started at ``sent``, ended at ``end``."""
         latency = end - intended
         late = latency > self._deadline_s
         if end >= self.start:
             self._add_to_second(end, latency, code == "OK", late)
         if intended < self.start:
-            return  # It belongs to the warm-up.
+            return  # Part of the warm-up.
         outcome = self.outcomes[kind]
         outcome.codes[code] += 1
         self.last_end = max(self.last_end, end)
@@ -87,13 +89,13 @@ class Tally:
             outcome.latest_s = max(outcome.latest_s, latency - self._deadline_s)
 
     def add_unanswered(self, kind: str, code: str, intended: float) -> None:
-        """Count a call of which nothing more will be heard."""
+        """Count a call without a response."""
         if intended >= self.start:
             self.outcomes[kind].codes[code] += 1
 
     def _add_to_second(self, end: float, latency: float, ok: bool, late: bool) -> None:
         if (now := int(end - self.start)) != self._now:
-            self._seal()
+            self._close_second()
             self._now = now
         second = self._second
         second.ok += ok
@@ -104,14 +106,14 @@ class Tally:
         if ok:
             add_seconds(second.latencies, latency)
 
-    def _seal(self) -> None:
-        """Put the second that is over away: as text a histogram is small."""
+    def _close_second(self) -> None:
+        """Encode the histogram of a past second, which saves memory."""
         self._seconds[self._now] = _second_document(self._second)
         self._second = Second()
 
     def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        self._seal()
+        """Return the results as JSON."""
+        self._close_second()
         outcomes = {
             kind: {
                 "codes": dict(outcome.codes),

@@ -38,34 +38,34 @@ _CODES = tuple(code.name for code in StatusCode)
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 
 _GAUGES = {
-    "els_queue_items": "Items that wait for a batch.",
-    "els_queue_cost_seconds": "Predicted time of the items that wait.",
-    "els_calls_in_flight": "Calls begun whose answers have not left.",
-    "els_device_busy_seconds_total": "Time that a device computed.",
-    "els_device_running_seconds": "Time since a device began what it computes; 0 while idle.",
-    "els_device_stalled_seconds": "Time since what a device computes last made progress.",
-    "els_drain_limit_seconds": "Time of a drain after which calls in flight are interrupted.",
-    "els_draining_seconds": "Time since the server was told to end; 0 before.",
-    "els_health_watchers": "Watchers of the health, by port: grpc or health.",
-    "els_health_watchers_stalled": "Watchers dropped as they take no answer, and not yet ended.",
-    "els_model_refused": "1 where the latest load of a model was refused, else 0.",
+    "els_queue_items": "Requests, or parts of one, waiting in the queue.",
+    "els_queue_cost_seconds": "Predicted compute time of the queued requests.",
+    "els_calls_in_flight": "Calls received whose response is not yet sent.",
+    "els_device_busy_seconds_total": "Time for which a device was busy.",
+    "els_device_running_seconds": "Time since the start of a device's current batch; 0 if idle.",
+    "els_device_stalled_seconds": "Time since the last progress of a device's current batch.",
+    "els_drain_limit_seconds": "Time after which a drain interrupts calls in flight.",
+    "els_draining_seconds": "Time since the start of the drain; 0 before it.",
+    "els_health_watchers": "Health watch streams, by port: grpc or health.",
+    "els_health_watchers_stalled": "Health watch streams dropped for not reading, not yet ended.",
+    "els_model_refused": "1 if the latest load of a model failed, else 0.",
     "els_memory_in_flight_bytes": "Bytes of requests and trajectories in flight.",
-    "els_memory_in_flight_limit_bytes": "Bytes that may be in flight, of all callers together.",
+    "els_memory_in_flight_limit_bytes": "Maximum bytes in flight of all callers together.",
     "els_model_memory_bytes": "Memory of a loaded model's weights or bank.",
-    "els_queue_limit_seconds": "Predicted time that the items of one model may wait.",
-    "els_queue_reserved_seconds": "Predicted time that holds room: of items that wait as when they "
-    "came, and of a step of each trajectory.",
-    "els_reloaded_file_stale_seconds": "Time for which a file that is reloaded on change has been "
-    "unusable, so that its last good content still counts; 0 where it is current.",
-    "els_serving": "1 while the health of the server is SERVING, else 0.",
-    "els_trajectories": "Trajectories under way.",
-    "els_watchdog_seconds": "Time without progress of a batch after which a device counts as lost.",
+    "els_queue_limit_seconds": "Maximum predicted compute time of one model's queue.",
+    "els_queue_reserved_seconds": "Predicted compute time reserved in the queue: of requests, as "
+    "predicted on arrival, and of one step of each trajectory.",
+    "els_reloaded_file_stale_seconds": "Time for which a reloaded file has been invalid while its "
+    "last valid content is used; 0 if it is current.",
+    "els_serving": "1 while the server's health is SERVING, else 0.",
+    "els_trajectories": "Trajectories in progress.",
+    "els_watchdog_seconds": "Time without progress of a batch after which a device counts as hung.",
 }
 """What engine and server tell when they are asked, and its help."""
 _HEAP = {
-    "els_python_blocks": "Blocks of memory that Python's objects take.",
-    "els_malloc_used_bytes": "Bytes that malloc has handed out: what grows without end is a leak.",
-    "els_malloc_free_bytes": "Bytes that malloc keeps for later; they may be resident.",
+    "els_python_blocks": "Memory blocks allocated by Python.",
+    "els_malloc_used_bytes": "Bytes allocated by malloc; unbounded growth means a leak.",
+    "els_malloc_free_bytes": "Free bytes kept by malloc, which may be resident.",
 }
 
 Gauges = Iterable[tuple[str, dict[str, str], float]]
@@ -237,7 +237,7 @@ class Metrics(Collector):
     def _of_calls(self) -> Iterator[Metric]:
         yield family(
             "els_request_seconds",
-            "Time from a request's arrival to its last answer.",
+            "Time from a request's arrival to its last response.",
             ("model", "method", "code"),
             (
                 ((model, method.name, code), histogram)
@@ -248,7 +248,7 @@ class Metrics(Collector):
         )
 
     def _of_methods(self) -> Iterator[Metric]:
-        started = CounterMetricFamily("grpc_server_started", "Calls begun.", labels=_METHOD)
+        started = CounterMetricFamily("grpc_server_started", "Calls started.", labels=_METHOD)
         received = CounterMetricFamily(
             "grpc_server_msg_received", "Messages received.", labels=_METHOD
         )
@@ -275,16 +275,18 @@ class Metrics(Collector):
     def _of_batches(self) -> Iterator[Metric]:
         queued = [((model,), histogram) for model, histogram in list(self._queued.items())]
         computed = [((model,), batches) for model, batches in list(self._computed.items())]
-        text = "Time that an item waited for its batch."
+        text = "Time that a request, or a part of one, waited in the queue."
         yield family("els_queue_seconds", text, _MODEL, queued)
         compute = [(labels, batches.compute) for labels, batches in computed]
-        yield family("els_compute_seconds", "Time that a batch was computed.", _MODEL, compute)
+        yield family("els_compute_seconds", "Compute time of a batch.", _MODEL, compute)
         images = [(labels, batches.images) for labels, batches in computed]
-        yield family("els_batch_size", "Images computed together.", _MODEL, images)
+        yield family("els_batch_size", "Images of a batch.", _MODEL, images)
         cost = [(labels, batches.cost) for labels, batches in computed]
-        yield family("els_batch_cost_seconds", "Predicted time of a batch.", _MODEL, cost)
+        yield family("els_batch_cost_seconds", "Predicted compute time of a batch.", _MODEL, cost)
         dropped = CounterMetricFamily(
-            "els_dropped", "Items without an answer that anyone took.", labels=("model", "reason")
+            "els_dropped",
+            "Requests without a delivered response.",
+            labels=("model", "reason"),
         )
         # From zero on, as above.
         for model in {*list(self._computed), *(model for model, _ in list(self._dropped))}:
@@ -293,9 +295,9 @@ class Metrics(Collector):
         yield dropped
 
     def _of_process(self) -> Iterator[Metric]:
-        text = "How late the event loop was, ten times a second."
+        text = "Lag of the event loop, measured ten times a second."
         yield family("els_event_loop_lag_seconds", text, (), [((), self._lag)])
-        text = "How late the event loop was the last time."
+        text = "Latest lag of the event loop."
         yield GaugeMetricFamily("els_event_loop_lag_latest_seconds", text, self._latest_lag)
         for name, value in heap.sizes():
             yield GaugeMetricFamily(name, _HEAP[name], value)
@@ -303,7 +305,7 @@ class Metrics(Collector):
         yield CounterMetricFamily("els_log_records_lost", text, logs.lost())
         build = GaugeMetricFamily(
             "els_build_info",
-            "Always 1; labels tell version and commit.",
+            "Always 1; version and commit are labels.",
             labels=("version", "commit"),
         )
         build.add_metric((VERSION, COMMIT), 1)

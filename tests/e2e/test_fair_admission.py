@@ -51,9 +51,12 @@ async def flooded(target: str) -> AsyncIterator[dict[str, int]]:
 
 @pytest.mark.parametrize("priority", [1, 3])
 async def test_calls_within_the_share_are_never_refused_while_another_process_floods_the_model(
-    odd: ServerProcess, priority: int
+    fault_server: ServerProcess, priority: int
 ) -> None:
-    async with flooded(odd.target) as outcomes, grpc.aio.insecure_channel(odd.target) as channel:
+    async with (
+        flooded(fault_server.target) as outcomes,
+        grpc.aio.insecure_channel(fault_server.target) as channel,
+    ):
         x = images(*range(10))  # 0.2 s of the 2 s that may wait
         for _ in range(6):
             request = asked(x, priority=priority)
@@ -65,7 +68,7 @@ async def test_calls_within_the_share_are_never_refused_while_another_process_fl
 
 
 async def test_samples_that_fill_the_queue_do_not_refuse_another_s_and_lose_nothing(
-    odd: ServerProcess,
+    fault_server: ServerProcess,
 ) -> None:
     def drawn(token: bytes = b"") -> pb.SampleRequest:
         return pb.SampleRequest(
@@ -93,8 +96,12 @@ async def test_samples_that_fill_the_queue_do_not_refuse_another_s_and_lose_noth
                 await asyncio.sleep(0.1)
 
     async with (
-        grpc.aio.insecure_channel(odd.target, [("grpc.use_local_subchannel_pool", 1)]) as one,
-        grpc.aio.insecure_channel(odd.target, [("grpc.use_local_subchannel_pool", 1)]) as other,
+        grpc.aio.insecure_channel(
+            fault_server.target, [("grpc.use_local_subchannel_pool", 1)]
+        ) as one,
+        grpc.aio.insecure_channel(
+            fault_server.target, [("grpc.use_local_subchannel_pool", 1)]
+        ) as other,
     ):
         alone, _ = await sample(one)
         # 0.2 s a step each of 2 s: ten of them fill the queue, and the eleventh is refused.

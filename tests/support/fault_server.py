@@ -1,6 +1,6 @@
 """``els-server`` with models that are slow, fail, hang or break their device when they are told to.
 
-usage: odd_server.py run [options of els-server run]
+usage: fault_server.py run [options of els-server run]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BROKEN = "broken"
 """A model of this name breaks its device when it is warmed."""
 
 
-class Odd:
+class FaultyDenoiser:
     """Answers 2x and, as evidence, the sum over C.
 
     Args:
@@ -38,7 +38,7 @@ class Odd:
 
     @property
     def info(self) -> DenoiserInfo:
-        return DenoiserInfo(kind="odd", shape=SHAPE, has_log_evidence=True)
+        return DenoiserInfo(kind="faulty", shape=SHAPE, has_log_evidence=True)
 
     def check(self, query: Query) -> None:
         check_query(self.info, query)
@@ -60,7 +60,7 @@ class Odd:
         return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
 
 
-class Broken(Odd):
+class Broken(FaultyDenoiser):
     """Breaks its device at the first question."""
 
     def denoise(self, query: Query) -> Denoised:
@@ -72,7 +72,7 @@ def _load_one(self: ModelRepository, name: str, version: int, device: str) -> De
 
 
 async def _load_all(self: ModelRegistry, repository: ModelRepository) -> None:
-    self.add("slow", Odd())
+    self.add("slow", FaultyDenoiser())
     await _load(self, repository)
 
 
