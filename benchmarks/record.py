@@ -1,4 +1,4 @@
-"""Writes a dated record: what was measured, on what, of which commit."""
+"""Writes dated records of measurements with machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def write(name: str, rows: list[dict[str, Any]], out: Path | None = None) -> Pat
     """Write ``rows`` with date, machine, versions and commit; return the file.
 
     Args:
-        name: of the benchmark; the file is ``results/DATE-name.json``.
-        rows: what was measured, one flat dict each.
-        out: another file to write.
+        name: name of the benchmark; the default file is ``results/DATE-name.json``.
+        rows: measurements, one flat dict each.
+        out: file to write instead.
     """
     now = datetime.now(UTC)
     path = out or RESULTS / f"{now:%Y-%m-%d}-{name}.json"
