@@ -129,8 +129,8 @@ def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
         timestep = np.interp(np.log(level.sigma), log_sigma, np.arange(len(log_sigma)))
         with torch.no_grad():
             noisy = torch.from_numpy(x).to(device)
-            told = torch.from_numpy(timestep).float().to(device)
-            return _clean(noisy, unet(noisy, told).sample, level, device)
+            timesteps = torch.from_numpy(timestep).float().to(device)
+            return _clean(noisy, unet(noisy, timesteps).sample, level, device)
 
     return Pair(ours, peer)
 

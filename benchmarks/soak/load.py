@@ -246,4 +246,4 @@ def _refused(world: World, code: grpc.StatusCode) -> Iterator[None]:
         if error.code() is not code:
             raise
     else:
-        world.faults.append(f"was answered, not told {code.name}")
+        world.faults.append(f"expected {code.name}, got a response")

@@ -73,7 +73,7 @@ def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_
     lines = text.splitlines()
     (second,) = [i for i, line in enumerate(lines) if line.startswith("| ours: wide | 4,000,000")]
     assert "221,000" in lines[second - 1]
-    assert "for which a GPU is needed" not in text
+    assert "paper's size, for want of a GPU" not in text
 
 
 def test_machines_and_steps_that_were_not_tried_are_dashes(
