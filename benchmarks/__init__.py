@@ -1,1 +1,1 @@
-"""Measurements run by hand; dated records go to ``results/``."""
+"""Benchmarks run by hand; dated records are written to ``results/``."""

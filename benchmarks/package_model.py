@@ -1,10 +1,11 @@
-"""Packs a trained network for shipping: weights, record, log, windows and a card.
+"""Packages a trained network for distribution: weights, record, log, windows and a model card.
 
     python -m benchmarks.package_model TRAINED BUNDLED/NAME [--windows CALIBRATED]
 
-The checkpoint stays behind, and of paths in commands only the last part is kept. Weights are stored
-in float16 where that moves no answer by more than 1e-3 of its norm. TRAINED is what ``els-server
-train`` left, finished, with --source and --licence; CALIBRATED what ``els-server calibrate`` wrote.
+The checkpoint is omitted, and paths in commands are reduced to their last part. Weights are stored
+in float16 if that changes no result by more than 1e-3 of its norm. TRAINED is the output of a
+finished ``els-server train`` with --source and --licence; CALIBRATED that of ``els-server
+calibrate``.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from els_service.experiments.training.record import LOG_FILE, PLOT_FILE
 
 CARD_FILE = "README.md"
 MOST_BYTES, MOST_BYTES_TOGETHER = 16_000_000, 30_000_000
-"""Of one folder, and of all that ship."""
+"""Maximum bytes of one folder, and of all packaged folders."""
 _HALF_BUDGET = 1e-3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack as told; return the exit code: 0, or 2 where something is refused."""
+    """Package a network; return the exit code: 0, or 2 for invalid input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trained", type=Path, metavar="TRAINED", help="a finished model folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that ships; made anew")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
     parser.add_argument("--windows", type=Path, metavar="CALIBRATED", help="an analytic folder")
     options = parser.parse_args(arguments)
     try:
@@ -65,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pack(trained: Path, out: Path, calibrated: Path | None = None) -> None:
-    """Write the folder that ships.
+    """Write the packaged folder.
 
     Raises:
-        LoadError: A file of the folders is missing or refused.
-        InvalidArgumentError: The run is not finished, does not say where its images come from, was
-            calibrated on another network, or is too large; or there is something at ``out``.
+        LoadError: A file of the folders is missing or invalid.
+        InvalidArgumentError: The run is not finished or lacks source and licence, the calibration
+            is of another network, the folder is too large, or ``out`` exists.
     """
     record = _read(trained / RECORD_FILE)
     _check(record, trained, calibrated)
@@ -86,7 +87,7 @@ def pack(trained: Path, out: Path, calibrated: Path | None = None) -> None:
         shutil.copyfile(calibrated / WINDOWS_FILE, out / WINDOWS_FILE)
         calibration = _read(calibrated / CALIBRATION_FILE)
         calibration["command"] = public(calibration["command"])
-        # In float16 the same network has another file.
+        # In float16 the fingerprint of the weights file differs.
         calibration["network"]["fingerprint"] = _digest(out / WEIGHTS_FILE)
         _write(out / CALIBRATION_FILE, calibration)
     (out / CARD_FILE).write_text(card(out.name, record, dtype, calibrated is not None))
@@ -101,7 +102,7 @@ def size_of(folder: Path) -> int:
 
 
 def public(command: str) -> str:
-    """Return a command whose paths say nothing of the machine it ran on."""
+    """Return a command with paths reduced to their last part."""
     return shlex.join(map(_public, shlex.split(command)))
 
 
@@ -113,7 +114,7 @@ def _public(argument: str) -> str:
 
 
 def card(name: str, record: dict[str, Any], dtype: torch.dtype, has_windows: bool) -> str:
-    """Return what a reader should know of the network, in Markdown."""
+    """Return the model card in Markdown."""
     settings, data = record["settings"], record["data"]
     network = settings["network"]
     labels = f"{network['label_count']} labels" if network["label_count"] else "no labels"
@@ -174,7 +175,7 @@ def _save(trained: Path, out: Path) -> torch.dtype:
     whole = load_network_folder(trained).denoise(query).pixels
     try:
         half = load_network_folder(out).denoise(query).pixels
-    except LoadError:  # a weight beyond float16
+    except LoadError:  # a weight exceeds float16
         half = np.full_like(whole, np.inf)
     moved = np.linalg.norm((half - whole).reshape(len(x), -1), axis=1)
     if (moved <= _HALF_BUDGET * np.linalg.norm(whole.reshape(len(x), -1), axis=1)).all():

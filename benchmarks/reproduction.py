@@ -1,10 +1,10 @@
-"""Puts comparisons beside the paper's table, row by row, and says which rows are owed.
+"""Compares results with the paper's table, row by row, and lists the rows not yet run.
 
     python -m benchmarks.reproduction FMNIST=DIR/compare.json MNIST=DIR/compare.json …
         [--note TEXT …] [--out FILE.json]
 
-A comparison is what ``els-server compare`` wrote, best with ``--network-steps 150,20``; its row is
-found by data, architecture, padding and labels. Writes a dated record and a table beside it.
+A comparison is the output of ``els-server compare``, preferably with ``--network-steps 150,20``;
+its row is found by data, architecture, padding and labels. Writes a dated record and a table.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DATA = ("MNIST", "CIFAR10", "FMNIST", "CelebA")
 
 
 PARAMETERS = {"resnet": 3_900_000, "unet": 1_900_000, "unet-attention": 1_900_000}
-"""A network of at least so many is of the paper's size, 4.0 and 2.0 million."""
-OWED = (
-    "Owed",
-    "Owed until a GPU is at hand",
-    "Owed in the paper's size, for which a GPU is needed",
-    "Not to be had, as no set of faces was found",
+"""Minimum parameters of a network of the paper's size, which has 4.0 or 2.0 million."""
+NOT_RUN = (
+    "Not yet run",
+    "Not yet run, for want of a GPU",
+    "Not yet run at the paper's size, for want of a GPU",
+    "Not run, as the data set of faces is not available",
 )
 
 
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, bool]:
-        """What a comparison must agree in."""
+        """Fields that identify the row of a comparison."""
         return self.data, self.architecture, self.padding, self.conditional
 
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write record and table, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comparisons", nargs="+", type=_comparison, metavar="DATA=FILE")
-    parser.add_argument("--note", action="append", default=[], help="a line under the table")
+    parser.add_argument("--note", action="append", default=[], help="a line below the table")
     record.add_arguments(parser)
     options = parser.parse_args(arguments)
     recorder = record.start("claim", options)
@@ -96,7 +96,7 @@ def _comparison(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def rows_of(comparisons: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield the paper's rows, each with all comparisons that are of it, then rows of our own."""
+    """Yield the paper's rows with their comparisons, then comparisons without a row."""
     of_key: dict[tuple[str, str, str, bool], list[dict[str, Any]]] = {}
     for data, content in comparisons:
         network = content["network"]
@@ -144,7 +144,7 @@ def _figures(one: dict[str, Any]) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     """Return the rows in Markdown."""
     lines = [
-        "# The claim: what networks draw, predicted without training",
+        "# Reproduction: images of networks, predicted without training",
         "",
         "Median Pearson r, network at 150 / at 20 steps, in brackets the 95 % bootstrap interval. "
         "Where the paper has a row (Kamb & Ganguli, ICML 2025), its figures stand first. "
@@ -156,19 +156,19 @@ def table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     ]
     for row in rows:
         lines += _lines(row)
-    owed = [(_owed(row), _title(row)) for row in rows]
-    for why in OWED:
-        if titles := [title for reason, title in owed if reason == why]:
+    missing = [(_missing(row), _title(row)) for row in rows]
+    for why in NOT_RUN:
+        if titles := [title for reason, title in missing if reason == why]:
             lines += ["", f"{why}: {'; '.join(titles)}."]
     lines += [""] + [f"- {note}" for note in notes] if notes else []
     return "\n".join(lines) + "\n"
 
 
-def _owed(row: dict[str, Any]) -> str | None:
-    """Return why a row of the paper is not there, or not in the paper's size; None if it is."""
+def _missing(row: dict[str, Any]) -> str | None:
+    """Return why a row was not run, or not in the paper's size; None if it was."""
     if row["paper"] is None:
         return None
-    plain, gpu, size, data = OWED
+    plain, gpu, size, data = NOT_RUN
     if not row["ours"]:
         return {"CelebA": data, "CIFAR10": gpu}.get(row["data"], plain)
     largest = max(ours["parameters"] for ours in row["ours"])
@@ -186,7 +186,7 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
         medians = (" / ".join(f"{r:.2f}" for r in paper[name]) for name in MACHINES)
         yield f"| **{_title(row)}**: paper | | | {' | '.join(medians)} | | |"
     if not row["ours"]:
-        yield "| ours | owed | | | | | | |"
+        yield "| ours | not yet run | | | | | | |"
     for ours in row["ours"]:
         name = f"ours: {ours['network']}"
         cells = [
@@ -201,7 +201,7 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _cell(ours: dict[str, Any], machine: str, shown: Any) -> str:
-    """Return what a machine reached at each number of network steps, – where it was not tried."""
+    """Return the results of a machine at each number of network steps, – if not run."""
     found = (ours["at_network_steps"].get(steps, {}).get(machine) for steps in STEPS)
     return " / ".join("–" if one is None else shown(one) for one in found)
 

@@ -1,1 +1,1 @@
-"""Rollouts, deaths, hangs and scale: three real servers on loopback, behind both balancers."""
+"""Rollouts, crashes, hangs and scaling of three servers on loopback, with both load balancers."""

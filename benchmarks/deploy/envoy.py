@@ -22,16 +22,16 @@ _START_S = 30.0
 
 
 def program() -> str | None:
-    """Return where Envoy is: on the path, or where ``make deploy-tools`` puts it."""
+    """Return the path of Envoy: on PATH, or installed by ``make deploy-tools``."""
     return shutil.which("envoy") or shutil.which(_ROOT / ".venv-deploy" / "bin" / "envoy")
 
 
 @contextmanager
 def in_front_of(fleet: Fleet) -> Iterator[str]:
-    """Yield the address of an Envoy that finds the fleet by its name, once it found it healthy.
+    """Yield the address of an Envoy in front of the fleet, once all replicas are healthy.
 
     Raises:
-        RuntimeError: There is no Envoy, or it does not start.
+        RuntimeError: Envoy is not installed, or does not start.
     """
     envoy = program()
     if envoy is None:
@@ -69,7 +69,7 @@ def _wait_healthy(admin: Address, count: int) -> None:
 
 
 def check(config: str) -> str:
-    """Return what Envoy says against a configuration, be it that something is deprecated."""
+    """Return Envoy's errors and deprecation warnings for a configuration."""
     envoy = program()
     assert envoy is not None
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

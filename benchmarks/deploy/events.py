@@ -1,4 +1,4 @@
-"""What happens to replicas: a rollout, a death, a hang; each while a load goes on."""
+"""Events of replicas under load: a rollout, a crash, a hang."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from els_client import AsyncClient, Step
 _POLL_S = 0.1
 _WINDOW_S = 1.0
 _STUCK_S = 1.0
-"""A call that takes longer than this was with a replica that hangs."""
+"""Seconds after which a call is considered to have been sent to the hung replica."""
 _SAMPLE_S = 120.0
 _STEPS = 500
-"""More, with a token each, than the buffers between a replica and a caller who waits hold."""
+"""More messages, with a token each, than the buffers between replica and caller hold."""
 _BEGUN = 5
 _SAMPLES = 6
-"""To each target, so that every replica has some."""
+"""Trajectories to each target, so that every replica has some."""
 
 
 async def roll(fleet: Fleet) -> None:
-    """Replace every replica as a Deployment does with one more than wanted and none less.
+    """Replace every replica like a Deployment with maxSurge 1 and maxUnavailable 0.
 
-    The successor has another address, and is published once it is ready; only then is the old one
-    taken out of the name and told to end, both at once.
+    The new replica has another address, and is published once it is ready; then the old one is
+    removed from the name and receives SIGTERM at the same time.
 
     Raises:
-        RuntimeError: A replica does not start, or ends with another code than 0.
+        RuntimeError: A replica does not start, or exits with a code other than 0.
     """
     for old in list(fleet.replicas):
         new = fleet.add()
@@ -46,9 +46,9 @@ async def roll(fleet: Fleet) -> None:
 
 
 async def roll_in_place(fleet: Fleet) -> None:
-    """Replace every replica by one on the same address, as on machines of one's own.
+    """Replace every replica by one on the same address, as on bare metal.
 
-    Errors are those of ``roll``.
+    Raises the errors of ``roll``.
     """
     for old in list(fleet.replicas):
         await _ended(fleet, old, leaves=False)
@@ -67,11 +67,11 @@ async def _ended(fleet: Fleet, replica: Replica, *, leaves: bool = True) -> None
 
 @dataclass
 class Death:
-    """A replica that is killed outright, and started again on its address.
+    """A replica is killed and restarted on its address.
 
     Attributes:
-        down_s: how long it is away before it is started.
-        even_s: how long after it was ready until every replica had its share.
+        down_s: seconds until it is restarted.
+        even_s: seconds from its readiness until the load is balanced.
     """
 
     fleet: Fleet
@@ -79,7 +79,7 @@ class Death:
     even_s: float = math.nan
 
     async def __call__(self) -> None:
-        """Let it happen."""
+        """Run the event."""
         victim = self.fleet.replicas[0]
         victim.send(signal.SIGKILL)
         await asyncio.to_thread(victim.wait_ended)
@@ -91,12 +91,12 @@ class Death:
 
 @dataclass
 class Hang:
-    """A replica that is stopped as a hung one is, and goes on later.
+    """A replica is stopped, like a hung one, and continued later.
 
     Attributes:
-        stopped_s: for how long.
-        at_s: when it was stopped, ``time.monotonic``.
-        back_s: how long after it went on until every replica had its share.
+        stopped_s: seconds for which it is stopped.
+        at_s: time of the stop, ``time.monotonic``.
+        back_s: seconds from its continuation until the load is balanced.
     """
 
     fleet: Fleet
@@ -105,7 +105,7 @@ class Hang:
     back_s: float = math.nan
 
     async def __call__(self) -> None:
-        """Let it happen."""
+        """Run the event."""
         victim = self.fleet.replicas[0]
         victim.send(signal.SIGSTOP)
         try:
@@ -116,7 +116,7 @@ class Hang:
         self.back_s = await seconds_until(lambda: is_even(self.fleet), within_s=60.0)
 
     def out_s(self, load: Load) -> float:
-        """Return how long after the stop the last call still waited for the replica."""
+        """Return the seconds from the stop to the start of the last call that waited."""
         until = self.at_s + self.stopped_s
         waited = [
             c.at_s - self.at_s for c in load.calls if c.latency_s > _STUCK_S and c.at_s < until
@@ -127,12 +127,12 @@ class Hang:
 async def outlived_by_samples(
     fleet: Fleet, targets: Iterable[str], death: Callable[[], Awaitable[None]]
 ) -> int:
-    """Return how many trajectories a death broke; all end with the bits of one that none broke.
+    """Return how many trajectories a crash interrupted; all must end with the same bits.
 
-    Each has taken some steps before a replica dies, and takes the rest after.
+    Each has taken some steps before a replica crashes, and takes the rest afterwards.
 
     Raises:
-        RuntimeError: The bits differ, or the death broke none.
+        RuntimeError: The bits differ, or no trajectory was interrupted.
     """
     async with AsyncExitStack() as stack:
         clients = [
@@ -151,14 +151,14 @@ async def outlived_by_samples(
 
         samples = [asyncio.create_task(drawn(client)) for client in clients * _SAMPLES]
         await begun.wait()
-        # The first is the one that dies: it is to be one that has some.
+        # The first replica is the one that crashes: it must have some.
         await asyncio.to_thread(fleet.replicas.sort, key=Replica.trajectories, reverse=True)
         broken = await asyncio.to_thread(fleet.replicas[0].trajectories)
         await death()
         dead.set()
         ends = await asyncio.gather(*samples)
     if not all(np.array_equal(end.x, whole.x) for end in ends) or not broken:
-        raise RuntimeError(f"expected trajectories broken and bits the same, got {broken} broken")
+        raise RuntimeError(f"expected interrupted samples with equal bits, got {broken} broken")
     return broken
 
 
@@ -167,7 +167,7 @@ def _sample(client: AsyncClient, *, survive_breaks: bool) -> AsyncGenerator[Step
 
 
 async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> float:
-    """Return how long it took until ``reached``, which is asked in a thread.
+    """Return the seconds until ``reached`` returns true; it is called in a thread.
 
     Raises:
         TimeoutError: It took longer than ``within_s``.
@@ -180,7 +180,7 @@ async def seconds_until(reached: Callable[[], bool], *, within_s: float) -> floa
 
 
 def is_even(fleet: Fleet) -> bool:
-    """Return whether each replica answers at least half of its equal share, within a second."""
+    """Return whether each replica answers at least half of an equal share, within a second."""
     answered = fleet.answered(_WINDOW_S)
     return all(
         2 * count * len(answered) >= sum(answered.values()) > 0 for count in answered.values()

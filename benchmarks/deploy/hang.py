@@ -1,9 +1,9 @@
-"""A replica hangs (SIGSTOP) under load: it is soon asked no more, and again once it goes on.
+"""A replica hangs (SIGSTOP) under load: clients stop using it, and return when it continues.
 
     python -m benchmarks.deploy.hang [--ways client envoy] [--share 0.25] [--out FILE]
 
-``out_s`` is when the last call began that had to wait for it (longer than a second), counted from
-the stop; calls that wait are asked of another replica once its connection is given up.
+``out_s`` is the start of the last call that waited for it (longer than a second), in seconds from
+the stop; waiting calls are retried at another replica once its connection is closed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.deploy import events
-from benchmarks.deploy.scenario import Scene, play
+from benchmarks.deploy.scenario import Scenario, run_events
 
 _OUT_S = 10.0
 
 
-async def hung(scene: Scene) -> dict[str, Any]:
+async def hung(scenario: Scenario) -> dict[str, Any]:
     """Return the row of a hang."""
-    hang = events.Hang(scene.fleet)
-    observed, row = await scene.around(hang)
+    hang = events.Hang(scenario.fleet)
+    observed, row = await scenario.around(hang)
     out_s = hang.out_s(observed.load)
     return {
         **row,
@@ -31,4 +31,4 @@ async def hung(scene: Scene) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    play("hang", __doc__, [hung])
+    run_events("hang", __doc__, [hung])

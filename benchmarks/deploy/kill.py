@@ -1,9 +1,9 @@
-"""A replica dies by SIGKILL under load: no call fails, samples go on, traffic is soon even again.
+"""A replica is killed (SIGKILL) under load: no call fails, samples resume, load is rebalanced.
 
     python -m benchmarks.deploy.kill [--ways client envoy] [--share 0.25] [--out FILE]
 
-It is started again on its address, and stays in the name all the while. Six trajectories are under
-way when it dies; those that it had go on elsewhere, to the same bits.
+It is restarted on its address, which stays in the name. Six trajectories are in progress; those of
+the killed replica are resumed by others, to the same bits.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.deploy import events
-from benchmarks.deploy.scenario import Scene, play
+from benchmarks.deploy.scenario import Scenario, run_events
 
 _EVEN_S = 5.0
 
 
-async def killed(scene: Scene) -> dict[str, Any]:
-    """Return the row of a death."""
-    death = events.Death(scene.fleet)
+async def killed(scenario: Scenario) -> dict[str, Any]:
+    """Return the row of a crash."""
+    death = events.Death(scenario.fleet)
     broken = 0
 
     async def event() -> None:
         nonlocal broken
-        broken = await events.outlived_by_samples(scene.fleet, [scene.target], death)
+        broken = await events.outlived_by_samples(scenario.fleet, [scenario.target], death)
 
-    _, row = await scene.around(event)
+    _, row = await scenario.around(event)
     return {
         **row,
         "samples_broken_and_whole": broken,
@@ -35,4 +35,4 @@ async def killed(scene: Scene) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    play("kill", __doc__, [killed])
+    run_events("kill", __doc__, [killed])

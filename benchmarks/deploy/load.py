@@ -1,4 +1,4 @@
-"""A load through the client that people use: retries, resume and all; every answer is checked."""
+"""A load through the public client, with retries and resume; every result is checked."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from els_client import AsyncClient, ElsError
 
 _DEADLINE_S = 30.0
 _AFTER_S = 2.0
-"""How long a load goes on after an event: what it broke shows then."""
+"""Seconds for which a load continues after an event, to observe its effects."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call: when it was to start (``time.monotonic``), and what became of it."""
+    """One call: its scheduled start (``time.monotonic``) and its outcome."""
 
     at_s: float
     latency_s: float
     error: str
-    """Empty where the answer came and was right."""
+    """Empty if the result is correct."""
 
 
 class Load:
-    """Calls of an open loop so far."""
+    """Calls of an open loop."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
@@ -41,7 +41,7 @@ class Load:
         self.calls: list[Call] = []
 
     async def offer(self, rate_per_s: float, seed: int = 0) -> None:
-        """Start calls at random times (a Poisson process), whatever becomes of earlier ones."""
+        """Start calls at random times (a Poisson process), independent of earlier ones."""
         source, at = random.Random(seed), time.monotonic()
         while True:
             at += source.expovariate(rate_per_s)
@@ -51,20 +51,20 @@ class Load:
             task.add_done_callback(self._tasks.discard)
 
     async def settle(self) -> None:
-        """Wait for what is under way."""
+        """Wait for calls in flight."""
         await asyncio.gather(*self._tasks)
 
     async def _call(self, at_s: float) -> None:
-        error = await asked(self._client)
+        error = await fault_of_call(self._client)
         self.calls.append(Call(at_s, time.monotonic() - at_s, error))
 
     def failures(self) -> list[str]:
-        """Return what failed, and how."""
+        """Return the errors of failed calls."""
         return [call.error for call in self.calls if call.error]
 
 
-async def asked(client: AsyncClient) -> str:
-    """Return what is wrong with one call; nothing where it is answered and right."""
+async def fault_of_call(client: AsyncClient) -> str:
+    """Make one call and return its fault; empty if the result is correct."""
     try:
         answer = await client.denoise(X, model=MODEL, sigma=SIGMA)
     except ElsError as error:
@@ -74,7 +74,7 @@ async def asked(client: AsyncClient) -> str:
 
 @asynccontextmanager
 async def offered(target: str, rate_per_s: float) -> AsyncIterator[Load]:
-    """Yield a load that goes on until the block ends; then what is under way is waited for."""
+    """Yield a load that runs until the block ends, and wait for its calls in flight."""
     async with AsyncClient(target, timeout_s=_DEADLINE_S) as client:
         load = Load(client)
         arrivals = asyncio.create_task(load.offer(rate_per_s))
@@ -87,19 +87,19 @@ async def offered(target: str, rate_per_s: float) -> AsyncIterator[Load]:
 
 
 async def capacity_per_s(target: str, *, callers: int, seconds: float) -> float:
-    """Return the calls a second of callers that ask again once they are answered.
+    """Return the calls per second of a closed loop.
 
     Raises:
         RuntimeError: A call failed.
     """
     async with AsyncClient(target, timeout_s=_DEADLINE_S) as client:
-        await asyncio.gather(*(asked(client) for _ in range(callers)))
+        await asyncio.gather(*(fault_of_call(client) for _ in range(callers)))
         end = time.monotonic() + seconds
 
         async def caller() -> int:
             count = 0
             while time.monotonic() < end:
-                if error := await asked(client):
+                if error := await fault_of_call(client):
                     raise RuntimeError(error)
                 count += 1
             return count
@@ -115,7 +115,7 @@ def percentile_ms(calls: Sequence[Call], percent: float, begin_s: float, end_s: 
 
 @dataclass(frozen=True)
 class Observed:
-    """What callers saw around an event, whose times are of ``time.monotonic``."""
+    """Observations of callers around an event; times are of ``time.monotonic``."""
 
     load: Load
     steady_s: float
@@ -123,7 +123,7 @@ class Observed:
     ended_s: float
 
     def facts(self) -> dict[str, Any]:
-        """Return it as a record keeps it; p99 is over calls that were to start in the time."""
+        """Return the fields of a record; p99 is over calls scheduled in the period."""
         calls, steady = self.load.calls, (self.began_s - self.steady_s, self.began_s)
         failures = self.load.failures()
         return {
@@ -145,13 +145,13 @@ async def around(
     *,
     steady_s: float,
 ) -> dict[str, Observed]:
-    """Return what callers of each target saw before, during and shortly after an event.
+    """Return the observations of callers before, during and shortly after an event.
 
     Args:
-        targets: by the name of the way there.
-        rate_per_s: of the calls to each target.
-        event: is awaited once.
-        steady_s: how long the load is on before.
+        targets: route name → target.
+        rate_per_s: calls per second to each target.
+        event: awaited once.
+        steady_s: seconds of load before the event.
     """
     async with AsyncExitStack() as stack:
         loads = {

@@ -1,4 +1,4 @@
-"""A name server on loopback: one name, whose addresses change as pods of a headless service do."""
+"""A DNS server on loopback with one name, whose addresses change like those of pods."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from threading import Thread
 
 NAME = "els-denoise-headless.test"
 TTL_S = 5
-"""What the name server of a cluster says of a headless service."""
+"""TTL in seconds of a headless service's records in a cluster."""
 
 _HEAD = struct.Struct("!6H")
 _FOUND, _NO_SUCH_NAME = 0x8580, 0x8583
 _TYPE_A, _CLASS_IN = 1, 1
 _QUESTION_AT = 0xC00C
-"""A compressed name: that of the question, which follows the head."""
+"""A compressed name: pointer to the question after the header."""
 
 
 class Names(UDPServer):
     """Answers queries for ``NAME`` with ``addresses``.
 
     Attributes:
-        addresses: IPv4, of the replicas that are ready; replaced by whoever rolls them.
-        port: where it listens, of 127.0.0.1.
+        addresses: IPv4 addresses of the ready replicas; replaced by rollouts.
+        port: port on 127.0.0.1.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Names(UDPServer):
 
     @property
     def target(self) -> str:
-        """What a client is told, but for the port at its end."""
+        """Target for clients, without the port."""
         return f"dns://127.0.0.1:{self.port}/{NAME}"
 
 
@@ -49,7 +49,7 @@ class _Query(BaseRequestHandler):
 def answer(query: bytes, addresses: tuple[str, ...]) -> bytes:
     """Return the answer to a DNS query (RFC 1035, section 4) of one question.
 
-    Another name is denied, so that search domains are passed over; another type than A is empty.
+    Other names get NXDOMAIN, so that search domains are skipped; types other than A are empty.
     """
     number, *_ = _HEAD.unpack_from(query)
     labels, at = [], _HEAD.size

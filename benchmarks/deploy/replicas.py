@@ -1,4 +1,4 @@
-"""Real server processes as a cluster runs them: addresses of their own, one port, one name."""
+"""Server processes like those of a cluster: separate addresses, one port, one name."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _TRAJECTORIES = re.compile(r"^els_trajectories(?:{[^}]*})? (\S+)", re.MULTILINE)
 
 
 class Replica:
-    """One server process on an address of its own; it can be started again there.
+    """One server process on its own address; it can be restarted there.
 
     Args:
-        address: IPv4 of loopback.
-        command: that serves it.
-        environment: of the process.
-        log: where its stderr goes.
+        address: loopback IPv4 address.
+        command: command of the process.
+        environment: environment of the process.
+        log: file for its stderr.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Replica:
         self.start()
 
     def start(self) -> None:
-        """Start the process; ``wait_ready`` tells when it serves."""
+        """Start the process; ``wait_ready`` waits until it serves."""
         with self._log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 self._command, stdout=subprocess.PIPE, stderr=stderr, env=self._environment
@@ -59,7 +59,7 @@ class Replica:
         """Wait until every model is served.
 
         Raises:
-            RuntimeError: It ended instead, or takes too long.
+            RuntimeError: It exited, or is not ready in time.
         """
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], START_S)
@@ -71,22 +71,22 @@ class Replica:
         self.process.send_signal(number)
 
     def wait_ended(self) -> int:
-        """Return its exit code."""
+        """Wait for the process and return its exit code."""
         code = self.process.wait(_DRAINED_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
 
     def answered(self) -> int:
-        """Return how many single denoisings it has answered since it started."""
+        """Return the number of ``Denoise`` calls answered since the start."""
         return int(self._metric(_ANSWERED))
 
     def trajectories(self) -> int:
-        """Return how many trajectories are under way."""
+        """Return the number of trajectories in progress."""
         return int(self._metric(_TRAJECTORIES))
 
     def core_seconds(self) -> float:
-        """Return the CPU time of its threads that live, exact to the nanosecond."""
+        """Return the CPU time of its living threads in seconds, with nanosecond resolution."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
         return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
@@ -99,13 +99,13 @@ class Replica:
 
 @dataclass
 class Fleet:
-    """The replicas behind one name.
+    """Replicas behind one name.
 
     Attributes:
-        names: the name server; it knows the replicas that were published.
-        port: where every replica serves.
-        grace_s: how long a replica that was told to end takes new calls, as in ``deploy/base``.
-        replicas: those that live.
+        names: DNS server with the published replicas.
+        port: port of every replica.
+        grace_s: seconds for which a draining replica accepts new calls, as in ``deploy/base``.
+        replicas: running replicas.
     """
 
     names: names.Names
@@ -119,11 +119,11 @@ class Fleet:
 
     @property
     def target(self) -> str:
-        """What a client that balances by itself is told."""
+        """Target for a client that balances the load itself."""
         return f"{self.names.target}:{self.port}"
 
     def add(self) -> Replica:
-        """Start a replica on an address that none had before."""
+        """Start a replica on a new address."""
         self._started += 1
         address = f"127.0.1.{self._started}"
         program = Path(sys.executable).with_name("els-server")
@@ -139,13 +139,13 @@ class Fleet:
         return replica
 
     def publish(self, *, without: Replica | None = None) -> None:
-        """Let the name stand for the replicas, but for one that is to leave."""
+        """Publish the replicas under the name, except one that is removed."""
         self.names.addresses = tuple(
             replica.address for replica in self.replicas if replica is not without
         )
 
     def answered(self, pause_s: float) -> dict[str, int]:
-        """Return how many single denoisings each replica answers within ``pause_s``."""
+        """Return the number of ``Denoise`` calls that each replica answers within ``pause_s``."""
         before = {replica.address: replica.answered() for replica in self.replicas}
         time.sleep(pause_s)
         return {
@@ -156,12 +156,12 @@ class Fleet:
 
 @contextmanager
 def fleet(count: int, *, grace_s: float = 5.0, models: Path | None = None) -> Iterator[Fleet]:
-    """Yield ``count`` replicas, all ready; none is left afterwards.
+    """Yield ``count`` ready replicas, and stop them on exit.
 
     Args:
-        count: how many.
-        grace_s: as ``Fleet.grace_s``; that of ``deploy/base`` if not said.
-        models: a folder of models; None for a Gaussian one alone.
+        count: number of replicas.
+        grace_s: see ``Fleet.grace_s``; by default that of ``deploy/base``.
+        models: folder of models; None for a single Gaussian model.
     """
     with tempfile.TemporaryDirectory() as folder, names.serving() as served:
         if models is None:

@@ -1,10 +1,10 @@
-"""A rollout under load: nobody's call may fail, and what it costs callers in latency.
+"""A rollout under load: no call may fail; the cost in latency is measured.
 
     python -m benchmarks.deploy.roll [--ways client envoy] [--share 0.25] [--out FILE]
 
-Three replicas are replaced one by one, once by others with new addresses (as a Deployment does,
-one more than wanted and none less), once on their own addresses. p99 during the rollout is judged
-(at most twice the steady one) where there are four cores or more: starting takes a core.
+Three replicas are replaced one by one, first by ones with new addresses (like a Deployment with
+maxSurge 1 and maxUnavailable 0), then on the same addresses. With four cores or more, p99 during
+the rollout must be at most twice the steady one; starting a replica takes a core.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import os
 from typing import Any
 
 from benchmarks.deploy import events
-from benchmarks.deploy.scenario import Scene, play
+from benchmarks.deploy.scenario import Scenario, run_events
 
 _CORES = 4
 _P99_RATIO = 2.0
 
 
-async def by_new_addresses(scene: Scene) -> dict[str, Any]:
-    """Return the row of a rollout as a Deployment does it."""
-    _, row = await scene.around(lambda: events.roll(scene.fleet))
+async def by_new_addresses(scenario: Scenario) -> dict[str, Any]:
+    """Return the row of a rollout like that of a Deployment."""
+    _, row = await scenario.around(lambda: events.roll(scenario.fleet))
     return {"rollout": "new addresses", **row, **_verdict(row)}
 
 
-async def in_place(scene: Scene) -> dict[str, Any]:
+async def in_place(scenario: Scenario) -> dict[str, Any]:
     """Return the row of a rollout on the same addresses."""
-    _, row = await scene.around(lambda: events.roll_in_place(scene.fleet))
+    _, row = await scenario.around(lambda: events.roll_in_place(scenario.fleet))
     return {"rollout": "in place", **row, **_verdict(row)}
 
 
@@ -39,4 +39,4 @@ def _verdict(row: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    play("roll", __doc__, [by_new_addresses, in_place])
+    run_events("roll", __doc__, [by_new_addresses, in_place])

@@ -1,12 +1,12 @@
-"""What 1, 2 and 3 replicas answer on this machine, and what one denoising takes of a core.
+"""Throughput of 1, 2 and 3 replicas on this machine, and CPU time of one denoising.
 
     python -m benchmarks.deploy.scale [--rounds 6] [--seconds 3] [--out FILE]
 
-Throughput is of a trivial model (a Gaussian, 12 KB images) asked by ``els bench`` in a closed loop;
-rounds alternate, a ratio is the median of pairs with its 95 % bootstrap interval. Replicas and load
-share the cores, so the ratio is bounded by them: the record says how many there were. Service times
-are core seconds that a replica used for one call after another, read from the kernel's own account,
-so that what else runs here does not count; ``benchmarks.deploy.simulate`` takes them from there.
+Throughput is of a trivial model (Gaussian, 12 KB images) under the closed-loop load of ``els
+bench``; rounds alternate, a ratio is the median of pairs with its 95 % bootstrap interval. Replicas
+and load share the cores, whose number limits the ratio and is in the record. Service times are core
+seconds of sequential calls, from the operating system's accounting, so that other processes do not
+count; ``benchmarks.deploy.simulate`` uses them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _WARM_UP = 20
 _LABEL = 3
 """One class of Fashion-MNIST: 500 images."""
 _LEVELS = 101
-"""Quantiles in a record: of 0 to 100 %."""
+"""Quantiles in a record, from 0 to 100 %."""
 
 
 def throughput(behind: Fleet, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Return what the first 1, 2, … replicas answer, and how that compares with one."""
+    """Return the throughput of the first 1, 2, … replicas, and its ratio to one."""
     counts = range(1, len(behind.replicas) + 1)
     reports: dict[int, list[Report]] = {count: [] for count in counts}
     for number in range(rounds):
@@ -77,7 +77,7 @@ def _plan(behind: Fleet, count: int, seconds: float) -> Plan:
 
 
 def service_times(model: str, models: Path | None, label: int | None) -> dict[str, Any]:
-    """Return the core time of single denoisings on a replica of its own, and of its start."""
+    """Return the core seconds of single denoisings on a separate replica, and of its start."""
     began = time.monotonic()
     with fleet(1, models=models) as behind:
         (replica,) = behind.replicas
@@ -107,8 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=6, help="of every number of replicas")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds for every number of replicas")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of a turn")
     record.add_arguments(parser)
     options = parser.parse_args()
     recorder = record.start("deploy-scale", options)

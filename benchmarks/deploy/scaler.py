@@ -1,15 +1,15 @@
-"""Replicas, a queue and an autoscaler, simulated: what ``benchmarks.deploy.simulate`` varies.
+"""Simulation of replicas, queues and an autoscaler for ``benchmarks.deploy.simulate``.
 
-Time goes in ticks. Calls come by a Poisson process, to any serving replica alike; each takes a core
-time drawn from the measured ones. A replica serves one after another (Lindley's recursion on the
-work before it, to a tick) and refuses what would wait longer than ``queue_s``. At each poll the
-scaler learns how much work waits and how many replicas' time the last minute took, one scrape
-late, and wishes by the rules of a HorizontalPodAutoscaler (kubernetes.io, "Algorithm details" and
-"Configurable scaling behavior"): ceil(metric / target) of the metric that wants most, unless that
-is within 10 % of what there is; up at most to the double each poll; down by at most a fifth a
-minute, and to no less than the largest wish of five minutes. A replica serves ``start_s`` after it
-was wished for, and is paid from the wish on. The quantile of latency, the third trigger of
-``deploy/components/keda``, is left out: it only ever asks for more, and the first two do so sooner.
+Time is discrete (ticks). Calls are a Poisson process, uniform over serving replicas; service times
+are drawn from measured ones. A replica is a FIFO queue (Lindley's recursion, per tick) that rejects
+calls whose wait would exceed ``queue_s``. At each poll the scaler reads queued work and the busy
+share of the last minute, one scrape late, and computes the desired replicas by the rules of a
+HorizontalPodAutoscaler (kubernetes.io, "Algorithm details" and "Configurable scaling behavior"):
+the maximum over metrics of ceil(metric / target), unless within 10 % of the current number; at most
+doubled per poll; reduced by at most a fifth per minute, and not below the maximum of five minutes.
+A replica serves ``start_s`` after it is requested, and is paid for from the request on. The latency
+quantile, the third trigger of ``deploy/components/keda``, is omitted: it only scales up, and later
+than the first two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MANY = 32
-"""Calls to a replica in a tick from which on their work is drawn as a normal sum."""
+"""Number of calls per replica and tick from which their work is drawn as a normal sum."""
 _TOLERANCE = 0.1
 _WISHES_S, _SHRINK_S, _SHRINK_TO = 300.0, 60.0, 0.8
 
@@ -33,23 +33,23 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What is simulated.
+    """Parameters of a simulation.
 
     Attributes:
-        service_s: measured core times of one call each, equally likely.
-        replicas: at first, and the fewest.
-        load: of what they can serve, before the step; more than 0.
-        step: how many times that load comes from ``step_at_s`` to ``back_at_s``; by default at the
-            worst moment, when the metrics of the next poll have just been read.
-        start_s: from a wish to a replica that serves.
-        poll_s: between two wishes.
-        scrape_s: how old the metrics are.
-        queue_s: work that may wait for one replica.
-        queue_target_s: work that shall wait for one replica.
-        busy_target: share of its time that a replica shall compute; None: only queues count.
-        busy_over_s: what that share is the mean of.
-        most: replicas, as a multiple of the fewest.
-        seed: of everything drawn.
+        service_s: measured service times in core seconds, equally likely.
+        replicas: initial and minimum number of replicas.
+        load: utilisation before the step; more than 0.
+        step: factor of the load from ``step_at_s`` to ``back_at_s``; by default at the worst time,
+            just after the metrics of the next poll were read.
+        start_s: seconds from the request of a replica until it serves.
+        poll_s: interval of the autoscaler.
+        scrape_s: age of the metrics.
+        queue_s: maximum queued work of a replica, in seconds.
+        queue_target_s: target of the queued work of a replica, in seconds.
+        busy_target: target of the busy share of a replica; None: only queues are used.
+        busy_over_s: averaging window of the busy share.
+        most: maximum replicas, as a multiple of the minimum.
+        seed: seed of the random numbers.
     """
 
     service_s: Sequence[float]
@@ -73,13 +73,13 @@ class World:
 
 @dataclass
 class Trace:
-    """What came of it: series by the tick, and sums."""
+    """Results: time series per tick, and sums."""
 
     at_s: list[float] = field(default_factory=list)
     serving: list[int] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
     waiting_s: list[float] = field(default_factory=list)
-    """Work before a replica, on average."""
+    """Mean queued work of a replica."""
     answered: float = 0.0
     refused: float = 0.0
     paid_s: float = 0.0
@@ -88,11 +88,11 @@ class Trace:
 @dataclass
 class _Cluster:
     backlog_s: _Floats
-    """Work before each replica that serves."""
+    """Queued work of each serving replica."""
     starting: deque[float] = field(default_factory=deque)
-    """When those that are wished for will serve."""
+    """Times at which requested replicas will serve."""
     busy_s: float = 0.0
-    """Time that all replicas together computed."""
+    """Total compute time of all replicas."""
 
     def size(self) -> int:
         return len(self.backlog_s) + len(self.starting)
@@ -119,7 +119,7 @@ class _Cluster:
         self.starting.extend([serves_at_s] * (wanted - self.size()))
         while self.size() > wanted and self.starting:
             self.starting.pop()
-        # Who is told to end works off what it has, and is paid for that.
+        # A removed replica finishes its queue, and is paid for until then.
         trace.paid_s += float(self.backlog_s[wanted:].sum())
         self.backlog_s = self.backlog_s[:wanted]
 
@@ -128,7 +128,7 @@ _Draw: TypeAlias = np.random.Generator
 
 
 def _work(draw: _Draw, service_s: _Floats, calls: NDArray[np.int64]) -> _Floats:
-    """Return the work that ``calls`` bring to each replica."""
+    """Return the work of ``calls`` for each replica."""
     if calls.mean() >= _MANY:
         mean, spread = float(service_s.mean()), float(service_s.std())
         work = mean * calls + spread * np.sqrt(calls) * draw.standard_normal(len(calls))
@@ -143,8 +143,8 @@ class _Scaler:
         self._wishes: deque[int] = deque(maxlen=round(_WISHES_S / world.poll_s))
         self._sizes: deque[int] = deque(maxlen=round(_SHRINK_S / world.poll_s))
 
-    def wish(self, now: int, waiting_s: float, busy: float) -> int:
-        """Return how many replicas there shall be, of ``now``, of which ``busy`` computed."""
+    def desired_replicas(self, now: int, waiting_s: float, busy: float) -> int:
+        """Return the desired replicas from the current number and the metrics."""
         world = self._world
         values = [waiting_s / world.queue_target_s]
         if world.busy_target is not None:
@@ -160,7 +160,7 @@ class _Scaler:
 
 
 def simulate(world: World) -> Trace:
-    """Return what happens in ``end_s`` seconds."""
+    """Return the results of ``end_s`` simulated seconds."""
     draw, trace, scaler = np.random.default_rng(world.seed), Trace(), _Scaler(world)
     cluster = _Cluster(np.zeros(world.replicas))
     rate_per_s = world.load * world.replicas / float(np.mean(world.service_s))
@@ -176,7 +176,7 @@ def simulate(world: World) -> Trace:
         busy_s.append(cluster.busy_s)
         if number % polls == polls - 1:
             busy = (busy_s[-1 - min(late, number)] - busy_s[0]) / world.busy_over_s
-            wanted = scaler.wish(cluster.size(), waiting_s[0], busy)
+            wanted = scaler.desired_replicas(cluster.size(), waiting_s[0], busy)
             cluster.resize(wanted, now_s + world.start_s, trace)
         trace.at_s.append(now_s)
         trace.serving.append(len(cluster.backlog_s))

@@ -1,4 +1,4 @@
-"""Where an event is played: three replicas, one way to them, a load that is a share of capacity."""
+"""Scenario of an event: three replicas, a route to them, and a load as a share of capacity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CAPACITY_S = 5.0
 
 @contextmanager
 def targets(ways: tuple[str, ...], behind: Fleet) -> Iterator[dict[str, str]]:
-    """Yield what a client is told to take each of the ``WAYS`` to a fleet."""
+    """Yield the client target of each route in ``WAYS`` to a fleet."""
     with ExitStack() as stack:
         yield {
             way: stack.enter_context(envoy.in_front_of(behind)) if way == "envoy" else behind.target
@@ -32,8 +32,8 @@ def targets(ways: tuple[str, ...], behind: Fleet) -> Iterator[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A fleet, the way to it, and what load it is to bear."""
+class Scenario:
+    """A fleet, the route to it, and its load."""
 
     fleet: Fleet
     way: str
@@ -42,7 +42,7 @@ class Scene:
     steady_s: float
 
     async def around(self, event: Callable[[], Awaitable[None]]) -> tuple[Observed, dict[str, Any]]:
-        """Return what callers saw of an event, and the row of a record about it."""
+        """Return the observations of callers around an event, and the row of a record."""
         capacity = await capacity_per_s(self.target, callers=_CALLERS, seconds=_CAPACITY_S)
         rate = self.share * capacity
         observed = await around({self.way: self.target}, rate, event, steady_s=self.steady_s)
@@ -56,35 +56,35 @@ class Scene:
         return observed[self.way], row
 
 
-Play = Callable[[Scene], Awaitable[dict[str, Any]]]
+Event = Callable[[Scenario], Awaitable[dict[str, Any]]]
 
 
-def play(name: str, about: str | None, plays: list[Play]) -> None:
-    """Play each of ``plays`` on every way that the command line names, and write a record.
+def run_events(name: str, about: str | None, events: list[Event]) -> None:
+    """Run each event on every route of the command line, and write a record.
 
     Args:
-        name: of the record.
-        about: what the command does.
-        plays: each has a fleet of its own and returns a row.
+        name: name of the record.
+        about: description of the command.
+        events: events; each has its own fleet and returns a row.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, help="both if not said")
-    parser.add_argument("--share", type=float, default=0.25, help="of the capacity, that is asked")
-    parser.add_argument("--steady-seconds", type=float, default=10.0, help="of load beforehand")
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, help="default: both")
+    parser.add_argument("--share", type=float, default=0.25, help="load as a share of the capacity")
+    parser.add_argument("--steady-seconds", type=float, default=10.0, help="before the event")
     record.add_arguments(parser)
     options = parser.parse_args()
     recorder = record.start(f"deploy-{name}", options)
     rows = []
     for way in options.ways:
-        for each in plays:
+        for each in events:
             with fleet(REPLICAS) as behind, targets((way,), behind) as found:
-                scene = Scene(behind, way, found[way], options.share, options.steady_seconds)
-                rows.append(uvloop.run(_run(each, scene)))
+                scenario = Scenario(behind, way, found[way], options.share, options.steady_seconds)
+                rows.append(uvloop.run(_run(each, scenario)))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     print(f"record: {recorder.write(rows)}")
 
 
-async def _run(each: Play, scene: Scene) -> dict[str, Any]:
-    return await each(scene)
+async def _run(each: Event, scenario: Scenario) -> dict[str, Any]:
+    return await each(scenario)

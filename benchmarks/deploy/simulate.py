@@ -1,12 +1,12 @@
-"""1 to 1,000 replicas under a tenfold step: when a scaler reacts, how deep queues grow, the price.
+"""Autoscaling of 1 to 1,000 replicas under a tenfold load step: reaction time, queues, price.
 
     python -m benchmarks.deploy.simulate [--service-times FILE] [--model fashion-els]
                                          [--price-per-core-hour 0.04] [--start-seconds 30]
 
-``scaler.py`` says what is simulated, and of what rules. Service times are those that
-``benchmarks.deploy.scale`` measured here. Three scalers: by waiting work and the busy share of
-replicas, with the numbers that ``deploy/components/keda`` has; and by waiting work alone, polled as
-often and half as often.
+``scaler.py`` describes the simulation. Service times are those measured by
+``benchmarks.deploy.scale``. Three scalers: by queued work and the busy share of replicas, with the
+parameters of ``deploy/components/keda``; and by queued work only, with the same and with twice the
+polling interval.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.deploy.scaler import Trace, World, simulate
 REPLICAS = (1, 3, 10, 30, 100, 300, 1000)
 MANIFEST = DEPLOY / "components" / "keda" / "scaledobject.yaml"
 _SHOWN = 10
-"""Replicas at first of the run that is drawn in time."""
+"""Initial replicas of the run that is plotted over time."""
 
 
 def scalers() -> dict[str, dict[str, Any]]:
-    """Return what each scaler sets in a world; the last is the manifest's."""
+    """Return the parameters of each scaler; the last is that of the manifest."""
     spec = yaml.safe_load(MANIFEST.read_text())["spec"]
     targets = {one["name"]: float(one["metadata"]["threshold"]) for one in spec["triggers"]}
     poll_s = float(spec["pollingInterval"])
@@ -45,7 +45,7 @@ def scalers() -> dict[str, dict[str, Any]]:
 
 
 def row(scaler: str, world: World, trace: Trace, price_per_core_hour: float) -> dict[str, Any]:
-    """Return what a record keeps of a simulation; times count from the step."""
+    """Return the row of a simulation; times are counted from the step."""
     at_s, waiting_s = np.array(trace.at_s), np.array(trace.waiting_s)
     wanted = np.array(trace.wanted)
     during = (at_s >= world.step_at_s) & (at_s < world.back_at_s)
@@ -68,7 +68,7 @@ def row(scaler: str, world: World, trace: Trace, price_per_core_hour: float) -> 
 
 
 def service_times_s(path: Path, model: str) -> list[float]:
-    """Return the measured core times of a model.
+    """Return the measured core seconds of a model.
 
     Raises:
         ValueError: The record has none.
@@ -80,7 +80,7 @@ def service_times_s(path: Path, model: str) -> list[float]:
 
 
 def plot(shown: dict[str, Trace], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw replicas and queues in time, and what each size of a fleet shows."""
+    """Plot replicas and queues over time, and the results by number of replicas."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
@@ -93,10 +93,10 @@ def plot(shown: dict[str, Trace], rows: Sequence[dict[str, Any]], path: Path) ->
         again.semilogx(sizes, [one["last_above_target_s"] for one in mine], "o-", label=name)
         price.semilogx(sizes, [one["price_per_million"] for one in mine], "o-", label=name)
     titles = {
-        replicas: (f"replicas that serve, of {_SHOWN} at first", "s", ""),
-        queue: ("work before a replica", "s", "s"),
-        again: ("after the step, the last time that it is too much", "replicas at first", "s"),
-        price: ("price of a million denoisings", "replicas at first", ""),
+        replicas: (f"serving replicas, initially {_SHOWN}", "s", ""),
+        queue: ("queued work of a replica", "s", "s"),
+        again: ("time from the step until the load is served", "initial replicas", "s"),
+        price: ("price of a million denoisings", "initial replicas", ""),
     }
     for axes, (title, x, y) in titles.items():
         axes.set(title=title, xlabel=x, ylabel=y)
@@ -112,9 +112,9 @@ def main() -> None:
     )
     newest = max(record.RESULTS.glob("*-deploy-scale.json"), default=None)
     parser.add_argument("--service-times", type=Path, default=newest, required=newest is None)
-    parser.add_argument("--model", default="fashion-els", help="whose service times")
+    parser.add_argument("--model", default="fashion-els", help="model of the service times")
     parser.add_argument("--price-per-core-hour", type=float, default=0.04, help="any currency")
-    parser.add_argument("--start-seconds", type=float, default=30.0, help="from wish to service")
+    parser.add_argument("--start-seconds", type=float, default=30.0, help="request to service")
     parser.add_argument("--replicas", type=int, nargs="*", default=REPLICAS, help="at first")
     record.add_arguments(parser)
     options = parser.parse_args()

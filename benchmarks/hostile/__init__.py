@@ -1,1 +1,1 @@
-"""Hostile callers at a real server: what they may cost it and others."""
+"""Effect of hostile callers on a server and on its other callers."""

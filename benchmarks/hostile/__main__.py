@@ -1,11 +1,11 @@
-"""Holds a server against hostile callers: python -m benchmarks.hostile [--seconds 60] [--out FILE].
+"""Tests a server with hostile callers: python -m benchmarks.hostile [--seconds 60] [--out FILE].
 
-A server with the bundled models and a memory limit of 2 GiB (a cgroup where one can be made) meets
-five kinds of hostile callers at once: compressed structure, compressed zeros, messages that do not
-end, through health checks too, and large requests for no model. Meanwhile honest callers send small
-images, and health is asked. With tokens, hostile callers have none. Judged: the peak of memory, the
-slowest answer of health, what the honest callers keep of their rate, and memory five seconds after.
-Exits 1 where one is out of bounds.
+A server with the bundled models and a memory limit of 2 GiB (by a cgroup if possible) gets five
+kinds of hostile calls at once: compressed structure, compressed zeros, unfinished messages, also to
+the health service, and large requests for an unknown model. Meanwhile regular callers send small
+images, and health is checked. With tokens, hostile callers have none. Checked are the peak memory,
+the slowest health check, the rate of regular callers relative to that without an attack, and memory
+five seconds later. Exits with 1 if one is out of bounds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 @contextmanager
 def limited() -> Iterator[Path | None]:
-    """Yield the processes file of a new cgroup of ``LIMIT_MIB``; None where none can be made."""
+    """Yield the processes file of a new cgroup of ``LIMIT_MIB``; None if it cannot be created."""
     group = _MEMORY_V1 / f"els-hostile-{os.getpid()}"
     try:
         group.mkdir()
@@ -89,7 +89,7 @@ def serving(procs: Path | None, *options: object) -> Iterator[tuple[int, dict[st
 
 
 class Sampler:
-    """Thread that reads resident memory and asks for health until it is stopped."""
+    """Thread that samples resident memory and health until it is stopped."""
 
     def __init__(self, pid: int, health: str) -> None:
         self.peak_mib = 0.0
@@ -116,7 +116,7 @@ class Sampler:
         own = [("grpc.use_local_subchannel_pool", 1)]
         while not self._stop.wait(0.2):
             began = time.monotonic()
-            # A probe connects anew each time.
+            # Like a probe, with a new connection each time.
             with grpc.insecure_channel(self._health, own) as channel:
                 call: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
                 try:
@@ -127,14 +127,14 @@ class Sampler:
 
 
 def resident_mib(pid: int, field: str = "VmRSS") -> float:
-    """Return a figure of a process's memory."""
+    """Return a memory field of a process in MiB."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1]) / 1024
 
 
-def honest(target: str, metadata: Metadata, seconds: float) -> float:
-    """Return the answers a second of ``CALLERS`` callers of small images, a connection each."""
+def regular_rate(target: str, metadata: Metadata, seconds: float) -> float:
+    """Return responses per second of ``CALLERS`` callers of small images, a connection each."""
     until = time.monotonic() + seconds
     x = np.zeros((1, 1, 28, 28), "<f4")
     with ThreadPoolExecutor(CALLERS) as pool:
@@ -158,13 +158,13 @@ def _ask(target: str, metadata: Metadata, x: np.ndarray[Any, Any], until: float)
 
 @contextmanager
 def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
-    """Run every kind of hostile caller meanwhile, each in a process of its own."""
+    """Run every kind of hostile caller during the block, each in a separate process."""
     with ExitStack() as stack:
         for kind in KINDS:
             addresses = (target, health) if kind == "unfinished health" else (target,)
             for address in addresses:
                 command = [sys.executable, "-m", "benchmarks.hostile.callers", kind, address]
-                # They would compute elsewhere: here they share two cores with the server.
+                # Low priority, as real callers do not share two cores with the server.
                 process = subprocess.Popen(
                     ["nice", "-n", "5", *command, str(seconds)], stdout=subprocess.DEVNULL
                 )
@@ -173,23 +173,23 @@ def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
 
 
 def hold(seconds: float, tokens: bool) -> dict[str, Any]:
-    """Return what was measured in one run."""
+    """Return the measurements of one run."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         metadata: Metadata = ()
         options: list[object] = []
         if tokens:
             file = TokenFile(folder / "tokens.json")
-            metadata = (("authorization", f"Bearer {file.add('honest')}"),)
+            metadata = (("authorization", f"Bearer {file.add('regular')}"),)
             options = ["--tokens", folder / "tokens.json"]
         procs = stack.enter_context(limited())
         pid, ports = stack.enter_context(serving(procs, *options))
         target = f"127.0.0.1:{ports['grpc_port']}"
         health = f"127.0.0.1:{ports['health_port']}"
-        calm = honest(target, metadata, _CALM_S)
+        calm = regular_rate(target, metadata, _CALM_S)
         before = resident_mib(pid)
         with Sampler(pid, health) as sampler, attacking(target, health, seconds):
-            besieged = honest(target, metadata, seconds)
+            besieged = regular_rate(target, metadata, seconds)
         time.sleep(5)
         return {
             "tokens": tokens,
@@ -207,19 +207,19 @@ def hold(seconds: float, tokens: bool) -> dict[str, Any]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """Return which bounds a run broke."""
+    """Return the bounds that a run exceeded."""
     checks = {
         f"peak of memory {row['peak_mib']} MiB > {PEAK_MIB}": row["peak_mib"] > PEAK_MIB,
         f"health after {row['health_s']} s > {HEALTH_S}": row["health_s"] > HEALTH_S,
         f"{row['health_failed']} health checks failed": row["health_failed"] > 0,
         "memory five seconds after": row["after_mib"] > AFTER * row["before_mib"],
-        "rate of honest callers": row["besieged_per_s"] < RATE * row["calm_per_s"],
+        "rate of regular callers": row["besieged_per_s"] < RATE * row["calm_per_s"],
     }
     return [text for text, broken in checks.items() if broken]
 
 
 def main() -> int:
-    """Measure with and without tokens; return 1 where a bound is broken."""
+    """Measure with and without tokens; return 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     record.add_arguments(parser)

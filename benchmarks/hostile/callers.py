@@ -1,6 +1,6 @@
 """Hostile callers: python -m benchmarks.hostile.callers KIND TARGET SECONDS.
 
-Speaks to loopback alone, for a bounded time.
+Only connects to loopback, for a limited time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIB = 1 << 20
 _OPTIONS = [("grpc.max_send_message_length", -1)]
 _CALLS = 40
 _HOLD_S = 5.0
-"""How long calls of one connection are left unfinished before it begins others."""
+"""Seconds for which the calls of a connection are left unfinished before new ones."""
 
 
 def zeros(size: int) -> bytes:
@@ -68,7 +68,7 @@ def _structure() -> bytes:
 
 
 def _vast() -> bytes:
-    # gRPC compresses it: about a thousandth is sent.
+    # gRPC compresses it to about a thousandth.
     return bytes(1024 * MIB)
 
 
@@ -86,7 +86,7 @@ KINDS: dict[str, Callable[[str, float], int]] = {
     "unfinished": _unfinished(DENOISE),
     "unfinished health": _unfinished(HEALTH),
 }
-"""Kind → what it does to an address until a time of the monotonic clock; returns how often."""
+"""Kind → function of address and end time (monotonic clock) that returns the number of calls."""
 
 
 if __name__ == "__main__":

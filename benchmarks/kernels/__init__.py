@@ -1,1 +1,1 @@
-"""Speed of patch attention against its peers; ``python -m benchmarks.kernels``."""
+"""Speed of patch attention and other implementations; ``python -m benchmarks.kernels``."""

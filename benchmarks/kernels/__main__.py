@@ -5,11 +5,11 @@
     python -m benchmarks.kernels --errors [--out FILE.json]
     python -m benchmarks.kernels --plot RECORD.json
 
-On a CPU rows come as they are measured: first against the naive form, in time and memory; then the
-native kernel alone, in batches, and against its peers in the same run (KeOps too where it is
-installed). On a GPU see ``cuda``. ``--errors`` measures each implementation against float64
-instead, over noise levels. Plots come beside a record if matplotlib is there; ``--plot`` draws them
-anew.
+On a CPU rows are printed as they are measured: first time and memory relative to the naive form;
+then the native kernel alone, in batches, and other implementations in the same run (KeOps too if
+installed). For a GPU see ``cuda``. ``--errors`` measures the error of each implementation against
+float64 over noise levels instead. Plots are written next to a record if matplotlib is installed;
+``--plot`` redraws them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pathlib import Path
 
 def main() -> None:
     """Print every row, then write the record."""
-    # Before torch is imported, as the server does: spinning threads starve each other.
+    # Before torch is imported, as in the server: spinning threads slow each other down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks import record
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the best is used")
     record.add_arguments(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--errors", action="store_true", help="errors against float64, no speeds")
-    parser.add_argument("--plot", type=Path, metavar="RECORD", help="draw a record only")
+    parser.add_argument("--plot", type=Path, metavar="RECORD", help="only plot a record")
     parser.add_argument("--smoke", action="store_true", help="two tiny GPU cases on a CPU")
     options = parser.parse_args()
     path: Path = options.plot or options.out or Path("kernels-cuda.json")

@@ -1,9 +1,9 @@
 """Speed of the native kernel against the torch path and against SDPA on unfolded patches.
 
-All contenders run in one process, in turns. Work is pairs (query pixel, source); ``gpairs`` is 1e9
-pairs a second of wall time, ``gpairs_cpu`` a second of processor time with all threads busy: on a
-machine with other jobs the second still tells what the code does. Both are of the fastest run, as
-other jobs only ever slow one down. Slow contenders get a smaller bank. Nothing wrong is timed.
+All contenders run in one process, alternating. Work is counted in pairs (query pixel, source);
+``gpairs`` is 1e9 pairs per second of wall time, ``gpairs_cpu`` per second of CPU time with all
+threads busy, which is meaningful on a machine with other jobs, too. Both are of the fastest run.
+Slow contenders have a smaller bank. Results are compared before timing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Row = dict[str, Any]
 WINDOWS = (3, 5, 7, 9, 11, 13, 17, 21, 25)
 PEER_WINDOWS = (3, 5, 9, 11, 17, 25)
 KEOPS_WINDOWS = (5, 11)
-"""Each window is a formula of its own, compiled for half a minute."""
+"""Windows for KeOps: each is a separate formula, which takes half a minute to compile."""
 PEER_WORK = 4e8
-"""Pairs of a contender's run at k = 1; fewer as k²C grows, for about a second a run."""
+"""Pairs of a contender's run at k = 1; fewer for larger k²C, for about a second per run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Setting:
     t: float = 0.5
 
     def bank(self, images: int) -> Tensor:
-        """Return images in [-1, 1] whose neighbouring pixels resemble each other."""
+        """Return smooth random images in [-1, 1]."""
         noise = torch.rand(images, self.channels, self.side + 4, self.side + 4)
         return avg_pool2d(noise * 6 - 3, 5, 1).clamp(-1, 1)
 
@@ -72,14 +72,14 @@ class Clock:
     cpu_seconds: float = math.inf
 
     def time(self, work: Callable[[], object]) -> None:
-        """Run once more."""
+        """Time one more run."""
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         self.seconds = min(self.seconds, time.perf_counter() - wall)
         self.cpu_seconds = min(self.cpu_seconds, time.process_time() - cpu)
 
     def rates(self, pairs: int) -> Row:
-        """Return what a run of so many pairs achieved."""
+        """Return the rates for this number of pairs per run."""
         busy = self.cpu_seconds / torch.get_num_threads()
         return {
             "seconds": self.seconds,
@@ -97,7 +97,7 @@ def attend(
     machine: str,
     padding: str = "zeros",
 ) -> Posterior:
-    """Return an implementation's answer to a batch at one level and window."""
+    """Return the posterior of an implementation for a batch at one level and window."""
     a, s = setting.level()
     batch = len(x)
     geometry = GEOMETRIES[machine, padding]
@@ -128,8 +128,8 @@ def patches(images: Tensor, k: int) -> Tensor:
 def sdpa(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tensor]:
     """Return attention over unfolded patches on the torus, the keys' norms as one more column.
 
-    Values are padded to the keys' depth: without that torch leaves its flash kernel for one that
-    writes all the logits to memory, and takes up to four times as long.
+    Values are padded to the keys' depth: otherwise torch uses a kernel that writes all logits to
+    memory, and takes up to four times as long.
     """
     a, s = setting.level()
     keys, queries = patches(bank, k), patches(x, k) * (a / s / s)
@@ -147,7 +147,7 @@ def sdpa(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tens
 
 
 def keops(setting: Setting, x: Tensor, bank: Tensor, k: int) -> Callable[[], Tensor]:
-    """Return the same by a KeOps reduction, which never writes the logits; compiles at first."""
+    """Return the same by a KeOps reduction, which does not store the logits; compiles first."""
     from pykeops.torch import LazyTensor
 
     (a, s), keys = setting.level(), patches(bank, k)
@@ -216,11 +216,11 @@ def compare(setting: Setting, repeats: int) -> Iterator[Row]:
 
 
 def peak_mib(setting: Setting, machine: str, k: int, batch: int) -> float:
-    """Return the most memory that a batch holds above the bank, in MiB: for a fresh process.
+    """Return the peak memory of a batch in addition to the bank, in MiB: for a new process.
 
-    Making a bank takes more than a batch and would hide it: what the allocator kept is given back
-    and the high-water mark set back (proc(5), clear_refs). Memory kept from an earlier batch cannot
-    be given back, hence the process.
+    Creating a bank takes more memory than a batch: free memory is returned to the system and the
+    high-water mark reset (proc(5), clear_refs). This is not possible after an earlier batch, hence
+    the new process.
     """
     bank = setting.bank(setting.images)
     native, x = Native(bank), setting.query(bank, batch)
@@ -239,7 +239,7 @@ def _status_kib(field: str) -> int:
 
 
 def batches(repeats: int) -> Iterator[Row]:
-    """Yield a batch of 16 against its members one by one, and the memory the batch takes."""
+    """Yield the time of a batch of 16 relative to its images one by one, and its memory."""
     for images, channels, side, machine, k in (
         (500, 1, 28, "els", 9),
         (1000, 3, 32, "els", 17),
@@ -270,7 +270,7 @@ def batches(repeats: int) -> Iterator[Row]:
 
 
 def rows(repeats: int) -> Iterator[Row]:
-    """Yield every measurement, each telling its part."""
+    """Yield every measurement with the name of its part."""
     torch.manual_seed(0)
     settings = (Setting(500, 1, 28), Setting(5000, 1, 28), Setting(1000, 3, 32))
     parts: dict[str, Iterator[Row]] = {

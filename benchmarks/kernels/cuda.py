@@ -2,8 +2,8 @@
 
     PYTHONPATH=kernels python -m benchmarks.kernels --device cuda --out FILE.json
 
-needs torch, triton and numpy, and ends inside 8 minutes: cases go in order of interest, and those
-left when the time is up are named. ``--smoke`` runs two tiny cases on a CPU under
+requires torch, triton and numpy, and takes at most 8 minutes: cases run in order of interest, and
+those left at the end are listed. ``--smoke`` runs two tiny cases on a CPU under
 ``TRITON_INTERPRET=1``, to try the script itself.
 """
 
@@ -31,7 +31,7 @@ from els_kernels.triton.attention import Form, TritonAttention
 
 LIMIT_S = 450.0
 _PEER_BATCH = 16
-"""Queries that peers get at once: one alone would leave most of the chip idle."""
+"""Batch size of the peers: a single query would leave most of the GPU idle."""
 _PEER_IMAGES = (64, 1000)
 _PEER_FLOPS = 6e12
 """Of one run of a peer, as far as so few images allow: a fraction of a second."""
@@ -52,7 +52,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Yield timings, the most telling first."""
+    """Yield the cases to time, the most informative first."""
     gray, colour = (1, 28, 28), (3, 32, 32)
     circular, zeros = ("els", "circular"), ("els", "zeros")
     for k in (3, 5, 7, 11, 17, 25):
@@ -111,7 +111,7 @@ def call(case: Case, attention: TritonAttention, x: Tensor) -> Tensor:
 
 
 def check(device: torch.device, smoke: bool) -> list[dict[str, Any]]:
-    """Return errors of every machine and form against float64; raise where a budget is broken."""
+    """Return errors of every machine and form against float64; raise if a budget is exceeded."""
     rows = []
     for machine, geometry in GEOMETRIES.items():
         for shape, images, k in [((1, 8, 9), 9, 5)] if smoke else _shapes(geometry):
@@ -139,7 +139,7 @@ def _shapes(geometry: Geometry) -> list[tuple[tuple[int, int, int], int, int]]:
 def compare(
     case: Case, forms: tuple[Form | None, ...], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return each form's error. Raises where it breaks the budget or is not a number."""
+    """Return the error of each form; raise if it exceeds the budget or is NaN."""
     bank = make_bank(case, torch.device("cpu"), 1)
     x = make_query(case, bank, 2)
     # The reference answers as the operator does, but for lists where it takes tensors.
@@ -156,7 +156,7 @@ def compare(
 
 
 def seconds(work: Callable[[int], object], device: torch.device, budget_s: float) -> list[float]:
-    """Return the time of single calls, after two that warm up; each call gets its number."""
+    """Return the times of single calls after two warm-up calls; each call gets its index."""
     work(0), work(1)
     times: list[float] = []
     deadline = time.monotonic() + budget_s
@@ -177,7 +177,7 @@ def seconds(work: Callable[[int], object], device: torch.device, budget_s: float
 
 
 def measure(case: Case, device: torch.device, bound: float) -> dict[str, Any]:
-    """Return the speed of a case, and of its peers where their patches fit memory."""
+    """Return the speed of a case, and of its peers if their patches fit in memory."""
     geometry = GEOMETRIES[case.machine]
     pairs = case.batch * case.images * count_pairs(geometry, *case.shape[1:], case.window)
     # Banks and queries are rotated past the L2.
@@ -214,7 +214,7 @@ def measure_peers(case: Case, bank: Tensor, device: torch.device) -> dict[str, A
         try:
             problem = peers.unfolded(x, small, a, s, case.window, align)
             got = attend(problem)
-            # The first, a plain matmul, is what the others are held to.
+            # The first, a plain matmul, is the reference of the others.
             want = got if want is None else want
             error = float((got - want).norm() / want.norm())
             # mypy cannot infer lambdas whose defaults hold the loop variables.
@@ -252,7 +252,7 @@ def run(out: Path, *, commit: str, smoke: bool = False) -> None:
         smoke: two tiny cases, on a CPU.
 
     Raises:
-        RuntimeError: There is no GPU, or a result was wrong; nothing is timed.
+        RuntimeError: There is no GPU, or a result is wrong; nothing is timed.
     """
     began = time.monotonic()
     if not smoke and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Other ways to the same answer on the torus, on unfolded patches: what the kernels are held to."""
+"""Other implementations on the torus, on unfolded patches, as a reference for the kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Problem:
-    """Attention whose scale is folded into the queries and whose bias is one more column."""
+    """Attention with its scale in the queries and its bias as an additional column."""
 
     queries: Tensor
     """[B·HW, D] float32."""
@@ -23,7 +23,7 @@ class Problem:
     values: Tensor
     """[N·HW, 16] float32: the centre pixel, then zeros."""
     wide_values: Tensor
-    """[N·HW, D] float32: the same, as deep as the keys."""
+    """[N·HW, D] float32: the same, padded to the depth of the keys."""
 
 
 def unfolded(
@@ -31,7 +31,7 @@ def unfolded(
 ) -> Problem:
     """Return the problem of images [B, C, H, W] of one level and a bank [N, C, H, W].
 
-    ``align`` rounds the depth of a patch up to what a contender takes.
+    ``align`` rounds the depth of a patch up to one that a contender supports.
     """
     keys = _unfold(bank, window)
     norm = keys.square().sum(1, keepdim=True)
@@ -92,7 +92,7 @@ def by_sdpa(problem: Problem) -> Tensor:
 
 
 def by_narrow_sdpa(problem: Problem) -> Tensor:
-    """Return the same with values of 16, which not every kernel behind it takes."""
+    """Return the same with values of depth 16, which not every backend supports."""
     return _sdpa(problem.queries, problem.keys, problem.values)
 
 
@@ -121,4 +121,4 @@ PEERS: dict[str, tuple[Callable[[int], int], Callable[[Problem], Tensor]]] = {
     "sdpa, narrow values": (whole_vectors, by_narrow_sdpa),
     "flex_attention": (power_of_two, by_flex),
 }
-"""Name → (how it wants its depth, how it answers)."""
+"""Name → (alignment of the depth, implementation)."""

@@ -1,8 +1,8 @@
-"""Tiles of the diagonal form by the clock: what to write into the tuning table on a GPU box.
+"""Timing of tiles of the diagonal form on a GPU, for the tuning table.
 
     PYTHONPATH=kernels python -m benchmarks.kernels.cuda_tiles
 
-times every candidate on this GPU, fastest first, after holding its answer to the tuned one's.
+times every candidate, after comparing its result with the tuned one's; prints the fastest first.
 """
 
 from __future__ import annotations

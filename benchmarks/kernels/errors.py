@@ -1,7 +1,6 @@
-"""Errors of every implementation against float64, over noise levels, with the budgets they keep.
+"""Errors of every implementation against float64 over noise levels, with their budgets.
 
-Errors do not need a quiet machine: this may run beside anything. Without a GPU Triton is
-interpreted, if it is installed.
+Errors do not depend on the load of the machine. Without a GPU Triton is interpreted, if installed.
 """
 
 from __future__ import annotations
@@ -59,14 +58,14 @@ def rows() -> Iterator[Row]:
 
 
 def _answer(attend: Implementation, settings: list[Setting], x: Tensor, k: int) -> Posterior:
-    """Return the boundary-broken machine's answer to one query a setting."""
+    """Return the posterior of the boundary-broken machine for one query per setting."""
     a, s = (list(scales) for scales in zip(*(each.level() for each in settings), strict=True))
     size = len(x)
     return attend(x, a, s, [k] * size, [(0, IMAGES)] * size, GEOMETRIES["els", "zeros"])
 
 
 def contenders() -> dict[str, Callable[[Tensor], Implementation]]:
-    """Return whatever can be had here, but the reference."""
+    """Return all implementations available here, except the reference."""
     found: dict[str, Callable[[Tensor], Implementation]] = {"torch": IMPLEMENTATIONS["torch"]}
     try:
         sets = instruction_sets()

@@ -1,7 +1,7 @@
 """One step of the circular ELS machine against the naive unfold-and-softmax form: time and memory.
 
-Every form runs in a process of its own, so that its peak memory can be told; results are compared
-before any time is reported.
+Every form runs in a separate process, to measure its peak memory; results are compared before any
+time is reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHAPES = ((1, 28, 28), (3, 32, 32))
 WINDOWS = (3, 5, 11, 17)
 A, S = 0.8, 0.6
 BUDGET = 1e-4
-"""‖difference‖/‖naive‖ above which nothing is timed: a speed is told behind a right result only."""
+"""Maximum ‖difference‖/‖naive‖ of a result whose time is reported."""
 
 
 def naive(bank: Tensor) -> Callable[[Tensor, int], Tensor]:
@@ -85,7 +85,7 @@ def measure(form: str, shape: tuple[int, int, int], k: int, repeats: int) -> Any
 
 
 def in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``work`` returns in a fresh process, whose memory is its own."""
+    """Run ``work`` in a new process and return its result."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     child = context.Process(target=_child, args=(there, work, arguments))

@@ -1,4 +1,4 @@
-"""Pictures of a record: speed against the window, error against the noise level."""
+"""Plots of a record: speed against the window, error against the noise level."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS |= {"unfold": "C1", "flex_attention": "C4", "exp2 bound": "0.5"}
 
 
 def draw(record: Path) -> Iterator[Path]:
-    """Draw what a record holds and yield the PNG files, which lie beside it."""
+    """Plot a record and yield the PNG files, in its folder."""
     content = json.loads(record.read_text())
     panels = speeds(content)
     if panels:
@@ -31,7 +31,7 @@ def draw(record: Path) -> Iterator[Path]:
 
 
 def speeds(content: dict[str, Any]) -> dict[str, Series]:
-    """Return pairs a second against k for every bank that peers met, of either kind of record."""
+    """Return pairs per second against k for every bank with peers, of either kind of record."""
     panels: dict[str, Series] = defaultdict(lambda: defaultdict(list))
     for row in content.get("rows", []):
         if row.get("part") in ("native", "peers"):
@@ -52,7 +52,7 @@ def speeds(content: dict[str, Any]) -> dict[str, Series]:
 
 
 def _rates(row: Row) -> Iterator[tuple[str, float]]:
-    """Yield contender and pairs a second of one row."""
+    """Yield contender and pairs per second of one row."""
     if row.get("part") == "native":
         circular = row["padding"] == "circular"
         yield "native" if circular else "native, boundary-broken", row["gpairs"] * 1e9
@@ -74,7 +74,7 @@ def _title(shape: tuple[int, ...], images: int) -> str:
 
 
 def _error_panels(errors: list[Row]) -> Iterator[tuple[Any, str, Series]]:
-    """Yield painter, title, and the worst error of all shapes and windows at each t."""
+    """Yield plot function, title, and the worst error of all shapes and windows at each t."""
     for what, label in (
         ("mean", "mean, ‖error‖ / ‖float64‖"),
         ("evidence", "log evidence, |error| / budget"),
@@ -100,7 +100,7 @@ def _speed(axes: Axes, series: Series) -> None:
         colour = COLOURS[name.partition(",")[0]]
         variant = "," in name or name == "exp2 bound"
         axes.plot(ks, rates, "--" if variant else "o-", color=colour, label=name)
-    axes.set(yscale="log", xlabel="window k", ylabel="pairs a second")
+    axes.set(yscale="log", xlabel="window k", ylabel="pairs per second")
     axes.set_xticks(sorted({k for points in series.values() for k, _ in points}))
 
 

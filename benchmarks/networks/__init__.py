@@ -1,1 +1,1 @@
-"""Inference of networks: our execution beside plain eager code of the same weights."""
+"""Inference of networks: the service's execution and plain eager code with the same weights."""

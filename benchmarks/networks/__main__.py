@@ -1,12 +1,12 @@
-"""Images a second of networks behind our protocol, beside plain eager code of the same weights.
+"""Images per second of the service's networks and of plain eager code with the same weights.
 
     python -m benchmarks.networks [--device cuda] [--only resnet …] [--rounds 9] [--out FILE]
 
-Plain code is written apart (``plain``), or diffusers' and onnxruntime's own; it gets the same
-images, levels, labels, weights and threads, and answers D(x) on the CPU too. Answers are compared
-before anything is timed. Rounds alternate; a rate is the median, a ratio the median of pairs with
-its 95 % bootstrap interval. Needs torch, numpy, PyYAML and safetensors; a network whose library or
-file is missing, or for which no time is left, is named in the record.
+Plain code is separate (``plain``), or that of diffusers and onnxruntime; it has the same images,
+levels, labels, weights and threads, and returns D(x) on the CPU too. Results are compared before
+timing. Rounds alternate; a rate is the median, a ratio the median of pairs with its 95 % bootstrap
+interval. Requires torch, numpy, PyYAML and safetensors; networks left out, for lack of a library, a
+file or time, are named in the record.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Case = tuple[str, str, Callable[[int], cases.Pair]]
 """Network, how ours is run, and what makes the pair for a batch size."""
 
 LIMIT_MINUTES = 6.0
-"""With the case that is then under way, compiled anew, a run stays below eight."""
+"""Minutes after which no case starts; with a last one that compiles, a run takes below eight."""
 ARCHITECTURES = ("resnet", "unet", "unet-attention")
 NETWORKS = (*ARCHITECTURES, "diffusers", "onnx-terrain")
 EXECUTIONS = {
@@ -44,11 +44,11 @@ EXECUTIONS = {
         Execution(),
     ),
 }
-"""The first is what is recommended there."""
+"""Device → executions, the recommended one first."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu`` leaves out what other processes take; with one thread, as others wait by spinning."""
+"""``cpu`` excludes other processes; with one thread only, as waiting threads spin."""
 BUDGET = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
-"""‖difference‖/‖plain‖ of D(x) above which nothing is timed."""
+"""Maximum ‖difference‖/‖plain‖ of D(x); above it nothing is timed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, until: float) -> Iterator[Row]:
-    """Yield a row a network, execution and batch size; ``until`` is of ``time.monotonic``."""
+    """Yield a row per network, execution and batch size; ``until`` is of ``time.monotonic``."""
     for name, execution, make in _cases(options.device, options.only, options.widths):
         for batch in options.batches:
             row: Row = {
@@ -102,7 +102,7 @@ def _cases(device: str, only: Sequence[str], widths: Sequence[int]) -> Iterator[
 def _paper_case(
     name: str, named: str, execution: Execution, device: str, widths: Sequence[int]
 ) -> Case:
-    """Return a case of the paper's; compiled, it has the one bucket that is timed."""
+    """Return a case of the paper; if compiled, with only the timed bucket."""
 
     def make(batch: int) -> cases.Pair:
         buckets = () if execution.compile == "none" else (batch,)
@@ -125,7 +125,7 @@ def _timed(
     def peer() -> cases.Images:
         return pair.peer(query.pixels, query.level, query.labels)
 
-    # Eager code lets a GPU round to TF32 unasked; what it then wins counts, what it errs does not.
+    # Eager code uses TF32 on a GPU by default: its speed is compared, its error is not.
     with allow_tf32(False):
         difference = _difference(ours(), peer())
     budget = BUDGET.get(execution.partition(" ")[0], BUDGET["float32"])
@@ -176,13 +176,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=tuple(EXECUTIONS), default="cpu", help="where to compute")
-    add("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="all if not said")
+    add("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="networks; by default all")
     add("--batches", nargs="+", type=int, default=(1, 64), metavar="B", help="batch sizes")
-    add("--rounds", type=int, default=9, help="of each pair, in turns")
+    add("--rounds", type=int, default=9, help="alternating rounds of each pair")
     add("--seconds", type=float, default=1.0, help="length of a turn, at least one call")
-    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a machine with company")
-    add("--minutes", type=float, default=LIMIT_MINUTES, help="after which cases are left out")
-    add("--threads", type=int, default=0, help="of a CPU, 0: as many as torch takes")
+    add("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a busy machine")
+    add(
+        "--minutes",
+        type=float,
+        default=LIMIT_MINUTES,
+        help="limit; further cases are left out",
+    )
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     add("--widths", nargs="+", type=int, default=(), metavar="W", help="narrower networks")
     record.add_arguments(parser)
     return parser

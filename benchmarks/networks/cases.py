@@ -1,4 +1,4 @@
-"""What is compared: each network behind our protocol, and the plain code that does the same."""
+"""Cases: each network as a denoiser of the service, and as plain code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from els_service.denoisers.networks import (
 
 Images = npt.NDArray[np.float32]
 Peer = Callable[[Images, NoiseLevel, npt.NDArray[np.int64]], Images]
-"""x, levels and labels → D(x), on the CPU both, as for ours."""
+"""x, levels and labels → D(x), all on the CPU, as for the service."""
 
 TERRAIN = Path(__file__).parents[2] / ".terrain" / "terrain.onnx"
 _LABELS = 10
@@ -37,7 +37,7 @@ _WIDTHS = {"resnet": (256,), "unet": (64, 128, 256), "unet-attention": (64, 128,
 
 @dataclass(frozen=True)
 class Pair:
-    """One network, twice."""
+    """The two implementations of one network."""
 
     ours: Denoiser
     peer: Peer
@@ -45,7 +45,7 @@ class Pair:
     """Whether levels are sent as σ rather than as ᾱ."""
 
     def query(self, batch: int) -> Query:
-        """Return images, levels and labels, each its own."""
+        """Return a query with different images, levels and labels."""
         numbers = np.random.default_rng(0)
         shape, labelled = self.ours.info.shape, self.ours.info.label_count
         x = numbers.standard_normal((batch, *shape), np.float32)
@@ -129,17 +129,17 @@ def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
         timestep = np.interp(np.log(level.sigma), log_sigma, np.arange(len(log_sigma)))
         with torch.no_grad():
             noisy = torch.from_numpy(x).to(device)
-            told = torch.from_numpy(timestep).float().to(device)
-            return _clean(noisy, unet(noisy, told).sample, level, device)
+            timesteps = torch.from_numpy(timestep).float().to(device)
+            return _clean(noisy, unet(noisy, timesteps).sample, level, device)
 
     return Pair(ours, peer)
 
 
 def terrain() -> Pair:
-    """Return the ONNX UNet of ``make terrain``, 128×128, beside onnxruntime as it comes.
+    """Return the ONNX UNet of ``make terrain``, 128×128, and onnxruntime with default options.
 
     Raises:
-        FileNotFoundError: It was not fetched.
+        FileNotFoundError: It was not downloaded.
         ModuleNotFoundError: onnxruntime is not installed.
     """
     if not TERRAIN.exists():

@@ -1,7 +1,7 @@
-"""The paper's networks as one would write them first: plain eager torch, over the same weights.
+"""Straightforward eager implementation of the paper's networks, with the same weights.
 
-Written apart from ``els_service``, so that it also says whether our networks compute what they
-should. Default layout, float32, the whole batch at once.
+Independent of ``els_service``, so that it also verifies the results of the service's networks.
+Default layout, float32, the whole batch at once.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A real server under every kind of load for minutes or hours: its memory and files stay flat."""
+"""Soak test: a server under every kind of load, whose memory and open files must not grow."""

@@ -1,11 +1,11 @@
 """Soaks a real server: python -m benchmarks.soak [--minutes 30] [--out FILE].
 
-A server process is loaded by sixteen callers of fifteen kinds: good, hurried, bad, leaving ones,
-streams, reconnections, bytes that are no gRPC, reloads. Every few seconds its resident memory, what
-its allocators have handed out, open files and threads are read. After the warm-up the robust slopes
-(Theil-Sen) of memory, by hour and by the callers' rounds, and the growth of the rest must stay
-within the bounds. Exits 1 with the numbers if they do not, or if any caller was treated wrongly, or
-the server logged an error or did not end well.
+A server process is loaded by sixteen callers of fifteen kinds: valid calls, short deadlines,
+invalid requests, cancellations, streams, reconnections, bytes that are not gRPC, reloads. Every few
+seconds its resident memory, allocated memory, open files and threads are sampled. After the warm-up
+the robust slopes (Theil-Sen) of memory, per hour and per round of the callers, and the growth of
+the rest must be within the bounds. Exits with 1 and the numbers if they are not, if a caller got a
+wrong result, or if the server logged an error or exited with a code other than 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.soak.watch import Bounds, Sample, judge
 from benchmarks.soak.watch import look as look_at
 
 _ENOUGH = 20
-"""Faults after which the rest is not waited for."""
+"""Number of faults that end the run early."""
 
 
 def _start(models: Path, log: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -51,7 +51,7 @@ def _start(models: Path, log: Path) -> tuple[subprocess.Popen[str], dict[str, An
 async def _soak(
     pid: int, ports: dict[str, Any], options: argparse.Namespace
 ) -> tuple[load.World, list[Sample]]:
-    """Return how the callers fared and what the server held meanwhile."""
+    """Return the results of the callers and the samples of the server."""
     target = f"127.0.0.1:{ports['grpc_port']}"
     metrics = f"http://127.0.0.1:{ports['metrics_port']}/metrics"
     stop, samples, began = asyncio.Event(), [], time.monotonic()
@@ -70,7 +70,7 @@ async def _soak(
 
 
 def _errors(log: Path) -> list[str]:
-    """Return what the server logged as errors."""
+    """Return the errors in the server's log."""
     lines = log.read_text().splitlines()
     return [line for line in lines if json.loads(line)["level"] == "error"]
 
@@ -79,16 +79,16 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
-    parser.add_argument("--pause-ms", type=float, default=50.0, help="longest pause of a caller")
-    # After about 140,000 rounds malloc's memory steps up once, by the 1.83 MiB by which CPython's
-    # table of interned strings doubles: no leak, though within a short run it looks like one.
-    parser.add_argument("--warm-up", type=float, default=0.5, help="fraction that is discarded")
+    parser.add_argument("--pause-ms", type=float, default=50.0, help="maximum pause of a caller")
+    # After about 140,000 rounds malloc's memory grows once by 1.83 MiB, as CPython's table of
+    # interned strings doubles: not a leak, although it looks like one in a short run.
+    parser.add_argument("--warm-up", type=float, default=0.5, help="discarded fraction")
     parser.add_argument("--mib-per-hour", type=float, default=8.0, help="allowed slope of memory")
-    parser.add_argument("--noise-mib", type=float, default=2.0, help="allowed whatever the length")
-    parser.add_argument("--bytes-per-round", type=float, default=2.0, help="allowed of malloc's")
-    parser.add_argument("--malloc-noise-mib", type=float, default=0.3, help="whatever the rounds")
-    parser.add_argument("--blocks-per-round", type=float, default=0.01, help="allowed of Python's")
-    parser.add_argument("--blocks-noise", type=float, default=2000.0, help="whatever the rounds")
+    parser.add_argument("--noise-mib", type=float, default=2.0, help="allowed for any length")
+    parser.add_argument("--bytes-per-round", type=float, default=2.0, help="allowed for malloc")
+    parser.add_argument("--malloc-noise-mib", type=float, default=0.3, help="for any rounds")
+    parser.add_argument("--blocks-per-round", type=float, default=0.01, help="allowed for Python")
+    parser.add_argument("--blocks-noise", type=float, default=2000.0, help="for any rounds")
     parser.add_argument("--fds", type=int, default=4, help="allowed growth in open files")
     parser.add_argument("--threads", type=int, default=2, help="allowed growth in threads")
     record.add_arguments(parser)
@@ -96,7 +96,7 @@ def _options() -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> tuple[load.World, list[Sample], list[str]]:
-    """Return how the callers fared, what the server held, and what it did wrong."""
+    """Return the results of the callers, the samples of the server, and its faults."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         server, ports = _start(load.write_models(Path(folder) / "models"), log)
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace) -> tuple[load.World, list[Sample], list[st
 
 
 def main() -> None:
-    """Soak, print and record the numbers; exit 1 if they are not flat."""
+    """Soak, print and record the numbers; exit with 1 if a bound is exceeded."""
     options = _options()
     recorder = record.start("soak", options)
     bounds = Bounds(**{field.name: getattr(options, field.name) for field in fields(Bounds)})

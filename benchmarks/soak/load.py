@@ -1,4 +1,4 @@
-"""The callers of a soak: each does one kind of thing, well or badly, again and again."""
+"""Callers of a soak: each repeats one kind of valid or invalid call."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def write_models(root: Path) -> Path:
 
 @dataclass
 class World:
-    """What callers share."""
+    """State shared by the callers."""
 
     target: str
     metrics_url: str
     channel: grpc.aio.Channel
     answers: Counter[str] = field(default_factory=Counter)
-    """Rounds done, by caller and how they ended."""
+    """Rounds by caller and outcome."""
     faults: list[str] = field(default_factory=list)
-    """What should not have happened."""
+    """Unexpected outcomes."""
     seen: dict[int, bytes] = field(default_factory=dict)
-    """Answers that must never change, by the seed of their question."""
+    """Results by the seed of the request, which must never change."""
 
     @property
     def ours(self) -> Any:
-        """Stub of our contract."""
+        """Stub of denoise.v1."""
         return DenoiserServiceStub(self.channel)
 
     @property
@@ -81,7 +81,7 @@ def request(kind: Any = pb.DenoiseRequest, seed: int = 0, **changes: Any) -> Any
 
 
 async def denoise(world: World) -> None:
-    """Ask, and compare with what was answered before."""
+    """Denoise, and compare with the earlier result."""
     seed = random.randrange(24)
     answer = await world.ours.Denoise(request(seed=seed), timeout=TIMEOUT_S)
     if world.seen.setdefault(seed, answer.denoised.data) != answer.denoised.data:
@@ -89,14 +89,14 @@ async def denoise(world: World) -> None:
 
 
 async def score(world: World) -> None:
-    """Ask for scores, with a request id of its own."""
+    """Request scores with a unique request id."""
     metadata = (("x-request-id", f"soak-{random.random()}"),)
     asked = request(pb.ScoreRequest, random.randrange(24))
     await world.ours.Score(asked, timeout=TIMEOUT_S, metadata=metadata)
 
 
 async def infer(world: World) -> None:
-    """Ask through the Open Inference Protocol."""
+    """Call the Open Inference Protocol."""
     x = np.zeros((2, *SHAPE), "<f4")
     asked = oip.ModelInferRequest(model_name="els", id=str(random.random()))
     asked.inputs.add(name="x", datatype="FP32", shape=x.shape)
@@ -106,7 +106,7 @@ async def infer(world: World) -> None:
 
 
 async def sample(world: World) -> None:
-    """Draw images to the end, with tokens."""
+    """Sample images to the end, with resume tokens."""
     asked = pb.SampleRequest(
         model="els", count=2, steps=6, seed=random.randrange(9), return_resume_token=True
     )
@@ -116,7 +116,7 @@ async def sample(world: World) -> None:
 
 
 async def leave(world: World) -> None:
-    """Begin a long trajectory and go."""
+    """Start a long trajectory and cancel it."""
     asked = pb.SampleRequest(model="gaussian", count=32, steps=1000, return_x=True)
     call = world.ours.Sample(asked, timeout=TIMEOUT_S)
     await call.read()
@@ -124,13 +124,13 @@ async def leave(world: World) -> None:
 
 
 async def hurry(world: World) -> None:
-    """Ask for what cannot be in time."""
+    """Send a request with a deadline too short to be met."""
     with _refused(world, grpc.StatusCode.DEADLINE_EXCEEDED):
         await world.ours.Denoise(request(seed=7, timeout_s=1e-6), timeout=TIMEOUT_S)
 
 
 async def cancel(world: World) -> None:
-    """Ask and hang up."""
+    """Send a request and cancel it."""
     call = world.ours.Denoise(request(seed=2), timeout=TIMEOUT_S)
     await asyncio.sleep(random.random() / 500)
     call.cancel()
@@ -144,7 +144,7 @@ async def _mixed() -> AsyncIterator[pb.DenoiseRequest]:
 
 
 async def stream(world: World) -> None:
-    """Send good and bad requests in one stream."""
+    """Send valid and invalid requests in one stream."""
     call = world.ours.DenoiseStream(_mixed(), timeout=TIMEOUT_S)
     answers = [answer.WhichOneof("result") async for answer in call]
     if answers != (["response"] * 4 + ["error"]) * 4:
@@ -152,7 +152,7 @@ async def stream(world: World) -> None:
 
 
 async def leave_stream(world: World) -> None:
-    """Take two answers of a stream and go."""
+    """Read two responses of a stream and cancel it."""
     call = world.ours.DenoiseStream(_mixed(), timeout=TIMEOUT_S)
     await call.read()
     await call.read()
@@ -160,7 +160,7 @@ async def leave_stream(world: World) -> None:
 
 
 async def bad(world: World) -> None:
-    """Ask what no model can answer."""
+    """Send an invalid request."""
     with _refused(world, grpc.StatusCode.INVALID_ARGUMENT):
         await world.ours.Denoise(request(windows=[random.randrange(100, 10_000)]))
     with _refused(world, grpc.StatusCode.NOT_FOUND):
@@ -168,14 +168,14 @@ async def bad(world: World) -> None:
 
 
 async def reconnect(world: World) -> None:
-    """Come, ask once, go."""
+    """Connect, send one request, disconnect."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(world.target, options) as channel:
         await DenoiserServiceStub(channel).Denoise(request(seed=1), timeout=TIMEOUT_S)
 
 
 async def garbage(world: World) -> None:
-    """Speak no gRPC."""
+    """Send bytes that are not gRPC."""
     host, _, port = world.target.rpartition(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(random.randbytes(200))
@@ -187,7 +187,7 @@ async def garbage(world: World) -> None:
 
 
 async def reload(world: World) -> None:
-    """Load a model anew while others ask it."""
+    """Reload a model in use."""
     model = random.choice(["els", "gaussian", "ideal"])
     await world.protocol.RepositoryModelLoad(
         oip.RepositoryModelLoadRequest(model_name=model), timeout=TIMEOUT_S
@@ -195,13 +195,13 @@ async def reload(world: World) -> None:
 
 
 async def unload(world: World) -> None:
-    """Unload a model that nobody asks, and load it again."""
+    """Unload an unused model, and load it again."""
     await world.protocol.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="spare"))
     await world.protocol.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="spare"))
 
 
 async def look(world: World) -> None:
-    """Read everything there is to read."""
+    """Call every read-only method."""
     await world.ours.ListModels(pb.ListModelsRequest())
     await world.protocol.ModelStatistics(oip.ModelStatisticsRequest())
     await world.protocol.RepositoryIndex(oip.RepositoryIndexRequest())
@@ -246,4 +246,4 @@ def _refused(world: World, code: grpc.StatusCode) -> Iterator[None]:
         if error.code() is not code:
             raise
     else:
-        world.faults.append(f"was answered, not told {code.name}")
+        world.faults.append(f"expected {code.name}, got a response")

@@ -1,8 +1,8 @@
-"""What a server process holds, sampled over time, and whether that is flat.
+"""Samples of a server process over time, and bounds on their growth.
 
-Two things are told apart. What its allocators have handed out (``malloc_mib``, Python's ``blocks``)
-grows for ever only if something is never freed: it is held against the rounds that the callers had.
-Resident memory also has what malloc keeps for later, which settles over hours: its bound is looser.
+Allocated memory (``malloc_mib``, Python's ``blocks``) grows without bound only if there is a leak:
+its slope is per round of the callers. Resident memory includes free memory kept by malloc, which
+settles over hours: its bound is looser.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process held at one time."""
+    """Resources of a process at one time."""
 
     seconds: float
-    """Since the load began."""
+    """Seconds since the start of the load."""
     rounds: int
-    """Of all callers, until then."""
+    """Rounds of all callers until then."""
     rss_mib: float
     malloc_mib: float
-    """Handed out by malloc; mostly what native code holds."""
+    """Memory allocated by malloc, mostly by native code."""
     blocks: float
-    """Python's, each of 512 bytes or less."""
+    """Memory blocks of Python, each of at most 512 bytes."""
     fds: int
     threads: int
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What counts as flat after the warm-up."""
+    """Bounds on growth after the warm-up."""
 
     mib_per_hour: float
-    """Slope of the resident memory."""
+    """Slope of resident memory."""
     noise_mib: float
-    """Growth that a short run may show whatever its slope."""
+    """Growth allowed in a short run for any slope."""
     bytes_per_round: float
-    """Slope of what malloc handed out. A leak of the least that malloc gives to one operation of
-    gRPC's, 96 bytes, shows in each kind of caller that has two of a hundred rounds."""
+    """Slope of malloc's memory. Detects a leak of 96 bytes, the smallest allocation of a gRPC
+    operation, in a kind of caller with two of a hundred rounds."""
     malloc_noise_mib: float
-    """Twice what the blocks that threads keep for themselves, which count, were seen to vary."""
+    """Twice the observed variation of free blocks kept by threads, which are counted."""
     blocks_per_round: float
-    """A kind of caller that has one of a hundred rounds, and leaks one object in each."""
+    """Slope of blocks: detects one leaked object per round in one of a hundred rounds."""
     blocks_noise: float
-    """About what one request of each caller takes."""
+    """Approximate blocks of one request of each caller."""
     fds: int
-    """Growth in open files, first against last quarter."""
+    """Growth of open files from the first to the last quarter."""
     threads: int
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured after the warm-up, and what of it is out of bounds."""
+    """Measurements after the warm-up, and the bounds exceeded."""
 
     hours: float
     slope_mib_per_hour: float
     growth_mib: float
-    """Slope times length."""
+    """Slope times duration."""
     rss_mib: float
-    """At the end."""
+    """Resident memory at the end."""
     rounds_measured: int
     bytes_per_round: float
     blocks_per_round: float
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def look(pid: int, page: str, seconds: float, rounds: int) -> Sample:
-    """Return what a process holds now; ``page`` has its metrics."""
+    """Return the current resources of a process; ``page`` has its metrics."""
     process = Path(f"/proc/{pid}")
     status = dict(
         line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line
@@ -92,12 +92,12 @@ def look(pid: int, page: str, seconds: float, rounds: int) -> Sample:
 
 
 def judge(samples: Sequence[Sample], warm_up: float, bounds: Bounds) -> Verdict:
-    """Return the verdict on samples in order of time.
+    """Return the verdict on samples in chronological order.
 
     Args:
         samples: at least eight.
-        warm_up: fraction of them, from the first, that is discarded.
-        bounds: what is allowed.
+        warm_up: fraction discarded from the start.
+        bounds: allowed growth.
     """
     kept = samples[int(len(samples) * warm_up) :]
     hours = (kept[-1].seconds - kept[0].seconds) / 3600
@@ -136,10 +136,10 @@ def judge(samples: Sequence[Sample], warm_up: float, bounds: Bounds) -> Verdict:
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:
     """Return the median of the slopes between all pairs (Theil 1950; Sen 1968).
 
-    A quarter of the points may be anything: one large request does not make a leak.
+    Robust against outliers in a quarter of the points, such as one large request.
     """
     points = list(zip(x, y, strict=True))
-    # Of a long run every few points are enough.
+    # Every few points are enough for a long run.
     points = points[:: -(-len(points) // 600)]
     return statistics.median(
         (y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in itertools.combinations(points, 2) if x1 > x0
@@ -151,7 +151,7 @@ def _per_round(samples: Sequence[Sample], of: Callable[[Sample], float]) -> floa
 
 
 def _metric(page: str, name: str) -> float:
-    """Return a metric without labels; ValueError where there is none."""
+    """Return a metric without labels; raise ValueError if it is missing."""
     found = re.search(rf"^{name} (\S+)$", page, re.MULTILINE)
     if found is None:
         raise ValueError(f"metrics: expected {name}, which needs glibc; found none")

@@ -145,7 +145,7 @@ class PatchAttention:
             reach = max((size + a_b * self._largest) * root, a_b)
             if reach > _REACH * s_b:
                 raise ValueError(
-                    "s: expected noise beside which logits fit a float32, "
+                    "s: expected noise at which logits fit a float32, "
                     f"s >= {reach / _REACH:.1e} here, got {s_b}"
                 )
 

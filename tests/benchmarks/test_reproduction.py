@@ -1,4 +1,4 @@
-"""The table beside the paper's: rows by kind of network, those not had owed, differences."""
+"""The table beside the paper's: rows by kind of network, those not yet run, differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
-def test_a_comparison_stands_beside_its_row_and_the_rest_is_owed(
+def test_a_comparison_stands_beside_its_row_and_the_rest_is_not_yet_run(
     tmp_path: Path, comparison: Path
 ) -> None:
     record, text = written(tmp_path, f"FMNIST={comparison}", "--note", "Tried: nothing else.")
@@ -47,18 +47,18 @@ def test_a_comparison_stands_beside_its_row_and_the_rest_is_owed(
     assert f"{els['median_pearson_r']:.3f} [" in lines[at + 1]
     assert f"{els['median_pearson_r'] - 0.94:+.3f} / " in lines[at + 1]
     assert "221,000, told | 3 of 24" in lines[at + 1]
-    assert text.count("| ours | owed |") == 10
-    assert "Owed: MNIST unet zeros, no labels; FMNIST unet zeros, with labels; MNIST" in text
-    assert "Owed until a GPU is at hand: CIFAR10 unet zeros, with labels; CIFAR10 resnet" in text
-    assert "for which a GPU is needed: FMNIST resnet zeros, with labels." in text
-    assert "as no set of faces was found: CelebA unet zeros, no labels; CelebA resnet" in text
+    assert text.count("| ours | not yet run |") == 10
+    assert "Not yet run: MNIST unet zeros, no labels; FMNIST unet zeros, with labels; MNIST" in text
+    assert "Not yet run, for want of a GPU: CIFAR10 unet zeros, with labels; CIFAR10 resnet" in text
+    assert "for want of a GPU: FMNIST resnet zeros, with labels." in text
+    assert "faces is not available: CelebA unet zeros, no labels; CelebA resnet" in text
     assert lines[-1] == "- Tried: nothing else."
 
 
 def test_a_network_of_another_kind_has_a_row_of_its_own(tmp_path: Path, comparison: Path) -> None:
     _, text = written(tmp_path, f"MNIST={comparison}")
     assert "**MNIST resnet zeros, with labels**, no row of the paper: ours: " in text
-    assert text.count("| ours | owed |") == 11
+    assert text.count("| ours | not yet run |") == 11
 
 
 def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_it(
@@ -73,7 +73,7 @@ def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_
     lines = text.splitlines()
     (second,) = [i for i, line in enumerate(lines) if line.startswith("| ours: wide | 4,000,000")]
     assert "221,000" in lines[second - 1]
-    assert "for which a GPU is needed" not in text
+    assert "paper's size, for want of a GPU" not in text
 
 
 def test_machines_and_steps_that_were_not_tried_are_dashes(

@@ -27,8 +27,10 @@ def index(
     """List every model with version, state and statistics."""
     with options.connected(context, target, timeout, healthy_only=False) as client:
         models = client.repository.index(ready=ready)
-        asked = client.repository.statistics() if any(m.state == "READY" for m in models) else []
-        terminal.list_repository(models, asked, as_json)
+        statistics = (
+            client.repository.statistics() if any(m.state == "READY" for m in models) else []
+        )
+        terminal.list_repository(models, statistics, as_json)
 
 
 @repository.command()

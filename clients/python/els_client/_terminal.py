@@ -85,10 +85,10 @@ def _duration(seconds: float) -> str:
 
 
 def list_repository(
-    models: Sequence[RepositoryModel], asked: Sequence[Statistics], as_json: bool
+    models: Sequence[RepositoryModel], rows: Sequence[Statistics], as_json: bool
 ) -> None:
     """Print every model of a repository with its statistics."""
-    statistics = {(one.name, one.version): one for one in asked}
+    statistics = {(one.name, one.version): one for one in rows}
     pairs = [(model, statistics.get((model.name, model.version))) for model in models]
     if as_json:
         documents = (

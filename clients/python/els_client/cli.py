@@ -44,8 +44,8 @@ def main() -> None:
     app()
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"els {metadata.version('els-denoise')} ({COMMIT})")
         raise typer.Exit
 

@@ -267,7 +267,7 @@ def _read_folder(path: Path) -> _Source:
         return _Source(path, files=entries)
     for entry in entries:
         if not entry.is_dir():
-            raise LoadError(entry, "a file beside sub-folders, which are labels")
+            raise LoadError(entry, "expected only sub-folders, which are labels, got a file")
     groups = [_visible(folder) for folder in folders]
     for folder, group in zip(folders, groups, strict=True):
         if not group:

@@ -120,18 +120,18 @@ def _reporter(
     )
 
 
-def _candidates(asked: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tuple[int, ...]:
+def _candidates(requested: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tuple[int, ...]:
     """Return the odd windows to try; by default from 3 to the image's smaller side."""
     largest = machine.info.max_window
     if not largest:
         raise InvalidArgumentError("machine", "one with a window", machine.info.machine)
-    if asked is None:
+    if requested is None:
         side = min(machine.info.shape[1:])
         return tuple(range(min(3, largest), min(side, largest) + 1, 2))
-    for k in asked:
+    for k in requested:
         if k % 2 == 0 or not 1 <= k <= largest:
             raise InvalidArgumentError("windows", f"odd numbers from 1 to {largest}", k)
-    return tuple(sorted(set(asked)))
+    return tuple(sorted(set(requested)))
 
 
 def _beside(network: Network, machine: str) -> Path:

@@ -79,7 +79,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C interrupts this process, which ends the load process.
+            start_new_session=True,  # Ctrl-C reaches this process only, which ends that one.
             # The load process has the same import path.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )

@@ -80,17 +80,17 @@ async def closed_loop(load: Load, transports: Transports, callers: int, count: i
     over = asyncio.Event()
     left = math.inf if count is None else count
 
-    def ask() -> None:
+    def call() -> None:
         nonlocal left
         now = time.monotonic()
         if now >= tally.stop or left <= 0:
             over.set()
             return
         left -= now >= tally.start
-        transports.submit(load.requests.kind(), now, ask)
+        transports.submit(load.requests.kind(), now, call)
 
     for _ in range(callers):
-        ask()
+        call()
     loop.call_later(tally.stop - time.monotonic(), over.set)
     await over.wait()
 

@@ -15,9 +15,8 @@ _LONGEST_US = 3_600_000_000
 
 def histogram(digits: int = 3) -> Histogram:
     """Return an empty histogram of 1 µs to 1 h, exact to ``digits`` significant digits."""
-    from hdrh.histogram import (
-        HdrHistogram,  # Local import: the command line imports this module without the extra.
-    )
+    # Local import: the command line imports this module without the extra.
+    from hdrh.histogram import HdrHistogram
 
     return HdrHistogram(1, _LONGEST_US, digits)
 

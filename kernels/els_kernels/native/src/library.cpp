@@ -1,9 +1,9 @@
-// The C interface: chooses a kernel, cuts a call into tasks, runs them, merges their answers.
+// The C interface: selects a kernel, splits a call into tasks, runs them and merges their results.
 //
-// A task is one query and one chunk of the bank, or a part of one. They depend on the bank and on
-// the range that is asked for, never on the batch or the number of threads, and their answers are
-// merged in order: the bits of an answer do not depend on company. Tasks of one chunk follow each
-// other, so that its tiles are still in the cache for the next query.
+// A task is one query and one chunk of the bank, or a part of one. Chunks depend on the bank and on
+// the range, not on the batch or the number of threads, and results are merged in order, so they are
+// batch invariant. Tasks of one chunk are consecutive, so that its tiles are still in the cache for
+// the next query.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -32,7 +32,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr int kMostChunks = 64;
 constexpr int kLeastChunks = 24;  // so that a small bank keeps every core busy to the end
 constexpr int kLeastSame = 16;  // tiles of a chunk where each costs little: same place, ideal
-constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of unmerged answers at a time
+constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of partial results at a time
 
 // Kernels that this processor can run, best first.
 std::vector<const Kernel*> kernels() {
@@ -65,8 +65,8 @@ bool is_stopped(const Control& control) {
   return __atomic_load_n(&control.stop, __ATOMIC_RELAXED) != 0;
 }
 
-// Call work(worker, task) for every task, or until the control says stop. Threads live for this call only:
-// nothing is left over that a fork could break, and what they cost (20 µs) is small beside any call
+// Call work(worker, task) for every task, until the control is stopped. Threads exist for this call only:
+// no state remains that a fork could break, and their cost (20 µs) is small relative to any call
 // worth splitting.
 void for_each(std::size_t tasks, int threads, const Control& control,
               const std::function<void(int, std::size_t)>& work) {
@@ -81,13 +81,13 @@ void for_each(std::size_t tasks, int threads, const Control& control,
     while (int(crew.size()) + 1 < threads && crew.size() + 1 < tasks)
       crew.emplace_back(loop, int(crew.size()) + 1);
   } catch (const std::exception&) {
-    // No more threads to be had: those there are do the work, with the same result.
+    // No more threads available: the existing ones do the work, with the same result.
   }
   loop(0);
   for (std::thread& thread : crew) thread.join();
 }
 
-// ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the part of a logit that is the query's own.
+// ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the term of a logit that depends on the query only.
 void energies(const Bank& bank, const Geometry& geometry, const double* squares, int window,
               double scale, double* energy) {
   const int height = bank.height, width = bank.width, r = window / 2;
@@ -120,7 +120,7 @@ void energies(const Bank& bank, const Geometry& geometry, const double* squares,
 
 extern "C" {
 
-// What binding.py passes: the same fields in the same order.
+// Arguments from binding.py: the same fields in the same order.
 struct ElsCall {
   std::int32_t kernel;  // index as in els_kernel_name
   std::int32_t threads;
@@ -289,7 +289,7 @@ void els_pack(std::int32_t index, const float* images, const double* centre, std
   kernels()[index]->pack({nullptr, count, channels, height, width}, images, centre, packed);
 }
 
-// 0, or 1 when memory ran out, or 2 when the call was stopped and there is no answer.
+// Returns 0, 1 if out of memory, or 2 if the call was stopped and has no result.
 std::int32_t els_attend(const ElsCall* call) {
   try {
     attend(*call, *kernels()[call->kernel]);

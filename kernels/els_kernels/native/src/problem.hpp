@@ -1,5 +1,5 @@
-// What the planner (library.cpp, compiled once) and the kernels (kernel.cpp, once for every
-// instruction set) agree on.
+// Interface of the planner (library.cpp, compiled once) and the kernels (kernel.cpp, compiled for
+// each instruction set).
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ struct Query {
   const float* scaled;  // [channels][height][width]
   float bias;
   int window;
-  std::int64_t lo, hi;  // images of the bank that may answer
+  std::int64_t lo, hi;  // range of bank images
 };
 
 // A task's share of the sources: tiles [first, last) of the bank and, of the vertical displacements
@@ -48,10 +48,10 @@ struct Partial {
   double* sums;  // [1 + channels][pixels]: weights, then responses
 };
 
-// What a call shares with the thread that watches it; read and written without a lock.
+// State shared by a call and the thread that monitors it; read and written without a lock.
 struct Control {
-  std::int32_t stop;   // not 0: the call returns at the next block of work, without an answer
-  std::int32_t apart[15];  // `stop` is read often: it is not on the cache line that is written
+  std::int32_t stop;   // not 0: the call returns at the next block of work, without a result
+  std::int32_t apart[15];  // `stop` is read often: keeps it off the cache line that is written
   std::int64_t progress;   // grows while the call computes
 };
 
@@ -60,7 +60,7 @@ struct Kernel {
   int lanes;
   void (*pack)(const Bank& shape, const float* images, const double* centre, float* packed);
   std::size_t (*scratch_floats)(const Bank&);
-  // The answer of a share of the bank to one query; nothing where the control says stop.
+  // Partial result of one query for a share of the bank; incomplete if the control is stopped.
   void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
                  float* scratch, Partial out);
 };

@@ -1,4 +1,4 @@
-// A thread's working memory, cut by hand: nothing is allocated while a task runs.
+// A thread's working memory, allocated once: tasks do not allocate.
 #pragma once
 
 #include "problem.hpp"
@@ -23,15 +23,15 @@ constexpr int kPad = kBlock - 1;  // columns on either side that a block may tou
 constexpr float kNoPeak = -1.7e38f;
 // How far, in bits, a logit may exceed the running maximum before the sums are rescaled.
 constexpr float kHeadroom = 40.0f;
-// Running sums start afresh after so many rows (V) and columns (S), so that rounding errors do not
-// pile up. S is the larger number, where most of the error is made, and the cheaper to restart.
+// Running sums are recomputed after so many rows (V) and columns (S), so that rounding errors do not
+// accumulate. S is the larger number, where most of the error is made, and the cheaper to restart.
 constexpr int kRowRestart = 32, kColumnRestart = 16;
 
 inline bool is_stopped(const Control& control) {
   return __atomic_load_n(&control.stop, __ATOMIC_RELAXED) != 0;
 }
 
-// Count a piece of work that was begun; returns whether it may go on.
+// Count a unit of work; returns whether the call may continue.
 inline bool advance(Control& control) {
   __atomic_fetch_add(&control.progress, 1, __ATOMIC_RELAXED);
   return !is_stopped(control);
@@ -51,13 +51,13 @@ struct RowPair {
 
 struct Scratch {
   float* tile;       // [C][H][kPad + W + kPad] vectors: a tile, its rows continued cyclically
-  float* bias;       // [H][kPad + W + kPad] vectors: -∞ where a column may not answer
-  float* edge_bias;  // the same for displacement 0 under zero padding, where every column answers
+  float* bias;       // [H][kPad + W + kPad] vectors: -∞ where a column is not a source
+  float* edge_bias;  // the same for displacement 0 under zero padding, where every column is a source
   float* columns;    // [3 W][kBlock] vectors: vertical sums of products
   float* sums;       // [HW][1 + C] vectors: each lane's weights and responses
   float* peak;       // [HW]: the running maxima of the logits
   float* flushed;    // [HW]: the maxima that the partial result is relative to
-  RowPair* window;   // [H]: the rows that a window sees
+  RowPair* window;   // [H]: the rows of a window
   std::size_t floats = 0;
 
   // Cut from `base`; from null only to learn how many floats it takes.

@@ -1,6 +1,6 @@
-// One vector of floats and the five things the kernel asks of it, for whichever instruction set
+// One vector of floats and the five operations of the kernel, for the instruction set that
 // this translation unit is compiled for. Everything lives in an unnamed namespace: the same source
-// is compiled several times with different flags, and the linker must never mix the copies.
+// is compiled several times with different flags, and the linker must not merge the copies.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t IVec __attribute__((vector_size(4 * kLanes)));
 typedef double Wide __attribute__((vector_size(8 * kLanes)));  // where precision is cheap
 
-constexpr float kForbidden = -__builtin_inff();  // the bias of a source that must not answer
+constexpr float kForbidden = -__builtin_inff();  // the bias of a forbidden source
 
 [[gnu::always_inline]] inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 [[gnu::always_inline]] inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -97,7 +97,7 @@ inline float lane_max(Vec v) {
   return top;
 }
 
-// Numbers too small for a normal float are zero while a task runs: they cannot matter to a sum
+// Denormal numbers are flushed to zero while a task runs: they are negligible in a sum
 // that holds a weight of one, and some processors take a hundred cycles for each.
 class FlushToZero {
  public:

@@ -4,7 +4,7 @@
 //
 //     ⟨x[u+Ω], φ[u+δ+Ω]⟩ = Σ_{o∈Ω} g(u+o),    g(v) = Σ_c x_c[v]·φ_c[v+δ],
 //
-// kept as two running sums, whatever the window:
+// computed by two running sums, for any window:
 //
 //     V[v] += g(new row) - g(old row)            one for every column, from row to row
 //     S    += V[u+r] - V[u-r-1]                  one, along the row
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Where a block's query and keys lie. Stream d of the block reads keys + d·stream.
+// Query and keys of a block. Stream d of the block reads keys + d·stream.
 struct Block {
   const float* query;  // [C][H][W]
   const float* keys;   // [C][H][…] vectors
@@ -30,7 +30,7 @@ struct Rows {
   bool clipped;
 };
 
-// Columns of a sweep. V has a slot for every column that some window sees:
+// Columns of a sweep. V has a slot for every column of any window:
 //
 //     slots   [ margin | first, first + 1, … first + count - 1 | margin ]
 //
@@ -44,7 +44,7 @@ struct Columns {
   int first, count, margin, radius;
   bool cyclic;
   Run products[2];  // all columns: where their keys are
-  Run places[2];    // the places that answer
+  Run places[2];    // the sources
   int products_count, places_count;
   const float* bias;  // [H][…] vectors; same place: [D] vectors for the lanes
   std::size_t bias_row;
@@ -148,7 +148,7 @@ void advance_columns(const Block& block, const Rows& rows, int t, const Columns&
     slide_columns<C, D, kSame, false, true>(block, new_row, old_row, columns, V);
 }
 
-// S = the sum of `count` slots from `from` on, around the ring if there is one.
+// S = the sum of `count` slots from `from` on, wrapping around a ring.
 template <int D>
 void start_row(const Columns& columns, const float* V, int from, int count, Vec (&S)[D]) {
   const int ahead = columns.cyclic ? least(count, columns.count - from) : count;
@@ -237,7 +237,7 @@ void respond_row(const Block& block, const Columns& columns, int u, int y, const
   const int diameter = 2 * columns.radius, vectors = 1 + channels_of<C>(block);
   const float* keys = block.keys + y * block.key_row;
   Vec S[D], gone[D];
-  int age = 0;  // places since S was summed afresh
+  int age = 0;  // places since S was recomputed
   for (int i = 0; i < columns.places_count; ++i) {
     const Columns::Run& run = columns.places[i];
     for (int j = 0; j < run.count;) {

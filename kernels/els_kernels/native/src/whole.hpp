@@ -1,5 +1,5 @@
 // Windows that are the whole image: one logit for an image (ideal) or for an image and shift
-// (equivariant), the same for every pixel. There is no box to slide; these are matrix products,
+// (equivariant), the same for every pixel. These are matrix products,
 // blocked so that a loaded vector is used several times.
 #pragma once
 
@@ -53,7 +53,7 @@ void whole_logits(const Bank& bank, const Query& query, const float* tile, float
 
 constexpr int kWholeGroup = 64;  // tiles whose logits are held at once
 
-// The ideal machine: every image answers with itself.
+// The ideal machine: the response of every image is itself.
 inline void whole_same(const Bank& bank, const Query& query, std::int64_t first,
                        std::int64_t last, Control& control, Partial out) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
@@ -153,7 +153,7 @@ inline std::size_t whole_scratch_floats(const Bank& bank) {
   return 2 * bank.channels * pixels * (1 + kLanes) + pixels * kLanes + 64;
 }
 
-// The equivariant machine: every cyclic shift of every image answers.
+// The equivariant machine: every cyclic shift of every image is a source.
 inline void whole_every(const Bank& bank, const Query& query, std::int64_t first,
                         std::int64_t last, Control& control, float* scratch, Partial out) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;

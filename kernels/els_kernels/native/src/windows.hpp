@@ -1,4 +1,4 @@
-// Which sweeps make up an answer: every displacement that the padding allows, or none (same place).
+// The sweeps of a result: every displacement that the padding allows, or only 0 (same place).
 #pragma once
 
 #include "sweep.hpp"
@@ -10,7 +10,7 @@ inline void flush(const Bank& bank, Scratch& scratch, Partial out) {
   const std::size_t pixels = bank.pixels();
   const int vectors = 1 + bank.channels;
   for (std::size_t u = 0; u < pixels; ++u) {
-    // Of a fresh state the sums are 0: whatever scales them, they stay 0.
+    // The sums of an empty state are 0 for any scale.
     const float behind = scratch.flushed[u] - scratch.peak[u];
     const double scale = behind == 0.0f ? 1.0 : __builtin_exp2(behind);
     for (int i = 0; i < vectors; ++i) {
@@ -29,7 +29,7 @@ inline void clear(const Bank& bank, Scratch& scratch, Partial out) {
   for (std::size_t u = 0; u < pixels; ++u) scratch.peak[u] = scratch.flushed[u] = kNoPeak;
 }
 
-// 0 for the lanes of a tile whose images may answer, else -∞.
+// 0 for the lanes of a tile whose images are in the range, else -∞.
 inline Vec lane_bias(std::int64_t tile, const Query& query) {
   Vec bias = {};
   for (int i = 0; i < kLanes; ++i) {
@@ -61,7 +61,7 @@ inline Columns all_columns(const Bank& bank, int radius, bool cyclic) {
   return {0, bank.width, cyclic ? 0 : reach, reach, cyclic, {all}, {all}, 1, 1, nullptr, 0};
 }
 
-// Every query place is answered by the same place of each image.
+// The sources of a query place are the same place of each image.
 template <int C>
 void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
                 std::int64_t first, std::int64_t last, Control& control, Scratch& scratch,
@@ -105,8 +105,8 @@ inline Wide squares(const Bank& bank, const float* tile, int row, int column) {
   return sum;
 }
 
-// The part of each logit that its key alone decides: bias·‖p‖², box sums of squares as in a sweep.
-// There is one for every key and not for every pair, so they can be had in double precision.
+// The term of a logit that depends on its key only: bias·‖p‖², box sums of squares as in a sweep.
+// There is one for each key rather than each pair, so double precision is affordable.
 inline void key_bias(const Bank& bank, const Geometry& geometry, const Query& query,
                      const float* tile, Vec lanes, Scratch& scratch) {
   const bool cyclic = geometry.padding == Padding::kCircular;
@@ -157,7 +157,7 @@ inline Columns inner_columns(const Bank& bank, int r, int dx, int streams, const
   return {low - r, high - low + 2 * r, 0, r, false, {all}, {places}, 1, 1, scratch.bias, 0};
 }
 
-// The same on the torus, where keys wrap once; with valid padding border columns do not answer.
+// The same on the torus, where keys wrap once; with valid padding border columns are not sources.
 inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool valid,
                              const Scratch& scratch) {
   const int width = bank.width, turn = width - dx;
@@ -210,7 +210,7 @@ void sweep_columns(const Bank& bank, const Geometry& geometry, int r, const Bloc
   run_until(1, inner);
 }
 
-// Every query place is answered by every place of each image that the padding allows.
+// The sources of a query place are all places of each image that the padding allows.
 template <int C>
 void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
                  const Share& share, Control& control, Scratch& scratch, Partial out) {

@@ -25,14 +25,14 @@ from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.pretrained.onnx_file import read_onnx
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 
-_TOLD: dict[str, Callable[[Floats], Floats]] = {
+_LEVEL_INPUTS: dict[str, Callable[[Floats], Floats]] = {
     "sigma": lambda sigma: sigma,
     "log_sigma": np.log,
     "alpha_bar": lambda sigma: 1 / (1 + sigma**2),
     "time": cosine_time,
 }
 """σ = s/a → value of the graph's level input; ``time`` is that of the cosine schedule."""
-LEVELS = tuple(_TOLD)
+LEVELS = tuple(_LEVEL_INPUTS)
 _TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
@@ -153,9 +153,9 @@ class OnnxDenoiser:
         lowest, highest = document.sigma_range
         level = parametrise(document.prediction, query.level, max_sigma=highest)
         c_in = level.c_in * np.sqrt(1 + level.sigma**2) if document.exploding else level.c_in
-        told = _TOLD[document.level_as](np.maximum(level.sigma, lowest))
+        level_input = _LEVEL_INPUTS[document.level_as](np.maximum(level.sigma, lowest))
         x = query.pixels
-        output = self._graph.run(x * _column(c_in), told, query.labels)
+        output = self._graph.run(x * _column(c_in), level_input, query.labels)
         mean: npt.NDArray[np.float32] = output * _column(level.c_out) + x * _column(level.c_skip)
         if not np.isfinite(mean).all():
             raise ElsError(f"{document.output}: the graph returned NaN or infinity")
@@ -200,7 +200,7 @@ class _Graph:
         ]
 
     def run(
-        self, x: npt.NDArray[np.float32], told: Floats, labels: npt.NDArray[np.int64]
+        self, x: npt.NDArray[np.float32], level_input: Floats, labels: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         """Return the output for x [B, C, H, W], float32; a fixed batch is padded with the last x.
 
@@ -212,7 +212,7 @@ class _Graph:
         rows = np.minimum(np.arange(size), count - 1)
         inputs = {
             self._noisy.name: self._noisy.fill(x[rows], size),
-            self._level.name: self._level.fill(_axes(told[rows], self._level), size),
+            self._level.name: self._level.fill(_axes(level_input[rows], self._level), size),
             **{one.name: one.fill(value, size) for one, value in self._constants},
         }
         if self._label is not None:
@@ -228,16 +228,16 @@ class _Graph:
 
     def _check_names(self, nodes: Mapping[str, Any], outputs: set[str]) -> None:
         document = self._document
-        told = [document.input, document.level, *document.constants]
-        told += [document.label] if document.label else []
-        for name in told:
+        names = [document.input, document.level, *document.constants]
+        names += [document.label] if document.label else []
+        for name in names:
             if name not in nodes:
                 raise self._fault("inputs", f"{name} among them", sorted(nodes))
         for name in nodes:
-            if name not in told:
+            if name not in names:
                 raise self._fault(name, "a value in constants for this input", "none")
-        if len(set(told)) < len(told):
-            raise self._fault("inputs", "each input used once", told)
+        if len(set(names)) < len(names):
+            raise self._fault("inputs", "each input used once", names)
         if document.output not in outputs:
             raise self._fault("outputs", f"{document.output} among them", sorted(outputs))
 

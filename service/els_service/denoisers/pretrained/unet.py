@@ -145,7 +145,7 @@ class UnetDenoiser:
         count, conditions = len(query), query.conditions
         guided = [i for i, condition in enumerate(conditions) if condition.guidance != 1]
         rows = [*range(count), *guided]
-        told = np.float32 if not self._trained.timesteps.whole else np.int64
+        dtype = np.float32 if not self._trained.timesteps.whole else np.int64
         inputs: dict[str, Any] = {}
         if conditions:
             inputs["encoder_hidden_states"] = _states(conditions, guided).to(self._device)
@@ -153,7 +153,7 @@ class UnetDenoiser:
             inputs["class_labels"] = self._label_rows(query.labels[rows]).to(self._device)
         output: Tensor = self._unet(
             scaled[rows].to(self._device),
-            torch.from_numpy(timestep[rows].astype(told)).to(self._device),
+            torch.from_numpy(timestep[rows].astype(dtype)).to(self._device),
             return_dict=False,
             **inputs,
         )[0]

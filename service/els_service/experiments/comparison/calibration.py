@@ -111,10 +111,10 @@ class Journal:
             found, self.cosines = content["settings"], content["cosines"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LoadError(self.file, f"expected a calibration's journal: {error}") from error
-        asked = json.loads(json.dumps(self.settings))
-        for name in sorted(found.keys() | asked.keys()):
-            if found.get(name) != asked.get(name):
-                reason = f"{name}: expected {found.get(name)} as begun, got {asked.get(name)}"
+        requested = json.loads(json.dumps(self.settings))
+        for name in sorted(found.keys() | requested.keys()):
+            if found.get(name) != requested.get(name):
+                reason = f"{name}: expected {found.get(name)} as begun, got {requested.get(name)}"
                 raise LoadError(self.file, f"{reason}; remove the file to start over")
 
     def once(self, key: str, compute: Callable[[], Floats]) -> Floats:
@@ -189,8 +189,8 @@ def _climb(height: Callable[[int], float], windows: Sequence[int], start: int) -
     """Evaluate ``height`` until no neighbour of the best window is higher."""
     here = windows.index(start)
     while True:
-        beside = windows[max(0, here - 1) : here + 2]
-        higher = max(beside, key=height)
+        neighbours = windows[max(0, here - 1) : here + 2]
+        higher = max(neighbours, key=height)
         # Ties keep the current window, so that two equal ones do not alternate for ever.
         if height(higher) <= height(windows[here]):
             return

@@ -112,8 +112,8 @@ def chunk_size(denoiser: Denoiser, how: SampleSpec) -> int:
     """Return the number of images per batch: about half a minute of computation."""
     x = torch.zeros(1, *denoiser.info.shape)
     options = Options(steps=how.steps)
-    questions = (make_query(x, options.level(i), how.labels(0, 1)) for i in range(1, how.steps + 1))
-    seconds = sum(map(denoiser.predict_seconds, questions))
+    queries = (make_query(x, options.level(i), how.labels(0, 1)) for i in range(1, how.steps + 1))
+    seconds = sum(map(denoiser.predict_seconds, queries))
     return max(1, min(_LARGEST_CHUNK, int(_CHUNK_S / seconds)))
 
 

@@ -207,12 +207,13 @@ class Windows:
     source: str
 
 
-def find_windows(network: Network, asked: str = "calibrated") -> Windows:
+def find_windows(network: Network, requested: str = "calibrated") -> Windows:
     """Return the windows for a comparison.
 
     Args:
         network: network whose calibration is used.
-        asked: ``calibrated`` for the table in the network's folder, unless its record names other
+        requested: ``calibrated`` for the table in the network's folder, unless its record names
+        other
             weights; otherwise in a sibling folder whose record names these weights, otherwise the
             default; ``auto`` for the default; an odd number; or a file or folder with a table.
 
@@ -220,20 +221,20 @@ def find_windows(network: Network, asked: str = "calibrated") -> Windows:
         LoadError: A table or record cannot be read.
         InvalidArgumentError: The named file does not exist.
     """
-    if asked == "auto":
+    if requested == "auto":
         return Windows(None, "auto")
-    if asked.isdecimal():
-        if int(asked) % 2 == 0:
-            raise InvalidArgumentError("windows", "an odd number", asked)
-        return Windows(WindowTable.constant(int(asked)), "constant")
-    if asked == "calibrated":
+    if requested.isdecimal():
+        if int(requested) % 2 == 0:
+            raise InvalidArgumentError("windows", "an odd number", requested)
+        return Windows(WindowTable.constant(int(requested)), "constant")
+    if requested == "calibrated":
         found = _calibrated(network)
         return Windows(None, "auto") if found is None else _from_file(found)
-    path = Path(asked)
+    path = Path(requested)
     path = path / WINDOWS_FILE if path.is_dir() else path
     if not path.is_file():
         expected = "calibrated, auto, an odd number, or a file or folder with a table"
-        raise InvalidArgumentError("windows", expected, asked)
+        raise InvalidArgumentError("windows", expected, requested)
     return _from_file(path)
 
 
@@ -242,8 +243,8 @@ def _calibrated(network: Network) -> Path | None:
     # A table without a record was written by hand.
     if own.with_name(WINDOWS_FILE).exists() and (not own.exists() or _is_of(own, network)):
         return own.with_name(WINDOWS_FILE)
-    beside = sorted(model_folder(network.folder).parent.glob(f"*/{RECORD_FILE}"))
-    found = (record for record in beside if record != own.resolve() and _is_of(record, network))
+    siblings = sorted(model_folder(network.folder).parent.glob(f"*/{RECORD_FILE}"))
+    found = (record for record in siblings if record != own.resolve() and _is_of(record, network))
     return next((record.with_name(WINDOWS_FILE) for record in found), None)
 
 

@@ -119,9 +119,9 @@ def _metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _check_settings(path: Path, found: dict[str, Any], asked: Mapping[str, Any]) -> None:
-    asked = json.loads(json.dumps(asked))
-    for name in sorted(found.keys() | asked.keys()):
-        if found.get(name) != asked.get(name):
-            reason = f"{name}: expected {found.get(name)} as begun, got {asked.get(name)}"
+def _check_settings(path: Path, found: dict[str, Any], requested: Mapping[str, Any]) -> None:
+    requested = json.loads(json.dumps(requested))
+    for name in sorted(found.keys() | requested.keys()):
+        if found.get(name) != requested.get(name):
+            reason = f"{name}: expected {found.get(name)} as begun, got {requested.get(name)}"
             raise LoadError(path, f"{reason}; use another --out to start over")
