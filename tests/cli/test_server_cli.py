@@ -52,6 +52,7 @@ def test_check_tells_the_state_of_every_model(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_check_of_the_bundled_models_finds_no_fault() -> None:
     result = run("check")
     assert (result.exit_code, result.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,40 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(LoadError, match=r"kind: expected an installation with the extra"):
         ModelRepository(tmp_path).load("model")
+
+
+_TOGETHER = """
+import sys
+import threading
+
+from els_service.denoisers.pretrained import folder
+
+start, found = threading.Barrier(8), []
+
+
+def load(name):
+    start.wait()
+    found.append(folder._diffusers(name).__name__)
+
+
+names = 4 * ["UNet2DModel", "UNet2DConditionModel"]
+threads = [threading.Thread(target=load, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(sorted(found) != sorted(names))
+"""
+
+
+@pytest.mark.slow
+def test_models_that_load_side_by_side_import_diffusers_once_at_a_time() -> None:
+    arguments = [sys.executable, "-c", _TOGETHER]
+    done = subprocess.run(
+        arguments,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -144,6 +144,7 @@ def test_an_array_that_announces_more_than_any_machine_has_is_refused(
     assert peak < 40
 
 
+@pytest.mark.slow
 def test_an_honest_file_takes_its_images_twice(
     tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
 ) -> None:

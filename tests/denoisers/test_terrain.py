@@ -25,9 +25,10 @@ constants: {difficulty: 0.5}
 """
 
 # 38 MB to fetch, which not every run of the tests should.
-pytestmark = pytest.mark.skipif(
-    not FETCHED.exists(), reason="needs a network of 38 MB: make terrain"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FETCHED.exists(), reason="needs a network of 38 MB: make terrain"),
+]
 
 
 @pytest.fixture(scope="module")

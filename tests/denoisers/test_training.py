@@ -66,6 +66,7 @@ def assert_same(got: Path, want: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_a_model_that_serves(
     tmp_path: Path, bank: Bank
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_run_that_pauses_goes_on_to_the_same_bits_and_serves_meanwhile(
     assert_same(paused, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["resnet", "unet", "unet-attention"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_architecture_trains_in_every_precision(

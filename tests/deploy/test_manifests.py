@@ -268,6 +268,7 @@ def test_the_init_container_sees_the_same_settings_and_files_as_the_server() -> 
         assert all(any(Path(file).is_relative_to(path) for path in paths) for file in files)
 
 
+@pytest.mark.slow
 def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays() -> None:
     python = rendered.DEPLOY.parent / ".venv-deploy" / "bin" / "python"
     if not python.exists():

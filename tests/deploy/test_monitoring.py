@@ -103,6 +103,7 @@ def test_prometheus_takes_the_rules() -> None:
     promtool("check", "rules", "alerts.yaml")
 
 
+@pytest.mark.slow
 @needs("promtool")
 def test_each_alert_fires_and_clears() -> None:
     promtool("test", "rules", "alerts_test.yaml")

@@ -52,6 +52,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def process(root: Path) -> Iterator[ServerProcess]:
     with serving("--models", root, "--threads", 1) as process:
+        # Here and not where a refused model is missed: the log says why.
+        assert [one for one in process.records() if one["level"] in ("warning", "error")] == []
         yield process
 
 

@@ -89,6 +89,7 @@ def ask(program: tuple[str, ...], case: Case) -> Posterior:
     return Posterior(mean.view(case.x.shape), evidence.view(batch, height, width))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_its_kernel_equals_the_reference(program: tuple[str, ...], name: str) -> None:
     for shape in ((19, 3, 6, 7), (5, 1, 8, 5), (6, 2, 5, 5)):

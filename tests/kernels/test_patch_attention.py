@@ -37,6 +37,7 @@ def test_it_equals_the_reference_at_every_window(
     assert_within_budget(case, case.attend(implementation), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ _SCHEDULERS = (
 )
 _LEVEL_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 _MOST_TIMESTEPS = 100_000
+_IMPORTS = threading.Lock()
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _ONLY: Only = {
     "prediction_type": tuple(_PREDICTIONS),
@@ -86,12 +88,10 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
     Raises:
         LoadError: A field is unknown, invalid or not supported; names it.
     """
-    import diffusers
-
     path = inside(SCHEDULER_FILE)
     config = _read_config(path)
     own = _fields(_class_of(config, _SCHEDULERS, path))
-    known = set().union(*(_fields(getattr(diffusers, name)) for name in _SCHEDULERS))
+    known = set().union(*(_fields(_diffusers(name)) for name in _SCHEDULERS))
     for name, value in config.items():
         if name not in known:
             raise LoadError(path, f"{name}: expected no such field")
@@ -105,8 +105,6 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
 
 
 def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
-    import diffusers
-
     count = said["num_train_timesteps"]
     if not isinstance(count, int) or not 2 <= count <= _MOST_TIMESTEPS:
         expected = f"2 to {_MOST_TIMESTEPS}"
@@ -114,7 +112,7 @@ def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
     levels = {name: said[name] for name in _LEVEL_FIELDS}
     try:
         # Every scheduler of diffusers computes the same levels from these fields.
-        schedule: Any = diffusers.DDPMScheduler(**levels)
+        schedule: Any = _diffusers("DDPMScheduler")(**levels)
         alpha_bar = schedule.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             return Timesteps(np.sqrt((1 - alpha_bar) / alpha_bar), whole)
@@ -243,13 +241,21 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _class_of(config: dict[str, Any], classes: tuple[str, ...], path: Path) -> Any:
-    import diffusers
-
     name = config.pop("_class_name", None)
     if name not in classes:
         expected = ", ".join(classes)
         raise LoadError(path, f"_class_name: expected one of {expected}, got {name!r:.80}")
-    return getattr(diffusers, name)
+    return _diffusers(name)
+
+
+def _diffusers(name: str) -> Any:
+    """Return a class of diffusers, which imports the module of each at its first use."""
+    # Models are loaded side by side: two such imports at once wait for each other's modules, and
+    # Python ends one of them with "deadlock detected".
+    with _IMPORTS:
+        import diffusers
+
+        return getattr(diffusers, name)
 
 
 def _fields(kind: Any) -> dict[str, Any]:
