@@ -91,8 +91,7 @@ def _eager(network: plain.Network, device: str) -> Peer:
 def _clean(x: Tensor, noise: Tensor, level: NoiseLevel, device: str) -> Images:
     """Return (x - s·ε)/a."""
     a, s = (
-        torch.from_numpy(column).float().view(-1, 1, 1, 1).to(device)
-        for column in (level.a, level.s)
+        torch.tensor(column).float().view(-1, 1, 1, 1).to(device) for column in (level.a, level.s)
     )
     clean: Images = ((x - s * noise) / a).cpu().numpy()
     return clean

@@ -31,6 +31,9 @@ def memory(process: ServerProcess, field: str) -> float:
     return int(found[1]) / 1024
 
 
+pytestmark = pytest.mark.alone  # memory is measured
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
     file = TokenFile(tmp_path_factory.mktemp("tokens") / "tokens.json")

@@ -23,6 +23,8 @@ from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
+pytestmark = pytest.mark.alone  # memory is measured
+
 
 @pytest.fixture
 def tight(models: Path) -> Iterator[ServerProcess]:
