@@ -166,7 +166,7 @@ def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
                 command = [sys.executable, "-m", "benchmarks.hostile.callers", kind, address]
                 # Low priority, as real callers do not share two cores with the server.
                 process = subprocess.Popen(
-                    ["nice", "-n", "5", *command, str(seconds)], stdout=subprocess.DEVNULL
+                    ["nice", "-n", "19", *command, str(seconds)], stdout=subprocess.DEVNULL
                 )
                 stack.callback(process.wait)
         yield

@@ -14,6 +14,10 @@ from typing import Any, cast
 TRIM_EVERY_S = 2.0
 _WORTH_BYTES = 8 << 20
 """Freed bytes from which giving them back is worth the time that it takes."""
+_BURST_BYTES = 192 << 20
+"""Growth of resident memory after which freed memory is returned at the next look."""
+_LOOKS = 4
+"""Looks in an interval, for bursts."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -67,15 +71,22 @@ async def trim(interval_s: float = TRIM_EVERY_S) -> None:
     ask, give_back = _mallinfo2(), _malloc_function("malloc_trim")
     if ask is None or give_back is None:
         return
-    least = 0
+    least, lowest, looks = 0, _resident(), 0
     while True:
-        await asyncio.sleep(interval_s)
-        # Of free memory malloc does not say how much is resident; resident memory that is not in
-        # use does, but for what never was malloc's, which is constant.
-        unused = _resident() - _used(ask())
-        if unused > least + _WORTH_BYTES:
+        await asyncio.sleep(interval_s / _LOOKS)
+        looks += 1
+        resident = _resident()
+        burst = resident - lowest > _BURST_BYTES
+        if looks % _LOOKS and not burst:
+            lowest = min(lowest, resident)
+            continue
+        # malloc does not report how much of its free memory is resident. Resident memory that is
+        # not in use shows it, plus a constant: memory that never was malloc's.
+        unused = resident - _used(ask())
+        if burst or unused > least + _WORTH_BYTES:
             await asyncio.to_thread(give_back, 0)
-            least = unused = _resident() - _used(ask())
+            lowest = _resident()
+            least = unused = lowest - _used(ask())
         least = min(least, unused)
 
 
