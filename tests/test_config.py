@@ -253,8 +253,8 @@ def test_the_memory_limit_is_the_least_of_the_machine_s_and_the_own_cgroups(
     assert memory_limit() == expected
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(8 << 30, 2 << 30), (1 << 20, 256 << 20)])
-def test_requests_in_flight_may_take_a_quarter_of_the_memory_and_always_four_large_messages(
+@pytest.mark.parametrize(("limit", "expected"), [(6 << 30, 1 << 30), (1 << 20, 256 << 20)])
+def test_requests_in_flight_may_take_a_sixth_of_the_memory_and_always_four_large_messages(
     monkeypatch: pytest.MonkeyPatch, limit: int, expected: int
 ) -> None:
     monkeypatch.setattr(config, "memory_limit", lambda: limit)

@@ -35,6 +35,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _MEMORY_INFO = Path("/proc/meminfo")
 
+_IN_FLIGHT_SHARE = 6
+"""The memory limit divided by the default of ``in_flight_bytes``."""
 _LEAST_IN_FLIGHT = 4
 """Minimum of ``in_flight_bytes`` in maximum messages: a message of uint8 pixels takes four times
 its size as float32."""
@@ -187,7 +189,7 @@ class Settings(BaseModel):
     in_flight_bytes: _Positive | None = None
     """Maximum bytes of messages being received, parsed, queued and computed, and of trajectories,
     for all models and callers together; at least four times ``max_message_bytes``. None for a
-    quarter of the memory limit of the container or machine, or that minimum if larger. Under
+    sixth of the memory limit of the container or machine, or that minimum if larger. Under
     contention callers get equal shares."""
 
     @field_validator("in_flight_bytes")
@@ -219,7 +221,7 @@ class Settings(BaseModel):
     def _in_flight_limit(self) -> int:
         if self.in_flight_bytes is not None:
             return self.in_flight_bytes
-        return max(memory_limit() // 4, _LEAST_IN_FLIGHT * self.max_message_bytes)
+        return max(memory_limit() // _IN_FLIGHT_SHARE, _LEAST_IN_FLIGHT * self.max_message_bytes)
 
 
 _SETTINGS = TypeAdapter(Settings)

@@ -145,7 +145,7 @@ def test_pods_are_spread_and_what_they_may_use_suffices(combination: Combination
     limits = found.server["resources"]["limits"]
     memory, disk = numbers([limits["memory"], limits["ephemeral-storage"]])
     # A share of the limit unless set, and where it is set it is the bound of all that is in flight.
-    in_flight = settings(combination).in_flight_bytes or memory // 4
+    in_flight = settings(combination).in_flight_bytes or memory // 6
     assert memory >= BARE_BYTES + in_flight
     # What the pod's volumes may grow to counts against its limit, and evicts it beyond.
     volumes = [one["emptyDir"]["sizeLimit"] for one in found.spec["volumes"] if "emptyDir" in one]

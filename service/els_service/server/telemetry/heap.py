@@ -16,7 +16,7 @@ _WORTH_BYTES = 8 << 20
 """Freed bytes from which giving them back is worth the time that it takes."""
 _BURST_BYTES = 192 << 20
 """Growth of resident memory after which freed memory is returned at the next look."""
-_LOOKS = 4
+_LOOKS = 8
 """Looks in an interval, for bursts."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
