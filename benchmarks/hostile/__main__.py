@@ -157,7 +157,7 @@ def _ask(target: str, metadata: Metadata, x: np.ndarray[Any, Any], until: float)
 
 
 @contextmanager
-def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
+def attacking(target: str, health: str, seconds: float, nice: int) -> Iterator[None]:
     """Run every kind of hostile caller during the block, each in a separate process."""
     with ExitStack() as stack:
         for kind in KINDS:
@@ -166,13 +166,13 @@ def attacking(target: str, health: str, seconds: float) -> Iterator[None]:
                 command = [sys.executable, "-m", "benchmarks.hostile.callers", kind, address]
                 # Low priority, as real callers do not share two cores with the server.
                 process = subprocess.Popen(
-                    ["nice", "-n", "19", *command, str(seconds)], stdout=subprocess.DEVNULL
+                    ["nice", "-n", str(nice), *command, str(seconds)], stdout=subprocess.DEVNULL
                 )
                 stack.callback(process.wait)
         yield
 
 
-def hold(seconds: float, tokens: bool) -> dict[str, Any]:
+def hold(seconds: float, tokens: bool, nice: int) -> dict[str, Any]:
     """Return the measurements of one run."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -188,13 +188,14 @@ def hold(seconds: float, tokens: bool) -> dict[str, Any]:
         health = f"127.0.0.1:{ports['health_port']}"
         calm = regular_rate(target, metadata, _CALM_S)
         before = resident_mib(pid)
-        with Sampler(pid, health) as sampler, attacking(target, health, seconds):
+        with Sampler(pid, health) as sampler, attacking(target, health, seconds, nice):
             besieged = regular_rate(target, metadata, seconds)
         time.sleep(5)
         return {
             "tokens": tokens,
             "cgroup": procs is not None,
             "seconds": seconds,
+            "nice": nice,
             "before_mib": round(before, 1),
             "peak_mib": round(max(sampler.peak_mib, resident_mib(pid, "VmHWM")), 1),
             "after_mib": round(resident_mib(pid), 1),
@@ -222,12 +223,13 @@ def main() -> int:
     """Measure with and without tokens; return 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--nice", type=int, default=5, help="niceness of the hostile callers")
     record.add_arguments(parser)
     options = parser.parse_args()
     recorder = record.start("hostile", options)
     rows = []
     for tokens in (False, True):
-        row = hold(options.seconds, tokens)
+        row = hold(options.seconds, tokens, options.nice)
         row["faults"] = faults(row)
         print(json.dumps(row, indent=1), flush=True)
         rows.append(row)

@@ -75,6 +75,7 @@ class NoiseLevel:
         return self._arrays
 
     def __len__(self) -> int:
+        # One of the two is always there, which the types do not say.
         return len(self._arrays[0] if self._pairs is None else self._pairs)  # type: ignore[index]
 
     def __getitem__(self, images: slice) -> NoiseLevel:

@@ -153,7 +153,7 @@ class Admission:
     def too_late(
         self, loaded: LoadedModel, text: str, retry_after_s: float | None = None
     ) -> DeadlineExceededError:
-        """Count a query that is refused for its deadline, and return what its caller is told."""
+        """Count a query rejected for its deadline, and return the error of its caller."""
         self._observer.on_dropped(loaded.model, "rejected_late")
         loaded.statistics.failed.add(0.0)
         return DeadlineExceededError(text, retry_after_s=retry_after_s)

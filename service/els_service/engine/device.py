@@ -123,7 +123,7 @@ class _Job:
 
 @dataclass(slots=True)
 class _Watch:
-    """What the watchdog saw of the work under way; times in seconds."""
+    """Watchdog's observations of the work under way; times in seconds."""
 
     at: float
     """When it looked last."""
@@ -211,7 +211,7 @@ class WorkerDevice:
                         control.advance()
                         result: Any = job.work()
                 except BaseException as error:
-                    # Whatever it is: the thread must go on, and the caller must be told.
+                    # Any error goes to the caller; the thread goes on.
                     result = error
                 outcome = Outcome(result, began, time.monotonic())
                 self._began, job.ended = None, True

@@ -15,7 +15,7 @@ from els_service.engine.costs import CostModel
 from els_service.errors import InvalidArgumentError
 
 STEPS = 20
-"""Of the sample whose cost is told."""
+"""Steps of the sample whose cost is reported."""
 
 _WARM_UP_S = 2.0
 """A model whose cheapest question takes longer is served cold."""

@@ -114,6 +114,6 @@ class _Worker:
             try:
                 future.set_result(work())
             except BaseException as error:
-                # Whatever it is: the caller must be told.
+                # Any error goes to the caller.
                 future.set_exception(error)
             del job, future, work  # while idle, nothing is held

@@ -180,6 +180,7 @@ class _Bounded(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
     _waits_since = 0.0
 
+    # asyncio declares the argument more widely than what TCP hands over.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, and close another where there are too many."""
         super().connection_made(transport)
