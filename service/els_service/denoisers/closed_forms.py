@@ -54,7 +54,6 @@ class GaussianDenoiser:
         # A scalar stays a Python float: same results as an array, and much faster.
         self._mean, self._variance = _float_or_array(mean), _float_or_array(variance)
         self._centred = not np.any(self._mean)
-        self._is_plain = isinstance(self._mean, float) and isinstance(self._variance, float)
         statistics = (np.asarray(self._mean), np.asarray(self._variance))
         self._info = DenoiserInfo(
             kind="gaussian", shape=shape, memory_bytes=sum(array.nbytes for array in statistics)
@@ -77,8 +76,8 @@ class GaussianDenoiser:
         """Return the posterior means, without evidence."""
         # numpy: on small images torch's dispatch takes longer than the arithmetic.
         levels = query.level.pairs
-        if self._is_plain and len(levels) == 1:
-            # As below, in half of the time.
+        if len(levels) == 1:
+            # As below, in two thirds of the time.
             ((a, s),) = levels
             gain = self._gain(a, s)
             mean = query.pixels * np.float32(gain)

@@ -63,9 +63,9 @@ class DenoiseMethod:
         """
         x = request.x
         data, shape = x.data, tuple(x.shape[: tensors.MAX_REPORTED])
-        output_dtype, evidence = request.output_dtype, request.return_log_evidence
-        entry = self._models.entry(request.model, request.version)
-        key = request.model, request.version, x.dtype, shape, output_dtype, evidence
+        model, version = request.model, request.version
+        entry = self._models.entry(model, version)
+        key = model, version, x.dtype, shape, request.output_dtype, request.return_log_evidence
         form = self._forms.get(key, entry.info)
         if form is None:
             form = self._form(request, len(data), entry)

@@ -42,6 +42,11 @@ class MessageStructureError(ValueError):
     """The message is truncated, or holds too much beside its bulk data."""
 
 
+def is_gzip(data: bytes) -> bool:
+    """Return whether a message is compressed."""
+    return data.startswith(_GZIP)
+
+
 def is_large_gzip(data: bytes) -> bool:
     """Return whether decompressing a message may take more than a few milliseconds."""
     return len(data) > _SMALL_GZIP_BYTES and data.startswith(_GZIP)
@@ -62,7 +67,7 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     Raises:
         MessageStructureError: It is larger or announces more, or is not gzip after all.
     """
-    if not data.startswith(_GZIP):
+    if not is_gzip(data):
         return data
     announced = announced_bytes(data)
     if announced > max_bytes:

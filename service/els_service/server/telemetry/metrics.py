@@ -8,7 +8,9 @@ and alerts written for it work.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from grpc import StatusCode
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -18,7 +20,7 @@ from prometheus_client.registry import Collector
 from els_service import logs
 from els_service.engine.request_context import REASONS, BatchRecord
 from els_service.server.telemetry import heap
-from els_service.server.telemetry.histogram import Histogram, family, merged
+from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
 from els_service.version import COMMIT, VERSION
 
 _SECONDS = (
@@ -126,19 +128,31 @@ class Method:
 
 
 class _Batches:
-    """Durations, predicted costs and sizes of one model's batches."""
+    """Durations, sizes and predicted costs of one model's batches."""
 
-    __slots__ = ("compute", "cost", "images")
+    __slots__ = ("_pending", "compute", "cost", "images")
 
     def __init__(self) -> None:
         self.compute, self.cost = Histogram(_SECONDS), Histogram(_SECONDS)
         self.images = Histogram(_IMAGES)
+        self._pending: deque[tuple[float, int, float]] = deque()
 
     def observe(self, seconds: float, images: int, cost: float) -> None:
         """Add one batch."""
-        self.compute.observe(seconds)
-        self.images.observe(images)
-        self.cost.observe(cost)
+        # One append, not three: every small call comes by.
+        self._pending.append((seconds, images, cost))
+        if len(self._pending) >= PENDING:
+            self.settle()
+
+    def settle(self) -> _Batches:
+        """Count the pending batches; return the histograms."""
+        with suppress(IndexError):  # another thread may settle, too
+            while True:
+                seconds, images, cost = self._pending.popleft()
+                self.compute.observe(seconds)
+                self.images.observe(images)
+                self.cost.observe(cost)
+        return self
 
 
 class Metrics(Collector):
@@ -274,7 +288,7 @@ class Metrics(Collector):
 
     def _of_batches(self) -> Iterator[Metric]:
         queued = [((model,), histogram) for model, histogram in list(self._queued.items())]
-        computed = [((model,), batches) for model, batches in list(self._computed.items())]
+        computed = [((model,), batches.settle()) for model, batches in list(self._computed.items())]
         text = "Time that a request, or a part of one, waited in the queue."
         yield family("els_queue_seconds", text, _MODEL, queued)
         compute = [(labels, batches.compute) for labels, batches in computed]

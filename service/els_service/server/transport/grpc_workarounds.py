@@ -4,7 +4,7 @@ grpc.aio frees a batch of operations when a task sees it end well. One that fail
 cancelled meanwhile, is never freed: some hundred bytes for each call that its caller leaves
 (grpc/grpc#43360). Here every batch ends well for its task. That it failed means that the caller is
 gone, which the call's own cancellation says; and a cancellation takes effect after the batch, which
-on a dead call is at once.
+on a dead call is at once: whoever awaited the batch calls ``check_cancelled``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def make_server(options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
     finally:
         asyncio._set_running_loop(loop)
     # Not before: what was made until now is no batch.
-    stand_in.create_future = partial(_begin, loop)
+    stand_in.create_future = partial(_CompletionFuture, loop=loop)
     return server
 
 
@@ -70,12 +70,12 @@ class _StandIn:
 
 
 class _CompletionFuture(asyncio.Future[None]):
-    """Done when the core is."""
+    """Done when the core is, and not before.
 
-    __slots__ = ("task",)
+    No ``__init__``: there are several of these in every call, and it would double what they cost.
+    """
 
-    task: asyncio.Task[Any] | None
-    """Waits for it."""
+    __slots__ = ()
 
     def set_exception(self, exception: type | BaseException) -> None:
         """Let the task go on where the batch failed."""
@@ -85,21 +85,5 @@ class _CompletionFuture(asyncio.Future[None]):
             super().set_exception(exception)
 
     def cancel(self, msg: Any = None) -> bool:
-        """Cancel what the task waits for next, even if this is done: the task has yet to see it."""
-        # The task asked first, so it goes on before this is called.
-        self.add_done_callback(partial(_cancel_next, self.task, msg))
+        """Leave it to ``check_cancelled``: the task counts that it is to end."""
         return True
-
-
-def _begin(loop: asyncio.AbstractEventLoop) -> _CompletionFuture:
-    # No __init__: there are several of these in every call, and it would double what they cost.
-    batch = _CompletionFuture(loop=loop)
-    batch.task = asyncio.current_task(loop)
-    return batch
-
-
-def _cancel_next(task: asyncio.Task[Any] | None, msg: Any, _: object) -> None:
-    if task is not None:
-        # It was counted already.
-        task.uncancel()
-        task.cancel(msg)

@@ -33,9 +33,11 @@ from els_service.errors import (
 )
 from els_service.logs import CALL
 from els_service.server.requests.message_structure import (
+    SMALL_BYTES,
     MessageStructureError,
     check_structure,
     inflated,
+    is_gzip,
     is_large_gzip,
 )
 from els_service.server.telemetry.metrics import Method, Metrics
@@ -245,6 +247,7 @@ class CallInterceptor:
 
     def _unary(self, method: Method, behaviour: Any, parse: Parse) -> Any:
         receiver, reject = self._receiver, self._rejecting(method)
+        draining = self.draining.is_set
 
         async def call(_: object, context: Context) -> Any:
             # As ``Receiver.read``, without its frame: every small call comes by.
@@ -270,7 +273,8 @@ class CallInterceptor:
             try:
                 if size > LARGE_BYTES:
                     holding = receiver.hold(caller_of(context), size)
-                self._admit(request)
+                if draining() or type(request) is _Malformed:
+                    self._admit(request)
                 answer = await behaviour(request, context)
                 if holding is None and (size := _size(answer)) > LARGE_BYTES:
                     holding = receiver.hold(caller_of(context), size)
@@ -533,8 +537,9 @@ def _tolerant(deserializer: Any, method: Method, limits: Limits) -> Any:
             return _Malformed("none")
         method.received += 1
         try:
-            data = inflated(data, limits.max_message_bytes)
-            check_structure(data, descriptor, limits.max_images)
+            if len(data) > SMALL_BYTES or is_gzip(data):
+                data = inflated(data, limits.max_message_bytes)
+                check_structure(data, descriptor, limits.max_images)
             return deserializer(data)
         except (DecodeError, MessageStructureError) as error:
             return _Malformed(str(error) or "truncated or garbage bytes")
