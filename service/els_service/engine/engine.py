@@ -128,7 +128,12 @@ class Engine:
         loaded = self.models.mark_used(entry)
         if loaded is None:
             return asyncio.ensure_future(self._revived(entry, query, context))
-        return self._submit(loaded, query, context, checked=checked)
+        # As ``_submit``, without its frame: every small call comes by.
+        if self._ended:
+            raise UnavailableError(self._ended)
+        if not checked:
+            loaded.denoiser.check(query)
+        return self._scheduler.submit(loaded, query, context)
 
     async def sample(
         self, name: str, run: SamplingRun, context: RequestContext = _NO_TERMS, *, version: str = ""

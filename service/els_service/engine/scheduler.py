@@ -146,29 +146,23 @@ class Scheduler:
                 loaded,
                 f"the deadline of a question to {loaded.model} passed before it was computed",
             )
+        succeeded = False
         try:
             answer = loaded.denoiser.denoise(query)
-        except BaseException:
-            self._on_inline(loaded, len(query), estimate, began, succeeded=False)
-            self._observer.on_dropped(loaded.model, "faulted")
-            raise
-        seconds = self._on_inline(loaded, len(query), estimate, began, succeeded=True)
+            succeeded = True
+        finally:
+            seconds = self.clock() - began
+            loaded.slow = loaded.slow + 1 if seconds > _SLOW_S else 0
+            self._observer.on_computed(loaded.model, seconds, len(query), estimate)
+            loaded.statistics.at_once(len(query), seconds, time.time(), succeeded=succeeded)
+            if not succeeded:
+                self._observer.on_dropped(loaded.model, "faulted")
         if context.trace is not None:
             traced, span = [(context.trace, began)], (began, began + seconds)
             self._observer.on_batch(
                 batch_record(loaded.model, "cpu", traced, len(query), estimate, span, self.clock)
             )
         return answer
-
-    def _on_inline(
-        self, loaded: LoadedModel, images: int, estimate: float, began: float, *, succeeded: bool
-    ) -> float:
-        """Count a query that was computed on the event loop; return the seconds that took."""
-        seconds = self.clock() - began
-        loaded.slow = loaded.slow + 1 if seconds > _SLOW_S else 0
-        self._observer.on_computed(loaded.model, seconds, images, estimate)
-        loaded.statistics.at_once(images, seconds, time.time(), succeeded=succeeded)
-        return seconds
 
     def _dispatch(self) -> None:
         """Give every idle device its next batch."""
