@@ -7,7 +7,10 @@ PEER := .venv-tritonclient
 CONTRACTS := $(shell find proto -name '*.proto')
 NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 
-# A denoiser of 43 MB that others trained; only its own test needs it.
+# Compiling all of torch to bytecode takes half a minute; Python compiles what is imported.
+PIP_INSTALL := pip install --quiet --no-compile
+
+# A pretrained denoiser of 43 MB, for one test.
 TERRAIN := .terrain/terrain.onnx
 
 .PHONY: install demo test test-fast test-nightly test-tools terrain lint bench clean
@@ -16,13 +19,13 @@ install: $(VENV)/.installed $(PEER)/.installed
 
 $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[server,tracing,gpu,dev]'
+	$(BIN)/$(PIP_INSTALL) --editable '.[server,tracing,gpu,dev]'
 	@$(BIN)/python -m els_kernels
 	touch $@
 
 $(PEER)/.installed:
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/pip install --quiet 'tritonclient[grpc]==2.73.0'
+	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc]==2.73.0'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -94,7 +97,8 @@ soak: install
 # What deploy/ needs: tools in environments of their own, see deploy/README.md.
 DEPLOY := .venv-deploy
 POLICY := .venv-checkov
-APT := DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends
+# Under make --jobs one apt-get at a time.
+APT := flock Makefile deploy/apt-install.sh
 
 .PHONY: deploy-tools deploy-settings deploy-checks prometheus compilers
 
@@ -102,25 +106,25 @@ deploy-tools: $(DEPLOY)/.installed $(POLICY)/.installed prometheus
 
 # With promtool, of the distribution.
 prometheus:
-	command -v promtool || { apt-get update --quiet && $(APT) prometheus; }
+	command -v promtool || $(APT) prometheus
 
 # clang, and a compiler and an emulator for another processor: for the native kernel's tests.
 compilers:
 	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
-		{ apt-get update --quiet && $(APT) clang g++-aarch64-linux-gnu qemu-user; }
+		$(APT) clang g++-aarch64-linux-gnu qemu-user
 
 # What tests use where it is installed; without one of them they are skipped.
 test-tools: $(DEPLOY)/.installed prometheus compilers $(TERRAIN)
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)
-	$(DEPLOY)/bin/pip install --quiet --requirement deploy/tools.txt
+	$(DEPLOY)/bin/$(PIP_INSTALL) --requirement deploy/tools.txt
 	$(DEPLOY)/bin/python -m deploy.schemas $(DEPLOY)/crds.json
 	touch $@
 
 $(POLICY)/.installed: deploy/tools-policy.txt
 	$(PYTHON) -m venv $(POLICY)
-	$(POLICY)/bin/pip install --quiet --requirement deploy/tools-policy.txt
+	$(POLICY)/bin/$(PIP_INSTALL) --requirement deploy/tools-policy.txt
 	touch $@
 
 deploy-settings: $(VENV)/.installed

@@ -51,6 +51,7 @@ def test_bare_handlers_return_the_image_and_bear_the_load() -> None:
         assert server.cpu_seconds() > 0
 
 
+@pytest.mark.slow
 def test_our_server_answers_what_is_timed() -> None:
     with els_server() as server:
 

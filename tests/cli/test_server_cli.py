@@ -40,6 +40,7 @@ def test_version_tells_version_and_commit() -> None:
     assert (result.exit_code, result.stdout) == (0, f"els-server {VERSION} ({COMMIT})\n")
 
 
+@pytest.mark.alone
 def test_check_tells_the_state_of_every_model(tmp_path: Path) -> None:
     root = write_models(tmp_path / "models")
     result = run("check", "--models", root)

@@ -166,6 +166,7 @@ def test_heun_takes_the_steps_of_theirs_on_our_levels(tmp_path: Path) -> None:
         assert_close(step.state, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler],

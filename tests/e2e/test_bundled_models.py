@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tests.support.processes import serving
+from tests.support.processes import COMMAND, serving
 
 from els_client import Client
 
@@ -21,7 +21,7 @@ def cpu_seconds(process: int) -> float:
 
 
 def test_the_bundled_models_are_ready_in_time_and_each_denoises() -> None:
-    with serving() as server:
+    with serving(program=COMMAND) as server:
         assert cpu_seconds(server.process.pid) < START_S
         assert set(server.ready) == {"event", "grpc_port", "metrics_port"}
         assert server.ready["event"] == "ready"

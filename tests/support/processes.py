@@ -14,9 +14,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.preloaded import ForkedProcess
+
 BIN = Path(sys.executable).parent
+SERVER: tuple[object, ...] = ()
+"""``els-server``, forked from a process that has imported torch."""
+COMMAND: tuple[object, ...] = (BIN / "els-server",)
+"""``els-server``, executed as a person starts it."""
 FAULT_SERVER = (sys.executable, Path(__file__).with_name("fault_server.py"))
-"""A program: ``els-server`` with the models of ``fault_server``."""
+"""``els-server`` with the models of ``fault_server``; forked too."""
 START_S = 60
 """Ample: two busy cores take a few seconds."""
 
@@ -44,32 +50,42 @@ def run(
 class ServerProcess:
     """``els-server run`` on free ports; its stdout is piped, its stderr goes to a file.
 
-    It drains without grace unless told otherwise.
+    ``ELS_GRACE_S`` is 0 by default.
 
     Args:
-        log: where its stderr goes.
-        options: of ``run``; they outrank ours.
-        program: what is run instead of ``els-server``.
-        variables: of its environment.
+        log: file for stderr.
+        options: of ``run``; they replace ``--port=0 --metrics-port=0``.
+        program: ``SERVER``, ``COMMAND`` or ``FAULT_SERVER``.
+        variables: of the environment; if others than settings are among them, which may matter
+            when torch is imported, the program is executed.
     """
 
     def __init__(
         self,
         log: Path,
         *options: object,
-        program: Sequence[object] = (BIN / "els-server",),
+        program: Sequence[object] = SERVER,
         **variables: str,
     ) -> None:
         self._log = log
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [*map(str, program), "run", "--port=0", "--metrics-port=0", *map(str, options)],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment(**{"ELS_GRACE_S": "0", **variables}),
-            )
+        arguments = ["run", "--port=0", "--metrics-port=0", *map(str, options)]
+        env = environment(**{"ELS_GRACE_S": "0", **variables})
+        self.process: ForkedProcess | subprocess.Popen[bytes]
+        if program != COMMAND and all(name.startswith("ELS_") for name in variables):
+            script = Path(str(program[-1])) if program else None
+            self.process = ForkedProcess(script, arguments, log, env)
+        else:
+            with log.open("wb") as stderr:
+                self.process = subprocess.Popen(
+                    [*map(str, program or COMMAND), *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env=env,
+                )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
+        if not line:
+            self.kill()
         assert line, f"the server died: {log.read_text()}"
         self.ready: dict[str, Any] = json.loads(line)
 
@@ -94,6 +110,7 @@ class ServerProcess:
     def wait(self, timeout_s: float = 30) -> tuple[int, str]:
         """Return exit code and what else came to stdout."""
         rest, _ = self.process.communicate(timeout=timeout_s)
+        assert self.process.returncode is not None
         return self.process.returncode, rest.decode()
 
     def records(self) -> list[dict[str, Any]]:
@@ -118,11 +135,12 @@ def page(port: int, path: str) -> tuple[int, str]:
 
 @contextmanager
 def serving(
-    *options: object, program: Sequence[object] = (BIN / "els-server",), **variables: str
+    *options: object, program: Sequence[object] = SERVER, **variables: str
 ) -> Iterator[ServerProcess]:
-    """Yield a server process that is ready; it is gone afterwards."""
+    """Yield a server process that is ready, and kill it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        server = ServerProcess(Path(folder) / "log", *options, program=program, **variables)
+        log = Path(folder) / "log"
+        server = ServerProcess(log, *options, program=program, **variables)
         try:
             yield server
         finally:

@@ -128,6 +128,8 @@ class Budget:
             return
         del account.holdings[holding]
         self._add(account, holding, -holding.amount)
+        # A method of the owner, which refers to the holding: a cycle for the garbage collector.
+        holding.evict = None
         if not account.holdings:
             del self._accounts[holding.caller]
         if not self._accounts:

@@ -45,6 +45,8 @@ def check_cancelled() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     if task.cancelling():
+        # The task keeps the error, whose traceback has this frame: a cycle for the collector.
+        del task
         raise asyncio.CancelledError("the caller is gone")
     return task
 
