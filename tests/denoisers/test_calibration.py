@@ -17,7 +17,6 @@ from els_service.cli.main import app
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import cosine
 from els_service.denoisers.windows import WindowTable
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
 from els_service.experiments.calibrate import main
 from els_service.experiments.comparison.calibration import (
@@ -29,10 +28,10 @@ from els_service.experiments.comparison.calibration import (
 )
 from els_service.experiments.comparison.drawing import SampleSpec
 from els_service.experiments.comparison.subjects import (
-    BUNDLED_MODELS,
     find_windows,
     open_network,
 )
+from els_service.repository import ModelRepository, bundled_models
 
 STEPS, SAMPLES = 5, 4
 HIDDEN = (3, 3, 5, 7, 5)
@@ -195,7 +194,7 @@ def test_what_cannot_be_calibrated_is_refused_by_name(
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
         (["--seed", "-1"], "seed: expected"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
-        (["--out", str(BUNDLED_MODELS / "new")], "out: expected a folder outside the package"),
+        (["--out", str(bundled_models() / "new")], "out: expected a folder outside the package"),
     ):
         assert main([*told(tmp_path), *extra]) == 2
         assert expected in capsys.readouterr().err

@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 
 from els_service.cli.main import app
 from els_service.denoisers.banks import Bank, make_bank, save_bank
-from els_service.denoisers.networks import PREDICTIONS, load_network_folder
-from els_service.engine.repository import ModelRepository
+from els_service.denoisers.networks import PREDICTIONS
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.train import main
 from els_service.experiments.training import Limits, TrainingSettings, train
 from els_service.experiments.training.data import Batches
 from els_service.experiments.training.record import read_log
+from els_service.repository import ModelRepository, load_network_folder
 
 SHAPE = (1, 8, 8)
 CPU = torch.device("cpu")

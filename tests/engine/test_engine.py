@@ -27,7 +27,6 @@ from els_service.denoisers.samplers import (
     steps_of,
 )
 from els_service.engine.engine import Engine, SamplingRun
-from els_service.engine.repository import ModelRepository
 from els_service.engine.request_context import RequestContext
 from els_service.errors import (
     DeadlineExceededError,
@@ -35,6 +34,7 @@ from els_service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from els_service.repository import ModelRepository
 
 
 def run_of(

@@ -17,9 +17,7 @@ from tests.support.models_folder import DOCUMENTS, write_models
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.engine import repository as repository_module
 from els_service.engine.engine import Engine
-from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     DeadlineExceededError,
     LoadError,
@@ -27,6 +25,8 @@ from els_service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from els_service.repository import ModelRepository, folders
+from els_service.repository import repository as repository_module
 
 GAUSSIAN = "kind: gaussian\nshape: [1, 2, 2]\nmean: {mean}\nvariance: 0\n"
 
@@ -183,13 +183,14 @@ async def test_what_is_looked_into_grows_with_the_models_not_with_their_square(
     for i in range(models):
         write(tmp_path, f"model-{i}", float(i))
     looks: list[Path] = []
-    look = repository_module._versions
+    look = folders.versions
 
     def counted(folder: Path) -> list[tuple[int, Path]]:
         looks.append(folder)
         return look(folder)
 
-    monkeypatch.setattr(repository_module, "_versions", counted)
+    for module in (folders, repository_module):
+        monkeypatch.setattr(module, "versions", counted)
     await engine.models.load_all(ModelRepository(tmp_path))
     assert len(engine.models.newest()) == models
     assert len(looks) <= 4 * models

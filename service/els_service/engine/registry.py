@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from els_service.config import Scheduling
@@ -21,7 +22,6 @@ from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.estimates import warm
 from els_service.engine.loaded_model import LoadedModel, Statistics
 from els_service.engine.loading import Loader
-from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     ElsError,
     LoadError,
@@ -48,7 +48,7 @@ class ModelVersion:
     statistics: Statistics
     """Of all its loaded models."""
     content: str = ""
-    """See ``ModelRepository.fingerprint``."""
+    """See ``ModelSource.fingerprint``."""
     used: int = 0
     """Larger means asked later."""
 
@@ -64,6 +64,50 @@ class State:
     reason: str = ""
 
 
+class ModelSource(Protocol):
+    """Models to serve, by name and version; calls come from several threads."""
+
+    def __str__(self) -> str:
+        """Name of the source in errors."""
+        ...
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a model of that name; raises as ``names``."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of all models, sorted.
+
+        Raises:
+            LoadError: The source cannot be read.
+        """
+        ...
+
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a model, ascending; empty if there is no such model.
+
+        Raises:
+            LoadError: The versions are ambiguous.
+        """
+        ...
+
+    def load(self, name: str, version: int, device: str) -> Denoiser:
+        """Return the denoiser of a version on a device.
+
+        Raises:
+            LoadError: It cannot be loaded.
+        """
+        ...
+
+    def fingerprint(self, name: str, version: int) -> str:
+        """Return SHA-256 (hex) of what a version was last loaded from.
+
+        Raises:
+            LoadError: It cannot be read.
+        """
+        ...
+
+
 class ModelRegistry:
     """The models that are served.
 
@@ -77,7 +121,7 @@ class ModelRegistry:
         self, devices: Sequence[Device], scheduling: Scheduling, lost: Callable[[str], None]
     ) -> None:
         self._devices, self._scheduling, self._lost = devices, scheduling, lost
-        self._repository: ModelRepository | None = None
+        self._repository: ModelSource | None = None
         self._served: dict[str, dict[int, ModelVersion]] = {}
         self._newest: dict[str, ModelVersion] = {}
         self._reasons: dict[str, str] = {}
@@ -165,7 +209,7 @@ class ModelRegistry:
             self._make_room(entry)
         return fresh.loaded
 
-    async def load_all(self, repository: ModelRepository) -> None:
+    async def load_all(self, repository: ModelSource) -> None:
         """Load and warm every model of a repository; keeps why one is refused in ``faults``.
 
         One after the other, but for those that are slow: they go on beside the next ones.
@@ -176,7 +220,7 @@ class ModelRegistry:
         self._repository = repository
         loads: set[asyncio.Task[None]] = set()
         try:
-            for name in await self._loader.run(str(repository.root), repository.names):
+            for name in await self._loader.run(str(repository), repository.names):
                 loads.add(load := asyncio.ensure_future(self._load_or_keep_why(name)))
                 await asyncio.wait((load,), timeout=self._loader.slow_s)
             await asyncio.gather(*loads)

@@ -39,17 +39,15 @@ from els_service.experiments.comparison.calibration import (
 from els_service.experiments.comparison.drawing import SampleSpec, check_seed
 from els_service.experiments.comparison.options import add_shared
 from els_service.experiments.comparison.subjects import (
-    BUNDLED_MODELS,
     RECORD_FILE,
-    WINDOWS_FILE,
     Network,
     build_machines,
     describe_bank,
     find_windows,
-    model_folder,
     open_bank,
     open_network,
 )
+from els_service.repository import WINDOWS_FILE, bundled_models, model_folder
 from els_service.yaml_files import read_yaml
 
 _JOURNAL = "calibration-journal.json"
@@ -79,7 +77,7 @@ def _calibrate(options: argparse.Namespace, command: str) -> None:
     machine = build_machines([options.machine], bank, info, device=device)[options.machine]
     windows = _candidates(options.windows, machine)
     out = options.out or _beside(network, options.machine)
-    if out.resolve().is_relative_to(BUNDLED_MODELS.resolve()):
+    if out.resolve().is_relative_to(bundled_models().resolve()):
         raise InvalidArgumentError("out", "a folder outside the package", out)
     _check_folder(out, machine)
     settings = {

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from els_service.experiments.command_line import positive
-from els_service.experiments.comparison.subjects import BUNDLED_MODELS
+from els_service.repository import bundled_models
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,6 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of images, evenly from all labels, the first of each",
     )
-    add("--models", type=Path, default=BUNDLED_MODELS, help="folder of models")
+    add("--models", type=Path, default=bundled_models(), help="folder of models")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
