@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import package_model
+from tests.support.commands import run
 from tests.support.denoisers import random_images
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.experiments.train import main as train
 from els_service.repository import bundled_models, load_network_folder
 
 NOTICES = Path(__file__).parents[2] / "THIRD_PARTY_NOTICES.md"
@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--data", folder / "bank.safetensors", "--out", folder / "net", "--widths", "8"]
     told = ["--source", "https://images.example/a", "--licence", "MIT (Someone)"]
     amounts = ["--epochs", "4", "--batch", "8", "--log-steps", "2", "--label-names", "a/b,c,d"]
-    assert train([*map(str, arguments), *told, *amounts]) == 0
+    assert run("train", *arguments, *told, *amounts).exit_code == 0
     return folder / "net"
 
 

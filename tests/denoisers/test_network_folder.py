@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,23 @@ def test_a_document_that_is_no_network_is_refused(tmp_path: Path, content: bytes
     (write_folder(tmp_path, config()) / "model.yaml").write_bytes(content)
     with pytest.raises(LoadError, match=r"model\.yaml"):
         load_network_folder(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_network_is_loaded_without_pydantic(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", config())
+    program = """
+import sys
+sys.modules["pydantic"] = None
+from pathlib import Path
+from els_service.repository import ModelRepository
+print(ModelRepository(Path(sys.argv[1])).load("model").info.kind)
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == "network\n"

@@ -124,6 +124,14 @@ def open_bank(path: Path, info: DenoiserInfo, limit: int | None = None) -> Bank:
     return bank if limit is None else _limited(bank, limit)
 
 
+def open_network_and_bank(
+    name: str, models: Path | None, bank: Path, limit: int | None, device: str
+) -> tuple[Network, Bank]:
+    """Return a network as ``open_network`` does, and a bank that matches it as ``open_bank``."""
+    network = open_network(name, models, device)
+    return network, open_bank(bank, network.denoiser.info, limit)
+
+
 def _limited(bank: Bank, limit: int) -> Bank:
     starts, counts = np.unique(bank.labels, return_index=True, return_counts=True)[1:]
     if limit < len(starts):
