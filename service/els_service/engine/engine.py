@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
@@ -168,7 +169,7 @@ class Engine:
         large: bool,
     ) -> AsyncGenerator[Step, None]:
         loaded = await self._loaded(entry, context, stay)
-        answer: Tensor | None = None
+        answer: Denoised | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
@@ -187,7 +188,7 @@ class Engine:
                     loaded, query, context, stay.reservation, decodes=run.decode
                 )
                 begun = True
-            answer = (await self._step(loaded, query, context, stay)).mean.double()
+            answer = await self._step(loaded, query, context, stay)
 
     async def _step(
         self,
@@ -344,7 +345,7 @@ class Engine:
         assert loaded.decoder is not None  # as the model's info says
         level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
         query = make_query(latents.float(), level)
-        return (await self._step(loaded.decoder, query, context, stay)).mean
+        return torch.from_numpy((await self._step(loaded.decoder, query, context, stay)).pixels)
 
     def _check_time(
         self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
@@ -362,7 +363,7 @@ class Engine:
             )
 
     async def _advance(
-        self, trajectory: Trajectory, answer: Tensor | None, large: bool
+        self, trajectory: Trajectory, answer: Denoised | None, large: bool
     ) -> DenoiseCall | Step | None:
         if not large:
             return _send(trajectory, answer)
@@ -382,8 +383,10 @@ def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
     return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
-def _send(trajectory: Trajectory, answer: Tensor | None) -> DenoiseCall | Step | None:
+def _send(trajectory: Trajectory, answer: Denoised | None) -> DenoiseCall | Step | None:
+    # Samplers compute in torch, in float64.
+    x_hat = None if answer is None else torch.from_numpy(answer.pixels).double()
     try:
-        return trajectory.send(answer)
+        return trajectory.send(x_hat)
     except StopIteration:
         return None

@@ -278,6 +278,5 @@ def _join(parts: Sequence[Denoised]) -> Denoised:
     if len(parts) == 1:
         return parts[0]
     evidence = [part.log_evidence for part in parts if part.log_evidence is not None]
-    return Denoised(
-        np.concatenate([part.pixels for part in parts]), torch.cat(evidence) if evidence else None
-    )
+    pixels = np.concatenate([part.pixels for part in parts])
+    return Denoised(pixels, np.concatenate(evidence) if evidence else None)
