@@ -177,6 +177,6 @@ class World:
         return not self.engine.memory.used and all(
             (len(loaded.queue), loaded.queue.cost, loaded.queue.size, loaded.running)
             == (0, 0, 0, 0)
-            and not any(room.budget.used for room in loaded.rooms)
+            and not any(room.budget.used for room in loaded.budgets)
             for loaded in loaded_models
         )

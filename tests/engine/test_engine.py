@@ -172,7 +172,7 @@ async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_s
     assert loaded is not None
     each = loaded.costs.seconds(0.2)
     run = run_of(Recorder().info.shape, options=Options(steps=1000))
-    with pytest.raises(DeadlineExceededError, match="asks model 1000 times"):
+    with pytest.raises(DeadlineExceededError, match="evaluates model 1000 times"):
         await anext(
             engine.sample("model", run, RequestContext(deadline=time.monotonic() + 500 * each))
         )

@@ -88,7 +88,7 @@ async def test_models_are_served_while_one_hangs_which_is_refused_in_the_end(
         assert threading.active_count() <= threads
         await asyncio.wait_for(engine.models.load("zeros"), WAIT_S)
         hang.set()
-        while "circular" in engine.models._loader._given_up:
+        while "circular" in engine.models._loader._abandoned:
             await asyncio.sleep(0.001)
         await engine.models.load("circular")
     finally:
