@@ -30,16 +30,15 @@ from els_service.denoisers.networks import (
     MODEL_FILE,
     WEIGHTS_FILE,
     build_network,
-    load_network_folder,
     parse_network,
     save_network_folder,
 )
 from els_service.denoisers.networks.folder import read_weights
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.comparison.subjects import RECORD_FILE as CALIBRATION_FILE
-from els_service.experiments.comparison.subjects import WINDOWS_FILE
 from els_service.experiments.training.loop import RECORD_FILE
 from els_service.experiments.training.record import LOG_FILE, PLOT_FILE
+from els_service.repository import WINDOWS_FILE, load_network_folder
 
 CARD_FILE = "README.md"
 MOST_BYTES, MOST_BYTES_TOGETHER = 16_000_000, 30_000_000

@@ -25,7 +25,7 @@ from benchmarks.service.messages import MODEL, SIGMA
 from benchmarks.service.statistics import ratio_of_pairs
 from els_client import Client
 from els_client.bench import Plan, Report, run
-from els_service.server.server import bundled_models
+from els_service.repository import bundled_models
 
 _CALLERS = 16
 _PROCESSES = 2

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import package_model
+from tests.support.commands import run
 from tests.support.denoisers import random_images
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.denoisers.networks import load_network_folder
-from els_service.experiments.comparison.subjects import BUNDLED_MODELS
-from els_service.experiments.train import main as train
+from els_service.repository import bundled_models, load_network_folder
 
 NOTICES = Path(__file__).parents[2] / "THIRD_PARTY_NOTICES.md"
 FILES = ["README.md", "loss.csv", "loss.png", "model.yaml", "training.json", "weights.safetensors"]
@@ -31,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--data", folder / "bank.safetensors", "--out", folder / "net", "--widths", "8"]
     told = ["--source", "https://images.example/a", "--licence", "MIT (Someone)"]
     amounts = ["--epochs", "4", "--batch", "8", "--log-steps", "2", "--label-names", "a/b,c,d"]
-    assert train([*map(str, arguments), *told, *amounts]) == 0
+    assert run("train", *arguments, *told, *amounts).exit_code == 0
     return folder / "net"
 
 
@@ -86,7 +85,7 @@ def test_what_is_not_finished_or_has_no_licence_does_not_ship(
 
 def test_networks_that_ship_were_packed_so_are_small_and_stand_in_the_notices() -> None:
     # None may ship; those that do must keep to this.
-    shipped = sorted(path.parent for path in BUNDLED_MODELS.glob("*/weights.safetensors"))
+    shipped = sorted(path.parent for path in bundled_models().glob("*/weights.safetensors"))
     for folder in shipped:
         assert {path.name for path in folder.iterdir()} >= set(FILES)
         assert not (folder / "checkpoint.safetensors").exists()

@@ -103,6 +103,21 @@ def test_check_of_a_folder_that_is_not_there_is_a_fault(tmp_path: Path) -> None:
     assert f"{tmp_path / 'none'}: expected a folder of models" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        ("run", "[default: 127.0.0.1]"),
+        ("train", "[default: the paper's]"),
+        ("calibrate", "[default: from 3 to the side]"),
+        ("compare", "[default: the bundled ones]"),
+        ("bank build", "[default: name of SOURCE]"),
+    ],
+)
+def test_help_shows_defaults_that_are_described_in_words(command: str, default: str) -> None:
+    result = run(*command.split(), "--help")
+    assert (result.exit_code, default in " ".join(result.stdout.split())) == (0, True)
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_a_configuration_that_is_wrong_is_named_with_every_fault(
     config: Path, command: str

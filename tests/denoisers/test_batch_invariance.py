@@ -38,7 +38,7 @@ def pool(denoiser: Denoiser) -> list[Query]:
 def answer(denoiser: Denoiser, query: Query) -> list[Tensor]:
     """Mean, score, and evidence where there is one."""
     denoised = denoiser.denoise(query)
-    evidence = [] if denoised.log_evidence is None else [denoised.log_evidence]
+    evidence = [] if denoised.log_evidence is None else [torch.from_numpy(denoised.log_evidence)]
     return [denoised.mean, score(query, denoised.mean), *evidence]
 
 

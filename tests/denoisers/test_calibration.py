@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.commands import SEPARATE, run
 from tests.support.comparing import SHAPE, squares, subjects, write_bank, write_network
-from typer.testing import CliRunner
 
-from els_service.cli.main import app
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import cosine
 from els_service.denoisers.windows import WindowTable
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
-from els_service.experiments.calibrate import main
 from els_service.experiments.comparison.calibration import (
     Calibration,
     Journal,
@@ -29,10 +26,10 @@ from els_service.experiments.comparison.calibration import (
 )
 from els_service.experiments.comparison.drawing import SampleSpec
 from els_service.experiments.comparison.subjects import (
-    BUNDLED_MODELS,
     find_windows,
     open_network,
 )
+from els_service.repository import ModelRepository, bundled_models
 
 STEPS, SAMPLES = 5, 4
 HIDDEN = (3, 3, 5, 7, 5)
@@ -118,20 +115,9 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-# Calibration must run where only torch, numpy, safetensors, PyYAML and Pillow are.
-_BARE = """
-import sys
-for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "prometheus_client"):
-    sys.modules[name] = None
-import runpy
-sys.argv[0] = "calibrate"
-runpy.run_module("els_service.experiments.calibrate", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, models: Path) -> None:
-    result = CliRunner().invoke(app, ["calibrate", *told(tmp_path)])
+    result = run("calibrate", *told(tmp_path))
     assert result.exit_code == 0, result.output
     out = models / "net-els"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -150,11 +136,11 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert (record["samples"], record["seed"], record["search"]) == (3, 1, "all")
     assert all(set(level["median_cosine"]) == {"3", "5", "7"} for level in record["levels"])
     assert set(record["k_by_label"]) == {"0", "1"}
-    shown = CliRunner().invoke(app, ["calibrate", "--help"])
+    shown = run("calibrate", "--help")
     assert (shown.exit_code, "--search" in shown.output) == (0, True)
     again = tmp_path / "again" / "net-els"
     subprocess.run(
-        [sys.executable, "-c", _BARE, *told(tmp_path, "--out", str(again))],
+        [sys.executable, "-c", SEPARATE, "calibrate", *told(tmp_path, "--out", str(again))],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         check=True,
@@ -166,7 +152,7 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
 
 
 def test_windows_are_written_into_a_model_that_is_there_and_fits(
-    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, models: Path
 ) -> None:
     folder = models / "mine"
     folder.mkdir()
@@ -179,15 +165,13 @@ def test_windows_are_written_into_a_model_that_is_there_and_fits(
         (fits, ""),
     ):
         (folder / "model.yaml").write_text(content)
-        code = main(told(tmp_path, "--out", str(folder)))
-        assert (code, expected in capsys.readouterr().err) == (2 if expected else 0, True)
+        result = run("calibrate", *told(tmp_path, "--out", str(folder)))
+        assert (result.exit_code, expected in result.stderr) == (2 if expected else 0, True)
     assert (folder / "model.yaml").read_text() == fits
     assert ModelRepository(models).load("mine").info.window is not None
 
 
-def test_what_cannot_be_calibrated_is_refused_by_name(
-    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path, models: Path) -> None:
     for extra, expected in (
         (["--machine", "ideal"], "machine: expected one with a window, got ideal"),
         (["--machine", "elz"], "machines: expected some of"),
@@ -195,8 +179,8 @@ def test_what_cannot_be_calibrated_is_refused_by_name(
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
         (["--seed", "-1"], "seed: expected"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
-        (["--out", str(BUNDLED_MODELS / "new")], "out: expected a folder outside the package"),
+        (["--out", str(bundled_models() / "new")], "out: expected a folder outside the package"),
     ):
-        assert main([*told(tmp_path), *extra]) == 2
-        assert expected in capsys.readouterr().err
+        result = run("calibrate", *told(tmp_path), *extra)
+        assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
     assert not (models / "net-els").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.support.commands import SEPARATE, run
 from tests.support.comparing import (
     LABELS,
     SHAPE,
@@ -25,15 +26,12 @@ from tests.support.comparing import (
     write_bank,
     write_network,
 )
-from typer.testing import CliRunner
 
-from els_service.cli.main import app
 from els_service.denoisers.base import Denoised, Denoiser, Query
 from els_service.denoisers.closed_forms import GaussianDenoiser
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.errors import ElsError, LoadError
-from els_service.experiments.compare import main
 from els_service.experiments.comparison.figure import cell_corner, draw_figure
 from els_service.experiments.comparison.run import FigureOptions, Settings, compare
 from els_service.experiments.comparison.subjects import (
@@ -233,9 +231,7 @@ def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
         compare(replace(one, network=open_network(str(folder))), SMALL, tmp_path / "out")
 
 
-def test_what_does_not_go_together_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
     bank = write_bank(tmp_path / "bank.safetensors")
     bare = write_bank(tmp_path / "bare.safetensors", squares(labelled=False))
     wide = write_bank(tmp_path / "wide.safetensors", squares(shape=(3, 8, 8)))
@@ -263,36 +259,25 @@ def test_what_does_not_go_together_is_refused_by_name(
         (net, bank, ["--seed", "-1"], "seed: expected"),
         (net, bank, ["--threads", "-1"], "threads: expected"),
     ):
-        arguments = ["--network", str(network), "--bank", str(images), *extra]
-        assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-        assert expected in capsys.readouterr().err
+        arguments = ("--network", network, "--bank", images, *extra)
+        result = run("compare", *arguments, "--out", tmp_path / "out")
+        assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "out").exists()
 
 
-# Comparison must run where only torch, numpy, safetensors, PyYAML and Pillow are.
-_BARE = """
-import sys
-for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "prometheus_client"):
-    sys.modules[name] = None
-import runpy
-sys.argv[0] = "compare"
-runpy.run_module("els_service.experiments.compare", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
-def test_the_server_s_command_and_the_module_agree(tmp_path: Path) -> None:
+def test_the_command_agrees_with_itself_without_the_packages_of_the_server(tmp_path: Path) -> None:
     write_network(tmp_path / "models" / "net" / "2")
     write_network(tmp_path / "models" / "net" / "1", padding="circular")
     (tmp_path / "models" / "net" / "2" / "windows.yaml").write_text(TABLE)
     bank = write_bank(tmp_path / "bank.safetensors")
     told = f"--network net --models {tmp_path}/models --machines els,local,ideal --bank {bank}"
     told += " --count 3 --steps 2 --network-steps 2,4 --seed 0 --device cpu --threads 1 --out"
-    result = CliRunner().invoke(app, ["compare", *told.split(), str(tmp_path / "ours")])
+    result = run("compare", *told.split(), tmp_path / "ours")
     assert result.exit_code == 0, result.output
     assert "network at 4 steps: median r" in result.output
     shown = subprocess.run(
-        [sys.executable, "-c", _BARE, *told.split(), str(tmp_path / "theirs")],
+        [sys.executable, "-c", SEPARATE, "compare", *told.split(), str(tmp_path / "theirs")],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
@@ -310,5 +295,5 @@ def test_the_server_s_command_and_the_module_agree(tmp_path: Path) -> None:
     assert set(found["at_network_steps"]) == {"2", "4"}
     assert 0 <= found["machines"]["els"]["share_above_ideal"] <= 1
     assert found["network"]["label_count"] == LABELS
-    helped = CliRunner().invoke(app, ["compare", "--help"])
+    helped = run("compare", "--help")
     assert (helped.exit_code, "--figure-without" in helped.output) == (0, True)

@@ -20,10 +20,10 @@ from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.comparison.subjects import (
     build_machines,
     find_windows,
-    model_folder,
     open_bank,
     open_network,
 )
+from els_service.repository import bundled_models, model_folder
 
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
 
@@ -128,3 +128,9 @@ def test_a_name_is_a_served_model_a_path_a_folder_and_neither_leads_elsewhere(
     (served / "model.yaml").write_text("kind: gaussian")
     with pytest.raises(LoadError, match=r"kind: expected network, got gaussian"):
         open_network("net", models)
+
+
+def test_a_name_without_a_models_folder_is_a_bundled_model() -> None:
+    network = open_network("fashion-resnet")
+    assert network.folder == bundled_models() / "fashion-resnet"
+    assert find_windows(network).source == "fashion-resnet/windows.yaml"

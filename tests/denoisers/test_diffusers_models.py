@@ -28,8 +28,8 @@ from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options, Step
-from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError
+from els_service.repository import ModelRepository
 
 # Some of their schedulers convert tensors as numpy 1 did; ours never make these.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

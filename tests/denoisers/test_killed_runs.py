@@ -12,22 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.support.commands import run
 from tests.support.comparing import write_bank, write_network
 from tests.support.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
-from els_service.experiments.calibrate import main as calibrate
-from els_service.experiments.train import main as train
 
 # The same command again and again, killed at its 1st, 2nd, 3rd … write, until one ends. Torch and
 # what its optimizers import are imported once: every run is a fork. It prints the exit codes.
 _KILLED_AT_EVERY_WRITE = """
-import importlib, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 import torch._dynamo
+from els_service.cli import main
 from els_service.experiments.training import loop, record
 
-def run(main, arguments, last):
+def run(last):
     count = 0
     def passed(before=lambda: None):
         nonlocal count
@@ -50,16 +50,17 @@ def run(main, arguments, last):
         killing(os, name)
     killing(loop, "append_log", half_a_row)
     killing(Path, "unlink")
-    os._exit(main(arguments))
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(end.code)
 
-module, *arguments = sys.argv[1:]
-main = importlib.import_module(module).main
 codes = []
 while not codes or codes[-1] < 0:
     child = os.fork()
     if child == 0:
         try:
-            run(main, arguments, len(codes) + 1)
+            run(len(codes) + 1)
         finally:
             os._exit(99)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -68,10 +69,10 @@ print("codes", *codes)
 """
 
 
-def killed_at_every_write(module: str, arguments: list[str]) -> int:
+def killed_at_every_write(command: str, arguments: list[str]) -> int:
     """Run a command to its end; return how often it was killed before."""
     shown = subprocess.run(
-        [sys.executable, "-c", _KILLED_AT_EVERY_WRITE, module, *arguments],
+        [sys.executable, "-c", _KILLED_AT_EVERY_WRITE, command, *arguments],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
@@ -108,9 +109,9 @@ def test_a_training_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
         "--threads 1 --log-steps 4 --device cpu --checkpoint-seconds 0 --out"
     ).split()
     killed, once = tmp_path / "killed", tmp_path / "once"
-    kills = killed_at_every_write("els_service.experiments.train", [*command, str(killed)])
+    kills = killed_at_every_write("train", [*command, str(killed)])
     assert kills > 40, "every write of the model, too"
-    assert train([*command, str(once)]) == 0
+    assert run("train", *command, once).exit_code == 0
     assert (killed / "weights.safetensors").read_bytes() == (
         once / "weights.safetensors"
     ).read_bytes()
@@ -134,9 +135,9 @@ def test_a_calibration_killed_at_every_write_in_turn_goes_on_to_the_same_bits(
         "--steps 2 --windows 3,5 --device cpu --threads 1 --out"
     ).split()
     killed, once = tmp_path / "models" / "killed", tmp_path / "models" / "once"
-    kills = killed_at_every_write("els_service.experiments.calibrate", [*command, str(killed)])
+    kills = killed_at_every_write("calibrate", [*command, str(killed)])
     assert kills > 15, "every write of table, record and model, too"
-    assert calibrate([*command, str(once)]) == 0
+    assert run("calibrate", *command, once).exit_code == 0
     for name in ("windows.yaml", "model.yaml"):
         assert (killed / name).read_bytes() == (once / name).read_bytes()
     records = [read_json(of / "calibration.json", "command") for of in (killed, once)]

@@ -29,8 +29,8 @@ from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.pretrained.latent import LatentDenoiser
 from els_service.denoisers.samplers import SAMPLERS, DenoiseCall, Options, sample
-from els_service.engine.repository import ModelRepository
 from els_service.errors import InvalidArgumentError, LoadError
+from els_service.repository import ModelRepository
 
 COUNT, N, ROWS = 2, 5, 7
 DOCUMENT = "kind: latent\nfolder: pipeline\n"

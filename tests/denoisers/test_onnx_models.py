@@ -26,8 +26,8 @@ from tests.support.onnx_models import (
 
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import NoiseLevel, from_alpha_bar, from_sigma
-from els_service.engine.repository import ModelRepository
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
+from els_service.repository import ModelRepository
 
 
 def load(root: Path, model: Any, **fields: Any) -> Denoiser:

@@ -12,7 +12,7 @@ import torch
 from els_service.denoisers.base import Denoiser, make_query, score
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.samplers import Options, sample
-from els_service.engine.repository import ModelRepository
+from els_service.repository import ModelRepository
 
 FETCHED = Path(__file__).parents[2] / ".terrain" / "terrain.onnx"
 DOCUMENT = """

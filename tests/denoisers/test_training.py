@@ -16,20 +16,18 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.support.commands import SEPARATE, run
 from tests.support.networks import config
 from tests.support.training import IMAGES, bars
 from torch import Tensor
-from typer.testing import CliRunner
 
-from els_service.cli.main import app
 from els_service.denoisers.banks import Bank, make_bank, save_bank
-from els_service.denoisers.networks import PREDICTIONS, load_network_folder
-from els_service.engine.repository import ModelRepository
+from els_service.denoisers.networks import PREDICTIONS
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
-from els_service.experiments.train import main
 from els_service.experiments.training import Limits, TrainingSettings, train
 from els_service.experiments.training.data import Batches
 from els_service.experiments.training.record import read_log
+from els_service.repository import ModelRepository, load_network_folder
 
 SHAPE = (1, 8, 8)
 CPU = torch.device("cpu")
@@ -104,20 +102,8 @@ def test_a_seed_names_a_network_and_another_seed_another(tmp_path: Path, bank: B
     assert not any(torch.equal(ours[name], others[name]) for name in ours if "weight" in name)
 
 
-# Training must run where only torch, numpy, safetensors, PyYAML and Pillow are.
-_BARE = """
-import sys
-for name in ("google", "grpc", "pydantic", "rich", "structlog", "typer", "prometheus_client"):
-    sys.modules[name] = None
-from els_service.experiments.train import main
-sys.exit(main())
-"""
-
-
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, bank: Bank) -> None:
     save_bank(bank, tmp_path / "bank.safetensors")
     command = (
         f"--data {tmp_path}/bank.safetensors --widths 8 --epochs 10 --batch 8 --lr 3e-3 --ema 0.9 "
@@ -125,7 +111,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         "--device cpu --out"
     ).split()
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
-    arguments = [sys.executable, "-c", _BARE, "--checkpoint-seconds", "0", *command, killed]
+    arguments = [
+        sys.executable,
+        "-c",
+        SEPARATE,
+        "train",
+        "--checkpoint-seconds",
+        "0",
+        *command,
+        killed,
+    ]
     with subprocess.Popen(
         arguments, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": ":".join(sys.path)}
     ) as process:
@@ -134,9 +129,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         process.kill()
     assert "step 14/60" in shown[1], shown
     assert not (tmp_path / "killed" / "weights.safetensors").exists()
-    assert main([*command, killed]) == 0
-    assert "step 7/60" not in capsys.readouterr().err
-    assert main([*command, whole]) == 0
+    resumed = run("train", *command, killed)
+    assert (resumed.exit_code, "step 7/60" in resumed.stderr) == (0, False)
+    assert run("train", *command, whole).exit_code == 0
     assert_same(tmp_path / "killed", tmp_path / "whole")
     logs = [
         [(row.step, row.loss) for row in read_log(tmp_path / name, 60)]
@@ -268,9 +263,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, bank: Bank) -> No
         train(settings(), bank, tmp_path)
 
 
-def test_sizes_and_settings_that_do_not_fit_are_refused(
-    tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sizes_and_settings_that_do_not_fit_are_refused(tmp_path: Path, bank: Bank) -> None:
     save_bank(bank, path := tmp_path / "bank.safetensors")
     for extra, expected in (
         (["--arch", "unet", "--widths", "4,4,4,4,4"], "shape: expected height and width divisible"),
@@ -280,8 +273,8 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         (["--threads", "-1"], "threads: expected 0 or more, got -1"),
         (["--label-dropout", "1"], "label_dropout: expected 0 to less than 1, got 1.0"),
     ):
-        assert main(["--data", str(path), "--out", str(tmp_path / "out"), *extra]) == 2
-        assert expected in capsys.readouterr().err
+        result = run("train", "--data", path, "--out", tmp_path / "out", *extra)
+        assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
     with pytest.raises(InvalidArgumentError, match="data: expected images of shape"):
         train(settings(network={"shape": (1, 4, 4)}), bank, tmp_path / "out")
     with pytest.raises(InvalidArgumentError, match="label_dropout"):
@@ -303,12 +296,11 @@ def test_sizes_and_settings_that_do_not_fit_are_refused(
         ("checkpoint-seconds", "nan", "a number, 0 or more"),
     ],
 )
-def test_an_option_that_is_no_number_is_named(
-    capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
-) -> None:
-    with pytest.raises(SystemExit):
-        main(["--data", "x", "--out", "y", f"--{option}={value}"])
-    assert f"{option}: expected {expected}, got" in capsys.readouterr().err
+def test_an_option_that_is_no_number_is_named(option: str, value: str, expected: str) -> None:
+    result = run("train", "--data", "x", "--out", "y", f"--{option}={value}")
+    assert result.exit_code == 2
+    assert f"{option}: expected {expected}, got" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, bank: Bank) -> None:
@@ -323,7 +315,7 @@ def test_a_model_without_its_checkpoint_is_not_overwritten(tmp_path: Path, bank:
 
 
 def test_who_interrupts_a_run_is_told_how_to_go_on(
-    tmp_path: Path, bank: Bank, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -331,18 +323,19 @@ def test_who_interrupts_a_run_is_told_how_to_go_on(
     save_bank(bank, tmp_path / "bank.safetensors")
     monkeypatch.setattr(Batches, "__call__", interrupted)
     arguments = ["--data", f"{tmp_path}/bank.safetensors", "--out", f"{tmp_path}/out"]
-    assert main([*arguments, "--widths", "8", "--device", "cpu"]) == 130
-    assert "interrupted: the same command resumes it" in capsys.readouterr().err
+    result = run("train", *arguments, "--widths", "8", "--device", "cpu")
+    assert result.exit_code == 130
+    assert "interrupted: the same command resumes it" in result.stderr
 
 
 def test_the_server_s_command_trains_too(tmp_path: Path, bank: Bank) -> None:
     save_bank(bank, path := tmp_path / "bank.safetensors")
-    arguments = ["train", "--data", path, "--out", tmp_path / "out", "--widths", "8"]
+    arguments = ("train", "--data", path, "--out", tmp_path / "out", "--widths", "8")
     options = ["--epochs", "1", "--batch", "16", "--store", "float16", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*map(str, arguments), *options])
+    result = run(*arguments, *options)
     assert result.exit_code == 0, result.output
     assert weights(tmp_path / "out")["body.up.weight"].dtype == torch.float16
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["command"].startswith("els-server train --data ")
-    shown = CliRunner().invoke(app, ["train", "--help"])
+    shown = run("train", "--help")
     assert (shown.exit_code, "--checkpoint-seconds" in shown.output) == (0, True)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.commands import run
 from tests.support.training import bars
 
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.errors import InvalidArgumentError
-from els_service.experiments.train import main
 from els_service.experiments.training import load_training_data
 
 
@@ -68,9 +68,7 @@ def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["bank.safetensors", "pictures.npz", "folder"])
-def test_a_corrupt_file_is_named_before_the_first_step(
-    tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corrupt_file_is_named_before_the_first_step(tmp_path: Path, broken: str) -> None:
     path = tmp_path / broken
     if broken == "folder":
         path.mkdir()
@@ -79,7 +77,6 @@ def test_a_corrupt_file_is_named_before_the_first_step(
         path.write_bytes(b"\x89PNG\r\n\x1a\n no more")
     else:
         path.write_bytes(b"PK\x03\x04 no more")
-    arguments = ["--data", str(tmp_path / broken), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert path.name in capsys.readouterr().err
+    result = run("train", "--data", tmp_path / broken, "--out", tmp_path / "out")
+    assert (result.exit_code, path.name in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from els_service.denoisers.base import Denoiser, make_query, score
 from els_service.denoisers.levels import from_alpha_bar, from_sigma, from_time
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
-from els_service.engine.repository import ModelRepository
+from els_service.repository import ModelRepository
 
 LEVELS = {"sigma": from_sigma, "alpha_bar": from_alpha_bar, "time": from_time}
 FEW = {"gaussian": RGB}

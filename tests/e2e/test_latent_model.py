@@ -33,7 +33,7 @@ from els_service.denoisers.base import Condition, make_query, score
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.pretrained.latent import LatentDenoiser
 from els_service.denoisers.samplers import Options, sample
-from els_service.engine.repository import ModelRepository
+from els_service.repository import ModelRepository
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 STEPS = 3

@@ -279,7 +279,7 @@ async def test_a_new_model_is_found_loaded_refused_and_found_again(
     error = await refusal(answer(aio, model="late"))
     assert (error.code().name, error.details()) == (
         "NOT_FOUND",
-        "model: late was refused when it was loaded",
+        "model: late failed to load",
     )
     document.write_text(OVER_A)
     await load(aio, "late")

@@ -146,7 +146,7 @@ class SimulatedDenoiser:
             if number in self.faults:
                 raise self.faults[number]
         self._device.work_s += self._launch_s + self.image_s * len(query)
-        return Denoised(2 * query.pixels, torch.from_numpy(np.sum(query.pixels, 1)))
+        return Denoised(2 * query.pixels, np.sum(query.pixels, 1))
 
 
 @dataclass
@@ -177,6 +177,6 @@ class World:
         return not self.engine.memory.used and all(
             (len(loaded.queue), loaded.queue.cost, loaded.queue.size, loaded.running)
             == (0, 0, 0, 0)
-            and not any(room.budget.used for room in loaded.rooms)
+            and not any(room.budget.used for room in loaded.budgets)
             for loaded in loaded_models
         )

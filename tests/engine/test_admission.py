@@ -77,7 +77,7 @@ def test_a_caller_within_its_share_is_not_rejected_beside_one_who_keeps_the_queu
                     await world.ask(*range(16), caller="a", priority=3)
                     outcomes["answered"] += 1
                 except QueueFullError as error:
-                    outcomes["evicted" if "gave way" in str(error) else "rejected"] += 1
+                    outcomes["evicted" if "evicted from" in str(error) else "rejected"] += 1
                     await asyncio.sleep(error.retry_after_s or 0)
 
         floods = [asyncio.ensure_future(flood()) for _ in range(20)]
@@ -96,16 +96,18 @@ def test_a_caller_within_its_share_is_not_rejected_beside_one_who_keeps_the_queu
     simulate(main())
 
 
-def test_what_gave_way_says_for_whom_and_when_to_come_again() -> None:
+def test_an_eviction_names_the_shares_and_a_retry_delay() -> None:
     async def main() -> None:
         world = served(Scheduling(queue_s=0.2))
         asked = [asyncio.ensure_future(world.ask(i, caller="a")) for i in range(11)]
         await asyncio.sleep(0)
         other = asyncio.ensure_future(world.ask(99, caller="b"))
-        told = r"the queue of model: its caller held 0\.2 s of the 0\.2 s allowed, and others"
-        with pytest.raises(QueueFullError, match=told) as given_way:
+        told = (
+            r"the queue of model: its caller held 0\.2 s of the 0\.2 s allowed, and other callers"
+        )
+        with pytest.raises(QueueFullError, match=told) as evicted:
             await asked[-1]  # the newest
-        assert given_way.value.retry_after_s == pytest.approx(0.1)
+        assert evicted.value.retry_after_s == pytest.approx(0.1)
         assert world.observed.reasons == ["evicted"]
         await asyncio.gather(other, *asked[:-1])
         assert world.is_idle()
@@ -218,12 +220,12 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
         numbers = list(range(act.images))
         context = RequestContext(caller=act.caller, priority=act.priority)
         wanted = loaded.costs.marginal(estimate * IMAGE_S * act.images)
-        before = _shares(loaded.rooms, act.caller, (wanted, query(*numbers).nbytes))
+        before = _shares(loaded.budgets, act.caller, (wanted, query(*numbers).nbytes))
         try:
             if act.sample:
                 run = run_of(3, count=act.images)
                 async for _ in world.engine.sample("model", run, context):
-                    _check_bounds(loaded.rooms)
+                    _check_bounds(loaded.budgets)
             else:
                 await world.ask(*numbers, caller=act.caller, priority=act.priority)
         except QueueFullError as error:
@@ -233,11 +235,11 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
             else:
                 assert act.caller in crowding
         finally:
-            _check_bounds(loaded.rooms)
+            _check_bounds(loaded.budgets)
 
     # Whose holdings are evicted holds more than its share just before.
     crowding: set[str] = set()
-    for room in loaded.rooms:
+    for room in loaded.budgets:
         _watch_evictions(room.budget, crowding)
     calls = []
     for act in acts:
@@ -247,7 +249,7 @@ async def _shares_hold(acts: list[Act], estimate: float, scheduling: Scheduling)
         asyncio.get_running_loop().call_later(act.leaves_s, call.cancel)
         calls.append(call)
         await asyncio.sleep(0)
-        _check_bounds(loaded.rooms)
+        _check_bounds(loaded.budgets)
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         assert outcome is None or isinstance(outcome, asyncio.CancelledError), outcome
     await asyncio.sleep(10)  # those who left may have left a batch that is being computed

@@ -27,7 +27,6 @@ from els_service.denoisers.samplers import (
     steps_of,
 )
 from els_service.engine.engine import Engine, SamplingRun
-from els_service.engine.repository import ModelRepository
 from els_service.engine.request_context import RequestContext
 from els_service.errors import (
     DeadlineExceededError,
@@ -35,6 +34,7 @@ from els_service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from els_service.repository import ModelRepository
 
 
 def run_of(
@@ -172,7 +172,7 @@ async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_s
     assert loaded is not None
     each = loaded.costs.seconds(0.2)
     run = run_of(Recorder().info.shape, options=Options(steps=1000))
-    with pytest.raises(DeadlineExceededError, match="asks model 1000 times"):
+    with pytest.raises(DeadlineExceededError, match="evaluates model 1000 times"):
         await anext(
             engine.sample("model", run, RequestContext(deadline=time.monotonic() + 500 * each))
         )

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 from tests.engine.conftest import WAIT_S, Observed
-from tests.engine.malformed import ALIASES
+from tests.repository.malformed import ALIASES
 from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.config import Scheduling
 from els_service.denoisers import banks
-from els_service.engine import repository as repositories
 from els_service.engine.engine import Engine
 from els_service.engine.loading import Loader
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.repository import ModelRepository, bank_cache
 
 GOOD = ("ideal", "zeros")
 HOSTILE = {
@@ -89,7 +88,7 @@ async def test_models_are_served_while_one_hangs_which_is_refused_in_the_end(
         assert threading.active_count() <= threads
         await asyncio.wait_for(engine.models.load("zeros"), WAIT_S)
         hang.set()
-        while "circular" in engine.models._loader._given_up:
+        while "circular" in engine.models._loader._abandoned:
             await asyncio.sleep(0.001)
         await engine.models.load("circular")
     finally:
@@ -161,7 +160,7 @@ def test_a_bank_is_read_once_however_many_threads_load_models_of_it(
         time.sleep(0.05)  # long enough for the others to come
         return banks.load_bank(path)
 
-    monkeypatch.setattr(repositories, "load_bank", read)
+    monkeypatch.setattr(bank_cache, "load_bank", read)
     names = (*GOOD, "circular", "wiener")
     kept: list[Any] = []
     threads = [

@@ -17,9 +17,7 @@ from tests.support.models_folder import DOCUMENTS, write_models
 from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.engine import repository as repository_module
 from els_service.engine.engine import Engine
-from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     DeadlineExceededError,
     LoadError,
@@ -27,6 +25,8 @@ from els_service.errors import (
     QueueFullError,
     UnavailableError,
 )
+from els_service.repository import ModelRepository, folders
+from els_service.repository import repository as repository_module
 
 GAUSSIAN = "kind: gaussian\nshape: [1, 2, 2]\nmean: {mean}\nvariance: 0\n"
 
@@ -56,7 +56,7 @@ async def test_good_models_are_served_and_bad_ones_are_explained(
     }
     assert "zeros" in engine.models
     assert "bad" not in engine.models
-    with pytest.raises(NotFoundError, match="bad was refused when it was loaded"):
+    with pytest.raises(NotFoundError, match="bad failed to load"):
         engine.models.entry("bad")
     states = {state.model: state for state in await engine.models.index()}
     assert states["zeros"].state == "READY"
@@ -77,7 +77,7 @@ async def test_a_model_that_fails_at_its_first_question_does_not_take_the_others
     )
     await engine.models.load_all(repository)
     assert [entry.model for entry in engine.models.newest()] == ["zeros"]
-    assert "failed at its first question" in str(engine.models.faults["ideal"])
+    assert "failed its warm-up" in str(engine.models.faults["ideal"])
 
 
 async def test_a_device_that_breaks_at_a_first_question_ends_the_engine(
@@ -183,13 +183,14 @@ async def test_what_is_looked_into_grows_with_the_models_not_with_their_square(
     for i in range(models):
         write(tmp_path, f"model-{i}", float(i))
     looks: list[Path] = []
-    look = repository_module._versions
+    look = folders.versions
 
     def counted(folder: Path) -> list[tuple[int, Path]]:
         looks.append(folder)
         return look(folder)
 
-    monkeypatch.setattr(repository_module, "_versions", counted)
+    for module in (folders, repository_module):
+        monkeypatch.setattr(module, "versions", counted)
     await engine.models.load_all(ModelRepository(tmp_path))
     assert len(engine.models.newest()) == models
     assert len(looks) <= 4 * models
@@ -272,7 +273,7 @@ async def test_over_the_memory_budget_the_model_asked_longest_ago_sleeps_until_i
         # Asleep it is still listed, described and ready.
         index = {state.model: state for state in await engine.models.index()}
         assert index["c"].state == "READY"
-        assert "until it is asked" in index["c"].reason
+        assert "until it is used" in index["c"].reason
         assert engine.models.entry("c").info.kind == "heavy"
         several = await asyncio.gather(*(ask(engine, i, model="c") for i in range(5)))
         assert [values(answer) for answer in several] == [[2 * i] for i in range(5)]

@@ -177,7 +177,7 @@ async def test_a_fault_that_would_end_a_thread_ends_nothing(engine: Engine) -> N
 
     engine.models.add("quitter", Quitter())
     engine.models.add("model", Recorder())
-    with pytest.raises(RuntimeError, match="the worker was told SystemExit"):
+    with pytest.raises(RuntimeError, match="the computation raised SystemExit"):
         await ask(engine, 1, model="quitter")
     assert values(await ask(engine, 2)) == [4]
 
@@ -264,7 +264,7 @@ async def test_a_broken_device_fails_its_batch_is_told_of_and_takes_nothing_more
     with pytest.raises(UnavailableError, match="illegal memory access"):
         await ask(engine, 1)
     assert "cpu is broken" in await engine.lost
-    with pytest.raises(UnavailableError, match="ask another server"):
+    with pytest.raises(UnavailableError, match="use another server"):
         await ask(engine, 2)
 
 

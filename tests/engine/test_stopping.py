@@ -31,7 +31,7 @@ class Tiled(Recorder):
         self.entered.release()
         while not self.go.wait(0.001):
             checkpoint()
-        return Denoised(2 * query.pixels, query.x.sum(1))
+        return Denoised(2 * query.pixels, query.x.sum(1).numpy())
 
 
 @pytest.fixture

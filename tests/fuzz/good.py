@@ -21,7 +21,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.engine.loaded_model import Statistics
 from els_service.engine.registry import ModelVersion
-from els_service.engine.repository import ModelRepository
+from els_service.repository import ModelRepository
 from els_service.server.requests.resume_token import encode_token
 
 SERVICES: list[ServiceDescriptor] = [

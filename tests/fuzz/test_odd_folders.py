@@ -15,8 +15,8 @@ from tests.fuzz.decoders import document
 from tests.support.examples import examples
 from tests.support.models_folder import DOCUMENTS, write_models
 
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.repository import ModelRepository
 from els_service.server.transport.interceptor import status_of
 
 WIENER = DOCUMENTS["wiener"]

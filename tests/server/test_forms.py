@@ -298,7 +298,7 @@ def test_an_answer_is_the_message_that_protobuf_would_write(
 
 def test_an_answer_with_evidence_holds_both(method: DenoiseMethod) -> None:
     pixels = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
-    evidence = torch.randn(2, *SHAPE[1:])
+    evidence = np.random.default_rng(1).normal(size=(2, *SHAPE[1:])).astype(np.float32)
     x = tensor(shape=pixels.shape, data=bytes(pixels.nbytes))
     _, form, _, _ = method.read(denoise(x=x, return_log_evidence=True))
     got = pb.DenoiseResponse.FromString(method.write(form, pixels, Denoised(pixels, evidence)))

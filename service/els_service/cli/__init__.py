@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+
+_SEPARATE = ("probe", "train", "calibrate", "compare")
+"""Commands that run without the imports of the others: ``probe`` because it runs every few seconds
+and they take one, the experiments because they work without the packages of the server."""
 
 
 def main() -> None:
@@ -17,11 +22,9 @@ def main() -> None:
     # computation on a busy machine twenty times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        if sys.argv[1:2] == ["probe"]:
-            # Run every few seconds: importing the other commands would take a second each time.
-            from els_service.cli.probe import app as probe
-
-            probe(sys.argv[2:], prog_name="els-server probe")
+        if (name := "".join(sys.argv[1:2])) in _SEPARATE:
+            command = importlib.import_module(f"els_service.cli.{name}").app
+            command(sys.argv[2:], prog_name=f"els-server {name}")
         from els_service.cli.main import app
     except ModuleNotFoundError as error:
         # The command is always installed, its dependencies only with the extra.

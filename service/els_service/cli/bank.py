@@ -23,7 +23,9 @@ from els_service.errors import ElsError, InvalidArgumentError
 _SHOWN = 10
 """Maximum skipped files to list."""
 
-app = typer.Typer(help="Build and inspect image banks.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build and inspect image banks.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()

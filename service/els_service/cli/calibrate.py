@@ -1,20 +1,104 @@
-"""``els-server calibrate``: runs ``els_service.experiments.calibrate``."""
+"""``els-server calibrate``: fits a machine's windows to a network."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-app = typer.Typer()
-
-
-@app.command(
-    "calibrate",
-    # Same parser as the module's command line, which runs without typer.
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
+from els_service.cli.experiments import (
+    Bank,
+    BankLimit,
+    Device,
+    ExperimentCommand,
+    Models,
+    Threads,
+    command_line,
+    one_of,
+    prepare_device,
+    whole,
+    whole_numbers,
 )
-def calibrate(context: typer.Context) -> None:
-    """Fit a machine's windows to a network; writes windows.yaml in an analytic model folder."""
-    from els_service.experiments.calibrate import main
+from els_service.cli.progress import Progress
+from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
+from els_service.experiments.comparison.calibration import SEARCHES
+from els_service.experiments.comparison.drawing import check_seed
+from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
+from els_service.repository import WINDOWS_FILE
 
-    raise typer.Exit(main(context.args, program="els-server calibrate"))
+app = typer.Typer(rich_markup_mode=None)
+
+Network = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Name of a served model, or a network's model folder."),
+]
+Machine = Annotated[str, typer.Option(help="els or local, or MACHINE-PADDING.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Analytic model folder, created if missing. [default: MODEL-MACHINE next to MODEL]",
+    ),
+]
+Samples = Annotated[int, typer.Option(parser=whole("samples"), help="Trajectories of the network.")]
+Steps = Annotated[int, typer.Option(parser=whole("steps"), help="Steps, and levels of the table.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise, unlike that of `compare`.")]
+Search = Annotated[
+    str,
+    typer.Option(
+        parser=one_of("search", SEARCHES), help="all: all windows; climb: 3 times faster."
+    ),
+]
+Windows = Annotated[
+    str | None,
+    typer.Option(metavar="K[,K]", help="Odd candidates. [default: from 3 to the side]"),
+]
+
+
+@app.command("calibrate", cls=ExperimentCommand)
+def calibrate(
+    context: typer.Context,
+    network: Network,
+    bank: Bank,
+    machine: Machine = CalibrationSettings.machine,
+    out: Out = None,
+    samples: Samples = CalibrationSettings.samples,
+    steps: Steps = CalibrationSettings.steps,
+    seed: Seed = CalibrationSettings.seed,
+    search: Search = CalibrationSettings.search,
+    windows: Windows = None,
+    bank_limit: BankLimit = None,
+    models: Models = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Find the windows by noise level for which a machine's score is closest to a network's.
+
+    Writes windows.yaml and calibration.json to an analytic model folder. The same command resumes
+    an interrupted run.
+    """
+    check_seed(seed)
+    settings = CalibrationSettings(
+        machine=machine,
+        samples=samples,
+        steps=steps,
+        seed=seed,
+        search=search,
+        windows=whole_numbers("windows", windows),
+    )
+    torch_device = prepare_device(device, threads)
+    trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)
+    written, table = calibrate_folder(
+        trained,
+        images,
+        settings,
+        out,
+        bank_file=bank,
+        device=torch_device,
+        command=command_line(context),
+        progress=Progress("calibrate"),
+    )
+    print(f"windows {' '.join(map(str, table.k))}\nwritten: {written}")
+    if find_windows(trained).source != f"{written.resolve().name}/{WINDOWS_FILE}":
+        print(f"for a comparison with these windows: --windows {written}")

@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Serve denoisers over gRPC.",
+    rich_markup_mode=None,  # which removes "[default: …]"
 )
 app.add_typer(probe.app)
 app.add_typer(bank.app, name="bank")

@@ -15,7 +15,7 @@ import typer
 from els_service.config import load_settings
 from els_service.errors import LoadError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _UNHEALTHY = 1
 _FAULT = 2

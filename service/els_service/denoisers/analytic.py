@@ -131,7 +131,7 @@ class AnalyticDenoiser:
             ranges=torch.tensor(self._ranges(query)),
             geometry=self._geometry,
         )
-        return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu())
+        return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu().numpy())
 
     def _windows(self, query: Query) -> Integers:
         if self._window is None:

@@ -154,8 +154,8 @@ class Denoised:
 
     pixels: npt.NDArray[np.float32]
     """[B, C, H, W], C order: D(x) = E[x0 | x]."""
-    log_evidence: Tensor | None
-    """[B, H, W] float32; None if the denoiser does not compute it."""
+    log_evidence: npt.NDArray[np.float32] | None
+    """[B, H, W]; None if the denoiser does not compute it."""
 
     def __getitem__(self, images: slice) -> Denoised:
         evidence = self.log_evidence
@@ -163,7 +163,7 @@ class Denoised:
 
     @property
     def mean(self) -> Tensor:
-        """Pixels as a CPU tensor that shares their memory."""
+        """Pixels as a CPU tensor that shares their memory, for callers that compute in torch."""
         return torch.from_numpy(self.pixels)
 
 

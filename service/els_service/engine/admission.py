@@ -1,8 +1,8 @@
-"""Admission: which queries may wait for a device, and which of those that wait are dropped.
+"""Admission control: rejection of queries on arrival, and eviction of waiting ones.
 
 A query is rejected on arrival if it would be late by prediction, or if its caller already has its
-share of a queue or of the memory. Otherwise it holds room until it is answered; the newest requests
-of the caller that holds most are evicted where others need room.
+share of a queue or of the memory. An admitted query holds parts of budgets until it is answered.
+When other callers need their share, the newest requests of the caller that holds most are evicted.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Workload:
 
     def __init__(self) -> None:
         self.waiting: dict[LoadedModel, None] = {}
-        """Models with something waiting, in the order in which that began."""
+        """Models with waiting chunks, in the order in which their queues began to fill."""
         self.busy: dict[str, float] = {}
-        """Device → when its batch is predicted to end."""
+        """Device → predicted end of its batch."""
 
     def busy_for(self, loaded: LoadedModel, now: float) -> float:
-        """Return in how many seconds the first of a model's devices is predicted to be free."""
+        """Return the predicted seconds until one of a model's devices is idle."""
         return max(0.0, min(self.busy.get(name, now) for name in loaded.denoisers) - now)
 
 
@@ -40,11 +40,11 @@ class Admission:
     """Admission control of all queues.
 
     Args:
-        workload: of the scheduler.
+        workload: workload of the scheduler.
         limits: bounds of queues.
-        memory: room for the bytes of all that waits or is computed, of all models.
+        memory: budget for the bytes of all waiting and computed requests.
         observer: receives a callback for each query that is rejected or dropped.
-        clock: in seconds; deadlines are on it.
+        clock: clock of deadlines, in seconds.
     """
 
     def __init__(
@@ -67,27 +67,27 @@ class Admission:
         *,
         decodes: bool,
     ) -> None:
-        """Admit a trajectory by its first question: it holds room for one step from now on.
+        """Admit a trajectory by its first query: reserves the time of one step for its whole life.
 
         Args:
-            loaded: model whose denoiser is asked.
-            query: the first question; those to come take about as long.
+            loaded: model of the trajectory.
+            query: its first query; later ones take about as long.
             context: deadline, priority and caller.
-            reservation: of the trajectory.
-            decodes: whether its latents are decoded in the end.
+            reservation: reservation of the trajectory.
+            decodes: whether its final latents are decoded.
 
         Raises:
-            QueueFullError: More work waits than is allowed, and the caller has its share of it.
-            DeadlineExceededError: The first answer would come too late.
+            QueueFullError: A budget is full and the caller has its share of it.
+            DeadlineExceededError: The first answer would be late.
         """
         estimate = loaded.denoiser.predict_seconds(query)
         if estimate >= INLINE_S or loaded.running:
             self.check_deadline(loaded, query, context, estimate, self._clock())
-        asked = [loaded, loaded.decoder] if decodes and loaded.decoder is not None else [loaded]
+        used = [loaded, loaded.decoder] if decodes and loaded.decoder is not None else [loaded]
         parts = []
-        for each in asked:
+        for each in used:
             seconds = each.costs.marginal(each.denoiser.predict_seconds(query))
-            # One that is alone may take longer than all that may wait.
+            # A trajectory that is alone may exceed the budget.
             parts.append((each.seconds, min(seconds, self._limits.queue_s)))
         self.reserve(loaded.model, loaded.statistics, reservation, parts)
 
@@ -98,10 +98,10 @@ class Admission:
         reservation: Reservation,
         parts: Sequence[tuple[NamedBudget, float]],
     ) -> None:
-        """Hold parts of rooms, and count a request for which there is none.
+        """Reserve parts of budgets; counts a rejected request.
 
         Raises:
-            QueueFullError: There is no room.
+            QueueFullError: A part does not fit.
         """
         try:
             reservation.reserve(parts)
@@ -118,7 +118,7 @@ class Admission:
         estimate: float,
         now: float,
     ) -> None:
-        """Raise if the answer would come too late; drop what is, where the queue is crowded."""
+        """Raise if the answer would be late; first drops late chunks of a full queue."""
         own = loaded.costs.seconds(estimate)
         if loaded.queue and _is_crowded(loaded, query, own):
             self._drop_expired(loaded, now)
@@ -139,12 +139,12 @@ class Admission:
             )
 
     def reserve_for(self, loaded: LoadedModel, pending: PendingRequest, estimate: float) -> None:
-        """Take room for a query, from other callers where need be, or raise QueueFullError."""
+        """Reserve budgets for a query, if need be by evictions, or raise QueueFullError."""
         size = pending.query.nbytes
         parts = [(loaded.seconds, loaded.costs.marginal(estimate)), (loaded.bytes, float(size))]
         if not loaded.queue:
-            # It may be as large as it likes, whatever trajectories hold that ask nothing now.
-            parts = [(room, room.up_to(amount)) for room, amount in parts]
+            # A query that is alone may be of any size, whatever idle trajectories have reserved.
+            parts = [(named, named.up_to(amount)) for named, amount in parts]
         parts.append((self._memory, size))
         reservation = Reservation(pending.caller, partial(self._evict, loaded, pending))
         self.reserve(loaded.model, loaded.statistics, reservation, parts)
@@ -153,7 +153,7 @@ class Admission:
     def too_late(
         self, loaded: LoadedModel, text: str, retry_after_s: float | None = None
     ) -> DeadlineExceededError:
-        """Count a query rejected for its deadline, and return the error of its caller."""
+        """Count a query rejected for its deadline, and return its error."""
         self._observer.on_dropped(loaded.model, "rejected_late")
         loaded.statistics.failed.add(0.0)
         return DeadlineExceededError(text, retry_after_s=retry_after_s)
@@ -162,7 +162,7 @@ class Admission:
         """Drop a request whose deadline has passed, or cannot be met."""
         self._observer.on_dropped(loaded.model, "expired")
         loaded.statistics.failed.add(now - pending.since)
-        # At once, not when the future's callback runs: the caller of this looks at the queue next.
+        # Now, not in the future's callback, because the caller reads the queue next.
         loaded.withdraw(pending)
         left = pending.context.deadline - now
         state = f"passed {-left:.3g} s ago" if left < 0 else f"in {left:.3g} s cannot be met"
@@ -183,7 +183,7 @@ class Admission:
     def _predict(
         self, loaded: LoadedModel, context: RequestContext, estimate: float, wait: float
     ) -> float:
-        """Return in how many seconds an answer can be expected."""
+        """Return the predicted seconds until the answer."""
         ahead = loaded.costs.marginal(
             loaded.queue.ahead_of(context.name(), context.priority, estimate)
         )
@@ -197,7 +197,7 @@ class Admission:
         return wait + (here + others) / len(loaded.denoisers)
 
     def _drop_expired(self, loaded: LoadedModel, now: float) -> None:
-        """Drop what is late already."""
+        """Drop chunks past their deadline."""
         if now - loaded.purged > _PURGE_S:
             loaded.purged = now
             for chunk in list(loaded.queue):
@@ -206,14 +206,14 @@ class Admission:
 
 
 def _is_crowded(loaded: LoadedModel, query: Query, seconds: float) -> bool:
-    """Return whether a query finds room only where others give way."""
+    """Return whether a query would fit only by evictions."""
     return any(
-        room.budget.used + amount > room.budget.capacity
-        for room, amount in ((loaded.seconds, seconds), (loaded.bytes, query.nbytes))
+        named.budget.used + amount > named.budget.capacity
+        for named, amount in ((loaded.seconds, seconds), (loaded.bytes, query.nbytes))
     )
 
 
 def fail(pending: PendingRequest, error: Exception) -> None:
-    """Answer a request with an error, unless it is answered."""
+    """Fail a request, unless it is answered."""
     if not pending.answer.done():
         pending.answer.set_exception(error)

@@ -17,16 +17,16 @@ def batch_record(
     span: tuple[float, float],
     clock: Callable[[], float],
 ) -> BatchRecord:
-    """Return what is told of a batch.
+    """Return the record of a batch.
 
     Args:
-        model: its name.
-        device: where it was computed.
-        members: each query's ``Terms.trace``, and when it came.
-        images: of all members.
+        model: name of the model.
+        device: device that computed it.
+        members: ``RequestContext.trace`` and arrival time of each query.
+        images: number of images of all members.
         cost: predicted seconds.
-        span: when computing began and ended.
-        clock: on which all these times are, in seconds.
+        span: begin and end of the computation.
+        clock: clock of all these times, in seconds.
     """
     offset = _wall_ns(clock)
     began, ended = span
@@ -43,9 +43,9 @@ def batch_record(
 
 
 def _wall_ns(clock: Callable[[], float]) -> int:
-    """Return the wall clock less a clock, by the quickest of three readings: traces are on it.
+    """Return the wall clock minus ``clock``, from the quickest of three readings.
 
-    On a busy machine a thread may be set aside between the reading of one clock and the other's.
+    On a busy machine the thread may be preempted between the readings of the two clocks.
     """
     readings = []
     for _ in range(3):

@@ -1,7 +1,7 @@
 """Choice of the next batch of a device: which model, and which chunks together.
 
-A batch ends where more would save little (its launch is a small part of it), or where it would make
-a member late.
+A batch is complete when more chunks would save little, as its fixed cost is a small part of it, or
+would make a member late.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from els_service.config import Scheduling
 from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest
 
 INLINE_S = 1e-4
-"""Shorter work runs on the event loop: handing it over would take as long."""
+"""Predicted seconds below which work runs on the event loop, as passing it to a device takes as
+long."""
 _SHORT_S = 0.01
-"""Predicted time of a batch whose launch costs nothing: others get their turn after it."""
+"""Target seconds of a batch without fixed cost; then other models are served."""
 _LAUNCH_SHARE = 0.2
-"""Part of a batch that its launch may be; batches grow until it is."""
-HAND_OUT_S = 0.002
-"""Of a deadline: an answer that is computed has yet to be handed out."""
+"""Target share of the fixed cost in the time of a batch."""
+DELIVERY_S = 0.002
+"""Seconds before a deadline by which an answer must be computed, to be delivered in time."""
 
 
 def next_model(waiting: Iterable[LoadedModel], device: str, now: float) -> LoadedModel | None:
-    """Return the model with the most urgent chunk; of several, the one that had least time."""
+    """Return the model with the most urgent chunk; on a tie, the one with the least device time."""
     here = [loaded for loaded in waiting if device in loaded.denoisers]
     if len(here) < 2:
         return here[0] if here else None
@@ -35,12 +36,12 @@ def next_batch(
     limits: Scheduling,
     expire: Callable[[LoadedModel, PendingRequest, float], None],
 ) -> list[Chunk]:
-    """Take from the queue what is worth computing and can be computed in time, together."""
+    """Take the chunks of the next batch from the queue; drops those that are late."""
     batch: list[Chunk] = []
     estimate, first_deadline = 0.0, float("inf")
     longest = batch_s(loaded, limits)
     upper_bound = loaded.costs.upper_bound if loaded.costs.is_calibrated(now) else _nothing
-    until = now + HAND_OUT_S
+    until = now + DELIVERY_S
     while chunk := loaded.queue.peek(now):
         deadline = chunk.pending.context.deadline
         if until + upper_bound(chunk.cost) > deadline:
@@ -59,7 +60,7 @@ def next_batch(
 
 
 def batch_s(loaded: LoadedModel, limits: Scheduling) -> float:
-    """Return the predicted time that a batch should take, if there is so much to do."""
+    """Return the target seconds of a batch, if enough is waiting."""
     return min(limits.batch_s, max(_SHORT_S, loaded.costs.fixed_s / _LAUNCH_SHARE))
 
 

@@ -1,10 +1,10 @@
-"""Budget shared by callers: free for all while there is room, evenly divided once there is none.
+"""Budget shared by callers: unrestricted while it suffices, divided evenly once it is scarce.
 
 Pure bookkeeping: no clock, no event loop. When a request does not fit, the newest holdings of the
-caller that holds most are evicted for it, as long as that caller holds more than the requester
-would ("longest queue drop", Suter et al. 1999). So a caller within its share, which is the capacity
-divided by the number of callers, is never rejected for what others hold beyond theirs, and the
-capacity is never exceeded.
+caller that holds most are evicted, as long as that caller holds more than the requester would
+("longest queue drop", Suter et al. 1999). So a caller within its share, which is the capacity
+divided by the number of callers, is never rejected because others exceed theirs, and the capacity
+is never exceeded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ class Holding:
     """Part of a budget that one caller holds until it is released.
 
     Args:
-        caller: whose it is.
-        amount: in the unit of the budget.
-        evict: called once if the holding is taken away, which is released by then; None where it
-            cannot be taken away.
+        caller: its holder.
+        amount: amount in the unit of the budget.
+        evict: called once if the holding is evicted, after its release; None if it is pinned.
     """
 
     __slots__ = ("amount", "caller", "evict")
@@ -34,7 +33,7 @@ class Holding:
 
 @dataclass(slots=True)
 class _Account:
-    """What one caller holds."""
+    """Holdings of one caller."""
 
     total: float = 0.0
     evictable: float = 0.0
@@ -46,43 +45,43 @@ class Budget:
     """Capacity and its holders.
 
     Args:
-        capacity: of any unit; a holding that is alone may exceed it.
+        capacity: capacity in any unit; a holding that is alone may exceed it.
     """
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
         self.used = 0.0
         self.evicted = 0
-        """Holdings taken away so far."""
+        """Number of holdings evicted so far."""
         self._accounts: dict[str, _Account] = {}
 
     @property
     def callers(self) -> int:
-        """How many callers hold something."""
+        """Number of callers that hold something."""
         return len(self._accounts)
 
     def held_by(self, caller: str) -> float:
-        """Return how much a caller holds."""
+        """Return the amount that a caller holds."""
         account = self._accounts.get(caller)
         return account.total if account else 0.0
 
     def fits(self, caller: str, amount: float) -> bool:
-        """Return whether ``reserve`` would find room, or make it."""
+        """Return whether ``reserve`` would succeed, if need be by evictions."""
         return self.used == 0 or self._could_fit(caller, amount)
 
     def reserve(
         self, caller: str, amount: float, evict: Callable[[], None] | None = None
     ) -> Holding | None:
-        """Return a holding of ``amount``; None where there is no room for it.
+        """Return a holding of ``amount``; None if it does not fit.
 
         Args:
-            caller: who will hold it.
+            caller: its holder.
             amount: not negative.
             evict: see ``Holding``.
         """
         if not self.fits(caller, amount):
             return None
-        self._make_room(caller, amount)
+        self._evict_for(caller, amount)
         holding = Holding(caller, amount, evict)
         account = self._accounts.setdefault(caller, _Account())
         account.holdings[holding] = None
@@ -90,9 +89,9 @@ class Budget:
         return holding
 
     def resize(self, holding: Holding, amount: float) -> bool:
-        """Change how much a holding is; return whether there is room for it, else it stays.
+        """Change the amount of a holding; return False, without a change, if it does not fit.
 
-        A holding that was evicted or released meanwhile has none.
+        A holding that was evicted or released does not fit.
         """
         account = self._accounts.get(holding.caller)
         if account is None or holding not in account.holdings:
@@ -102,27 +101,27 @@ class Budget:
         if change > 0 and not alone:
             if not self._could_fit(holding.caller, change):
                 return False
-            self._make_room(holding.caller, change)
+            self._evict_for(holding.caller, change)
         holding.amount = amount
         self._add(account, holding, change)
         return True
 
     def pin(self, holding: Holding) -> None:
-        """Keep a holding from being evicted from now on."""
+        """Exempt a holding from eviction."""
         account = self._accounts.get(holding.caller)
         if account is not None and holding in account.holdings and holding.evict is not None:
             account.evictable -= holding.amount
             holding.evict = None
 
     def allow_eviction(self, holding: Holding, evict: Callable[[], None]) -> None:
-        """Let a holding be evicted from now on; one that was released before is left."""
+        """Make a holding evictable; no effect after its release."""
         account = self._accounts.get(holding.caller)
         if account is not None and holding in account.holdings and holding.evict is None:
             account.evictable += holding.amount
             holding.evict = evict
 
     def release(self, holding: Holding) -> None:
-        """Give a holding back; one that was evicted or released before is left."""
+        """Release a holding; no effect if it was evicted or released before."""
         account = self._accounts.get(holding.caller)
         if account is None or holding not in account.holdings:
             return
@@ -142,7 +141,7 @@ class Budget:
             account.evictable += change
 
     def _could_fit(self, caller: str, amount: float) -> bool:
-        """Return whether there is room for ``amount`` more of a caller, or could be made."""
+        """Return whether ``amount`` more of a caller fits, if need be by evictions."""
         missing = self.used + amount - self.capacity
         if missing <= _LEAST:
             return True
@@ -151,8 +150,8 @@ class Budget:
         spare = sum(min(each.evictable, max(each.total - level, 0.0)) for each in others)
         return spare >= missing - _LEAST
 
-    def _make_room(self, caller: str, amount: float) -> None:
-        """Evict until there is room for ``amount`` more of a caller, which must be possible."""
+    def _evict_for(self, caller: str, amount: float) -> None:
+        """Evict until ``amount`` more of a caller fits, which must be possible."""
         while self.used and self.used + amount - self.capacity > _LEAST:
             others = (each for each in self._others(caller) if each.evictable > _LEAST)
             self._evict_newest(max(others, key=_total))

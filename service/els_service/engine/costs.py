@@ -2,24 +2,24 @@
 
     seconds = fixed + rate · estimate
 
-The line is fitted to the batches seen, each weighing less than the one after it (weighted least
-squares): a slower machine, a busy neighbour or a wrong estimate is learned in a few batches.
+The line is fitted to past batches by least squares with decaying weights, so that a few batches
+suffice to learn a slower machine, a busy neighbour or a wrong estimate.
 """
 
 from __future__ import annotations
 
 _DECAY = 0.9
-"""Weight of the past at each batch: the last ten or so count."""
+"""Factor of past weights at each batch: about the last ten count."""
 _ENOUGH = 3
-"""Batches after which a prediction may be held against a caller."""
+"""Batches after which a query may be rejected by prediction."""
 _STALE_S = 10.0
-"""Without a batch for so long a prediction is not held against anybody: asking is how it learns."""
+"""Seconds without a batch after which no query is rejected by prediction, so that it can adapt."""
 _FAR = 4.0
-"""So many times the time allowed, and a prediction counts even if nothing was measured lately."""
-_TELLING_S = 0.01
-"""Overheads of a question that takes this long are a small part of it."""
+"""Multiple of the time allowed from which a prediction counts even without recent batches."""
+_INFORMATIVE_S = 0.01
+"""Seconds of a query from which overheads are a small part of it."""
 _SPREAD = 0.05
-"""Least relative variance of the estimates seen from which a slope can be told."""
+"""Minimum relative variance of past estimates for fitting a slope."""
 
 
 class CostModel:
@@ -42,47 +42,47 @@ class CostModel:
 
     @property
     def fixed_s(self) -> float:
-        """Predicted seconds of a batch however small: what batching saves."""
+        """Predicted seconds of the smallest batch: what batching saves."""
         return self._fixed
 
     def upper_bound(self, estimate: float) -> float:
-        """Return seconds that a batch exceeds seldom: the prediction and its usual error twice."""
+        """Return the prediction plus twice its typical relative error."""
         return self.seconds(estimate) * (1 + 2 * self._error)
 
     def is_calibrated(self, now: float) -> bool:
-        """Return whether enough was seen, lately enough, to refuse a query by prediction."""
+        """Return whether enough recent batches are known to reject a query by prediction."""
         return self._seen >= _ENOUGH and now - self._last < _STALE_S
 
     def may_refuse(self, estimate: float, allowed_s: float, now: float) -> bool:
-        """Return whether a query may be refused by prediction.
+        """Return whether a query may be rejected by prediction.
 
-        It may once the prediction is ``trusted``, and before that if estimate and prediction both
-        exceed the time allowed several times: neither is wrong by so much, and a wrong one of them
-        alone cannot shut callers out for ever.
+        It may if the model ``is_calibrated``, and before that if both estimate and prediction
+        exceed the time allowed several times: neither is wrong by that much, and a single wrong
+        one cannot reject callers for ever.
 
         Args:
-            estimate: seconds of the work itself by the denoiser's estimate, waiting left out.
-            allowed_s: until the deadline.
-            now: on the clock that ``learn`` is given.
+            estimate: the denoiser's estimate in seconds, without waiting.
+            allowed_s: seconds until the deadline.
+            now: time on the clock of ``learn``.
         """
         return self.is_calibrated(now) or min(estimate, self.seconds(estimate)) > _FAR * allowed_s
 
     def calibrate(self, estimate: float, seconds: float) -> None:
-        """Take in how long a first, small question took, before anything was learned.
+        """Learn from the duration of a first, small query; no effect after ``learn``.
 
-        A short one shows that a machine is faster than was estimated, but not that it is slower:
-        it has overheads which large ones do not repeat.
+        A short query can show that a machine is faster than estimated, but not that it is slower:
+        its overheads are not proportional to the work.
         """
         if not self._seen and estimate > 0:
             rate = seconds / estimate
-            self._rate = rate if seconds > _TELLING_S else min(1.0, rate)
+            self._rate = rate if seconds > _INFORMATIVE_S else min(1.0, rate)
 
     def learn(self, estimate: float, seconds: float, now: float) -> None:
-        """Take in that a batch estimated at ``estimate`` took ``seconds``."""
+        """Learn that a batch estimated at ``estimate`` took ``seconds``."""
         estimate = max(estimate, 1e-9)
         if self._seen:
             predicted = self.seconds(estimate)
-            # A pause of the machine is no property of the model.
+            # Limited, because a pause of the machine is not a property of the model.
             seconds = min(seconds, 4 * predicted + 0.01)
             error = abs(seconds - predicted) / max(predicted, 1e-6)
             self._error += (1 - _DECAY) * (min(error, 1.0) - self._error)

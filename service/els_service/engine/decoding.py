@@ -7,14 +7,14 @@ import math
 from els_service.denoisers.base import Denoised, DenoiserInfo, LatentDecoder, Query
 
 _LAUNCH_S, _PIXEL_S = 1e-3, 5e-6
-"""A first guess, about a CPU's; the clock corrects it."""
+"""Initial estimate, about that of a CPU, which the cost model corrects."""
 
 
 class DecoderAsDenoiser:
-    """A denoiser whose answer to latents is the images that they decode to.
+    """Denoiser whose result for latents is their decoded images.
 
     Args:
-        denoiser: whose decoder it is.
+        denoiser: denoiser with the decoder.
     """
 
     def __init__(self, denoiser: LatentDecoder) -> None:
@@ -22,14 +22,14 @@ class DecoderAsDenoiser:
 
     @property
     def info(self) -> DenoiserInfo:
-        """What the denoiser of the latents is."""
+        """Description of the denoiser of the latents."""
         return self._denoiser.info
 
     def check(self, query: Query) -> None:
-        """Return: latents come from a trajectory, which was checked."""
+        """Do nothing, as latents come from a checked trajectory."""
 
     def predict_seconds(self, query: Query) -> float:
-        """Return a guess from the number of pixels that come out."""
+        """Return an estimate from the number of decoded pixels."""
         pixels = math.prod(self.info.decoded_shape or ())
         return len(query) * (_LAUNCH_S + _PIXEL_S * pixels)
 

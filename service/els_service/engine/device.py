@@ -3,8 +3,8 @@
 On a CPU the watchdog judges progress: the counter of the computation's ``Control``, which grows
 with every tile, or else the CPU time of the worker thread. A computation that is slow, on a
 throttled machine say, shows one of them; a deadlock, a sleep or an endless wait shows neither. Time
-in which the event loop itself did not run (SIGSTOP, a frozen container, a suspended laptop) is not
-held against the worker. On other devices a launch shows nothing, and time is all there is.
+in which the event loop itself did not run (SIGSTOP, a frozen container, a suspended laptop) does
+not count. Computations on other devices show no progress, so only elapsed time is judged.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from els_service.errors import LoadError, UnavailableError
 
 T = TypeVar("T")
 
-_LOOKS = 8
-"""How often the watchdog looks at a piece of work within its limit, at least."""
-_LONGEST_LOOK_S = 1.0
+_CHECKS = 8
+"""Minimum number of checks of a job within its limit."""
+_MAX_INTERVAL_S = 1.0
 _LEAST_SHARE = 1e-3
-"""Part of a core that counts as progress. A cgroup grants 1 % at least; a thread that wakes up ten
-times a second to find nothing takes less than a thousandth."""
+"""Share of a core that counts as progress. A cgroup grants at least 1 %; a thread that polls ten
+times a second takes less than a thousandth."""
 _BURNED = 10.0
-"""So many times its limit a thread may burn CPU time without a tile: an endless loop, else."""
+"""Multiple of its limit of CPU time without a tile after which a job counts as an endless loop."""
 
 
 def choose_devices(device: str) -> list[str]:
     """Return ``cpu``, or every GPU by name; ``auto`` takes GPUs where there are any.
 
     Raises:
-        LoadError: ``cuda`` is asked for and there is none.
+        LoadError: ``cuda`` is requested and there is none.
     """
     count = torch.cuda.device_count()
     if device == "cuda" and not count:
@@ -47,12 +47,12 @@ def choose_devices(device: str) -> list[str]:
 
 
 class DeviceLostError(UnavailableError):
-    """A device hangs or its context is broken; nothing can be computed on it any more."""
+    """The device hangs or its context is broken; it cannot compute any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """A result, and when the work began and ended (seconds on the device's clock)."""
+    """Result with the begin and end of its computation, in seconds on the device's clock."""
 
     value: T
     began: float
@@ -60,11 +60,11 @@ class Outcome(Generic[T]):
 
 
 class Device(Protocol):
-    """Computes, one piece of work at a time."""
+    """Executor that runs one job at a time."""
 
     @property
     def name(self) -> str:
-        """As torch names it."""
+        """Name of the device in torch."""
         ...
 
     @property
@@ -74,12 +74,12 @@ class Device(Protocol):
 
     @property
     def running_s(self) -> float:
-        """Seconds since the work under way began; 0 where there is none. From any thread."""
+        """Seconds since the current job began; 0 if idle. May be read from any thread."""
         ...
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since the work under way last made progress, as far as that can be seen."""
+        """Seconds since the current job last made observable progress."""
         ...
 
     def run(
@@ -90,7 +90,7 @@ class Device(Protocol):
         predicted_s: float = 0.0,
         control: Control | None = None,
     ) -> asyncio.Future[Outcome[T]]:
-        """Return the outcome to come, or what ``work`` raised.
+        """Return the future outcome of ``work``, which fails with what ``work`` raised.
 
         The future fails with DeviceLostError if ``work`` hangs or breaks the device. It hangs on a
         CPU if it makes no progress for ``watchdog_s``, or burns ten times its limit of CPU time
@@ -98,14 +98,14 @@ class Device(Protocol):
 
         Args:
             work: called on the device's thread, with ``control`` as the current one.
-            watchdog_s: seconds of patience.
-            predicted_s: ten times as much is added to ``watchdog_s`` for the limit.
+            watchdog_s: seconds without progress after which the work counts as hung.
+            predicted_s: predicted seconds; the limit is ``watchdog_s`` plus ten times as much.
             control: stops the work between two tiles; it then fails with ComputationStoppedError.
         """
         ...
 
     def close(self) -> None:
-        """End the thread once it has nothing to do; does not wait for one that hangs."""
+        """End the thread after its jobs; does not wait for one that hangs."""
         ...
 
 
@@ -123,21 +123,21 @@ class _Job:
 
 @dataclass(slots=True)
 class _Watch:
-    """Watchdog's observations of the work under way; times in seconds."""
+    """Observations of the watchdog of one job; times in seconds."""
 
     at: float
-    """When it looked last."""
+    """Time of the latest check."""
     progress: int = 0
     cpu_s: float = 0.0
-    """CPU time of the worker at its latest sign of life."""
+    """CPU time of the worker at its latest progress."""
     idle_s: float = 0.0
-    """Since then, but for time in which the event loop did not run."""
+    """Seconds since then, without time in which the event loop did not run."""
     tile_cpu_s: float = 0.0
     """CPU time of the worker at its latest tile."""
 
 
 class WorkerDevice:
-    """The real one: a daemon thread, so that one that hangs cannot keep the process alive.
+    """Device with a daemon thread, so that a hanging job does not keep the process alive.
 
     Use from one event loop.
 
@@ -149,13 +149,13 @@ class WorkerDevice:
         self.name = name
         self.busy_s = 0.0
         self.lost: str = ""
-        """Why nothing can be computed here any more; empty while all is well."""
+        """Reason for the loss of the device; empty while it works."""
         self._began: float | None = None
-        """When the work under way began."""
+        """Begin of the current job."""
         self._cpu_clock = 0
-        """Of the worker thread, while it lives."""
+        """CPU clock of the worker thread."""
         self._idle_s = 0.0
-        """Since the work under way last showed progress, as the watchdog saw it."""
+        """Seconds since the current job last made progress, as of the latest check."""
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = Thread(target=self._work, name=f"els-{name}", daemon=True)
@@ -163,13 +163,13 @@ class WorkerDevice:
 
     @property
     def running_s(self) -> float:
-        """Seconds since the work under way began; see ``Device``."""
+        """Seconds since the current job began; see ``Device``."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     @property
     def stalled_s(self) -> float:
-        """Seconds without progress of the work under way; see ``Device``."""
+        """Seconds without progress of the current job; see ``Device``."""
         if self._began is None:
             return 0.0
         return self._idle_s if self.name == "cpu" else self.running_s
@@ -182,18 +182,18 @@ class WorkerDevice:
         predicted_s: float = 0.0,
         control: Control | None = None,
     ) -> asyncio.Future[Outcome[T]]:
-        """Return the outcome to come; see ``Device``."""
+        """Return the future outcome; see ``Device``."""
         limit_s = watchdog_s + 10 * predicted_s
         job = _Job(work, self._loop.create_future(), control or Control(), watchdog_s, limit_s)
         if self.lost:
             job.done.set_exception(DeviceLostError(self.lost))
             return job.done
-        self._look_again(job, _Watch(time.monotonic()))
+        self._schedule_check(job, _Watch(time.monotonic()))
         self._jobs.put(job)
         return job.done
 
     def close(self) -> None:
-        """End the thread; waits for the work under way unless the device is lost."""
+        """End the thread; waits for the current job unless the device is lost."""
         self._jobs.put(None)
         if not self.lost:
             self._thread.join()
@@ -218,8 +218,8 @@ class WorkerDevice:
                 try:
                     self._loop.call_soon_threadsafe(self._deliver, job, outcome)
                 except RuntimeError:
-                    return  # the loop is closed: nobody waits
-                del job, control, result, outcome  # while idle, nothing is held
+                    return  # the loop is closed
+                del job, control, result, outcome  # an idle thread holds no references
 
     def _deliver(self, job: _Job, outcome: Outcome[Any]) -> None:
         assert job.timer is not None
@@ -237,38 +237,38 @@ class WorkerDevice:
             job.done.set_exception(error)
         else:
             # SystemExit and the like would end the event loop.
-            job.done.set_exception(RuntimeError(f"the worker was told {error!r}"))
+            job.done.set_exception(RuntimeError(f"the computation raised {error!r}"))
 
-    def _look_again(self, job: _Job, watch: _Watch) -> None:
-        job.timer = self._loop.call_later(_look_s(job), self._look, job, watch)
+    def _schedule_check(self, job: _Job, watch: _Watch) -> None:
+        job.timer = self._loop.call_later(_interval_s(job), self._check, job, watch)
 
-    def _look(self, job: _Job, watch: _Watch) -> None:
-        """Look whether the work hangs, or look again a little later."""
+    def _check(self, job: _Job, watch: _Watch) -> None:
+        """Check whether a job hangs, and schedule the next check."""
         now = time.monotonic()
-        passed_s, late_s = now - watch.at, 2 * _look_s(job)
+        passed_s, late_s = now - watch.at, 2 * _interval_s(job)
         watch.at = now
         if job.ended:
-            return  # it is about to be delivered
+            return  # its outcome is about to be delivered
         if self.lost:
             reason = self.lost
         elif not job.begun:
-            # It waits for other work, which is watched itself.
-            return self._look_again(job, watch)
+            # It waits for another job, which has a watchdog of its own.
+            return self._schedule_check(job, watch)
         elif passed_s > late_s:
-            # The event loop did not run, nor perhaps the worker: whatever is ready comes first.
+            # The event loop did not run, nor perhaps the worker: ready callbacks run first.
             watch.idle_s += late_s / 2
-            return self._look_again(job, watch)
+            return self._schedule_check(job, watch)
         else:
             watch.idle_s += passed_s
             reason = self._why_lost(job, watch)
         if not reason:
-            return self._look_again(job, watch)
+            return self._schedule_check(job, watch)
         self.lost = reason
         if not job.done.done():
             job.done.set_exception(DeviceLostError(reason))
 
     def _why_lost(self, job: _Job, watch: _Watch) -> str:
-        """Return why the work counts as hung; empty if it does not."""
+        """Return the reason why a job counts as hung; empty if it does not."""
         if self.name != "cpu":
             if watch.idle_s < job.limit_s:
                 return ""
@@ -294,19 +294,19 @@ class WorkerDevice:
         return ""
 
 
-def _look_s(job: _Job) -> float:
-    """Return how long the watchdog waits before it looks at a piece of work again."""
-    return min(_LONGEST_LOOK_S, job.watchdog_s / _LOOKS)
+def _interval_s(job: _Job) -> float:
+    """Return the seconds between two checks of a job."""
+    return min(_MAX_INTERVAL_S, job.watchdog_s / _CHECKS)
 
 
 def breaks_device(error: BaseException) -> bool:
-    """Return whether an error is of the kind after which a CUDA context answers nothing more."""
+    """Return whether an error makes a CUDA context unusable."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def free_memory() -> None:
-    """Give cached blocks of device memory back, after an allocation failed."""
+    """Release cached blocks of device memory, after an allocation failed."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

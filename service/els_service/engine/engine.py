@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
@@ -35,47 +36,47 @@ from els_service.engine.scheduler import Scheduler
 from els_service.errors import DeadlineExceededError, UnavailableError
 
 _SMALL = 8192
-"""Numbers of state up to which a sampler's own arithmetic stays on the event loop."""
+"""Maximum numbers of state for running a sampler on the event loop, else in a helper thread."""
 _HELD = 24
-"""Bytes that a trajectory holds of each number: state and answer in float64, a message of both."""
-_NO_TERMS = RequestContext()
+"""Bytes that a trajectory holds per number: state and answer in float64, a message of both."""
+_DEFAULT_CONTEXT = RequestContext()
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingRun:
-    """A trajectory to drive.
+    """Trajectory to run.
 
     Args:
-        trajectory: from a sampler, not yet begun.
+        trajectory: new or resumed trajectory of a sampler.
         labels: [count], -1 for none.
         windows: [count], 0 for the model's own at each level.
-        questions: how many it will ask.
+        evaluations: number of its denoise calls.
         conditions: one for each image, or none.
-        decode: whether the last step brings the images of its latents, too.
+        decode: whether the last step has the decoded images of its latents.
     """
 
     trajectory: Trajectory
     labels: Integers
     windows: Integers
-    questions: int
+    evaluations: int
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
 
 
 class Engine:
-    """Models by name, their queues, and the devices that compute for all of them.
+    """Models, their queues, and the devices that compute for all of them.
 
-    Use from one event loop. ``close`` waits for the computation under way.
+    Use from one event loop. ``close`` waits for the current computation.
 
     Attributes:
-        models: those that are served.
-        memory: bytes of messages, queries and trajectories in flight, of all models and callers.
+        models: registry of served models.
+        memory: budget of messages, queries and trajectories in flight, in bytes.
 
     Args:
-        observer: told of everything that happens to queries.
+        observer: receives a callback for each query and batch event.
         scheduling: bounds of queues, batches and memory.
-        devices: where models are loaded and computed; None for the CPU.
-        clock: on which deadlines are, in seconds.
+        devices: devices on which models are loaded; None for the CPU.
+        clock: clock of deadlines, in seconds.
     """
 
     def __init__(
@@ -97,37 +98,37 @@ class Engine:
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
         self._unended: Counter[str] = Counter()
-        """Caller → bytes of its trajectories that have not ended, even if they gave way."""
+        """Caller → bytes of its trajectories that have not ended, evicted ones included."""
         self._ended = ""
-        """Why nothing is answered any more; empty while something is."""
+        """Reason why all queries are rejected; empty while they are accepted."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Done with the reason once a device can compute no more: the process has to end."""
+        """Resolves with the reason when a device is lost; then the process must exit."""
 
     def denoise(
         self,
         entry: ModelVersion,
         query: Query,
-        context: RequestContext = _NO_TERMS,
+        context: RequestContext = _DEFAULT_CONTEXT,
         *,
         checked: bool = False,
     ) -> Denoised | asyncio.Future[Denoised]:
-        """Return the answer to a query, or the answer to come where it has to wait.
+        """Return the answer to a query, or its future if the query has to wait.
 
         Args:
-            entry: of ``models``.
+            entry: version of a model in ``models``.
             query: noisy images.
             context: deadline, priority, caller.
-            checked: whether the query is known to fit; else that is checked here.
+            checked: whether the query passed ``Denoiser.check``; otherwise it is checked here.
 
         Raises:
             InvalidArgumentError: The query does not fit the model.
-            QueueFullError: More work waits than is allowed.
-            DeadlineExceededError: The answer would come too late; the future may fail so, too.
-            UnavailableError: The engine has to end; likewise.
+            QueueFullError: A budget is full.
+            DeadlineExceededError: The answer would be late. The future may fail with it, too.
+            UnavailableError: The engine was interrupted. The future may fail with it, too.
         """
         loaded = self.models.mark_used(entry)
         if loaded is None:
-            return asyncio.ensure_future(self._revived(entry, query, context))
+            return asyncio.ensure_future(self._reload_and_denoise(entry, query, context))
         # As ``_submit``, without its frame: every small call comes by.
         if self._ended:
             raise UnavailableError(self._ended)
@@ -136,13 +137,18 @@ class Engine:
         return self._scheduler.submit(loaded, query, context)
 
     async def sample(
-        self, name: str, run: SamplingRun, context: RequestContext = _NO_TERMS, *, version: str = ""
+        self,
+        name: str,
+        run: SamplingRun,
+        context: RequestContext = _DEFAULT_CONTEXT,
+        *,
+        version: str = "",
     ) -> AsyncGenerator[Step, None]:
-        """Yield the steps of a trajectory; each of its questions is an item like any other.
+        """Yield the steps of a trajectory, each of whose denoise calls is queued like any query.
 
-        Between two steps nothing of it is queued: a reader who takes its time holds nobody up. It
-        holds room for the whole of its life, and may have to give way at any step. It is answered
-        by the version that answered its first question, whatever is loaded meanwhile.
+        Between two steps nothing of it is queued, so a slow reader delays no other request. It
+        reserves memory for its whole life, and may be evicted at any step. All steps use the
+        version that served the first, even if another is loaded meanwhile.
 
         Raises:
             NotFoundError, InvalidArgumentError, QueueFullError, DeadlineExceededError,
@@ -155,10 +161,10 @@ class Engine:
         try:
             with (
                 self._unended_of(entry, size, context),
-                self._staying(entry, size, context) as stay,
+                self._reserved(entry, size, context) as reservation,
             ):
-                steps_of_it = self._steps(entry, run, context, stay, numbers > _SMALL)
-                async with aclosing(steps_of_it) as steps:
+                generator = self._steps(entry, run, context, reservation, numbers > _SMALL)
+                async with aclosing(generator) as steps:
                     async for step in steps:
                         yield step
         finally:
@@ -169,76 +175,76 @@ class Engine:
         entry: ModelVersion,
         run: SamplingRun,
         context: RequestContext,
-        stay: TrajectoryReservation,
+        reservation: TrajectoryReservation,
         large: bool,
     ) -> AsyncGenerator[Step, None]:
-        loaded = await self._loaded(entry, context, stay)
-        answer: Tensor | None = None
+        loaded = await self._loaded(entry, context, reservation)
+        answer: Denoised | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
-                    decoded = await self._decoded(loaded, event.x, context, stay)
+                    decoded = await self._decoded(loaded, event.x, context, reservation)
                     event = replace(event, decoded=decoded)
                 yield event
                 continue
-            query = _question(loaded.denoiser, event, run)
+            query = _query_of(loaded.denoiser, event, run)
             if not begun:
                 self._check_ended()
                 loaded.denoiser.check(query)
                 self._check_time(loaded, query, run, context)
                 self._scheduler.admission.enter(
-                    loaded, query, context, stay.reservation, decodes=run.decode
+                    loaded, query, context, reservation.held, decodes=run.decode
                 )
                 begun = True
-            answer = (await self._step(loaded, query, context, stay)).mean.double()
+            answer = await self._step(loaded, query, context, reservation)
 
     async def _step(
         self,
         loaded: LoadedModel,
         query: Query,
         context: RequestContext,
-        stay: TrajectoryReservation,
+        reservation: TrajectoryReservation,
     ) -> Denoised:
-        """Return the answer to a question of a trajectory."""
-        stay.check()
-        given = self._submit(loaded, query, context, admitted=True)
-        return given if isinstance(given, Denoised) else await stay.until(given)
+        """Return the answer to a query of a trajectory."""
+        reservation.check()
+        answer = self._submit(loaded, query, context, admitted=True)
+        return answer if isinstance(answer, Denoised) else await reservation.until(answer)
 
     @contextmanager
-    def _staying(
+    def _reserved(
         self, entry: ModelVersion, size: int, context: RequestContext
     ) -> Iterator[TrajectoryReservation]:
-        """Hold memory meanwhile.
+        """Reserve memory within the context.
 
         Raises:
-            QueueFullError: There is no room, or it had to give way.
+            QueueFullError: The memory is full.
         """
 
-        def gave_way() -> None:
+        def on_evicted() -> None:
             self._observer.on_dropped(entry.model, "evicted")
             entry.statistics.failed.add(0.0)
 
-        stay = TrajectoryReservation(context.name(), gave_way)
+        reservation = TrajectoryReservation(context.name(), on_evicted)
         parts = ((self._memory, float(size)),)
-        self._scheduler.admission.reserve(entry.model, entry.statistics, stay.reservation, parts)
+        self._scheduler.admission.reserve(entry.model, entry.statistics, reservation.held, parts)
         try:
-            yield stay
+            yield reservation
         finally:
-            stay.reservation.release()
+            reservation.held.release()
 
     @contextmanager
     def _unended_of(
         self, entry: ModelVersion, size: int, context: RequestContext
     ) -> Iterator[None]:
-        """Bound what trajectories take that gave way but whose callers do not read to their end.
+        """Bound the memory of evicted trajectories whose callers have not read the error yet.
 
-        They cannot be ended before. With them a caller may have as much as if it were alone, and
-        all callers twice as much.
+        Their generators still hold state. Including them, a caller may hold the whole capacity,
+        and all callers together twice as much.
 
         Raises:
-            QueueFullError: It would be more.
+            QueueFullError: The bound would be exceeded.
         """
         unended, caller, most = self._unended, context.name(), self.memory.capacity
         own, everybody = unended[caller], unended.total()
@@ -254,14 +260,14 @@ class Engine:
                 del unended[caller]
 
     def interrupt(self, reason: str) -> None:
-        """Fail everything that waits, is computed, or is asked from now on, as UNAVAILABLE."""
+        """Fail all waiting, running and later queries as UNAVAILABLE."""
         self._ended = reason
         self._scheduler.interrupt(UnavailableError(reason))
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield what can be read at any time: name, labels, value."""
+        """Yield the current value of each gauge: name, labels, value."""
         for entry in self.models:
-            # Asked by another thread: it may be unloaded meanwhile.
+            # Read once, because this runs in another thread and the model may be unloaded.
             loaded = entry.loaded
             if loaded is not None:
                 labels = {"model": entry.model}
@@ -282,7 +288,7 @@ class Engine:
         yield "els_trajectories", {}, self._trajectories
 
     def close(self) -> None:
-        """Wait for the computation under way and end the threads."""
+        """Wait for the current computation and end the threads."""
         for device in self._devices:
             device.close()
         self._helpers.shutdown()
@@ -306,68 +312,70 @@ class Engine:
         if self._ended:
             raise UnavailableError(self._ended)
 
-    async def _revived(
+    async def _reload_and_denoise(
         self, entry: ModelVersion, query: Query, context: RequestContext
     ) -> Denoised:
-        # The caller may be gone by the time that the model is loaded.
+        # Resolved now: the connection may be closed when the model is loaded.
         context = replace(context, caller=context.name())
-        with self._staying(entry, query.nbytes, context) as stay:
-            loaded = await self._loaded(entry, context, stay)
+        with self._reserved(entry, query.nbytes, context) as reservation:
+            loaded = await self._loaded(entry, context, reservation)
         answer = self._submit(loaded, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def _loaded(
-        self, entry: ModelVersion, context: RequestContext, stay: TrajectoryReservation
+        self, entry: ModelVersion, context: RequestContext, reservation: TrajectoryReservation
     ) -> LoadedModel:
-        """Return an entry's loaded model, loaded again if need be."""
+        """Return the loaded model of a version; reloads an unloaded one."""
         loaded = self.models.mark_used(entry)
         if loaded is not None:
             return loaded
         timeout_s = None if math.isinf(context.deadline) else context.deadline - self._clock()
         loading = asyncio.ensure_future(self.models.reload(entry))
-        ended = stay.ending()
+        evicted = reservation.ending()
         try:
-            await asyncio.wait((loading, ended), timeout=timeout_s, return_when="FIRST_COMPLETED")
+            await asyncio.wait((loading, evicted), timeout=timeout_s, return_when="FIRST_COMPLETED")
             if loading.done():
                 return loading.result()
-            stay.check()
+            reservation.check()
             text = f"{entry.model} was unloaded to save memory and is still being loaded"
             raise DeadlineExceededError(text)
         finally:
             loading.cancel()
-            if not ended.cancel():
-                ended.exception()  # taken note of: it would else be logged
+            if not evicted.cancel():
+                evicted.exception()  # retrieved, because asyncio logs other exceptions
 
     async def _decoded(
         self,
         loaded: LoadedModel,
         latents: Tensor,
         context: RequestContext,
-        stay: TrajectoryReservation,
+        reservation: TrajectoryReservation,
     ) -> Tensor:
         """Return the images of latents [B, C, H, W]."""
-        assert loaded.decoder is not None  # as the model's info says
-        level = NoiseLevel(np.ones(1), np.ones(1))  # means nothing here
+        assert loaded.decoder is not None  # requests to decode are checked against the model's info
+        level = NoiseLevel(np.ones(1), np.ones(1))  # unused
         query = make_query(latents.float(), level)
-        return (await self._step(loaded.decoder, query, context, stay)).mean
+        return torch.from_numpy(
+            (await self._step(loaded.decoder, query, context, reservation)).pixels
+        )
 
     def _check_time(
         self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
     ) -> None:
-        """Raise if a trajectory would be late even if nobody else was there."""
+        """Raise if a trajectory would be late even on an idle server."""
         slack = context.deadline - self._clock()
         estimate = loaded.denoiser.predict_seconds(query)
         each = loaded.costs.seconds(estimate)
-        if run.questions * each <= slack:
+        if run.evaluations * each <= slack:
             return
-        if loaded.costs.may_refuse(run.questions * estimate, slack, self._clock()):
+        if loaded.costs.may_refuse(run.evaluations * estimate, slack, self._clock()):
             raise DeadlineExceededError(
-                f"the trajectory asks {loaded.model} {run.questions} times, {each:.3g} s each "
-                f"by prediction: {run.questions * each:.3g} s; {allows(slack)}"
+                f"the trajectory evaluates {loaded.model} {run.evaluations} times, "
+                f"{each:.3g} s each by prediction: {run.evaluations * each:.3g} s; {allows(slack)}"
             )
 
     async def _advance(
-        self, trajectory: Trajectory, answer: Tensor | None, large: bool
+        self, trajectory: Trajectory, answer: Denoised | None, large: bool
     ) -> DenoiseCall | Step | None:
         if not large:
             return _send(trajectory, answer)
@@ -377,18 +385,20 @@ class Engine:
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
-        self.interrupt(f"{reason}; ask another server")
+        self.interrupt(f"{reason}; use another server")
 
 
-def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
-    chosen = windows_for(denoiser, ask)
+def _query_of(denoiser: Denoiser, call: DenoiseCall, run: SamplingRun) -> Query:
+    chosen = windows_for(denoiser, call)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
-    level = NoiseLevel(ask.level.a, ask.level.s)
-    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    level = NoiseLevel(call.level.a, call.level.s)
+    return make_query(call.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
 
 
-def _send(trajectory: Trajectory, answer: Tensor | None) -> DenoiseCall | Step | None:
+def _send(trajectory: Trajectory, answer: Denoised | None) -> DenoiseCall | Step | None:
+    # Samplers compute in torch, in float64.
+    x_hat = None if answer is None else torch.from_numpy(answer.pixels).double()
     try:
-        return trajectory.send(answer)
+        return trajectory.send(x_hat)
     except StopIteration:
         return None

@@ -18,24 +18,24 @@ STEPS = 20
 """Steps of the sample whose cost is reported."""
 
 _WARM_UP_S = 2.0
-"""A model whose cheapest question takes longer is served cold."""
+"""Estimated seconds of the cheapest query above which a model is not warmed up."""
 _TIMED_S = 0.1
-"""By estimate, of the question that is timed: long enough to see the speed, asked twice."""
+"""Maximum estimated seconds of the query that is timed, twice."""
 
 
 def warm(denoiser: Denoiser) -> CostModel:
-    """Ask small questions, so that the first caller waits for nothing.
+    """Run small queries, so that the first request does not pay for one-time costs.
 
     Returns:
-        What the clock says of the estimates; nothing where even small questions take long.
+        Cost model calibrated by their measured time; uncalibrated if even small queries are slow.
     """
     costs = CostModel()
-    questions = [(denoiser.predict_seconds(query), query) for query in _small_questions(denoiser)]
-    estimate, cheapest = min(questions, key=_estimate)
+    candidates = [(denoiser.predict_seconds(query), query) for query in _small_queries(denoiser)]
+    estimate, cheapest = min(candidates, key=_estimate)
     if estimate >= _WARM_UP_S:
         return costs
     denoiser.denoise(cheapest)
-    short = [question for question in questions if question[0] <= _TIMED_S]
+    short = [candidate for candidate in candidates if candidate[0] <= _TIMED_S]
     if short:
         _, timed = max(short, key=_estimate)
         costs.calibrate(*min(_time(denoiser, timed) for _ in range(2)))
@@ -46,22 +46,20 @@ def step_estimates(denoiser: Denoiser) -> list[float]:
     """Return the denoiser's own estimates, in seconds, of the steps of a sample of one image.
 
     The levels are those of ``STEPS`` steps of DDIM. The image has no label, so that the whole bank
-    answers; where the model knows no image without one, it has the first label there is.
+    is used, or the first supported label if the model requires one.
     """
     info = denoiser.info
     times = np.arange(STEPS, 0, -1) / STEPS
     level = info.levels(times)
     label = _first_label(denoiser)
-    queries = (
-        _question(denoiser, level[slice(i, i + 1)], label, window=0) for i in range(len(times))
-    )
+    queries = (_query(denoiser, level[slice(i, i + 1)], label, window=0) for i in range(len(times)))
     return [denoiser.predict_seconds(query) for query in queries]
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people read it, two digits and a unit, or ``< 1 ms``.
+    """Return a duration as text of two digits and a unit, or ``< 1 ms``.
 
-    Below a millisecond the estimate leaves out what takes most of the time.
+    Below a millisecond, overheads that are not estimated dominate.
     """
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
@@ -72,42 +70,42 @@ def duration(seconds: float) -> str:
 
 
 def _time(denoiser: Denoiser, query: Query) -> tuple[float, float]:
-    """Return estimate and seconds of a question; the estimate may change once it was asked."""
+    """Return estimate and measured seconds of a query; running it may change the estimate."""
     estimate = denoiser.predict_seconds(query)
     began = time.perf_counter()
     denoiser.denoise(query)
     return estimate, time.perf_counter() - began
 
 
-def _estimate(question: tuple[float, Query]) -> float:
-    return question[0]
+def _estimate(candidate: tuple[float, Query]) -> float:
+    return candidate[0]
 
 
 def _first_label(denoiser: Denoiser) -> int:
-    """Return -1 or, if that is not answered, the first label that is."""
+    """Return -1 or, if unlabelled queries are rejected, the first supported label."""
     level = NoiseLevel(np.array([1.0]), np.array([1.0]))
     for label in range(-1, denoiser.info.label_count):
         with contextlib.suppress(InvalidArgumentError):
-            denoiser.check(_question(denoiser, level, label, window=0))
+            denoiser.check(_query(denoiser, level, label, window=0))
             return label
     return -1
 
 
-def _small_questions(denoiser: Denoiser) -> Iterator[Query]:
-    """Yield one image with each label and with small and large windows."""
+def _small_queries(denoiser: Denoiser) -> Iterator[Query]:
+    """Yield queries of one image, with each label and with small and large windows."""
     info = denoiser.info
     level = NoiseLevel(np.array([1.0]), np.array([1.0]))
     for label in range(-1, info.label_count):
         for window in {0, min(1, info.max_window), info.max_window}:
-            query = _question(denoiser, level, label, window)
+            query = _query(denoiser, level, label, window)
             # A label may have no images.
             with contextlib.suppress(InvalidArgumentError):
                 denoiser.check(query)
                 yield query
 
 
-def _question(denoiser: Denoiser, level: NoiseLevel, label: int, window: int) -> Query:
-    """Return a question of one black image, with a condition where the model needs one."""
+def _query(denoiser: Denoiser, level: NoiseLevel, label: int, window: int) -> Query:
+    """Return a query of one zero image, with a condition if the model requires one."""
     info = denoiser.info
     width = info.condition_width
     conditions = [Condition(np.zeros((1, width), np.float32))] if width else []

@@ -3,7 +3,7 @@
 Pure bookkeeping: no clock, no event loop. Within a level of priority this is start-time fair
 queueing (Goyal, Vin & Cheng 1996): an item's tag is the virtual time at which its caller's work
 before it would be done if all callers were served evenly, and the smallest tag is next. So a caller
-with a thousand items waits for itself, and one with a single item waits for one of each other's.
+with a thousand items delays itself, and one with a single item waits for one item of each other.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 _CALLERS = 1024
-"""Callers remembered beside those that have something waiting."""
+"""Number of callers remembered in addition to those with waiting items."""
 
 
 class Waiting(Protocol):
-    """What can wait."""
+    """Item of a queue."""
 
     cost: float
-    """Of any unit, positive."""
+    """Cost in any unit, positive."""
     size: int
     """Bytes."""
     priority: int
     caller: str
     waiting: bool
-    """Whether it is in the queue; kept by the queue."""
+    """Whether the item is in the queue; set by the queue."""
 
 
 T = TypeVar("T", bound=Waiting)
@@ -39,7 +39,7 @@ class _Level(Generic[T]):
     """Items of one priority."""
 
     served: float = 0.0
-    """When an item was last taken, or the level ceased to be empty."""
+    """Time when an item was last taken, or the level became nonempty."""
     virtual: float = 0.0
     heap: list[tuple[float, int, T]] = field(default_factory=list)
     live: int = 0
@@ -47,15 +47,15 @@ class _Level(Generic[T]):
     finish: dict[str, float] = field(default_factory=dict)
     """Caller → virtual time at which all its work would be done."""
     owed: dict[str, float] = field(default_factory=dict)
-    """Caller → cost of what waits."""
+    """Caller → cost of its waiting items."""
 
 
 class FairQueue(Generic[T]):
     """Items by priority, then evenly by caller, then in order.
 
     Args:
-        levels: of priority, from 1.
-        starvation_s: a level with items is next at the latest when it was not served for so long.
+        levels: number of priorities, from 1.
+        starvation_s: seconds after which a level that was not served is next.
     """
 
     def __init__(self, levels: int, starvation_s: float) -> None:
@@ -63,9 +63,9 @@ class FairQueue(Generic[T]):
         self._starvation_s = starvation_s
         self._order = count()
         self.cost = 0.0
-        """Of all that waits."""
+        """Cost of all waiting items."""
         self.size = 0
-        """Bytes of all that waits."""
+        """Bytes of all waiting items."""
         self._length = 0
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class FairQueue(Generic[T]):
         self._count(level, item, 1)
 
     def peek(self, now: float) -> T | None:
-        """Return the next item and leave it there."""
+        """Return the next item without removing it."""
         level = self._next_level(now)
         return level.heap[0][2] if level else None
 
@@ -105,25 +105,25 @@ class FairQueue(Generic[T]):
         self._remove(level, item)
 
     def drop(self, item: T) -> None:
-        """Remove an item that will not be served; a caller of whom nothing is left starts afresh.
+        """Remove an item that will not be served; a caller without waiting items is forgotten.
 
-        One who has more waiting keeps its place in virtual time: were it given back the cost of
-        what came too late, a flood of which most comes too late would always be next.
+        A caller with waiting items keeps its virtual time: if the cost of late items were refunded,
+        a flood of mostly late items would always be next.
         """
         level = self._levels[item.priority - 1]
         self._remove(level, item)
         if item.caller not in level.owed:
             level.finish.pop(item.caller, None)
         if len(level.heap) > 2 * level.live + 64:
-            level.heap = [entry for entry in level.heap if entry[2].waiting]
+            level.heap = [element for element in level.heap if element[2].waiting]
             heapq.heapify(level.heap)
 
     def ahead_of(self, caller: str, priority: int, cost: float) -> float:
-        """Return about how much cost would be served before a new item of ``cost`` is done."""
+        """Return the approximate cost that is served until a new item of ``cost`` is done."""
         higher = sum(level.cost for level in self._levels[: priority - 1])
         level = self._levels[priority - 1]
         own = level.owed.get(caller, 0.0) + cost
-        # Evenly: while one caller's work is done, each other gets as much, if it has as much.
+        # Evenly: while one caller's items are served, each other caller gets at most as much.
         others = sum(min(owed, own) for name, owed in level.owed.items() if name != caller)
         return higher + own + others
 
@@ -149,7 +149,7 @@ class FairQueue(Generic[T]):
         else:
             del level.owed[item.caller]
         if not level.live:
-            # Nobody waits: nobody is ahead of anybody, and rounding starts anew.
+            # Empty: virtual times are reset, and with them rounding errors.
             level.heap, level.finish, level.owed = [], {}, {}
             level.virtual = level.cost = 0.0
         elif len(level.finish) > len(level.owed) + _CALLERS:

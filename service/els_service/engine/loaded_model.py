@@ -25,12 +25,12 @@ from els_service.engine.reservations import NamedBudget, Reservation
 from els_service.errors import ResourceExhaustedError
 
 _PENDING = 256
-"""Queries that a version's statistics have yet to count, at most."""
+"""Maximum number of queries that a version's statistics have not aggregated yet."""
 
 
 @dataclass(slots=True)
 class DurationSum:
-    """How often something happened and how long that took in all."""
+    """Number of events and their total duration."""
 
     count: int = 0
     seconds: float = 0.0
@@ -43,19 +43,19 @@ class DurationSum:
 
 @dataclass(slots=True)
 class Statistics:
-    """What one version of a model was asked since it was loaded."""
+    """Statistics of one version of a model since it was loaded."""
 
     succeeded: DurationSum = field(default_factory=DurationSum)
     failed: DurationSum = field(default_factory=DurationSum)
     queued: DurationSum = field(default_factory=DurationSum)
     computed: DurationSum = field(default_factory=DurationSum)
-    """Of queries: each is charged the whole time of its batch."""
+    """Queries, each with the whole time of its batch."""
     batches: dict[int, DurationSum] = field(default_factory=dict)
-    """Images → batches of so many."""
+    """Number of images → batches of that size."""
     last: float = 0.0
-    """When something was computed last, in seconds since the epoch."""
+    """Time of the latest computation, in seconds since the epoch."""
     pending: deque[tuple[int, float, bool]] = field(default_factory=deque)
-    """Images, seconds and success of queries that ``settle`` has yet to count."""
+    """Images, seconds and success of queries that ``settle`` has not aggregated yet."""
 
     def batch(self, images: int, seconds: float, now: float) -> None:
         """Count a batch."""
@@ -66,15 +66,15 @@ class Statistics:
         batches.add(seconds)
 
     def at_once(self, images: int, seconds: float, now: float, *, succeeded: bool) -> None:
-        """Add a query that was computed when it came, and so was a batch."""
-        # Every small call comes by: it is counted later.
+        """Add a query that was computed on arrival, as a batch of its own."""
+        # Aggregated later, as this is called for every small request.
         self.last = now
         self.pending.append((images, seconds, succeeded))
         if len(self.pending) >= _PENDING:
             self.settle()
 
     def settle(self) -> Statistics:
-        """Count what ``at_once`` added; return the statistics themselves."""
+        """Aggregate what ``at_once`` added; return the statistics."""
         now, pending = self.last, self.pending
         while pending:
             images, seconds, succeeded = pending.popleft()
@@ -86,14 +86,14 @@ class Statistics:
 
 
 class LoadedModel:
-    """One version of a model, loaded. Queries in it are answered even when a newer one is served.
+    """Loaded version of a model, with its queue, which is served even after a reload.
 
     Args:
-        model: its name.
-        version: its number.
-        denoisers: device → the denoiser there; each is called by one thread at a time.
-        scheduling: bounds of its queue.
-        costs: what is known of its speed so far; None for nothing.
+        model: name of the model.
+        version: number of the version.
+        denoisers: device → denoiser on it; each is called by one thread at a time.
+        scheduling: bounds of the queue.
+        costs: calibrated cost model; None for a new one.
     """
 
     def __init__(
@@ -106,37 +106,37 @@ class LoadedModel:
     ) -> None:
         self.model, self.version, self.denoisers = model, version, denoisers
         self.denoiser = next(iter(denoisers.values()))
-        """Any of them, for what is the same on all devices."""
+        """One of them, for properties that are the same on all devices."""
         self.queue: FairQueue[Chunk] = FairQueue(PRIORITIES, scheduling.starvation_s)
         name = f"the queue of {model}"
         self.seconds = NamedBudget(Budget(scheduling.queue_s), name, seconds=True)
-        """Held by what waits, as predicted when it came, and by trajectories, of a step each."""
+        """Predicted seconds of waiting requests, and of one step of each trajectory."""
         self.bytes = NamedBudget(Budget(scheduling.queue_bytes), name, seconds=False)
-        """Held by what waits."""
-        self.rooms = self.seconds, self.bytes
+        """Bytes of waiting requests."""
+        self.budgets = self.seconds, self.bytes
         self.costs = costs or CostModel()
         self.statistics = Statistics()
         self.virtual = 0.0
-        """Device seconds had, in the scheduler's virtual time."""
+        """Virtual time of the scheduler: device seconds received."""
         self.running = 0
-        """Batches being computed."""
+        """Number of batches under computation."""
         self.on_cpu = "cpu" in denoisers
-        """Whether small work may be done on the event loop."""
+        """Whether small queries may be computed on the event loop."""
         self.slow = 0
-        """Answers in a row that took the event loop too long."""
+        """Number of slow inline answers in a row."""
         self.purged = 0.0
-        """When late items were last looked for."""
+        """Time of the latest search for late chunks."""
         decoders = {
             device: DecoderAsDenoiser(denoiser)
             for device, denoiser in denoisers.items()
             if isinstance(denoiser, LatentDecoder)
         }
         self.decoder = LoadedModel(model, version, decoders, scheduling) if decoders else None
-        """The queue of latents to decode, where the model can."""
+        """Queue of latents to decode; None for a model without a decoder."""
 
     @property
     def queues(self) -> Iterator[LoadedModel]:
-        """This one and its decoder's."""
+        """This model and its decoder."""
         yield self
         if self.decoder is not None:
             yield self.decoder
@@ -152,29 +152,29 @@ class LoadedModel:
 
     @property
     def waiting_s(self) -> float:
-        """Predicted seconds of all that waits."""
+        """Predicted seconds of all waiting chunks."""
         return self.costs.marginal(self.queue.cost)
 
     def take(self, chunk: Chunk, now: float) -> None:
-        """Remove an item that will be computed from the queue and its part from the rooms."""
+        """Remove a chunk that will be computed from the queue, and its part from the budgets."""
         self.queue.take(chunk, now)
         pending = chunk.pending
         before, pending.waiting = pending.waiting, pending.waiting - len(chunk.query)
         if pending.reservation is not None:
-            pending.reservation.begin(self.rooms, pending.waiting / before)
+            pending.reservation.begin(self.budgets, pending.waiting / before)
 
     def withdraw(self, pending: PendingRequest) -> bool:
-        """Remove what waits of a request from queue and budgets; return whether there was any."""
+        """Remove the waiting chunks of a request from queue and budgets; return whether any did."""
         waiting = [chunk for chunk in pending.chunks if chunk.waiting]
         for chunk in waiting:
             self.queue.drop(chunk)
         if pending.reservation is not None:
-            pending.reservation.release(*self.rooms)
+            pending.reservation.release(*self.budgets)
         return bool(waiting)
 
 
 class PendingRequest:
-    """One query and its answer to come, computed in one part or several."""
+    """Query and the future of its answer, computed in one chunk or several."""
 
     def __init__(self, model: str, query: Query, context: RequestContext, since: float) -> None:
         self.model, self.query, self.context, self.since = model, query, context, since
@@ -182,16 +182,16 @@ class PendingRequest:
         self.answer: asyncio.Future[Denoised] = asyncio.get_running_loop().create_future()
         self.chunks: list[Chunk] = []
         self.waiting = len(query)
-        """Images that wait; those withdrawn count."""
+        """Number of images that have not been taken from the queue."""
         self.reservation: Reservation | None = None
-        """None where it is part of a trajectory, which has one."""
+        """None for a query of a trajectory, which has a reservation of its own."""
         self._missing = 0
         self._parts: list[Denoised | None] = []
 
     def split(self, estimate: float, most: float) -> list[Chunk]:
-        """Return the items that answer the query together, each estimated at ``most`` or less.
+        """Return the chunks of the query, each estimated at ``most`` or less.
 
-        A single image may exceed it.
+        A chunk of a single image may exceed it.
         """
         images = len(self.query)
         step = max(1, min(images, int(images * most / max(estimate, 1e-9))))
@@ -202,14 +202,14 @@ class PendingRequest:
         return self.chunks
 
     def release(self) -> None:
-        """Give back what it holds of any room."""
+        """Release its reservation."""
         if self.reservation is not None:
             self.reservation.release()
-            # It knows this: together they would stay until garbage is collected.
+            # Breaks a cycle that would live until garbage collection.
             self.reservation = None
 
     def complete(self, index: int, part: Denoised) -> bool:
-        """Take one part; return whether the answer is complete."""
+        """Store the result of one chunk; return whether the answer is complete."""
         self._parts[index] = part
         self._missing -= 1
         if self._missing:
@@ -219,7 +219,7 @@ class PendingRequest:
 
 
 class Chunk:
-    """One part of a query, as the queue and the batch see it."""
+    """Part of a query that is queued and computed as a whole."""
 
     __slots__ = ("caller", "cost", "index", "pending", "priority", "query", "size", "waiting")
 
@@ -231,13 +231,13 @@ class Chunk:
 
 
 def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exception]:
-    """Return the answer to each query, computed together, or why there is none.
+    """Return the answer or the error of each query, computed as one batch.
 
-    Where a batch fails it is halved until what fails is alone; where memory does not suffice, down
-    to a single image. Runs on a device's thread.
+    A batch that fails is halved until the failing query is alone; if memory does not suffice, down
+    to single images. Runs on the thread of a device.
 
     Raises:
-        ComputationStoppedError: Nobody wants any of the answers any more.
+        ComputationStoppedError: All queries were cancelled.
         Exception: The device is broken.
     """
     try:
@@ -257,7 +257,7 @@ def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exc
 
 
 def _in_halves(denoiser: Denoiser, query: Query) -> Denoised | Exception:
-    """Return the answer to a query that does not fit the memory at once."""
+    """Return the answer to a query that does not fit in memory as a whole."""
     if len(query) == 1:
         return ResourceExhaustedError("x.shape", "an image that the memory suffices for", "more")
     parts: list[Denoised] = []
@@ -278,6 +278,5 @@ def _join(parts: Sequence[Denoised]) -> Denoised:
     if len(parts) == 1:
         return parts[0]
     evidence = [part.log_evidence for part in parts if part.log_evidence is not None]
-    return Denoised(
-        np.concatenate([part.pixels for part in parts]), torch.cat(evidence) if evidence else None
-    )
+    pixels = np.concatenate([part.pixels for part in parts])
+    return Denoised(pixels, np.concatenate(evidence) if evidence else None)

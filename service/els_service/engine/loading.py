@@ -1,4 +1,4 @@
-"""Loader thread of models, replaced where a load is slow or hangs."""
+"""Thread that loads models, replaced when a load is slow or hangs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from els_service.errors import LoadError
 T = TypeVar("T")
 
 SLOW_S = 5.0
-"""A load that takes longer no longer keeps the next ones waiting."""
+"""Seconds after which the next load no longer waits for the current one."""
 _CLOSE_S = 5.0
-"""How long the load under way may take to end when the loader closes."""
+"""Seconds that closing the loader waits for the current load."""
 
 
 class Loader:
-    """Runs loads in turn: one at a time, so that memory is needed for one, unless one is slow.
+    """Runs loads one at a time, to bound memory, unless one is slow.
 
-    After ``slow_s`` the next load begins in another thread. After ``limit_s`` a load is given up,
-    and its daemon thread ends by itself or with the process. A name whose load was given up and
-    still runs is refused, so that threads cannot pile up.
+    After ``slow_s`` the next load begins in another thread. After ``limit_s`` a load is abandoned;
+    its daemon thread ends by itself or with the process. While an abandoned load still runs, loads
+    of the same name are rejected, to bound the number of threads.
 
     Use from one event loop.
 
     Args:
-        limit_s: seconds that a load may take.
+        limit_s: maximum seconds of a load.
         slow_s: seconds after which it counts as slow.
     """
 
@@ -38,40 +38,40 @@ class Loader:
         self._limit_s = limit_s
         self._turn = asyncio.Lock()
         self._worker: _Worker | None = None
-        self._given_up: dict[str, asyncio.Future[Any]] = {}
-        """Loads that still run, by name."""
+        self._abandoned: dict[str, asyncio.Future[Any]] = {}
+        """Name → abandoned load that still runs."""
 
     async def run(self, name: str, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns; it runs in a thread.
+        """Return the result of ``work``, called in the thread; raises what it raises.
 
         Args:
-            name: of what is loaded.
-            work: raises what ``run`` shall raise.
+            name: name in errors.
+            work: the load.
 
         Raises:
-            LoadError: It takes longer than the limit, or one of this name that was given up does,
-                or ``work`` would end the process.
+            LoadError: The load exceeds the limit, an abandoned load of this name still runs, or
+                ``work`` raised an exception that would end the process.
         """
-        if name in self._given_up:
+        if name in self._abandoned:
             raise LoadError(name, "expected an earlier load to end, but it hangs")
         async with self._turn:
             if self._worker is None:
                 self._worker = _Worker()
             done = asyncio.wrap_future(self._worker.submit(work))
-            # Nobody may be there any more to hear of a failure.
+            # Retrieved, because the caller may have left, and asyncio logs other exceptions.
             done.add_done_callback(lambda one: one.cancelled() or one.exception())
             try:
                 await asyncio.wait((done,), timeout=self.slow_s)
             finally:
-                # Also where the caller left: the next load must not queue behind this one.
+                # Also if the caller left: the next load must not queue behind this one.
                 if not done.done():
                     self._worker.close()
                     self._worker = None
         await asyncio.wait((done,), timeout=self._limit_s - self.slow_s)
         if not done.done():
-            self._give_up(name, done)
+            self._abandon(name, done)
             expected = f"expected to be loaded within {self._limit_s:g} s, the setting load_s"
-            raise LoadError(name, f"{expected}; it was given up")
+            raise LoadError(name, f"{expected}; the load was abandoned")
         error = done.exception()
         if error is not None and not isinstance(error, Exception):
             # SystemExit and the like would end the event loop.
@@ -80,17 +80,17 @@ class Loader:
         return result
 
     def close(self) -> None:
-        """End the thread; waits a few seconds for a load under way."""
+        """End the thread; waits a few seconds for the current load."""
         if self._worker is not None:
             self._worker.close(_CLOSE_S)
 
-    def _give_up(self, name: str, done: asyncio.Future[Any]) -> None:
-        self._given_up[name] = done
-        done.add_done_callback(lambda _: self._given_up.pop(name, None))
+    def _abandon(self, name: str, done: asyncio.Future[Any]) -> None:
+        self._abandoned[name] = done
+        done.add_done_callback(lambda _: self._abandoned.pop(name, None))
 
 
 class _Worker:
-    """A daemon thread: one that hangs cannot keep the process alive."""
+    """Daemon thread, so that a hanging load does not keep the process alive."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -104,7 +104,7 @@ class _Worker:
         return future
 
     def close(self, wait_s: float = 0.0) -> None:
-        """End the thread after its work; wait so long for that."""
+        """End the thread after its work; wait up to ``wait_s`` for that."""
         self._jobs.put(None)
         self._thread.join(wait_s)
 
@@ -116,4 +116,4 @@ class _Worker:
             except BaseException as error:
                 # Any error goes to the caller.
                 future.set_exception(error)
-            del job, future, work  # while idle, nothing is held
+            del job, future, work  # an idle thread holds no references

@@ -1,7 +1,7 @@
 """Registry of served models and versions; unloads the least recently used under memory pressure.
 
-A load is atomic: all versions of a model are loaded and warmed beside those that serve, then take
-their place between two queries. What was asked of the old ones they still answer.
+A load is atomic: all versions of a model are loaded and warmed up while the old ones serve, and
+replace them between two queries. Queued queries are answered by the version that they were sent to.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from els_service.config import Scheduling
@@ -21,7 +22,6 @@ from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.estimates import warm
 from els_service.engine.loaded_model import LoadedModel, Statistics
 from els_service.engine.loading import Loader
-from els_service.engine.repository import ModelRepository
 from els_service.errors import (
     ElsError,
     LoadError,
@@ -33,29 +33,29 @@ from els_service.errors import (
 _log = logging.getLogger(__name__)
 
 _LOAD_S = 600.0
-"""Patience with the first questions of a model."""
+"""Watchdog limit of the warm-up of a model."""
 
 
 @dataclass(slots=True, eq=False)
 class ModelVersion:
-    """One version of a model that is served."""
+    """Served version of a model."""
 
     model: str
     version: int
     info: DenoiserInfo
     loaded: LoadedModel | None
-    """None while it is unloaded for want of memory."""
+    """None while it is unloaded to save memory."""
     statistics: Statistics
-    """Of all its loaded models."""
+    """Statistics that outlive an unload."""
     content: str = ""
-    """See ``ModelRepository.fingerprint``."""
+    """See ``ModelSource.fingerprint``."""
     used: int = 0
-    """Larger means asked later."""
+    """Number of its latest use; a larger one is later."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the index says of one version."""
+    """State of one version in the index."""
 
     model: str
     version: int
@@ -64,44 +64,88 @@ class State:
     reason: str = ""
 
 
+class ModelSource(Protocol):
+    """Models to serve, by name and version; calls come from several threads."""
+
+    def __str__(self) -> str:
+        """Name of the source in errors."""
+        ...
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a model of that name; raises as ``names``."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of all models, sorted.
+
+        Raises:
+            LoadError: The source cannot be read.
+        """
+        ...
+
+    def versions(self, name: str) -> list[int]:
+        """Return the versions of a model, ascending; empty if there is no such model.
+
+        Raises:
+            LoadError: The versions are ambiguous.
+        """
+        ...
+
+    def load(self, name: str, version: int, device: str) -> Denoiser:
+        """Return the denoiser of a version on a device.
+
+        Raises:
+            LoadError: It cannot be loaded.
+        """
+        ...
+
+    def fingerprint(self, name: str, version: int) -> str:
+        """Return SHA-256 (hex) of what a version was last loaded from.
+
+        Raises:
+            LoadError: It cannot be read.
+        """
+        ...
+
+
 class ModelRegistry:
-    """The models that are served.
+    """Registry of served models.
 
     Args:
-        devices: each model is loaded on all of them.
-        scheduling: for the memory budget and for loaded models.
-        lost: called when a device can compute no more.
+        devices: devices, on all of which each model is loaded.
+        scheduling: bounds of memory and queues.
+        lost: called with the reason when a device is lost.
     """
 
     def __init__(
         self, devices: Sequence[Device], scheduling: Scheduling, lost: Callable[[str], None]
     ) -> None:
         self._devices, self._scheduling, self._lost = devices, scheduling, lost
-        self._repository: ModelRepository | None = None
+        self._repository: ModelSource | None = None
         self._served: dict[str, dict[int, ModelVersion]] = {}
         self._newest: dict[str, ModelVersion] = {}
         self._reasons: dict[str, str] = {}
-        """Why models of the repository are not served."""
+        """Model → reason why it is not served."""
         self._loading: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """Of models that are being loaded: one load of a model at a time."""
+        """Model → lock of its loads."""
         self._reloads: dict[ModelVersion, asyncio.Task[LoadedModel]] = {}
-        self._asked = 0
+        self._uses = 0
         self._loader = Loader(scheduling.load_s)
         self.faults: dict[str, LoadError] = {}
-        """Why models of the repository were refused."""
+        """Model → error of its latest load."""
         self.starting = True
 
     def __contains__(self, name: object) -> bool:
         return name in self._served
 
     def __iter__(self) -> Iterator[ModelVersion]:
-        """Yield every version served, by name and number."""
+        """Yield all served versions, by name and number."""
         for _, versions in sorted(self._served.items()):
             yield from (entry for _, entry in sorted(versions.items()))
 
     def names(self) -> set[str]:
-        """Return the names of models that are served or being loaded."""
+        """Return the names of models that are served or loading."""
         return {*self._served, *self._loading}
 
     def newest(self) -> list[ModelVersion]:
@@ -109,10 +153,10 @@ class ModelRegistry:
         return [entry for _, entry in sorted(self._newest.items())]
 
     def entry(self, name: str, version: str = "") -> ModelVersion:
-        """Return a served version of a model; the newest where none is named.
+        """Return a served version of a model, by default the newest.
 
         Raises:
-            NotFoundError: There is none of that name or number; names those there are.
+            NotFoundError: No such model or version is served; lists those that are.
             UnavailableError: Models are still being loaded.
         """
         try:
@@ -129,23 +173,23 @@ class ModelRegistry:
         if name in self._loading:
             return UnavailableError(f"model: {name} is being loaded")
         if name in self.faults:
-            return NotFoundError(f"model: {name} was refused when it was loaded")
+            return NotFoundError(f"model: {name} failed to load")
         if name in self._reasons:
             return NotFoundError(f"model: {name} is {self._reasons[name]}")
         known = shortened(", ".join(sorted(self._served)) or "none")
         return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
     def mark_used(self, entry: ModelVersion) -> LoadedModel | None:
-        """Note that a version is used; return its loaded model, None where it is unloaded."""
-        self._asked += 1
-        entry.used = self._asked
+        """Record the use of a version; return its loaded model, None if it is unloaded."""
+        self._uses += 1
+        entry.used = self._uses
         return entry.loaded
 
     async def reload(self, entry: ModelVersion) -> LoadedModel:
-        """Load a version again that was unloaded to save memory; return its loaded model.
+        """Reload a version that was unloaded to save memory; return its loaded model.
 
         Raises:
-            LoadError: It cannot be loaded any more.
+            LoadError: It can no longer be loaded.
         """
         if entry.loaded is not None:
             return entry.loaded
@@ -153,7 +197,7 @@ class ModelRegistry:
         if task is None:
             task = self._reloads[entry] = asyncio.ensure_future(self._reload(entry))
             task.add_done_callback(lambda _: self._reloads.pop(entry, None))
-        # One caller who leaves must not end the load that others wait for.
+        # Shielded: a cancelled caller must not cancel the load that others wait for.
         return await asyncio.shield(task)
 
     async def _reload(self, entry: ModelVersion) -> LoadedModel:
@@ -162,13 +206,13 @@ class ModelRegistry:
             assert fresh.loaded is not None
             fresh.loaded.statistics = entry.statistics
             entry.loaded, entry.info, entry.content = fresh.loaded, fresh.info, fresh.content
-            self._make_room(entry)
+            self._unload_least_used(entry)
         return fresh.loaded
 
-    async def load_all(self, repository: ModelRepository) -> None:
-        """Load and warm every model of a repository; keeps why one is refused in ``faults``.
+    async def load_all(self, repository: ModelSource) -> None:
+        """Load and warm up all models of a repository; stores errors in ``faults``.
 
-        One after the other, but for those that are slow: they go on beside the next ones.
+        One after the other, except that the next load does not wait for a slow one.
 
         Raises:
             LoadError: The repository cannot be read.
@@ -176,8 +220,8 @@ class ModelRegistry:
         self._repository = repository
         loads: set[asyncio.Task[None]] = set()
         try:
-            for name in await self._loader.run(str(repository.root), repository.names):
-                loads.add(load := asyncio.ensure_future(self._load_or_keep_why(name)))
+            for name in await self._loader.run(str(repository), repository.names):
+                loads.add(load := asyncio.ensure_future(self._load_if_present(name)))
                 await asyncio.wait((load,), timeout=self._loader.slow_s)
             await asyncio.gather(*loads)
         finally:
@@ -185,17 +229,17 @@ class ModelRegistry:
                 load.cancel()
             self.starting = False
 
-    async def _load_or_keep_why(self, name: str) -> None:
-        # It may be gone since it was listed.
+    async def _load_if_present(self, name: str) -> None:
+        # Faults are stored by ``load``; the model may have been removed since it was listed.
         with contextlib.suppress(LoadError, NotFoundError):
             await self.load(name)
 
     async def load(self, name: str) -> None:
-        """Load a model of the repository, or load it anew, while its old version serves.
+        """Load or reload a model of the repository; its old versions serve meanwhile.
 
         Raises:
             NotFoundError: The repository has no such model.
-            LoadError: It is refused; what served before still does.
+            LoadError: A version cannot be loaded; the old versions still serve.
         """
         async with self._lock(name):
             self._loading.add(name)
@@ -204,21 +248,21 @@ class ModelRegistry:
                 entries = {version: await self._load_version(name, version) for version in versions}
             except LoadError as error:
                 _log.error("model refused", extra={"model": name, "reason": str(error)})
-                # Another: this one keeps the frames that it went through, and all that they hold.
+                # A copy: the traceback of the original holds its frames and their variables.
                 self.faults[name] = LoadError(error.path, error.reason)
                 raise
             finally:
                 self._loading.discard(name)
             self._serve(name, entries)
             for entry in entries.values():
-                self._make_room(entry)
+                self._unload_least_used(entry)
         _log.info("model loaded", extra={"model": name, "versions": versions})
 
     def unload(self, name: str) -> None:
-        """Stop serving a model; what it was asked before it still answers.
+        """Stop serving a model; queued queries are still answered.
 
         Raises:
-            NotFoundError: It is not served.
+            NotFoundError: The model is not served.
         """
         if name not in self._served:
             raise self._missing(name, "")
@@ -228,7 +272,7 @@ class ModelRegistry:
         _log.info("model unloaded", extra={"model": name})
 
     def add(self, name: str, *denoisers: Denoiser) -> None:
-        """Serve a model from elsewhere: one denoiser for each of the first devices."""
+        """Serve denoisers that are not from the repository, one for each of the first devices."""
         placed = dict(zip((device.name for device in self._devices), denoisers, strict=False))
         loaded = LoadedModel(name, 1, placed, self._scheduling)
         self._serve(
@@ -236,28 +280,28 @@ class ModelRegistry:
         )
 
     async def index(self) -> list[State]:
-        """Return the state of every model of the repository, and of those added."""
+        """Return the state of all models, of the repository or added."""
         names = set(self._served) | self._loading
         if self._repository is not None:
-            # Not in the loader's thread, where a load may take minutes.
+            # Not in the loader's thread, which a load may occupy for minutes.
             names |= set(await asyncio.to_thread(self._repository.names))
         return [state for name in sorted(names) for state in self._states(name)]
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of each loaded model; a bank of several counts for the first."""
+        """Return the bytes of each loaded model; a shared bank counts for its first model."""
         sizes: dict[str, int] = {}
         for first, *_ in _holders(self).values():
             sizes[first.model] = sizes.get(first.model, 0) + first.info.memory_bytes
         return sizes
 
     def refused(self) -> dict[str, bool]:
-        """Return, of each model that is served or was refused, whether its latest load was."""
-        # Asked by another thread: copied in one step each.
+        """Return model → whether its latest load failed, of all served or failed models."""
+        # Called by another thread: each is copied in one step.
         served, faults = list(self._served), list(self.faults)
         return dict.fromkeys(served, False) | dict.fromkeys(faults, True)
 
     def close(self) -> None:
-        """End the loading thread; waits a few seconds for a load under way."""
+        """End the loading thread; waits a few seconds for the current load."""
         self._loader.close()
 
     def _serve(self, name: str, entries: dict[int, ModelVersion]) -> None:
@@ -269,7 +313,7 @@ class ModelRegistry:
     def _states(self, name: str) -> Iterator[State]:
         if name in self._served:
             for entry in self._served[name].values():
-                reason = "" if entry.loaded else "unloaded to save memory until it is asked"
+                reason = "" if entry.loaded else "unloaded to save memory until it is used"
                 yield State(name, entry.version, "READY", reason)
         elif name in self._loading:
             yield State(name, 1, "LOADING")
@@ -295,18 +339,18 @@ class ModelRegistry:
             try:
                 costs.append((await device.run(partial(warm, denoiser), _LOAD_S)).value)
             except Exception as error:
-                # Others serve even if one fails in a way that nobody foresaw.
-                _log.exception("model fails", extra={"model": name})
+                # Any exception, because others must serve even if one fails unexpectedly.
+                _log.exception("model failed its warm-up", extra={"model": name})
                 if isinstance(error, DeviceLostError):
                     self._lost(str(error))
-                raise LoadError(name, f"failed at its first question: {error}") from error
+                raise LoadError(name, f"failed its warm-up: {error}") from error
         loaded = LoadedModel(name, version, denoisers, self._scheduling, costs[0])
         fingerprint = partial(self._repository.fingerprint, name, version)
         content = await self._loader.run(name, fingerprint)
         return ModelVersion(name, version, loaded.denoiser.info, loaded, loaded.statistics, content)
 
-    def _make_room(self, keep: ModelVersion) -> None:
-        """Unload what was used longest ago until the rest fits the budget."""
+    def _unload_least_used(self, keep: ModelVersion) -> None:
+        """Unload the least recently used versions but ``keep`` until the rest fits the budget."""
         budget = self._scheduling.memory_bytes
         if budget is None or self._repository is None:
             return
@@ -332,14 +376,14 @@ class ModelRegistry:
 
 
 def _held(entry: ModelVersion) -> object:
-    """Return what holds a version's memory: a bank that others may stand on too, or itself."""
+    """Return the holder of a version's memory: a bank, which others may share, or the version."""
     info = entry.info
-    # Of other kinds the bank is where they come from, not what they hold.
+    # Other kinds were computed from their bank but do not hold it.
     return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
 
 
 def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
-    """Return the loaded versions by what holds their memory."""
+    """Return the loaded versions by the holder of their memory."""
     holders: dict[object, list[ModelVersion]] = {}
     for entry in entries:
         if entry.loaded is not None:
@@ -348,7 +392,7 @@ def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]
 
 
 def _number(version: str) -> int:
-    """Return the number of a version; ValueError unless it is written in decimal."""
+    """Return the number of a version; raises ValueError unless it is decimal."""
     if not (version.isascii() and version.isdecimal()):
         raise ValueError(version)
     return int(version)

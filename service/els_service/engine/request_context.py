@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 PRIORITIES = 3
-"""Levels of priority; 1 is first."""
+"""Number of priorities; 1 is the highest."""
 DEFAULT_PRIORITY = 2
 _ON_ITS_WAY_S = 0.05
 
 
 @dataclass(slots=True)  # never changed; frozen would cost every call a microsecond
 class RequestContext:
-    """On which terms a query is answered."""
+    """Scheduling context of a request."""
 
     deadline: float = math.inf
-    """On the engine's clock; an answer after it is of no use."""
+    """Time on the engine's clock after which an answer is useless."""
     priority: int = DEFAULT_PRIORITY
     caller: str | Callable[[], str] = ""
-    """Whose it is, or who knows: callers of one priority share a device evenly. Only queries that
-    have to wait are asked for it."""
+    """Name of the caller, or a function that returns it, called only for queries that wait. Callers
+    of one priority share a device evenly."""
     trace: object = None
-    """Handed back to the observer, who knows what it is."""
+    """Trace of the request, opaque to the engine, for the observer."""
 
     def name(self) -> str:
         """Return the caller's name."""
@@ -32,7 +32,7 @@ class RequestContext:
 
 
 def allows(slack_s: float) -> str:
-    """Return the end of a refusal for a deadline: the time allowed, and what to raise."""
+    """Return the end of an error about a deadline: the time left, and what to raise."""
     return (
         f"{slack_s:.3g} s are left of the time allowed: raise the call's deadline"
         " (timeout_s, --timeout)"
@@ -40,19 +40,19 @@ def allows(slack_s: float) -> str:
 
 
 def timed_out(left_s: float) -> bool:
-    """Return whether a query that is given up on is late, not its caller who changed its mind.
+    """Return whether a cancelled query timed out at its caller, rather than being abandoned.
 
-    A caller gives up by its own clock, and the request was on its way for a while.
+    The caller's clock started earlier, by the time that the request was in transit.
 
     Args:
-        left_s: until the deadline as it is known here.
+        left_s: seconds until the deadline as the server knows it.
     """
     return left_s <= _ON_ITS_WAY_S
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """One batch that was computed, for traces; times in nanoseconds since the epoch."""
+    """Record of a computed batch, for traces; times in nanoseconds since the epoch."""
 
     model: str
     device: str
@@ -64,26 +64,26 @@ class BatchRecord:
     members: tuple[object, ...]
     """``RequestContext.trace`` of each query."""
     queued_ns: tuple[int, ...]
-    """When each query came."""
+    """Arrival time of each query."""
 
 
 class Observer(Protocol):
-    """Told of everything that happens to queries; times in seconds. Called on the event loop."""
+    """Callbacks for query and batch events, on the event loop; times in seconds."""
 
     def on_queued(self, model: str, seconds: float) -> None:
-        """One query waited this long; not called where there was no queue."""
+        """Called with the waiting time of a query; not called for queries computed on arrival."""
         ...
 
     def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
-        """One batch took ``seconds``, and ``cost`` had been predicted."""
+        """Called with the measured seconds of a batch, and with the predicted ``cost``."""
         ...
 
     def on_dropped(self, model: str, reason: str) -> None:
-        """One query got no answer, for one of ``REASONS``."""
+        """Called for a query without an answer, with one of ``REASONS``."""
         ...
 
-    def on_batch(self, launch: BatchRecord) -> None:
-        """One batch of which a member is traced was computed."""
+    def on_batch(self, record: BatchRecord) -> None:
+        """Called for a computed batch with a traced member."""
         ...
 
 
@@ -97,6 +97,6 @@ REASONS = (
     "interrupted",
     "evicted",
 )
-"""Refused because the queue is full, or because the answer would come too late; its deadline passed
-while it waited; its caller left before it was computed, or while it was; computing it failed; the
-server had to end; it gave way to other callers, as its own held most."""
+"""Rejected on arrival: queue full, or late by prediction. Dropped: deadline passed while waiting;
+cancelled before, or during, its computation; computation failed; server stopped; evicted because
+its caller held most."""

@@ -1,4 +1,4 @@
-"""Budgets with their error texts, and what one request reserves of several."""
+"""Named budgets, and reservations of one request in several of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 _LEAST_RETRY_S = 0.05
 _RETRY_S = 1.0
-"""After which bytes may be free again: nobody knows how long their holders take."""
+"""Retry delay for bytes; when their holders release them is unknown."""
 
 
 @dataclass(frozen=True, eq=False)
 class NamedBudget:
-    """Budget that requests hold parts of while they wait.
+    """Budget with a name and a unit for errors.
 
     Args:
         budget: the capacity and its holders.
         name: such as ``the queue of digits``.
-        seconds: whether its unit is predicted seconds of work; else it is bytes.
+        seconds: whether the unit is predicted seconds of work; otherwise it is bytes.
     """
 
     budget: Budget
@@ -33,31 +33,31 @@ class NamedBudget:
     seconds: bool
 
     def up_to(self, amount: float) -> float:
-        """Return the amount, or what is free if that is less: a request alone may exceed it."""
+        """Return the amount, limited to what is free; a request that is alone may exceed it."""
         return min(amount, max(self.budget.capacity - self.budget.used, 0.0))
 
     def full(self, caller: str, amount: float) -> QueueFullError:
-        """Return the error of a request for which there is no room."""
+        """Return the error of a request that does not fit."""
         budget = self.budget
         text = (
-            f"{self.name} is full: {self._told(budget.used)} are held, "
-            f"{self._told(budget.held_by(caller))} by this caller; "
-            f"{self._told(budget.capacity)} are allowed"
+            f"{self.name} is full: {self._text(budget.used)} are held, "
+            f"{self._text(budget.held_by(caller))} by this caller; "
+            f"{self._text(budget.capacity)} are allowed"
         )
         return self._error(text, budget.used + amount - budget.capacity)
 
-    def gave_way(self, caller: str, amount: float) -> QueueFullError:
+    def evicted(self, caller: str, amount: float) -> QueueFullError:
         """Return the error of a request whose holding of ``amount`` was evicted."""
         budget = self.budget
         held = budget.held_by(caller) + amount
         text = (
-            f"gave way in {self.name}: its caller held {self._told(held)} of the "
-            f"{self._told(budget.capacity)} allowed, and others need room"
+            f"evicted from {self.name}: its caller held {self._text(held)} of the "
+            f"{self._text(budget.capacity)} allowed, and other callers need their share"
         )
-        # Who needs the room may hold nothing yet: with the evicted caller there are two at least.
+        # The caller that needs the share may hold nothing yet, so there are at least two callers.
         return self._error(text, held - budget.capacity / max(budget.callers, 2))
 
-    def _told(self, amount: float) -> str:
+    def _text(self, amount: float) -> str:
         return f"{amount:.3g} s" if self.seconds else f"{amount:.0f} bytes"
 
     def _error(self, text: str, excess: float) -> QueueFullError:
@@ -66,87 +66,86 @@ class NamedBudget:
 
 
 class Reservation:
-    """What one request holds of several rooms: all of it or nothing.
+    """Parts of several budgets held by one request: all of them or none.
 
     Args:
-        caller: whose request it is.
-        gave_way: called if a part is evicted, when all is released that is not pinned.
+        caller: caller of the request.
+        on_evicted: called if a part is evicted, after all parts that are not pinned are released.
     """
 
-    __slots__ = ("_gave_way", "_held", "caller")
+    __slots__ = ("_held", "_on_evicted", "caller")
 
-    def __init__(self, caller: str, gave_way: Callable[[QueueFullError], None]) -> None:
-        self.caller, self._gave_way = caller, gave_way
+    def __init__(self, caller: str, on_evicted: Callable[[QueueFullError], None]) -> None:
+        self.caller, self._on_evicted = caller, on_evicted
         self._held: list[tuple[NamedBudget, Holding]] = []
 
     def reserve(self, parts: Sequence[tuple[NamedBudget, float]]) -> None:
-        """Hold an amount of each room, beside what is held already.
+        """Reserve an amount of each budget, in addition to earlier reservations.
 
         Raises:
-            QueueFullError: One of them has no room; nothing more is held, nobody was evicted.
+            QueueFullError: One of them is full; nothing was reserved or evicted.
         """
-        for room, amount in parts:
-            if not room.budget.fits(self.caller, amount):
-                raise room.full(self.caller, amount)
-        for room, amount in parts:
-            # What the parts before evicted holds less everywhere: it still fits.
-            holding = room.budget.reserve(self.caller, amount, partial(self._evicted, room))
+        for named, amount in parts:
+            if not named.budget.fits(self.caller, amount):
+                raise named.full(self.caller, amount)
+        for named, amount in parts:
+            # Evictions for the previous parts only lowered what is held, so this still fits.
+            holding = named.budget.reserve(self.caller, amount, partial(self._evicted, named))
             assert holding is not None
-            self._held.append((room, holding))
+            self._held.append((named, holding))
 
     def begin(self, queue: Sequence[NamedBudget], share: float) -> None:
-        """Keep a share, 0 to 1, of what is held of a queue's rooms; pin what is held of others.
+        """Keep a share, 0 to 1, of what is held in the budgets of a queue, and pin the rest.
 
-        For a request of which a part ceases to wait and is computed.
+        Called when a part of the request leaves the queue to be computed.
         """
-        for room, holding in self._held:
-            if room in queue:
-                room.budget.resize(holding, min(share, 1.0) * holding.amount)
+        for named, holding in self._held:
+            if named in queue:
+                named.budget.resize(holding, min(share, 1.0) * holding.amount)
             else:
-                room.budget.pin(holding)
+                named.budget.pin(holding)
         if not share:
             self.release(*queue)
 
-    def release(self, *rooms: NamedBudget) -> None:
-        """Release what is held of some rooms; of all where none is named. Twice is no matter."""
+    def release(self, *budgets: NamedBudget) -> None:
+        """Release what is held in some budgets, by default in all; idempotent."""
         kept = []
-        for room, holding in self._held:
-            if rooms and room not in rooms:
-                kept.append((room, holding))
+        for named, holding in self._held:
+            if budgets and named not in budgets:
+                kept.append((named, holding))
             else:
-                room.budget.release(holding)
-        # A holding knows its request: together they would stay until garbage is collected.
+                named.budget.release(holding)
+        # A holding refers to its request: the cycle would live until the garbage collection.
         self._held = kept
 
-    def _evicted(self, room: NamedBudget) -> None:
-        amount = sum(holding.amount for other, holding in self._held if other is room)
-        error = room.gave_way(self.caller, amount)
-        # What is pinned is in use; it is released when that ends.
+    def _evicted(self, named: NamedBudget) -> None:
+        amount = sum(holding.amount for other, holding in self._held if other is named)
+        error = named.evicted(self.caller, amount)
+        # A pinned part is in use, and released by its user.
         self.release(*(other for other, holding in self._held if holding.evict is not None))
-        self._gave_way(error)
+        self._on_evicted(error)
 
 
 class TrajectoryReservation:
-    """A trajectory, or a query whose model is being loaded, which ends if it has to give way.
+    """Reservation of a trajectory, or of a query whose model is being loaded.
 
     Args:
-        caller: whose it is.
-        gave_way: called once when it has to.
+        caller: caller of the request.
+        on_evicted: called once if the reservation is evicted.
     """
 
-    def __init__(self, caller: str, gave_way: Callable[[], None]) -> None:
-        self.reservation = Reservation(caller, self._end)
-        self._gave_way = gave_way
+    def __init__(self, caller: str, on_evicted: Callable[[], None]) -> None:
+        self.held = Reservation(caller, self._end)
+        self._on_evicted = on_evicted
         self._reason: tuple[str, float] | None = None
-        """Why it ended, and when to come again. An error would know the frames that raised it, and
-        they this: all would stay until garbage is collected."""
+        """Text and retry delay of its eviction; the error's traceback would make a cycle."""
         self._awaited: asyncio.Future[Any] | None = None
 
     async def until(self, future: asyncio.Future[T]) -> T:
-        """Return the result of a future, which fails if the stay ends before it is done.
+        """Return the result of a future; an eviction fails the future.
 
         Raises:
-            QueueFullError: It ended.
+            QueueFullError: The reservation was evicted.
         """
         self._awaited = future
         try:
@@ -155,19 +154,19 @@ class TrajectoryReservation:
             self._awaited = None
 
     def ending(self) -> asyncio.Future[None]:
-        """Return a future that fails if the stay ends; to be cancelled."""
+        """Return a future that fails if the reservation is evicted; the caller cancels it."""
         self._awaited = asyncio.get_running_loop().create_future()
         return self._awaited
 
     def check(self) -> None:
-        """Raise QueueFullError if it has ended."""
+        """Raise QueueFullError if the reservation was evicted."""
         if self._reason is not None:
             raise self._error()
 
     def _end(self, error: QueueFullError) -> None:
         assert error.retry_after_s is not None
         self._reason = str(error), error.retry_after_s
-        self._gave_way()
+        self._on_evicted()
         if self._awaited is not None and not self._awaited.done():
             self._awaited.set_exception(self._error())
 

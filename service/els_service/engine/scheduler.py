@@ -1,16 +1,14 @@
 """Dispatch of queued queries to devices in batches, and delivery of their results.
 
-    submit ─► admitted? ─► the model's queue ─► batch ─► device ─► each its rows
+    submit ─► admission ─► queue of the model ─► batch ─► device ─► rows to each request
                  │               │                │
-                 │               │                └ late by now: dropped before it is computed
-                 │               └ its caller holds most of the room, and others need it: evicted
-                 └ no room for its caller, or late by prediction
+                 │               │                └ deadline passed: dropped, not computed
+                 │               └ evicted if its caller holds most and others need their share
+                 └ rejected: budget full, or late by prediction
 
-An idle device takes work at once; what comes while it is busy gathers meanwhile, which is all the
-waiting there is. A batch ends where more would save little (its launch is a small part of it), or
-where it would make a member late.
-Models share a device by time, as callers share a model. Everything but the computation happens on
-the event loop, so there are no locks.
+An idle device takes work at once; requests wait only while it is busy, and form batches meanwhile
+(``batching``). Models share a device by time, as callers share a model. Everything but the
+computation runs on the event loop, so there are no locks.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Denoised, Query
 from els_service.engine.admission import Admission, Workload, fail
 from els_service.engine.batch_records import batch_record
-from els_service.engine.batching import HAND_OUT_S, INLINE_S, batch_s, next_batch, next_model
+from els_service.engine.batching import DELIVERY_S, INLINE_S, batch_s, next_batch, next_model
 from els_service.engine.device import Device, DeviceLostError, Outcome
 from els_service.engine.loaded_model import Chunk, LoadedModel, PendingRequest, answers
 from els_service.engine.request_context import Observer, RequestContext, timed_out
@@ -36,36 +34,36 @@ from els_service.errors import DeadlineExceededError, ElsError
 
 _SLOW_S = 10 * INLINE_S
 _WRONG = 3
-"""So many answers in a row that were slow, and they are no work for the event loop."""
+"""Slow inline answers in a row after which the model is computed on its device."""
 
 Results = Outcome[list[Denoised | Exception]]
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A batch that is being computed."""
+    """Batch under computation."""
 
     batch: list[Chunk]
     control: Control
     timer: asyncio.TimerHandle | None = None
-    """At the latest deadline of its members; None where one has none."""
+    """Fires at the latest deadline of its members; None if a member has no deadline."""
 
     def stop_unless_wanted(self, now: float) -> None:
-        """Stop the computation if every member was cancelled or its deadline has passed."""
+        """Stop the computation if every member is cancelled or past its deadline."""
         if all(i.pending.answer.done() or now >= i.pending.context.deadline for i in self.batch):
             self.control.stop()
 
 
 class Scheduler:
-    """All queues and all devices of a process.
+    """Queues and devices of a process.
 
     Args:
-        devices: by which loaded models name their denoisers.
+        devices: devices, whose names are keys of the denoisers of loaded models.
         scheduling: bounds of queues and batches.
-        memory: room for the bytes of all that waits or is computed, of all models.
+        memory: budget for the bytes of all waiting and computed requests.
         observer: receives a callback for each query and batch event.
-        lost: called when a device can compute no more.
-        clock: in seconds; deadlines are on it.
+        lost: called with the reason when a device is lost.
+        clock: clock of deadlines, in seconds.
     """
 
     def __init__(
@@ -82,30 +80,30 @@ class Scheduler:
         self._workload = Workload()
         self.admission = Admission(self._workload, scheduling, memory, observer, clock)
         self._running: Counter[PendingRequest] = Counter()
-        """Tickets with parts that are being computed, and how many."""
+        """Request → number of its chunks under computation."""
         self._batches: dict[str, _Running] = {}
-        """Device → what it computes."""
+        """Device → batch under computation."""
         self._virtual = 0.0
 
     def submit(
         self, loaded: LoadedModel, query: Query, context: RequestContext, *, admitted: bool = False
     ) -> Denoised | asyncio.Future[Denoised]:
-        """Return the answer to a checked query, or the answer to come.
+        """Return the answer to a checked query, or its future.
 
-        Cancelling the future takes the query out of the queue.
+        Cancelling the future removes the query from the queue.
 
         Args:
             loaded: model whose denoiser answers.
             query: passed ``Denoiser.check``.
             context: deadline, priority and caller.
-            admitted: whether it belongs to a trajectory, which has entered: then it always queues.
+            admitted: whether it belongs to an admitted trajectory, and is exempt from admission.
 
         Raises:
-            QueueFullError: More work waits than is allowed, and the caller has its share of it.
-            DeadlineExceededError: The answer would come too late. The future may fail with either.
+            QueueFullError: A budget is full and the caller has its share of it.
+            DeadlineExceededError: The answer would be late. The future may fail with either.
         """
         estimate = loaded.denoiser.predict_seconds(query)
-        # By the estimate, not by the clock: on a busy machine all takes longer, queues above all.
+        # By the estimate, not by measured times, which a busy machine increases, queues most.
         if estimate < INLINE_S and loaded.slow < _WRONG and not loaded.running and loaded.on_cpu:
             return self._inline(loaded, query, context, estimate)
         now = self.clock()
@@ -124,11 +122,11 @@ class Scheduler:
         return pending.answer
 
     def waiting(self) -> int:
-        """Return how many items wait."""
+        """Return the number of waiting chunks."""
         return sum(len(loaded.queue) for loaded in self._workload.waiting)
 
     def interrupt(self, error: ElsError) -> None:
-        """Fail everything that waits or is being computed."""
+        """Fail all requests that wait or are being computed."""
         pending_requests = [
             chunk.pending for loaded in self._workload.waiting for chunk in loaded.queue
         ]
@@ -144,7 +142,7 @@ class Scheduler:
         if began > context.deadline:
             raise self.admission.too_late(
                 loaded,
-                f"the deadline of a question to {loaded.model} passed before it was computed",
+                f"the deadline passed before the query to {loaded.model} was computed",
             )
         succeeded = False
         try:
@@ -165,7 +163,7 @@ class Scheduler:
         return answer
 
     def _dispatch(self) -> None:
-        """Give every idle device its next batch."""
+        """Start the next batch of every idle device."""
         for device in self._devices:
             while device.name not in self._workload.busy:
                 now = self.clock()
@@ -196,7 +194,7 @@ class Scheduler:
         done.add_done_callback(partial(self._finish, device, loaded, batch, estimate, cost))
 
     def _watched(self, batch: list[Chunk], now: float) -> _Running:
-        """Return a batch that is stopped once its last member's deadline has passed."""
+        """Return a batch that is stopped at the latest deadline of its members."""
         running = _Running(batch, Control())
         latest = max(chunk.pending.context.deadline for chunk in batch)
         if latest < float("inf"):
@@ -204,8 +202,8 @@ class Scheduler:
             def expired() -> None:
                 running.stop_unless_wanted(self.clock())
 
-            # A little later, as the loop's clock and ours are not read at the same time.
-            delay = max(0.0, latest - now) + HAND_OUT_S
+            # Slightly later, because the loop's clock and ``self.clock`` are read at two times.
+            delay = max(0.0, latest - now) + DELIVERY_S
             running.timer = asyncio.get_running_loop().call_later(delay, expired)
         return running
 
@@ -218,7 +216,7 @@ class Scheduler:
         cost: float,
         done: asyncio.Future[Results],
     ) -> None:
-        """Start the next batch, then hand out the results of this one."""
+        """Start the next batch, then deliver the results of this one."""
         ended = self._workload.busy.pop(device.name)
         running = self._batches.pop(device.name)
         if running.timer is not None:
@@ -226,10 +224,10 @@ class Scheduler:
         loaded.running -= 1
         error = done.exception()
         if isinstance(error, DeviceLostError):
-            # It stays busy for ever: nothing else is sent there.
+            # Busy for ever, so that no batch is sent to it.
             self._workload.busy[device.name] = float("inf")
         elif isinstance(error, ComputationStoppedError):
-            # Without an answer, but not without a lesson: it takes longer than this.
+            # Stopped without a result, but known to take longer than this.
             if (seconds := self.clock() - (ended - cost)) > cost:
                 loaded.costs.learn(estimate, seconds, self.clock())
         elif error is None:
@@ -275,7 +273,7 @@ class Scheduler:
     def _computed(
         self, device: Device, loaded: LoadedModel, batch: list[Chunk], cost: float, outcome: Results
     ) -> None:
-        """Tell of a batch that was computed."""
+        """Report a computed batch to observer and statistics."""
         seconds = outcome.ended - outcome.began
         images = sum(len(chunk.query) for chunk in batch)
         self._observer.on_computed(loaded.model, seconds, images, cost)
@@ -291,14 +289,14 @@ class Scheduler:
     def _on_done(
         self, loaded: LoadedModel, pending: PendingRequest, answer: asyncio.Future[Denoised]
     ) -> None:
-        """Remove what waits of a request from the queue, and stop what is computed of it."""
+        """Remove the waiting chunks of a request; stop batches that no other member needs."""
         withdrawn = loaded.withdraw(pending)
         if pending not in self._running:
             pending.release()
         else:
             for running in self._batches.values():
                 running.stop_unless_wanted(self.clock())
-        pending.chunks = []  # they refer back: pixels would stay until garbage is collected
+        pending.chunks = []  # breaks a cycle that would hold pixels until garbage collection
         if withdrawn and answer.cancelled():
             now = self.clock()
             late = timed_out(pending.context.deadline - now)

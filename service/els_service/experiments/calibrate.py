@@ -1,16 +1,11 @@
-"""Fit windows to a network: ``python -m els_service.experiments.calibrate``.
-
-Requires only torch, numpy, safetensors, PyYAML and Pillow.
-"""
+"""Calibrated model folders: windows fitted to a network, with a record."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,102 +13,112 @@ import numpy as np
 import yaml
 
 from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.files import write_atomically
 from els_service.denoisers.networks.folder import MODEL_FILE
 from els_service.errors import InvalidArgumentError, LoadError
-from els_service.experiments.command_line import (
-    Progress,
-    listed,
-    positive,
-    prepared_device,
-    refusing,
-)
 from els_service.experiments.comparison.calibration import (
-    SEARCHES,
     Calibration,
     Journal,
     best_by_label,
     calibrate,
     trajectory,
 )
-from els_service.experiments.comparison.drawing import SampleSpec, check_seed
-from els_service.experiments.comparison.options import add_shared
+from els_service.experiments.comparison.drawing import SampleSpec
 from els_service.experiments.comparison.subjects import (
-    BUNDLED_MODELS,
     RECORD_FILE,
-    WINDOWS_FILE,
     Network,
     build_machines,
     describe_bank,
-    find_windows,
-    model_folder,
-    open_bank,
-    open_network,
 )
+from els_service.repository import WINDOWS_FILE, bundled_models, model_folder
 from els_service.yaml_files import read_yaml
 
 _JOURNAL = "calibration-journal.json"
-_SEED = 1
 
 
-def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Run a calibration; return the exit code: 0, 2 for invalid input, 130 for Ctrl-C.
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """Machine, trajectories and search of a calibration."""
+
+    machine: str = "els"
+    """A name of ``build_machines``."""
+    samples: int = 20
+    """Trajectories of the network."""
+    steps: int = 20
+    """Steps of a trajectory, and levels of the table."""
+    seed: int = 1
+    """Seed of the noise; unlike that of a comparison, whose images must not be fitted."""
+    search: str = "all"
+    """One of ``SEARCHES``."""
+    windows: tuple[int, ...] | None = None
+    """Odd candidates; None for all from 3 to the image's smaller side."""
+
+
+def calibrate_folder(
+    network: Network,
+    bank: Bank,
+    settings: CalibrationSettings,
+    out: Path | None,
+    *,
+    bank_file: Path,
+    device: str,
+    command: str,
+    progress: Callable[[int, int], None],
+) -> tuple[Path, Calibration]:
+    """Fit a machine's windows to a network; return the model folder and the table.
 
     Args:
-        arguments: without the program's name; None for sys.argv.
-        program: name of the command in the help and the record.
+        network: network whose score is fitted.
+        bank: images of the machine.
+        settings: settings, which a resumed run must repeat.
+        out: analytic model folder, created if missing; None for NAME-MACHINE next to the network.
+        bank_file: file of the bank, named in a new ``model.yaml``.
+        device: device of the bank.
+        command: command for the record.
+        progress: called with the number of steps done and the total.
+
+    Raises:
+        InvalidArgumentError: A setting does not fit the machine, or ``out`` is in the package.
+        LoadError: ``out`` has another model, or a run with other settings.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser(program or "python -m els_service.experiments.calibrate")
-    options = parser.parse_args(arguments)
-    command = shlex.join([*parser.prog.split(), *arguments])
-    return refusing(parser.prog, lambda: _calibrate(options, command))
-
-
-def _calibrate(options: argparse.Namespace, command: str) -> None:
-    check_seed(options.seed)
-    device = prepared_device(options)
-    network = open_network(options.network, options.models, device)
     info = network.denoiser.info
-    bank = open_bank(options.bank, info, options.bank_limit)
-    machine = build_machines([options.machine], bank, info, device=device)[options.machine]
-    windows = _candidates(options.windows, machine)
-    out = options.out or _beside(network, options.machine)
-    if out.resolve().is_relative_to(BUNDLED_MODELS.resolve()):
+    name = settings.machine
+    machine = build_machines([name], bank, info, device=device)[name]
+    windows = _candidates(settings.windows, machine)
+    out = out or _beside(network, name)
+    if out.resolve().is_relative_to(bundled_models().resolve()):
         raise InvalidArgumentError("out", "a folder outside the package", out)
     _check_folder(out, machine)
-    settings = {
+    description = {
         "network": network.described(),
         "bank": describe_bank(bank, info),
         "machine": machine.info.machine,
         "padding": machine.info.padding,
-        **{name: getattr(options, name) for name in ("samples", "steps", "seed", "search")},
+        **{name: getattr(settings, name) for name in ("samples", "steps", "seed", "search")},
         "windows": list(windows),
     }
     out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out / _JOURNAL, settings)
-    how = SampleSpec(options.seed, options.steps, "ddim", info.label_count)
-    labels = how.labels(0, options.samples)
-    progress = Progress("calibrate")
+    journal = Journal(out / _JOURNAL, description)
+    how = SampleSpec(settings.seed, settings.steps, "ddim", info.label_count)
+    labels = how.labels(0, settings.samples)
     found = calibrate(
         machine,
-        trajectory(network.denoiser, how, options.samples),
+        trajectory(network.denoiser, how, settings.samples),
         labels,
         windows,
         journal,
-        search=options.search,
-        report=_reporter(progress, windows, options.steps),
+        search=settings.search,
+        report=_reporter(progress, windows, settings.steps),
     )
     progress(1, 1)
-    _write(out, machine, options.bank, found, _record(settings, found, labels, command))
+    _write(out, machine, bank_file, found, _record(description, found, labels, command))
     journal.file.unlink()
-    print(f"windows {' '.join(map(str, found.k))}\nwritten: {out}")
-    if find_windows(network).source != f"{out.resolve().name}/{WINDOWS_FILE}":
-        print(f"for a comparison with these windows: --windows {out}")
+    return out, found
 
 
 def _reporter(
-    progress: Progress, windows: Sequence[int], levels: int
+    progress: Callable[[int, int], None], windows: Sequence[int], levels: int
 ) -> Callable[[int, int], None]:
     return lambda level, window: progress(
         (level - 1) * len(windows) + windows.index(window), levels * len(windows)
@@ -200,53 +205,3 @@ def _write(
 def _text(document: Mapping[str, Any]) -> bytes:
     # Lists on one line, everything else indented.
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100).encode()
-
-
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        program,
-        description="Find the windows by noise level for which a machine's score is closest to a "
-        "network's; writes windows.yaml and calibration.json to an analytic model folder. The same "
-        "command resumes an interrupted run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("network", metavar="MODEL", help="name of a served model, or a network's model folder")
-    add_shared(parser)
-    add("--machine", default="els", help="els or local, or MACHINE-PADDING")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="analytic model folder, created if missing; by default MODEL-MACHINE next to MODEL",
-    )
-    add(
-        "--samples",
-        type=positive("samples"),
-        default=20,
-        help="trajectories of the network",
-    )
-    add(
-        "--steps",
-        type=positive("steps"),
-        default=20,
-        help="steps, and levels of the table",
-    )
-    add("--seed", type=int, default=_SEED, help="seed of the noise, unlike that of `compare`")
-    add(
-        "--search",
-        choices=SEARCHES,
-        default="all",
-        help="all windows; climb: 3 times faster",
-    )
-    add(
-        "--windows",
-        type=listed("windows"),
-        metavar="K[,K]",
-        help="odd candidates; by default from 3 to the side",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.resources import files
-from pathlib import Path
 
 import grpc
 import torch
@@ -28,8 +26,8 @@ from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from els_service.config import Settings, cpu_limit
 from els_service.engine.device import DeviceLostError, WorkerDevice, choose_devices
 from els_service.engine.engine import Engine
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.repository import ModelRepository, bundled_models
 from els_service.server.addresses import address_of, bind, with_port
 from els_service.server.health import ALIVE, Health
 from els_service.server.security.access import (
@@ -72,11 +70,6 @@ class Started:
     """0 for a socket of the file system."""
     metrics_port: int
     health_port: int | None
-
-
-def bundled_models() -> Path:
-    """Return the folder of models that ships with the package."""
-    return Path(str(files("els_service") / "bundled"))
 
 
 def repository(settings: Settings) -> ModelRepository:

@@ -11,7 +11,6 @@ from els_service.denoisers.networks.folder import (
     MODEL_FILE,
     WEIGHTS_FILE,
     load_network,
-    load_network_folder,
     save_network_folder,
 )
 from els_service.denoisers.networks.modules import Network, build_network
@@ -29,7 +28,6 @@ __all__ = [
     "Parametrisation",
     "build_network",
     "load_network",
-    "load_network_folder",
     "parametrise",
     "parse_network",
     "save_network_folder",

@@ -15,12 +15,10 @@ from els_service.denoisers.files import write_atomically
 from els_service.denoisers.networks.config import (
     NetworkDocument,
     describe_network,
-    parse_network,
 )
 from els_service.denoisers.networks.denoiser import NetworkDenoiser
 from els_service.denoisers.networks.modules import build_network
-from els_service.errors import LoadError, shortened
-from els_service.yaml_files import read_yaml
+from els_service.errors import LoadError
 
 MODEL_FILE = "model.yaml"
 WEIGHTS_FILE = "weights.safetensors"
@@ -49,26 +47,6 @@ def load_network(
     tensors = read_weights(weights, network.state_dict())
     network.load_state_dict(tensors, assign=True)
     return NetworkDenoiser(network, document, device)
-
-
-def load_network_folder(folder: Path, device: torch.device | str = "cpu") -> NetworkDenoiser:
-    """Return the denoiser of a model folder, without the repository's path checks.
-
-    Raises:
-        LoadError: A file is missing or rejected; names it and the field or tensor.
-    """
-    path = folder / MODEL_FILE
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise LoadError(path, f"expected a mapping, got {type(content).__name__}")
-    if content.get("kind") != "network":
-        raise LoadError(path, f"kind: expected network, got {shortened(str(content.get('kind')))}")
-    try:
-        return load_network(parse_network(content, path), folder / WEIGHTS_FILE, device)
-    except LoadError:
-        raise
-    except ValueError as error:
-        raise LoadError(path, str(error)) from error
 
 
 def save_network_folder(
@@ -110,11 +88,7 @@ def read_weights(
         # Read, not memory-mapped: overwriting a mapped file would change the network.
         content = path.read_bytes()
     except OSError as error:
-        reason = f"expected a readable file, got {error.strerror}"
-        for other in sorted(path.parent.glob("*")):
-            if other.suffix in _PICKLE_SUFFIXES:
-                reason += f"; {other.name} is not read, as a pickle can execute code"
-                break
+        reason = f"expected a readable file, got {error.strerror}{pickle_hint(path)}"
         raise LoadError(path, reason) from error
     if content.startswith(_PICKLES):
         raise LoadError(path, "expected safetensors: a pickle can execute code when it is read")
@@ -129,6 +103,14 @@ def read_weights(
             raise LoadError(path, f"{name}: expected no such tensor in this architecture")
         _check_tensor(path, name, tensors[name], expected[name])
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def pickle_hint(path: Path) -> str:
+    """Return text for the error of a missing file: that a pickle in its folder is not read."""
+    for other in sorted(path.parent.glob("*")):
+        if other.suffix in _PICKLE_SUFFIXES:
+            return f"; {other.name} is not read, as a pickle can execute code"
+    return ""
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:

@@ -83,7 +83,7 @@ def cosine(machine: Denoiser, point: Point, window: int, labels: Sequence[int]) 
     """Return the cosine between the scores of a machine and of the network, [N]."""
     query = make_query(point.x, point.level, labels, window)
     machine.check(query)
-    ours = _pull(machine.denoise(query).mean, point.x, point.level)
+    ours = _pull(torch.from_numpy(machine.denoise(query).pixels), point.x, point.level)
     cosines: Floats = torch.cosine_similarity(
         ours.flatten(1), point.pull.flatten(1), eps=1e-300
     ).numpy()

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,19 @@ from els_kernels import GEOMETRIES, PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
-from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE, load_network_folder
+from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import InvalidArgumentError, LoadError
 from els_service.experiments.training import load_training_data
-from els_service.yaml_files import read_yaml
+from els_service.repository import (
+    WINDOWS_FILE,
+    bundled_models,
+    load_network_folder,
+    model_folder,
+    newest_version,
+    read_windows,
+)
 
-BUNDLED_MODELS = Path(__file__).parents[2] / "models"
-WINDOWS_FILE = "windows.yaml"
 RECORD_FILE = "calibration.json"
 MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
 
@@ -54,19 +58,19 @@ class Network:
         }
 
 
-def open_network(name: str, models: Path = BUNDLED_MODELS, device: str = "cpu") -> Network:
+def open_network(name: str, models: Path | None = None, device: str = "cpu") -> Network:
     """Return the network of a served model, or of a folder.
 
     Args:
         name: model in ``models``, NAME or NAME/VERSION, or a path; ``./NAME`` is always a path.
-        models: folder of served models.
+        models: folder of served models; None for the bundled ones.
         device: device to run on.
 
     Raises:
         InvalidArgumentError: Neither a model nor a folder has that name, or both have.
         LoadError: A file is missing or rejected; names it and the field or tensor.
     """
-    folder = _newest(_folder_of(name, models))
+    folder = newest_version(_folder_of(name, models or bundled_models()))
     weights = folder / WEIGHTS_FILE
     denoiser = load_network_folder(folder, device)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -81,29 +85,11 @@ def _folder_of(name: str, models: Path) -> Path:
     if not folders:
         raise InvalidArgumentError("network", f"a model in {models}, or a model folder", name)
     # A folder of the same name may be something else, such as the output of a comparison.
-    found = [folder for folder in folders if (_newest(folder) / MODEL_FILE).exists()]
+    found = [folder for folder in folders if (newest_version(folder) / MODEL_FILE).exists()]
     if len(found) == 2 and not found[0].samefile(found[1]):
         expected = f"one model: there is one in {models}, and ./{name}"
         raise InvalidArgumentError("network", expected, name)
     return (found or folders)[0]
-
-
-def model_folder(folder: Path) -> Path:
-    """Return the resolved folder of a model; a folder of one of its versions is allowed."""
-    folder = folder.resolve()
-    return folder.parent if folder.name.isdecimal() else folder
-
-
-def _newest(folder: Path) -> Path:
-    """Return the folder of a model's newest version."""
-    if (folder / MODEL_FILE).exists():
-        return folder
-    numbered = [path.parent for path in folder.glob(f"*/{MODEL_FILE}")]
-    return max(
-        (path for path in numbered if path.name.isdecimal()),
-        key=lambda path: int(path.name),
-        default=folder,
-    )
 
 
 def _count(weights: Path) -> int:
@@ -136,6 +122,14 @@ def open_bank(path: Path, info: DenoiserInfo, limit: int | None = None) -> Bank:
             got = "an unlabelled bank" if not bank.label_count else f"none of {missing}"
             raise InvalidArgumentError("bank", expected, got)
     return bank if limit is None else _limited(bank, limit)
+
+
+def open_network_and_bank(
+    name: str, models: Path | None, bank: Path, limit: int | None, device: str
+) -> tuple[Network, Bank]:
+    """Return a network as ``open_network`` does, and a bank that matches it as ``open_bank``."""
+    network = open_network(name, models, device)
+    return network, open_bank(bank, network.denoiser.info, limit)
 
 
 def _limited(bank: Bank, limit: int) -> Bank:
@@ -259,9 +253,4 @@ def _is_of(record: Path, network: Network) -> bool:
 
 
 def _from_file(path: Path) -> Windows:
-    content = read_yaml(path)
-    try:
-        table = WindowTable(tuple(map(float, content["sigma"])), tuple(map(index, content["k"])))
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(path, f"expected windows: {' '.join(str(error).split())}") from error
-    return Windows(table, f"{path.resolve().parent.name}/{path.name}")
+    return Windows(read_windows(path), f"{path.resolve().parent.name}/{path.name}")

@@ -45,6 +45,7 @@ from els_service.experiments.training.checkpoint import (
 from els_service.experiments.training.data import Batch, Batches
 from els_service.experiments.training.record import Row, append_log, plot_loss, read_log, write_log
 from els_service.experiments.training.settings import TrainingSettings
+from els_service.repository import WINDOWS_FILE
 
 RECORD_FILE = "training.json"
 
@@ -241,7 +242,7 @@ def _check_folder(out: Path) -> None:
     if (out / CHECKPOINT_FILE).exists():
         return
     versions = sorted(out.glob(f"[0-9]*/{MODEL_FILE}"))
-    for path in (out / MODEL_FILE, out / WEIGHTS_FILE, out / "windows.yaml", *versions):
+    for path in (out / MODEL_FILE, out / WEIGHTS_FILE, out / WINDOWS_FILE, *versions):
         if path.exists():
             expected = "expected no model, or one with its checkpoint"
             raise LoadError(path, f"{expected}, got this; use another --out to start over")

@@ -106,4 +106,4 @@ class InferenceService(Administration):
 def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
     if answer.log_evidence is None:
         raise RuntimeError("the model promised log_evidence and has none")
-    return answer.log_evidence.numpy()
+    return answer.log_evidence

@@ -24,10 +24,10 @@ class _Spec(BaseModel):
 
 
 class _UnetSpec(_Spec):
-    """A diffusers folder, as it is."""
+    """Folder of diffusers, unchanged."""
 
     folder: str = "."
-    """Of ``unet`` and ``scheduler``, relative to the model's."""
+    """Folder of ``unet`` and ``scheduler``, relative to the model folder."""
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = ""
     null_label: bool = False
 
@@ -46,10 +46,10 @@ class LatentSpec(_UnetSpec):
 
 
 class OnnxLevelSpec(_Spec):
-    """What a graph is told of the noise level."""
+    """Input of a graph for the noise level."""
 
     input: str
-    told_as: Annotated[Literal["sigma", "log_sigma", "alpha_bar", "time"], Field(alias="as")] = (
+    given_as: Annotated[Literal["sigma", "log_sigma", "alpha_bar", "time"], Field(alias="as")] = (
         "sigma"
     )
     range: Annotated[list[_Sigma], Field(min_length=2, max_length=2)] = [0.002, 80.0]
@@ -85,12 +85,12 @@ def load_pretrained(spec: PretrainedSpec, inside: Inside, device: str) -> Denois
     """Return the denoiser of a model folder.
 
     Args:
-        spec: what its ``model.yaml`` says.
-        inside: of the model's folder.
-        device: where weights are held; ONNX graphs run on the CPU.
+        spec: its ``model.yaml``.
+        inside: function from a name in the model folder to its path.
+        device: device that holds weights; ONNX graphs run on the CPU.
 
     Raises:
-        LoadError: A file is missing or refused; names it and the field or tensor.
+        LoadError: A file is missing or invalid; names it and the field or tensor.
         ValueError: A field is out of range.
         ModuleNotFoundError: The extra of this kind is not installed.
     """
@@ -116,7 +116,7 @@ def _onnx_document(spec: OnnxSpec) -> OnnxDocument:
         input=spec.input,
         output=spec.output,
         level=spec.level.input,
-        level_as=spec.level.told_as,
+        level_as=spec.level.given_as,
         prediction=spec.prediction,
         exploding=spec.scaling == "exploding",
         sigma_range=(lowest, highest),

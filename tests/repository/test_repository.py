@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.engine.malformed import BANK, ELS, GAUSSIAN, MALFORMED
+from tests.repository.malformed import BANK, ELS, GAUSSIAN, MALFORMED
 from tests.support.models_folder import DOCUMENTS, tiny_bank, write_models
 
 from els_service.denoisers.analytic import AnalyticDenoiser
@@ -21,9 +21,8 @@ from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.windows import WindowTable, default_windows
-from els_service.engine import repository as repository_module
-from els_service.engine.repository import ModelRepository
 from els_service.errors import LoadError
+from els_service.repository import ModelRepository, bank_cache
 
 
 @pytest.fixture
@@ -242,7 +241,7 @@ def test_models_of_one_bank_share_it(root: Path, monkeypatch: pytest.MonkeyPatch
         loaded.append(path)
         return load_bank(path)
 
-    monkeypatch.setattr(repository_module, "load_bank", recorded)
+    monkeypatch.setattr(bank_cache, "load_bank", recorded)
     for name in ("a", "b", "c"):
         write(root, ELS if name != "c" else f"kind: wiener\n{BANK}", name)
     (root / "alias.safetensors").symlink_to(root / "_banks" / "tiny.safetensors")

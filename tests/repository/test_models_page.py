@@ -24,8 +24,9 @@ from els_service.denoisers.networks import (
     parse_network,
     save_network_folder,
 )
-from els_service.engine.pretrained_specs import DiffusersSpec, LatentSpec, OnnxSpec
-from els_service.engine.repository import AnalyticSpec, GaussianSpec, ModelRepository, WienerSpec
+from els_service.repository import ModelRepository
+from els_service.repository.pretrained_specs import DiffusersSpec, LatentSpec, OnnxSpec
+from els_service.repository.specs import AnalyticSpec, GaussianSpec, WienerSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _SECTION = re.compile(r"^## kind: (\w+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)

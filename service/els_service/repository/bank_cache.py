@@ -1,0 +1,60 @@
+"""Banks in memory, loaded once for all models that use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+from weakref import WeakValueDictionary
+
+from els_kernels import PatchAttention
+from els_service.denoisers.banks import Bank, load_bank
+from els_service.repository.folders import FileState, file_state
+
+
+class BankCache:
+    """Cache of banks and of their patch attention, held while a model uses them.
+
+    Thread-safe: threads that need the same bank wait for the one that loads it.
+
+    Args:
+        implementation: implementation of patch attention, as in ``PatchAttention``.
+    """
+
+    def __init__(self, implementation: str = "auto") -> None:
+        self._implementation = implementation
+        self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
+        self._banks: WeakValueDictionary[FileState, Bank] = WeakValueDictionary()
+        self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
+            WeakValueDictionary()
+        )
+
+    def bank(self, path: Path) -> Bank:
+        """Return the bank of a file.
+
+        Raises:
+            LoadError: The file is not a bank.
+            OSError: The file cannot be read.
+        """
+        state = file_state(path)
+        with self._lock(state):
+            return self._bank(state)
+
+    def attention(self, path: Path, device: str) -> tuple[Bank, PatchAttention]:
+        """Return the bank of a file and its patch attention on a device; raises as ``bank``."""
+        state = file_state(path)
+        with self._lock(state):
+            bank, attention = self._bank(state), self._attentions.get((state, device))
+            if attention is None:
+                pixels = bank.pixels().to(device)
+                attention = PatchAttention(pixels, implementation=self._implementation)
+                self._attentions[state, device] = attention
+            return bank, attention
+
+    def _lock(self, state: FileState) -> Lock:
+        return self._locks.setdefault(state, Lock())
+
+    def _bank(self, state: FileState) -> Bank:
+        bank = self._banks.get(state)
+        if bank is None:
+            bank = self._banks[state] = load_bank(state[0])
+        return bank

@@ -1,0 +1,75 @@
+"""Schemas of ``model.yaml`` for every kind but ``network``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from els_service.repository.pretrained_specs import PretrainedSpec
+from els_service.yaml_files import validate
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schedule: Literal["cosine"] = "cosine"
+
+
+class WindowSpec(BaseModel):
+    """Windows by noise level, see ``WindowTable``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sigma: list[float]
+    k: list[int]
+
+
+class AnalyticSpec(_Spec):
+    """An analytic machine."""
+
+    kind: Literal["analytic"]
+    machine: Literal["ideal", "local", "equivariant", "els"]
+    padding: Literal["zeros", "circular", "valid"] = "zeros"
+    bank: str
+    window: int | Literal["auto"] | WindowSpec = "auto"
+
+
+class GaussianSpec(_Spec):
+    """A Gaussian prior; ``mean`` and ``variance`` are a number, one per channel, or a file."""
+
+    kind: Literal["gaussian"]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    mean: float | list[float] | str
+    variance: float | list[float] | str
+
+
+class WienerSpec(_Spec):
+    """The linear denoiser of a bank."""
+
+    kind: Literal["wiener"]
+    bank: str
+
+
+class _NetworkSpec(BaseModel):
+    """Lists the kind in errors; ``parse_network`` validates the document without pydantic."""
+
+    kind: Literal["network"]
+
+
+Spec = AnalyticSpec | GaussianSpec | WienerSpec | PretrainedSpec
+_SPEC: TypeAdapter[Spec | _NetworkSpec] = TypeAdapter(
+    Annotated[Spec | _NetworkSpec, Field(discriminator="kind")]
+)
+
+
+def parse_spec(content: Any, source: Path) -> Spec:
+    """Return the content of a ``model.yaml``, validated.
+
+    Raises:
+        LoadError: A field is missing, unknown or out of range, or the kind is ``network``.
+    """
+    spec = validate(_SPEC, content, source)
+    assert not isinstance(spec, _NetworkSpec)
+    return spec
