@@ -16,18 +16,19 @@ and an exponential for each pair, window and level.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from els_kernels.control import checkpoint
 from els_kernels.geometry import Geometry, max_window
 
-_TILE = 1 << 20
-"""Numbers of a tile of logits, or of patches: a few MiB, which a cache holds."""
+_TILE = 1 << 18
+"""Numbers of a tile of logits, or of patches: 1 MiB, which a cache holds."""
 
 Cell = tuple[float, int]
 """A noise level σ and a window."""
@@ -106,7 +107,7 @@ class _Block:
     columns: Tensor
     """Patches of the largest window, ordered as ``_Patches``, [C·K², M]."""
     values: Tensor
-    """Pixel at the centre of each patch, and 1, [M, C + 1]."""
+    """Pixel at the centre of each patch, and 1, [C + 1, M]."""
     excluded: Callable[[int], Tensor]
     """Window → whether a candidate is no source of a query, bool [q, M]."""
 
@@ -161,12 +162,14 @@ class _Softmax:
         self._sums = torch.zeros(queries, channels + 1, dtype=torch.float64, device=device)
 
     def add(self, queries: Tensor, logits: Tensor, values: Tensor) -> None:
-        """Add candidates, logits [q, M] (overwritten) and values [M, C + 1]."""
+        """Add candidates, logits [q, M] (overwritten) and values [C + 1, M]."""
         before = self._top[queries]
         top = torch.maximum(before, logits.amax(1))
-        weights = logits.sub_(top[:, None]).exp_()
+        # Clamped, because arithmetic with denormal numbers is slow; e⁻⁶⁰ adds nothing to a sum.
+        weights = logits.sub_(top[:, None]).clamp_(min=-60).exp_()
         scale = (before - top).double().exp()[:, None]
-        self._sums[queries] = self._sums[queries] * scale + (weights @ values).double()
+        # `linear`, because a product with so narrow a right-hand side is five times slower.
+        self._sums[queries] = self._sums[queries] * scale + linear(weights, values).double()
         self._top[queries] = top
 
     def mean(self) -> Tensor:
@@ -179,7 +182,7 @@ def _attend(
     by_window: Mapping[int, Sequence[float]],
     sums: Mapping[Cell, _Softmax],
 ) -> None:
-    channels = block.values.shape[1] - 1
+    channels = len(block.values) - 1
     clean, noise = queries.clean[block.queries], queries.noise[block.queries]
     candidates = block.columns.shape[1]
     with_clean = clean.new_zeros(len(clean), candidates)
@@ -214,7 +217,7 @@ def _same_place(patches: _Patches, held: HeldOut) -> Iterator[_Block]:
             torch.tensor([q], device=bank.device),
             hi - lo,
             columns,
-            _with_one(bank[lo:hi, :, row, col]),
+            _with_one(bank[lo:hi, :, row, col].T),
             lambda k, own=own: own,  # type: ignore[misc]
         )
 
@@ -241,7 +244,7 @@ def _every_place(patches: _Patches, held: HeldOut) -> Iterator[_Block]:
     step = max(1, _TILE // numbers)
     masks: dict[tuple[int, int], Tensor] = {}
     ends = sorted({end for limits in held.ranges for end in limits})
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+    for begin, end in itertools.pairwise(ends):
         active = ((lows <= begin) & (highs >= end)).nonzero().flatten()
         for lo in range(begin, end, step) if len(active) else ():
             hi = min(lo + step, end)
@@ -255,13 +258,13 @@ def _every_place(patches: _Patches, held: HeldOut) -> Iterator[_Block]:
 
             part = bank[lo:hi]
             columns = patches.ordered(patches.windows(part))
-            values = _with_one(part.movedim(1, -1).reshape(-1, channels))
+            values = _with_one(part.movedim(1, 0).reshape(channels, -1))
             yield _Block(active, hi - lo, columns, values, excluded)
         masks.clear()
 
 
 def _with_one(values: Tensor) -> Tensor:
-    return torch.cat([values, values.new_ones(len(values), 1)], dim=1)
+    return torch.cat([values, values.new_ones(1, values.shape[1])])
 
 
 def _sources(

@@ -14,7 +14,12 @@ app = typer.Typer()
     add_help_option=False,
 )
 def calibrate(context: typer.Context) -> None:
-    """Fit a machine's windows to a network; writes windows.yaml in an analytic model folder."""
+    """Fit a machine's windows to a network, or with --held-out MODEL to its bank alone."""
+    if "--held-out" in context.args:
+        from els_service.cli.held_out import app as held_out
+
+        others = [argument for argument in context.args if argument != "--held-out"]
+        raise typer.Exit(held_out(others, prog_name="els-server calibrate --held-out"))
     from els_service.experiments.calibrate import main
 
     raise typer.Exit(main(context.args, program="els-server calibrate"))
