@@ -31,7 +31,7 @@ from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
 from els_service.denoisers.pretrained.folder import Inside
-from els_service.denoisers.windows import WindowTable
+from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.engine.pretrained_specs import (
     DiffusersSpec,
     LatentSpec,
@@ -43,7 +43,7 @@ from els_service.errors import LoadError
 from els_service.yaml_files import read_yaml, validate
 
 CALIBRATED = "windows.yaml"
-"""A table {sigma, k} in a model's folder, which ``window: auto`` takes."""
+"""A table {sigma, k} in a model's folder, which ``window: auto`` takes before ``PUBLISHED``."""
 _FILE_SYSTEMS_OWN = "lost+found"
 """On a volume of its own; nobody but root may read it."""
 _LARGEST = 1 << 29
@@ -72,7 +72,7 @@ class AnalyticSpec(_Spec):
     machine: Literal["ideal", "local", "equivariant", "els"]
     padding: Literal["zeros", "circular", "valid"] = "zeros"
     bank: str
-    window: int | Literal["auto"] | WindowSpec = "auto"
+    window: int | Literal["auto", "fashion-mnist-resnet"] | WindowSpec = "auto"
 
 
 class GaussianSpec(_Spec):
@@ -243,7 +243,7 @@ class ModelRepository:
                     machine=spec.machine,
                     padding=spec.padding,
                     window=self._window(folder, spec.window),
-                    clip=spec.window == "auto",
+                    clip=isinstance(spec.window, str),
                 )
             case GaussianSpec():
                 channels, height, width = spec.shape
@@ -300,7 +300,7 @@ class ModelRepository:
             return WindowTable.constant(window)
         if isinstance(window, WindowSpec):
             return WindowTable(tuple(window.sigma), tuple(window.k))
-        if not (folder / CALIBRATED).exists():
+        if window == PUBLISHED or not (folder / CALIBRATED).exists():
             return None
         path = self._inside(folder, CALIBRATED)
         table = validate(_WINDOWS, read_yaml(path), path)

@@ -41,26 +41,29 @@ def _edited(text: str, key: str, value: str) -> str:
     text = text.removeprefix("\ufeff")
     for name, node in root.value:
         if name.value == key:
-            begin, end = node.start_mark.index, _end(node)
+            begin, end = node.start_mark.index, _end(text, node)
             # A block value begins on a line of its own, or behind an anchor.
             begin = text.index(":", name.end_mark.index) + 1
             return f"{text[:begin]} {value}{text[end:]}"
     if root.flow_style:
         end = root.end_mark.index - 1
         return f"{text[:end].rstrip()}, {key}: {value}{text[end:]}"
-    end = _end(root)
+    end = _end(text, root)
     line_end = text.find("\n", end)
     end = len(text) if line_end < 0 else line_end
     return f"{text[:end]}\n{key}: {value}{text[end:] or chr(10)}"
 
 
-def _end(node: yaml.Node) -> int:
+def _end(text: str, node: yaml.Node) -> int:
     """Return where a node ends; a block's own mark lies behind the comments that follow it."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last
-    return int(node.end_mark.index)
+    # A literal scalar ends behind its last line end.
+    return len(text[: node.end_mark.index].rstrip("\r\n"))
 
 
 def _flow(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20, sort_keys=False).strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20, sort_keys=False)
+    # A document that is a plain scalar ends with a mark of its own.
+    return text.removesuffix("...\n").strip()
