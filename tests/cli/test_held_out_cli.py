@@ -88,6 +88,7 @@ def test_a_local_machine_has_windows_too(folder: Path) -> None:
         (MODEL.replace("auto", "automatic"), (), "window"),
         (MODEL, ("--windows", "2"), "windows: expected odd numbers from 1 to 15, got 2"),
         (MODEL, ("--windows", "a"), "windows: expected odd numbers"),
+        (MODEL, ("--device", "abacus"), "device: expected cpu, or cuda"),
         ("- 1\n", (), "kind: expected analytic"),
     ],
 )

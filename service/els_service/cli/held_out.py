@@ -77,6 +77,8 @@ def _choose(
     model: Path, how: Sampling, windows: tuple[int, ...] | None, device: str, write: bool
 ) -> Chosen:
     path = model / "model.yaml"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise InvalidArgumentError("device", "cpu, or cuda where torch sees a GPU", device)
     if write and model.resolve().is_relative_to(_BUNDLED.resolve()):
         raise InvalidArgumentError("MODEL", "a folder outside the package, or --dry-run", model)
     content = read_yaml(path)

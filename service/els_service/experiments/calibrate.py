@@ -207,7 +207,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
         program,
         description="Find the windows by noise level for which a machine's score is closest to a "
         "network's; writes windows.yaml and calibration.json to an analytic model folder. The same "
-        "command resumes an interrupted run.",
+        "command resumes an interrupted run. Without a network: --held-out MODEL_FOLDER, with its "
+        "own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
