@@ -74,6 +74,16 @@ def test_json_has_the_error_of_each_level_and_window_and_dry_run_writes_nothing(
     assert (folder / "model.yaml").read_text() == MODEL
 
 
+def test_a_part_of_a_large_bank_may_choose(folder: Path) -> None:
+    write_bank(folder.parent / "_banks" / "squares.safetensors", squares(images=200))
+    few, all_ = (
+        run(folder, *extra, "--queries", 8, "--windows", "3,5", "--dry-run", "--json").stdout
+        for extra in (("--images", 64), ())
+    )
+    assert json.loads(few)["queries"] == json.loads(all_)["queries"] == 8
+    assert few != all_
+
+
 def test_a_local_machine_has_windows_too(folder: Path) -> None:
     (folder / "model.yaml").write_text(MODEL.replace("els\n", "local\n"))
     assert run(folder, "--queries", 16, "--windows", "1,3").exit_code == 0

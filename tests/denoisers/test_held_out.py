@@ -99,7 +99,7 @@ def test_a_bracket_finds_what_trying_every_window_finds(monkeypatch: pytest.Monk
     names: list[str] = []
     monkeypatch.setattr(held_out, "_CHEAP", 0)
     # A pilot that is wrong, so that the bracket has to grow.
-    monkeypatch.setattr(held_out, "_part", lambda bank, share: blocks(1, 8))
+    monkeypatch.setattr(held_out, "part_of", lambda bank, share: blocks(1, 8))
     few = choose_windows(
         bank,
         ELS,

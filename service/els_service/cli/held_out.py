@@ -18,7 +18,7 @@ from els_service.denoisers.windows import default_windows
 from els_service.engine.repository import AnalyticSpec
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.command_line import Progress
-from els_service.experiments.held_out import Chosen, Sampling, choose_windows
+from els_service.experiments.held_out import Chosen, Sampling, choose_windows, part_of
 from els_service.experiments.model_text import set_key
 from els_service.yaml_files import read_yaml, validate
 
@@ -43,6 +43,12 @@ def held_out(
     windows: Annotated[
         str, typer.Option(help="Odd candidates, K,K,… [default: 1 to the side, at most 33]")
     ] = "",
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=64, help="Use about so many images of the bank; windows of fewer are smaller."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Do not change model.yaml.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -58,7 +64,7 @@ def held_out(
         torch.set_num_threads(threads)
     try:
         found = _choose(
-            model, Sampling(queries, seed, by_label), _listed(windows), device, not dry_run
+            model, Sampling(queries, seed, by_label), _listed(windows), images, device, not dry_run
         )
     except (ElsError, OSError) as error:
         typer.echo("els-server calibrate: " + " ".join(str(error).split()), err=True)
@@ -74,7 +80,12 @@ def held_out(
 
 
 def _choose(
-    model: Path, how: Sampling, windows: tuple[int, ...] | None, device: str, write: bool
+    model: Path,
+    how: Sampling,
+    windows: tuple[int, ...] | None,
+    images: int | None,
+    device: str,
+    write: bool,
 ) -> Chosen:
     path = model / "model.yaml"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -90,6 +101,8 @@ def _choose(
         got = f"{spec.machine} with {spec.padding}"
         raise LoadError(path, f"machine: expected els or local, which have a window, got {got}")
     bank = load_bank(model / spec.bank)
+    if images is not None:
+        bank = part_of(bank, max(1, len(bank.images) // images))
     progress: dict[str, Progress] = {}
 
     def report(name: str, done: int, total: int) -> None:

@@ -208,7 +208,7 @@ def choose_windows(
     if _pairs(bank, geometry, how, len(every)) <= _CHEAP:
         found = errors(bank, every | extra, "all windows")
     else:
-        pilot = errors(_part(bank, _PILOT), every, "pilot")
+        pilot = errors(part_of(bank, _PILOT), every, "pilot")
         bracket = {
             (sigma, k) for sigma in levels for k in _around(windows, pilot.best(sigma), 1, 2)
         }
@@ -231,7 +231,7 @@ def _pairs(bank: Bank, geometry: Geometry, how: Sampling, cells: int) -> float:
     return how.count * places * len(bank.images) / labels * cells
 
 
-def _part(bank: Bank, share: int) -> Bank:
+def part_of(bank: Bank, share: int) -> Bank:
     """Return one in ``share`` images, at least 64 and 2 of each label."""
     kept: list[int] = []
     for label in np.unique(bank.labels):
