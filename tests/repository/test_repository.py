@@ -353,6 +353,10 @@ def test_auto_is_the_paper_s_table_clipped_unless_the_folder_has_a_calibrated_on
     (root / "calibrated" / "windows.yaml").write_text("sigma: [0.5, 5.0]\nk: [3, 5]\n")
     calibrated = ModelRepository(root).load("calibrated").info.window
     assert calibrated == WindowTable((0.5, 5.0), (3, 5))
+    model = root / "calibrated" / "model.yaml"
+    model.write_text(model.read_text().replace("auto", "fashion-mnist-resnet"))
+    named = ModelRepository(root).load("calibrated").info.window
+    assert named == default_windows().clipped(11)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,9 @@ def build(
     from els_service.cli.speed import describe_bank_speed
 
     typer.echo(describe_bank_speed(bank))
+    typer.echo(
+        "windows, once a model.yaml names the bank: els-server calibrate --held-out MODEL_FOLDER"
+    )
 
 
 def _report_skipped(skipped: list[str]) -> None:

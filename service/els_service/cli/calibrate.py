@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,20 @@ from els_service.experiments.comparison.subjects import find_windows, open_netwo
 from els_service.repository import WINDOWS_FILE
 
 app = typer.Typer(rich_markup_mode=None)
+
+
+class _Calibrate(ExperimentCommand):
+    """``calibrate``, and ``calibrate --held-out``, which has other arguments."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; run the other command where they ask for it."""
+        if "--held-out" in args:
+            from els_service.cli.held_out import app as held_out
+
+            others = [argument for argument in args if argument != "--held-out"]
+            raise typer.Exit(held_out(others, prog_name="els-server calibrate --held-out"))
+        return super().parse_args(ctx, args)
+
 
 Network = Annotated[
     str,
@@ -56,7 +70,7 @@ Windows = Annotated[
 ]
 
 
-@app.command("calibrate", cls=ExperimentCommand)
+@app.command("calibrate", cls=_Calibrate)
 def calibrate(
     context: typer.Context,
     network: Network,
@@ -76,7 +90,7 @@ def calibrate(
     """Find the windows by noise level for which a machine's score is closest to a network's.
 
     Writes windows.yaml and calibration.json to an analytic model folder. The same command resumes
-    an interrupted run.
+    an interrupted run. Without a network: --held-out MODEL_FOLDER, with a --help of its own.
     """
     check_seed(seed)
     settings = CalibrationSettings(

@@ -9,7 +9,8 @@ import torch
 from els_kernels import PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoiser
+from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.denoisers.windows import PUBLISHED, default_windows
 from els_service.engine.estimates import STEPS, duration, step_estimates, warm
 from els_service.errors import LoadError
 
@@ -32,6 +33,13 @@ def describe_speed(denoiser: Denoiser) -> str:
     except Exception as error:
         raise LoadError("model.yaml", f"the model fails at its first run: {error}") from error
     return _describe(sum(map(costs.seconds, step_estimates(denoiser))) / STEPS)
+
+
+def describe_windows(info: DenoiserInfo) -> str:
+    """Return the name of a machine's windows if they are the published ones, else nothing."""
+    if info.window is None or info.window != default_windows().clipped(info.max_window):
+        return ""
+    return f"; windows {PUBLISHED}, of a network on Fashion-MNIST"
 
 
 def describe_bank_speed(bank: Bank) -> str:

@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from els_service.denoisers.levels import Floats, cosine
 
+PUBLISHED = "fashion-mnist-resnet"
+"""Name of ``default_windows`` in model.yaml and on command lines."""
+
 _FMNIST_RESNET_ZEROS = (3, 3, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 13, 13, 13, 15, 15, 15, 17, 17)
 """Published table of the paper; entry i (from 1) is that of t = i/20."""
 

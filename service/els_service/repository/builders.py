@@ -12,7 +12,7 @@ from torch import Tensor
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.windows import WindowTable
+from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
 from els_service.repository.folders import WINDOWS_FILE, ModelFiles
@@ -53,7 +53,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
                 machine=spec.machine,
                 padding=spec.padding,
                 window=_window(files, spec.window),
-                clip=spec.window == "auto",
+                clip=isinstance(spec.window, str),
             )
         case GaussianSpec():
             channels, height, width = spec.shape
@@ -75,7 +75,7 @@ def _window(files: ModelFiles, window: int | str | WindowSpec) -> WindowTable | 
         return WindowTable.constant(window)
     if isinstance(window, WindowSpec):
         return WindowTable(tuple(window.sigma), tuple(window.k))
-    if not (files.folder / WINDOWS_FILE).exists():
+    if window == PUBLISHED or not (files.folder / WINDOWS_FILE).exists():
         return None
     return read_windows(files.find(WINDOWS_FILE))
 

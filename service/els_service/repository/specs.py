@@ -33,7 +33,7 @@ class AnalyticSpec(_Spec):
     machine: Literal["ideal", "local", "equivariant", "els"]
     padding: Literal["zeros", "circular", "valid"] = "zeros"
     bank: str
-    window: int | Literal["auto"] | WindowSpec = "auto"
+    window: int | Literal["auto", "fashion-mnist-resnet"] | WindowSpec = "auto"
 
 
 class GaussianSpec(_Spec):

@@ -17,7 +17,7 @@ from els_service.denoisers.analytic import AnalyticDenoiser, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE
-from els_service.denoisers.windows import WindowTable
+from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import InvalidArgumentError, LoadError
 from els_service.experiments.training import load_training_data
 from els_service.repository import (
@@ -209,13 +209,14 @@ def find_windows(network: Network, requested: str = "calibrated") -> Windows:
         requested: ``calibrated`` for the table in the network's folder, unless its record names
         other
             weights; otherwise in a sibling folder whose record names these weights, otherwise the
-            default; ``auto`` for the default; an odd number; or a file or folder with a table.
+            default; ``auto`` or ``fashion-mnist-resnet`` for the default; an odd number; or a file
+            or folder with a table.
 
     Raises:
         LoadError: A table or record cannot be read.
         InvalidArgumentError: The named file does not exist.
     """
-    if requested == "auto":
+    if requested in ("auto", PUBLISHED):
         return Windows(None, "auto")
     if requested.isdecimal():
         if int(requested) % 2 == 0:
@@ -227,7 +228,9 @@ def find_windows(network: Network, requested: str = "calibrated") -> Windows:
     path = Path(requested)
     path = path / WINDOWS_FILE if path.is_dir() else path
     if not path.is_file():
-        expected = "calibrated, auto, an odd number, or a file or folder with a table"
+        expected = (
+            "calibrated, fashion-mnist-resnet, an odd number, or a file or folder with a table"
+        )
         raise InvalidArgumentError("windows", expected, requested)
     return _from_file(path)
 
