@@ -341,6 +341,18 @@ def test_weights_of_another_network_are_refused_by_tensor(
     assert reason in error.value.reason
 
 
+def test_weights_load_whatever_the_low_byte_of_their_header_length_is(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", DOCUMENT, unet=unet(), scheduler=scheduler())
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, seen = load_file(path), set()
+    repository = ModelRepository(tmp_path)
+    for size in range(8, 264, 8):
+        save_file(tensors, path, metadata={"format": "pt", "padding": "x" * size})
+        assert repository.load("model").info.kind == "diffusers"
+        seen.add(path.read_bytes()[0])
+    assert seen == set(range(0, 256, 8))
+
+
 def test_a_pickle_is_refused_unread_and_an_absent_or_torn_file_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", DOCUMENT, unet=unet(), scheduler=scheduler())
     repository = ModelRepository(tmp_path)

@@ -189,6 +189,18 @@ def test_weights_of_another_network_are_refused_by_tensor(
     assert expected in str(error.value)
 
 
+def test_weights_load_whatever_the_low_byte_of_their_header_length_is(tmp_path: Path) -> None:
+    of = config("resnet")
+    path = write_folder(tmp_path, of) / "weights.safetensors"
+    tensors, want = load_file(path), answer(denoiser(of))
+    seen = set()  # 0x80 is also the first byte of a pickle
+    for size in range(8, 264, 8):
+        save_file(tensors, path, metadata={"padding": "x" * size})
+        np.testing.assert_array_equal(answer(load_network_folder(tmp_path)), want)
+        seen.add(path.read_bytes()[0])
+    assert seen == set(range(0, 256, 8))
+
+
 def test_a_pickle_is_refused_unread_and_so_is_a_torn_or_absent_file(tmp_path: Path) -> None:
     path = write_folder(tmp_path, config()) / "weights.safetensors"
     whole = path.read_bytes()

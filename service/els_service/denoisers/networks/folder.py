@@ -116,12 +116,7 @@ def read_weights(
                 reason += f"; {other.name} is not read, as a pickle can execute code"
                 break
         raise LoadError(path, reason) from error
-    if content.startswith(_PICKLES):
-        raise LoadError(path, "expected safetensors: a pickle can execute code when it is read")
-    try:
-        tensors = {renamed(name): value for name, value in load(content).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise LoadError(path, f"expected a safetensors file: {error}") from error
+    tensors = {renamed(name): value for name, value in _parse(content, path).items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise LoadError(path, f"{name}: expected a tensor, found none")
@@ -129,6 +124,17 @@ def read_weights(
             raise LoadError(path, f"{name}: expected no such tensor in this architecture")
         _check_tensor(path, name, tensors[name], expected[name])
     return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        # Only now: the length of a valid header may begin with the same bytes as a pickle.
+        if content.startswith(_PICKLES):
+            reason = "expected safetensors: a pickle can execute code when it is read"
+            raise LoadError(path, reason) from error
+        raise LoadError(path, f"expected a safetensors file: {error}") from error
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
