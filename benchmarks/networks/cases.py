@@ -145,7 +145,8 @@ def terrain() -> Pair:
         raise FileNotFoundError("needs make terrain")
     import onnxruntime
 
-    from els_service.denoisers.pretrained.onnx_model import OnnxDocument, load_onnx
+    from els_service.denoisers.pretrained.onnx_graph import OnnxDocument
+    from els_service.denoisers.pretrained.onnx_model import load_onnx
 
     document = OnnxDocument(
         input="noisy", output="denoised", level="sigma", constants={"difficulty": 0.5}

@@ -25,6 +25,7 @@ from els_service.denoisers.base import (
     DenoiserInfo,
     Integers,
     Query,
+    check_finite,
     check_query,
 )
 from els_service.denoisers.levels import Floats
@@ -124,7 +125,11 @@ class UnetDenoiser:
         return _LAUNCH_S + rows * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x), without evidence."""
+        """Return D(x), without evidence.
+
+        Raises:
+            ElsError: The network returned NaN or infinity.
+        """
         with torch.inference_mode():
             parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
@@ -136,9 +141,10 @@ class UnetDenoiser:
         x, timestep = query.x, trained.timesteps.at(level.sigma)
         predicted = self._predict(x * _column(level.c_in), timestep, query)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
-        if trained.clip is not None:
-            mean.clamp_(-trained.clip, trained.clip)
-        return mean.numpy()
+        pixels: npt.NDArray[np.float32] = mean.numpy()
+        # Before they are clipped, which would make images of infinities.
+        check_finite(pixels, "the network")
+        return pixels if trained.clip is None else pixels.clip(-trained.clip, trained.clip)
 
     def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""
