@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
-from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.pretrained.latent import load_latent
 from els_service.denoisers.pretrained.onnx_graph import OnnxDocument
 from els_service.denoisers.pretrained.onnx_model import load_onnx
@@ -23,6 +22,7 @@ from els_service.denoisers.pretrained.time_inputs import (
 )
 from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.denoisers.pretrained.unet import UnetOptions, load_unet
+from els_service.denoisers.pretrained.weights import Below, Inside
 from els_service.errors import LoadError
 
 _Shape = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
@@ -40,10 +40,13 @@ class _UnetSpec(_Spec):
     """Of ``unet`` and ``scheduler``, relative to the model's."""
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = ""
     null_label: bool = False
+    network: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
+    """Its sub-folder; empty for ``unet`` or else ``transformer``."""
+    shape: _Shape | None = None
 
 
 class DiffusersSpec(_UnetSpec):
-    """A ``UNet2DModel`` of diffusers."""
+    """A ``UNet2DModel`` or ``DiTTransformer2DModel`` of diffusers."""
 
     kind: Literal["diffusers"]
 
@@ -153,13 +156,16 @@ def load_pretrained(spec: PretrainedSpec, inside: Inside, device: str) -> Denois
         return load_onnx(_onnx_document(spec), spec.file, inside)
     if Path(spec.folder).is_absolute():
         raise LoadError(spec.folder, "expected a path relative to the model's folder")
+    channels, height, width = spec.shape or (0, 0, 0)
     options = UnetOptions(
+        network=spec.network,
+        shape=(channels, height, width) if spec.shape else None,
         variant=spec.variant,
         null_label=spec.null_label,
         condition_rows=spec.condition_rows if isinstance(spec, LatentSpec) else 0,
     )
     load = load_latent if isinstance(spec, LatentSpec) else load_unet
-    return load(lambda name: inside(f"{spec.folder}/{name}"), options, device)
+    return load(Below(inside, spec.folder), options, device)
 
 
 _RANGE = (0.002, 80.0)

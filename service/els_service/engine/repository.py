@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Literal
@@ -30,7 +31,7 @@ from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.networks import WEIGHTS_FILE, load_network, parse_network
-from els_service.denoisers.pretrained.folder import Inside
+from els_service.denoisers.pretrained.weights import Inside
 from els_service.denoisers.windows import WindowTable
 from els_service.engine.pretrained_specs import (
     DiffusersSpec,
@@ -227,10 +228,7 @@ class ModelRepository:
             raise LoadError(self.root, f"{expected}, got {error.strerror}") from error
 
     def _build(self, folder: Path, spec: Spec, device: str, files: list[Path]) -> Denoiser:
-        def inside(relative: str) -> Path:
-            files.append(self._inside(folder, relative))
-            return files[-1]
-
+        inside = _ModelFolder(self, folder, files)
         match spec:
             case AnalyticSpec():
                 path = self._inside(folder, spec.bank)
@@ -324,6 +322,7 @@ class ModelRepository:
         return tensors[name]
 
     def _inside(self, folder: Path, relative: str) -> Path:
+        """Return a file of a model folder; raises LoadError if it is outside the root."""
         if Path(relative).is_absolute():
             raise LoadError(relative, "expected a path relative to the model's folder")
         try:
@@ -336,6 +335,29 @@ class ModelRepository:
             # A link to itself, a name too long, a folder that may not be read.
             raise LoadError(folder / relative, f"expected a file, got {error}") from error
         return path
+
+
+@dataclass(frozen=True)
+class _ModelFolder:
+    """Resolver of names in a model folder, which notes the files that were read."""
+
+    repository: ModelRepository
+    folder: Path
+    files: list[Path]
+
+    def __call__(self, name: str) -> Path:
+        """Return the path of a file; see ``Inside``."""
+        self.files.append(self.repository._inside(self.folder, name))
+        return self.files[-1]
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in a folder; see ``Inside``."""
+        try:
+            path = (self.folder / folder).resolve()
+            inside = path.is_relative_to(self.repository.root)
+            return sorted(os.listdir(path)) if inside else []
+        except (OSError, RuntimeError):
+            return []  # no such folder; the file that is missing is named
 
 
 def _is_model(folder: Path) -> bool:

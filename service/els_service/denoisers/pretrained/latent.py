@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_finite
-from els_service.denoisers.pretrained.folder import Inside, Only, Part, build_part, load_part
+from els_service.denoisers.pretrained.folder import Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (
     CONDITIONAL,
     UnetDenoiser,
@@ -30,9 +30,10 @@ from els_service.denoisers.pretrained.unet import (
     load_unet,
     memory_of,
 )
+from els_service.denoisers.pretrained.weights import Inside
 from els_service.errors import LoadError
 
-_VAES = ("AutoencoderKL",)
+_VAES = ("AutoencoderKL", "AutoencoderTiny")
 _ONLY: Only = {"latents_mean": (None,), "latents_std": (None,)}
 
 

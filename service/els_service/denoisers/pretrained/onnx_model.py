@@ -35,7 +35,6 @@ from els_service.denoisers.levels import (
     cosine_time,
 )
 from els_service.denoisers.networks.parametrisation import parametrise
-from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.pretrained.onnx_file import read_onnx
 from els_service.denoisers.pretrained.onnx_graph import Graph, OnnxDocument
 from els_service.denoisers.pretrained.time_inputs import FlowTime, TimeInput
@@ -187,7 +186,7 @@ class OnnxDenoiser:
         return seconds
 
 
-def load_onnx(document: OnnxDocument, file: str, inside: Inside) -> OnnxDenoiser:
+def load_onnx(document: OnnxDocument, file: str, inside: Callable[[str], Path]) -> OnnxDenoiser:
     """Return the denoiser of an ONNX file.
 
     Args:

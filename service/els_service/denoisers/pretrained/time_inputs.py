@@ -34,6 +34,16 @@ class TimeInput(Protocol):
     """Time input of a network."""
 
     @property
+    def whole(self) -> bool:
+        """Whether the network takes integers only."""
+        ...
+
+    @property
+    def min_sigma(self) -> float:
+        """Lowest trained s/a."""
+        ...
+
+    @property
     def max_sigma(self) -> float:
         """Highest trained s/a."""
         ...
@@ -61,13 +71,20 @@ class FlowTime:
     """Whether the network takes integers only; then the nearest is used."""
 
     @property
+    def min_sigma(self) -> float:
+        """Lowest s/a; a flow is trained down to none."""
+        return MIN_SIGMA
+
+    @property
     def max_sigma(self) -> float:
         """s/a above which no image of a training set is visible any more."""
         return MAX_SIGMA
 
     def at(self, sigma: Floats) -> Floats:
-        """Return scale·t, 0 < t < 1."""
-        time = self.scale * (sigma / (1 + sigma))
+        """Return scale·t, 0 < t ≤ 1; 1 at ``MAX_SIGMA``."""
+        # A step of 1e-6 would be seen: scale·t is the phase of sinusoids.
+        is_noise = sigma >= MAX_SIGMA * (1 - 1e-9)
+        time = self.scale * np.where(is_noise, 1.0, sigma / (1 + sigma))
         return np.round(time) if self.whole else time
 
     def schedule(self, time: Floats) -> NoiseLevel:
@@ -84,6 +101,8 @@ class EdmTime:
     min_sigma: float = 0.002
     max_sigma: float = 80.0
     rho: float = 7.0
+    whole: bool = False
+    """An EDM network takes real numbers."""
 
     def at(self, sigma: Floats) -> Floats:
         """Return ln(σ)/4 of the nearest trained σ."""
