@@ -269,6 +269,37 @@ def test_ddim_on_a_flow_takes_the_steps_of_their_euler(tmp_path: Path, shift: fl
     assert error_of(Compared(steps[-1].x, x)) <= 1e-5
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+
+
+def test_ddim_from_pure_noise_takes_the_steps_of_theirs(tmp_path: Path) -> None:
+    network, schedule, count = unet(), scheduler(**ZERO_SNR), 10
+    denoiser = served(tmp_path, unet=network, scheduler=schedule)
+    noise = seeded_noise(3, 2, SHAPE)
+    options = Options(steps=count, schedule=denoiser.info.levels)
+    _, steps = run(SAMPLERS["ddim"](noise, options), answers_of(denoiser))
+    schedule.set_timesteps(count)
+    x = noise(0).float()
+    for timestep, step in zip(schedule.timesteps, steps, strict=True):
+        x = schedule.step(network(x, timestep).sample, timestep, x).prev_sample
+        assert error_of(Compared(step.x, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("kind", ["zero terminal SNR", "flow", "EDM"])
+def test_every_sampler_ends_with_finite_images(tmp_path: Path, kind: str, sampler: str) -> None:
+    schedules = {
+        "zero terminal SNR": scheduler(**ZERO_SNR),
+        "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "EDM": diffusers.EDMEulerScheduler(),
+    }
+    denoiser = served(tmp_path, unet=unet(), scheduler=schedules[kind])
+    options = Options(steps=5, schedule=denoiser.info.levels)
+    _, steps = run(SAMPLERS[sampler](seeded_noise(3, 2, SHAPE), options), answers_of(denoiser))
+    assert steps[-1].x.isfinite().all()
+    assert float(steps[-1].x.abs().max()) < 1e3
+
+
 def _edm(root: Path, name: str) -> Compared:
     network, schedule = unet(), getattr(diffusers, name)(sigma_data=0.7)
     denoiser = served(root, unet=network, scheduler=schedule)
