@@ -351,6 +351,20 @@ def _dit(root: Path) -> Compared:
     return Compared(denoiser.denoise(query).mean, clean_images(scheduler(), outputs, x))
 
 
+def test_a_dit_of_an_earlier_version_answers_the_same(tmp_path: Path) -> None:
+    query = make_query(random_images((1, *LATENT)), from_sigma([1.0]), 3)
+    repository = ModelRepository(tmp_path)
+    parts = {"transformer": tiny_dit(), "scheduler": scheduler()}
+    folder = write_folder(tmp_path / "model", "kind: diffusers\n", **parts)
+    want = repository.load("model").denoise(query).pixels
+    path = folder / "transformer" / "config.json"
+    edit(path, _class_name="Transformer2DModel", num_vector_embeds=None, only_cross_attention=False)
+    np.testing.assert_array_equal(repository.load("model").denoise(query).pixels, want)
+    edit(path, norm_type="layer_norm")
+    with pytest.raises(LoadError, match="_class_name: expected one of UNet2DModel, DiTTrans"):
+        repository.load("model")
+
+
 def decoded(root: Path, vae: Any) -> Compared:
     document = "kind: latent\n"
     denoiser = served(root, document, unet=conditional_unet(), vae=vae, scheduler=scheduler())

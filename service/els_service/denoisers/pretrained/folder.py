@@ -73,6 +73,8 @@ _EMA_FIELDS = (
     "use_ema_warmup",
 )
 """Fields that diffusers' ``EMAModel`` adds to the configuration of the network it averages."""
+_DIT_NORM = "ada_norm_zero"
+"""Norm of what is a DiT, also under the name of its class before diffusers 0.29."""
 _COMPUTED_FIELDS = {"AutoencoderTiny": ("block_out_channels",)}
 """Class → fields that it stores without taking them."""
 _RENAMED = (
@@ -216,6 +218,8 @@ def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) 
     """
     path = inside(f"{part}/config.json")
     config = _read_config(path)
+    if config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == _DIT_NORM:
+        config["_class_name"] = "DiTTransformer2DModel"
     kind = _class_of(config, classes, path)
     defaults = _fields(kind)
     for name, value in config.items():
