@@ -97,6 +97,19 @@ def _clean(x: Tensor, noise: Tensor, level: NoiseLevel, device: str) -> Images:
     return clean
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """Resolver of names in a folder."""
+
+    folder: Path
+
+    def __call__(self, name: str) -> Path:
+        return self.folder / name
+
+    def names(self, folder: str) -> list[str]:
+        return sorted(path.name for path in (self.folder / folder).glob("*"))
+
+
 def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
     """Return a ``UNet2DModel`` of colour images, with random weights, from a folder it wrote.
 
@@ -120,7 +133,7 @@ def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
     with tempfile.TemporaryDirectory() as folder:
         unet.save_pretrained(Path(folder, "unet"))
         scheduler.save_pretrained(Path(folder, "scheduler"))
-        ours = load_unet(lambda name: Path(folder, name), UnetOptions(), device)
+        ours = load_unet(_Folder(Path(folder)), UnetOptions(), device)
     unet = unet.eval().to(device)
     log_sigma = (scheduler.alphas_cumprod**-1 - 1).sqrt().log().double().numpy()
 
@@ -145,7 +158,8 @@ def terrain() -> Pair:
         raise FileNotFoundError("needs make terrain")
     import onnxruntime
 
-    from els_service.denoisers.pretrained.onnx_model import OnnxDocument, load_onnx
+    from els_service.denoisers.pretrained.onnx_graph import OnnxDocument
+    from els_service.denoisers.pretrained.onnx_model import load_onnx
 
     document = OnnxDocument(
         input="noisy", output="denoised", level="sigma", constants={"difficulty": 0.5}

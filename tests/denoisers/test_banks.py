@@ -180,6 +180,15 @@ def test_a_file_of_any_other_length_is_refused(file: Path) -> None:
             load_bank(file)
 
 
+def test_a_bank_loads_whatever_the_low_byte_of_its_header_length_is(tmp_path: Path) -> None:
+    path, seen = tmp_path / "bank.safetensors", set()
+    for size in range(8, 264, 8):
+        save_bank(made := make_bank(PIXELS, source="x" * size), path)
+        assert_same(load_bank(path), made)
+        seen.add(path.read_bytes()[0])
+    assert seen == set(range(0, 256, 8))
+
+
 @pytest.mark.parametrize("data", [b"", b"no bank at all", pickle.dumps(PIXELS), b"\xff" * 100])
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path, data: bytes) -> None:
     (path := tmp_path / "other.safetensors").write_bytes(data)

@@ -269,7 +269,7 @@ def test_tensors_named_as_before_diffusers_0_15_are_understood(tmp_path: Path) -
         ("use_flow_sigmas", True, "use_flow_sigmas: expected one of False"),
         ("timestep_type", "continuous", "timestep_type: expected one of discrete"),
         ("solve_backwards", 1, "solve_backwards: expected no such field"),
-        ("_class_name", "EDMEulerScheduler", "_class_name: expected one of DDIMScheduler"),
+        ("_class_name", "IPNDMScheduler", "_class_name: expected one of DDIMParallelScheduler"),
         ("num_train_timesteps", 10**9, "num_train_timesteps: expected 2 to 100000"),
         ("beta_schedule", "quadratic", "beta_schedule"),
         ("beta_end", 2.0, "beta_end"),
@@ -340,6 +340,20 @@ def test_weights_of_another_network_are_refused_by_tensor(
     with pytest.raises(LoadError, match=r"safetensors") as error:
         ModelRepository(tmp_path).load("model")
     assert reason in error.value.reason
+
+
+def test_weights_load_whatever_the_low_byte_of_their_header_length_is(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    small = unet(**blocks, block_out_channels=(4,))
+    folder = write_folder(tmp_path / "model", DOCUMENT, unet=small, scheduler=scheduler())
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, seen = load_file(path), set()
+    repository = ModelRepository(tmp_path)
+    for size in range(8, 264, 8):
+        save_file(tensors, path, metadata={"format": "pt", "padding": "x" * size})
+        assert repository.load("model").info.kind == "diffusers"
+        seen.add(path.read_bytes()[0])
+    assert seen == set(range(0, 256, 8))
 
 
 def test_a_pickle_is_refused_unread_and_an_absent_or_torn_file_named(tmp_path: Path) -> None:

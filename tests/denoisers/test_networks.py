@@ -47,7 +47,9 @@ def exact_outputs(prediction: str, x0: Tensor, x: Tensor, level: NoiseLevel) -> 
     if prediction == "edm":
         c_skip = 0.25 / (sigma**2 + 0.25)
         return (x0 - c_skip * x / a) / (sigma * 0.5 / (sigma**2 + 0.25).sqrt())
-    return {"eps": noise, "x0": x0, "v": (a * noise - s * x0) / norm}[prediction]
+    return {"eps": noise, "x0": x0, "v": (a * noise - s * x0) / norm, "flow": noise - x0}[
+        prediction
+    ]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -69,6 +71,9 @@ def test_a_perfect_prediction_becomes_the_clean_image(prediction: str, conventio
 def test_the_network_sees_inputs_of_the_size_it_was_trained_on(prediction: str) -> None:
     level = from_sigma(SIGMA)
     c_in = parametrise(prediction, level, sigma_data=0.5).c_in
+    if prediction == "flow":  # (1 - t)·x0 + t·ε
+        np.testing.assert_allclose(c_in, 1 / (1 + level.s), rtol=1e-12)
+        return
     size = 0.5 if prediction == "edm" else 1.0
     np.testing.assert_allclose(c_in, 1 / np.sqrt(level.s**2 + size**2), rtol=1e-12)
 

@@ -69,25 +69,22 @@ def given(document: dict[str, Any], kind: str) -> set[str]:
     } - {"kind"}
 
 
-def onnx_graph() -> bytes:
-    """Return a graph with the inputs of the example: D(x) = noisy · 0 + difficulty."""
+def onnx_graph(document: dict[str, Any]) -> bytes:
+    """Return a graph with the inputs of an example: output = image · 0 + sum of constants."""
 
     def value(name: str, *shape: int | str, kind: int = TensorProto.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
-    image = ("B", "C", "H", "W")
-    inputs = [
-        value("noisy", *image),
-        value("sigma", "B"),
-        value("class", "B", kind=TensorProto.INT64),
-        value("difficulty", "B", 1, 1, 1),
-    ]
-    nodes = [
-        helper.make_node("Mul", ["noisy", "zero"], ["black"]),
-        helper.make_node("Add", ["black", "difficulty"], ["denoised"]),
-    ]
+    image = ("B", "C", "H", "W") if "shape" in document else ("B", 3, 8, 8)
+    constants, output = document.get("constants", {}), document["output"]
+    inputs = [value(document["input"], *image), value(document["level"]["input"], "B")]
+    if "label" in document:
+        inputs.append(value(document["label"]["input"], "B", kind=TensorProto.INT64))
+    inputs += [value(name, "B", 1, 1, 1) for name in constants]
+    nodes = [helper.make_node("Mul", [document["input"], "zero"], ["black"])]
+    nodes.append(helper.make_node("Sum", ["black", *constants], [output]))
     zero = numpy_helper.from_array(np.float32(0), "zero")
-    graph = helper.make_graph(nodes, "net", inputs, [value("denoised", *image)], [zero])
+    graph = helper.make_graph(nodes, "net", inputs, [value(output, *image)], [zero])
     opsets = [helper.make_opsetid("", 18)]
     data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     return data
@@ -108,7 +105,7 @@ def write_files(folder: Path, document: dict[str, Any]) -> None:
                 part.save_pretrained(folder / name, variant=document["variant"])
             pretrained.scheduler().save_pretrained(folder / "scheduler")
         case "onnx":
-            (folder / document["file"]).write_bytes(onnx_graph())
+            (folder / document["file"]).write_bytes(onnx_graph(document))
 
 
 @pytest.fixture

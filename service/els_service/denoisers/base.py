@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from els_service.denoisers.levels import SCHEDULES, NoiseLevel, Schedule
 from els_service.denoisers.windows import WindowTable
-from els_service.errors import InvalidArgumentError
+from els_service.errors import ElsError, InvalidArgumentError
 
 Integers = npt.NDArray[np.int64]
 
@@ -167,6 +168,25 @@ class Denoised:
         return torch.from_numpy(self.pixels)
 
 
+def check_finite(values: npt.NDArray[np.float32], source: str, detail: str = "") -> None:
+    """Check that an answer is finite; to be called before it is clipped.
+
+    Args:
+        values: the answer, in C order.
+        source: first words of the error, such as ``the network``.
+        detail: its last words.
+
+    Raises:
+        ElsError: A value is NaN or infinite.
+    """
+    flat = values.reshape(-1)
+    # One pass without a temporary array; squares may overflow where the values do not.
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_finite = math.isfinite(np.vdot(flat, flat))
+    if not is_finite and not np.isfinite(flat).all():
+        raise ElsError(f"{source} returned NaN or infinity{detail}")
+
+
 def score(query: Query, mean: Tensor) -> Tensor:
     """Return ∇ log p(x) of D(x) = ``mean``, as ``score_array`` does."""
     return torch.from_numpy(score_array(query, mean.numpy()))
@@ -180,12 +200,18 @@ def score_array(query: Query, mean: npt.NDArray[np.float32]) -> npt.NDArray[np.f
     Args:
         query: has x.
         mean: D(x), [B, C, H, W].
+
+    Raises:
+        ElsError: D(x) is so large that the score is no float32.
     """
     a = per_image([a for a, _ in query.level.pairs])
     precision = per_image([s**-2.0 for _, s in query.level.pairs])
     result = mean * a
     result -= query.pixels
-    result *= precision
+    with np.errstate(over="ignore"):
+        result *= precision
+    if not np.isfinite(result).all():
+        raise ElsError("the score of this answer is too large for float32")
     return result
 
 

@@ -67,7 +67,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
         case WienerSpec():
             return WienerDenoiser(banks.bank(files.find(spec.bank)))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
-            return load_pretrained(spec, files.name, device)
+            return load_pretrained(spec, files, device)
 
 
 def _window(files: ModelFiles, window: int | str | WindowSpec) -> WindowTable | None:
@@ -85,7 +85,7 @@ def _statistic(files: ModelFiles, name: str, value: float | list[float] | str) -
         return torch.tensor(value, dtype=torch.float64)[:, None, None]
     if not isinstance(value, str):
         return torch.tensor(value, dtype=torch.float64)
-    path = files.name(value)
+    path = files(value)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

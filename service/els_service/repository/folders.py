@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from els_service.denoisers.networks.folder import MODEL_FILE, pickle_hint
@@ -28,13 +29,21 @@ class ModelFiles:
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self._root = folder, root
         self.named: list[Path] = []
-        """Files returned by ``name``, in order."""
+        """Files that were resolved by a call, in order."""
 
-    def name(self, relative: str) -> Path:
+    def __call__(self, name: str) -> Path:
         """Return the path of a file as ``find`` does, and add it to ``named``."""
-        path = self.find(relative)
+        path = self.find(name)
         self.named.append(path)
         return path
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in a folder of the model folder, sorted; none if it is no folder."""
+        try:
+            path = (self.folder / folder).resolve()
+            return sorted(os.listdir(path)) if path.is_relative_to(self._root) else []
+        except (OSError, RuntimeError):
+            return []  # the error of the missing file names it
 
     def find(self, relative: str) -> Path:
         """Return the resolved path of a file, given relative to the model folder.

@@ -9,10 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
-from els_service.denoisers.pretrained.folder import Inside
 from els_service.denoisers.pretrained.latent import load_latent
-from els_service.denoisers.pretrained.onnx_model import OnnxDocument, load_onnx
+from els_service.denoisers.pretrained.onnx_graph import OnnxDocument
+from els_service.denoisers.pretrained.onnx_model import load_onnx
+from els_service.denoisers.pretrained.time_inputs import (
+    BETA_SCHEDULES,
+    MAX_TIMESTEPS,
+    FlowTime,
+    TimeInput,
+    betas_of,
+    timesteps_of,
+)
+from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.denoisers.pretrained.unet import UnetOptions, load_unet
+from els_service.denoisers.pretrained.weights import Below, Inside
 from els_service.errors import LoadError
 
 _Shape = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
@@ -30,10 +40,13 @@ class _UnetSpec(_Spec):
     """Folder of ``unet`` and ``scheduler``, relative to the model folder."""
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = ""
     null_label: bool = False
+    network: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
+    """Its sub-folder; empty for ``unet`` or else ``transformer``."""
+    shape: _Shape | None = None
 
 
 class DiffusersSpec(_UnetSpec):
-    """A ``UNet2DModel`` of diffusers."""
+    """A ``UNet2DModel`` or ``DiTTransformer2DModel`` of diffusers."""
 
     kind: Literal["diffusers"]
 
@@ -45,14 +58,59 @@ class LatentSpec(_UnetSpec):
     condition_rows: Annotated[int, Field(ge=1, le=4096)] = 77
 
 
+_LevelForm = Literal["sigma", "log_sigma", "alpha_bar", "time", "timestep", "flow"]
+_BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+_Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
 class OnnxLevelSpec(_Spec):
     """Input of a graph for the noise level."""
 
     input: str
-    given_as: Annotated[Literal["sigma", "log_sigma", "alpha_bar", "time"], Field(alias="as")] = (
-        "sigma"
-    )
-    range: Annotated[list[_Sigma], Field(min_length=2, max_length=2)] = [0.002, 80.0]
+    given_as: Annotated[_LevelForm, Field(alias="as")] = "sigma"
+    range: Annotated[list[_Sigma], Field(min_length=2, max_length=2)] | None = None
+    betas: _BetaSchedule | list[_Beta] | None = None
+    beta_start: _Beta | None = None
+    beta_end: _Beta | None = None
+    timesteps: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)] | None = None
+    shift: Annotated[float, Field(gt=0, le=1000)] | None = None
+
+    def time_input(self) -> TimeInput | None:
+        """Return the time input of ``timestep`` and ``flow``; None for others.
+
+        Raises:
+            ValueError: A field is missing, or does not apply.
+        """
+        applies = _LEVEL_FIELDS.get(self.given_as, ("range",))
+        for name in ("range", "betas", "beta_start", "beta_end", "timesteps", "shift"):
+            if getattr(self, name) is not None and name not in applies:
+                expected = f"expected none for level.as {self.given_as}"
+                raise ValueError(f"level.{name}: {expected}, got {getattr(self, name)!r:.80}")
+        if self.given_as == "flow":
+            return FlowTime(float(self.timesteps or 1), self.shift or 1.0)
+        return self._timesteps() if self.given_as == "timestep" else None
+
+    def _timesteps(self) -> Timesteps:
+        if self.betas is None:
+            kinds = ", ".join(BETA_SCHEDULES)
+            raise ValueError(f"level.betas: expected one of {kinds}, or the numbers, got none")
+        betas = self.betas
+        if isinstance(betas, str):
+            start, end = self.beta_start or 1e-4, self.beta_end or 0.02
+            betas = betas_of(betas, self.timesteps or 1000, start, end)
+        elif self.timesteps not in (None, len(betas)):
+            raise ValueError(f"level.timesteps: expected {len(betas)}, as many as level.betas")
+        try:
+            return timesteps_of(betas)
+        except ValueError as error:
+            raise ValueError(f"level.betas: {error}") from error
+
+
+_LEVEL_FIELDS = {
+    "timestep": ("betas", "beta_start", "beta_end", "timesteps"),
+    "flow": ("timesteps", "shift"),
+}
+"""level.as → fields that apply beside ``input``."""
 
 
 class OnnxLabelSpec(_Spec):
@@ -70,8 +128,8 @@ class OnnxSpec(_Spec):
     input: str
     output: str
     level: OnnxLevelSpec
-    prediction: Literal["x0", "eps", "v"] = "x0"
-    scaling: Literal["exploding", "preserving"] = "exploding"
+    prediction: Literal["x0", "eps", "v", "flow"] | None = None
+    scaling: Literal["exploding", "preserving", "flow"] | None = None
     label: OnnxLabelSpec | None = None
     constants: dict[str, float | list[float]] = {}
     shape: _Shape | None = None
@@ -98,17 +156,28 @@ def load_pretrained(spec: PretrainedSpec, inside: Inside, device: str) -> Denois
         return load_onnx(_onnx_document(spec), spec.file, inside)
     if Path(spec.folder).is_absolute():
         raise LoadError(spec.folder, "expected a path relative to the model's folder")
+    channels, height, width = spec.shape or (0, 0, 0)
     options = UnetOptions(
+        network=spec.network,
+        shape=(channels, height, width) if spec.shape else None,
         variant=spec.variant,
         null_label=spec.null_label,
         condition_rows=spec.condition_rows if isinstance(spec, LatentSpec) else 0,
     )
     load = load_latent if isinstance(spec, LatentSpec) else load_unet
-    return load(lambda name: inside(f"{spec.folder}/{name}"), options, device)
+    return load(Below(inside, spec.folder), options, device)
+
+
+_RANGE = (0.002, 80.0)
+"""Trained s/a unless ``level.range`` says another."""
+_DEFAULTS = {"timestep": ("eps", "preserving"), "flow": ("flow", "flow")}
+"""level.as → prediction and scaling, where they are the usual ones of an export."""
 
 
 def _onnx_document(spec: OnnxSpec) -> OnnxDocument:
-    lowest, highest = spec.level.range
+    time_input = spec.level.time_input()
+    prediction, scaling = _DEFAULTS.get(spec.level.given_as, ("x0", "exploding"))
+    lowest, highest = spec.level.range or _RANGE
     if lowest >= highest:
         raise ValueError(f"level.range: expected two increasing numbers, got {spec.level.range}")
     channels, height, width = spec.shape or (0, 0, 0)
@@ -117,8 +186,9 @@ def _onnx_document(spec: OnnxSpec) -> OnnxDocument:
         output=spec.output,
         level=spec.level.input,
         level_as=spec.level.given_as,
-        prediction=spec.prediction,
-        exploding=spec.scaling == "exploding",
+        time_input=time_input,
+        prediction=spec.prediction or prediction,
+        scaling=spec.scaling or scaling,
         sigma_range=(lowest, highest),
         label=spec.label.input if spec.label else None,
         label_count=spec.label.count if spec.label else 0,

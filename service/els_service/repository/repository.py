@@ -179,12 +179,12 @@ def load_network_folder(folder: Path, device: str = "cpu") -> NetworkDenoiser:
 
 
 def _load(files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
-    path = files.name(MODEL_FILE)
+    path = files(MODEL_FILE)
     content = read_yaml(path)
     try:
         if isinstance(content, dict) and content.get("kind") == "network":
             document = parse_network(content, path)
-            return load_network(document, files.name(WEIGHTS_FILE), device)
+            return load_network(document, files(WEIGHTS_FILE), device)
         # Local import: networks are loaded without pydantic.
         from els_service.repository.builders import build
         from els_service.repository.specs import parse_spec

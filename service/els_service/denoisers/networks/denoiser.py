@@ -12,12 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, check_query
+from els_service.denoisers.base import (
+    Denoised,
+    DenoiserInfo,
+    Integers,
+    Query,
+    check_finite,
+    check_query,
+)
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.networks.parametrisation import parametrise
-from els_service.errors import ElsError, InvalidArgumentError
+from els_service.errors import InvalidArgumentError
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -108,9 +115,7 @@ class NetworkDenoiser:
         predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
         # A separate product and sum: fused ones could round differently by place in the batch.
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip)).numpy()
-        if not np.isfinite(mean).all():
-            precision = self._execution.precision
-            raise ElsError(f"the network returned NaN or infinity in {precision}")
+        check_finite(mean, "the network", f" in {self._execution.precision}")
         return mean
 
     def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ WEIGHTS_FILE = "weights.safetensors"
 _PICKLES = (b"PK\x03\x04", b"\x80")
 """Magic bytes of ``torch.save``, current and before torch 1.6."""
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_network(
@@ -71,38 +71,58 @@ def save_network_folder(
 
 
 def read_weights(
-    path: Path, expected: dict[str, Tensor], renamed: Callable[[str], str] = str
+    path: Path,
+    expected: dict[str, Tensor],
+    renamed: Callable[[str], str] = str,
+    shards: Sequence[Path] = (),
 ) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file as float32, checked against a network's state.
+    """Return the tensors of safetensors files as float32, checked against a network's state.
 
     Args:
-        path: the file.
+        path: the file, or the index of the shards.
         expected: the state, whose names and shapes are required.
-        renamed: name in the file → name in the state.
+        renamed: name in a file → name in the state.
+        shards: the files, if there are several.
 
     Raises:
-        LoadError: The file is unreadable, or a tensor is missing, unknown, of another shape or
-            type, or not finite; names the tensor.
+        LoadError: A file is unreadable, or a tensor is missing, unknown, stored twice, of another
+            shape or type, or not finite in float32; names the tensor.
     """
-    try:
-        # Read, not memory-mapped: overwriting a mapped file would change the network.
-        content = path.read_bytes()
-    except OSError as error:
-        reason = f"expected a readable file, got {error.strerror}{pickle_hint(path)}"
-        raise LoadError(path, reason) from error
-    if content.startswith(_PICKLES):
-        raise LoadError(path, "expected safetensors: a pickle can execute code when it is read")
-    try:
-        tensors = {renamed(name): value for name, value in load(content).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise LoadError(path, f"expected a safetensors file: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    sources: dict[str, Path] = {}
+    for file in shards or (path,):
+        for stored, tensor in _parse(_read(file), file).items():
+            name = renamed(stored)
+            if name in tensors:
+                raise LoadError(file, f"{name}: expected once, but {sources[name].name} has it too")
+            tensors[name], sources[name] = tensor, file
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise LoadError(path, f"{name}: expected a tensor, found none")
         if name not in expected:
-            raise LoadError(path, f"{name}: expected no such tensor in this architecture")
-        _check_tensor(path, name, tensors[name], expected[name])
-    return {name: tensor.float() for name, tensor in tensors.items()}
+            raise LoadError(sources[name], f"{name}: expected no such tensor in this architecture")
+        tensors[name] = _checked(sources[name], name, tensors[name], expected[name])
+    return tensors
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # Read, not memory-mapped: overwriting a mapped file would change the network.
+        return path.read_bytes()
+    except OSError as error:
+        reason = f"expected a readable file, got {error.strerror}{pickle_hint(path)}"
+        raise LoadError(path, reason) from error
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        # Only now: the length of a valid header may begin with the same bytes as a pickle.
+        if content.startswith(_PICKLES):
+            reason = "expected safetensors: a pickle can execute code when it is read"
+            raise LoadError(path, reason) from error
+        raise LoadError(path, f"expected a safetensors file: {error}") from error
 
 
 def pickle_hint(path: Path) -> str:
@@ -113,11 +133,16 @@ def pickle_hint(path: Path) -> str:
     return ""
 
 
-def _check_tensor(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+def _checked(path: Path, name: str, tensor: Tensor, expected: Tensor) -> Tensor:
+    """Return a tensor in float32."""
     if tensor.shape != expected.shape:
         got, wanted = list(tensor.shape), list(expected.shape)
         raise LoadError(path, f"{name}: expected shape {wanted}, got {got}")
     if tensor.dtype not in _FLOATS:
-        raise LoadError(path, f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        allowed = "float64, float32, float16 or bfloat16"
+        raise LoadError(path, f"{name}: expected {allowed}, got {tensor.dtype}")
+    # In float32, where a float64 may be infinite.
+    tensor = tensor.float()
     if not tensor.isfinite().all():
         raise LoadError(path, f"{name}: expected finite numbers, got NaN or infinity")
+    return tensor

@@ -9,9 +9,11 @@ Every parametrisation is ``D(x) = c_skip·x + c_out·F(c_in·x, t)`` (Karras et 
 | ``x0``     | x0                    | 1/√(a² + s²)   | 0                    | 1               |
 | ``v``      | ā·ε - s̄·x0            | 1/√(a² + s²)   | ā/√(a² + s²)         | -s̄              |
 | ``edm``    | preconditioned, [1]   | 1/(a√(σ²+σd²)) | σd²/(σ²+σd²)/a       | σσd/√(σ²+σd²)   |
+| ``flow``   | ε - x0                | 1/(a + s)      | 1/(a + s)            | -s/(a + s)      |
 
-v: Salimans & Ho 2022. [1] Karras et al. 2022, table 1, with ``sigma_data`` σd. The network's input
-t is the time of its schedule at the same σ, for any convention of the noise level.
+v: Salimans & Ho 2022. [1] Karras et al. 2022, table 1, with ``sigma_data`` σd. flow: the velocity
+of x = (1-t)·x0 + t·ε, Liu et al. 2023. The network's input t is the time of its schedule at the
+same σ, for any convention of the noise level.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class Parametrisation:
     c_out: Floats
     sigma: Floats
     """s/a of c_in·x, at most the highest trained level."""
+    scale: Floats
+    """scale·x is the input with a² + s² = 1 at ``sigma``."""
 
     @property
     def time(self) -> Floats:
@@ -63,7 +67,8 @@ def parametrise(
     a = 1 / np.sqrt(1 + sigma**2)
     c_in, c_skip, c_out = PREDICTIONS[prediction](a, a * sigma, sigma_data)
     # The table is written for a² + s² = 1; x·shrink·a is x in that scale.
-    return Parametrisation(c_in * shrink * a, c_skip * shrink * a, c_out, sigma)
+    scale = shrink * a
+    return Parametrisation(c_in * scale, c_skip * scale, c_out, sigma, scale)
 
 
 _Coefficients = tuple[Floats, Floats, Floats]
@@ -88,10 +93,16 @@ def _edm(a: Floats, s: Floats, sigma_data: float) -> _Coefficients:
     return 1 / (a * root), sigma_data**2 / (total * a), sigma * sigma_data / root
 
 
+def _flow(a: Floats, s: Floats, _: float) -> _Coefficients:
+    total = a + s
+    return 1 / total, 1 / total, -s / total
+
+
 PREDICTIONS: dict[str, Callable[[Floats, Floats, float], _Coefficients]] = {
     "eps": _eps,
     "x0": _x0,
     "v": _v,
     "edm": _edm,
+    "flow": _flow,
 }
 """a, s (a² + s² = 1) and σd → c_in, c_skip, c_out."""

@@ -1,6 +1,6 @@
 """Reader of diffusers folders: modules with their weights, and the noise schedule.
 
-    PART/config.json  PART/diffusion_pytorch_model.safetensors  scheduler/scheduler_config.json
+    PART/config.json  PART/diffusion_pytorch_model….safetensors  scheduler/scheduler_config.json
 
 Configurations select among the classes listed here: no class is imported by a name from a file,
 ``model_index.json`` is not read, pickles are rejected and nothing is downloaded. A setting that is
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,37 @@ import numpy as np
 import torch
 from torch import nn
 
+from els_service.denoisers.levels import MAX_SIGMA
 from els_service.denoisers.networks.folder import read_weights
+from els_service.denoisers.pretrained.flows import EDMS, FLOWS, edm_time, flow_time
+from els_service.denoisers.pretrained.time_inputs import TimeInput
 from els_service.denoisers.pretrained.timesteps import Timesteps
+from els_service.denoisers.pretrained.weights import Inside, find_weights
 from els_service.errors import LoadError
 
 Only = Mapping[str, tuple[object, ...]]
 """Field → supported values; others are rejected."""
-Inside = Callable[[str], Path]
-"""Name in the model folder → path; raises LoadError if outside the root or not a file."""
-
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-_WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULERS = (
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
 )
+"""Schedulers of betas; the levels of each are those of DDPMScheduler."""
 _LEVEL_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 _MOST_TIMESTEPS = 100_000
 _IMPORTS = threading.Lock()
@@ -49,15 +59,24 @@ _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _ONLY: Only = {
     "prediction_type": tuple(_PREDICTIONS),
     "thresholding": (False,),
-    "rescale_betas_zero_snr": (False, None),
     "use_flow_sigmas": (False, None),
     "timestep_type": ("discrete",),
-    "variance_type": (
-        *("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-        None,
-    ),
+    "predict_epsilon": (True, None),
+    "tensor_format": ("np", "pt", None),
 }
-"""Scheduler fields that change the meaning of the network's output → supported values."""
+"""Scheduler fields that change the meaning of the network's output → supported values. The last two
+are of old versions, and have no meaning any more."""
+_FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None)
+_LEARNED = ("learned", "learned_range")
+_EMA_FIELDS = (
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step"),
+    "use_ema_warmup",
+)
+"""Fields that diffusers' ``EMAModel`` adds to the configuration of the network it averages."""
+_DIT_NORM = "ada_norm_zero"
+"""Norm of what is a DiT, also under the name of its class before diffusers 0.29."""
+_COMPUTED_FIELDS = {"AutoencoderTiny": ("block_out_channels",)}
+"""Class → fields that it stores without taking them."""
 _RENAMED = (
     ("query", "to_q"),
     ("key", "to_k"),
@@ -73,49 +92,96 @@ class Trained:
 
     prediction: str
     """One of ``PREDICTIONS``."""
-    timesteps: Timesteps
+    timesteps: TimeInput
     clip: float | None
     """D is clipped to ±clip, as in diffusers' schedulers with ``clip_sample``."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, for the prediction ``edm``."""
+    learned_variance: bool = False
+    """Whether the second half of the network's output is the variance of a step."""
 
 
-def read_trained(inside: Inside, *, whole: bool) -> Trained:
+def read_trained(inside: Inside, *, whole: bool, has_variance: bool = False) -> Trained:
     """Return the training parameters of the scheduler's configuration; its sampler is ignored.
 
     Args:
         inside: resolver of names in the diffusers folder.
         whole: whether the network takes integer timesteps only.
+        has_variance: whether the network's output has twice the channels of its input.
 
     Raises:
         LoadError: A field is unknown, invalid or not supported; names it.
     """
     path = inside(SCHEDULER_FILE)
     config = _read_config(path)
-    own = _fields(_class_of(config, _SCHEDULERS, path))
-    known = set().union(*(_fields(_diffusers(name)) for name in _SCHEDULERS))
+    kind = _class_of(config, (*_SCHEDULERS, *FLOWS, *EDMS), path)
+    own = _fields(kind)
+    known = set().union(_ONLY, *(_fields(_diffusers(name)) for name in _SCHEDULERS), own)
+    is_flow = kind.__name__ in FLOWS or (config.get("use_flow_sigmas") and "flow_shift" in own)
     for name, value in config.items():
-        if name not in known:
+        if name not in known and not _is_off(value):
             raise LoadError(path, f"{name}: expected no such field")
-        _check_value(name, value, _ONLY, path)
+        if not (is_flow and name in ("prediction_type", "use_flow_sigmas")):
+            _check_value(name, value, _ONLY, path)
+    if is_flow or kind.__name__ in EDMS:
+        return _trained_without_betas(kind, {**own, **config}, whole, path)
     # diffusers ignores the fields of other schedulers, too.
     said = {name: config.get(name, default) for name, default in own.items()}
     clip = said.get("clip_sample_range", 1.0) if said.get("clip_sample") else None
     if not (clip is None or (isinstance(clip, int | float) and clip > 0)):
         raise LoadError(path, f"clip_sample_range: expected a positive number, got {clip!r:.80}")
-    return Trained(_PREDICTIONS[said["prediction_type"]], _timesteps(said, whole, path), clip)
+    if "variance_type" in said or "variance_type" in config:
+        allowed = (*_FIXED, *_LEARNED) if has_variance else _FIXED
+        variance = {**said, **config}["variance_type"]
+        _check_value("variance_type", variance, {"variance_type": allowed}, path)
+    return Trained(
+        _PREDICTIONS[said["prediction_type"]],
+        _timesteps(kind, said, whole, path),
+        clip,
+        learned_variance=said.get("variance_type") in _LEARNED,
+    )
 
 
-def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
+def _trained_without_betas(
+    kind: Any, fields: Mapping[str, Any], whole: bool, path: Path
+) -> Trained:
+    """Return the training parameters of flow matching or EDM."""
+    if whole:
+        got = kind.__name__
+        raise LoadError(path, f"_class_name: expected one for learned timesteps, got {got}")
+    if kind.__name__ in EDMS:
+        time_input, sigma_data = edm_time(fields, path)
+        return Trained("edm", time_input, None, sigma_data)
+    prediction = fields.get("prediction_type", "flow_prediction")
+    if prediction != "flow_prediction":
+        expected = "prediction_type: expected flow_prediction beside use_flow_sigmas"
+        raise LoadError(path, f"{expected}, got {prediction!r:.80}")
+    shift = "shift" if kind.__name__ in FLOWS else "flow_shift"
+    return Trained("flow", flow_time(fields, shift, path), None)
+
+
+def _timesteps(kind: Any, said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:
     count = said["num_train_timesteps"]
     if not isinstance(count, int) or not 2 <= count <= _MOST_TIMESTEPS:
         expected = f"2 to {_MOST_TIMESTEPS}"
         raise LoadError(path, f"num_train_timesteps: expected {expected}, got {count!r:.80}")
     levels = {name: said[name] for name in _LEVEL_FIELDS}
+    if is_rescaled := bool(said.get("rescale_betas_zero_snr")):
+        if said["prediction_type"] == "epsilon":
+            expected = (
+                "rescale_betas_zero_snr: expected one of False beside prediction_type epsilon"
+            )
+            raise LoadError(path, f"{expected} (v_prediction would do), got True")
+        levels["rescale_betas_zero_snr"] = True
     try:
-        # Every scheduler of diffusers computes the same levels from these fields.
-        schedule: Any = _diffusers("DDPMScheduler")(**levels)
+        # Of the class itself: the last level, without a signal, is infinite or very high.
+        schedule: Any = (kind if is_rescaled else _diffusers("DDPMScheduler"))(**levels)
         alpha_bar = schedule.alphas_cumprod.double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
-            return Timesteps(np.sqrt((1 - alpha_bar) / alpha_bar), whole)
+            sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+        if is_rescaled:
+            sigma[-1] = min(sigma[-1], MAX_SIGMA)
+        return Timesteps(sigma, whole)
     # Exceptions of diffusers' schedulers for an invalid field; the last but one for an unknown
     # schedule.
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
@@ -143,7 +209,7 @@ def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) 
 
     Args:
         inside: resolver of names in the diffusers folder.
-        part: ``unet`` or ``vae``.
+        part: folder of the module, such as ``unet`` or ``vae``.
         classes: names of the allowed classes of diffusers.
         only: supported values of restricted fields.
 
@@ -152,15 +218,18 @@ def build_part(inside: Inside, part: str, classes: tuple[str, ...], only: Only) 
     """
     path = inside(f"{part}/config.json")
     config = _read_config(path)
+    if config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == _DIT_NORM:
+        config["_class_name"] = "DiTTransformer2DModel"
     kind = _class_of(config, classes, path)
     defaults = _fields(kind)
     for name, value in config.items():
-        if name not in defaults:
+        neutral = (*_EMA_FIELDS, *_COMPUTED_FIELDS.get(kind.__name__, ()))
+        if name not in (*defaults, *neutral) and not _is_off(value):
             raise LoadError(path, f"{name}: expected no such field of {kind.__name__}")
         _check_value(name, value, only, path)
     try:
         with torch.device("meta"):
-            module = kind(**config)
+            module = kind(**{name: config[name] for name in config if name in defaults}).eval()
     except Exception as error:
         # Validated by diffusers, with a different exception for each field.
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -173,38 +242,26 @@ def load_part(inside: Inside, name: str, part: Part, *, variant: str, device: st
 
     Args:
         inside: resolver of names in the diffusers folder.
-        name: ``unet`` or ``vae``.
+        name: folder of the module, such as ``unet`` or ``vae``.
         part: result of ``build_part``.
-        variant: as in ``diffusion_pytorch_model.VARIANT.safetensors``; empty for none.
+        variant: as in ``diffusion_pytorch_model.VARIANT.safetensors``; empty for none, or the only
+            one that there is.
         device: device of the weights.
 
     Raises:
-        LoadError: The file is missing, a pickle, or of another module; names the tensor.
+        LoadError: A file is missing, a pickle, or of another module; names the tensor.
     """
-    path = _weights_path(inside, name, variant)
+    files = find_weights(inside, name, variant)
     expected = part.module.state_dict()
-    tensors = read_weights(path, expected, lambda stored: _current_name(stored, expected))
+    tensors = read_weights(
+        files.path, expected, lambda stored: _current_name(stored, expected), files.shards
+    )
     part.module.load_state_dict(tensors, assign=True)
+    _compute_positions(part)
     unset = [key for key, buffer in part.module.named_buffers() if buffer.is_meta]
     if unset:
         raise LoadError(part.path, f"expected a module whose state is all stored, got {unset[0]}")
     part.module.to(device).eval().requires_grad_(False)
-
-
-def _weights_path(inside: Inside, part: str, variant: str) -> Path:
-    stem = f"{part}/{_WEIGHTS}" + (f".{variant}" if variant else "")
-    try:
-        return inside(f"{stem}.safetensors")
-    except LoadError:
-        pickle = f"{part}/{_WEIGHTS}.bin"
-        try:
-            path = inside(pickle)
-        except LoadError:
-            path = None
-        if path is None:
-            raise
-        reason = "expected safetensors: a pickle can execute code when it is read"
-        raise LoadError(path, reason) from None
 
 
 def _current_name(stored: str, expected: Mapping[str, object]) -> str:
@@ -216,6 +273,25 @@ def _current_name(stored: str, expected: Mapping[str, object]) -> str:
         if last == old and f"{layer}.{new}.{tensor}" in expected:
             return f"{layer}.{new}.{tensor}"
     return stored
+
+
+def _compute_positions(part: Part) -> None:
+    """Compute the embedding of a transformer's places, which is not stored."""
+    patches: Any = getattr(part.module, "pos_embed", None)
+    if patches is not None:
+        config = part.config
+        patches.pos_embed = type(patches)(
+            height=config["sample_size"],
+            width=config["sample_size"],
+            patch_size=config["patch_size"],
+            in_channels=config["in_channels"],
+            embed_dim=config["num_attention_heads"] * config["attention_head_dim"],
+        ).pos_embed
+
+
+def _is_off(value: object) -> bool:
+    """Return whether an unknown field is one of a later version that is not used."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _check_value(name: str, value: object, only: Only, path: Path) -> None:
@@ -245,7 +321,9 @@ def _class_of(config: dict[str, Any], classes: tuple[str, ...], path: Path) -> A
     if name not in classes:
         expected = ", ".join(classes)
         raise LoadError(path, f"_class_name: expected one of {expected}, got {name!r:.80}")
-    return _diffusers(name)
+    kind = _diffusers(name)
+    # Without scipy, which only its steps need, a class without fields takes its place.
+    return _diffusers("EulerDiscreteScheduler") if hasattr(kind, "_backends") else kind
 
 
 def _diffusers(name: str) -> Any:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.pretrained.folder import Inside, Only, Part, build_part, load_part
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_finite
+from els_service.denoisers.pretrained.folder import Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (
     CONDITIONAL,
     UnetDenoiser,
@@ -30,9 +30,10 @@ from els_service.denoisers.pretrained.unet import (
     load_unet,
     memory_of,
 )
+from els_service.denoisers.pretrained.weights import Inside
 from els_service.errors import LoadError
 
-_VAES = ("AutoencoderKL",)
+_VAES = ("AutoencoderKL", "AutoencoderTiny")
 _ONLY: Only = {"latents_mean": (None,), "latents_std": (None,)}
 
 
@@ -79,13 +80,18 @@ class LatentDenoiser:
         return self._unet.denoise(query)
 
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape]."""
+        """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape].
+
+        Raises:
+            ElsError: The decoder returned NaN or infinity.
+        """
         with torch.inference_mode():
             scaled = torch.from_numpy(latents).to(self._device) / self._scale + self._shift
             # One at a time: decoding needs far more memory than a latent.
             images = [self._decode_one(one) for one in scaled]
-            pixels: npt.NDArray[np.float32] = torch.cat(images).clamp_(-1, 1).cpu().numpy()
-        return pixels
+            pixels: npt.NDArray[np.float32] = torch.cat(images).cpu().numpy()
+        check_finite(pixels, "the decoder")
+        return pixels.clip(-1, 1, out=pixels)
 
     def _decode_one(self, latent: Tensor) -> Tensor:
         checkpoint()

@@ -51,6 +51,12 @@ def read_onnx(path: Path) -> bytes | Path:
                 external = True
                 _check_location(message, path)
             _check_numbers(message, path)
+        elif (
+            isinstance(message, onnx.AttributeProto)
+            and np.isnan([message.f, *message.floats]).any()
+        ):
+            # Of a Constant, for example, whose number is not in a tensor.
+            raise LoadError(path, f"{message.name}: expected numbers, got NaN")
     return path if external else content
 
 
@@ -88,5 +94,8 @@ def _check_numbers(tensor: Any, path: Path) -> None:
         # Inconsistent sizes and unknown types raise different exceptions.
         text = " ".join(str(error).split())
         raise LoadError(path, f"{tensor.name}: expected a tensor, got {text:.200}") from error
-    if values.dtype.kind == "f" and np.isnan(values).any():
+    if values.dtype.kind == "V":
+        # bfloat16 and the formats of 8 and 4 bits, which numpy does not know.
+        values = values.astype(np.float32)
+    if values.dtype.kind in "fc" and np.isnan(values).any():
         raise LoadError(path, f"{tensor.name}: expected numbers, got NaN")

@@ -1,4 +1,4 @@
-"""Denoiser of a diffusers UNet: per-image levels, labels and conditions.
+"""Denoiser of a diffusers UNet or DiT: per-image levels, labels and conditions.
 
 D(x) is computed from its output as for any network (``networks.parametrisation``); its time input
 is ``timesteps.Timesteps.at``. If the scheduler's configuration has ``clip_sample``, D is clipped to
@@ -25,12 +25,12 @@ from els_service.denoisers.base import (
     DenoiserInfo,
     Integers,
     Query,
+    check_finite,
     check_query,
 )
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.parametrisation import parametrise
 from els_service.denoisers.pretrained.folder import (
-    Inside,
     Only,
     Part,
     Trained,
@@ -38,10 +38,12 @@ from els_service.denoisers.pretrained.folder import (
     load_part,
     read_trained,
 )
+from els_service.denoisers.pretrained.weights import Inside
 from els_service.errors import InvalidArgumentError
 
-UNCONDITIONAL = ("UNet2DModel",)
-CONDITIONAL = ("UNet2DModel", "UNet2DConditionModel")
+DIT = "DiTTransformer2DModel"
+UNCONDITIONAL = ("UNet2DModel", DIT)
+CONDITIONAL = ("UNet2DModel", "UNet2DConditionModel", DIT)
 
 _FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
 """Approximate operations per second of two CPU cores and a GPU; determines batch sizes."""
@@ -59,6 +61,7 @@ _ONLY: Only = {
     "attention_type": ("default",),
 }
 """Fields that enable inputs that a query does not have."""
+_OUT_CHANNELS = "{}, as in_channels, or twice that and a scheduler whose variance_type is learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,10 @@ class UnetOptions:
     """Whether the last label means none."""
     condition_rows: int = 77
     """Maximum rows of a condition; Stable Diffusion's text encoder returns 77."""
+    network: str = ""
+    """Folder of the network; empty for ``unet``, or ``transformer`` where only that exists."""
+    shape: tuple[int, int, int] | None = None
+    """(C, H, W); required if the configuration has no ``sample_size``."""
 
 
 class UnetDenoiser:
@@ -90,15 +97,15 @@ class UnetDenoiser:
         self._unet, self._trained, self._device = part.module, trained, torch.device(device)
         self._flops_per_second = _FLOPS_PER_SECOND[self._device.type]
         self._flops = flops
-        rows = part.config.get("num_class_embeds") or 0
-        self._null_row = rows - 1 if options.null_label else None
+        self._channels, *_ = shape = shape_of(part, options)
+        rows, self._null_row = _label_rows(part, options)
         self._info = DenoiserInfo(
             kind="diffusers",
-            shape=shape_of(part),
+            shape=shape,
             machine=type(part.module).__name__,
             schedule="timesteps",
             own_schedule=trained.timesteps.schedule,
-            label_count=rows - options.null_label,
+            label_count=rows - (self._null_row is not None),
             batch_invariant=False,
             implementation="diffusers float32",
             memory_bytes=memory_of(part.module),
@@ -124,7 +131,11 @@ class UnetDenoiser:
         return _LAUNCH_S + rows * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x), without evidence."""
+        """Return D(x), without evidence.
+
+        Raises:
+            ElsError: The network returned NaN or infinity.
+        """
         with torch.inference_mode():
             parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
@@ -132,10 +143,17 @@ class UnetDenoiser:
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
         checkpoint()
         trained = self._trained
-        level = parametrise(trained.prediction, query.level, max_sigma=trained.timesteps.max_sigma)
+        level = parametrise(
+            trained.prediction,
+            query.level,
+            trained.sigma_data,
+            max_sigma=trained.timesteps.max_sigma,
+        )
         x, timestep = query.x, trained.timesteps.at(level.sigma)
         predicted = self._predict(x * _column(level.c_in), timestep, query)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+        # Before they are clipped, which would make images of infinities.
+        check_finite(mean.numpy(), "the network")
         if trained.clip is not None:
             mean.clamp_(-trained.clip, trained.clip)
         return mean.numpy()
@@ -150,20 +168,21 @@ class UnetDenoiser:
         if conditions:
             inputs["encoder_hidden_states"] = _states(conditions, guided).to(self._device)
         if self._info.label_count:
-            inputs["class_labels"] = self._label_rows(query.labels[rows]).to(self._device)
+            inputs["class_labels"] = self._class_labels(query.labels[rows]).to(self._device)
         output: Tensor = self._unet(
             scaled[rows].to(self._device),
             torch.from_numpy(timestep[rows].astype(dtype)).to(self._device),
             return_dict=False,
             **inputs,
         )[0]
-        output = output.to("cpu", torch.float32).contiguous()
+        # Without a learned variance, which is in further channels.
+        output = output[:, : self._channels].to("cpu", torch.float32).contiguous()
         given, without = output[:count], output[count:]
         for i, other in zip(guided, without, strict=True):
             given[i] = other + conditions[i].guidance * (given[i] - other)
         return given
 
-    def _label_rows(self, labels: Integers) -> Tensor:
+    def _class_labels(self, labels: Integers) -> Tensor:
         null = self._null_row
         return torch.from_numpy(labels if null is None else np.where(labels < 0, null, labels))
 
@@ -182,20 +201,44 @@ def load_unet(
     Raises:
         LoadError: A file is missing or rejected; names it and the field or tensor.
     """
-    part = build_part(inside, "unet", classes, _ONLY)
-    _check(part, options)
-    trained = read_trained(inside, whole=part.config.get("time_embedding_type") == "learned")
-    flops = _count_flops(part)
-    load_part(inside, "unet", part, variant=options.variant, device=device)
+    name = options.network or _network_folder(inside)
+    part = build_part(inside, name, classes, _ONLY)
+    has_variance = _check(part, options)
+    whole = part.config.get("time_embedding_type") == "learned"
+    trained = read_trained(inside, whole=whole, has_variance=has_variance)
+    # The pipeline of DiT drops the variance itself, whatever its scheduler says.
+    if has_variance and not trained.learned_variance and type(part.module).__name__ != DIT:
+        raise part.refuse("out_channels", _OUT_CHANNELS.format(part.config["in_channels"]))
+    flops = _count_flops(part, options)
+    load_part(inside, name, part, variant=options.variant, device=device)
     return UnetDenoiser(part, trained, options, device, flops)
 
 
-def shape_of(part: Part) -> tuple[int, int, int]:
-    """Return (C, H, W) of a UNet's images.
+def _network_folder(inside: Inside) -> str:
+    return "unet" if inside.names("unet") or not inside.names("transformer") else "transformer"
+
+
+def _label_rows(part: Part, options: UnetOptions) -> tuple[int, int | None]:
+    """Return the number of rows of the label embedding, and the row that means none."""
+    if type(part.module).__name__ == DIT:
+        labels: int = part.config["num_embeds_ada_norm"]
+        # Trained with dropped labels; the row is beyond the labels.
+        return labels + 1, labels
+    rows = part.config.get("num_class_embeds") or 0
+    return rows, rows - 1 if options.null_label else None
+
+
+def shape_of(part: Part, options: UnetOptions) -> tuple[int, int, int]:
+    """Return (C, H, W) of a network's images.
 
     Raises:
-        LoadError: The configuration does not define it.
+        LoadError: Neither the configuration nor the options define it, or the channels differ.
     """
+    channels: int = part.config["in_channels"]
+    if options.shape:
+        if options.shape[0] != channels:
+            raise part.refuse("in_channels", f"{options.shape[0]}, as the shape in model.yaml")
+        return options.shape
     size = part.config["sample_size"]
     sides = [size, size] if isinstance(size, int) else size
     if not (
@@ -203,8 +246,9 @@ def shape_of(part: Part) -> tuple[int, int, int]:
         and len(sides) == 2
         and all(isinstance(side, int) and 1 <= side <= 4096 for side in sides)
     ):
-        raise part.refuse("sample_size", "a number of pixels, or [height, width], to 4096")
-    return part.config["in_channels"], *sides
+        expected = "a number of pixels, or [height, width], to 4096, or a shape in model.yaml"
+        raise part.refuse("sample_size", expected)
+    return channels, *sides
 
 
 def condition_width(part: Part) -> int:
@@ -226,17 +270,26 @@ def memory_of(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _check(part: Part, options: UnetOptions) -> None:
-    """Raise LoadError if inputs or outputs of the UNet are not those of a denoiser."""
+def _check(part: Part, options: UnetOptions) -> bool:
+    """Return whether the output has twice the channels of the input.
+
+    Raises:
+        LoadError: Inputs or outputs of the network are not those of a denoiser.
+    """
     config = part.config
-    if config["out_channels"] != config["in_channels"]:
-        raise part.refuse("out_channels", f"{config['in_channels']}, as in_channels")
+    channels = config["in_channels"]
+    outputs = config["out_channels"] or channels
+    if outputs not in (channels, 2 * channels):
+        raise part.refuse("out_channels", _OUT_CHANNELS.format(channels))
+    if type(part.module).__name__ == DIT:
+        return bool(outputs != channels)
     labels = config.get("num_class_embeds")
     if options.null_label and not (labels and labels > 1):
         raise part.refuse("num_class_embeds", "more than one label beside null_label")
+    return bool(outputs != channels)
 
 
-def _count_flops(part: Part) -> int:
+def _count_flops(part: Part, options: UnetOptions) -> int:
     """Return the operations of one image; also checks that the network accepts such images.
 
     Raises:
@@ -245,11 +298,11 @@ def _count_flops(part: Part) -> int:
     # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape, width = shape_of(part), condition_width(part)
+    shape, width = shape_of(part, options), condition_width(part)
     inputs: dict[str, Tensor] = {}
     if width:
         inputs["encoder_hidden_states"] = torch.empty(1, 1, width, device="meta")
-    if part.config.get("num_class_embeds"):
+    if _label_rows(part, options)[0]:
         inputs["class_labels"] = torch.zeros(1, dtype=torch.int64, device="meta")
     x = torch.empty(1, *shape, device="meta")
     timestep = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -261,7 +314,7 @@ def _count_flops(part: Part) -> int:
         text = " ".join(str(error).split())
         expected = f"a size that the blocks can halve ({text:.120})"
         raise part.refuse("sample_size", expected) from error
-    if output.shape != x.shape:
+    if output.shape[2:] != x.shape[2:]:
         raise part.refuse("sample_size", f"the size of the output, {list(output.shape[2:])}")
     return int(counter.get_total_flops())
 
