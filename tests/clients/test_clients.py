@@ -119,7 +119,6 @@ async def test_sample_asks_for_what_its_defaults_say(twin: Twin, fake: FakeDenoi
         count=1,
         steps=20,
         sampler=pb.SAMPLER_DDIM,
-        eta=0.0,
         return_x=True,
         return_denoised=True,
     )

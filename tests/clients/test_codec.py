@@ -98,6 +98,7 @@ def test_what_the_wire_cannot_say_is_refused(name: str, value: object, message: 
 def test_eta_of_nothing_is_left_to_the_server_and_of_zero_is_sent() -> None:
     assert codec.encode_sample(**SAMPLE).HasField("eta")
     assert not codec.encode_sample(**SAMPLE | {"eta": None}).HasField("eta")
+    assert not codec.encode_sample(model="m", sampler="ddpm").HasField("eta")
 
 
 def test_the_largest_seed_and_an_empty_list_of_labels_are_legal() -> None:

@@ -230,7 +230,7 @@ class Client:
                 - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released.
                 - sampler: "ddim", the default, "ddim_released", "ddpm" or "heun".
                 - label: One for all images or one each; -1 means none.
-                - eta: Noise of each step of ddpm, 0 to 1; by default 0, and None means 1.
+                - eta: Noise of each step of ddpm, 0 to 1; by default 1.
                 - churn: Total noise of heun, S_churn of EDM, 0 to ``steps``; by default 0.
                 - want: Arrays of each step, by default "x" and "denoised", which the last step
                   always has. Only the first step has "noise", the initial state, and only the last

@@ -128,7 +128,7 @@ def encode_sample(
     steps: int = 20,
     sampler: Sampler = "ddim",
     label: Integers | None = None,
-    eta: float | None = 0.0,
+    eta: float | None = None,
     churn: float = 0.0,
     want: Collection[Want] = ("x", "denoised"),
     window: Integers | None = None,
