@@ -52,7 +52,7 @@ def of_the_library(models: Path) -> Callable[[str], np.ndarray]:
 
 
 def test_every_sampler_of_the_library_has_a_name_in_the_contract_and_the_client() -> None:
-    contract = {name.removeprefix("SAMPLER_").lower() for name in pb.Sampler.keys()}
+    contract = {name.removeprefix("SAMPLER_").lower() for name, _ in pb.Sampler.items()}
     assert contract - {"unspecified"} == set(get_args(Sampler)) == set(SAMPLERS)
 
 
