@@ -81,7 +81,7 @@ def test_a_level_is_one_number_or_a_list() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sampler", "euler", "sampler: expected one of ddim, ddim_released, ddpm, heun, got 'eu"),
+        ("sampler", "lms", "sampler: expected one of ddim, ddim_released, ddpm, heun, euler"),
         ("want", ("y",), "want: expected any of"),
         ("seed", -1, "seed: expected 0 to"),
         ("seed", 2**64, "seed: expected 0 to"),

@@ -312,8 +312,9 @@ def test_sampling_asks_the_windows_that_the_sampler_wants(labelled: Bank) -> Non
         ("ddpm", Options(5, eta=1.5), "eta: expected 0 <= eta <= 1, got 1.5"),
         ("ddpm", Options(5, eta=-0.1), "eta: expected .*, got -0.1"),
         ("ddpm", Options(5, eta=math.nan), "eta: expected .*, got nan"),
-        ("heun", Options(5, churn=5.1), "churn: expected 0 <= churn <= steps = 5, got 5.1"),
-        ("heun", Options(5, churn=-1), "churn: expected .*, got -1"),
+        ("heun", Options(5, churn=-1), "churn: expected 0 <= churn, finite, got -1"),
+        ("heun", Options(5, churn=math.inf), "churn: expected .*, got inf"),
+        ("ddim", Options(5, churn=1.0), "churn: expected 0 but for heun and euler, got 1.0"),
         ("heun", Options(5, churn=math.nan), "churn: expected .*, got nan"),
     ],
 )

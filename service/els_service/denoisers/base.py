@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import SCHEDULES, NoiseLevel, Schedule
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import InvalidArgumentError
@@ -49,6 +50,8 @@ class Query:
     """[B]; 0 means the model's own window."""
     conditions: tuple[Condition, ...] = ()
     """One for each image, or empty."""
+    unclipped: npt.NDArray[np.bool_] | None = None
+    """[B]: for which images a model that clips D to a range returns it unclipped; None for none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,6 +76,7 @@ class Query:
             self.labels[images],
             self.windows[images],
             self.conditions[images],
+            None if self.unclipped is None else self.unclipped[images],
         )
 
 
@@ -145,6 +149,17 @@ def concatenate(queries: Sequence[Query]) -> Query:
         np.concatenate([query.labels for query in queries]),
         np.concatenate([query.windows for query in queries]),
         tuple(condition for query in queries for condition in query.conditions),
+        _concatenate_unclipped(queries),
+    )
+
+
+def _concatenate_unclipped(queries: Sequence[Query]) -> npt.NDArray[np.bool_] | None:
+    if all(query.unclipped is None for query in queries):
+        return None
+    none = [np.zeros(len(query), np.bool_) for query in queries]
+    given = [query.unclipped for query in queries]
+    return np.concatenate(
+        [zeros if one is None else one for zeros, one in zip(none, given, strict=True)]
     )
 
 
@@ -224,6 +239,10 @@ class DenoiserInfo:
     """A key of ``SCHEDULES``, or ``timesteps`` with ``own_schedule``."""
     own_schedule: Schedule | None = None
     """Levels that a network was trained at, unless they are those of a named schedule."""
+    trained_sigma: tuple[float, float] | None = None
+    """Lowest and highest trained σ = s/a; None for a model that knows every level."""
+    scheduler: FolderScheduler | None = None
+    """Scheduler of a diffusers folder, whose steps requests may ask for."""
     label_count: int = 0
     label_names: tuple[str, ...] = ()
     bank: BankInfo | None = None

@@ -379,7 +379,10 @@ def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
     chosen = windows_for(denoiser, ask)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
-    return make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    query = make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    if ask.unclipped:
+        query.unclipped = np.ones(len(query), np.bool_)
+    return query
 
 
 def _send(trajectory: Trajectory, answer: Tensor | None) -> DenoiseCall | Step | None:

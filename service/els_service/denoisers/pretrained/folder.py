@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from els_service.denoisers.folder_scheduler import FolderScheduler, scheduler_of
 from els_service.denoisers.networks.folder import read_weights
 from els_service.denoisers.pretrained.timesteps import Timesteps
 from els_service.errors import LoadError
@@ -76,10 +77,12 @@ class Trained:
     timesteps: Timesteps
     clip: float | None
     """D is clipped to ±clip, as in diffusers' schedulers with ``clip_sample``."""
+    scheduler: FolderScheduler
+    """Steps of the scheduler, for requests that ask for them."""
 
 
 def read_trained(inside: Inside, *, whole: bool) -> Trained:
-    """Return the training parameters of the scheduler's configuration; its sampler is ignored.
+    """Return the training parameters of the scheduler's configuration, and its steps.
 
     Args:
         inside: resolver of names in the diffusers folder.
@@ -90,7 +93,8 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
     """
     path = inside(SCHEDULER_FILE)
     config = _read_config(path)
-    own = _fields(_class_of(config, _SCHEDULERS, path))
+    kind = _class_of(config, _SCHEDULERS, path)
+    own = _fields(kind)
     known = set().union(*(_fields(_diffusers(name)) for name in _SCHEDULERS))
     for name, value in config.items():
         if name not in known:
@@ -101,7 +105,9 @@ def read_trained(inside: Inside, *, whole: bool) -> Trained:
     clip = said.get("clip_sample_range", 1.0) if said.get("clip_sample") else None
     if not (clip is None or (isinstance(clip, int | float) and clip > 0)):
         raise LoadError(path, f"clip_sample_range: expected a positive number, got {clip!r:.80}")
-    return Trained(_PREDICTIONS[said["prediction_type"]], _timesteps(said, whole, path), clip)
+    timesteps = _timesteps(said, whole, path)
+    scheduler = scheduler_of(kind.__name__, {**own, **config}, timesteps.sigma, clip)
+    return Trained(_PREDICTIONS[said["prediction_type"]], timesteps, clip, scheduler)
 
 
 def _timesteps(said: Mapping[str, Any], whole: bool, path: Path) -> Timesteps:

@@ -111,6 +111,7 @@ class OnnxDenoiser:
         self._info = DenoiserInfo(
             kind="onnx",
             shape=self._graph.shape,
+            trained_sigma=document.sigma_range,
             label_count=document.label_count,
             batch_invariant=self._largest == 1,
             implementation=f"onnxruntime {session.get_providers()[0]}",

@@ -34,6 +34,11 @@ class Timesteps:
             raise ValueError(f"expected s/a from {MIN_SIGMA:g} to {MAX_SIGMA:g}, got {ends}")
 
     @property
+    def min_sigma(self) -> float:
+        """s/a of timestep 0."""
+        return float(self.sigma[0])
+
+    @property
     def max_sigma(self) -> float:
         """s/a of the last timestep."""
         return float(self.sigma[-1])

@@ -98,6 +98,8 @@ class UnetDenoiser:
             machine=type(part.module).__name__,
             schedule="timesteps",
             own_schedule=trained.timesteps.schedule,
+            trained_sigma=(trained.timesteps.min_sigma, trained.timesteps.max_sigma),
+            scheduler=trained.scheduler,
             label_count=rows - options.null_label,
             batch_invariant=False,
             implementation="diffusers float32",
@@ -137,7 +139,12 @@ class UnetDenoiser:
         predicted = self._predict(x * _column(level.c_in), timestep, query)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
         if trained.clip is not None:
-            mean.clamp_(-trained.clip, trained.clip)
+            clipped = mean.clamp(-trained.clip, trained.clip)
+            if query.unclipped is None:
+                mean = clipped
+            else:
+                kept = torch.from_numpy(query.unclipped).view(-1, 1, 1, 1)
+                mean = torch.where(kept, mean, clipped)
         return mean.numpy()
 
     def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:

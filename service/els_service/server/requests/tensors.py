@@ -14,6 +14,7 @@ from torch import Tensor
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Condition, Denoised, DenoiserInfo
+from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import (
     MAX_SIGMA,
     MIN_SIGMA,
@@ -390,6 +391,20 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         else None,
         decoded_shape=info.decoded_shape,
         step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
+        scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
+    )
+
+
+def _encode_scheduler(scheduler: FolderScheduler) -> pb.FolderScheduler:
+    return pb.FolderScheduler(
+        name=scheduler.name,
+        timestep_spacing=scheduler.spacing,
+        steps_offset=scheduler.steps_offset,
+        set_alpha_to_one=scheduler.set_alpha_to_one,
+        clip_sample_range=scheduler.clip or 0.0,
+        variance_type=scheduler.variance_type,
+        use_karras_sigmas=scheduler.karras,
+        samplers=[pb.Sampler.Value(f"SAMPLER_{name.upper()}") for name in scheduler.samplers],
     )
 
 
