@@ -52,6 +52,8 @@ class Query:
     """One for each image, or empty."""
     unclipped: npt.NDArray[np.bool_] | None = None
     """[B]: for which images a model that clips D to a range returns it unclipped; None for none."""
+    guidance: npt.NDArray[np.float64] | None = None
+    """[B]: g of D(no label) + g·(D(label) - D(no label)); None for 1, which is none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +79,7 @@ class Query:
             self.windows[images],
             self.conditions[images],
             None if self.unclipped is None else self.unclipped[images],
+            None if self.guidance is None else self.guidance[images],
         )
 
 
@@ -149,18 +152,22 @@ def concatenate(queries: Sequence[Query]) -> Query:
         np.concatenate([query.labels for query in queries]),
         np.concatenate([query.windows for query in queries]),
         tuple(condition for query in queries for condition in query.conditions),
-        _concatenate_unclipped(queries),
+        _concatenate_given([query.unclipped for query in queries], queries, False),
+        _concatenate_given([query.guidance for query in queries], queries, 1.0),
     )
 
 
-def _concatenate_unclipped(queries: Sequence[Query]) -> npt.NDArray[np.bool_] | None:
-    if all(query.unclipped is None for query in queries):
+def _concatenate_given(
+    arrays: Sequence[npt.NDArray[Any] | None], queries: Sequence[Query], absent: float
+) -> npt.NDArray[Any] | None:
+    """Return one array of arrays that are None or [B] each; None if all are."""
+    if all(array is None for array in arrays):
         return None
-    none = [np.zeros(len(query), np.bool_) for query in queries]
-    given = [query.unclipped for query in queries]
-    return np.concatenate(
-        [zeros if one is None else one for zeros, one in zip(none, given, strict=True)]
+    filled = (
+        np.full(len(query), absent) if array is None else array
+        for array, query in zip(arrays, queries, strict=True)
     )
+    return np.concatenate(list(filled))
 
 
 @dataclass(eq=False, slots=True)  # immutable by convention; see Condition
@@ -245,6 +252,8 @@ class DenoiserInfo:
     """Scheduler of a diffusers folder, whose steps requests may ask for."""
     label_count: int = 0
     label_names: tuple[str, ...] = ()
+    label_guidance: bool = False
+    """Whether queries may have guidance: the model also answers without a label."""
     bank: BankInfo | None = None
     batch_invariant: bool = True
     """Whether an image has the same bits alone and in any batch, not only up to rounding."""
@@ -316,6 +325,21 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     _check_windows(info, query.windows.tolist())
     if info.condition_width or query.conditions:
         _check_conditions(info, query)
+    if query.guidance is not None:
+        _check_guidance(info, query.labels, query.guidance)
+
+
+def _check_guidance(
+    info: DenoiserInfo, labels: Integers, guidance: npt.NDArray[np.float64]
+) -> None:
+    for label, g in zip(labels.tolist(), guidance.tolist(), strict=True):
+        if g == 1:
+            continue
+        if not info.label_guidance:
+            expected = "0 or 1 without conditioning, as this model has no class for no label"
+            raise InvalidArgumentError("guidance", expected, g)
+        if label < 0:
+            raise InvalidArgumentError("guidance", "0 or 1 for an image without a label", g)
 
 
 def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:

@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from els_service.config import Scheduling
@@ -52,6 +53,7 @@ class SamplingRun:
         questions: how many it will ask.
         conditions: one for each image, or none.
         decode: whether the last step brings the images of its latents, too.
+        guidance: by label, [count]; None for none.
     """
 
     trajectory: Trajectory
@@ -60,6 +62,7 @@ class SamplingRun:
     questions: int
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
+    guidance: npt.NDArray[np.float64] | None = None
 
 
 class Engine:
@@ -380,6 +383,7 @@ def _question(denoiser: Denoiser, ask: DenoiseCall, run: SamplingRun) -> Query:
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(ask.level.a, ask.level.s)
     query = make_query(ask.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    query.guidance = run.guidance
     if ask.unclipped:
         query.unclipped = np.ones(len(query), np.bool_)
     return query

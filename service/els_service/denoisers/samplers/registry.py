@@ -43,7 +43,6 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "dpmpp_2m": dpmpp_2m,
 }
-_CHURNED = ("heun", "euler")
 MAX_CHURN_NOISE = 2.0
 """Karras et al. 2022 use 1 to 1.007; far more is no denoising problem."""
 
@@ -86,7 +85,7 @@ def check_options(sampler: str, options: Options) -> None:
         raise InvalidArgumentError("steps", f"at least {least} for {sampler}", options.steps)
     if not 0 <= options.eta <= 1:
         raise InvalidArgumentError("eta", "0 <= eta <= 1", options.eta)
-    _check_churn(sampler, options)
+    _check_churn(options)
     _check_times(sampler, options)
     if options.scheduler:
         options.scheduler.check(sampler, options.steps)
@@ -96,12 +95,10 @@ def check_options(sampler: str, options: Options) -> None:
             raise InvalidArgumentError("eta", "1 or unset with the folder's timesteps", options.eta)
 
 
-def _check_churn(sampler: str, options: Options) -> None:
+def _check_churn(options: Options) -> None:
     """Check the four numbers of algorithm 2 of Karras et al. 2022."""
     if not 0 <= options.churn < math.inf:
         raise InvalidArgumentError("churn", "0 <= churn, finite", options.churn)
-    if options.churn and sampler not in _CHURNED:
-        raise InvalidArgumentError("churn", f"0 but for {' and '.join(_CHURNED)}", options.churn)
     lowest, highest = options.churn_min_sigma, options.churn_max_sigma
     if not 0 <= lowest < math.inf:
         raise InvalidArgumentError("churn_min_sigma", "0 <= churn_min_sigma, finite", lowest)
@@ -152,8 +149,12 @@ def sample(
     options: Options | None = None,
     labels: int | list[int] = -1,
     conditions: Sequence[Condition] = (),
+    guidance: float = 1.0,
 ) -> Iterator[Step]:
-    """Yield the steps of ``count`` images; the noise of image i has the key (seed, first + i)."""
+    """Yield the steps of ``count`` images; the noise of image i has the key (seed, first + i).
+
+    ``guidance`` is that of labels, for models with ``DenoiserInfo.label_guidance``.
+    """
     options = options or options_for(denoiser.info)
     check_options(sampler, options)
     noise = seeded_noise(seed, count, denoiser.info.shape, first)
@@ -170,6 +171,8 @@ def sample(
         else:
             windows = windows_for(denoiser, event)
             query = make_query(event.x.float(), event.level, labels, windows, conditions)
+            if guidance != 1:
+                query.guidance = np.full(count, guidance)
             if event.unclipped:
                 query.unclipped = np.ones(count, np.bool_)
             answer = denoiser.denoise(query).mean.double()

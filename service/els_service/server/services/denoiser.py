@@ -108,6 +108,7 @@ class DenoiserService(DenoiserServiceServicer):
             evaluations_of(name, options, resume),
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
+            tensors.decode_guidance(request, count),
         )
         terms = context_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
