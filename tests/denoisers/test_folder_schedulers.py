@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ SAME: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ddpm large": ("ddpm", 10, {"variance_type": "fixed_large"}),
     "euler leading": ("euler", 10, {"timestep_spacing": "leading", "steps_offset": 1}),
     "euler trailing": ("euler", 10, {"timestep_spacing": "trailing"}),
+    "euler linspace": ("euler", 8, {"timestep_spacing": "linspace"}),
     "euler leading Karras": (
         *("euler", 10),
         {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True},
@@ -139,33 +141,59 @@ def test_the_folder_s_timesteps_draw_the_pictures_of_the_folder_s_scheduler(
     assert error(steps[-1].x, theirs(schedule, n, monkeypatch)) < 5e-5
 
 
-OTHER: dict[str, tuple[str, int, dict[str, Any], float, float]] = {
-    "ddim trailing uneven": ("ddim", 70, {"timestep_spacing": "trailing"}, 0.02, 2.0),
-    "ddim linspace": ("ddim", 10, {"timestep_spacing": "linspace"}, 0.001, 0.5),
+OTHER: dict[str, tuple[str, int, dict[str, Any], float, str]] = {
+    "ddim trailing uneven": (
+        *("ddim", 70, {"timestep_spacing": "trailing"}, 1.56),
+        "theirs tells the next step another level than it made",
+    ),
+    "ddim linspace": (
+        *("ddim", 10, {"timestep_spacing": "linspace"}, 0.295),
+        "theirs tells the next step another level than it made",
+    ),
     "ddpm large trailing": (
-        *("ddpm", 10, {"variance_type": "fixed_large", "timestep_spacing": "trailing"}),
-        *(0.002, 2.0),
+        *("ddpm", 10, {"variance_type": "fixed_large", "timestep_spacing": "trailing"}, 0.0081),
+        "theirs adds noise after the last step",
     ),
-    "euler linspace": ("euler", 10, {"timestep_spacing": "linspace"}, 0.0, 5e-3),
     "euler trailing Karras": (
-        *("euler", 10, {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
-        *(0.001, 2.0),
+        *("euler", 10, {"timestep_spacing": "trailing", "use_karras_sigmas": True}, 0.0084),
+        "theirs ends above the lowest trained level",
     ),
-    "dpmpp_2m Karras": ("dpmpp_2m", 10, {"use_karras_sigmas": True}, 0.0, 0.05),
+    "dpmpp_2m Karras": (
+        *("dpmpp_2m", 10, {"use_karras_sigmas": True}, 0.00056),
+        "theirs rounds the timestep of a level",
+    ),
 }
-"""Name → sampler, steps, fields, and by how much our pictures differ, as theirs contradict
-themselves."""
+"""Name → sampler, steps, fields, by how much our pictures differ from theirs, and why."""
+PAGE = Path(__file__).parents[2] / "docs" / "sampling.md"
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_where_a_scheduler_contradicts_itself_its_pictures_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    sampler, n, fields, least, most = OTHER[name]
+    sampler, n, fields, differs, _ = OTHER[name]
     schedule = scheduler(sampler, fields)
     steps = ours(served(tmp_path, schedule), sampler, n)
     found = error(steps[-1].x, theirs(schedule, n, monkeypatch))
-    assert least <= found <= most
+    assert found == pytest.approx(differs, rel=0.2)
+
+
+def rows() -> Iterator[str]:
+    """Yield the lines of the table of docs/sampling.md."""
+    for sampler, n, fields in SAME.values():
+        yield f"| {_asked(sampler, n, fields)} | none: below 5·10⁻⁵ | |"
+    for sampler, n, fields, differs, why in OTHER.values():
+        yield f"| {_asked(sampler, n, fields)} | {differs:g} | {why} |"
+
+
+def _asked(sampler: str, n: int, fields: dict[str, Any]) -> str:
+    listed = ", ".join(f"`{name}={value}`" for name, value in fields.items())
+    return f"`{sampler}` | {KINDS[sampler].__name__} | {n} of {STEPS} | {listed or 'defaults'}"
+
+
+def test_the_page_on_sampling_has_the_table_that_these_tests_prove() -> None:
+    table = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert [line for line in table if f" of {STEPS} |" in line] == list(rows())
 
 
 def test_ddim_of_501_trailing_steps_keeps_the_variance_where_theirs_is_41_percent_too_strong() -> (

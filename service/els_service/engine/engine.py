@@ -54,6 +54,7 @@ class SamplingRun:
         conditions: one for each image, or none.
         decode: whether the last step brings the images of its latents, too.
         guidance: by label, [count]; None for none.
+        held_bytes: that the trajectory holds beside state, answer and message: a start, an older D.
     """
 
     trajectory: Trajectory
@@ -63,6 +64,7 @@ class SamplingRun:
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
     guidance: npt.NDArray[np.float64] | None = None
+    held_bytes: int = 0
 
 
 class Engine:
@@ -148,7 +150,8 @@ class Engine:
         """
         entry = self.models.entry(name, version)
         numbers = math.prod(entry.info.shape) * len(run.labels)
-        size = _HELD * numbers + sum(condition.nbytes for condition in run.conditions)
+        size = _HELD * numbers + run.held_bytes
+        size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
             with (

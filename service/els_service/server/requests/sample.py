@@ -125,6 +125,13 @@ def options_of(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) ->
     return options
 
 
+def held_bytes_of(sampler: str, options: Options, state_shape: tuple[int, ...]) -> int:
+    """Return the bytes that a trajectory holds of its start, and of the D of an earlier step."""
+    start = 0 if options.start is None else options.start.nbytes
+    older = 8 * math.prod(state_shape) if sampler == "dpmpp_2m" else 0
+    return start + older
+
+
 def _start(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) -> Tensor | None:
     """Return the images to start from, [1 or count, C, H, W] float64; None where there are none."""
     if not request.HasField("start"):

@@ -29,6 +29,7 @@ from els_service.server.requests.sample import (
     SAMPLER_NAMES,
     check_sample,
     count_of,
+    held_bytes_of,
     options_of,
 )
 from els_service.server.services.streams import Window, in_order
@@ -109,6 +110,7 @@ class DenoiserService(DenoiserServiceServicer):
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
             tensors.decode_guidance(request, count),
+            held_bytes_of(name, options, shape),
         )
         terms = context_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
