@@ -17,6 +17,7 @@ from els_service.server.requests.sample import (
     options_of,
 )
 
+LIMITS = Limits(max_images=8, max_steps=100, max_message_bytes=1 << 20, max_pixels=1 << 20)
 INFO = DenoiserInfo("onnx", (1, 2, 3), trained_sigma=(0.1, 20.0))
 
 
@@ -27,8 +28,8 @@ def test_every_sampler_of_the_contract_is_one_of_the_library() -> None:
 
 def test_fields_that_are_unset_leave_today_s_options() -> None:
     request = pb.SampleRequest(model="m", steps=7, sampler=pb.SAMPLER_DDPM)
-    check_sample(request, INFO, Limits())
-    options = options_of(request, INFO, Limits())
+    check_sample(request, INFO, LIMITS)
+    options = options_of(request, INFO, LIMITS)
     assert (options.steps, options.eta, options.churn) == (7, 1.0, 0.0)
     assert (options.times, options.start, options.start_time) == ((), None, 1.0)
     assert (options.churn_min_sigma, options.churn_max_sigma) == (0.0, math.inf)
@@ -38,7 +39,7 @@ def test_fields_that_are_unset_leave_today_s_options() -> None:
 def test_a_start_and_an_older_answer_count_as_memory_of_the_trajectory() -> None:
     start = pb.Tensor(dtype=pb.DTYPE_U8, shape=[1, 1, 2, 3], data=bytes([0, 255] * 3))
     request = pb.SampleRequest(steps=7, count=4, start=start, start_time=0.5)
-    options = options_of(request, INFO, Limits())
+    options = options_of(request, INFO, LIMITS)
     assert options.start is not None
     assert torch.equal(options.start.flatten(), torch.tensor([-1.0, 1.0] * 3).double())
     assert held_bytes_of("ddim", options, (4, 1, 2, 3)) == 6 * 8
