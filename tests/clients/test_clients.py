@@ -119,7 +119,6 @@ async def test_sample_asks_for_what_its_defaults_say(twin: Twin, fake: FakeDenoi
         count=1,
         steps=20,
         sampler=pb.SAMPLER_DDIM,
-        eta=0.0,
         return_x=True,
         return_denoised=True,
     )
@@ -176,7 +175,7 @@ async def test_nothing_is_sent_before_the_arguments_are_sound(
     with pytest.raises(ValueError, match=r"x: expected shape \[B, C, H, W\], got shape \[4, 6\]"):
         await twin.call("denoise", X[0, 0], **ELS)
     with pytest.raises(ValueError, match="sampler: expected one of"):
-        await twin.steps(model="fashion-els", sampler="euler")
+        await twin.steps(model="fashion-els", sampler="lms")
     with pytest.raises(ValueError, match="priority: expected at least 1, got 0"):
         await twin.call("denoise", X, **ELS, priority=0)
     with pytest.raises(ValueError, match="in_flight: expected at least 1, got 0"):

@@ -81,7 +81,7 @@ def test_a_level_is_one_number_or_a_list() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sampler", "euler", "sampler: expected one of ddim, ddim_released, ddpm, heun, got 'eu"),
+        ("sampler", "lms", "sampler: expected one of ddim, ddim_released, ddpm, heun, euler"),
         ("want", ("y",), "want: expected any of"),
         ("seed", -1, "seed: expected 0 to"),
         ("seed", 2**64, "seed: expected 0 to"),
@@ -98,6 +98,7 @@ def test_what_the_wire_cannot_say_is_refused(name: str, value: object, message: 
 def test_eta_of_nothing_is_left_to_the_server_and_of_zero_is_sent() -> None:
     assert codec.encode_sample(**SAMPLE).HasField("eta")
     assert not codec.encode_sample(**SAMPLE | {"eta": None}).HasField("eta")
+    assert not codec.encode_sample(model="m", sampler="ddpm").HasField("eta")
 
 
 def test_the_largest_seed_and_an_empty_list_of_labels_are_legal() -> None:

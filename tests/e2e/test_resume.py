@@ -21,11 +21,27 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.server.requests.resume_token import sealed
 
+START = pb.Tensor(dtype=pb.DTYPE_U8, shape=[1, 1, 6, 5], data=bytes(range(30)))
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim": {"sampler": pb.SAMPLER_DDIM},
     "released": {"sampler": pb.SAMPLER_DDIM_RELEASED, "steps": 6},
     "ddpm": {"sampler": pb.SAMPLER_DDPM, "eta": 0.7},
     "heun": {"sampler": pb.SAMPLER_HEUN, "churn": 3},
+    "euler": {
+        "sampler": pb.SAMPLER_EULER,
+        "churn": 9,
+        "churn_noise": 1.01,
+        "churn_min_sigma": 0.01,
+        "churn_max_sigma": 60,
+    },
+    "dpmpp_2m": {"sampler": pb.SAMPLER_DPMPP_2M},
+    "from a start": {
+        "sampler": pb.SAMPLER_DPMPP_2M,
+        "start": START,
+        "start_time": 0.6,
+        "first_image": 4,
+    },
+    "at times": {"start": START, "steps": 0, "times": [0.7, 0.5, 0.3, 0.2, 0.1]},
 }
 STATE = 32
 """Where a token's state begins."""
@@ -91,6 +107,11 @@ OTHER_REQUESTS: dict[str, dict[str, Any]] = {
     "guidance": {"guidance": 2.0},
     "windows": {"windows": [3]},
     "eta": {"eta": 0.0},
+    "timesteps": {"timesteps": pb.TIMESTEPS_ALIGNED},
+    "start": {"start": START, "start_time": 1.0},
+    "times": {"times": [1.0, 0.8, 0.6, 0.4, 0.2]},
+    "first image": {"first_image": 1},
+    "churn noise": {"sampler": pb.SAMPLER_HEUN, "churn_noise": 1.0},
 }
 
 
@@ -183,7 +204,13 @@ async def test_a_server_that_must_end_hands_out_tokens_and_another_goes_on_with_
     models: Path, aio: grpc.aio.Channel
 ) -> None:
     plain: dict[str, Any] = {"return_denoised": False, "return_resume_token": False}
-    requests = [drawn(**{**options, **plain, "steps": 1000}) for options in SAMPLERS.values()]
+    long: dict[str, Any] = {"steps": 1000}
+    times: dict[str, Any] = {"steps": 0, "times": np.linspace(0.9, 0.1, 1000).tolist()}
+    requests = [
+        drawn(**{**options, **plain, **(times if "times" in options else long)})
+        for name, options in SAMPLERS.items()
+        if name not in ("euler", "from a start")  # as heun and dpmpp_2m, and each takes seconds
+    ]
     requests.append(drawn(model="gaussian", count=8, labels=[], steps=400, **plain))
     with serving("--models", models, "--threads", 1, ELS_DRAIN_S="0") as server:
         async with grpc.aio.insecure_channel(server.target) as channel:

@@ -119,7 +119,7 @@ def queries(draw: st.DrawFn, kind: Any) -> Message:
 def samples(draw: st.DrawFn) -> pb.SampleRequest:
     """Draw a request of Sample, some with a token of its own that was tampered with."""
     model, count, steps = draw(names), draw(st.integers(0, 3)), draw(st.integers(2, 5))
-    sampler = draw(st.integers(0, 4))
+    sampler = draw(st.integers(0, 6))
     request = pb.SampleRequest(
         model=model,
         count=count,
@@ -133,13 +133,25 @@ def samples(draw: st.DrawFn) -> pb.SampleRequest:
         return_resume_token=draw(st.booleans()),
         output_dtype=pb.DType.ValueType(draw(st.integers(0, 3))),
         priority=draw(st.integers(0, 3)),
+        first_image=draw(st.sampled_from([0, 0, 7, 2**63 - 1])),
     )
+    if sampler != pb.SAMPLER_DDIM_RELEASED and draw(st.booleans()):
+        shape = (draw(st.sampled_from([1, count or 1])), *shape_of(model))
+        data = _pixels(draw, shape).astype("<f4").tobytes()
+        request.start.CopyFrom(pb.Tensor(dtype=pb.DTYPE_F32, shape=shape, data=data))
+        if draw(st.booleans()):
+            request.steps, steps = 0, 3
+            request.times.extend([0.9, 0.5, draw(st.floats(0.01, 0.4))])
+        else:
+            request.start_time = draw(st.floats(0.01, 1))
     if sampler == pb.SAMPLER_DDPM:
         request.eta = draw(st.floats(0, 1))
-    if sampler == pb.SAMPLER_HEUN:
-        request.churn = draw(st.floats(0, steps))
+    if sampler in (pb.SAMPLER_HEUN, pb.SAMPLER_EULER):
+        request.churn = draw(st.floats(0, 2 * steps))
+        request.churn_noise = draw(st.floats(0, 2))
     if draw(st.booleans()):
-        state = _pixels(draw, (count or 1, *shape_of(model)))
+        images = (count or 1) * (2 if sampler == pb.SAMPLER_DPMPP_2M else 1)
+        state = _pixels(draw, (images, *shape_of(model)))
         state *= draw(st.sampled_from([1.0, 1e5, 1e7, float("nan")]))
         index = draw(st.integers(0, steps))
         request.resume_token = encode_token(

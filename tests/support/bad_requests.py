@@ -163,6 +163,10 @@ QUERIES: dict[str, Bad] = {
 }
 """For Denoise; the fields of ScoreRequest have the same numbers."""
 
+_START, _TWO_STARTS = (
+    pb.Tensor(dtype=pb.DTYPE_U8, shape=[count, 1, 6, 5], data=bytes(30 * count)) for count in (1, 2)
+)
+
 SAMPLES: dict[str, Bad] = {
     "count negative": Bad(sample(count=-1), "count", "at least 1", "-1"),
     "count too large": Bad(sample(count=257), "count", "at most 256", "257", _TOO_MANY),
@@ -180,16 +184,74 @@ SAMPLES: dict[str, Bad] = {
     "eta for another sampler": Bad(
         sample(eta=0.5), "eta", "0 or unset but for SAMPLER_DDPM", "0.5"
     ),
-    "churn over steps": Bad(
-        sample(sampler=pb.SAMPLER_HEUN, churn=2), "churn", "0 <= churn <= steps = 1", "2.0"
-    ),
     "churn negative": Bad(
-        sample(sampler=pb.SAMPLER_HEUN, churn=-1), "churn", "0 <= churn <= steps = 1", "-1.0"
+        sample(sampler=pb.SAMPLER_HEUN, churn=-1), "churn", "0 <= churn, finite", "-1.0"
+    ),
+    "churn infinite": Bad(
+        sample(sampler=pb.SAMPLER_EULER, churn=INF), "churn", "0 <= churn, finite", "inf"
     ),
     "churn NaN": Bad(
-        sample(sampler=pb.SAMPLER_HEUN, churn=NAN), "churn", "0 <= churn <= steps = 1", "nan"
+        sample(sampler=pb.SAMPLER_HEUN, churn=NAN), "churn", "0 <= churn, finite", "nan"
     ),
-    "churn for another sampler": Bad(sample(churn=0.5), "churn", "0 but for SAMPLER_HEUN", "0.5"),
+    "churn for another sampler": Bad(
+        sample(churn=0.5), "churn", "0 but for SAMPLER_HEUN and SAMPLER_EULER", "0.5"
+    ),
+    "churn_noise for another sampler": Bad(
+        sample(churn_noise=1.0), "churn_noise", "unset but for SAMPLER_HEUN and SAMPLER", "1.0"
+    ),
+    "churn_noise too large": Bad(
+        sample(sampler=pb.SAMPLER_HEUN, churn_noise=3.0),
+        *("churn_noise", "0 <= churn_noise <= 2", "3.0"),
+    ),
+    "churn_min_sigma NaN": Bad(
+        sample(sampler=pb.SAMPLER_HEUN, churn_min_sigma=NAN),
+        *("churn_min_sigma", "0 <= churn_min_sigma, finite", "nan"),
+    ),
+    "churn_max_sigma below the least": Bad(
+        sample(sampler=pb.SAMPLER_HEUN, churn_min_sigma=2.0, churn_max_sigma=1.0),
+        *("churn_max_sigma", "at least churn_min_sigma", "1.0"),
+    ),
+    "timesteps unknown": Bad(sample(timesteps=9), "timesteps", "known timesteps", "9"),
+    "timesteps of no folder": Bad(
+        sample(timesteps=pb.TIMESTEPS_FOLDER),
+        *("timesteps", "unset for a model without a diffusers scheduler", "TIMESTEPS_FOLDER"),
+    ),
+    "times that rise": Bad(
+        sample(steps=0, times=[0.2, 0.5]), "times", "falling numbers", "[0.2, 0.5]"
+    ),
+    "times too many": Bad(
+        sample(steps=0, times=[0.5] * 1001), "times", "at most 1000", "1001 values", _TOO_MANY
+    ),
+    "times and other steps": Bad(
+        sample(steps=3, times=[0.5]), "steps", "0 or 1, as there are times", "3"
+    ),
+    "start without a time": Bad(
+        sample(start=_START), "start_time", "0 < start_time <= 1, or times, with start", "0"
+    ),
+    "start time without a start": Bad(
+        sample(start_time=0.5), "start_time", "unset without start", "0.5"
+    ),
+    "start time and times": Bad(
+        sample(start=_START, steps=0, start_time=0.5, times=[0.4]),
+        *("start_time", "unset with times", "0.5"),
+    ),
+    "start time over 1": Bad(
+        sample(start=_START, start_time=1.5), "start_time", "0 < start_time <= 1", "1.5"
+    ),
+    "start of another shape": Bad(
+        sample(
+            start=pb.Tensor(dtype=pb.DTYPE_U8, shape=[2, 1, 6, 5], data=bytes(60)), start_time=1
+        ),
+        *("start.shape", "[1 or 1, 1, 6, 5]", "[2, 1, 6, 5]"),
+    ),
+    "first image negative": Bad(sample(first_image=-1), "first_image", "at least 0", "-1"),
+    "guidance of a model without": Bad(
+        sample(labels=[0], guidance=2.0),
+        *("guidance", "0 or 1 without conditioning", "2.0"),
+    ),
+    "guidance too large": Bad(
+        sample(labels=[0], guidance=1e3), "guidance", "-100 to 100", "1000.0"
+    ),
     "output dtype for requests only": Bad(
         sample(output_dtype=pb.DTYPE_U8), "output_dtype", _DTYPES, "4"
     ),

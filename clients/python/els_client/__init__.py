@@ -11,6 +11,7 @@ from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
     Conditioning,
+    FolderScheduler,
     Limits,
     Model,
     Query,
@@ -40,6 +41,7 @@ __all__ = [
     "Conditioning",
     "DeadlineExceededError",
     "ElsError",
+    "FolderScheduler",
     "InvalidArgumentError",
     "Limits",
     "Model",

@@ -132,7 +132,9 @@ class Client:
                   by models with ``Model.conditioning``, rejected by others.
                 - unconditional: The same for an empty text, with the same T; required for guidance.
                 - guidance: g of D(unconditional) + g·(D(conditioning) - D(unconditional)),
-                  |g| <= 100; by default 1, which means none.
+                  |g| <= 100; by default 1, which means none. For models with
+                  ``Model.label_guidance`` and no conditioning, of
+                  D(no label) + g·(D(label) - D(no label)).
                 - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - timeout_s: Deadline of this call in seconds; by default the client's.
                 - version: Version of the model; by default the newest.
@@ -228,10 +230,22 @@ class Client:
                 i),
                   in any batch.
                 - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released.
-                - sampler: "ddim", the default, "ddim_released", "ddpm" or "heun".
+                - sampler: "ddim", the default, "ddim_released", "ddpm", "heun", "euler" or
+                  "dpmpp_2m".
+                - timesteps: "aligned", the default: the steps of this package; "folder": those of
+                  the scheduler of a diffusers folder, for models with ``Model.scheduler``.
+                - times: Times of the steps instead of ``steps``, falling, 0 < t <= 1.
+                - start: Clean images [1 or count, C, H, W] to start from, as ``x`` in ``denoise``;
+                  noised to ``start_time``, or to the first of ``times``.
+                - start_time: Time at which the steps begin with ``start``, 0 < start_time <= 1.
+                - first_image: The images are ``first_image`` … ``first_image + count - 1`` of the
+                  seed; by default 0.
                 - label: One for all images or one each; -1 means none.
-                - eta: Noise of each step of ddpm, 0 to 1; by default 0, and None means 1.
-                - churn: Total noise of heun, S_churn of EDM, 0 to ``steps``; by default 0.
+                - eta: Noise of each step of ddpm, 0 to 1; by default 1.
+                - churn: Total noise of heun and euler, S_churn of EDM; by default 0.
+                - churn_min_sigma, churn_max_sigma: Lowest and highest churned σ, S_min and S_max of
+                  EDM; by default all are.
+                - churn_noise: Scale of churn's noise, S_noise of EDM, 0 to 2; by default 1.
                 - want: Arrays of each step, by default "x" and "denoised", which the last step
                   always has. Only the first step has "noise", the initial state, and only the last
                   has "decoded", the images of a latent model.

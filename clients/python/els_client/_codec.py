@@ -14,6 +14,7 @@ from els_client._types import (
     Bank,
     Conditioning,
     Conditions,
+    FolderScheduler,
     Images,
     Integers,
     Levels,
@@ -23,6 +24,7 @@ from els_client._types import (
     Query,
     Sampler,
     Step,
+    Timesteps,
     Want,
     WindowTable,
 )
@@ -44,16 +46,24 @@ _SAMPLERS: dict[str, pb.Sampler.ValueType] = {
     "ddim_released": pb.SAMPLER_DDIM_RELEASED,
     "ddpm": pb.SAMPLER_DDPM,
     "heun": pb.SAMPLER_HEUN,
+    "euler": pb.SAMPLER_EULER,
+    "dpmpp_2m": pb.SAMPLER_DPMPP_2M,
 }
+_TIMESTEPS: dict[str | None, pb.Timesteps.ValueType] = {
+    None: pb.TIMESTEPS_UNSPECIFIED,
+    "aligned": pb.TIMESTEPS_ALIGNED,
+    "folder": pb.TIMESTEPS_FOLDER,
+}
+_STEPS = 20
 
 # Kinds of numpy dtypes.
 _INTEGERS = "iu"
 _REALS = "iuf"
 
 
-def encode_tensor(x: Pixels) -> pb.Tensor:
+def encode_tensor(x: Pixels, field: str = "x") -> pb.Tensor:
     """Return ``x`` [B, C, H, W] as a tensor; float64 is rounded to float32."""
-    return _tensor("x", x, "[B, C, H, W]", _DTYPES.keys())
+    return _tensor(field, x, "[B, C, H, W]", _DTYPES.keys())
 
 
 def _conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
@@ -125,10 +135,10 @@ def encode_sample(
     model: str,
     count: int = 1,
     seed: int = 0,
-    steps: int = 20,
+    steps: int | None = None,
     sampler: Sampler = "ddim",
     label: Integers | None = None,
-    eta: float | None = 0.0,
+    eta: float | None = None,
     churn: float = 0.0,
     want: Collection[Want] = ("x", "denoised"),
     window: Integers | None = None,
@@ -138,8 +148,16 @@ def encode_sample(
     priority: int | None = None,
     version: str | None = None,
     survive_breaks: bool = False,
+    timesteps: Timesteps | None = None,
+    start: Pixels | None = None,
+    start_time: float | None = None,
+    times: Levels | None = None,
+    first_image: int = 0,
+    churn_min_sigma: float | None = None,
+    churn_max_sigma: float | None = None,
+    churn_noise: float | None = None,
 ) -> pb.SampleRequest:
-    """Return the request for ``count`` samples; ``eta`` None means the server's default."""
+    """Return the request for ``count`` samples; None means the server's default."""
     if sampler not in _SAMPLERS:
         _refuse("sampler", f"one of {', '.join(_SAMPLERS)}", repr(sampler))
     if not set(want) <= set(get_args(Want)):
@@ -148,6 +166,15 @@ def encode_sample(
         _refuse("seed", "0 to 2**64 - 1", seed)
     if count < 1:  # In the message 0 means 1.
         _refuse("count", "at least 1", count)
+    if timesteps not in _TIMESTEPS:
+        _refuse("timesteps", "'aligned' or 'folder'", repr(timesteps))
+    if start_time is not None and start_time == 0:  # In the message 0 means none.
+        _refuse("start_time", "0 < start_time <= 1", start_time)
+    listed = _listed("times", times, _REALS)
+    if times is not None and not listed:
+        _refuse("times", "at least one", "none")
+    if steps is None:
+        steps = 0 if listed else _STEPS
     return pb.SampleRequest(
         model=model,
         count=count,
@@ -168,6 +195,14 @@ def encode_sample(
         priority=_priority(priority),
         version=version or "",
         return_resume_token=survive_breaks,
+        timesteps=_TIMESTEPS[timesteps],
+        start=None if start is None else encode_tensor(start, "start"),
+        start_time=start_time or 0.0,
+        times=listed,
+        first_image=first_image,
+        churn_min_sigma=churn_min_sigma,
+        churn_max_sigma=churn_max_sigma,
+        churn_noise=churn_noise,
     )
 
 
@@ -233,6 +268,23 @@ def decode_model(model: pb.Model) -> Model:
         else None,
         decoded_shape=(decoded[0], decoded[1], decoded[2]) if decoded else None,
         step_seconds=model.step_seconds,
+        scheduler=_decode_scheduler(model.scheduler) if model.HasField("scheduler") else None,
+        label_guidance=model.label_guidance,
+    )
+
+
+def _decode_scheduler(scheduler: pb.FolderScheduler) -> FolderScheduler:
+    names = {value: name for name, value in _SAMPLERS.items()}
+    return FolderScheduler(
+        name=scheduler.name,
+        timestep_spacing=scheduler.timestep_spacing,
+        steps_offset=scheduler.steps_offset,
+        set_alpha_to_one=scheduler.set_alpha_to_one,
+        clip_sample_range=scheduler.clip_sample_range or None,
+        variance_type=scheduler.variance_type,
+        use_karras_sigmas=scheduler.use_karras_sigmas,
+        # A newer server may have further samplers.
+        samplers=tuple(names[value] for value in scheduler.samplers if value in names),
     )
 
 

@@ -14,7 +14,8 @@ Images: TypeAlias = npt.NDArray[np.float32]
 Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8]
 Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
-Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun"]
+Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun", "euler", "dpmpp_2m"]
+Timesteps: TypeAlias = Literal["aligned", "folder"]
 Want: TypeAlias = Literal["x", "denoised", "noise", "decoded"]
 Conditions: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -79,7 +80,7 @@ class SampleOptions(TypedDict, total=False):
     model: Required[str]
     count: int
     seed: int
-    steps: int
+    steps: int | None
     sampler: Sampler
     label: Integers | None
     eta: float | None
@@ -92,6 +93,14 @@ class SampleOptions(TypedDict, total=False):
     priority: int | None
     version: str | None
     survive_breaks: bool
+    timesteps: Timesteps | None
+    start: Pixels | None
+    start_time: float | None
+    times: Sequence[float] | npt.NDArray[np.floating[Any]] | None
+    first_image: int
+    churn_min_sigma: float | None
+    churn_max_sigma: float | None
+    churn_noise: float | None
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,31 @@ class Conditioning:
 
     max_rows: int
     width: int
+
+
+@dataclass(frozen=True)
+class FolderScheduler:
+    """Scheduler in the folder of a diffusers or latent model, for ``timesteps="folder"``.
+
+    Attributes:
+        name: Class of diffusers.
+        timestep_spacing: "leading", "linspace" or "trailing".
+        steps_offset: Timesteps that "leading" adds.
+        set_alpha_to_one: Whether ddim ends at ᾱ = 1, not at that of timestep 0.
+        clip_sample_range: Range to which ddim and ddpm clip D; None if they do not.
+        variance_type: Variance of ddpm's noise, as in diffusers.
+        use_karras_sigmas: Whether euler and dpmpp_2m visit the levels of Karras et al.
+        samplers: Samplers that support ``timesteps="folder"``.
+    """
+
+    name: str
+    timestep_spacing: str
+    steps_offset: int
+    set_alpha_to_one: bool
+    clip_sample_range: float | None
+    variance_type: str
+    use_karras_sigmas: bool
+    samplers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -183,6 +217,8 @@ class Model:
         decoded_shape: (C, H, W) of the decoded images of a latent model; otherwise None.
         step_seconds: Predicted seconds for one step of one image, averaged over a sample of 20
             steps; 0 if unknown.
+        scheduler: Scheduler of a diffusers folder; otherwise None.
+        label_guidance: Whether ``guidance`` applies to labels.
     """
 
     name: str
@@ -206,6 +242,8 @@ class Model:
     conditioning: Conditioning | None = None
     decoded_shape: tuple[int, int, int] | None = None
     step_seconds: float = 0.0
+    scheduler: FolderScheduler | None = None
+    label_guidance: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from els_client import _terminal as terminal
 from els_client._bench_command import bench
 from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
-from els_client._types import Images, Sampler, Want
+from els_client._types import Images, Sampler, Timesteps, Want
 from els_client.errors import InvalidArgumentError
 from els_proto.build_info import COMMIT
 
@@ -191,12 +191,31 @@ def sample(
         list[str] | None,
         typer.Option(help="One for all or one each: repeat it, or use commas.", metavar="N"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
+    ] = None,
     sampler: Annotated[Sampler, typer.Option(help="Sampler.")] = "ddim",
     eta: Annotated[
         float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1.")
     ] = None,
-    churn: Annotated[float, typer.Option(help="Total noise of heun, 0 to steps.")] = 0.0,
+    churn: Annotated[float, typer.Option(help="Total noise of heun and euler, S_churn.")] = 0.0,
+    churn_min: Annotated[float | None, typer.Option(help="Lowest churned σ, S_min.")] = None,
+    churn_max: Annotated[float | None, typer.Option(help="Highest churned σ, S_max.")] = None,
+    churn_noise: Annotated[float | None, typer.Option(help="Scale of its noise, S_noise.")] = None,
+    timesteps: Annotated[
+        Timesteps | None, typer.Option(help="Steps of a diffusers folder's scheduler, or aligned.")
+    ] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Times instead of steps: 1,0.6,0.3.", metavar="T,…")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Picture to start from.", exists=True, dir_okay=False)
+    ] = None,
+    start_time: Annotated[
+        float | None, typer.Option(help="Time to which it is noised, up to 1.")
+    ] = None,
+    resize: Resize = False,
+    first_image: Annotated[int, typer.Option(help="First image of the seed.", min=0)] = 0,
     conditioning: Annotated[
         Path | None, typer.Option(help="Condition of a latent model, [1 or N, T, W].", **_NPY)
     ] = None,
@@ -226,6 +245,9 @@ def sample(
             raise InvalidArgumentError("gif: expected none, as steps of a latent model are latents")
         want: set[Want] = {"decoded"} if decoded else {"x"} if gif else set()
         bar = progress.add_task(f"{model} draws {count}", total=steps)
+        begin = None
+        if start is not None:
+            begin = pictures.read(start, client.model(model).shape, resize=resize)
         for step in client.sample(
             model=model,
             count=count,
@@ -239,6 +261,14 @@ def sample(
             conditioning=given,
             unconditional=without,
             guidance=guidance,
+            timesteps=timesteps,
+            times=_numbers("times", times),
+            start=begin,
+            start_time=start_time,
+            first_image=first_image,
+            churn_min_sigma=churn_min,
+            churn_max_sigma=churn_max,
+            churn_noise=churn_noise,
         ):
             progress.update(bar, completed=step.index, total=step.total)
             if gif or step.index == step.total:
@@ -257,3 +287,11 @@ def _integers(texts: list[str] | None) -> list[int]:
         raise InvalidArgumentError(
             f"label: expected integers, got {','.join(texts or ())}"
         ) from None
+
+
+def _numbers(field: str, text: str | None) -> list[float] | None:
+    """Return the numbers of ``1,0.6,0.3``."""
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise InvalidArgumentError(f"{field}: expected numbers, got {text}") from None

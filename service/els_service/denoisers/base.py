@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import SCHEDULES, NoiseLevel, Schedule
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, InvalidArgumentError
@@ -50,6 +51,10 @@ class Query:
     """[B]; 0 means the model's own window."""
     conditions: tuple[Condition, ...] = ()
     """One for each image, or empty."""
+    unclipped: npt.NDArray[np.bool_] | None = None
+    """[B]: for which images a model that clips D to a range returns it unclipped; None for none."""
+    guidance: npt.NDArray[np.float64] | None = None
+    """[B]: g of D(no label) + g·(D(label) - D(no label)); None for 1, which is none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +79,8 @@ class Query:
             self.labels[images],
             self.windows[images],
             self.conditions[images],
+            None if self.unclipped is None else self.unclipped[images],
+            None if self.guidance is None else self.guidance[images],
         )
 
 
@@ -146,7 +153,22 @@ def concatenate(queries: Sequence[Query]) -> Query:
         np.concatenate([query.labels for query in queries]),
         np.concatenate([query.windows for query in queries]),
         tuple(condition for query in queries for condition in query.conditions),
+        _concatenate_given([query.unclipped for query in queries], queries, False),
+        _concatenate_given([query.guidance for query in queries], queries, 1.0),
     )
+
+
+def _concatenate_given(
+    arrays: Sequence[npt.NDArray[Any] | None], queries: Sequence[Query], absent: float
+) -> npt.NDArray[Any] | None:
+    """Return one array of arrays that are None or [B] each; None if all are."""
+    if all(array is None for array in arrays):
+        return None
+    filled = (
+        np.full(len(query), absent) if array is None else array
+        for array, query in zip(arrays, queries, strict=True)
+    )
+    return np.concatenate(list(filled))
 
 
 @dataclass(eq=False, slots=True)  # immutable by convention; see Condition
@@ -250,8 +272,14 @@ class DenoiserInfo:
     """A key of ``SCHEDULES``, or ``timesteps`` with ``own_schedule``."""
     own_schedule: Schedule | None = None
     """Levels that a network was trained at, unless they are those of a named schedule."""
+    trained_sigma: tuple[float, float] | None = None
+    """Lowest and highest trained σ = s/a; None for a model that knows every level."""
+    scheduler: FolderScheduler | None = None
+    """Scheduler of a diffusers folder, whose steps requests may ask for."""
     label_count: int = 0
     label_names: tuple[str, ...] = ()
+    label_guidance: bool = False
+    """Whether queries may have guidance: the model also answers without a label."""
     bank: BankInfo | None = None
     batch_invariant: bool = True
     """Whether an image has the same bits alone and in any batch, not only up to rounding."""
@@ -323,6 +351,21 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     _check_windows(info, query.windows.tolist())
     if info.condition_width or query.conditions:
         _check_conditions(info, query)
+    if query.guidance is not None:
+        _check_guidance(info, query.labels, query.guidance)
+
+
+def _check_guidance(
+    info: DenoiserInfo, labels: Integers, guidance: npt.NDArray[np.float64]
+) -> None:
+    for label, g in zip(labels.tolist(), guidance.tolist(), strict=True):
+        if g == 1:
+            continue
+        if not info.label_guidance:
+            expected = "0 or 1 without conditioning, as this model has no class for no label"
+            raise InvalidArgumentError("guidance", expected, g)
+        if label < 0:
+            raise InvalidArgumentError("guidance", "0 or 1 for an image without a label", g)
 
 
 def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:

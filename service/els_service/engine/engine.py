@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,6 +54,8 @@ class SamplingRun:
         evaluations: number of its denoise calls.
         conditions: one for each image, or none.
         decode: whether the last step has the decoded images of its latents.
+        guidance: by label, [count]; None for none.
+        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
     """
 
     trajectory: Trajectory
@@ -61,6 +64,8 @@ class SamplingRun:
     evaluations: int
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
+    guidance: npt.NDArray[np.float64] | None = None
+    held_bytes: int = 0
 
 
 class Engine:
@@ -156,7 +161,8 @@ class Engine:
         """
         entry = self.models.entry(name, version)
         numbers = math.prod(entry.info.shape) * len(run.labels)
-        size = _HELD * numbers + sum(condition.nbytes for condition in run.conditions)
+        size = _HELD * numbers + run.held_bytes
+        size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
             with (
@@ -392,7 +398,11 @@ def _query_of(denoiser: Denoiser, call: DenoiseCall, run: SamplingRun) -> Query:
     chosen = windows_for(denoiser, call)
     own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
     level = NoiseLevel(call.level.a, call.level.s)
-    return make_query(call.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    query = make_query(call.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
+    query.guidance = run.guidance
+    if call.unclipped:
+        query.unclipped = np.ones(len(query), np.bool_)
+    return query
 
 
 def _send(trajectory: Trajectory, answer: Denoised | None) -> DenoiseCall | Step | None:

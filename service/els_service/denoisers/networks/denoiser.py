@@ -20,6 +20,7 @@ from els_service.denoisers.base import (
     check_finite,
     check_query,
 )
+from els_service.denoisers.guidance import denoise_guided
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
 from els_service.denoisers.networks.modules import Network, build_network
@@ -92,7 +93,8 @@ class NetworkDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of operations, padding included."""
-        images = sum(bucket for _, bucket in self._launches(len(query)))
+        guided = 0 if query.guidance is None else int((query.guidance != 1).sum())
+        images = sum(bucket for _, bucket in self._launches(len(query) + guided))
         return _LAUNCH_S + images * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
@@ -101,6 +103,8 @@ class NetworkDenoiser:
         Raises:
             ElsError: A result is not finite, for example if a pixel is too large for float16.
         """
+        if query.guidance is not None:
+            return denoise_guided(self.denoise, query)
         with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
             parts = [
                 self._denoise_part(query[images], bucket)
@@ -175,6 +179,7 @@ class NetworkDenoiser:
             schedule=config.schedule,
             label_count=config.label_count,
             label_names=config.label_names,
+            label_guidance=bool(config.label_count) and config.null_label,
             bank=document.data,
             batch_invariant=self._execution.deterministic,
             implementation=f"torch {self._execution.precision}",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from els_service.denoisers.folder_scheduler import FolderScheduler, scheduler_of
 from els_service.denoisers.levels import MAX_SIGMA
 from els_service.denoisers.networks.folder import read_weights
 from els_service.denoisers.pretrained.flows import EDMS, FLOWS, edm_time, flow_time
@@ -99,10 +100,12 @@ class Trained:
     """Standard deviation of the data, for the prediction ``edm``."""
     learned_variance: bool = False
     """Whether the second half of the network's output is the variance of a step."""
+    scheduler: FolderScheduler | None = None
+    """Steps of the scheduler, for requests that ask for them; None if it has no betas."""
 
 
 def read_trained(inside: Inside, *, whole: bool, has_variance: bool = False) -> Trained:
-    """Return the training parameters of the scheduler's configuration; its sampler is ignored.
+    """Return the training parameters of the scheduler's configuration, and its steps.
 
     Args:
         inside: resolver of names in the diffusers folder.
@@ -134,11 +137,13 @@ def read_trained(inside: Inside, *, whole: bool, has_variance: bool = False) -> 
         allowed = (*_FIXED, *_LEARNED) if has_variance else _FIXED
         variance = {**said, **config}["variance_type"]
         _check_value("variance_type", variance, {"variance_type": allowed}, path)
+    timesteps = _timesteps(kind, said, whole, path)
     return Trained(
         _PREDICTIONS[said["prediction_type"]],
-        _timesteps(kind, said, whole, path),
+        timesteps,
         clip,
         learned_variance=said.get("variance_type") in _LEARNED,
+        scheduler=scheduler_of(kind.__name__, {**own, **config}, timesteps.sigma, clip),
     )
 
 

@@ -90,6 +90,9 @@ class OnnxDenoiser:
             shape=self._graph.shape,
             schedule="timesteps" if self._time else "cosine",
             own_schedule=self._time.schedule if self._time else None,
+            trained_sigma=(self._time.min_sigma, self._time.max_sigma)
+            if self._time
+            else document.sigma_range,
             label_count=document.label_count,
             batch_invariant=self._largest == 1,
             implementation=f"onnxruntime {session.get_providers()[0]}",

@@ -9,7 +9,7 @@ its range, and samplers and scores derive the noise from the clipped D (as in DD
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,10 @@ class UnetDenoiser:
             machine=type(part.module).__name__,
             schedule="timesteps",
             own_schedule=trained.timesteps.schedule,
+            trained_sigma=(trained.timesteps.min_sigma, trained.timesteps.max_sigma),
+            scheduler=trained.scheduler,
             label_count=rows - (self._null_row is not None),
+            label_guidance=self._null_row is not None and not condition_width(part),
             batch_invariant=False,
             implementation="diffusers float32",
             memory_bytes=memory_of(part.module),
@@ -127,7 +130,7 @@ class UnetDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of operations; guidance doubles it."""
-        rows = len(query) + sum(condition.guidance != 1 for condition in query.conditions)
+        rows = len(query) + len(_guided(query))
         return _LAUNCH_S + rows * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
@@ -155,20 +158,27 @@ class UnetDenoiser:
         # Before they are clipped, which would make images of infinities.
         check_finite(mean.numpy(), "the network")
         if trained.clip is not None:
-            mean.clamp_(-trained.clip, trained.clip)
+            clipped = mean.clamp(-trained.clip, trained.clip)
+            if query.unclipped is None:
+                mean = clipped
+            else:
+                kept = torch.from_numpy(query.unclipped).view(-1, 1, 1, 1)
+                mean = torch.where(kept, mean, clipped)
         return mean.numpy()
 
     def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""
-        count, conditions = len(query), query.conditions
-        guided = [i for i, condition in enumerate(conditions) if condition.guidance != 1]
+        count, conditions, guided = len(query), query.conditions, _guided(query)
         rows = [*range(count), *guided]
         dtype = np.float32 if not self._trained.timesteps.whole else np.int64
         inputs: dict[str, Any] = {}
         if conditions:
             inputs["encoder_hidden_states"] = _states(conditions, guided).to(self._device)
         if self._info.label_count:
-            inputs["class_labels"] = self._class_labels(query.labels[rows]).to(self._device)
+            labels = query.labels[rows]
+            if not conditions:
+                labels[count:] = -1
+            inputs["class_labels"] = self._class_labels(labels).to(self._device)
         output: Tensor = self._unet(
             scaled[rows].to(self._device),
             torch.from_numpy(timestep[rows].astype(dtype)).to(self._device),
@@ -178,8 +188,8 @@ class UnetDenoiser:
         # Without a learned variance, which is in further channels.
         output = output[:, : self._channels].to("cpu", torch.float32).contiguous()
         given, without = output[:count], output[count:]
-        for i, other in zip(guided, without, strict=True):
-            given[i] = other + conditions[i].guidance * (given[i] - other)
+        for (i, guidance), other in zip(guided.items(), without, strict=True):
+            given[i] = other + guidance * (given[i] - other)
         return given
 
     def _class_labels(self, labels: Integers) -> Tensor:
@@ -330,7 +340,16 @@ def _launches(query: Query) -> Iterator[slice]:
         first = end
 
 
-def _states(conditions: Sequence[Condition], guided: Sequence[int]) -> Tensor:
+def _guided(query: Query) -> dict[int, float]:
+    """Return index and guidance of the images that have one, by condition or label."""
+    if query.conditions:
+        given = [condition.guidance for condition in query.conditions]
+    else:
+        given = [] if query.guidance is None else query.guidance.tolist()
+    return {i: guidance for i, guidance in enumerate(given) if guidance != 1}
+
+
+def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Tensor:
     """Return the condition of each row, [B + guided, T, W]."""
     others = [conditions[i].unconditional for i in guided]
     given = [condition.given for condition in conditions]

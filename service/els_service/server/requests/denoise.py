@@ -86,6 +86,7 @@ class DenoiseMethod:
             tensors.decode_windows(tensors.bounded("windows", request.windows, self._limits)),
             tensors.decode_conditions(request, entry.info, shape[0]),
         )
+        query.guidance = tensors.decode_guidance(request, shape[0])
         checked = forms.check(entry, query)
         query.pixels = tensors.pixels_of(data, form.dtype, "x", shape)
         return entry, form, query, checked

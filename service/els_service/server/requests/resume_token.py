@@ -1,7 +1,7 @@
 """Resume tokens: checkpoints of trajectories, opaque and bound to their request.
 
-    "els2" · digest of request and model (16) · seed u64 · step u32 · state f64 [count, C, H, W] ·
-    checksum of all that (16)
+    "els2" · digest of request and model (16) · seed u64 · step u32 · state f64 [count, C, H, W]
+    (for dpmpp_2m [2·count, C, H, W]) · checksum of all that (16)
 
 Little-endian. A token holds nothing secret and is believed nothing: all of it is checked. The
 checksum is no signature: it finds damage, not a caller who computes it anew for a state of his own.
@@ -21,6 +21,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.denoisers.samplers import Resume
 from els_service.engine.registry import ModelVersion
 from els_service.errors import InvalidArgumentError
+from els_service.server.requests.sample import CHURN_OPTIONS
 
 _HEAD = struct.Struct("<4s16sQI")
 _MAGIC = b"els2"
@@ -38,7 +39,7 @@ def encode_token(
         request: whose trajectory it is.
         model: that answers.
         index: of the last step taken.
-        state: [count, C, H, W] float64.
+        state: float64, of ``samplers.state_shape``.
     """
     head = _HEAD.pack(_MAGIC, _digest(request, model), request.seed, index)
     return sealed(head + state.contiguous().numpy().astype("<f8", copy=False).tobytes())
@@ -57,7 +58,7 @@ def decode_token(
     Args:
         request: with the token.
         model: that would answer.
-        shape: [count, C, H, W] of the state.
+        shape: of the state, as ``samplers.state_shape`` returns it.
         steps: that the trajectory has in all.
 
     Raises:
@@ -91,13 +92,15 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         *(request.model, request.count, request.seed, request.steps, request.sampler),
         *(list(request.labels), list(request.windows)),
         *(request.HasField("eta"), request.eta, request.churn, request.guidance),
+        *(request.timesteps, request.start_time, list(request.times), request.first_image),
+        *((request.HasField(name), getattr(request, name)) for name in CHURN_OPTIONS),
         # A version that was loaded anew may be another model.
         *(model.version, model.content),
         *(info.kind, info.machine, info.padding, info.schedule, info.shape),
         *(info.window, info.bank.fingerprint if info.bank else ""),
     )
     digest = hashlib.sha256(repr(drawn).encode())
-    for tensor in (request.conditioning, request.unconditional):
+    for tensor in (request.conditioning, request.unconditional, request.start):
         digest.update(repr((tensor.dtype, list(tensor.shape))).encode())
         digest.update(tensor.data)
     return digest.digest()[:16]

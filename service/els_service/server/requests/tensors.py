@@ -14,6 +14,7 @@ from torch import Tensor
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Condition, Denoised, DenoiserInfo
+from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import (
     MAX_SIGMA,
     MIN_SIGMA,
@@ -131,11 +132,10 @@ def decode_conditions(
     if not request.HasField("conditioning"):
         if request.HasField("unconditional"):
             raise InvalidArgumentError("unconditional", "none without conditioning", "one")
-        if request.guidance:
+        if request.guidance and info.condition_width:
             raise InvalidArgumentError("guidance", "0 without conditioning", guidance)
         return ()
-    if not abs(guidance) <= MAX_GUIDANCE:
-        raise InvalidArgumentError("guidance", f"-{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}", guidance)
+    _check_guidance(guidance)
     if request.HasField("unconditional") != (guidance != 1):
         expected = "one where guidance is neither 0 nor 1, else none"
         got = "one" if request.HasField("unconditional") else "none"
@@ -145,6 +145,26 @@ def decode_conditions(
         return tuple(Condition(one) for one in given)
     without = _conditions(request.unconditional, "unconditional", info, batch)
     return tuple(Condition(one, other, guidance) for one, other in zip(given, without, strict=True))
+
+
+def decode_guidance(request: Conditioned, batch: int) -> npt.NDArray[np.float64] | None:
+    """Return the guidance by label of each image, [batch]; None where it is none.
+
+    Whether the model and the labels permit it is checked with the query.
+
+    Raises:
+        InvalidArgumentError: It is out of range.
+    """
+    guidance = request.guidance or 1.0
+    if guidance == 1 or request.HasField("conditioning"):
+        return None
+    _check_guidance(guidance)
+    return np.full(batch, guidance)
+
+
+def _check_guidance(guidance: float) -> None:
+    if not abs(guidance) <= MAX_GUIDANCE:
+        raise InvalidArgumentError("guidance", f"-{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}", guidance)
 
 
 def _conditions(
@@ -390,6 +410,21 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         else None,
         decoded_shape=info.decoded_shape,
         step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
+        scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
+        label_guidance=info.label_guidance,
+    )
+
+
+def _encode_scheduler(scheduler: FolderScheduler) -> pb.FolderScheduler:
+    return pb.FolderScheduler(
+        name=scheduler.name,
+        timestep_spacing=scheduler.spacing,
+        steps_offset=scheduler.steps_offset,
+        set_alpha_to_one=scheduler.set_alpha_to_one,
+        clip_sample_range=scheduler.clip or 0.0,
+        variance_type=scheduler.variance_type,
+        use_karras_sigmas=scheduler.karras,
+        samplers=[pb.Sampler.Value(f"SAMPLER_{name.upper()}") for name in scheduler.samplers],
     )
 
 

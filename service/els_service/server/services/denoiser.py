@@ -4,47 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, DenoiserInfo, one_each, score_array
+from els_service.denoisers.base import Denoised, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     SAMPLERS,
-    Options,
     Step,
-    check_options,
     evaluations_of,
+    state_shape,
     steps_of,
 )
 from els_service.engine.engine import Engine, SamplingRun
 from els_service.engine.registry import ModelVersion
-from els_service.errors import (
-    InvalidArgumentError,
-    QueueFullError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from els_service.errors import QueueFullError, UnavailableError
 from els_service.server.requests import tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
 from els_service.server.requests.resume_token import decode_token, encode_token
+from els_service.server.requests.sample import (
+    SAMPLER_NAMES,
+    check_sample,
+    count_of,
+    held_bytes_of,
+    options_of,
+)
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.interceptor import Answer, Context, check_message
 from els_service.server.transport.request_context import context_of
 from els_service.server.transport.tcp_info import shut_down
-
-_SAMPLERS: dict[int, str] = {
-    pb.SAMPLER_UNSPECIFIED: "ddim",
-    pb.SAMPLER_DDIM: "ddim",
-    pb.SAMPLER_DDIM_RELEASED: "ddim_released",
-    pb.SAMPLER_DDPM: "ddpm",
-    pb.SAMPLER_HEUN: "heun",
-}
 
 
 class DenoiserService(DenoiserServiceServicer):
@@ -104,18 +96,11 @@ class DenoiserService(DenoiserServiceServicer):
     ) -> AsyncIterator[pb.SampleResponse]:
         """Yield the steps of a trajectory."""
         entry = self._engine.models.entry(request.model, request.version)
-        info, count = entry.info, request.count or 1
-        self._check_sample(request, info, count)
-        name = _SAMPLERS[request.sampler]
-        options = Options(
-            steps=request.steps,
-            schedule=info.levels,
-            eta=request.eta if request.HasField("eta") else 1.0,
-            churn=request.churn,
-        )
-        check_options(name, options)
-        noise = seeded_noise(request.seed, count, info.shape)
-        shape = (count, *info.shape)
+        info, count, name = entry.info, count_of(request), SAMPLER_NAMES.get(request.sampler, "")
+        check_sample(request, info, self._limits)
+        options = options_of(request, info, self._limits)
+        noise = seeded_noise(request.seed, count, info.shape, request.first_image)
+        shape = state_shape(name, (count, *info.shape))
         resume = decode_token(request, entry, shape, steps_of(name, options))
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
@@ -124,6 +109,8 @@ class DenoiserService(DenoiserServiceServicer):
             evaluations_of(name, options, resume),
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
+            tensors.decode_guidance(request, count),
+            held_bytes_of(name, options, shape),
         )
         terms = context_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
@@ -144,37 +131,6 @@ class DenoiserService(DenoiserServiceServicer):
             if token := _token(request, entry, taken):
                 yield pb.SampleResponse(resume_token=token)
             raise
-
-    def _check_sample(self, request: pb.SampleRequest, info: DenoiserInfo, count: int) -> None:
-        limits = self._limits
-        tensors.bounded("labels", request.labels, limits)
-        tensors.bounded("windows", request.windows, limits)
-        if count < 1:
-            raise InvalidArgumentError("count", "at least 1", count)
-        if count > limits.max_images:
-            raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
-        pixels = count * math.prod(info.shape)
-        tensors.check_pixels("count", pixels, limits)
-        if request.steps < 1:
-            raise InvalidArgumentError("steps", "at least 1", request.steps)
-        if request.steps > limits.max_steps:
-            raise ResourceExhaustedError("steps", f"at most {limits.max_steps}", request.steps)
-        if request.sampler not in _SAMPLERS:
-            raise InvalidArgumentError("sampler", "a known sampler", request.sampler)
-        if request.eta and request.sampler != pb.SAMPLER_DDPM:
-            raise InvalidArgumentError("eta", "0 or unset but for SAMPLER_DDPM", request.eta)
-        if request.churn and request.sampler != pb.SAMPLER_HEUN:
-            raise InvalidArgumentError("churn", "0 but for SAMPLER_HEUN", request.churn)
-        size = (2 + request.return_noise) * pixels * tensors.output_size(request.output_dtype)
-        if request.return_resume_token:
-            size += 8 * pixels
-        if request.return_decoded:
-            if info.decoded_shape is None:
-                raise InvalidArgumentError("return_decoded", "false for this model", "true")
-            decoded = count * math.prod(info.decoded_shape)
-            tensors.check_pixels("count", decoded, limits)
-            size += decoded * tensors.output_size(request.output_dtype)
-        tensors.check_answer_size("count", size, limits)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
