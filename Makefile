@@ -110,7 +110,20 @@ compilers:
 		{ apt-get update --quiet && $(APT) clang g++-aarch64-linux-gnu qemu-user; }
 
 # What tests use where it is installed; without one of them they are skipped.
-test-tools: $(DEPLOY)/.installed prometheus compilers $(TERRAIN)
+test-tools: $(DEPLOY)/.installed prometheus compilers client-environments $(TERRAIN)
+
+# The oldest and the newest packages that the client may be installed with: 15 s each.
+CLIENTS := .venv-client-oldest .venv-client-newest
+
+.PHONY: client-environments
+
+client-environments: $(CLIENTS:=/.installed)
+
+.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -m tests.support.client_requirements $* > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --requirement $(@D)/requirements.txt
+	touch $@
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)
@@ -146,4 +159,4 @@ image-test: install image-bases
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(DEPLOY) $(POLICY) .terrain proto/python demo.png
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(DEPLOY) $(POLICY) .terrain proto/python demo.png
