@@ -105,12 +105,25 @@ prometheus:
 	command -v promtool || { apt-get update --quiet && $(APT) prometheus; }
 
 # clang, and a compiler and an emulator for another processor: for the native kernel's tests.
+# protoc, to compile the contracts for other languages.
 compilers:
-	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
-		{ apt-get update --quiet && $(APT) clang g++-aarch64-linux-gnu qemu-user; }
+	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 && \
+		command -v protoc || { apt-get update --quiet && \
+		$(APT) clang g++-aarch64-linux-gnu qemu-user protobuf-compiler libprotobuf-dev; }
+
+# The example of a client in TypeScript: needs node and npm.
+TYPESCRIPT := clients/examples/typescript
+
+.PHONY: typescript
+
+typescript: $(TYPESCRIPT)/node_modules/.installed
+
+$(TYPESCRIPT)/node_modules/.installed: $(TYPESCRIPT)/package-lock.json
+	cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund
+	touch $@
 
 # What tests use where it is installed; without one of them they are skipped.
-test-tools: $(DEPLOY)/.installed prometheus compilers client-environments $(TERRAIN)
+test-tools: $(DEPLOY)/.installed prometheus compilers client-environments typescript $(TERRAIN)
 
 # The oldest and the newest packages that the client may be installed with: 15 s each.
 CLIENTS := .venv-client-oldest .venv-client-newest
