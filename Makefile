@@ -109,12 +109,38 @@ prometheus:
 	command -v promtool || $(APT) prometheus
 
 # clang, and a compiler and an emulator for another processor: for the native kernel's tests.
+# protoc, to compile the contracts for other languages.
 compilers:
-	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 || \
-		$(APT) clang g++-aarch64-linux-gnu qemu-user
+	command -v clang++ && command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64 && \
+		command -v protoc || \
+		$(APT) clang g++-aarch64-linux-gnu qemu-user protobuf-compiler libprotobuf-dev
+
+# The example of a client in TypeScript: needs node and npm.
+TYPESCRIPT := clients/examples/typescript
+
+.PHONY: typescript
+
+typescript: $(TYPESCRIPT)/node_modules/.installed
+
+$(TYPESCRIPT)/node_modules/.installed: $(TYPESCRIPT)/package-lock.json
+	cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund
+	touch $@
 
 # What tests use where it is installed; without one of them they are skipped.
-test-tools: $(DEPLOY)/.installed prometheus compilers $(TERRAIN)
+test-tools: $(DEPLOY)/.installed prometheus compilers client-environments typescript $(TERRAIN)
+
+# The oldest and the newest packages that the client may be installed with: 15 s each.
+CLIENTS := .venv-client-oldest .venv-client-newest
+
+.PHONY: client-environments
+
+client-environments: $(CLIENTS:=/.installed)
+
+.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -m tests.support.client_requirements $* > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --requirement $(@D)/requirements.txt
+	touch $@
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)
@@ -150,4 +176,4 @@ image-test: install image-bases
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(DEPLOY) $(POLICY) .terrain proto/python demo.png
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(DEPLOY) $(POLICY) .terrain proto/python demo.png

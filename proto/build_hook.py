@@ -5,7 +5,6 @@ Runs inside every build (editable, wheel); what it writes is never committed.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 CONTRACTS = ("denoise/v1/denoise.proto", "inference/grpc_service.proto")
+IMPORTED = "google/rpc/status.proto"
+"""Contract of others that these import; its module comes with googleapis-common-protos."""
 
 
 class BuildHook(BuildHookInterface[Any]):
@@ -63,7 +64,7 @@ def compile_contracts(root: Path) -> None:
             "grpc_tools.protoc",
             # The virtual path makes generated imports absolute: from els_proto.denoise.v1 import …
             f"-Iels_proto={proto}",
-            f"-I{_common_contracts()}",
+            f"-I{proto}",
             f"--python_out={out}",
             f"--grpc_python_out={out}",
             f"--mypy_out={out}",
@@ -77,17 +78,13 @@ def compile_contracts(root: Path) -> None:
     for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):
         (folder / "__init__.py").write_text('"""Generated from the contracts in proto/."""\n')
     (package / "py.typed").touch()
+    for contract in (*CONTRACTS, IMPORTED, "google/LICENSE"):
+        copy = package / "protos" / contract
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(proto / contract, copy)
     (package / "build_info.py").write_text(
         f'"""Generated: which commit this build is of."""\n\nCOMMIT = "{_commit(root)}"\n'
     )
-
-
-def _common_contracts() -> Path:
-    """Return the folder with google/rpc/status.proto, which googleapis-common-protos installs."""
-    # Found as Python would: a build has its packages elsewhere than its interpreter.
-    spec = importlib.util.find_spec("google.rpc")
-    assert spec is not None
-    return Path(next(iter(spec.submodule_search_locations or ()))).parents[1]
 
 
 def _platform() -> str:

@@ -227,3 +227,14 @@ def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
     assert process.returncode == 0
     assert f"Reading {pictures}".encode() in shown
     assert b"100%" in shown
+
+
+@pytest.mark.parametrize(("low", "hinted"), [(0.0, True), (-1.0, False)])
+def test_build_hints_at_floats_that_seem_to_be_from_0_to_1(
+    tmp_path: Path, low: float, hinted: bool
+) -> None:
+    images = np.linspace(low, 1, 60, dtype=np.float32).reshape(3, 4, 5)
+    np.savez(source := tmp_path / "floats.npz", images=images)
+    result = run("build", source, tmp_path / "bank.safetensors")
+    assert result.exit_code == 0
+    assert ("hint: no pixel is below 0" in result.stderr) == hinted

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from PIL import Image
 from tests.support.fake_server import FakeDenoiser
 from typer.testing import CliRunner, Result
 
+from els_client import Client
+from els_client import _terminal as terminal
 from els_client.cli import app
 from els_proto.build_info import COMMIT
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -190,3 +194,39 @@ def test_a_deadline_out_of_range_is_wrong_usage(given: str) -> None:
         result = els(*command, "--target", "127.0.0.1:1", "--timeout", given)
         assert result.exit_code == 2
         assert "timeout" in result.stderr
+
+
+def test_models_are_legible_in_eighty_columns(
+    target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Client(target) as client:
+        (first, *_) = client.models()
+    long = dataclasses.replace(first, name="mnist-resnet-48-circular", machine="equivariant")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal.list_models([first, long], as_json=False)
+    shown, hint = capsys.readouterr()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = (line.split() for line in lines if long.name in line)
+    assert row[:3] == [long.name, "equivariant", "×".join(map(str, long.shape))]
+    assert "…" not in shown
+    assert hint.startswith("left out for want of room: padding")
+    monkeypatch.delenv("FORCE_COLOR")
+    terminal.list_models([first, long], as_json=False)
+    assert "padding" in capsys.readouterr().out
+
+
+def test_sample_takes_its_picture_as_denoise_does(target: str, tmp_path: Path) -> None:
+    options = ("--steps", "1", "--target", target)
+    els("sample", str(tmp_path / "drawn.png"), *options)
+    assert (tmp_path / "drawn.png").exists()
+    both = els("sample", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png"), *options)
+    assert (both.exit_code, "expected one name" in both.stderr) == (2, True)
+
+
+def test_denoise_checks_the_name_of_its_picture_before_it_asks(target: str, tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "in.png")
+    out = tmp_path / "none" / "out.png"
+    done = els("denoise", str(tmp_path / "in.png"), str(out), "--sigma", "1", "--target", target)
+    assert (done.exit_code, "expected an existing folder" in done.stderr) == (2, True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.pictures import DEEP, KEYED, write
 
 from els_client import InvalidArgumentError
 from els_client import _pictures as pictures
@@ -116,3 +117,17 @@ def test_the_grid_goes_row_by_row(tmp_path: Path) -> None:
     read = pictures.read(tmp_path / "a.png", (1, 400, 400), resize=False)[0, 0]
     assert (read[:200, 200:] == 255).all()
     assert read.astype(int).sum() == 255 * 200 * 200
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_colour_of_sixteen_bits_is_refused_not_cut(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, DEEP, name)
+    with pytest.raises(InvalidArgumentError, match=r"expected 8 bits a channel, got 16"):
+        pictures.read(path, (3, 2, 2), resize=True)
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_a_transparent_colour_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, KEYED, name)
+    with pytest.raises(InvalidArgumentError, match="expected no transparency"):
+        pictures.read(path, (1, 2, 2), resize=False)

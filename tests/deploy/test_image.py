@@ -117,6 +117,8 @@ def test_no_target_can_get_the_others_torch() -> None:
 def test_the_tools_are_those_that_pyproject_builds_with() -> None:
     pinned = pins("tools")
     for requirement in map(Requirement, PROJECT["build-system"]["requires"]):
+        if requirement.marker and not requirement.marker.evaluate({"python_version": "3.11"}):
+            continue
         assert pinned[requirement.name] in requirement.specifier, requirement
 
 

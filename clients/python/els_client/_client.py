@@ -115,11 +115,13 @@ class Client:
     def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the posterior mean E[x0 | x] of each noisy image, float32 [B, C, H, W].
 
-        Exactly one noise level is required. Level, label and window have one value or B values.
+        Exactly one noise level is required. Level, label and window have one value or B values, of
+        shape [B] or [B, 1, …].
 
         Args:
             x: Noisy images [B, C, H, W] with pixels in [-1, 1] before noise was added; float16,
-                float32 or float64 (rounded to float32), or uint8, where v means v/127.5 - 1.
+                float32 or float64 (rounded to float32), or uint8, where v means v/127.5 - 1. A
+                numpy array, a tensor of torch, or any array with ``__array__`` or DLPack.
             **options: Query options.
 
                 - model: Name of the model; required.

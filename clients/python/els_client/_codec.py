@@ -71,11 +71,38 @@ def _conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
     return None if given is None else _tensor(field, given, "[1 or B, T, W]", _FLOATS)
 
 
+def _array(field: str, given: Any) -> npt.NDArray[Any]:
+    """Return a numpy array of any library's; lists and scalars are rejected.
+
+    Tensors of torch are detached and copied from their device; bfloat16, which numpy has not,
+    becomes float32. torch is not imported for it.
+    """
+    if isinstance(given, np.ndarray):
+        return given
+    array: npt.NDArray[Any]
+    try:
+        for method in ("detach", "cpu"):
+            given = getattr(given, method, lambda given=given: given)()
+        if str(getattr(given, "dtype", "")) == "torch.bfloat16":
+            given = given.float()
+        if hasattr(given, "__array__"):
+            array = np.asarray(given)
+            return array
+        if hasattr(given, "__dlpack__"):
+            array = np.from_dlpack(given)
+            return array
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        _refuse(field, "an array that numpy can read", f"{type(given).__name__}: {error}")
+    _refuse(field, "a numpy array", type(given).__name__)
+
+
 def _tensor(
-    field: str, x: npt.NDArray[Any], shape: str, dtypes: Collection[type[np.generic]]
+    field: str,
+    given: Pixels | Conditions,
+    shape: str,
+    dtypes: Collection[type[np.generic]],
 ) -> pb.Tensor:
-    if not isinstance(x, np.ndarray):
-        _refuse(field, "a numpy array", type(x).__name__)
+    x = _array(field, given)
     if x.ndim != shape.count(",") + 1:
         _refuse(field, f"shape {shape}", f"shape {list(x.shape)}")
     if x.dtype.type not in dtypes:
@@ -292,8 +319,9 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
     """Return one or several values as the list of the message; None is empty."""
     if values is None:
         return []
-    array = np.asarray(values)
-    if array.ndim > 1:
+    array = _array(field, values) if hasattr(values, "__array__") else np.asarray(values)
+    # One value an image often has further axes, so that it broadcasts: [B, 1] or [B, 1, 1, 1].
+    if array.ndim > 1 and array.size != array.shape[0]:
         _refuse(field, "one value or a list of them", f"shape {list(array.shape)}")
     if array.size and array.dtype.kind not in kinds:
         _refuse(field, "integers" if kinds == _INTEGERS else "numbers", f"{values!r}")

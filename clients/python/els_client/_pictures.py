@@ -24,6 +24,7 @@ _GIF_LAST_MS = 1500
 MAX_PIXELS = 1 << 26
 """Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 _OPAQUE = 255
+_TIFF_BITS = 258  # the tag BitsPerSample
 
 
 def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
@@ -91,18 +92,36 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _check(path: Path, picture: Image.Image) -> None:
     if picture.mode.startswith(("I", "F")):
         raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {picture.mode}")
+    if (bits := _bits(picture)) > 8:
+        raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {bits}: convert it")
     frames = getattr(picture, "n_frames", 1)
     if picture.format != "MPO" and frames > 1:
         raise InvalidArgumentError(
             f"{path}: expected one frame, got {frames}: save the one that is meant as a picture"
         )
     if picture.has_transparency_data:
-        # The background is not in the file; a fully opaque alpha channel is allowed.
-        alpha = picture.convert("RGBA").getchannel("A")
-        if np.asarray(alpha).min() < _OPAQUE:
+        # The background is not in the file; a fully opaque alpha channel is allowed. A transparent
+        # colour of a grey or RGB file is not: in one of 1, 2 or 4 bits Pillow does not find it.
+        has_key = picture.mode in ("1", "L", "RGB")
+        if has_key or np.asarray(picture.convert("RGBA").getchannel("A")).min() < _OPAQUE:
             raise InvalidArgumentError(
                 f"{path}: expected no transparency, got some: flatten it onto a background"
             )
+
+
+def _bits(picture: Image.Image) -> int:
+    """Return the bits a channel in the file: Pillow cuts deep colour to 8 without a warning."""
+    tags: Any = getattr(picture, "tag_v2", {})
+    if _TIFF_BITS in tags:
+        return int(max(tags[_TIFF_BITS]))
+    tiles: Any = getattr(picture, "tile", ())
+    for codec, _, _, details in tiles:
+        arguments = details if isinstance(details, tuple) else (details,)
+        if any(";16" in one for one in arguments if isinstance(one, str)):
+            return 16
+        if codec.startswith("ppm"):
+            return max(one.bit_length() for one in arguments if isinstance(one, int))
+    return 8
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:

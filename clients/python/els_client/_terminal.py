@@ -11,11 +11,20 @@ from pathlib import Path
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.status import Status
 from rich.table import Column, Table
 
 from els_client._types import Model, RepositoryModel, Statistics
+
+_MODEL_COLUMNS = (
+    *("name", "machine", "padding", "image", "labels", "window", "bank", "step", "20 steps"),
+)
+_NUMBERS = ("step", "20 steps")
+_LEAST_NEEDED = ("padding", "window", "bank", "20 steps", "labels", "machine")
+"""Columns that a narrow terminal does without, in this order."""
+_UNBOUNDED = 1000
 
 
 def waiting(text: str) -> Status:
@@ -52,24 +61,55 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(model) for model in models]))
         return
-    name = Column("name", no_wrap=True)
-    times = (Column(name, justify="right", no_wrap=True) for name in ("step", "20 steps"))
-    facts = "machine", "padding", "image", "labels", "window", "bank"
-    table = Table(name, *facts, *times, box=SIMPLE_HEAD)
-    for model in models:
-        window = model.window
-        table.add_row(
-            model.name,
-            model.machine or model.kind,
-            model.padding or "–",
-            "×".join(map(str, model.shape)),
-            str(model.label_count or "–"),
-            f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
-            str(model.bank.images) if model.bank else "–",
-            _duration(model.step_seconds),
-            _duration(20 * model.step_seconds),
-        )
-    Console().print(table)
+    rows = [_facts(model) for model in models]
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width; what reads it gets every column.
+        console = Console(width=_UNBOUNDED)
+    left_out: list[str] = []
+    table = _table(rows, left_out)
+    for column in _LEAST_NEEDED:
+        if _width(console, table) <= console.width:
+            break
+        left_out.append(column)
+        table = _table(rows, left_out)
+    console.print(table)
+    if left_out:
+        hint = f"left out for want of room: {', '.join(left_out)}; els models --json has all"
+        typer.echo(hint, err=True)
+
+
+def _facts(model: Model) -> dict[str, str]:
+    """Return the row of a model, by the name of the column."""
+    window = model.window
+    return {
+        "name": model.name,
+        "machine": model.machine or model.kind,
+        "padding": model.padding or "–",
+        "image": "×".join(map(str, model.shape)),
+        "labels": str(model.label_count or "–"),
+        "window": f"{min(window.k)}–{max(window.k)}" if window and window.k else "–",
+        "bank": str(model.bank.images) if model.bank else "–",
+        "step": _duration(model.step_seconds),
+        "20 steps": _duration(20 * model.step_seconds),
+    }
+
+
+def _table(rows: Sequence[dict[str, str]], left_out: Sequence[str]) -> Table:
+    names = [name for name in _MODEL_COLUMNS if name not in left_out]
+    columns = [
+        Column(name, no_wrap=True, justify="right" if name in _NUMBERS else "left")
+        for name in names
+    ]
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
+def _width(console: Console, table: Table) -> int:
+    """Return the width of a table without wrapping."""
+    return Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
 
 
 def _duration(seconds: float) -> str:

@@ -5,19 +5,40 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, Required, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+
+class SupportsArray(Protocol):
+    """Array of another library, such as a tensor of torch on any device."""
+
+    def __array__(self) -> npt.NDArray[Any]:
+        """Return it as a numpy array."""
+        ...
+
+
+class SupportsDLPack(Protocol):
+    """Array of another library that shares its memory by DLPack."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        """Return a capsule of its memory."""
+        ...
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return type and number of the device."""
+        ...
+
+
 Images: TypeAlias = npt.NDArray[np.float32]
-Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8]
-Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]]
-Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]]
+Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8] | SupportsArray | SupportsDLPack
+Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]] | SupportsArray
+Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]] | SupportsArray
 Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun", "euler", "dpmpp_2m"]
 Timesteps: TypeAlias = Literal["aligned", "folder"]
 Want: TypeAlias = Literal["x", "denoised", "noise", "decoded"]
-Conditions: TypeAlias = npt.NDArray[np.floating[Any]]
+Conditions: TypeAlias = npt.NDArray[np.floating[Any]] | SupportsArray | SupportsDLPack
 
 
 @dataclass(frozen=True, kw_only=True)

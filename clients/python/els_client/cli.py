@@ -143,6 +143,7 @@ def denoise(
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
     with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+        pictures.check_target(out)
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.denoise(x, model=model, **level, label=label, window=window)
         pictures.write(out, answer[0])
@@ -182,6 +183,9 @@ def score(
 @app.command()
 def sample(
     context: typer.Context,
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="[OUT.png]", help="As --out.", show_default=False)
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(help="Number of images; by default one, or one for each --label.", min=1),
@@ -223,7 +227,9 @@ def sample(
         Path | None, typer.Option(help="Condition of an empty text, for guidance.", **_NPY)
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance strength; by default 1.")] = None,
-    out: Annotated[Path, typer.Option(help="Picture of the images to write.")] = Path("grid.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="Picture of the images to write; by default grid.png.")
+    ] = None,
     gif: Annotated[Path | None, typer.Option(help="GIF of the trajectory to write.")] = None,
     target: Target = TARGET,
     model: ModelName = MODEL,
@@ -234,6 +240,9 @@ def sample(
     began = clock.perf_counter()
     states: list[Images] = []
     with options.connected(context, target, timeout) as client, terminal.progress() as progress:
+        if picture and out:
+            raise InvalidArgumentError(f"out: expected one name, got {picture} and {out}")
+        out = picture or out or Path("grid.png")
         for path in (out, gif):
             pictures.check_target(path)
         labels = _integers(label)

@@ -85,6 +85,9 @@ def build(
     _print_table(out, bank)
     if skip_unreadable:
         _report_skipped(skipped)
+    if bank.images.dtype == np.float32 and bank.images.min() >= 0:
+        hint = "no pixel is below 0, but pixels are from -1 to 1: if black is 0, write 2·x - 1"
+        typer.echo(f"hint: {hint}", err=True)
     # Local import: the engine takes a second.
     from els_service.cli.speed import describe_bank_speed
 

@@ -260,9 +260,14 @@ def _labels_beside(path: Path) -> Path | None:
 
 
 def _read_folder(path: Path) -> _Source:
-    """Read a folder of pictures; sub-folders are labels, numbered in sorted order."""
+    """Read a folder of pictures; sub-folders are labels, numbered in sorted order.
+
+    Names that are all numbers sort as numbers.
+    """
     entries = _visible(path)
     folders = [entry for entry in entries if entry.is_dir()]
+    if all(folder.name.isdecimal() for folder in folders):
+        folders.sort(key=lambda folder: int(folder.name))
     if not folders:
         return _Source(path, files=entries)
     for entry in entries:

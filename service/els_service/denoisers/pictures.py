@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 1 << 26
 """Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 
+_TIFF_BITS = 258  # the tag BitsPerSample
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _FLATTEN = "flatten it onto a background, as RGB without transparency"
 
@@ -31,7 +33,8 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
 
     Raises:
         LoadError: The file is damaged or not in ``IMAGE_FORMATS``, has several frames,
-            transparency, another mode than L or RGB, or more than ``MAX_PIXELS``; names the file.
+            transparency, more than 8 bits a channel, another mode than L or RGB, or more than
+            ``MAX_PIXELS``; names the file.
     """
     with refusing(file), _opened(file) as picture:
         _check(file, picture)
@@ -74,6 +77,8 @@ def _check(file: Path, picture: Image.Image) -> None:
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         expected = "expected one frame: save the one that is meant as a file of its own"
         raise LoadError(file, f"{expected}, got {getattr(picture, 'n_frames', 1)}")
+    if picture.mode in (*_ALPHA, "L", "RGB") and (bits := _bits(picture)) > 8:
+        raise LoadError(file, f"expected 8 bits a channel, got {bits}: convert it")
     if picture.mode not in ("L", "RGB"):
         # No silent conversion: transparency and palettes are ambiguous in [−1, 1].
         remedy = _FLATTEN if picture.mode in _ALPHA else "convert it"
@@ -81,3 +86,18 @@ def _check(file: Path, picture: Image.Image) -> None:
         raise LoadError(file, f"{mode}: {remedy}")
     if picture.has_transparency_data:
         raise LoadError(file, f"expected no transparent colour, got one: {_FLATTEN}")
+
+
+def _bits(picture: Image.Image) -> int:
+    """Return the bits a channel in the file: Pillow cuts deep colour to 8 without a warning."""
+    tags: Any = getattr(picture, "tag_v2", {})
+    if _TIFF_BITS in tags:
+        return int(max(tags[_TIFF_BITS]))
+    tiles: Any = getattr(picture, "tile", ())
+    for codec, _, _, details in tiles:
+        arguments = details if isinstance(details, tuple) else (details,)
+        if any(";16" in one for one in arguments if isinstance(one, str)):
+            return 16
+        if codec.startswith("ppm"):
+            return max(one.bit_length() for one in arguments if isinstance(one, int))
+    return 8

@@ -13,11 +13,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
+from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -121,8 +122,19 @@ class Access(Protocol):
         """Return a service's handlers, by method, for callers who may call them."""
 
 
+@dataclass(frozen=True)
+class _MethodOf(grpc.HandlerCallDetails):
+    """A call of a method without metadata, for which generated code returns its handler."""
+
+    method: str
+    invocation_metadata: tuple[()] = ()
+
+
 class _Collector:
-    """Takes the handlers that generated code would give to a server."""
+    """Takes the handlers that generated code would give to a server.
+
+    Code by compilers before 1.65 has only generic handlers, by later ones the same ones twice.
+    """
 
     def __init__(self) -> None:
         self.handlers: dict[str, dict[str, Handler]] = {}
@@ -130,8 +142,13 @@ class _Collector:
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         self.handlers[service] = handlers
 
-    def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Leave them: they are the same ones."""
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.ServiceRpcHandler]) -> None:
+        for generic in handlers:
+            service = generic.service_name()
+            assert service is not None
+            names = (method.name for method in Default().FindServiceByName(service).methods)
+            found = {name: generic.service(_MethodOf(f"/{service}/{name}")) for name in names}
+            self.handlers[service] = {name: one for name, one in found.items() if one is not None}
 
 
 class CallInterceptor:
