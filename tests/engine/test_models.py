@@ -232,6 +232,19 @@ async def test_a_model_that_goes_while_the_root_is_read_is_passed_over(
     assert [entry.model for entry in engine.models.newest()] == ["there"]
 
 
+async def test_a_made_up_name_is_not_found_while_its_load_looks_for_it(
+    engine: Engine, tmp_path: Path
+) -> None:
+    write(tmp_path, "model", 1.0)
+    await engine.models.load_all(ModelRepository(tmp_path))
+    looking = asyncio.ensure_future(engine.models.load("made-up"))
+    await asyncio.sleep(0)  # it has begun
+    with pytest.raises(NotFoundError, match="made-up"):
+        engine.models.entry("made-up")
+    with pytest.raises(NotFoundError):
+        await looking
+
+
 async def test_an_unknown_model_cannot_be_loaded(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     write(tmp_path, "outside", 1.0)

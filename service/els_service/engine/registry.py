@@ -242,9 +242,10 @@ class ModelRegistry:
             LoadError: A version cannot be loaded; the old versions still serve.
         """
         async with self._lock(name):
-            self._loading.add(name)
             try:
                 versions = await self._loader.run(name, partial(self._versions_on_disk, name))
+                # Not before: a name that the repository does not have is not being loaded.
+                self._loading.add(name)
                 entries = {version: await self._load_version(name, version) for version in versions}
             except LoadError as error:
                 _log.error("model refused", extra={"model": name, "reason": str(error)})
