@@ -17,8 +17,8 @@ from els_service.config import Settings
 from els_service.server.services.health import HealthService, Status
 from els_service.server.services.health_watchers import Watchers
 from els_service.server.transport.grpc_workarounds import make_server
-from els_service.server.transport.interceptor import SMALL_MESSAGE_BYTES, SmallMessages
 from els_service.server.transport.receiving import Receiver
+from els_service.server.transport.small_messages import SMALL_MESSAGE_BYTES, SmallMessages
 
 ALIVE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 

@@ -38,7 +38,7 @@ from els_service.server.security.access import (
 )
 from els_service.server.services.denoiser import DenoiserService
 from els_service.server.services.inference import InferenceService
-from els_service.server.telemetry import heap, loop_lag, tracing_maker
+from els_service.server.telemetry import process, tracing_maker
 from els_service.server.telemetry.metrics import Gauges, Metrics
 from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
@@ -113,7 +113,7 @@ class Server:
         settings = self._settings
         models = repository(settings)
         models.check_is_there()
-        duties = loop_lag.watch(self._metrics.lagged), heap.trim(), self._keep_up()
+        duties = process.watch_loop_lag(self._metrics.lagged), process.trim_heap(), self._keep_up()
         self._watching = tuple(map(asyncio.create_task, duties))
         grpc_port = bind(partial(self._access.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
@@ -285,7 +285,7 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
         LoadError: As ``Server.start``.
         DeviceLostError: A device can compute no more, and the server has ended for it.
     """
-    heap.bound_arenas()
+    process.limit_arenas()
     torch.set_num_threads(settings.threads or cpu_limit())
     sys.setswitchinterval(_SWITCH_S)
     allow_connections()

@@ -29,8 +29,8 @@ _BULK = frozenset(
     }
 )
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-_GZIP = b"\x1f\x8b"
-"""Begins no message: its first byte would be a field of a wire type that does not exist."""
+GZIP_MAGIC = b"\x1f\x8b"
+"""Start of gzip data; never that of a message, as 0x1f has a wire type that does not exist."""
 _SMALL_GZIP_BYTES = 4 << 10
 """Becomes four megabytes at most."""
 
@@ -44,12 +44,12 @@ class MessageStructureError(ValueError):
 
 def is_gzip(data: bytes) -> bool:
     """Return whether a message is compressed."""
-    return data.startswith(_GZIP)
+    return data.startswith(GZIP_MAGIC)
 
 
 def is_large_gzip(data: bytes) -> bool:
     """Return whether decompressing a message may take more than a few milliseconds."""
-    return len(data) > _SMALL_GZIP_BYTES and data.startswith(_GZIP)
+    return len(data) > _SMALL_GZIP_BYTES and data.startswith(GZIP_MAGIC)
 
 
 def announced_bytes(data: bytes) -> int:

@@ -16,7 +16,7 @@ from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of
-from els_service.server.transport.interceptor import Context
+from els_service.server.transport.grpc_types import Context
 
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "logging")
 

@@ -34,7 +34,8 @@ from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
-from els_service.server.transport.interceptor import Answer, Context, check_message
+from els_service.server.transport.grpc_types import Context, Response
+from els_service.server.transport.message_parsing import check_message
 from els_service.server.transport.request_context import context_of
 from els_service.server.transport.tcp_info import shut_down
 
@@ -59,7 +60,7 @@ class DenoiserService(DenoiserServiceServicer):
             models, limits, pb.DenoiseStreamResponse, "response", "denoised"
         )
 
-    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Answer:
+    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Response:
         """Return the expected clean images."""
         entry, form, query, checked = self._denoise.read(request)
         terms = context_of(context, request.priority, request.timeout_s)
@@ -68,7 +69,7 @@ class DenoiserService(DenoiserServiceServicer):
             answer = await answer
         return self._denoise.write(form, answer.pixels, answer)
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> Answer:
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> Response:
         """Return the scores."""
         entry, form, query, checked = self._score.read(request)
         terms = context_of(context, request.priority, request.timeout_s)
@@ -79,14 +80,16 @@ class DenoiserService(DenoiserServiceServicer):
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[Response]:
         """Return the answers in the order of their requests."""
         disconnect = partial(shut_down, context.peer())
         window = Window(self._engine.memory, caller_of(context), disconnect)
         return in_order(requests, partial(self._begin, context), self._draining, window)
 
-    def _begin(self, context: Context, request: pb.DenoiseRequest) -> Answer | Awaitable[Answer]:
-        """Return the answer to one request of a stream, or the answer to come."""
+    def _begin(
+        self, context: Context, request: pb.DenoiseRequest
+    ) -> Response | Awaitable[Response]:
+        """Return the response to one request of a stream, or an awaitable of it."""
         check_message(request)
         entry, form, query, checked = self._stream.read(request)
         terms = context_of(context, request.priority, request.timeout_s)

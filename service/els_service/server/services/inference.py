@@ -23,7 +23,7 @@ from els_service.server.services.administration import (
     Changed,
     platform_of,
 )
-from els_service.server.transport.interceptor import Answer, Context
+from els_service.server.transport.grpc_types import Context, Response
 from els_service.server.transport.request_context import context_of
 from els_service.version import FULL
 
@@ -92,7 +92,7 @@ class InferenceService(Administration):
             ],
         )
 
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Answer:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Response:
         """Return the requested outputs, as raw contents."""
         entry, form, query, checked = self._infer.read(request)
         terms = context_of(context, priority_of(request), timeout_s_of(request))

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
+from els_service.server.transport.grpc_types import Response
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.interceptor import Answer, status_of
+from els_service.server.transport.status import status_of
 
 _log = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ _RETRY_S = 1.0
 _UNREAD_S = 1.0
 """After that a stream that was evicted, and whose caller reads nothing, loses its connection."""
 
-Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
+Begun = asyncio.Queue[tuple[Response | asyncio.Future[Response], int] | None]
 """Answers, each with the bytes that its request holds; None where there is no other."""
 Request = pb.DenoiseRequest
-Begin = Callable[[Request], Answer | Awaitable[Answer]]
+Begin = Callable[[Request], Response | Awaitable[Response]]
 
 
 class Window:
@@ -104,7 +105,7 @@ def no_room(what: str) -> QueueFullError:
 
 async def in_order(
     requests: AsyncIterator[Request], begin: Begin, draining: asyncio.Event, window: Window
-) -> AsyncIterator[Answer]:
+) -> AsyncIterator[Response]:
     """Yield one answer for each request, in order; what fails is answered with its error.
 
     Args:
@@ -159,7 +160,7 @@ async def _read(
             try:
                 window.hold(size)
             except QueueFullError as error:
-                ready: Answer | asyncio.Future[Answer] = _failed(error)
+                ready: Response | asyncio.Future[Response] = _failed(error)
                 size = 0
             else:
                 ready = _begin(begin, request)
@@ -170,7 +171,7 @@ async def _read(
         begun.put_nowait(None)
 
 
-def _begin(begin: Begin, request: Request) -> Answer | asyncio.Future[Answer]:
+def _begin(begin: Begin, request: Request) -> Response | asyncio.Future[Response]:
     try:
         answer = begin(request)
     except Exception as error:
@@ -205,7 +206,7 @@ def _forget(reader: asyncio.Task[None]) -> None:
         reader.exception()
 
 
-async def _settled(answer: asyncio.Future[Answer]) -> Answer:
+async def _settled(answer: asyncio.Future[Response]) -> Response:
     try:
         return await answer
     except Exception as error:
@@ -226,7 +227,7 @@ def _held(request: Request) -> int:
     return size + 8 * max(0, min(math.prod(request.x.shape[:4]), size))
 
 
-def _failed(error: Exception) -> Answer:
+def _failed(error: Exception) -> Response:
     if not isinstance(error, ElsError):
         _log.error("stream", exc_info=error)
     # Its frames know the request, and it them: they would stay until garbage is collected.

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from els_service import logs
 from els_service.engine.request_context import REASONS, BatchRecord
-from els_service.server.telemetry import heap
+from els_service.server.telemetry import process
 from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
 from els_service.version import COMMIT, VERSION
 
@@ -313,7 +313,7 @@ class Metrics(Collector):
         yield family("els_event_loop_lag_seconds", text, (), [((), self._lag)])
         text = "Latest lag of the event loop."
         yield GaugeMetricFamily("els_event_loop_lag_latest_seconds", text, self._latest_lag)
-        for name, value in heap.sizes():
+        for name, value in process.heap_sizes():
             yield GaugeMetricFamily(name, _HEAP[name], value)
         text = "Log records that could not be written."
         yield CounterMetricFamily("els_log_records_lost", text, logs.lost())
