@@ -188,7 +188,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"conditioning": tensor(GIVEN), "guidance": 2.0}, "unconditional: expected one where"),
     (
         {"conditioning": tensor(GIVEN), "unconditional": tensor(WITHOUT)},
-        "unconditional: expected one where guidance is neither 0 nor 1, else none, got one",
+        "unconditional: expected one if guidance is neither 0 nor 1, else none, got one",
     ),
     (GUIDED | {"guidance": 1e3}, "guidance: expected -100 to 100"),
     (GUIDED | {"guidance": float("nan")}, "guidance: expected -100 to 100"),

@@ -59,11 +59,11 @@ _NO_VARIABLES = contextvars.Context()
 class Access(Protocol):
     """Check of which caller may call which method."""
 
-    def guarded(
+    def protected(
         self,
         service: str,
         handlers: Mapping[str, Handler],
-        refuse: Callable[[str, ElsError, Any], Awaitable[NoReturn]],
+        reject: Callable[[str, ElsError, Any], Awaitable[NoReturn]],
     ) -> grpc.GenericRpcHandler:
         """Return a service's handlers, by method, behind the check."""
 
@@ -162,7 +162,7 @@ class CallInterceptor:
         *,
         small: bool = False,
     ) -> None:
-        async def refuse(name: str, error: ElsError, context: Context) -> NoReturn:
+        async def reject(name: str, error: ElsError, context: Context) -> NoReturn:
             if name not in methods:
                 methods[name] = self._method(service, name, handlers[name])
             await self._fail(error, self._begin(methods[name], None, context))
@@ -171,7 +171,7 @@ class CallInterceptor:
             name: small_messages(handler, self._receiver) if small else handler
             for name, handler in handlers.items()
         }
-        server.add_generic_rpc_handlers((self._access.guarded(service, bounded, refuse),))
+        server.add_generic_rpc_handlers((self._access.protected(service, bounded, reject),))
 
     @property
     def in_flight(self) -> int:
