@@ -18,8 +18,8 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(
     for done in range(1, 6):
         progress(done, 5, f"{done} of 5 images")
     first, second = capsys.readouterr().err.splitlines()
-    assert "40 %  2 of 5 images  0.2 min left" in first
-    assert "100 %  5 of 5 images" in second
+    assert "40%  2 of 5 images  0.2 min left" in first
+    assert "100%  5 of 5 images" in second
 
 
 def test_quick_work_prints_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,5 +36,5 @@ def test_on_a_terminal_an_interrupted_bar_ends_with_a_newline(
         progress(1, 5)
         raise KeyboardInterrupt
     text = capsys.readouterr().err
-    assert "20 %" in text
+    assert "20%" in text
     assert text.endswith("\r\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -48,11 +49,13 @@ class Progress:
         self._next = now + self._every_s
         filled = _WIDTH * done // total
         bar = "█" * filled + "·" * (_WIDTH - filled)
-        text = f"{self._title:<12} {bar} {100 * done // total:3d} %  {note}"
+        text = f"{self._title:<12} {bar} {100 * done // total:3d}%  {note}"
         text = f"{text}  {self._left(done, total, now)}"
         self._unfinished = self._terminal and done < total
         end = "\r" if self._unfinished else "\n"
-        print(f"{text:<78}", end=end, file=sys.stderr, flush=True)
+        # A wrapped line could not be overwritten.
+        width = shutil.get_terminal_size().columns - 1 if self._terminal else None
+        print(f"{text:<78}"[:width], end=end, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
