@@ -41,7 +41,7 @@ from benchmarks.service.statistics import ratio_of_pairs
 from els_service.config import Settings
 from els_service.logs import configure
 from els_service.server import server
-from els_service.server.telemetry import loop_lag, metrics
+from els_service.server.telemetry import metrics, process
 
 _START_S = 60.0
 _EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
@@ -76,7 +76,7 @@ def _seeing(variant: str) -> Iterator[None]:
     if variant not in ("blind", "control"):
         yield
         return
-    with patch.object(server, "Metrics", _Blind), patch.object(loop_lag, "watch", nothing):
+    with patch.object(server, "Metrics", _Blind), patch.object(process, "watch_loop_lag", nothing):
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deploy.monitoring.rules import ASKING, BUDGET, error_ratio
+from deploy.monitoring.rules import BUDGET, MODEL_CALLS, error_ratio
 
 NAMESPACE = 'namespace=~"$namespace"'
 PODS = f'{NAMESPACE}, pod=~"$pod"'
@@ -43,6 +43,15 @@ def _quantile(share: float, metric: str, by: str, which: str) -> str:
     return f"histogram_quantile({share}, {_rate(f'{metric}_bucket', f'{by}, le', which)})"
 
 
+def _percentiles(metric: str, by: str, which: str) -> tuple[tuple[str, str], ...]:
+    """Return the queries of median and 99th percentile, one line of each per value of ``by``."""
+    shares = {"p50": 0.5, "p99": 0.99}
+    return tuple(
+        (f"{{{{{by}}}}} {name}", _quantile(share, metric, by, which))
+        for name, share in shares.items()
+    )
+
+
 def _mean(metric: str, by: str, which: str) -> str:
     return f"{_rate(f'{metric}_sum', by, which)} / {_rate(f'{metric}_count', by, which)}"
 
@@ -51,7 +60,7 @@ def _each(metric: str, by: str, which: str) -> str:
     return f"sum by ({by}) ({metric}{{{which}}})"
 
 
-_ANSWERED = f'{_MODELS}, {ASKING}, code="OK"'
+_SUCCEEDED = f'{_MODELS}, {MODEL_CALLS}, code="OK"'
 
 ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
     (
@@ -110,18 +119,15 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Latency to the last response, by method",
-                "Of successful calls. Streams last as long as their callers keep them open.",
+                "Of successful calls; a stream ends when its caller ends it.",
                 "s",
-                (
-                    ("{{method}} p50", _quantile(0.5, "els_request_seconds", "method", _ANSWERED)),
-                    ("{{method}} p99", _quantile(0.99, "els_request_seconds", "method", _ANSWERED)),
-                ),
+                _percentiles("els_request_seconds", "method", _SUCCEEDED),
                 width=12,
             ),
             Graph(
                 "Requests without a response, by reason",
                 "Rejected on arrival (rejected), dropped from the queue (expired, cancelled, "
-                "evicted), computed but not wanted (discarded), failed (faulted, interrupted).",
+                "evicted), computed after a disconnect (discarded), failed (faulted, interrupted).",
                 "cps",
                 (("{{reason}}", _rate("els_dropped_total", "reason", _MODELS)),),
                 stacked=True,
@@ -134,7 +140,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
         (
             Graph(
                 "Queued work",
-                "Predicted seconds by model, worst replica; beyond it requests are rejected.",
+                "Predicted seconds by model, worst replica; above the limit, rejections.",
                 "s",
                 (
                     ("{{model}}", f"max by (model) (els_queue_cost_seconds{{{_MODELS}}})"),
@@ -145,19 +151,13 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
                 "Queueing time",
                 "Of requests that were queued.",
                 "s",
-                (
-                    ("{{model}} p50", _quantile(0.5, "els_queue_seconds", "model", _MODELS)),
-                    ("{{model}} p99", _quantile(0.99, "els_queue_seconds", "model", _MODELS)),
-                ),
+                _percentiles("els_queue_seconds", "model", _MODELS),
             ),
             Graph(
                 "Batch time",
                 "Duration of one batch on a device.",
                 "s",
-                (
-                    ("{{model}} p50", _quantile(0.5, "els_compute_seconds", "model", _MODELS)),
-                    ("{{model}} p99", _quantile(0.99, "els_compute_seconds", "model", _MODELS)),
-                ),
+                _percentiles("els_compute_seconds", "model", _MODELS),
             ),
             Graph(
                 "Images per batch",
@@ -243,7 +243,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Processor cores in use",
-                "Of the process: computation on the CPU, and gRPC.",
+                "CPU time of the process: computation and gRPC.",
                 "none",
                 (("{{pod}}", _rate("process_cpu_seconds_total", "pod", PODS)),),
             ),
@@ -291,7 +291,7 @@ ROWS: tuple[tuple[str, tuple[Graph, ...]], ...] = (
             ),
             Graph(
                 "Stale reloaded files",
-                "Time since a tokens or TLS file became unusable; the previous content is in use.",
+                "Time since a tokens or TLS file became invalid; its previous content is in use.",
                 "s",
                 (
                     (

@@ -1,4 +1,4 @@
-"""Recording and alerting rules, as Prometheus reads them.
+"""Recording and alerting rules for Prometheus.
 
 An alert's expression keeps the labels that identify what is affected; ``hold`` is how long it must
 be true. Every alert has a page in ``runbooks/``.
@@ -16,13 +16,16 @@ OBJECTIVE = 0.995
 """Share of successful calls over 30 days."""
 BUDGET = round(1 - OBJECTIVE, 6)
 
-_ASK = '"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
+_MODEL_METHODS = '"Denoise|DenoiseStream|ModelInfer|Sample|Score"'
 """Methods that use a model, not those that describe the server."""
-ASKING = f"method=~{_ASK}"
-_CALLS = f"grpc_server_handled_total{{grpc_method=~{_ASK}"
-_BROKEN = 'grpc_code=~"DeadlineExceeded|FailedPrecondition|Internal|ResourceExhausted|Unavailable"'
+MODEL_CALLS = f"method=~{_MODEL_METHODS}"
+"""Label matcher of those methods."""
+_CALLS = f"grpc_server_handled_total{{grpc_method=~{_MODEL_METHODS}"
+_FAILURES = (
+    'grpc_code=~"DeadlineExceeded|FailedPrecondition|Internal|ResourceExhausted|Unavailable"'
+)
 """Statuses caused by the service or its lack of capacity."""
-_ASKED, _ERRORS = "namespace_job:els_calls:rate5m", "namespace_job:els_errors:rate5m"
+_CALL_RATE, _ERROR_RATE = "namespace_job:els_calls:rate5m", "namespace_job:els_errors:rate5m"
 _WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 
 Severity = Literal["critical", "warning"]
@@ -111,7 +114,7 @@ ALERTS = (
     Alert(
         "ElsReplicaUnreachable",
         "up == 0 and on (namespace, job, instance) last_over_time(els_build_info[1h])",
-        "{{ $labels.pod }} does not answer scrapes of its metrics",
+        "{{ $labels.pod }} cannot be scraped",
         hold="3m",
     ),
     Alert(
@@ -144,8 +147,8 @@ ALERTS = (
     Alert(
         "ElsDeadlineMisses",
         "sum by (namespace, job, model) (rate(els_request_seconds_count"
-        f'{{{ASKING}, code="DEADLINE_EXCEEDED"}}[10m]))'
-        f" / sum by (namespace, job, model) (rate(els_request_seconds_count{{{ASKING}}}[10m]))"
+        f'{{{MODEL_CALLS}, code="DEADLINE_EXCEEDED"}}[10m]))'
+        f" / sum by (namespace, job, model) (rate(els_request_seconds_count{{{MODEL_CALLS}}}[10m]))"
         " > 0.05",
         "{{ $value | humanizePercentage }} of the calls to {{ $labels.model }} miss their deadline",
         hold="10m",
@@ -196,11 +199,11 @@ def document() -> dict[str, Any]:
 
 
 def _records() -> Iterator[dict[str, str]]:
-    yield _recording(_ASKED, f"sum by (namespace, job) (rate({_CALLS}}}[5m]))")
-    yield _recording(_ERRORS, f"sum by (namespace, job) (rate({_CALLS}, {_BROKEN}}}[5m]))")
+    yield _recording(_CALL_RATE, f"sum by (namespace, job) (rate({_CALLS}}}[5m]))")
+    yield _recording(_ERROR_RATE, f"sum by (namespace, job) (rate({_CALLS}, {_FAILURES}}}[5m]))")
     for window in _WINDOWS:
         # From the recorded sums, as days of every replica's series are too many samples.
-        ratio = f"sum_over_time({_ERRORS}[{window}]) / sum_over_time({_ASKED}[{window}])"
+        ratio = f"sum_over_time({_ERROR_RATE}[{window}]) / sum_over_time({_CALL_RATE}[{window}])"
         yield _recording(error_ratio(window), ratio)
 
 

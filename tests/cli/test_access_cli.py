@@ -57,7 +57,7 @@ def test_an_address_beyond_loopback_needs_tls_or_insecure(
     told = f"host: expected loopback, or tls_certificate and tls_key, got {host} with "
     assert told in result.stderr
     assert ("in plain text" in result.stderr) is with_tokens
-    assert "say --insecure if" in result.stderr
+    assert "pass --insecure if" in result.stderr
     assert result.stderr.count("\n") == 1
     for guard in (["--insecure"], certificates.options):
         guarded = check("--host", host, *options, *guard)
@@ -74,7 +74,7 @@ def test_loopback_needs_nothing(host: str, tokens: TokenFile) -> None:
 def test_a_host_that_is_nowhere_is_named() -> None:
     result = check("--host", "256.0.0.1")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "host: expected an address, or a name that has one, got 256.0.0.1" in result.stderr
+    assert "host: expected an address, or a resolvable name, got 256.0.0.1" in result.stderr
 
 
 def test_files_of_tls_that_do_not_fit_are_refused(

@@ -14,7 +14,6 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from els_service.cli.bank import app
-from els_service.cli.progress import progress_of
 from els_service.cli.speed import describe_bank_speed
 from els_service.denoisers.banks import load_bank, make_bank
 
@@ -193,16 +192,6 @@ def test_pictures_that_cannot_be_read_are_skipped_and_counted_where_asked(pictur
 def test_skipping_is_for_folders_of_pictures(source: Path) -> None:
     refused = run("build", source, source.with_name("bank.safetensors"), "--skip-unreadable")
     assert_refused(refused, "skip_unreadable: expected a folder of pictures")
-
-
-def test_progress_is_a_line_every_five_seconds_where_there_is_no_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    seconds = iter([0.0, 1.0, 5.0, 6.0, 9.9, 10.0])
-    with progress_of("Reading it", lambda: next(seconds)) as progress:
-        for done in range(1, 6):
-            progress(done, 5)
-    assert capsys.readouterr().err == "Reading it: 2 of 5 images\nReading it: 5 of 5 images\n"
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_check_refuses_a_port_that_only_root_may_take(
     monkeypatch.setenv(f"ELS_{name.upper()}", "9")
     result = run("check", "--config-only")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert f"{name}: expected a port that this user may take, got 9: Permission" in result.stderr
+    assert f"{name}: expected a port that this user may bind, got 9: Permission" in result.stderr
 
 
 def test_check_takes_ports_that_are_in_use_at_the_moment() -> None:

@@ -244,7 +244,10 @@ async def test_watchers_are_bounded_on_a_connection_and_in_all_and_share_the_roo
             )
             kept = [await admitted(second) for _ in range(2)]
             kept.append(await admitted(third))
-            crowded = EXHAUSTED, "watchers: others need the room; watch again later"
+            crowded = (
+                EXHAUSTED,
+                "watchers: replaced by a watcher of another connection; retry later",
+            )
             assert await end_of(greedy.pop()) == crowded
             kept.append(await admitted(fourth))
             assert await end_of(greedy.pop()) == crowded

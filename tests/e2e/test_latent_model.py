@@ -185,10 +185,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"unconditional": tensor(WITHOUT)}, "unconditional: expected none without conditioning"),
     ({"guidance": 2.0}, "guidance: expected 0 without conditioning"),
-    ({"conditioning": tensor(GIVEN), "guidance": 2.0}, "unconditional: expected one where"),
+    ({"conditioning": tensor(GIVEN), "guidance": 2.0}, "unconditional: expected one if"),
     (
         {"conditioning": tensor(GIVEN), "unconditional": tensor(WITHOUT)},
-        "unconditional: expected one where guidance is neither 0 nor 1, else none, got one",
+        "unconditional: expected one if guidance is neither 0 nor 1, else none, got one",
     ),
     (GUIDED | {"guidance": 1e3}, "guidance: expected -100 to 100"),
     (GUIDED | {"guidance": float("nan")}, "guidance: expected -100 to 100"),

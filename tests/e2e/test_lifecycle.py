@@ -166,7 +166,7 @@ def test_a_port_in_use_is_named_and_the_server_refuses_to_start(models: Path, op
     [
         (("--models", "/nowhere/at/all"), "/nowhere/at/all: expected a folder of models"),
         (("--device", "cuda"), "device: expected a CUDA device, found none"),
-        (("--host", "256.0.0.1"), "host: expected an address, or a name that has one, got 256"),
+        (("--host", "256.0.0.1"), "host: expected an address, or a resolvable name, got 256"),
     ],
 )
 def test_a_setting_that_cannot_be_met_is_named(options: tuple[str, str], message: str) -> None:

@@ -173,7 +173,7 @@ def test_an_answer_over_the_limit_is_refused_before_it_is_computed(narrow: grpc.
     request = denoise(model="gaussian", x=x)
     fits = denoise(model="gaussian", x=x, output_dtype=pb.DTYPE_F16)
     drawn = sample(model="gaussian", count=3)
-    told = f"an answer of at most {LIMIT} bytes"
+    told = f"a response of at most {LIMIT} bytes"
     for call, field, size in (
         (refused(lambda: stub.Denoise(request, timeout=TIMEOUT_S)), "x.shape", 4 * bytes_of_x),
         (refused(lambda: stub.Denoise(fits, timeout=TIMEOUT_S)), "x.shape", 2 * bytes_of_x),
@@ -202,7 +202,7 @@ def test_an_inference_whose_answer_is_over_the_limit_is_refused(narrow: grpc.Cha
     )
     stub = GRPCInferenceServiceStub(narrow)
     call = refused(lambda: stub.ModelInfer(request, timeout=TIMEOUT_S))
-    told = f"an answer of at most {LIMIT} bytes"
+    told = f"a response of at most {LIMIT} bytes"
     assert_refused(call, "RESOURCE_EXHAUSTED", "x.shape", told, f"{2 * 4 * 12288} bytes")
     request.outputs.add(name="score")
     assert len(stub.ModelInfer(request, timeout=TIMEOUT_S).outputs) == 1

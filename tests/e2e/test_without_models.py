@@ -50,7 +50,7 @@ def fill(volume: Path) -> None:
 
 
 VOLUMES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an empty folder": (Path.mkdir, "there is none"),
+    "an empty folder": (Path.mkdir, "the folder has no model"),
     "a file in place of the folder": (Path.touch, "Not a directory"),
     "a mount that leads nowhere": (lambda path: path.symlink_to("gone"), "No such file"),
 }

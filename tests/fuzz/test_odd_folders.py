@@ -17,7 +17,7 @@ from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository
-from els_service.server.transport.interceptor import status_of
+from els_service.server.transport.status import status_of
 
 WIENER = DOCUMENTS["wiener"]
 

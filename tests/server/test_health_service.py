@@ -26,10 +26,10 @@ from els_service.engine.budget import Budget
 from els_service.server.services import health as health_service
 from els_service.server.services.health import WRITES_OF_PEER, HealthService
 from els_service.server.services.health_watchers import Watchers
-from els_service.server.telemetry import heap
+from els_service.server.telemetry import process
 from els_service.server.transport.grpc_workarounds import make_server
-from els_service.server.transport.interceptor import SMALL_MESSAGE_BYTES, SmallMessages
 from els_service.server.transport.receiving import Receiver
+from els_service.server.transport.small_messages import SMALL_MESSAGE_BYTES, SmallMessages
 
 SERVING, NOT_SERVING = 1, 2
 LIST = vars(health_pb2)["HealthListRequest"]()
@@ -124,7 +124,7 @@ async def test_a_watcher_without_room_is_dropped_and_its_call_ends_once_there_is
         assert found.count(MESSAGE) == 1
         assert MESSAGE + bytes([SERVING]) in found
         assert DEADLINE_EXCEEDED in found
-        assert b"watchers: expected room for an answer within 5 s, got none" in found
+        assert b"watchers: expected each response to be read within 5 s" in found
         await until(lambda: watchers.stalled == 0)
 
 
@@ -156,7 +156,7 @@ async def test_dropped_watchers_leave_no_memory_behind(served: Served) -> None:
             await until(lambda: (watchers.live, watchers.stalled) == (0, unended))
         await until(lambda: watchers.stalled == 0)
         gc.collect()
-        return dict(heap.sizes())["els_malloc_used_bytes"]
+        return dict(process.heap_sizes())["els_malloc_used_bytes"]
 
     used = [await used_after_drops() for _ in range(1 + WINDOWS)]
     grown = [(after - before) / dropped for before, after in pairwise(used)]

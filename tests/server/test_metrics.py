@@ -16,7 +16,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from els_service.engine.request_context import BatchRecord, Observer
-from els_service.server.telemetry import loop_lag
+from els_service.server.telemetry import process
 from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
 from els_service.server.telemetry.metrics import RETAIN_S, RETAINED_MODELS, Metrics
 
@@ -245,7 +245,7 @@ async def test_a_blocked_event_loop_shows_as_lag() -> None:
         metrics.lagged(seconds)
         told.set()
 
-    watching = asyncio.create_task(loop_lag.watch(lagged, interval_s=0.01))
+    watching = asyncio.create_task(process.watch_loop_lag(lagged, interval_s=0.01))
     # So that it sleeps already.
     await asyncio.sleep(0)
     time.sleep(0.2)

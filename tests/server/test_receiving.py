@@ -9,8 +9,10 @@ import pytest
 
 from els_service.engine.budget import Budget
 from els_service.errors import ElsError
-from els_service.server.transport import receiving, tcp_info
-from els_service.server.transport.receiving import LARGE_BYTES, Receiver
+from els_service.server.transport import tcp_info
+from els_service.server.transport.connections import LARGE_BYTES
+from els_service.server.transport.late_messages import SCAN_S
+from els_service.server.transport.receiving import Receiver
 
 MIB = 1 << 20
 PEER = "ipv4:127.0.0.1:5"
@@ -46,7 +48,7 @@ def receiver(capacity: int = 1 << 30) -> Receiver:
 
 
 async def looks(count: int) -> None:
-    await asyncio.sleep(count * 2 * receiving._LOOK_S)
+    await asyncio.sleep(count * 2 * SCAN_S)
 
 
 async def test_what_arrives_of_a_late_message_is_held_and_given_back(
@@ -57,9 +59,9 @@ async def test_what_arrives_of_a_late_message_is_held_and_given_back(
     await looks(3)
     received[PEER] += 10 * MIB
     await looks(3)
-    assert reading.budget.held_by(PEER) == pytest.approx(10 * MIB, abs=LARGE_BYTES)
+    assert reading.memory.budget.held_by(PEER) == pytest.approx(10 * MIB, abs=LARGE_BYTES)
     reading.end(call, 10 * MIB)
-    assert reading.budget.used == 0
+    assert reading.memory.budget.used == 0
     reading.close()
 
 
@@ -70,7 +72,7 @@ async def test_a_late_message_on_an_old_connection_is_not_charged_what_came_befo
     reading, call = receiver(), Call()
     reading.begin(call, None, call.reject)
     await looks(2)
-    assert reading.budget.used <= LARGE_BYTES
+    assert reading.memory.budget.used <= LARGE_BYTES
     reading.close()
 
 
@@ -93,7 +95,7 @@ async def test_a_look_that_fails_is_followed_by_the_next(
     await looks(3)
     received[PEER] += 5 * MIB
     await looks(3)
-    assert reading.budget.used > MIB
+    assert reading.memory.budget.used > MIB
     reading.close()
 
 
@@ -106,7 +108,7 @@ async def test_sockets_that_count_nothing_are_charged_half_of_the_budget_at_most
         while not any(call.rejected for call in calls):
             await looks(1)
     await looks(3)
-    assert reading.budget.used <= 128 * MIB
+    assert reading.memory.budget.used <= 128 * MIB
     assert sum(bool(call.rejected) for call in calls) == 6
     reading.close()
 

@@ -116,7 +116,7 @@ def test_a_file_that_is_wrong_is_named_and_nothing_of_it_is_shown(
 def test_a_fault_of_syntax_is_told_by_its_line_alone(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("- name: a\n  token: [els_secret\n- }")
-    with pytest.raises(LoadError, match=r"expected YAML, got a fault in line 3$"):
+    with pytest.raises(LoadError, match=r"expected YAML, got malformed content in line 3$"):
         Tokens(path)
 
 

@@ -30,10 +30,10 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.config import Settings
 from els_service.engine.request_context import BatchRecord
+from els_service.logs import CALL
 from els_service.server.requests.denoise import DenoiseMethod
 from els_service.server.server import Server
 from els_service.server.telemetry.tracing import Tracing
-from els_service.server.transport.interceptor import current_trace
 
 METHOD = "denoise.v1.DenoiserService/Denoise"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -289,14 +289,15 @@ async def test_a_servicer_knows_its_call_s_span_and_each_call_has_its_own(
     seen, read = [], DenoiseMethod.read
 
     def watched(*arguments: Any) -> Any:
-        seen.append(current_trace())
+        call = CALL.get()
+        seen.append(None if call is None else call.trace)
         return read(*arguments)
 
     monkeypatch.setattr(DenoiseMethod, "read", watched)
     await asyncio.gather(*(traced.stub.Denoise(denoise(), timeout=TIMEOUT_S) for _ in range(8)))
     assert all(isinstance(span, Span) for span in seen)
     assert len({id(span) for span in seen}) == 8
-    assert current_trace() is None
+    assert CALL.get() is None
     assert len(await traced.calls()) == 8
 
 

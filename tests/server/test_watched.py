@@ -1,4 +1,4 @@
-"""Files read anew when they change, on a real file system."""
+"""Files reloaded when they change, on a real file system."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from els_service.cli.progress import progress_of
+from els_service.cli.progress import Progress
 from els_service.denoisers.bank_sources import FORMATS, read_source
 from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.errors import ElsError, InvalidArgumentError
@@ -64,7 +64,7 @@ def build(
     pixels; others are rejected by name. They are rotated by their EXIF orientation.
     """
     skipped: list[str] = []
-    with _one_line_errors(), progress_of(f"Reading {source}") as progress:
+    with _one_line_errors(), Progress(f"Reading {source}", every_s=5.0, quiet_s=5.0) as progress:
         if out.suffix != ".safetensors":
             raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
         bank = read_source(
@@ -76,7 +76,7 @@ def build(
             per_label=per_label,
             resize=None if resize is None else _parse_size(resize),
             skipped=(lambda error: skipped.append(str(error))) if skip_unreadable else None,
-            progress=progress,
+            progress=lambda done, total: progress(done, total, f"{done} of {total} images"),
         )
         bank = dataclasses.replace(
             bank, source=source_name or source.resolve().name, licence=licence

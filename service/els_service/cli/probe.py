@@ -34,7 +34,7 @@ def probe(
 ) -> None:
     """Check the health of the local server; exits with 0 if it is SERVING, else 1 and a reason.
 
-    The address is taken from the ELS_… variables and the YAML file; flags of run are not known.
+    The address is taken from the ELS_… variables and the YAML file; flags of `run` do not apply.
     """
     try:
         # The option's bounds accept nan, as every comparison with it is false.
@@ -43,11 +43,11 @@ def probe(
         settings = load_settings(config)
         if settings.port == 0 and not settings.health_port:
             raise LoadError("port", "expected the port of the server, got 0 (any)")
-        from els_service.server.probe import ask
+        from els_service.server.probe import check
 
-        answer = ask(settings, service, timeout)
+        status = check(settings, service, timeout)
     except LoadError as error:
         print(f"els-server: {error}", file=sys.stderr)
         raise typer.Exit(_FAULT) from error
-    print(answer)
-    raise typer.Exit(0 if answer == _SERVING else _UNHEALTHY)
+    print(status)
+    raise typer.Exit(0 if status == _SERVING else _UNHEALTHY)

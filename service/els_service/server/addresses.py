@@ -1,7 +1,7 @@
 """Addresses of servers and callers: parsing, binding, and whether they are local.
 
-An address is a host with a port, or ``unix:PATH``: a socket in the file system, whose permissions
-say who may connect.
+An address is a host with a port, or ``unix:PATH``: a Unix socket, whose file permissions determine
+who may connect.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ _LOOPBACK = "127.0.0.1"
 
 
 def is_unix(host: str) -> bool:
-    """Return whether a host is a socket in the file system."""
+    """Return whether a host is a Unix socket."""
     return host.startswith(UNIX)
 
 
 def address_of(host: str, port: int) -> str:
-    """Return how gRPC writes the address, ``[::1]:50051`` for example."""
+    """Return the address in gRPC's notation, for example ``[::1]:50051``."""
     if is_unix(host):
         return host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def with_port(host: str) -> str:
-    """Return the host of what needs a port: loopback where a socket of the file system has none."""
+    """Return a host that can have a port: loopback in place of a Unix socket."""
     return _LOOPBACK if is_unix(host) else host
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody can reach a host but from this machine.
+    """Return whether a host is reachable from this machine only.
 
     Raises:
-        LoadError: It has no address.
+        LoadError: The host has no address.
     """
     if is_unix(host):
         return True
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError as error:
-        expected = "expected an address, or a name that has one"
+        expected = "expected an address, or a resolvable name"
         raise LoadError("host", f"{expected}, got {host}: {error.strerror}") from error
     return all(map(_is_loopback_address, found))
 
 
 def is_loopback_name(host: str) -> bool:
-    """Return whether a name or address is loopback's as it stands; nobody is asked for it."""
+    """Return whether a name or address is loopback's, without resolving it."""
     name = host.lower().rstrip(".")
     return name == "localhost" or name.endswith(".localhost") or _is_loopback_address(host)
 
@@ -63,7 +63,7 @@ def is_local(peer: str) -> bool:
     """Return whether a peer is on this machine.
 
     Args:
-        peer: as gRPC tells it: ``ipv4:127.0.0.1:5``, ``ipv6:%5B::1%5D:5``, ``unix:``.
+        peer: in gRPC's notation: ``ipv4:127.0.0.1:5``, ``ipv6:%5B::1%5D:5``, ``unix:``.
     """
     kind, _, address = peer.partition(":")
     return kind == "unix" or _is_loopback_address(unquote(address).rpartition(":")[0].strip("[]"))
@@ -80,60 +80,64 @@ def _is_loopback_address(text: str) -> bool:
 
 
 def bind(add: Callable[[str], int], host: str, port: int) -> int:
-    """Return the port that a gRPC server now listens on; 0 for a socket of the file system.
+    """Bind a gRPC server to an address, and return the port; 0 for a Unix socket.
 
     Args:
-        add: of the server, takes an address; 0 or RuntimeError where it cannot.
+        add: binds the server to an address; returns 0 or raises RuntimeError on failure.
         host: name or address, or ``unix:PATH``.
-        port: 0 takes any that is free.
+        port: 0 chooses a free one.
 
     Raises:
-        LoadError: It cannot listen there; says why.
+        LoadError: The address cannot be bound; gives the reason.
     """
     address, bound = address_of(host, port), 0
     reason = ""
     if is_unix(host):
-        # gRPC would take a socket of the file system from the server that listens there.
-        reason = _holder(host.removeprefix(UNIX)) or bind_error(host, port)
+        # gRPC would take over the Unix socket of a running server.
+        reason = _unix_owner_error(host.removeprefix(UNIX)) or bind_error(host, port)
     try:
         bound = 0 if reason else add(address)
     except RuntimeError:
         bound = 0
     if not bound:
-        # grpc does not pass the system's reason on.
-        reason = reason or bind_error(host, port) or "the port is in use or the host is not ours"
+        # gRPC does not report the system's reason.
+        reason = (
+            reason
+            or bind_error(host, port)
+            or "the port is in use or the host is not of this machine"
+        )
         raise LoadError(address, f"cannot listen: {reason}")
     return 0 if is_unix(host) else bound
 
 
-def bind_error(host: str, port: int, *, taken: bool = True) -> str:
-    """Return the system's reason for refusing an address; empty where it takes it.
+def bind_error(host: str, port: int, *, in_use_ok: bool = False) -> str:
+    """Return why an address cannot be bound; empty if it can.
 
     Args:
         host: as of ``bind``.
         port: as of ``bind``.
-        taken: whether it is a reason that somebody listens there.
+        in_use_ok: whether an address in use is acceptable.
     """
     six = ":" in host
     family = socket.AF_INET6 if six else socket.AF_INET
     try:
         if is_unix(host):
             return _unix_bind_error(host.removeprefix(UNIX))
-        # Both stacks, as gRPC does: ::ffff:127.0.0.1 is an address, too.
+        # Both stacks, as gRPC: otherwise ::ffff:127.0.0.1 is not an address.
         dual = six and socket.has_dualstack_ipv6()
         socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and not taken:
+        if error.errno == errno.EADDRINUSE and in_use_ok:
             return ""
         return error.strerror or str(error)
     return ""
 
 
-def _holder(path: str) -> str:
-    """Return why a socket of the file system has to be left to another; empty where it is dead.
+def _unix_owner_error(path: str) -> str:
+    """Return why a Unix socket cannot be replaced; empty if no server listens on it.
 
-    Only a refused connection tells that nobody listens: one that may not be made, or has to wait as
-    its server is busy, is a living server's.
+    Only a refused connection shows that: one that is forbidden, or would block as the server is
+    busy, belongs to a running server.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)

@@ -1,8 +1,7 @@
 """Health after ``grpc.health.v1``: overall, of each service, of each model, of the process.
 
-``""``                      SERVING once models are warm, until a drain begins: readiness
-``grpc.health.v1.Health``   SERVING from the first moment on: the process answers, be there models
-                            or not; what restarts a process asks for this one
+``""``                      readiness: SERVING once models are warm, until the drain
+``grpc.health.v1.Health``   liveness: SERVING while the process runs, with or without models
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from els_service.config import Settings
 from els_service.server.services.health import HealthService, Status
 from els_service.server.services.health_watchers import Watchers
 from els_service.server.transport.grpc_workarounds import make_server
-from els_service.server.transport.interceptor import SMALL_MESSAGE_BYTES, SmallMessages
 from els_service.server.transport.receiving import Receiver
+from els_service.server.transport.small_messages import SMALL_MESSAGE_BYTES, SmallMessages
 
 ALIVE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -27,11 +26,11 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Health:
-    """Status of the server and of what it serves, at its own port and at one for probes.
+    """Health of the server and its models, at the gRPC port and at the health port.
 
     Args:
-        services: full names; each is served when the server is ready.
-        settings: of the server; those of watchers count at each port.
+        services: full names; SERVING while the server is ready.
+        settings: of the server; limits of watchers apply to each port.
         receiver: reads the messages of health checks.
     """
 
@@ -39,14 +38,14 @@ class Health:
         self._services, self._settings, self._receiver = services, settings, receiver
         self._statuses: dict[str, Status] = {}
         self._watchers: dict[str, Watchers] = {}
-        """By port; what happens at one does not concern the other."""
+        """By port: watchers at one do not affect those at the other."""
         self._served: set[str] = set()
         """Names of models that are SERVING."""
-        self._left = False
-        self._probed: grpc.aio.Server | None = None
+        self._draining = False
+        self._health_server: grpc.aio.Server | None = None
 
     def register(self, server: grpc.aio.Server, port: str = "grpc") -> None:
-        """Answer health checks at a server; ``port`` is its name in metrics."""
+        """Add the health service to a server; ``port`` is its name in metrics."""
         settings = self._settings
         watchers = Watchers(settings.health_watchers, settings.health_watchers_per_connection)
         self._watchers[port] = watchers
@@ -57,46 +56,46 @@ class Health:
     async def listen(
         self, bind: Callable[[grpc.aio.Server], int], options: Sequence[tuple[str, int]]
     ) -> int:
-        """Answer health checks, and nothing else, at a port of their own; return the port."""
+        """Serve health checks at a port of their own, and return the port."""
         small = ("grpc.max_receive_message_length", SMALL_MESSAGE_BYTES)
         server = make_server([*options, small])
         self.register(server, "health")
         port = bind(server)
-        self._probed = server
+        self._health_server = server
         await server.start()
         return port
 
     def report(self, *, ready: bool, served: set[str], refused: Iterable[str]) -> None:
-        """Set every status; does nothing after ``leave``.
+        """Set all statuses; does nothing after ``drain``.
 
         Args:
-            ready: whether the server as a whole is.
-            served: names of models.
-            refused: names of models that could not be loaded.
+            ready: whether the server is ready.
+            served: names of the served models.
+            refused: names of models that failed to load.
         """
-        if self._left:
+        if self._draining:
             return
-        gone = (self._served | set(refused)) - served
+        unserved = (self._served | set(refused)) - served
         self._served = served
         self._set({ALIVE: _SERVING})
         self._set(dict.fromkeys(("", *self._services), _SERVING if ready else _NOT_SERVING))
-        self._set({**dict.fromkeys(gone, _NOT_SERVING), **dict.fromkeys(served, _SERVING)})
+        self._set({**dict.fromkeys(unserved, _NOT_SERVING), **dict.fromkeys(served, _SERVING)})
 
-    def leave(self) -> None:
-        """Set every status to NOT_SERVING, for good."""
-        self._left = True
+    def drain(self) -> None:
+        """Set all statuses to NOT_SERVING permanently."""
+        self._draining = True
         self._set(dict.fromkeys(self._statuses, _NOT_SERVING))
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield how many watchers there are at each port, as metrics."""
+        """Yield the numbers of watchers at each port, as metrics."""
         for port, watchers in self._watchers.items():
             yield "els_health_watchers", {"port": port}, watchers.live
             yield "els_health_watchers_stalled", {"port": port}, watchers.stalled
 
     async def close(self) -> None:
-        """End the port of probes."""
-        if self._probed is not None:
-            await self._probed.stop(None)
+        """Close the health port."""
+        if self._health_server is not None:
+            await self._health_server.stop(None)
 
     def _set(self, statuses: Mapping[str, Status]) -> None:
         for service, status in statuses.items():

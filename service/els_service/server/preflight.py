@@ -1,4 +1,4 @@
-"""Validation of settings the way a start would, without loading models."""
+"""Validation of settings as at a start, without loading models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from els_service.server.telemetry import tracing_maker
 
 _PORTS = ("port", "metrics_port", "health_port")
 _PRIVILEGED = 1024
-"""Ports below may be root's."""
+"""Ports below may need privileges."""
 
 
 def check_settings(settings: Settings) -> None:
-    """Return if a server would start here with these settings, whatever listens at the moment.
+    """Check that a server could start here with these settings; ports may be in use.
 
     Raises:
-        LoadError: It would not; names the setting, or TMPDIR.
+        LoadError: It could not; names the setting, or TMPDIR.
     """
     check_temporary_folder()
     AccessControl(settings)
@@ -39,15 +39,15 @@ def _check_addresses(settings: Settings) -> None:
             raise LoadError(name, f"expected an address of this machine, got {host}: {reason}")
     for name, host in zip(_PORTS, (settings.host, metrics, with_port(settings.host)), strict=True):
         port = getattr(settings, name) or 0
-        # Others are everybody's; to try one is to take it for a moment.
-        if port < _PRIVILEGED and (reason := bind_error(host, port, taken=False)):
-            raise LoadError(name, f"expected a port that this user may take, got {port}: {reason}")
+        # Only these are tried: a trial occupies a port for a moment.
+        if port < _PRIVILEGED and (reason := bind_error(host, port, in_use_ok=True)):
+            raise LoadError(name, f"expected a port that this user may bind, got {port}: {reason}")
 
 
 def _check_ports(settings: Settings) -> None:
-    taken: dict[int, str] = {}
+    used: dict[int, str] = {}
     for name in _PORTS:
         port = getattr(settings, name)
-        if port and port in taken:
-            raise LoadError(name, f"expected another port than {taken[port]}, got {port} for both")
-        taken[port] = name
+        if port and port in used:
+            raise LoadError(name, f"expected another port than {used[port]}, got {port} for both")
+        used[port] = name

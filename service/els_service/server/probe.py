@@ -15,33 +15,33 @@ from els_service.config import Settings
 from els_service.server.addresses import address_of, with_port
 
 
-def ask(settings: Settings, service: str, timeout_s: float) -> str:
-    """Return what the server says of ``service``: SERVING, NOT_SERVING, or why it says nothing.
+def check(settings: Settings, service: str, timeout_s: float) -> str:
+    """Return the status of ``service``: SERVING, NOT_SERVING, or the error of the health check.
 
-    The port of health checks is asked where there is one, else that of gRPC, with TLS if the server
-    has it: then only the server's own certificate is trusted, and it is shown as the caller's too.
+    Uses the health port if there is one, else the gRPC port, with TLS if the server has it. Then
+    only the server's certificate is trusted, and it also serves as the client certificate.
     """
     try:
         with _channel(settings, timeout_s) as channel:
-            # Its methods are made at run time, which the stubs do not say.
+            # Its methods are created at run time, so the stubs lack them.
             stub: Any = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service=service)
-            answer = stub.Check(request, timeout=timeout_s)
+            response = stub.Check(request, timeout=timeout_s)
     except grpc.RpcError as error:
-        return _told(error)
+        return _status_of(error)
     except OSError as error:
         return f"UNAVAILABLE: {error}"
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
-def _told(error: grpc.RpcError) -> str:
-    # A blocking channel raises an error that is its own call, which the stubs do not say.
+def _status_of(error: grpc.RpcError) -> str:
+    # A blocking channel raises an error that is also the call, which the stubs do not declare.
     assert isinstance(error, grpc.Call)
     return f"{error.code().name}: {error.details()}"
 
 
 def _channel(settings: Settings, timeout_s: float) -> grpc.Channel:
-    host = _near(settings.host)
+    host = _reachable(settings.host)
     options = [("grpc.enable_http_proxy", 0)]
     if settings.health_port:
         target = address_of(with_port(host), settings.health_port)
@@ -50,23 +50,23 @@ def _channel(settings: Settings, timeout_s: float) -> grpc.Channel:
     certificate, key = settings.tls_certificate, settings.tls_key
     if certificate is None or key is None:
         return grpc.insecure_channel(target, options=options)
-    name = _name_shown(host, settings.port, certificate, timeout_s)
-    shown = certificate.read_bytes()
-    credentials = grpc.ssl_channel_credentials(shown, key.read_bytes(), shown)
+    name = _certificate_name(host, settings.port, certificate, timeout_s)
+    chain = certificate.read_bytes()
+    credentials = grpc.ssl_channel_credentials(chain, key.read_bytes(), chain)
     return grpc.secure_channel(
         target, credentials, options=[*options, ("grpc.ssl_target_name_override", name)]
     )
 
 
-def _name_shown(host: str, port: int, certificate: Path, timeout_s: float) -> str:
-    """Return a name that the server's certificate bears, as it need not bear loopback's.
+def _certificate_name(host: str, port: int, certificate: Path, timeout_s: float) -> str:
+    """Return a name of the server's certificate, which need not include loopback.
 
     Raises:
-        OSError: There is no server, or it shows another certificate than the file holds.
+        OSError: No server listens, or its certificate is not that of the file.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    # The certificate itself is what is trusted, not who issued it.
+    # The certificate itself is trusted, not its issuer.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(certificate)
     context.set_alpn_protocols(["h2"])
@@ -74,16 +74,16 @@ def _name_shown(host: str, port: int, certificate: Path, timeout_s: float) -> st
         socket.create_connection((host, port), timeout=timeout_s) as plain,
         context.wrap_socket(plain) as wrapped,
     ):
-        # Pairs of kind and name; the type that the stubs give tells less.
+        # Pairs of kind and name; the declared type is less specific.
         names: Any = (wrapped.getpeercert() or {}).get("subjectAltName", ())
     for _, name in names:
-        # One of those that a wildcard stands for.
+        # A name that matches a wildcard.
         return str(name).replace("*", "any", 1)
     raise OSError(f"{certificate}: expected a certificate with a subjectAltName, got none")
 
 
-def _near(host: str) -> str:
-    """Return where a server that listens at ``host`` is reached from its own machine."""
+def _reachable(host: str) -> str:
+    """Return the host under which a server that listens at ``host`` is reachable locally."""
     try:
         address = ip_address(host)
     except ValueError:

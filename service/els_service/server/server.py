@@ -1,7 +1,7 @@
 """Lifecycle of the server: bind, load, serve, drain, close.
 
-bind ports ─► answer health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
-… SIGTERM ─► NOT_SERVING ─► grace ─► GOAWAY, finish what is in flight or say where to go on ─► exit
+bind ports ─► health NOT_SERVING ─► load and warm models ─► SERVING, ready ─► …
+… SIGTERM ─► NOT_SERVING ─► grace ─► GOAWAY, finish calls or return resume tokens ─► exit
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from els_service.server.security.access import (
 )
 from els_service.server.services.denoiser import DenoiserService
 from els_service.server.services.inference import InferenceService
-from els_service.server.telemetry import heap, loop_lag, tracing_maker
+from els_service.server.telemetry import process, tracing_maker
 from els_service.server.telemetry.metrics import Gauges, Metrics
 from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
@@ -52,33 +52,33 @@ _SERVICES = (
     grpc_service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 _SWITCH_S = 0.001
-"""How long another thread, as one that writes a page of metrics or loads a model, may keep the
-event loop waiting for the interpreter, several times a call; Python's own is 5 ms."""
+"""Switch interval of the interpreter: the event loop waits for it, several times per call, while
+another thread renders metrics or loads a model. Python's default is 5 ms."""
 _FLUSH_S = 0.5
-_UPKEEP_S = 5.0
+_MAINTENANCE_S = 5.0
 _CLOSE_S = 6.0
-"""Spans are sent within 5 s, and who scrapes is waited for."""
-_REMEDY = "fill the folder, then RepositoryModelLoad each model, or start anew"
+"""Time for the export of spans and for scrapes in progress."""
+_REMEDY = "add models to the folder, then call RepositoryModelLoad for each, or restart"
 
 
 @dataclass(frozen=True)
 class Started:
-    """Where a server listens, and whether it has something to serve."""
+    """Ports of a started server, and whether it serves a model."""
 
     ready: bool
     grpc_port: int
-    """0 for a socket of the file system."""
+    """0 for a Unix socket."""
     metrics_port: int
     health_port: int | None
 
 
 def repository(settings: Settings) -> ModelRepository:
-    """Return the models that the settings name."""
+    """Return the repository of the models root in the settings, or of the bundled models."""
     return ModelRepository(settings.models or bundled_models())
 
 
 class Server:
-    """One process's server, made where its event loop runs: ``start``, ``drain``, ``close``."""
+    """Server of a process: ``start``, ``drain``, ``close``; created in its event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -95,26 +95,30 @@ class Server:
         self._calls = CallInterceptor(
             self._metrics, is_model, self._access, limits, self._receiver, self._tracing
         )
-        self._watching: tuple[asyncio.Task[None], ...] = ()
-        self._told_to_end: float | None = None
-        """When, on the monotonic clock."""
+        self._background: tuple[asyncio.Task[None], ...] = ()
+        self._drain_began: float | None = None
+        """On the monotonic clock; None before the drain."""
         self._health = Health(_SERVICES, settings, self._receiver)
         self._http: HttpPages | None = None
         self._grpc = self._assemble()
 
     async def start(self) -> Started:
-        """Bind the ports, load every model, and serve; returns when they are warm.
+        """Bind the ports, load the models, and serve; returns when the models are warm.
 
-        Without a model that can be served it stays NOT_SERVING, until one is loaded.
+        Without a loadable model the server stays NOT_SERVING until one is loaded.
 
         Raises:
-            LoadError: A port is in use, or there is nothing where the models should be.
+            LoadError: A port is in use, or the models root is missing.
         """
         settings = self._settings
         models = repository(settings)
         models.check_is_there()
-        duties = loop_lag.watch(self._metrics.lagged), heap.trim(), self._keep_up()
-        self._watching = tuple(map(asyncio.create_task, duties))
+        coroutines = (
+            process.watch_loop_lag(self._metrics.lagged),
+            process.trim_heap(),
+            self._maintain(),
+        )
+        self._background = tuple(map(asyncio.create_task, coroutines))
         grpc_port = bind(partial(self._access.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         self._report()
@@ -126,36 +130,38 @@ class Server:
 
     @property
     def lost(self) -> asyncio.Future[str]:
-        """Done with the reason once a device can compute no more."""
+        """Future of the reason why a device can no longer compute."""
         return self._engine.lost
 
     async def drain(self) -> None:
-        """Say NOT_SERVING, take calls for ``grace_s``, and wait ``drain_s`` for those in flight.
+        """Report NOT_SERVING, accept calls for ``grace_s``, and wait ``drain_s`` for the rest.
 
-        What is not done by then is told UNAVAILABLE; a trajectory, with a token to go on elsewhere.
+        Calls still in flight then end as UNAVAILABLE, trajectories with a resume token.
         """
         settings = self._settings
-        self._told_to_end = time.monotonic()
-        self._health.leave()
+        self._drain_began = time.monotonic()
+        self._health.drain()
         if not self.lost.done():
             await asyncio.sleep(settings.grace_s)
         self._calls.draining.set()
         goaway = asyncio.ensure_future(self._grpc.stop(settings.drain_s + 2 * _FLUSH_S))
         if not await self._calls.idle(settings.drain_s):
-            self._engine.interrupt("the server had to end; ask another")
+            self._engine.interrupt(
+                "the server is shutting down; send the request to another replica"
+            )
             await self._calls.idle(_FLUSH_S)
-        # Watchers of the health stay until they are sent away.
+        # Health watchers remain until they are cancelled.
         await self._grpc.stop(_FLUSH_S)
         await goaway
 
     async def close(self) -> None:
-        """End every call, thread and listener."""
+        """Cancel all calls; stop all threads and listeners."""
         await self._grpc.stop(None)
         await self._health.close()
         self._receiver.close()
         self._engine.close()
-        for watching in self._watching:
-            watching.cancel()
+        for task in self._background:
+            task.cancel()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         if self._http is not None:
@@ -170,11 +176,13 @@ class Server:
                 *channel_options(self._settings),
             ]
         )
-        ours = DenoiserService(self._engine, limits, self._calls.draining)
-        protocol = InferenceService(self._engine, limits, self._ready, self._report)
-        self._calls.register(denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, ours, server)
+        denoiser = DenoiserService(self._engine, limits, self._calls.draining)
+        inference = InferenceService(self._engine, limits, self._ready, self._report)
         self._calls.register(
-            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, protocol, server
+            denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, denoiser, server
+        )
+        self._calls.register(
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, inference, server
         )
         self._health.register(server)
         if self._settings.reflection:
@@ -193,8 +201,8 @@ class Server:
         return server
 
     def _gauges(self) -> Gauges:
-        """Yield what the engine tells, and the server's own state and bounds, at any time."""
-        settings, since = self._settings, self._told_to_end
+        """Yield the gauges of the engine and of the server; thread-safe."""
+        settings, since = self._settings, self._drain_began
         yield from self._engine.gauges()
         for name, stale_s in self._access.stale().items():
             yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
@@ -211,20 +219,20 @@ class Server:
         return bool(models.newest()) and not (models.starting or self._calls.draining.is_set())
 
     def _why_not_ready(self) -> str:
-        """Return why the health of ``""`` is not SERVING, empty where it is; from any thread."""
-        if self._told_to_end is not None:
+        """Return why the server is not ready; empty if it is. Thread-safe."""
+        if self._drain_began is not None:
             return "the server is draining"
         if self._engine.models.starting:
             return "models are being loaded"
         return "" if self._ready() else "no model is served"
 
-    async def _keep_up(self) -> None:
-        """End series of models that are gone, and look at the files that may change."""
+    async def _maintain(self) -> None:
+        """End the series of unloaded models, and check the reloaded files, periodically."""
         models = self._engine.models
         while True:
-            await asyncio.sleep(_UPKEEP_S)
+            await asyncio.sleep(_MAINTENANCE_S)
             self._metrics.retire(models.names())
-            # Nobody may call or scrape, and a file that is broken should be told of all the same.
+            # An invalid file must be logged without calls or scrapes, too.
             await asyncio.to_thread(self._access.stale)
 
     def _report(self) -> None:
@@ -233,9 +241,9 @@ class Server:
         self._health.report(ready=self._ready(), served=served, refused=models.faults)
 
     async def _load(self, models: ModelRepository) -> None:
-        """Load what can be loaded; if that is nothing, say so and stay: models may come later."""
+        """Load the models; if none can be loaded, log it and continue: one may be loaded later."""
         _log.info("loading models", extra={"models": str(models.root)})
-        reason = "there is none"
+        reason = "the folder has no model"
         try:
             await self._engine.models.load_all(models)
         except LoadError as error:
@@ -266,10 +274,9 @@ class Server:
 
 
 def stop_at_most_s(settings: Settings) -> float:
-    """Return how long a stop takes at most after SIGTERM, but for a batch that is being computed.
+    """Return the maximum time from SIGTERM to exit, not counting a batch in progress.
 
-    New calls are taken for the grace, then those in flight may finish, then the rest is told, then
-    what listens and sends is closed.
+    It is the sum of grace, drain, sending the last statuses, and closing listeners and exporters.
     """
     return settings.grace_s + settings.drain_s + 2 * _FLUSH_S + _CLOSE_S
 
@@ -278,14 +285,14 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Args:
-        settings: what to serve and where.
-        ready: called once, when every loadable model is warm, or there is none.
+        settings: of the server.
+        ready: called once, after the models have been loaded.
 
     Raises:
-        LoadError: As ``Server.start``.
-        DeviceLostError: A device can compute no more, and the server has ended for it.
+        LoadError: As of ``Server.start``.
+        DeviceLostError: A device can no longer compute; the server has drained.
     """
-    heap.bound_arenas()
+    process.limit_arenas()
     torch.set_num_threads(settings.threads or cpu_limit())
     sys.setswitchinterval(_SWITCH_S)
     allow_connections()
@@ -296,17 +303,17 @@ async def serve(settings: Settings, ready: Callable[[Started], None]) -> None:
     server = Server(settings)
     starting, stopping = loop.create_task(server.start()), loop.create_task(stop.wait())
     try:
-        ends = stopping, server.lost
-        await asyncio.wait((starting, *ends), return_when=asyncio.FIRST_COMPLETED)
+        end_events = stopping, server.lost
+        await asyncio.wait((starting, *end_events), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             started = starting.result()
             if started.ready:
                 _log.info("serving", extra=asdict(started))
-            # What is there now stays: it need not be searched for garbage again and again.
+            # Objects created so far live until the end: exclude them from garbage collection.
             gc.collect()
             gc.freeze()
             ready(started)
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(end_events, return_when=asyncio.FIRST_COMPLETED)
         _log.info("draining", extra={"at_most_s": settings.drain_s})
         await server.drain()
         if server.lost.done():

@@ -1,1 +1,1 @@
-"""Messages to validated requests and back; knows no gRPC."""
+"""Decoding and validation of messages, and encoding of responses; independent of gRPC."""

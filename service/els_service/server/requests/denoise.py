@@ -1,4 +1,4 @@
-"""Requests of ``Denoise``, ``DenoiseStream`` and ``Score`` to queries, and the answers to them."""
+"""Decoding of ``Denoise``, ``DenoiseStream`` and ``Score`` requests; encoding of responses."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from els_service.server.requests.forms import Form, FormCache
 
 @dataclass(eq=False, slots=True)
 class DenoiseForm(Form):
-    """Common part of requests of one method."""
+    """Form of requests of one method."""
 
     size: int
-    """Bytes of pixels."""
+    """Bytes of the pixels."""
     dtype: int
-    """Of the pixels."""
+    """Dtype of the pixels."""
     output_dtype: pb.DType.ValueType
     log_evidence: bool
-    """Whether it is returned."""
+    """Whether the log evidence is returned."""
     prefix: bytes
-    """Of the answer, before its pixels, which end it; empty where it has evidence."""
+    """Bytes of the response up to its pixels, which are its end; empty if it has log evidence."""
 
 
 class DenoiseMethod:
-    """Reader of the requests of one method, and writer of its answers.
+    """Decoder of the requests of one method, and encoder of its responses.
 
     Args:
-        models: that are served.
+        models: served models.
         limits: of requests.
-        answer: class of the answers.
-        path: names of the fields that lead to the tensor of an answer.
+        response: message class of the responses.
+        path: names of the nested fields of the response's tensor.
     """
 
     def __init__(
-        self, models: ModelRegistry, limits: Limits, answer: type[Any], *path: str
+        self, models: ModelRegistry, limits: Limits, response: type[Any], *path: str
     ) -> None:
         self._models, self._limits = models, limits
-        self._answer, self._path = answer, path
-        self._numbers = _numbers(answer.DESCRIPTOR, path)
+        self._response, self._path = response, path
+        self._numbers = _numbers(response.DESCRIPTOR, path)
         self._forms: FormCache[DenoiseForm] = FormCache()
 
     def read(self, request: tensors.Request) -> tuple[ModelVersion, DenoiseForm, Query, bool]:
-        """Return a request's model, form and query, and whether the query is known to fit.
+        """Return model, form and query of a request, and whether the model has checked the query.
 
         Raises:
             NotFoundError, UnavailableError: No such model.
-            InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
+            InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
         x = request.x
         data, shape = x.data, tuple(x.shape[: tensors.MAX_REPORTED])
@@ -69,13 +69,13 @@ class DenoiseMethod:
         form = self._forms.get(key, entry.info)
         if form is None:
             form = self._form(request, len(data), entry)
-            if form.checked:  # else it is validated again once the model is loaded
+            if form.checked:  # otherwise it is validated again once the model is loaded
                 self._forms.put(key, form)
         elif len(data) != form.size:
             tensors.check_bytes(len(data), form.dtype, "x", shape)
         level = tensors.decode_level(request.level, entry.info.levels, self._limits)
         if form.checked and len(level) in (1, shape[0]) and not _has_more(request):
-            # As below, in a third of the time.
+            # The same as below, in a third of the time.
             pixels = tensors.pixels_of(data, form.dtype, "x", shape)
             query = Query(pixels, level.repeat(shape[0]), form.labels, form.windows, ())
             return entry, form, query, True
@@ -94,12 +94,12 @@ class DenoiseMethod:
     def write(
         self, form: DenoiseForm, pixels: Tensor | npt.NDArray[np.float32], denoised: Denoised
     ) -> bytes:
-        """Return the bytes of an answer.
+        """Return the serialised response.
 
         Args:
             form: of the request.
-            pixels: returned, [B, C, H, W].
-            denoised: has the log evidence, which may be wanted, too.
+            pixels: of the response, [B, C, H, W].
+            denoised: with the log evidence, which is encoded if the form has it.
         """
         if form.log_evidence:
             message, parent = self._message(form.shape, form.output_dtype)
@@ -116,8 +116,8 @@ class DenoiseMethod:
         evidence = request.return_log_evidence
         if evidence and not info.has_log_evidence:
             raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
-        answer = tensors.answer_size(shape, dtype, evidence)
-        tensors.check_answer_size("x.shape", answer, limits)
+        response_size = tensors.answer_size(shape, dtype, evidence)
+        tensors.check_answer_size("x.shape", response_size, limits)
         checked, labels, windows = forms.defaults(shape, entry)
         prefix = b"" if evidence else self._prefix(shape, dtype)
         return DenoiseForm(
@@ -126,7 +126,7 @@ class DenoiseMethod:
         )
 
     def _prefix(self, shape: tuple[int, ...], dtype: pb.DType.ValueType) -> bytes:
-        """Return what precedes the pixels of an answer: they are the last field of its last one."""
+        """Return the bytes of a response up to its pixels, the last field on each level."""
         size = math.prod(shape) * tensors.output_size(dtype)
         tensor = pb.Tensor(dtype=dtype or pb.DTYPE_F32, shape=shape)
         prefix = tensor.SerializeToString() + forms.field_head(pb.Tensor.DATA_FIELD_NUMBER, size)
@@ -135,8 +135,8 @@ class DenoiseMethod:
         return prefix
 
     def _message(self, shape: tuple[int, ...], dtype: pb.DType.ValueType) -> tuple[Any, Any]:
-        """Return an answer without pixels, and the message that holds its tensor."""
-        message = parent = self._answer()
+        """Return a response without pixels, and the nested message that contains its tensor."""
+        message = parent = self._response()
         for name in self._path[:-1]:
             parent = getattr(parent, name)
         tensor: pb.Tensor = getattr(parent, self._path[-1])
@@ -158,7 +158,7 @@ def _numbers(descriptor: Descriptor, path: Sequence[str]) -> list[int]:
 
 
 def _has_more(request: tensors.Request) -> bool:
-    """Return whether a request has labels, windows or conditions."""
+    """Return whether a request has labels, windows or conditioning."""
     return bool(
         request.labels
         or request.windows

@@ -1,8 +1,8 @@
-"""Forms: what follows from a request's model, shapes and dtypes alone, validated once.
+"""Forms: the part of a request's validation that depends only on model, shapes and dtypes.
 
-Levels, labels, windows, conditions and pixels differ from call to call and are read and checked
-every time; the rest is the same for all requests of one form. Forms are found by value, so they
-serve callers whose noise level is new at every call as well as those who repeat it.
+A form is validated once and found by these values. Levels, labels, windows, conditioning and pixels
+are decoded and checked at each call, so a caller whose noise level changes with each call pays the
+same as one that repeats it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from els_service.engine.registry import ModelVersion
 from els_service.errors import InvalidArgumentError
 
 MAX_FORMS = 256
-"""Of one method; clients choose shapes freely."""
+"""Maximum forms of one method; clients choose shapes freely."""
 
 _LENGTH_DELIMITED = 2
 _ANY_LEVEL = NoiseLevel.of([(1.0, 1.0)])
@@ -27,15 +27,15 @@ _ANY_LEVEL = NoiseLevel.of([(1.0, 1.0)])
 
 @dataclass(eq=False, slots=True)
 class Form:
-    """Common part of requests to one version of a model.
+    """Validated common part of requests to one version of a model.
 
     Attributes:
-        info: of the version that validated it; a reload validates again.
-        checked: whether the loaded denoiser takes such a query without labels, windows and
-            conditions, at any level.
+        info: of the version that validated it; a reload invalidates the form.
+        checked: whether the loaded denoiser accepts such a query without labels, windows and
+            conditioning, at any level.
         shape: of the pixels, [B, C, H, W].
-        labels: of a request without labels, [B], read-only.
-        windows: of a request without windows, [B], read-only.
+        labels: default labels, [B], read-only.
+        windows: default windows, [B], read-only.
     """
 
     info: DenoiserInfo
@@ -49,7 +49,7 @@ _F = TypeVar("_F", bound=Form)
 
 
 class FormCache(Generic[_F]):
-    """Forms of one method, by value; bounded."""
+    """Bounded cache of the forms of one method, by value."""
 
     def __init__(self) -> None:
         self._forms: dict[Hashable, _F] = {}
@@ -58,12 +58,12 @@ class FormCache(Generic[_F]):
         return len(self._forms)
 
     def get(self, key: Hashable, info: DenoiserInfo) -> _F | None:
-        """Return the form of a key; None where there is none of this load of the model."""
+        """Return the form of a key; None if this load of the model has none."""
         form = self._forms.get(key)
         return form if form is not None and form.info is info else None
 
     def put(self, key: Hashable, form: _F) -> _F:
-        """Keep and return a form."""
+        """Store and return a form."""
         if len(self._forms) >= MAX_FORMS:
             self._forms.clear()
         self._forms[key] = form
@@ -71,11 +71,11 @@ class FormCache(Generic[_F]):
 
 
 def defaults(shape: tuple[int, ...], entry: ModelVersion) -> tuple[bool, Integers, Integers]:
-    """Return whether the model takes queries of a shape, and their labels and windows if not given.
+    """Return whether the model accepts queries of a shape, and their default labels and windows.
 
     Args:
         shape: of the pixels, [B, C, H, W].
-        entry: served version; False where it is unloaded at the moment.
+        entry: served version; an unloaded one returns False.
     """
     batch = shape[0]
     labels = one_each("labels", (), batch, none=-1)
@@ -86,17 +86,17 @@ def defaults(shape: tuple[int, ...], entry: ModelVersion) -> tuple[bool, Integer
     try:
         entry.loaded.denoiser.check(query)
     except InvalidArgumentError:
-        return False, labels, windows  # the engine raises it, once the rest was read
+        return False, labels, windows  # the engine raises it after the rest is decoded
     return True, labels, windows
 
 
 def black(shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Return read-only zeros that take no memory, [B, C, H, W]."""
+    """Return read-only zeros [B, C, H, W] that share one element."""
     return np.broadcast_to(np.float32(0), shape)
 
 
 def field_head(number: int, size: int) -> bytes:
-    """Return tag and length of a length-delimited field of ``size`` bytes, as protobuf writes them.
+    """Return the encoded tag and length of a length-delimited protobuf field of ``size`` bytes.
 
     See https://protobuf.dev/programming-guides/encoding/.
     """
@@ -110,10 +110,10 @@ def field_head(number: int, size: int) -> bytes:
 
 
 def check(entry: ModelVersion, query: Query) -> bool:
-    """Check a query by its model, before its pixels are read; return whether the model is loaded.
+    """Check a query by its model before its pixels are decoded; return whether it is loaded.
 
     Raises:
-        InvalidArgumentError: It does not fit the model.
+        InvalidArgumentError: The model rejects it.
     """
     if entry.loaded is None:
         return False

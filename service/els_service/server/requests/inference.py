@@ -1,7 +1,7 @@
-"""Requests of ``ModelInfer`` to queries, and the answers to them.
+"""Decoding of ``ModelInfer`` requests; encoding of responses.
 
-Two parameters of a request are known, under the names that Triton gives them: ``priority``, and
-``timeout`` in microseconds.
+Two request parameters are supported, named as in Triton: ``priority``, and ``timeout`` in
+microseconds.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ Inputs = dict[str, npt.NDArray[Any]]
 
 @dataclass(eq=False, slots=True)
 class InferenceForm(Form):
-    """Common part of ``ModelInfer`` requests."""
+    """Form of ``ModelInfer`` requests."""
 
     inputs: dict[str, tuple[int, ...]]
-    """Name → shape, in the order of the request."""
+    """Name → shape of the inputs, in the order of the request."""
     level: str
-    """Name of the level among the inputs if ``x`` is the only other one, else empty."""
+    """Name of the level input if ``x`` is the only other input, else empty."""
     outputs: list[str]
-    """Names, in order."""
+    """Names of the outputs, in order."""
     size: int
-    """Bytes of the answer's tensors."""
+    """Bytes of the response's tensors."""
     prefix: bytes
-    """Of the answer: what comes before its id."""
+    """Bytes of the response up to its id."""
     declared: bytes
-    """Of the answer: its outputs without their contents, which come next."""
+    """Bytes of the response's outputs without contents, which follow."""
     heads: list[bytes]
-    """Tag and length of each output's contents."""
+    """Tag and length of the contents of each output."""
 
     def write(self, request_id: bytes, contents: Sequence[npt.NDArray[np.float32]]) -> bytes:
-        """Return the bytes of an answer.
+        """Return the serialised response.
 
         Args:
             request_id: of the request, UTF-8.
@@ -75,10 +75,10 @@ class InferenceForm(Form):
 
 
 class InferenceMethod:
-    """Reader of ``ModelInfer`` requests.
+    """Decoder of ``ModelInfer`` requests.
 
     Args:
-        models: that are served.
+        models: served models.
         limits: of requests.
     """
 
@@ -89,14 +89,14 @@ class InferenceMethod:
     def read(
         self, request: pb.ModelInferRequest
     ) -> tuple[ModelVersion, InferenceForm, Query, bool]:
-        """Return a request's model, form and query, and whether the query is known to fit.
+        """Return model, form and query of a request, and whether the model has checked the query.
 
         Raises:
             NotFoundError, UnavailableError: No such model.
-            InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
+            InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
         raw: Sequence[bytes] = request.raw_input_contents
-        # More buffers than there are inputs are wrong, and may be millions.
+        # A message may have millions of buffers; more than there are inputs are rejected below.
         raw = raw[:] if 0 < len(raw) <= len(INPUTS) else raw
         entry = self._models.entry(request.model_name, request.model_version)
         key = _key(request) if 0 < len(raw) == len(request.inputs) <= len(INPUTS) else None
@@ -112,7 +112,7 @@ class InferenceMethod:
                 for (name, shape), data in zip(form.inputs.items(), raw, strict=True)
             }
         query, checked = self._query(inputs, form, entry)
-        # An id of megabytes is not copied to be measured.
+        # An ASCII id, which may have megabytes, is measured without a copy.
         name = request.id
         length = len(name) if name.isascii() else len(name.encode())
         tensors.check_answer_size("x.shape", form.size + length, self._limits)
@@ -122,7 +122,7 @@ class InferenceMethod:
     def _query(
         self, inputs: Inputs, form: InferenceForm, entry: ModelVersion
     ) -> tuple[Query, bool]:
-        """Return the query of decoded inputs, and whether it is known to fit."""
+        """Return the query of decoded inputs, and whether the model has checked it."""
         limits, x = self._limits, inputs["x"]
         if form.checked and form.level == "sigma":
             level = from_sigma(_per_image("sigma", inputs, limits))
@@ -130,7 +130,7 @@ class InferenceMethod:
             sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
             level = tensors.one_level(sigma, alpha_bar, time, entry.info.levels)
         if form.checked and form.level and len(level) in (1, len(x)):
-            # As below, in a third of the time.
+            # The same as below, in a third of the time.
             return Query(x, level.repeat(len(x)), form.labels, form.windows, ()), True
         windows = tensors.decode_windows(_per_image("window", inputs, limits))
         labels = _per_image("label", inputs, limits)
@@ -141,7 +141,7 @@ class InferenceMethod:
         self, request: pb.ModelInferRequest, inputs: Inputs, entry: ModelVersion
     ) -> InferenceForm:
         info, limits = entry.info, self._limits
-        outputs = _wanted(request, info)
+        outputs = _requested_outputs(request, info)
         if "x" not in inputs:
             raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
         shape = inputs["x"].shape
@@ -171,25 +171,25 @@ class InferenceMethod:
 
 
 def priority_of(request: pb.ModelInferRequest) -> int:
-    """Return the priority of a request; 0 where it has none.
+    """Return the priority of a request; 0 if it has none.
 
     Raises:
-        InvalidArgumentError: It is no whole number in range.
+        InvalidArgumentError: It is not an integer in range.
     """
     return _parameter(request, "priority", PRIORITIES)
 
 
 def timeout_s_of(request: pb.ModelInferRequest) -> float:
-    """Return the seconds after which the answer is of no use; 0 where none are given.
+    """Return the seconds after which the response is useless; 0 if not given.
 
     Raises:
-        InvalidArgumentError: It is no whole number of microseconds in range.
+        InvalidArgumentError: It is not an integer number of microseconds in range.
     """
     return _parameter(request, "timeout", _MAX_TIMEOUT_US) / 1e6
 
 
 def _key(request: pb.ModelInferRequest) -> tuple[Any, ...]:
-    """Return all that a form follows from; its contents are raw."""
+    """Return the values that determine the form of a request with raw contents."""
     parts: list[Any] = [request.model_name, request.model_version]
     for tensor in request.inputs:
         shape = tuple(tensor.shape[: tensors.MAX_REPORTED])
@@ -199,7 +199,7 @@ def _key(request: pb.ModelInferRequest) -> tuple[Any, ...]:
 
 
 def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
-    """Return a whole number among a request's parameters; 0 where it is not given."""
+    """Return an integer parameter of a request; 0 if not given."""
     if name not in request.parameters:
         return 0
     parameter = request.parameters[name]
@@ -214,10 +214,10 @@ def _parameter(request: pb.ModelInferRequest, name: str, most: int) -> int:
     return value
 
 
-def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
-    """Return the names of the requested outputs; all where none is named."""
+def _requested_outputs(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
+    """Return the names of the requested outputs; all if none is named."""
     known = list(outputs_of(info))
-    # One more than there can be is enough to tell that one comes twice.
+    # One name more than there are outputs suffices to find a duplicate.
     names = [output.name for output in request.outputs[: len(known) + 1]]
     for name in names:
         if name not in known:
@@ -230,10 +230,10 @@ def _wanted(request: pb.ModelInferRequest, info: DenoiserInfo) -> list[str]:
 def decode_inputs(
     request: pb.ModelInferRequest, raw: Sequence[bytes], info: DenoiserInfo
 ) -> Inputs:
-    """Return the inputs by name, from raw contents or, where there are none, typed.
+    """Return the inputs by name, from raw contents or, if there are none, from typed contents.
 
     Raises:
-        InvalidArgumentError: A name, datatype, shape or the contents are wrong.
+        InvalidArgumentError: A name, datatype, shape or contents are wrong.
     """
     if raw and len(raw) != len(request.inputs):
         raise InvalidArgumentError(
@@ -260,15 +260,15 @@ def decode_inputs(
 def _array(
     name: str, tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None
 ) -> npt.NDArray[Any]:
-    """Return one input, of the shape and datatype that it declares."""
+    """Return one input with its declared shape and datatype."""
     datatype = INPUTS[name]
     layout = datatype.layout
     if tensor.datatype != datatype.name:
         got = repr(tensor.datatype[:100])
         raise InvalidArgumentError(f"{name}.datatype", datatype.name, got)
-    # As in the codec: a slice of a repeated field is a list.
+    # A slice of a repeated field is a list, faster than iteration.
     shape = tuple(tensor.shape[: tensors.MAX_REPORTED])
-    # numpy would refuse a long shape, or a vast one that a 0 makes empty, in its own way.
+    # numpy would raise other errors for long shapes and for huge ones with a zero.
     if len(shape) > 4 or min(shape, default=1) < 1:
         expected = "at most 4 positive dimensions"
         raise InvalidArgumentError(f"{name}.shape", expected, list(shape))
@@ -293,7 +293,7 @@ def _buffer(
 
 
 def _per_image(name: str, inputs: Inputs, limits: Limits) -> list[Any]:
-    """Return the values of an input if it is there, whatever axes of one they came with."""
+    """Return the values of an input, which may have further axes of length 1; [] if absent."""
     if name not in inputs:
         return []
     values = inputs[name]

@@ -1,8 +1,8 @@
 """Bound on the structure of a message, checked on its bytes before they are parsed.
 
-A parser makes up to fifty bytes of one on the wire: of empty sub-messages, of numbers packed as
-single bytes. Bulk data, which are strings, ``bytes`` and packed floating-point numbers, cost
-what they weigh; everything else of an honest request is a few kilobytes.
+A protobuf parser may allocate fifty times the size of a message, for empty sub-messages or packed
+single-byte integers. Bulk data (strings, ``bytes``, packed floating-point numbers) parse to about
+their size; everything else in a legitimate request has a few kilobytes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TypeAlias
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 SMALL_BYTES = 64 << 10
-"""A message of at most this size is not checked: it cannot cost more than a few megabytes."""
+"""Maximum size of a message that is not checked; it parses to a few megabytes at most."""
 STRUCTURE_BYTES = 32 << 10
-"""Everything beside bulk data and what there is one of for each image, in a larger message."""
+"""Maximum bytes beside bulk data and ``IMAGE_BYTES`` per image in a larger message."""
 IMAGE_BYTES = 32
-"""Label and window of one image."""
+"""Maximum bytes of the label and window of one image."""
 _DEPTH = 16
 _BULK = frozenset(
     {
@@ -29,43 +29,43 @@ _BULK = frozenset(
     }
 )
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-_GZIP = b"\x1f\x8b"
-"""Begins no message: its first byte would be a field of a wire type that does not exist."""
+GZIP_MAGIC = b"\x1f\x8b"
+"""Start of gzip data; never that of a message, as 0x1f has a wire type that does not exist."""
 _SMALL_GZIP_BYTES = 4 << 10
-"""Becomes four megabytes at most."""
+"""Maximum size of gzip data that is decompressed on the event loop: to four megabytes at most."""
 
 _Fields: TypeAlias = dict[int, Descriptor | None]
-"""Number of a length-delimited field → its message; None for bulk data."""
+"""Number of a length-delimited field → its message type; None for bulk data."""
 
 
 class MessageStructureError(ValueError):
-    """The message is truncated, or holds too much beside its bulk data."""
+    """The message is truncated, or has too much structure beside its bulk data."""
 
 
 def is_gzip(data: bytes) -> bool:
-    """Return whether a message is compressed."""
-    return data.startswith(_GZIP)
+    """Return whether a message is gzip data."""
+    return data.startswith(GZIP_MAGIC)
 
 
 def is_large_gzip(data: bytes) -> bool:
-    """Return whether decompressing a message may take more than a few milliseconds."""
-    return len(data) > _SMALL_GZIP_BYTES and data.startswith(_GZIP)
+    """Return whether decompression of a message may take more than a few milliseconds."""
+    return len(data) > _SMALL_GZIP_BYTES and data.startswith(GZIP_MAGIC)
 
 
 def announced_bytes(data: bytes) -> int:
-    """Return how large a gzip message says it is, at its end (RFC 1952, ISIZE)."""
+    """Return the size that gzip data announce at their end (RFC 1952, ISIZE)."""
     return int.from_bytes(data[-4:], "little")
 
 
 def inflated(data: bytes, max_bytes: int) -> bytes:
-    """Return a message, decompressed if it is gzip.
+    """Return a message, decompressed if it is gzip data.
 
     Args:
-        data: as it was received.
-        max_bytes: largest size of the message; no more than it announces is decompressed.
+        data: as received.
+        max_bytes: maximum size of the message; no more than announced is decompressed.
 
     Raises:
-        MessageStructureError: It is larger or announces more, or is not gzip after all.
+        MessageStructureError: It exceeds ``max_bytes`` or its announced size, or is malformed.
     """
     if not is_gzip(data):
         return data
@@ -80,20 +80,20 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     if len(message) > announced:
         raise MessageStructureError(f"gzip: expected {announced} bytes, got more")
     if not inflater.eof:
-        raise MessageStructureError("gzip that is cut short")
+        raise MessageStructureError("truncated gzip data")
     return message
 
 
 def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> None:
-    """Check a message on its bytes; takes some milliseconds at most, whatever they hold.
+    """Check the bytes of a message, in a few milliseconds at most.
 
     Args:
         data: the message, decompressed.
         descriptor: of its type.
-        max_images: images of one call.
+        max_images: maximum images of one call.
 
     Raises:
-        MessageStructureError: It is truncated, or holds too much that is not bulk data.
+        MessageStructureError: It is truncated, or has too much structure beside its bulk data.
     """
     if len(data) > SMALL_BYTES:
         limit = STRUCTURE_BYTES + IMAGE_BYTES * max_images
@@ -101,7 +101,7 @@ def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> Non
 
 
 class _Scan:
-    """Sum of what is not bulk data, over all nested messages."""
+    """Sum of the bytes beside bulk data, over all nested messages."""
 
     def __init__(self, data: bytes, limit: int) -> None:
         self._data, self._limit, self._structure = data, limit, 0
@@ -151,7 +151,7 @@ def _fields(descriptor: Descriptor) -> _Fields:
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """Return a varint and where it ends."""
+    """Return a varint and the offset of its end."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:
@@ -161,4 +161,4 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise MessageStructureError("a number that is cut short or too long")
+    raise MessageStructureError("a truncated or overlong varint")

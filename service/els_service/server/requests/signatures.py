@@ -2,7 +2,7 @@
 
 Inputs: ``x`` FP32 [-1, C, H, W]; exactly one of ``sigma``, ``alpha_bar``, ``time`` FP32 [-1];
 optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised`` and ``score`` FP32
-[-1, C, H, W], ``log_evidence`` FP32 [-1, H, W] where the model has it; only what is asked for.
+[-1, C, H, W], ``log_evidence`` FP32 [-1, H, W] if the model has it; all, or those requested.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Datatype:
-    """How numbers travel: protocol's name, layout of raw contents, field of typed contents."""
+    """Encoding of numbers: protocol's name, layout of raw contents, field of typed contents."""
 
     name: str
     layout: np.dtype[Any]
@@ -39,16 +39,16 @@ OUTPUTS = ("denoised", "score", "log_evidence")
 
 
 def inputs_of(info: DenoiserInfo) -> Shapes:
-    """Return each input with its shape; -1 stands for the number of images."""
+    """Return the shape of each input; -1 is the number of images."""
     return _inputs(info.shape, info.label_count > 0, info.max_window > 0)
 
 
 def outputs_of(info: DenoiserInfo) -> Shapes:
-    """Return each output with its shape; -1 stands for the number of images."""
+    """Return the shape of each output; -1 is the number of images."""
     return _outputs(info.shape, info.has_log_evidence)
 
 
-# Every ModelInfer asks for both.
+# Cached: each ModelInfer uses both.
 @functools.lru_cache(256)
 def _inputs(shape: tuple[int, ...], labelled: bool, windowed: bool) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {"x": (-1, *shape), **dict.fromkeys(LEVELS, (-1,))}

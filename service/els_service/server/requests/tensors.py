@@ -1,4 +1,4 @@
-"""Messages of ``denoise.v1`` to tensors and back: pure functions, every byte checked."""
+"""Decoding and encoding of the tensors and models of ``denoise.v1``: validating pure functions."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 MAX_PIXEL = 1e9
 """Larger values would overflow float32 logits at the lowest noise."""
 MAX_REPORTED = 100
-"""Elements of a list that an error tells of: there may be millions."""
+"""Maximum elements of a list in an error text; a message may have millions."""
 _OVERHEAD_BYTES = 4096
-"""Bytes of a response that are not tensor data, at most."""
+"""Maximum bytes of a response beside tensor data."""
 
 _STORED: dict[int, np.dtype[Any]] = {
     pb.DTYPE_F32: np.dtype("<f4"),
@@ -41,7 +41,7 @@ _STORED: dict[int, np.dtype[Any]] = {
     pb.DTYPE_BF16: np.dtype("<u2"),
     pb.DTYPE_U8: np.dtype("u1"),
 }
-"""dtype → how its bytes are laid out; bf16 has no numpy type and travels as its bits."""
+"""dtype → numpy layout of its bytes; bf16, which numpy lacks, as unsigned integers."""
 
 _ENCODED: dict[int, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
@@ -64,7 +64,7 @@ def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> t
         InvalidArgumentError: dtype, rank, a dimension or the byte count is wrong.
         ResourceExhaustedError: Too many images or pixels.
     """
-    # Slices of repeated fields are lists, read in a quarter of the time that iterating takes.
+    # A slice of a repeated field is a list, four times as fast as iteration.
     shape = tuple(message.shape[:MAX_REPORTED])
     if message.dtype not in _STORED:
         raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
@@ -90,12 +90,12 @@ def check_bytes(size: int, dtype: int, field: str, shape: tuple[int, ...]) -> No
 def decode_pixels(
     data: bytes | memoryview, dtype: int, field: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Return the numbers that bytes stand for, float32 of ``shape``; u8 as v/127.5 - 1.
+    """Return decoded pixels, float32 of ``shape``; u8 values v become v/127.5 - 1.
 
-    Those of f32 are a view of ``data``, read-only where it is.
+    Pixels of f32 are a view of ``data``, read-only if it is.
 
     Raises:
-        InvalidArgumentError: The byte count or a number is wrong.
+        InvalidArgumentError: The byte count is wrong, or a pixel is not finite or too large.
     """
     check_bytes(len(data), dtype, field, shape)
     return pixels_of(data, dtype, field, shape)
@@ -104,10 +104,10 @@ def decode_pixels(
 def pixels_of(
     data: bytes | memoryview, dtype: int, field: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Return what ``decode_pixels`` does, of data that passed ``check_bytes``.
+    """Return ``decode_pixels`` of data that passed ``check_bytes``.
 
     Raises:
-        InvalidArgumentError: A number is wrong.
+        InvalidArgumentError: A pixel is not finite or too large.
     """
     flat = np.frombuffer(data, _STORED[dtype])
     if dtype == pb.DTYPE_U8:
@@ -123,10 +123,10 @@ def pixels_of(
 def decode_conditions(
     request: Conditioned, info: DenoiserInfo, batch: int
 ) -> tuple[Condition, ...]:
-    """Return the condition of each image; none where the request has none.
+    """Return the condition of each image; empty if the request has none.
 
     Raises:
-        InvalidArgumentError: A field is wrong, or does not go with the others or the model.
+        InvalidArgumentError: A field is wrong, or contradicts another field or the model.
     """
     guidance = request.guidance or 1.0
     if not request.HasField("conditioning"):
@@ -137,7 +137,7 @@ def decode_conditions(
         return ()
     _check_guidance(guidance)
     if request.HasField("unconditional") != (guidance != 1):
-        expected = "one where guidance is neither 0 nor 1, else none"
+        expected = "one if guidance is neither 0 nor 1, else none"
         got = "one" if request.HasField("unconditional") else "none"
         raise InvalidArgumentError("unconditional", expected, got)
     given = _conditions(request.conditioning, "conditioning", info, batch)
@@ -170,9 +170,9 @@ def _check_guidance(guidance: float) -> None:
 def _conditions(
     message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
 ) -> npt.NDArray[np.float32]:
-    """Return [batch, T, W] of a tensor of one condition, or one for each image."""
+    """Return [batch, T, W] of a tensor with one condition, or one per image."""
     shape = tuple(message.shape[:MAX_REPORTED])
-    # Before the numbers are read: a model's rows bound the work.
+    # Before decoding: the model's rows bound the work.
     if not info.condition_width:
         raise InvalidArgumentError(field, "none for this model", list(shape))
     fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == info.condition_width
@@ -202,10 +202,10 @@ def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
 
 
 def check_pixels(field: str, pixels: int, limits: Limits) -> None:
-    """Check the number of pixels, B·C·H·W, that ``field`` asks for.
+    """Check the number of pixels, B·C·H·W, that ``field`` implies.
 
     Raises:
-        ResourceExhaustedError: Too many.
+        ResourceExhaustedError: Too many pixels.
     """
     if pixels > limits.max_pixels:
         expected = f"at most {limits.max_pixels} pixels (B·C·H·W)"
@@ -213,14 +213,14 @@ def check_pixels(field: str, pixels: int, limits: Limits) -> None:
 
 
 def bounded(field: str, values: Sequence[_Number], limits: Limits) -> Sequence[_Number]:
-    """Return values of which there may be one for each image.
+    """Return the values of a field with at most one per image, as a list.
 
-    A message may hold tens of millions: walking along them would hold everybody up.
+    A message may have tens of millions of values; iteration over them would block the event loop.
 
     Raises:
-        InvalidArgumentError: There are more than there may be images.
+        InvalidArgumentError: There are more than the maximum number of images.
     """
-    # A slice of a repeated field is a list, read in a quarter of the time that iterating takes.
+    # A slice of a repeated field is a list, four times as fast as iteration.
     some = values[: limits.max_images + 1]
     if len(some) > limits.max_images:
         expected = f"at most one for each of {limits.max_images} images"
@@ -234,8 +234,8 @@ def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
     Raises:
         InvalidArgumentError: One is NaN, infinite or beyond ``MAX_PIXEL``.
     """
-    # One pass settles nearly every image; NaN is not below anything, so it falls through too.
-    # Not np.dot, which warns where this overflows.
+    # One pass accepts nearly every image; a comparison with NaN is false, so NaN is found below.
+    # Not np.dot, which warns of an overflow.
     if not np.vdot(flat, flat) <= MAX_PIXEL**2:
         illegal = flat[~(np.abs(flat) <= MAX_PIXEL)]
         if illegal.size:
@@ -244,10 +244,10 @@ def check_finite(flat: npt.NDArray[np.float32], field: str) -> None:
 
 
 def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> NoiseLevel:
-    """Return the one level that is given, of one or more images.
+    """Return the noise level of one or more images.
 
     Raises:
-        InvalidArgumentError: None or two of them are given, or a value is out of range.
+        InvalidArgumentError: Not exactly one kind is given, or a value is out of range.
     """
     values = message.sigma
     if len(values) == 1 and not (message.alpha_bar or message.time):
@@ -260,10 +260,10 @@ def decode_level(message: pb.NoiseLevel, schedule: Schedule, limits: Limits) -> 
 def one_level(
     sigma: Sequence[float], alpha_bar: Sequence[float], time: Sequence[float], schedule: Schedule
 ) -> NoiseLevel:
-    """Return the level of the one list that is not empty.
+    """Return the noise level of the one list that is not empty.
 
     Raises:
-        InvalidArgumentError: None or two of them are given, or a value is out of range.
+        InvalidArgumentError: Not exactly one kind is given, or a value is out of range.
     """
     if sigma and not alpha_bar and not time:
         return from_sigma(sigma)
@@ -280,7 +280,7 @@ def decode_windows(windows: Sequence[int]) -> Sequence[int]:
     """Return the windows of a request.
 
     Raises:
-        InvalidArgumentError: One is 0, which within the service means the model's own.
+        InvalidArgumentError: One is 0, which internally means the model's default.
     """
     if 0 in windows:
         raise InvalidArgumentError("windows", "odd and positive", 0)
@@ -288,10 +288,10 @@ def decode_windows(windows: Sequence[int]) -> Sequence[int]:
 
 
 def output_size(dtype: int) -> int:
-    """Return the bytes of one element of an answer.
+    """Return the bytes of one element of a response.
 
     Raises:
-        InvalidArgumentError: Not a dtype of answers.
+        InvalidArgumentError: Not a dtype of responses.
     """
     dtype = dtype or pb.DTYPE_F32
     if dtype not in _ENCODED:
@@ -300,23 +300,23 @@ def output_size(dtype: int) -> int:
 
 
 def answer_size(shape: Sequence[int], dtype: int, evidence: bool) -> int:
-    """Return the bytes of the tensors that answer images [B, C, H, W].
+    """Return the bytes of the tensors in the response to images [B, C, H, W].
 
     Raises:
-        InvalidArgumentError: Not a dtype of answers.
+        InvalidArgumentError: Not a dtype of responses.
     """
     pixels = math.prod(shape)
     return pixels * output_size(dtype) + (pixels // shape[1] * 4 if evidence else 0)
 
 
 def check_answer_size(field: str, size: int, limits: Limits) -> None:
-    """Check that an answer of ``size`` bytes of tensors, which ``field`` causes, fits a message.
+    """Check that a response with ``size`` bytes of tensors, implied by ``field``, fits a message.
 
     Raises:
-        ResourceExhaustedError: It does not.
+        ResourceExhaustedError: It exceeds the maximum message size.
     """
     if size > limits.max_message_bytes - _OVERHEAD_BYTES:
-        expected = f"an answer of at most {limits.max_message_bytes} bytes"
+        expected = f"a response of at most {limits.max_message_bytes} bytes"
         raise ResourceExhaustedError(field, expected, f"{size} bytes")
 
 
@@ -334,31 +334,31 @@ def write_tensor(
     tensor: Tensor | npt.NDArray[np.float32],
     dtype: pb.DType.ValueType = pb.DTYPE_F32,
 ) -> None:
-    """Fill an empty tensor message where it stands; one that is made apart would be copied."""
+    """Fill an empty tensor message in place, which saves a copy of the tensor."""
     message.dtype = dtype or pb.DTYPE_F32
     message.shape[:] = tensor.shape
     message.data = bytes_of(tensor, dtype)
 
 
 def bytes_of(tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType) -> bytes:
-    """Return float32 numbers as messages carry them in ``dtype``, which passed ``output_size``."""
+    """Return float32 numbers encoded as ``dtype``, which passed ``output_size``."""
     return buffer_of(tensor, dtype).tobytes()
 
 
 def buffer_of(
     tensor: Tensor | npt.NDArray[np.float32], dtype: pb.DType.ValueType
 ) -> npt.NDArray[Any]:
-    """Return an array in C order of the bytes of ``bytes_of``; shares memory where it can."""
+    """Return ``bytes_of`` as an array in C order, a view of ``tensor`` if possible."""
     if dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_F32):
         array: npt.NDArray[Any] = tensor.numpy() if isinstance(tensor, Tensor) else tensor
     else:
-        # Through its bits: numpy has no bf16.
+        # As integers: numpy has no bf16.
         array = torch.as_tensor(tensor).to(_ENCODED[dtype]).view(torch.int16).numpy()
     return np.ascontiguousarray(array)
 
 
 def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:
-    """Fill an empty message with the log evidence [B, H, W] f32, if there is any."""
+    """Fill an empty message with the log evidence [B, H, W] f32, if the model returned it."""
     if denoised.log_evidence is not None:
         write_tensor(message, denoised.log_evidence)
 

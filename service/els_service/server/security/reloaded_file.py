@@ -1,4 +1,4 @@
-"""Files reloaded on change; a broken one leaves the last good content in place."""
+"""Files reloaded on change; while one is invalid, its last valid content is used."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from els_service.errors import LoadError
 
 _log = logging.getLogger(__name__)
 
-STALE = "changed file cannot be used; its last good content still counts"
+STALE = "changed file is invalid; its last valid content is used"
 _RETRY_S = 1.0
 _REPEAT_S = 60.0
-"""How often the same failure is logged."""
+"""Interval at which a lasting failure is logged."""
 
 _T = TypeVar("_T")
 _Signature = tuple[tuple[int, ...] | None, ...]
 
 
 class ReloadedFile(Generic[_T]):
-    """Content of some files, read again when they change; may be asked from any thread.
+    """Content of a group of files, reloaded when they change; thread-safe.
 
-    Files that are emptied, removed or broken are stale: the last good content still counts, an
-    error is logged, repeated once a minute while it lasts, and they are tried again every second.
+    Files that become empty, missing or invalid are stale: the last valid content is used, an error
+    is logged once and then every minute, and reading is retried every second.
 
     Args:
-        paths: Files that are read together.
-        read: Turns them into a value.
-        every_s: How often they are looked at, at most.
-        clock: Monotonic, in seconds.
+        paths: files that are read together.
+        read: returns their content.
+        every_s: minimum time between checks.
+        clock: monotonic, in seconds.
 
     Raises:
-        LoadError: They cannot be read at the beginning.
+        LoadError: The first read failed.
     """
 
     def __init__(
@@ -54,27 +54,27 @@ class ReloadedFile(Generic[_T]):
         self._lock = Lock()
         self._seen = _signature(paths)
         self._value = read()
-        self._next_look = clock() + every_s
+        self._next_check = clock() + every_s
         self._stale: _Stale | None = None
 
     def current(self) -> _T:
-        """Return the last value that could be read."""
-        if self._clock() >= self._next_look:
+        """Return the last valid content."""
+        if self._clock() >= self._next_check:
             with self._lock:
-                self._look()
+                self._check()
         return self._value
 
     def stale_s(self) -> float:
-        """Return for how long the files have not been readable, 0.0 where they are; looks first."""
+        """Check the files; return for how many seconds they have been invalid, 0.0 if valid."""
         self.current()
         stale = self._stale
         return 0.0 if stale is None else self._clock() - stale.since
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._clock()
-        self._next_look = now + self._every_s
+        self._next_check = now + self._every_s
         found, stale = _signature(self._paths), self._stale
-        # A file whose permissions are put right looks the same, so a stale one is tried again.
+        # A change of permissions is not part of the signature, so stale files are retried.
         if found == self._seen and (stale is None or now < stale.next_try):
             return
         try:
@@ -85,23 +85,23 @@ class ReloadedFile(Generic[_T]):
                 self._seen = found
             return
         if _signature(self._paths) != found:
-            # Still being written: the next look finds it changed once more.
+            # Still being written: the next check reads it again.
             return
         self._seen, self._value, self._stale = found, value, None
-        _log.info("read anew", extra={"files": self._names()})
+        _log.info("reloaded", extra={"files": self._names()})
 
     def _fail(self, reason: str, now: float, *, changed: bool) -> None:
         stale = self._stale
         if stale is None:
             stale = self._stale = _Stale(now, datetime.now(UTC).isoformat(timespec="seconds"))
         stale.next_try = now + _RETRY_S
-        if not changed and now < stale.next_word:
+        if not changed and now < stale.next_log:
             return
-        stale.next_word = now + _REPEAT_S
+        stale.next_log = now + _REPEAT_S
         extra = {
             "files": self._names(),
             "reason": reason,
-            "stale_since": stale.told,
+            "stale_since": stale.since_text,
             "stale_s": round(now - stale.since, 1),
         }
         _log.error(STALE, extra=extra)
@@ -112,22 +112,22 @@ class ReloadedFile(Generic[_T]):
 
 @dataclass
 class _Stale:
-    """Files that cannot be read: since when, on the clock and as an ISO date."""
+    """Start of the staleness, on the clock and as an ISO date; times of the next retry and log."""
 
     since: float
-    told: str
+    since_text: str
     next_try: float = 0.0
-    next_word: float = 0.0
+    next_log: float = 0.0
 
 
 def _signature(paths: Sequence[Path]) -> _Signature:
-    return tuple(map(_mark, paths))
+    return tuple(map(_file_signature, paths))
 
 
-def _mark(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when the file does; None where there is none."""
+def _file_signature(path: Path) -> tuple[int, ...] | None:
+    """Return values that change with the file; None if it is missing."""
     try:
-        # Links are followed: mounted secrets change by a link that turns elsewhere.
+        # Links are followed: mounted secrets change by an update of a link.
         status = path.stat()
     except OSError:
         return None
@@ -135,8 +135,8 @@ def _mark(path: Path) -> tuple[int, ...] | None:
 
 
 def warn_if_public(path: Path) -> None:
-    """Log a warning where anybody on this machine can read a file that is nobody's business."""
-    # It may be gone by now; whoever reads it next is told.
+    """Log a warning if every user of this machine can read a secret file."""
+    # A file that is missing by now fails at its next read.
     with contextlib.suppress(OSError):
         if path.stat().st_mode & 0o004:
-            _log.warning("readable by everybody", extra={"file": str(path)})
+            _log.warning("secret file is readable by every user", extra={"file": str(path)})

@@ -24,32 +24,32 @@ class _Files:
         return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
 
 
-Watching = ReloadedFile[grpc.ServerCertificateConfiguration]
+ReloadedTls = ReloadedFile[grpc.ServerCertificateConfiguration]
 
 
-def watched(settings: Settings) -> Watching | None:
-    """Return the watched files of certificate, key and client CA, None without TLS.
+def reloaded(settings: Settings) -> ReloadedTls | None:
+    """Return the reloaded files of certificate, key and client CA; None without TLS.
 
     Raises:
-        LoadError: One of the files is missing in the settings, unreadable, or does not fit.
+        LoadError: A file is missing in the settings, unreadable or invalid.
     """
     files = _files(settings)
     return None if files is None else ReloadedFile(files.paths, lambda: _read(files))
 
 
-def credentials(files: Watching, *, client_certificates: bool) -> grpc.ServerCredentials:
+def credentials(files: ReloadedTls, *, client_certificates: bool) -> grpc.ServerCredentials:
     """Return the server's credentials.
 
-    A changed file counts from the next handshake on; connections stay as they are.
+    A changed file applies from the next handshake on; open connections are not affected.
 
     Args:
-        files: Of ``watched``.
-        client_certificates: Whether a handshake without a certificate of the client CA fails.
+        files: as returned by ``reloaded``.
+        client_certificates: whether handshakes require a certificate of the client CA.
     """
     served = files.current()
 
     def newest() -> grpc.ServerCertificateConfiguration | None:
-        # None leaves the one before: building a context takes gRPC longer than a handshake.
+        # None keeps the previous one: gRPC takes longer to build a context than for a handshake.
         nonlocal served
         current = files.current()
         if current is served:
@@ -57,10 +57,9 @@ def credentials(files: Watching, *, client_certificates: bool) -> grpc.ServerCre
         served = current
         return current
 
-    # The stubs do not know that None means no change.
     return grpc.dynamic_ssl_server_credentials(
         served,
-        newest,  # type: ignore[arg-type]
+        newest,  # type: ignore[arg-type]  # the stubs lack None, which means no change
         require_client_authentication=client_certificates,
     )
 
@@ -77,10 +76,10 @@ def _files(settings: Settings) -> _Files | None:
 
 
 def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
-    """Return what the files hold, checked: gRPC itself would tell nobody but its log."""
+    """Return the validated content of the files; gRPC would only log a fault."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # The empty password, as OpenSSL would ask a terminal for one.
+        # An empty password: without one OpenSSL would prompt on a terminal.
         context.load_cert_chain(files.certificate, files.key, password="")
         if files.client_ca:
             context.load_verify_locations(files.client_ca)
@@ -98,6 +97,6 @@ def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
 
 
 def _check_whole(content: bytes) -> None:
-    """Raise ValueError where PEM breaks off in a block's first line, which OpenSSL passes over."""
+    """Raise ValueError for PEM that is truncated in a block's first line, which OpenSSL ignores."""
     if content.count(b"-----BEGIN") != content.count(b"-----END"):
         raise ValueError("a block without an end")

@@ -1,10 +1,10 @@
-"""Bearer tokens: a file of their hashes, looked up at every call.
+"""Bearer tokens: a file of their hashes, checked at each call.
 
-The file is YAML or JSON, a list of entries as ``els-server token`` prints them:
+The file is YAML or JSON, a list of entries as printed by ``els-server token``:
 
     - {name: ci, role: infer, sha256: "9f86…", expires: 2027-01-01T00:00:00Z}
 
-Roles: infer, and admin, which includes it. A name may stand there twice, to replace a token.
+Roles: infer, and admin, which includes infer. A name may occur twice, to rotate its token.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from els_service.yaml_files import read_yaml, validate
 
 Role = Literal["infer", "admin"]
 
-_LOOK_EVERY_S = 1.0
+_CHECK_EVERY_S = 1.0
 _PREFIX = "els_"
-"""Lets scanners recognise a token in a place where it should not be."""
+"""Prefix by which secret scanners recognise tokens."""
 
 
 class Entry(BaseModel):
-    """What the file says of one token; expires: with a time zone."""
+    """Entry of one token; ``expires`` has a time zone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +48,9 @@ _ENTRIES = TypeAdapter(Annotated[list[Entry], Field(min_length=1)])
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Token:
+    """Parsed entry; ``expires`` in seconds since the epoch."""
+
     name: str
     admin: bool
     digest: bytes
@@ -56,34 +58,34 @@ class _Known:
 
 
 class Tokens:
-    """The tokens of a file, which is looked at once a second at most.
+    """Tokens of a file, which is checked for changes at most once a second.
 
     Raises:
-        LoadError: The file cannot be read or holds no entries.
+        LoadError: The file is unreadable, invalid or without entries.
     """
 
     def __init__(self, path: Path) -> None:
-        self._known = ReloadedFile((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
+        self._tokens = ReloadedFile((path,), lambda: _read(path), every_s=_CHECK_EVERY_S)
 
     def stale_s(self) -> float:
-        """Return the seconds for which the file has been unusable; 0.0 while it is usable."""
-        return self._known.stale_s()
+        """Return the seconds for which the file has been invalid; 0.0 while it is valid."""
+        return self._tokens.stale_s()
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]], *, admin: bool) -> str:
-        """Return the name of the token that a call's metadata show.
+        """Return the name of the token in a call's metadata.
 
         Args:
             metadata: names are lower case.
-            admin: whether the call needs that role.
+            admin: whether the method needs the role admin.
 
         Raises:
-            UnauthenticatedError: There is none, or it is unknown or expired.
-            PermissionDeniedError: It has not the role.
+            UnauthenticatedError: There is no token, or it is unknown or expired.
+            PermissionDeniedError: The token lacks the role.
         """
         digest = hashlib.sha256(_bearer(metadata)).digest()
-        known = self._known.current().get(digest)
-        # Found by its hash, which no caller can steer; the comparison that decides takes as long
-        # for any.
+        known = self._tokens.current().get(digest)
+        # Clients cannot choose the hash, so the lookup leaks no timing; the comparison takes
+        # constant time.
         if known is None or not hmac.compare_digest(known.digest, digest):
             raise UnauthenticatedError("authorization: expected a known token, got another")
         if known.expires <= time.time():
@@ -94,10 +96,10 @@ class Tokens:
 
 
 def new_token(name: str, role: Role, expires: AwareDatetime | None = None) -> tuple[str, Entry]:
-    """Return a fresh token of 256 random bits, and the entry for the file.
+    """Return a new token of 256 random bits, and its entry for the file.
 
     Raises:
-        LoadError: The name or the date is none that the file may hold.
+        LoadError: The name or the date is invalid.
     """
     token = _PREFIX + secrets.token_urlsafe(32)
     sha256 = hashlib.sha256(token.encode()).hexdigest()
@@ -114,11 +116,11 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     raise UnauthenticatedError("authorization: expected Bearer TOKEN, got none")
 
 
-def _read(path: Path) -> dict[bytes, _Known]:
+def _read(path: Path) -> dict[bytes, _Token]:
     """Return the tokens by their hash.
 
     Raises:
-        LoadError: Says where, but shows nothing of the file: it may hold a token by mistake.
+        LoadError: Names the line but quotes nothing: the file may contain a token by mistake.
     """
     try:
         content = read_yaml(path)
@@ -127,15 +129,15 @@ def _read(path: Path) -> dict[bytes, _Known]:
             raise
         mark = getattr(error.__cause__, "problem_mark", None)
         where = f" in line {mark.line + 1}" if isinstance(mark, yaml.Mark) else ""
-        raise LoadError(path, f"expected YAML, got a fault{where}") from None
+        raise LoadError(path, f"expected YAML, got malformed content{where}") from None
     entries = validate(_ENTRIES, content, path, secret=True)
     warn_if_public(path)
-    known = {one.digest: one for one in map(_known, entries)}
-    if len(known) < len(entries):
+    tokens = {token.digest: token for token in map(_token, entries)}
+    if len(tokens) < len(entries):
         raise LoadError(path, "expected each sha256 once, got one twice")
-    return known
+    return tokens
 
 
-def _known(entry: Entry) -> _Known:
+def _token(entry: Entry) -> _Token:
     expires = entry.expires.timestamp() if entry.expires else math.inf
-    return _Known(entry.name, entry.role == "admin", bytes.fromhex(entry.sha256), expires)
+    return _Token(entry.name, entry.role == "admin", bytes.fromhex(entry.sha256), expires)

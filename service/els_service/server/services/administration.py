@@ -16,7 +16,7 @@ from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of
-from els_service.server.transport.interceptor import Context
+from els_service.server.transport.grpc_types import Context
 
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "logging")
 
@@ -29,29 +29,35 @@ _LOG_SETTINGS = {
     "log_warning": "bool_param",
     "log_error": "bool_param",
 }
-"""Names and kinds: ours, and the switches that Triton's clients can set."""
+"""Name → kind of value: ``log_level``, and the switches that Triton's clients set."""
 
-Changed = Callable[[], None]
-"""Called when the models that are served are others than before."""
+OnChange = Callable[[], None]
+"""Called after the set of served models changes."""
 
 
 class Administration(GRPCInferenceServiceServicer):
-    """The extensions; the base methods are another's."""
+    """Extensions of the protocol; ``InferenceService`` adds the base methods.
 
-    def __init__(self, engine: Engine, limits: Limits, changed: Changed) -> None:
-        self._engine, self._limits, self._changed = engine, limits, changed
+    Args:
+        engine: has the models.
+        limits: of requests.
+        on_change: called after the set of served models changes.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, on_change: OnChange) -> None:
+        self._engine, self._limits, self._on_change = engine, limits, on_change
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
-        """Return how a model is set up."""
+        """Return the configuration of a model."""
         entry = self._engine.models.entry(request.name, request.version)
         return pb.ModelConfigResponse(config=_config(entry, self._limits))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        """Return what models were asked since they were loaded."""
+        """Return the statistics of one model, or of all, since they were loaded."""
         models = self._engine.models
         entries = [models.entry(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
@@ -61,7 +67,7 @@ class Administration(GRPCInferenceServiceServicer):
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        """Return the state of every model, or of those that are served."""
+        """Return the state of each model, or of the served ones only."""
         _check_repository(request.repository_name)
         index = pb.RepositoryIndexResponse.ModelIndex
         return pb.RepositoryIndexResponse(
@@ -80,33 +86,33 @@ class Administration(GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        """Load a model, or load it anew."""
+        """Load or reload a model."""
         _check_repository(request.repository_name)
         for name in request.parameters:
             raise InvalidArgumentError("parameters", "none", name)
         try:
             await self._engine.models.load(request.model_name)
         finally:
-            # A model that was refused at its first load has a health, too.
-            self._changed()
+            # A model whose first load failed has a health status, too.
+            self._on_change()
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        """Stop serving a model."""
+        """Unload a model."""
         _check_repository(request.repository_name)
         for name in request.parameters:
             if name != "unload_dependents":
                 raise InvalidArgumentError("parameters", "unload_dependents or none", name)
         self._engine.models.unload(request.model_name)
-        self._changed()
+        self._on_change()
         return pb.RepositoryModelUnloadResponse()
 
     async def LogSettings(
         self, request: pb.LogSettingsRequest, context: Context
     ) -> pb.LogSettingsResponse:
-        """Change the level of the log where it is given; return it in our word and in Triton's."""
+        """Set the log level if given; return it as ``log_level`` and as Triton's switches."""
         given = {
             name: _setting(name, value.WhichOneof("parameter_choice"), value)
             for name, value in request.settings.items()
@@ -121,7 +127,11 @@ class Administration(GRPCInferenceServiceServicer):
 
 
 def _setting(name: str, kind: str | None, value: pb.LogSettingsRequest.SettingValue) -> Any:
-    """Return the value of a setting that there is, of its own kind."""
+    """Return the validated value of a setting.
+
+    Raises:
+        InvalidArgumentError: The name, kind or value is wrong.
+    """
     if name not in _LOG_SETTINGS:
         known = ", ".join(_LOG_SETTINGS)
         raise InvalidArgumentError("settings", f"one of {known}", repr(name)[:100])
@@ -132,12 +142,12 @@ def _setting(name: str, kind: str | None, value: pb.LogSettingsRequest.SettingVa
     if name == _LOG_LEVEL and got not in logs.LEVELS:
         raise InvalidArgumentError(field, f"one of {', '.join(logs.LEVELS)}", got)
     if name == "log_error" and not got:
-        raise InvalidArgumentError(field, "true: errors are always told", "false")
+        raise InvalidArgumentError(field, "true: errors are always logged", "false")
     return got
 
 
 def _switches(level: str) -> dict[str, int]:
-    """Return a level as Triton's switches."""
+    """Return Triton's switches for a level."""
     at = logs.LEVELS.index(level)
     return {
         "log_verbose_level": int(at == 0),
@@ -148,7 +158,7 @@ def _switches(level: str) -> dict[str, int]:
 
 
 def _level(settings: dict[str, Any]) -> str:
-    """Return the level that our word or Triton's switches stand for."""
+    """Return the level of settings; ``log_level`` takes precedence over Triton's switches."""
     named: str | None = settings.get(_LOG_LEVEL)
     if named is not None:
         return named
@@ -157,13 +167,13 @@ def _level(settings: dict[str, Any]) -> str:
 
 
 def platform_of(info: DenoiserInfo) -> str:
-    """Return the name of a model's kind in this protocol."""
+    """Return the platform of a model: the protocol's term for its kind."""
     return f"els-denoise_{info.kind}"
 
 
 def _check_repository(name: str) -> None:
     if name:
-        raise InvalidArgumentError("repository_name", "none: there is one repository", name)
+        raise InvalidArgumentError("repository_name", "none: the server has one repository", name)
 
 
 def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
@@ -183,8 +193,8 @@ def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
         name=entry.model,
         platform=platform_of(info),
         backend="els-denoise",
-        # 0 means that shapes have the batch in them: without it a level would have no axis left,
-        # and the protocol has no word for a number.
+        # 0 means that shapes include the batch axis: without it a level would be a scalar, which
+        # the protocol cannot express.
         max_batch_size=0,
         input=[
             pb.ModelInput(
@@ -214,8 +224,8 @@ def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
 
 def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatistics:
     batches = statistics.batches
-    # Reading and writing tensors is not told apart; clients want as many of each all the same.
-    nothing = pb.StatisticDuration(count=statistics.computed.count)
+    # Input and output are not measured; clients expect the same count for them.
+    unmeasured = pb.StatisticDuration(count=statistics.computed.count)
     return pb.ModelStatistics(
         name=entry.model,
         version=str(entry.version),
@@ -226,9 +236,9 @@ def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatisti
             success=_duration(statistics.succeeded),
             fail=_duration(statistics.failed),
             queue=_duration(statistics.queued),
-            compute_input=nothing,
+            compute_input=unmeasured,
             compute_infer=_duration(statistics.computed),
-            compute_output=nothing,
+            compute_output=unmeasured,
         ),
         batch_stats=[
             pb.InferBatchStatistics(

@@ -1,4 +1,4 @@
-"""Service ``denoise.v1.DenoiserService``: reads requests, asks the engine, writes answers."""
+"""Service ``denoise.v1.DenoiserService``: decodes requests, calls the engine, encodes responses."""
 
 from __future__ import annotations
 
@@ -34,13 +34,20 @@ from els_service.server.requests.sample import (
 )
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
-from els_service.server.transport.interceptor import Answer, Context, check_message
+from els_service.server.transport.grpc_types import Context, Response
+from els_service.server.transport.message_parsing import check_message
 from els_service.server.transport.request_context import context_of
 from els_service.server.transport.tcp_info import shut_down
 
 
 class DenoiserService(DenoiserServiceServicer):
-    """Our own contract."""
+    """Methods of ``denoise.v1``.
+
+    Args:
+        engine: computes.
+        limits: of requests.
+        draining: set to end streams.
+    """
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
         self._engine, self._limits, self._draining = engine, limits, draining
@@ -51,44 +58,46 @@ class DenoiserService(DenoiserServiceServicer):
             models, limits, pb.DenoiseStreamResponse, "response", "denoised"
         )
 
-    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Answer:
+    async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Response:
         """Return the expected clean images."""
         entry, form, query, checked = self._denoise.read(request)
-        terms = context_of(context, request.priority, request.timeout_s)
-        answer = self._engine.denoise(entry, query, terms, checked=checked)
-        if not isinstance(answer, Denoised):
-            answer = await answer
-        return self._denoise.write(form, answer.pixels, answer)
+        scheduling = context_of(context, request.priority, request.timeout_s)
+        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        if not isinstance(denoised, Denoised):
+            denoised = await denoised
+        return self._denoise.write(form, denoised.pixels, denoised)
 
-    async def Score(self, request: pb.ScoreRequest, context: Context) -> Answer:
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> Response:
         """Return the scores."""
         entry, form, query, checked = self._score.read(request)
-        terms = context_of(context, request.priority, request.timeout_s)
-        answer = self._engine.denoise(entry, query, terms, checked=checked)
-        if not isinstance(answer, Denoised):
-            answer = await answer
-        return self._score.write(form, score_array(query, answer.pixels), answer)
+        scheduling = context_of(context, request.priority, request.timeout_s)
+        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        if not isinstance(denoised, Denoised):
+            denoised = await denoised
+        return self._score.write(form, score_array(query, denoised.pixels), denoised)
 
     def DenoiseStream(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
-    ) -> AsyncIterator[Answer]:
-        """Return the answers in the order of their requests."""
+    ) -> AsyncIterator[Response]:
+        """Return the responses in the order of their requests."""
         disconnect = partial(shut_down, context.peer())
         window = Window(self._engine.memory, caller_of(context), disconnect)
         return in_order(requests, partial(self._begin, context), self._draining, window)
 
-    def _begin(self, context: Context, request: pb.DenoiseRequest) -> Answer | Awaitable[Answer]:
-        """Return the answer to one request of a stream, or the answer to come."""
+    def _begin(
+        self, context: Context, request: pb.DenoiseRequest
+    ) -> Response | Awaitable[Response]:
+        """Return the response to one request of a stream, or an awaitable of it."""
         check_message(request)
         entry, form, query, checked = self._stream.read(request)
-        terms = context_of(context, request.priority, request.timeout_s)
-        answer = self._engine.denoise(entry, query, terms, checked=checked)
-        if isinstance(answer, Denoised):
-            return self._stream.write(form, answer.pixels, answer)
-        return self._later(form, answer)
+        scheduling = context_of(context, request.priority, request.timeout_s)
+        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        if isinstance(denoised, Denoised):
+            return self._stream.write(form, denoised.pixels, denoised)
+        return self._write_later(form, denoised)
 
-    async def _later(self, form: DenoiseForm, answer: Awaitable[Denoised]) -> bytes:
-        denoised = await answer
+    async def _write_later(self, form: DenoiseForm, pending: Awaitable[Denoised]) -> bytes:
+        denoised = await pending
         return self._stream.write(form, denoised.pixels, denoised)
 
     async def Sample(
@@ -135,7 +144,7 @@ class DenoiserService(DenoiserServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        """Return the newest version of every model that answers."""
+        """Return a description of the newest version of each served model."""
         return pb.ListModelsResponse(
             models=[
                 tensors.encode_model(entry, self._limits) for entry in self._engine.models.newest()
@@ -143,7 +152,7 @@ class DenoiserService(DenoiserServiceServicer):
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        """Return one model's description."""
+        """Return the description of one model."""
         entry = self._engine.models.entry(request.name, request.version)
         return pb.GetModelResponse(model=tensors.encode_model(entry, self._limits))
 

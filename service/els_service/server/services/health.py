@@ -1,7 +1,7 @@
 """Service ``grpc.health.v1.Health``: status of each service, by request or watch.
 
 Each watcher is woken by an event of its own and is sent the latest status only; one that does not
-take an answer delays nobody but itself and those on its connection.
+read a response delays only itself and others on its connection.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from grpc_health.v1.health_pb2_grpc import HealthServicer
 from els_service.errors import ResourceExhaustedError
 from els_service.server.addresses import is_unix
 from els_service.server.services.health_watchers import Watcher, Watchers
+from els_service.server.transport.grpc_types import Context
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.interceptor import SMALL_MESSAGE_BYTES, UNREADABLE, Context
+from els_service.server.transport.small_messages import SMALL_MESSAGE_BYTES, UNREADABLE
 
 _log = logging.getLogger(__name__)
 
@@ -29,16 +30,16 @@ Status = int
 """A ``HealthCheckResponse.ServingStatus``."""
 
 _TAKEN_WITHIN_S = 5.0
-"""A watcher whose peer leaves no room for an answer for this long is dropped."""
+"""Maximum time for which a watcher's peer may block a response; then the watcher is dropped."""
 WRITES_OF_PEER = 4
-"""Answers on their way to one connection at once."""
-_STALLED = f"watchers: expected room for an answer within {_TAKEN_WITHIN_S:g} s, got none"
+"""Maximum responses that are being sent on one connection at once."""
+_STALLED = f"watchers: expected each response to be read within {_TAKEN_WITHIN_S:g} s"
 _LISTED = 1000
-"""Services that one answer may list."""
+"""Maximum services in one response of ``List``."""
 
 _Response = health_pb2.HealthCheckResponse
 _lists: Any = health_pb2
-"""The same; the stubs do not know the messages of List."""
+"""The same module; its stubs lack the messages of ``List``."""
 
 
 class HealthService(HealthServicer):
@@ -46,7 +47,7 @@ class HealthService(HealthServicer):
 
     Args:
         statuses: by service; may change at any time.
-        watchers: of this port; are woken when they change.
+        watchers: of this port; woken when a status changes.
     """
 
     def __init__(self, statuses: Mapping[str, Status], watchers: Watchers) -> None:
@@ -56,7 +57,7 @@ class HealthService(HealthServicer):
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """Return a service's status; NOT_FOUND where there is no such service."""
+        """Return the status of a service; NOT_FOUND if it is unknown."""
         status = self._statuses.get(request.service)
         if status is None:
             got = ascii(request.service[:100])
@@ -65,7 +66,7 @@ class HealthService(HealthServicer):
         return _Response(status=status)
 
     async def List(self, request: object, context: Context) -> Any:
-        """Return the status of every service; RESOURCE_EXHAUSTED where there are too many."""
+        """Return the status of each service; RESOURCE_EXHAUSTED if there are too many."""
         if (count := len(self._statuses)) > _LISTED:
             text = f"services: expected at most {_LISTED} to list, got {count}"
             await context.abort(StatusCode.RESOURCE_EXHAUSTED, text)
@@ -73,14 +74,14 @@ class HealthService(HealthServicer):
         return _lists.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """Write a service's status at once and whenever it has changed.
+        """Write the status of a service at once and after each change.
 
-        SERVICE_UNKNOWN where there is no such service, which may change. Ends with
-        RESOURCE_EXHAUSTED where there are too many watchers, with DEADLINE_EXCEEDED where the peer
-        left no room for an answer for 5 s, and with INVALID_ARGUMENT where the request is none.
+        An unknown service is SERVICE_UNKNOWN until it is added. Ends with RESOURCE_EXHAUSTED if
+        there are too many watchers, DEADLINE_EXCEEDED if the client has not read a response for
+        5 s, and INVALID_ARGUMENT if the request is malformed.
         """
         if request.service == UNREADABLE:
-            # gRPC keeps its bytes as long as the call lasts.
+            # gRPC keeps its bytes for the duration of the call.
             text = f"request: expected a message of at most {SMALL_MESSAGE_BYTES} bytes"
             await context.abort(StatusCode.INVALID_ARGUMENT, text)
         try:
@@ -96,7 +97,7 @@ class HealthService(HealthServicer):
             self._watchers.end(watcher)
 
     async def _follow(self, watcher: Watcher, context: Context) -> None:
-        """Write what changes until the watcher is dropped."""
+        """Write changes of the status until the watcher is dropped."""
         sent: Status | None = None
         while not watcher.dropped:
             watcher.woken.clear()
@@ -108,9 +109,9 @@ class HealthService(HealthServicer):
                 sent = status
 
     async def _write(self, watcher: Watcher, status: Status, context: Context) -> None:
-        # gRPC has no way to give up on a write: it ends when the peer makes room or its connection
-        # ends, and so does the call. Hence few are begun at once on a connection; the others wait
-        # here, from where a call can be ended. Where there is room a write takes no time.
+        # gRPC cannot cancel a write: it ends when the client reads or disconnects, and the call not
+        # before. So few are begun at once per connection; the others wait here, where their call
+        # can be ended. If the client reads, a write takes no time.
         turn = self._turn(watcher.peer)
         try:
             async with asyncio.timeout(_TAKEN_WITHIN_S):
@@ -123,18 +124,18 @@ class HealthService(HealthServicer):
         try:
             await context.write(_Response(status=status))
         except grpc.aio.BaseError as error:
-            raise asyncio.CancelledError("the caller is gone") from error
+            raise asyncio.CancelledError("the client has disconnected") from error
         finally:
             timer.cancel()
             turn.release()
         check_cancelled()
 
     def _turn(self, peer: str) -> asyncio.Semaphore:
-        """Return what the writes of a connection share; kept while one of them holds it."""
+        """Return the semaphore for writes on a connection; exists while one of them holds it."""
         turn = self._turns.get(peer)
         if turn is None:
             turn = asyncio.Semaphore(WRITES_OF_PEER)
-            # Connections of a socket of the file system cannot be told apart.
+            # All connections of a Unix socket have the same peer.
             if not is_unix(peer):
                 self._turns[peer] = turn
         return turn
@@ -143,4 +144,4 @@ class HealthService(HealthServicer):
         if not watcher.dropped:
             self._watchers.drop(watcher, _STALLED)
             record = {"peer": watcher.peer, "reason": _STALLED}
-            _log.info("watcher of health dropped", extra=record)
+            _log.info("health watcher dropped", extra=record)

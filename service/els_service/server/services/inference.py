@@ -1,6 +1,7 @@
 """Open Inference Protocol: server and model metadata, and ``ModelInfer``.
 
-``signatures`` lists the inputs and outputs of a model, ``requests.inference`` reads them.
+``requests.signatures`` lists the inputs and outputs of a model, ``requests.inference`` decodes
+them.
 """
 
 from __future__ import annotations
@@ -20,45 +21,52 @@ from els_service.server.requests.signatures import FP32, INPUTS, inputs_of, outp
 from els_service.server.services.administration import (
     EXTENSIONS,
     Administration,
-    Changed,
+    OnChange,
     platform_of,
 )
-from els_service.server.transport.interceptor import Answer, Context
+from els_service.server.transport.grpc_types import Context, Response
 from els_service.server.transport.request_context import context_of
 from els_service.version import FULL
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {
-    "denoised": lambda query, answer: answer.pixels,
-    "score": lambda query, answer: score_array(query, answer.pixels),
-    "log_evidence": lambda query, answer: _evidence(answer),
+    "denoised": lambda query, denoised: denoised.pixels,
+    "score": lambda query, denoised: score_array(query, denoised.pixels),
+    "log_evidence": lambda query, denoised: _evidence(denoised),
 }
 
 
 class InferenceService(Administration):
-    """The base methods of the protocol; the extensions are inherited."""
+    """Base methods of the protocol; the extensions are inherited.
+
+    Args:
+        engine: computes.
+        limits: of requests.
+        ready: whether the server is ready.
+        on_change: as of ``Administration``.
+    """
 
     def __init__(
-        self, engine: Engine, limits: Limits, ready: Callable[[], bool], changed: Changed
+        self, engine: Engine, limits: Limits, ready: Callable[[], bool], on_change: OnChange
     ) -> None:
-        super().__init__(engine, limits, changed)
+        super().__init__(engine, limits, on_change)
         self._ready, self._infer = ready, InferenceMethod(engine.models, limits)
 
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context
     ) -> pb.ServerLiveResponse:
-        """Return true: the process answers."""
+        """Return true while the process runs."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(
         self, request: pb.ServerReadyRequest, context: Context
     ) -> pb.ServerReadyResponse:
-        """Return whether requests are taken."""
+        """Return whether the server accepts requests."""
         return pb.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        """Return whether a model takes requests; an unknown one does not."""
+        """Return whether a model is served; false for an unknown one."""
         try:
             self._engine.models.entry(request.name, request.version)
         except ElsError:
@@ -68,13 +76,13 @@ class InferenceService(Administration):
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
-        """Return name and version with commit."""
+        """Return name, version with commit, and extensions of the server."""
         return pb.ServerMetadataResponse(name="els-denoise", version=FULL, extensions=EXTENSIONS)
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        """Return inputs and outputs of a model."""
+        """Return the inputs and outputs of a model."""
         entry = self._engine.models.entry(request.name, request.version)
         metadata = pb.ModelMetadataResponse.TensorMetadata
         info = entry.info
@@ -92,18 +100,18 @@ class InferenceService(Administration):
             ],
         )
 
-    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Answer:
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Response:
         """Return the requested outputs, as raw contents."""
         entry, form, query, checked = self._infer.read(request)
-        terms = context_of(context, priority_of(request), timeout_s_of(request))
-        answer = self._engine.denoise(entry, query, terms, checked=checked)
-        if not isinstance(answer, Denoised):
-            answer = await answer
-        contents = [_OUTPUTS[output](query, answer) for output in form.outputs]
+        scheduling = context_of(context, priority_of(request), timeout_s_of(request))
+        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        if not isinstance(denoised, Denoised):
+            denoised = await denoised
+        contents = [_OUTPUTS[output](query, denoised) for output in form.outputs]
         return form.write(request.id.encode(), contents)
 
 
-def _evidence(answer: Denoised) -> npt.NDArray[np.float32]:
-    if answer.log_evidence is None:
-        raise RuntimeError("the model promised log_evidence and has none")
-    return answer.log_evidence
+def _evidence(denoised: Denoised) -> npt.NDArray[np.float32]:
+    if denoised.log_evidence is None:
+        raise RuntimeError("log_evidence: expected an array from this model, got None")
+    return denoised.log_evidence

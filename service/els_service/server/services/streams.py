@@ -1,4 +1,4 @@
-"""Bidirectional streams answered in order, with several requests under way."""
+"""Bidirectional streams with ordered responses and several requests in progress."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
+from els_service.server.transport.grpc_types import Response
 from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.interceptor import Answer, status_of
+from els_service.server.transport.status import status_of
 
 _log = logging.getLogger(__name__)
 
 WINDOW = 64
-"""Requests of one stream under way; beyond it the stream is not read, and its caller waits."""
+"""Maximum requests of one stream in progress; at the maximum the stream is not read."""
 _SHARE = 1 << 20
-"""Bytes that one of them may hold; one that holds more leaves room for fewer. So a stream whose
-caller does not read its answers holds ``WINDOW * _SHARE`` bytes, and the request read last."""
+"""Bytes per place in the window; a larger request takes several places. So a stream whose responses
+are not read holds at most ``WINDOW * _SHARE`` bytes and its latest request."""
 _FREE_BYTES = 1 << 20
-"""What a stream holds beyond this counts in the budget of all callers."""
+"""Bytes of a stream that are not charged to the budget of all callers."""
 _RETRY_S = 1.0
 _UNREAD_S = 1.0
-"""After that a stream that was evicted, and whose caller reads nothing, loses its connection."""
+"""Time after which the connection of an evicted stream is closed if its client reads nothing."""
 
-Begun = asyncio.Queue[tuple[Answer | asyncio.Future[Answer], int] | None]
-"""Answers, each with the bytes that its request holds; None where there is no other."""
+Pending = asyncio.Queue[tuple[Response | asyncio.Future[Response], int] | None]
+"""Responses, each with the bytes that its request holds; None ends the stream."""
 Request = pb.DenoiseRequest
-Begin = Callable[[Request], Answer | Awaitable[Answer]]
+Begin = Callable[[Request], Response | Awaitable[Response]]
 
 
 class Window:
-    """Requests of one stream that are under way, and the memory that they hold.
+    """Requests of one stream in progress, and the memory that they hold.
 
     Args:
         budget: of all callers, in bytes.
-        caller: whose stream it is.
-        disconnect: ends the stream's connection.
+        caller: of the stream.
+        disconnect: closes the connection of the stream.
     """
 
     def __init__(
@@ -47,35 +48,35 @@ class Window:
         self._budget, self._caller, self._disconnect = budget, caller, disconnect
         self._disconnecting: asyncio.TimerHandle | None = None
         self.evicted = asyncio.Event()
-        """Set once the stream has to end, as others need its memory."""
-        self._room = asyncio.Semaphore(WINDOW)
+        """Set when other callers need the memory of the stream, which then ends."""
+        self._places = asyncio.Semaphore(WINDOW)
         self._holding: Holding | None = None
         self._held = 0
 
-    async def enter(self, requests: int = 1) -> None:
-        """Wait until there is room for so many requests, and take it."""
-        for _ in range(requests):
-            await self._room.acquire()
+    async def enter(self, places: int = 1) -> None:
+        """Acquire places in the window, waiting until they are free."""
+        for _ in range(places):
+            await self._places.acquire()
 
     def hold(self, size: int) -> None:
-        """Note that a request holds ``size`` bytes.
+        """Charge ``size`` bytes of a request.
 
         Raises:
-            QueueFullError: There is no room for them in the budget.
+            QueueFullError: The budget is exhausted.
         """
         if self.evicted.is_set() or not self._fits(self._held + size):
-            raise no_room(f"{size} bytes of a stream")
+            raise exhausted(f"{size} bytes of a stream")
         self._held += size
 
     def leave(self, size: int) -> None:
-        """Give the room of a request that held ``size`` bytes back."""
+        """Release the bytes and places of a request that held ``size`` bytes."""
         self._held -= size
         self._fits(self._held)
         for _ in range(_places(size)):
-            self._room.release()
+            self._places.release()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         if self._holding is not None:
             self._budget.release(self._holding)
         if self._disconnecting is not None:
@@ -91,123 +92,126 @@ class Window:
 
     def _evict(self) -> None:
         self.evicted.set()
-        # An answer that is not read cannot be taken back, nor its stream ended otherwise.
+        # gRPC cannot withdraw a response that is not read, nor otherwise end its stream.
         loop = asyncio.get_running_loop()
         self._disconnecting = loop.call_later(_UNREAD_S, self._disconnect)
 
 
-def no_room(what: str) -> QueueFullError:
-    """Return the error of a stream for whose memory there is no room."""
-    text = f"no room for {what} beside what all callers hold"
+def exhausted(what: str) -> QueueFullError:
+    """Return the error for ``what``, which exceeds the budget of all callers."""
+    text = f"no memory for {what}: all callers together hold the budget"
     return QueueFullError(text, retry_after_s=_RETRY_S)
 
 
 async def in_order(
     requests: AsyncIterator[Request], begin: Begin, draining: asyncio.Event, window: Window
-) -> AsyncIterator[Answer]:
-    """Yield one answer for each request, in order; what fails is answered with its error.
+) -> AsyncIterator[Response]:
+    """Yield one response per request, in order; a failed request yields its error.
 
     Args:
-        requests: read as answers are taken.
-        begin: returns an answer or the answer to come, or raises.
-        draining: once it is set no more is read, what was read is answered, and the stream ends.
+        requests: read as responses are consumed.
+        begin: returns a response or an awaitable of one, or raises.
+        draining: when set, no further request is read, and the stream ends after the responses to
+            those that were read.
         window: of this stream.
 
     Raises:
-        UnavailableError: It ended because the server drains, before the caller had ended it.
-        QueueFullError: It ended because others need the memory that it holds.
+        UnavailableError: The server drains, and the client had not ended the stream.
+        QueueFullError: The stream was evicted.
     """
-    begun: Begun = asyncio.Queue()
-    reader = asyncio.ensure_future(_read(requests, begin, begun, window))
+    pending: Pending = asyncio.Queue()
+    reader = asyncio.ensure_future(_read(requests, begin, pending, window))
     ending = [
-        asyncio.ensure_future(_end_at(draining, reader, begun)),
-        asyncio.ensure_future(_drop_at(window.evicted, reader, begun)),
+        asyncio.ensure_future(_end_at(draining, reader, pending)),
+        asyncio.ensure_future(_drop_at(window.evicted, reader, pending)),
     ]
     try:
-        while (oldest := await begun.get()) is not None:
-            answer, size = oldest
-            yield await _settled(answer) if isinstance(answer, asyncio.Future) else answer
+        while (oldest := await pending.get()) is not None:
+            response, size = oldest
+            yield await _settled(response) if isinstance(response, asyncio.Future) else response
             window.leave(size)
         if window.evicted.is_set():
-            raise no_room("a stream")
-        # While it waits for a request it cannot be stopped.
+            raise exhausted("a stream")
+        # A reader that awaits a request cannot be stopped.
         if not reader.done() or reader.cancelled():
-            raise UnavailableError("the server is draining; send the rest to another")
+            raise UnavailableError(
+                "the server is draining; send the remaining requests to another replica"
+            )
         reader.result()
     finally:
         for task in (*ending, reader):
             task.cancel()
-        # A request that it waits for it waits for until the call ends; how that ends is known here.
-        reader.add_done_callback(_forget)
-        _drop(begun)
+        # A reader that awaits a request ends with the call; its exception is handled here.
+        reader.add_done_callback(_retrieve)
+        _drop(pending)
         window.close()
 
 
 async def _read(
     requests: AsyncIterator[Request],
     begin: Begin,
-    begun: Begun,
+    pending: Pending,
     window: Window,
 ) -> None:
     try:
-        # Before a request is read: one that was read is answered, whenever the reading ends.
+        # Before reading: each request that was read gets a response, whenever reading ends.
         await window.enter()
         async for request in requests:
             check_cancelled()
-            # Before it is begun: what has no room is not computed.
+            # Before computing: a request that exceeds the budget is not computed.
             size = _held(request)
             try:
                 window.hold(size)
             except QueueFullError as error:
-                ready: Answer | asyncio.Future[Answer] = _failed(error)
+                ready: Response | asyncio.Future[Response] = _failed(error)
                 size = 0
             else:
                 ready = _begin(begin, request)
-            begun.put_nowait((ready, size))
+            pending.put_nowait((ready, size))
             del request
             await window.enter(_places(size))
     finally:
-        begun.put_nowait(None)
+        pending.put_nowait(None)
 
 
-def _begin(begin: Begin, request: Request) -> Answer | asyncio.Future[Answer]:
+def _begin(begin: Begin, request: Request) -> Response | asyncio.Future[Response]:
     try:
-        answer = begin(request)
+        response = begin(request)
     except Exception as error:
         return _failed(error)
-    return asyncio.ensure_future(answer) if isinstance(answer, Awaitable) else answer
+    return asyncio.ensure_future(response) if isinstance(response, Awaitable) else response
 
 
-async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], begun: Begun) -> None:
+async def _end_at(draining: asyncio.Event, reader: asyncio.Task[None], pending: Pending) -> None:
     await draining.wait()
     reader.cancel()
-    begun.put_nowait(None)
+    pending.put_nowait(None)
 
 
-async def _drop_at(evicted: asyncio.Event, reader: asyncio.Task[None], begun: Begun) -> None:
+async def _drop_at(evicted: asyncio.Event, reader: asyncio.Task[None], pending: Pending) -> None:
     await evicted.wait()
     reader.cancel()
-    _drop(begun)
-    begun.put_nowait(None)
+    _drop(pending)
+    pending.put_nowait(None)
 
 
-def _drop(begun: Begun) -> None:
-    """Cancel and drop what is under way."""
-    while not begun.empty():
-        left = begun.get_nowait()
-        if left is not None and isinstance(left[0], asyncio.Future):
-            left[0].cancel()
+def _drop(pending: Pending) -> None:
+    """Cancel and drop the requests in progress."""
+    while not pending.empty():
+        item = pending.get_nowait()
+        if item is not None and isinstance(item[0], asyncio.Future):
+            item[0].cancel()
 
 
-def _forget(reader: asyncio.Task[None]) -> None:
-    """Take what a task raised, which would else be logged as an error."""
+def _retrieve(reader: asyncio.Task[None]) -> None:
+    """Retrieve the exception of a task, which asyncio would otherwise log as an error."""
     if not reader.cancelled():
         reader.exception()
 
 
-async def _settled(answer: asyncio.Future[Answer]) -> Answer:
+async def _settled(response: asyncio.Future[Response]) -> Response:
     try:
-        return await answer
+        return await response
     except Exception as error:
         return _failed(error)
 
@@ -217,18 +221,19 @@ def _places(size: int) -> int:
 
 
 def _held(request: Request) -> int:
-    """Return how many bytes a request and its answer hold at most, until the answer is taken."""
+    """Return the maximum bytes of a request and its response, until the response is consumed."""
     if not isinstance(request, pb.DenoiseRequest):
-        return 0  # its bytes were none
-    # Of each pixel what is asked and answered in float32; then the answer alone, which has as much
-    # evidence as pixels at most. A shape of more pixels than there are bytes is rejected.
+        return 0  # malformed
+    # Eight bytes per pixel: float32 of request and response while it is computed; then of response
+    # and evidence, which has at most as many elements. A shape with more pixels than the message
+    # has bytes is rejected.
     size = request.ByteSize()
     return size + 8 * max(0, min(math.prod(request.x.shape[:4]), size))
 
 
-def _failed(error: Exception) -> Answer:
+def _failed(error: Exception) -> Response:
     if not isinstance(error, ElsError):
         _log.error("stream", exc_info=error)
-    # Its frames know the request, and it them: they would stay until garbage is collected.
+    # Its frames reference the request and the error: a cycle until the next garbage collection.
     error.__traceback__ = None
     return pb.DenoiseStreamResponse(error=status_of(error))

@@ -1,4 +1,4 @@
-"""Metrics, traces and measurements of the process."""
+"""Metrics, traces and process measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tracing_maker(settings: Settings) -> Callable[[], Tracing] | None:
     """Return a factory for ``Tracing``, or None; imports OpenTelemetry only if tracing is on.
 
     Raises:
-        LoadError: Traces are asked for, and their extra is not installed.
+        LoadError: Tracing is on, and its extra is not installed.
     """
     if settings.traces is None:
         return None

@@ -1,8 +1,8 @@
-"""Histograms in plain numbers: any thread observes, any thread reads.
+"""Histograms with cheap observations, thread-safe.
 
-``prometheus_client``'s own take two locks and a search of the buckets for every observation, ten
-times as long as this, which appends to a list of pending values. They are counted, under a lock,
-when there are ``PENDING`` of them or when the histogram is read.
+An observation appends to a list of pending values, which are counted under a lock when there are
+``PENDING`` of them or when the histogram is read. ``prometheus_client``'s histograms take two locks
+and search the buckets at every observation, which takes ten times as long.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.samples import Exemplar
 
 PENDING = 256
-"""Values of one histogram that wait to be counted, at most."""
+"""Maximum pending values of one histogram."""
 
 
 class Histogram:
     """Counts of values by bucket, and their sum.
 
     Args:
-        bounds: the buckets' largest values, increasing; one more bucket takes the rest.
+        bounds: upper bounds of the buckets, increasing; one further bucket has none.
     """
 
     __slots__ = ("_counts", "_lock", "_pending", "_total", "bounds", "exemplars")
@@ -46,7 +46,7 @@ class Histogram:
             self.read()
 
     def read(self) -> tuple[list[int], float]:
-        """Return the values in each bucket, the last without a bound, and the sum of all."""
+        """Return the number of values in each bucket, and the sum of all values."""
         pending, counts, bounds = self._pending, self._counts, self.bounds
         with self._lock:
             for _ in range(len(pending)):
@@ -70,17 +70,17 @@ class Histogram:
             self.exemplars |= other.exemplars
 
     def exemplify(self, value: float, trace_id: str) -> None:
-        """Remember a trace as the latest example of a value's bucket."""
+        """Store a trace as the exemplar of a value's bucket."""
         exemplar = Exemplar({"trace_id": trace_id}, value, time.time())
         self.exemplars[bisect_left(self.bounds, value)] = exemplar
 
     def buckets(
         self, counts: Sequence[int]
     ) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
-        """Return (bound, values up to it, exemplar if any) of every bucket, the last infinite.
+        """Return (upper bound, cumulative count, exemplar if any) of each bucket.
 
         Args:
-            counts: as ``read`` returned them.
+            counts: as returned by ``read``.
         """
         rows: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         bounds = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
@@ -91,7 +91,7 @@ class Histogram:
 
 
 def merged(histograms: Sequence[Histogram], bounds: tuple[float, ...]) -> Histogram:
-    """Return one histogram of all values of several with the same bounds."""
+    """Return a histogram of all values of several with the same bounds."""
     one = Histogram(bounds)
     one.add(histograms)
     return one
@@ -103,7 +103,7 @@ def family(
     labels: Sequence[str],
     histograms: Iterable[tuple[Sequence[str], Histogram]],
 ) -> HistogramMetricFamily:
-    """Return a metric family of (values of the labels, histogram)."""
+    """Return the metric family of pairs (label values, histogram)."""
     metric = HistogramMetricFamily(name, text, labels=labels)
     for values, histogram in histograms:
         counts, total = histogram.read()

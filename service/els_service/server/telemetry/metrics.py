@@ -1,8 +1,8 @@
 """Prometheus metrics of calls, queues and batches.
 
-Everything is counted in plain numbers on the event loop; families are made when they are scraped.
-``grpc_server_…`` have the names, labels and code values of go-grpc-prometheus, so that dashboards
-and alerts written for it work.
+The event loop counts in plain numbers; metric families are built by each scrape. ``grpc_server_…``
+have the names, labels and code values of go-grpc-prometheus, so that dashboards and alerts for it
+work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from els_service import logs
 from els_service.engine.request_context import REASONS, BatchRecord
-from els_service.server.telemetry import heap
+from els_service.server.telemetry import process
 from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
 from els_service.version import COMMIT, VERSION
 
@@ -31,9 +31,9 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 RETAIN_S = 3600.0
-"""Time after a model's unload until its series end: so long may a scraper take to see the last."""
+"""Time from a model's unload to the end of its series; scrapers must read them within it."""
 RETAINED_MODELS = 64
-"""Unloaded models whose series are kept; beyond it the one unloaded longest ago goes sooner."""
+"""Maximum unloaded models with series; beyond it those unloaded first end early."""
 
 _MODEL = ("model",)
 _CODES = tuple(code.name for code in StatusCode)
@@ -63,7 +63,7 @@ _GAUGES = {
     "els_trajectories": "Trajectories in progress.",
     "els_watchdog_seconds": "Time without progress of a batch after which a device counts as hung.",
 }
-"""What engine and server tell when they are asked, and its help."""
+"""Name → help of the metrics that engine and server compute at each scrape."""
 _HEAP = {
     "els_python_blocks": "Memory blocks allocated by Python.",
     "els_malloc_used_bytes": "Bytes allocated by malloc; unbounded growth means a leak.",
@@ -75,13 +75,13 @@ Gauges = Iterable[tuple[str, dict[str, str], float]]
 
 
 class Method:
-    """What became of the calls of one RPC method.
+    """Counters of one RPC method.
 
     Args:
         kind: unary, client_stream, server_stream or bidi_stream.
         service: full name.
-        name: the method's.
-        model_field: of the request, that names the model; empty where none does.
+        name: of the method.
+        model_field: field of requests that names the model; empty if there is none.
     """
 
     __slots__ = (
@@ -94,12 +94,13 @@ class Method:
         self.path = f"{service}/{name}"
         self.labels = kind, service, name
         self.started = 0
-        """Calls begun; whoever handles them counts, as the messages."""
+        """Calls started, as counted by the interceptor."""
         self.received = 0
+        """Messages received, as counted by the parser."""
         self.sent = 0
-        """Messages of streams of answers; others are the calls that ended well."""
+        """Messages of response streams; unary methods send one per successful call."""
         self.ended: dict[tuple[str | None, str], Histogram] = {}
-        """Seconds by model and code; None stands for models whose series have ended."""
+        """Durations in seconds by model and code; model None sums those whose series have ended."""
 
     def end(self, model: str, code: str, seconds: float, trace_id: str | None = None) -> None:
         """Count the end of a call."""
@@ -111,17 +112,17 @@ class Method:
             histogram.exemplify(seconds, trace_id)
 
     def retire(self, models: set[str]) -> None:
-        """End the series of models; the method's own counts keep their calls."""
-        gone = [key for key in self.ended if key[0] in models]
+        """End the series of models; the method's counters keep their calls."""
+        retired = [key for key in self.ended if key[0] in models]
         kept = {key: histogram for key, histogram in self.ended.items() if key[0] not in models}
-        for code in {code for _, code in gone}:
-            keys = [(None, code), *(key for key in gone if key[1] == code)]
+        for code in {code for _, code in retired}:
+            keys = [(None, code), *(key for key in retired if key[1] == code)]
             kept[None, code] = merged([self.ended[k] for k in keys if k in self.ended], _SECONDS)
-        # In one step: a scrape in between would see the counts go back.
+        # In one step: otherwise a scrape in between would see counters decrease.
         self.ended = kept
 
-    def answers(self) -> int:
-        """Return how many messages were sent."""
+    def messages_sent(self) -> int:
+        """Return the number of messages sent."""
         if self.kind in ("server_stream", "bidi_stream"):
             return self.sent
         return sum(each.count for (_, code), each in list(self.ended.items()) if code == "OK")
@@ -139,14 +140,14 @@ class _Batches:
 
     def observe(self, seconds: float, images: int, cost: float) -> None:
         """Add one batch."""
-        # One append, not three: every small call comes by.
+        # One append instead of three: each small call passes here.
         self._pending.append((seconds, images, cost))
         if len(self._pending) >= PENDING:
             self.settle()
 
     def settle(self) -> _Batches:
         """Count the pending batches; return the histograms."""
-        with suppress(IndexError):  # another thread may settle, too
+        with suppress(IndexError):  # another thread may settle at the same time
             while True:
                 seconds, images, cost = self._pending.popleft()
                 self.compute.observe(seconds)
@@ -156,10 +157,10 @@ class _Batches:
 
 
 class Metrics(Collector):
-    """All metrics in one registry of their own; is the engine's ``Observer``.
+    """All metrics, in a registry of their own; implements the engine's ``Observer``.
 
     Args:
-        on_batch: told of every batch too.
+        on_batch: receives each batch, for tracing.
     """
 
     def __init__(self, on_batch: Callable[[BatchRecord], None] | None = None) -> None:
@@ -171,49 +172,49 @@ class Metrics(Collector):
         self._dropped: dict[tuple[str, str], int] = {}
         self._lag, self._latest_lag = Histogram(_LAG), 0.0
         self._unloaded: dict[str, float] = {}
-        """When models with series were first found not to be served; the oldest first."""
+        """Unloaded model with series → monotonic time at which it was found; oldest first."""
         self.gauges: Callable[[], Gauges] = tuple
-        """Asked at every scrape, in the scraper's thread; names as in ``_GAUGES``."""
+        """Called by each scrape, in its thread; names as in ``_GAUGES``."""
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
     def method(self, kind: str, service: str, name: str, model_field: str = "") -> Method:
-        """Return the counters of a method, from now on exported; arguments as of ``Method``."""
+        """Create and export the counters of a method; arguments as of ``Method``."""
         method = Method(kind, service, name, model_field)
         self._methods.append(method)
         return method
 
     def on_queued(self, model: str, seconds: float) -> None:
-        """One item waited this long."""
+        """Count one queued request or chunk, which waited for ``seconds``."""
         histogram = self._queued.get(model)
         if histogram is None:
             histogram = self._queued[model] = Histogram(_SECONDS)
         histogram.observe(seconds)
 
     def on_computed(self, model: str, seconds: float, images: int, cost: float) -> None:
-        """One batch of ``images`` took this long; ``cost`` seconds were predicted."""
+        """Count one batch of ``images``, computed in ``seconds``, predicted as ``cost`` seconds."""
         batches = self._computed.get(model)
         if batches is None:
             batches = self._computed[model] = _Batches()
         batches.observe(seconds, images, cost)
 
     def on_dropped(self, model: str, reason: str) -> None:
-        """One item has no answer, or one that nobody took."""
+        """Count one request without a delivered response."""
         key = model, reason
         self._dropped[key] = self._dropped.get(key, 0) + 1
 
-    def on_batch(self, launch: BatchRecord) -> None:
-        """One batch ended."""
+    def on_batch(self, batch: BatchRecord) -> None:
+        """Trace one batch."""
         if self._on_batch is not None:
-            self._on_batch(launch)
+            self._on_batch(batch)
 
     def lagged(self, seconds: float) -> None:
-        """The event loop was this late."""
+        """Observe a lag of the event loop."""
         self._latest_lag = seconds
         self._lag.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every family; called in the thread of whoever scrapes."""
+        """Yield all metric families; called in the scrape's thread."""
         yield from self._of_calls()
         yield from self._of_methods()
         yield from self._of_batches()
@@ -221,11 +222,11 @@ class Metrics(Collector):
         yield from self._of_process()
 
     def retire(self, served: Iterable[str], now: float | None = None) -> None:
-        """End the series of models unloaded for ``RETAIN_S``; call it in the event loop's thread.
+        """End the series of models unloaded for ``RETAIN_S``; called in the event loop's thread.
 
         Args:
-            served: Names of the models that are served or being loaded.
-            now: On the monotonic clock.
+            served: names of the models that are served or being loaded.
+            now: on the monotonic clock.
         """
         now = time.monotonic() if now is None else now
         unloaded = self._with_series() - set(served)
@@ -233,20 +234,20 @@ class Metrics(Collector):
         self._unloaded = known | dict.fromkeys(sorted(unloaded - known.keys()), now)
         oldest = list(self._unloaded)[: max(0, len(self._unloaded) - RETAINED_MODELS)]
         over = {model for model, since in self._unloaded.items() if now - since >= RETAIN_S}
-        for model in (gone := over.union(oldest)):
+        for model in (retired := over.union(oldest)):
             del self._unloaded[model]
             self._queued.pop(model, None)
             self._computed.pop(model, None)
-        for key in [key for key in self._dropped if key[0] in gone]:
+        for key in [key for key in self._dropped if key[0] in retired]:
             del self._dropped[key]
         for method in self._methods:
-            method.retire(gone)
+            method.retire(retired)
 
     def _with_series(self) -> set[str]:
-        """Return the models that have series; calls that name none have the empty name."""
-        asked = {model for method in self._methods for model, _ in method.ended if model}
+        """Return the models with series, without the empty name of calls without a model."""
+        called = {model for method in self._methods for model, _ in method.ended if model}
         dropped = {model for model, _ in self._dropped}
-        return (asked | self._queued.keys() | self._computed.keys() | dropped) - {""}
+        return (called | self._queued.keys() | self._computed.keys() | dropped) - {""}
 
     def _of_calls(self) -> Iterator[Metric]:
         yield family(
@@ -275,9 +276,9 @@ class Metrics(Collector):
             ended = list(method.ended.items())
             started.add_metric(method.labels, method.started)
             received.add_metric(method.labels, method.received)
-            sent.add_metric(method.labels, method.answers())
-            # From zero on, as go-grpc-prometheus can: a rate cannot see the call that makes a
-            # series.
+            sent.add_metric(method.labels, method.messages_sent())
+            # From zero on, as an option of go-grpc-prometheus: a rate does not see the first
+            # value of a series.
             for code in _CODES:
                 count = sum(each.count for (_, found), each in ended if found == code)
                 handled.add_metric((*method.labels, _go_code(code)), count)
@@ -313,7 +314,7 @@ class Metrics(Collector):
         yield family("els_event_loop_lag_seconds", text, (), [((), self._lag)])
         text = "Latest lag of the event loop."
         yield GaugeMetricFamily("els_event_loop_lag_latest_seconds", text, self._latest_lag)
-        for name, value in heap.sizes():
+        for name, value in process.heap_sizes():
             yield GaugeMetricFamily(name, _HEAP[name], value)
         text = "Log records that could not be written."
         yield CounterMetricFamily("els_log_records_lost", text, logs.lost())
@@ -327,7 +328,7 @@ class Metrics(Collector):
 
 
 def _of_gauges(gauges: Gauges) -> list[Metric]:
-    """Return the families; what has the same labels, as versions of a model do, is summed."""
+    """Return the metric families; values with equal labels (versions of a model) are summed."""
     sums: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for name, labels, value in gauges:
         by_labels, key = sums.setdefault(name, {}), tuple(labels.items())
@@ -335,15 +336,15 @@ def _of_gauges(gauges: Gauges) -> list[Metric]:
     families = []
     for name, by_labels in sums.items():
         kind = "counter" if name.endswith("_total") else "gauge"
-        one = Metric(name.removesuffix("_total"), _GAUGES[name], kind)
+        metric = Metric(name.removesuffix("_total"), _GAUGES[name], kind)
         for key, value in by_labels.items():
-            one.add_sample(name, dict(key), value)
-        families.append(one)
+            metric.add_sample(name, dict(key), value)
+        families.append(metric)
     return families
 
 
 def _go_code(code: str) -> str:
-    """Return a status code as Go writes it: ``InvalidArgument``."""
+    """Return a status code in Go's notation: ``InvalidArgument``."""
     if code == "CANCELLED":
         return "Canceled"
     return code if code == "OK" else code.title().replace("_", "")

@@ -1,11 +1,11 @@
-"""OpenTelemetry spans of calls, their waits and computations, and batches.
+"""OpenTelemetry spans of calls, their queueing and compute times, and batches.
 
     caller's span ─► call (server span) ─┬► queue
                                          └► compute ··link··► batch ··links··► call, call, …
 
-A batch belongs to no caller, so its span begins a trace of its own. A call is traced where its
-caller's traceparent says so, or by lot where it has none; any other one makes no span at all.
-Import this where traces are asked for: it needs the extra ``tracing``.
+A batch may have members of several callers, so its span is the root of a trace of its own. A call
+is traced if its traceparent is sampled, or, without a traceparent, at random; other calls create no
+span. Import this module only if tracing is on: it needs the extra ``tracing``.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Metadata = Sequence[tuple[str, Any]]
 
 
 class Tracing:
-    """Makes spans and sends them to a collector from a thread of its own.
+    """Creates spans, and exports them in a thread of its own.
 
     Args:
-        endpoint: of an OTLP collector that speaks gRPC, ``http://…`` or ``https://…``.
-        ratio: share of the calls without a caller's decision that are traced.
-        exporter: takes the spans instead of ``endpoint``.
+        endpoint: of an OTLP collector with gRPC, ``http://…`` or ``https://…``.
+        ratio: share of the calls without a traceparent that are traced.
+        exporter: receives the spans instead of ``endpoint``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tracing:
         self._ratio = ratio
         self._exporter = exporter or _exporter(endpoint)
         resource = Resource.create({"service.name": "els-denoise", "service.version": FULL})
-        # Whether to sample is decided before a span is made.
+        # The sampling decision is made before a span is created.
         self._provider = TracerProvider(
             sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False
         )
@@ -63,11 +63,11 @@ class Tracing:
         self._tracer = self._provider.get_tracer("els_service")
 
     def begin(self, method: str, metadata: Metadata) -> Span | None:
-        """Return the span of a call that begins now, or None where it is not traced.
+        """Return the span of a call that starts now; None if it is not traced.
 
         Args:
             method: full name, ``package.Service/Method``.
-            metadata: of the call; ``traceparent`` and ``tracestate`` are read.
+            metadata: of the call, with ``traceparent`` and ``tracestate``.
         """
         carrier = {key: value for key, value in metadata if key in _HEADERS}
         parent = _PROPAGATOR.extract(carrier) if carrier else None
@@ -79,7 +79,7 @@ class Tracing:
         return self._tracer.start_span(method, parent, SpanKind.SERVER, attributes)
 
     def end(self, span: Span, code: str, model: str) -> None:
-        """End a call's span with its status code (``OK``, ``INVALID_ARGUMENT``, …)."""
+        """End the span of a call with its status code (``OK``, ``INVALID_ARGUMENT``, …)."""
         span.set_attributes({"rpc.response.status_code": code, "els.model": model})
         if code in _FAULTS:
             span.set_attribute("error.type", code)
@@ -87,45 +87,45 @@ class Tracing:
         span.end()
 
     def trace_id(self, span: Span) -> str:
-        """Return the id of a span's trace, 32 hexadecimal digits."""
+        """Return the trace id of a span, 32 hexadecimal digits."""
         return trace.format_trace_id(span.get_span_context().trace_id)
 
-    def on_batch(self, launch: BatchRecord) -> None:
-        """Make the spans of a batch, where any of its members is traced."""
+    def on_batch(self, batch: BatchRecord) -> None:
+        """Create the spans of a batch if any of its members is traced."""
         members = [
             (member, queued_ns)
-            for member, queued_ns in zip(launch.members, launch.queued_ns, strict=True)
+            for member, queued_ns in zip(batch.members, batch.queued_ns, strict=True)
             if isinstance(member, Span)
         ]
         if not members:
             return
-        attributes = {"els.model": launch.model, "els.device": launch.device}
-        batch = self._tracer.start_span(
+        attributes = {"els.model": batch.model, "els.device": batch.device}
+        batch_span = self._tracer.start_span(
             "batch",
             trace.set_span_in_context(trace.INVALID_SPAN),
             SpanKind.INTERNAL,
-            {**attributes, "els.images": launch.images, "els.cost_seconds": launch.cost},
-            # A call of many images may be a member several times.
+            {**attributes, "els.images": batch.images, "els.cost_seconds": batch.cost},
+            # A call that was split into chunks may be a member several times.
             [Link(span.get_span_context()) for span in dict.fromkeys(span for span, _ in members)],
-            launch.started_ns,
+            batch.started_ns,
         )
-        batch.end(launch.ended_ns)
-        company = [Link(batch.get_span_context())]
+        batch_span.end(batch.ended_ns)
+        links = [Link(batch_span.get_span_context())]
         for member, queued_ns in members:
             parent = trace.set_span_in_context(member)
             queue = self._tracer.start_span("queue", parent, start_time=queued_ns)
-            queue.end(launch.started_ns)
+            queue.end(batch.started_ns)
             compute = self._tracer.start_span(
                 "compute",
                 parent,
                 attributes=attributes,
-                links=company,
-                start_time=launch.started_ns,
+                links=links,
+                start_time=batch.started_ns,
             )
-            compute.end(launch.ended_ns)
+            compute.end(batch.ended_ns)
 
     def close(self) -> None:
-        """Send what is left, within seconds even if nobody takes it. Blocks."""
+        """Export the remaining spans; blocks for seconds if the collector is unreachable."""
         closing = Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_CLOSE_S)
@@ -134,11 +134,11 @@ class Tracing:
 
 
 def _exporter(endpoint: str) -> OTLPSpanExporter:
-    # Its type says that values are texts, but gRPC's are numbers, too.
-    direct: Any = (("grpc.enable_http_proxy", 0),) if _is_near(endpoint) else None
+    # The declared type allows string values only; gRPC also takes integers.
+    direct: Any = (("grpc.enable_http_proxy", 0),) if _is_local(endpoint) else None
     return OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S, channel_options=direct)
 
 
-def _is_near(endpoint: str) -> bool:
-    """Return whether a collector is on this machine, by its name: a proxy could not reach it."""
+def _is_local(endpoint: str) -> bool:
+    """Return whether a collector has a loopback name, which a proxy could not reach."""
     return is_loopback_name(urlsplit(endpoint).hostname or "")

@@ -9,16 +9,16 @@ _token_name: ContextVar[str] = ContextVar("token_name")
 
 
 def set_token_name(name: str) -> None:
-    """Set the name of the token that the current call presents."""
-    # Each call runs in a task of its own, so the variable belongs to the call.
+    """Set the name of the current call's token."""
+    # Each call runs in a task, and therefore in a context, of its own.
     _token_name.set(name)
 
 
 def token_name() -> str | None:
-    """Return the name of the token that the current call presents; None without a token."""
+    """Return the name of the current call's token; None without a token."""
     return _token_name.get(None)
 
 
 def caller_of(context: Any) -> str:
-    """Return the caller of a call: the token's name, else the peer, which is one connection."""
+    """Return the caller: the name of the call's token, else its peer, which is one connection."""
     return _token_name.get(None) or context.peer()

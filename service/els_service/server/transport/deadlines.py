@@ -1,25 +1,25 @@
-"""Deadlines of callers, corrected for gRPC's rounding of timeouts."""
+"""Deadlines of clients, corrected for gRPC's rounding of timeouts."""
 
 from __future__ import annotations
 
 _FINEST_S = 1e-3
 _DIGITS = 1000
-"""A timeout is sent as three digits of milliseconds, of tens of them, of hundreds, and so on."""
-_ON_ITS_WAY = 0.98
-"""Part of its time that a call has left, at least, where its unit is judged by that."""
+"""A timeout is sent as up to three digits of a unit: 1 ms, 10 ms, 100 ms, and so on."""
+_IN_TRANSIT = 0.98
+"""Minimum share of its timeout that a call has left on arrival, assumed to determine the unit."""
 
 
 def unrounded_s(left_s: float) -> float:
-    """Return how long the caller of a call waits at least, by what the server is told.
+    """Return a lower bound of the time that the client of a call still waits.
 
     gRPC rounds a timeout up to a multiple of 1 ms below 1 s, of 10 ms below 10 s, and so on: by
-    1 % at most (``Timeout`` of its core, transport/timeout_encoding.cc). Other implementations send
-    more digits; what they tell is taken for less than it is, by as little.
+    at most 1 % (``Timeout`` of its core, transport/timeout_encoding.cc). The timeouts of
+    implementations that send more digits are underestimated by as much.
 
     Args:
-        left_s: until the deadline that the server is told.
+        left_s: until the deadline as the server received it.
     """
     unit_s = _FINEST_S
-    while left_s > _ON_ITS_WAY * _DIGITS * unit_s:
+    while left_s > _IN_TRANSIT * _DIGITS * unit_s:
         unit_s *= 10
     return left_s - unit_s

@@ -1,10 +1,10 @@
-"""gRPC server whose operations are all awaited, so that their memory is freed.
+"""Workaround for a memory leak of grpc.aio (grpc/grpc#43360).
 
-grpc.aio frees a batch of operations when a task sees it end well. One that fails, or whose task is
-cancelled meanwhile, is never freed: some hundred bytes for each call that its caller leaves
-(grpc/grpc#43360). Here every batch ends well for its task. That it failed means that the caller is
-gone, which the call's own cancellation says; and a cancellation takes effect after the batch, which
-on a dead call is at once: whoever awaited the batch calls ``check_cancelled``.
+grpc.aio frees a batch of operations only if the task that awaits it sees it succeed. One that
+fails, or whose task is cancelled meanwhile, is never freed: a few hundred bytes per cancelled call.
+Here every batch succeeds for its task. A failed batch means that the client has disconnected, and
+then the call is cancelled, too. The cancellation takes effect after the batch, which ends at once
+on a dead call: code that awaits a batch calls ``check_cancelled`` afterwards.
 """
 
 from __future__ import annotations
@@ -18,45 +18,49 @@ import grpc
 
 
 def make_server(options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
-    """Return a server for the running loop; what awaits its batches calls ``check_cancelled``.
+    """Return a server for the running loop; code that awaits its batches calls ``check_cancelled``.
 
     Args:
         options: gRPC's channel arguments.
     """
     loop = asyncio.get_running_loop()
     stand_in = _StandIn(loop)
-    # There is no argument for it: a server takes the loop that runs.
-    # It has all of a loop's methods, though none that mypy can see.
+    # A server has no argument for the loop: it uses the running one.
+    # mypy cannot see the methods of a loop that ``__getattr__`` provides.
     asyncio._set_running_loop(stand_in)  # type: ignore[arg-type]
     try:
         server = grpc.aio.server(options=options)
     finally:
         asyncio._set_running_loop(loop)
-    # Not before: what was made until now is no batch.
+    # Not earlier: the futures that a server creates for itself are not batches.
     stand_in.create_future = partial(_CompletionFuture, loop=loop)
     return server
 
 
 def check_cancelled() -> asyncio.Task[Any]:
-    """Return the current task; raise CancelledError if it is to end.
+    """Return the current task.
 
-    To be asked after every read and write: a task that only reads or writes is not told otherwise.
+    Called after each read and write: nothing else raises the cancellation in a task that only reads
+    or writes.
+
+    Raises:
+        CancelledError: The task was cancelled.
     """
     task = asyncio.current_task()
     assert task is not None
     if task.cancelling():
-        # The task keeps the error, whose traceback has this frame: a cycle for the collector.
+        # The task keeps the exception, whose traceback references this frame: a cycle.
         del task
-        raise asyncio.CancelledError("the caller is gone")
+        raise asyncio.CancelledError("the client has disconnected")
     return task
 
 
 class _StandIn:
-    """The event loop as a server sees it: the same, but for its futures."""
+    """Proxy of the event loop that creates other futures."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        # Asked for at every call.
+        # Used by every call: faster as an attribute than by ``__getattr__``.
         self.create_task = loop.create_task
         self.create_future: Any = loop.create_future
 
@@ -64,7 +68,7 @@ class _StandIn:
         return getattr(self._loop, name)
 
     def __eq__(self, other: object) -> bool:
-        # Were they two loops, gRPC would hand every event from one to the other.
+        # With two unequal loops gRPC would transfer each event from one to the other.
         return other is self or other is self._loop
 
     def __hash__(self) -> int:
@@ -72,20 +76,20 @@ class _StandIn:
 
 
 class _CompletionFuture(asyncio.Future[None]):
-    """Done when the core is, and not before.
+    """Future that is done when gRPC's core is, even if the batch failed or the task was cancelled.
 
-    No ``__init__``: there are several of these in every call, and it would double what they cost.
+    It has no ``__init__``, which would double its cost: each call creates several.
     """
 
     __slots__ = ()
 
     def set_exception(self, exception: type | BaseException) -> None:
-        """Let the task go on where the batch failed."""
+        """Resume the task if the batch failed."""
         if isinstance(exception, grpc.aio.InternalError):
             self.set_result(None)
         else:
             super().set_exception(exception)
 
     def cancel(self, msg: Any = None) -> bool:
-        """Leave it to ``check_cancelled``: the task counts that it is to end."""
+        """Ignore the cancellation, which ``check_cancelled`` finds in the task."""
         return True

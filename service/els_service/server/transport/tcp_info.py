@@ -1,6 +1,7 @@
 """TCP connections of this process by peer: bytes received, and shutdown.
 
-gRPC reports nothing about a message before it is complete; ``tcpi_bytes_received`` of tcp(7) does.
+gRPC reports nothing about a message before it is complete; ``tcpi_bytes_received`` of tcp(7) counts
+its bytes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class TcpConnections:
         self._files: dict[_Address, list[int]] = {}
 
     def scan(self) -> None:
-        """Find the connections; keeps those known where the open files cannot be listed."""
+        """Find the connections; keeps the previous ones if the open files cannot be listed."""
         try:
             names = os.listdir("/proc/self/fd")
         except OSError:
-            return  # no file can be opened at the moment
+            return  # the limit of open files is reached
         files: dict[_Address, list[int]] = {}
         for name in names:
             address = _peer_of(int(name))
@@ -40,13 +41,13 @@ class TcpConnections:
         self._files = files
 
     def received(self, peer: str) -> int | None:
-        """Return the bytes received from a peer; None where no TCP connection of it is known.
+        """Return the bytes received from a peer; None if it has no known TCP connection.
 
-        A peer may have several connections from one port, to different ports of this process:
-        their sum counts.
+        A peer may have several connections from one port, to different ports of this process; their
+        sum is returned.
 
         Args:
-            peer: as gRPC writes it: ``ipv4:127.0.0.1:5``, ``ipv6:%5B::1%5D:5``, ``unix:``.
+            peer: in gRPC's notation: ``ipv4:127.0.0.1:5``, ``ipv6:%5B::1%5D:5``, ``unix:``.
         """
         address = _address_of(peer)
         if address is None:
@@ -58,10 +59,10 @@ class TcpConnections:
 
 
 def shut_down(peer: str) -> None:
-    """End the TCP connections of a peer: every call on them is cancelled.
+    """Close the TCP connections of a peer, which cancels their calls.
 
     Args:
-        peer: as of ``TcpConnections.received``; others than TCP's are left.
+        peer: as of ``TcpConnections.received``; ignored if it is not a TCP peer.
     """
     address = _address_of(peer)
     connections = TcpConnections()
@@ -71,14 +72,14 @@ def shut_down(peer: str) -> None:
             with _borrowed(file) as connection:
                 connection.shutdown(socket.SHUT_RDWR)
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it was closed in the meantime
 
 
 def _peer_of(file: int) -> _Address | None:
     try:
         with _borrowed(file) as connection:
             name = connection.getpeername()
-            # Sockets of other families, such as netlink, have numbers for names.
+            # The peer name of other families, such as netlink, is a number.
             if not isinstance(name, tuple) or not isinstance(name[0], str):
                 return None
             return _normalised(name[0], name[1])
@@ -98,8 +99,8 @@ def _received_of(file: int) -> int | None:
 
 @contextmanager
 def _borrowed(file: int) -> Iterator[socket.socket]:
-    """Yield a socket over an open file that stays gRPC's: it is not closed."""
-    # The family is given, so that nothing is asked of a file that may be no socket.
+    """Yield a socket for an open file of gRPC's, without closing it."""
+    # With a given family the constructor makes no system call on a file that may not be a socket.
     connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=file)
     try:
         yield connection

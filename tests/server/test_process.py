@@ -6,7 +6,7 @@ import asyncio
 import re
 from pathlib import Path
 
-from els_service.server.telemetry import heap
+from els_service.server.telemetry import process
 
 MIB = 1 << 20
 _BLOCK = 100 << 10
@@ -23,7 +23,7 @@ async def test_blocks_between_others_are_given_back() -> None:
     blocks = [bytearray(_BLOCK) for _ in range(300 * MIB // _BLOCK)]
     large = resident_mib()
     del blocks[1:-1]  # the last stays at the top of the heap
-    trimming = asyncio.create_task(heap.trim(0.01))
+    trimming = asyncio.create_task(process.trim_heap(0.01))
     try:
         async with asyncio.timeout(20):
             while resident_mib() > large - 200:
