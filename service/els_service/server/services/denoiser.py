@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -103,9 +104,18 @@ class DenoiserService(DenoiserServiceServicer):
         self, request: pb.SampleRequest, context: Context
     ) -> AsyncIterator[pb.SampleResponse]:
         """Yield the steps of a trajectory."""
-        entry = self._engine.models.entry(request.model, request.version)
-        info, count = entry.info, request.count or 1
-        self._check_sample(request, info, count)
+        entry, count = self._engine.models.entry(request.model, request.version), request.count or 1
+        self._check_sample(request, entry.info, count)
+        terms = context_of(context, request.priority)
+        if entry.loaded is None:
+            # Its files may have changed: the token is judged by the model that answers. The name
+            # is taken now, as the connection may be closed when the model is loaded.
+            terms = replace(terms, caller=terms.name())
+            entry = await self._engine.loaded_entry(request.model, request.version, terms)
+            self._check_sample(request, entry.info, count)
+        # A copy: a reload must not change what the tokens of this trajectory are bound to.
+        entry = replace(entry)
+        info = entry.info
         name = _SAMPLERS[request.sampler]
         options = Options(
             steps=request.steps,
@@ -125,7 +135,6 @@ class DenoiserService(DenoiserServiceServicer):
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
         )
-        terms = context_of(context, request.priority)
         steps = self._engine.sample(request.model, run, terms, version=request.version)
         taken: Step | None = None
         try:
