@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Generic, TypeVar
 
 from els_service.errors import LoadError
@@ -35,6 +35,8 @@ class ReloadedFile(Generic[_T]):
         paths: Files that are read together.
         read: Turns them into a value.
         every_s: How often they are looked at, at most.
+        background: Whether ``current`` leaves reading to a thread and returns at once, for callers
+            on an event loop: a file of thousands of entries takes seconds.
         clock: Monotonic, in seconds.
 
     Raises:
@@ -47,10 +49,11 @@ class ReloadedFile(Generic[_T]):
         read: Callable[[], _T],
         *,
         every_s: float = 0.0,
+        background: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths, self._read, self._every_s = paths, read, every_s
-        self._clock = clock
+        self._background, self._clock = background, clock
         self._lock = Lock()
         self._seen = _signature(paths)
         self._value = read()
@@ -60,17 +63,25 @@ class ReloadedFile(Generic[_T]):
     def current(self) -> _T:
         """Return the last value that could be read."""
         if self._clock() >= self._next_look:
-            with self._lock:
+            if not self._background:
                 self._look()
+            elif not self._lock.locked():
+                self._next_look = self._clock() + self._every_s
+                Thread(target=self._look, name="els-reload", daemon=True).start()
         return self._value
 
     def stale_s(self) -> float:
         """Return for how long the files have not been readable, 0.0 where they are; looks first."""
-        self.current()
+        if self._background or self._clock() >= self._next_look:
+            self._look()
         stale = self._stale
         return 0.0 if stale is None else self._clock() - stale.since
 
     def _look(self) -> None:
+        with self._lock:
+            self._look_locked()
+
+    def _look_locked(self) -> None:
         now = self._clock()
         self._next_look = now + self._every_s
         found, stale = _signature(self._paths), self._stale
@@ -78,6 +89,7 @@ class ReloadedFile(Generic[_T]):
         if found == self._seen and (stale is None or now < stale.next_try):
             return
         try:
+            _check_regular(self._paths)
             value = self._read()
         except LoadError as error:
             if _signature(self._paths) == found:
@@ -132,6 +144,13 @@ def _mark(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_regular(paths: Sequence[Path]) -> None:
+    """Raise LoadError for a path that is there and no file: opening a FIFO waits for a writer."""
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise LoadError(path, "expected a file, got another kind of path")
 
 
 def warn_if_public(path: Path) -> None:

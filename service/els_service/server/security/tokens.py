@@ -56,14 +56,16 @@ class _Known:
 
 
 class Tokens:
-    """The tokens of a file, which is looked at once a second at most.
+    """The tokens of a file, which is looked at once a second at most, in a thread.
 
     Raises:
         LoadError: The file cannot be read or holds no entries.
     """
 
     def __init__(self, path: Path) -> None:
-        self._known = ReloadedFile((path,), lambda: _read(path), every_s=_LOOK_EVERY_S)
+        self._known = ReloadedFile(
+            (path,), lambda: _read(path), every_s=_LOOK_EVERY_S, background=True
+        )
 
     def stale_s(self) -> float:
         """Return the seconds for which the file has been unusable; 0.0 while it is usable."""
