@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -128,6 +129,18 @@ def test_a_pipe_in_the_place_of_a_file_is_stale_and_is_not_opened(
     path.unlink()
     path.write_text("two")
     assert watched.current() == "two"
+
+
+def test_a_path_that_may_not_be_looked_at_is_stale(
+    path: Path, watched: ReloadedFile[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path.write_text("bad")
+    monkeypatch.setattr(Path, "stat", denied)
+    assert watched.current() == "one"
+    assert watched.stale_s() > 0
 
 
 def test_a_file_that_is_bad_at_the_beginning_is_refused(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,10 @@ def _mark(path: Path) -> tuple[int, ...] | None:
 def _check_regular(paths: Sequence[Path]) -> None:
     """Raise LoadError for a path that is there and no file: opening a FIFO waits for a writer."""
     for path in paths:
-        if path.exists() and not path.is_file():
-            raise LoadError(path, "expected a file, got another kind of path")
+        # One that cannot be looked at is reported by whoever reads it.
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise LoadError(path, "expected a file, got another kind of path")
 
 
 def warn_if_public(path: Path) -> None:
