@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import pickle
 import struct
 import zlib
@@ -195,6 +196,15 @@ class TestFolder:
         (folder / name).write_text("what I saw")
         with pytest.raises(LoadError, match=f"{name}: "):
             read_source(folder)
+
+    def test_a_pipe_is_named_and_not_waited_for(self, folder: Path) -> None:
+        os.mkfifo(pipe := folder / "bag" / "0.jpg")
+        for source in (folder, pipe):
+            with pytest.raises(LoadError, match="expected a file, got a pipe, socket or device"):
+                read_source(source)
+        skipped: list[LoadError] = []
+        assert len(read_source(folder, skipped=skipped.append).images) == 6
+        assert [error.path for error in skipped] == [str(pipe)]
 
     def test_a_nested_folder_is_named(self, folder: Path) -> None:
         (folder / "bag" / "red").mkdir()

@@ -135,6 +135,17 @@ def test_an_array_of_the_wrong_type_is_refused_before_it_is_expanded(
     assert peak < 40
 
 
+def test_a_header_longer_than_any_array_needs_is_refused_before_it_is_expanded(
+    tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
+) -> None:
+    members = {"images": b"\x93NUMPY\x02\x00" + struct.pack("<I", ZEROS)}
+    peak, told = measured(zip_arrays(tmp_path / "images.npz", members, "images"))
+    assert told == (
+        f"cannot be read: images: expected a header of at most 65536 bytes, got {ZEROS}"
+    )
+    assert peak < 40
+
+
 def test_an_array_that_announces_more_than_any_machine_has_is_refused(
     tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
 ) -> None:

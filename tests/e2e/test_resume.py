@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.support.bad_requests import denoise
 from tests.support.messages import denoiser
+from tests.support.models_folder import write_models
 from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S, assert_refused, refused, violation
 
@@ -138,6 +139,40 @@ def test_a_token_of_images_of_another_size_is_refused(
     request = drawn(**changes, resume_token=token)
     call = refused(lambda: DenoiserServiceStub(channel).Sample(request, timeout=TIMEOUT_S))
     assert_refused(call, "INVALID_ARGUMENT", "resume_token", f"{size} bytes", "528 bytes")
+
+
+GAUSSIAN = "kind: gaussian\nshape: [1, 8, 8]\nmean: 0.0\nvariance: {}\n"
+
+
+async def test_a_token_is_refused_when_the_files_of_an_unloaded_model_have_changed(
+    tmp_path: Path,
+) -> None:
+    root = write_models(tmp_path / "models", {"a": GAUSSIAN.format(1), "b": GAUSSIAN.format(1)})
+    changed = GAUSSIAN.format(4)
+
+    def request(model: str, **fields: Any) -> pb.SampleRequest:
+        fields = {"steps": 5, "return_x": True, "return_resume_token": True, **fields}
+        return pb.SampleRequest(model=model, **fields)
+
+    # Room for one model: whichever is asked unloads the other.
+    with serving("--models", root, "--threads", 1, ELS_MEMORY_BYTES="20") as server:
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            whole = await steps(channel, request("a"))
+            resumed = request("a", resume_token=whole[1].resume_token)
+            await steps(channel, request("b"))
+            assert await steps(channel, resumed) == whole[2:]
+            await steps(channel, request("b"))
+            # A trajectory that goes on keeps its model, and its tokens say so.
+            call = denoiser(channel).Sample(resumed, timeout=60)
+            await call.read()
+            await steps(channel, request("b"))
+            (root / "a" / "model.yaml").write_text(changed)
+            with pytest.raises(grpc.RpcError, match="answered by the same model, got another"):
+                await steps(channel, resumed)
+            later = (await call.read()).resume_token
+            with pytest.raises(grpc.RpcError, match="answered by the same model, got another"):
+                await steps(channel, request("a", resume_token=later))
+            assert (await steps(channel, request("a")))[-1].x != whole[-1].x
 
 
 def test_no_flipped_bit_is_taken_for_the_token(channel: grpc.Channel, token: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -252,6 +253,38 @@ async def test_an_unknown_model_cannot_be_loaded(engine: Engine, tmp_path: Path)
     for name in ("nothing", "../outside", "", "/"):
         with pytest.raises(NotFoundError, match="the repository has no"):
             await engine.models.load(name)
+
+
+async def test_names_that_callers_make_up_leave_nothing_while_the_root_cannot_be_read(
+    engine: Engine, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    write(root, "served", 1.0)
+    (root / "bad").mkdir()
+    (root / "bad" / "model.yaml").write_text("kind: magic\n")
+    await engine.models.load_all(ModelRepository(root))
+    root.rename(tmp_path / "elsewhere")
+    for name in ("made-up", "served", "bad"):
+        with pytest.raises(LoadError, match="expected a folder of models that can be read"):
+            await engine.models.load(name)
+    assert engine.models.refused() == {"served": True, "bad": True}
+
+
+async def test_a_refused_model_whose_folder_is_removed_counts_as_refused_no_more(
+    engine: Engine, tmp_path: Path
+) -> None:
+    await refused_reload(engine, tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.yaml").write_text("kind: magic\n")
+    with pytest.raises(LoadError):
+        await engine.models.load("bad")
+    for name in ("bad", "model"):
+        shutil.rmtree(tmp_path / name)
+        with pytest.raises(NotFoundError, match="the repository has no"):
+            await engine.models.load(name)
+    assert engine.models.refused() == {"model": False}
+    with pytest.raises(NotFoundError, match="expected one of model, got 'bad'"):
+        engine.models.entry("bad")
 
 
 class Heavy(Recorder):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from els_service.errors import LoadError
 from els_service.server.security.reloaded_file import STALE, ReloadedFile, warn_if_public
+
+TIMEOUT_S = 10.0
 
 
 def reading(path: Path) -> str:
@@ -89,6 +93,54 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken(path: Path) -> None:
     path.write_text("be")
     seen = [watched.current() for _ in range(4)]
     assert seen == ["one", "one", "begun and ended", "begun and ended"]
+
+
+def test_what_is_read_in_the_background_keeps_nobody_waiting(path: Path) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def read() -> str:
+        if path.read_text() != "one":
+            begun.set()
+            assert go.wait(TIMEOUT_S)
+        return path.read_text()
+
+    watched = ReloadedFile((path,), read, background=True)
+    path.write_text("second")
+    assert watched.current() == "one"
+    assert begun.wait(TIMEOUT_S)
+    # Nor does one who asks again start another reader.
+    threads = threading.active_count()
+    assert [watched.current() for _ in range(100)] == ["one"] * 100
+    assert threading.active_count() == threads
+    go.set()
+    assert watched.stale_s() == 0.0
+    assert watched.current() == "second"
+
+
+def test_a_pipe_in_the_place_of_a_file_is_stale_and_is_not_opened(
+    path: Path, watched: ReloadedFile[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    with caplog.at_level(logging.ERROR):
+        assert watched.current() == "one"
+    assert [record.message for record in caplog.records] == [STALE]
+    assert "expected a file" in vars(caplog.records[0])["reason"]
+    path.unlink()
+    path.write_text("two")
+    assert watched.current() == "two"
+
+
+def test_a_path_that_may_not_be_looked_at_is_stale(
+    path: Path, watched: ReloadedFile[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    path.write_text("bad")
+    monkeypatch.setattr(Path, "stat", denied)
+    assert watched.current() == "one"
+    assert watched.stale_s() > 0
 
 
 def test_a_file_that_is_bad_at_the_beginning_is_refused(path: Path) -> None:

@@ -25,6 +25,8 @@ GZIP = b"\x1f\x8b"
 IDX = b"\x00\x00\x08"
 """Magic bytes: two zeros, then the type code of unsigned bytes."""
 _CHUNK = 1 << 20
+_LONGEST_HEADER = 1 << 16
+"""Maximum bytes of shape and type in an npy file; numpy would read any length before parsing."""
 
 
 def read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
@@ -86,6 +88,10 @@ class NpzFile:
             if version == (1, 0):
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             elif version == (2, 0):
+                (length,) = struct.unpack("<I", cast(zipfile.ZipExtFile, file).peek(4)[:4])
+                if length > _LONGEST_HEADER:
+                    expected = f"expected a header of at most {_LONGEST_HEADER} bytes"
+                    raise ValueError(f"{name}: {expected}, got {length}")
                 shape, _, dtype = np.lib.format.read_array_header_2_0(file)
             else:
                 raise ValueError(f"{name}: expected version 1.0 or 2.0 of npy, got {version}")

@@ -44,8 +44,13 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Convert any exception of reading a damaged file to a LoadError that names the file."""
+    """Convert any exception of reading a damaged file to a LoadError that names the file.
+
+    A pipe, socket or device is rejected before it is opened, which could wait for ever.
+    """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise LoadError(path, "expected a file, got a pipe, socket or device")
         yield
     except LoadError:
         raise

@@ -141,6 +141,22 @@ class Engine:
             loaded.denoiser.check(query)
         return self._scheduler.submit(loaded, query, context)
 
+    async def loaded_entry(
+        self, name: str, version: str = "", context: RequestContext = _DEFAULT_CONTEXT
+    ) -> ModelVersion:
+        """Return a version in ``models`` that is loaded now; reloads an unloaded one.
+
+        Its files may have changed since it was unloaded, and with them its description.
+
+        Raises:
+            NotFoundError, QueueFullError, DeadlineExceededError, UnavailableError: As ``sample``.
+            LoadError: It can no longer be loaded.
+        """
+        while (entry := self.models.entry(name, version)).loaded is None:
+            with self._reserved(entry, _HELD * math.prod(entry.info.shape), context) as reservation:
+                await self._loaded(entry, context, reservation)
+        return entry
+
     async def sample(
         self,
         name: str,

@@ -248,9 +248,15 @@ class ModelRegistry:
                 self._loading.add(name)
                 entries = {version: await self._load_version(name, version) for version in versions}
             except LoadError as error:
-                _log.error("model refused", extra={"model": name, "reason": str(error)})
-                # A copy: the traceback of the original holds its frames and their variables.
-                self.faults[name] = LoadError(error.path, error.reason)
+                extra = {"model": shortened(name), "reason": str(error)}
+                _log.error("model refused", extra=extra)
+                if await self._may_have_fault(name):
+                    # A copy: the traceback of the original holds its frames and their variables.
+                    self.faults[name] = LoadError(error.path, error.reason)
+                raise
+            except NotFoundError:
+                # Its folder is gone, and with it what was wrong.
+                self.faults.pop(name, None)
                 raise
             finally:
                 self._loading.discard(name)
@@ -310,6 +316,16 @@ class ModelRegistry:
         self._newest[name] = entries[max(entries)]
         self.faults.pop(name, None)
         self._reasons.pop(name, None)
+
+    async def _may_have_fault(self, name: str) -> bool:
+        """Return whether a name is a model's: callers may load any name of a root that is gone."""
+        if name in self._served or name in self.faults or name in self._reasons:
+            return True
+        assert self._repository is not None
+        try:
+            return await asyncio.to_thread(self._repository.__contains__, name)
+        except LoadError:
+            return False
 
     def _states(self, name: str) -> Iterator[State]:
         if name in self._served:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Generic, TypeVar
 
 from els_service.errors import LoadError
@@ -35,6 +36,8 @@ class ReloadedFile(Generic[_T]):
         paths: files that are read together.
         read: returns their content.
         every_s: minimum time between checks.
+        background: whether ``current`` leaves reading to a thread and returns at once, for callers
+            on an event loop: a file of thousands of entries takes seconds.
         clock: monotonic, in seconds.
 
     Raises:
@@ -47,10 +50,11 @@ class ReloadedFile(Generic[_T]):
         read: Callable[[], _T],
         *,
         every_s: float = 0.0,
+        background: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths, self._read, self._every_s = paths, read, every_s
-        self._clock = clock
+        self._background, self._clock = background, clock
         self._lock = Lock()
         self._seen = _signature(paths)
         self._value = read()
@@ -60,17 +64,25 @@ class ReloadedFile(Generic[_T]):
     def current(self) -> _T:
         """Return the last valid content."""
         if self._clock() >= self._next_check:
-            with self._lock:
+            if not self._background:
                 self._check()
+            elif not self._lock.locked():
+                self._next_check = self._clock() + self._every_s
+                Thread(target=self._check, name="els-reload", daemon=True).start()
         return self._value
 
     def stale_s(self) -> float:
         """Check the files; return for how many seconds they have been invalid, 0.0 if valid."""
-        self.current()
+        if self._background or self._clock() >= self._next_check:
+            self._check()
         stale = self._stale
         return 0.0 if stale is None else self._clock() - stale.since
 
     def _check(self) -> None:
+        with self._lock:
+            self._check_locked()
+
+    def _check_locked(self) -> None:
         now = self._clock()
         self._next_check = now + self._every_s
         found, stale = _signature(self._paths), self._stale
@@ -78,6 +90,7 @@ class ReloadedFile(Generic[_T]):
         if found == self._seen and (stale is None or now < stale.next_try):
             return
         try:
+            _check_regular(self._paths)
             value = self._read()
         except LoadError as error:
             if _signature(self._paths) == found:
@@ -132,6 +145,15 @@ def _file_signature(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_regular(paths: Sequence[Path]) -> None:
+    """Raise LoadError for a path that is there and no file: opening a FIFO waits for a writer."""
+    for path in paths:
+        # One that cannot be looked at is reported by whoever reads it.
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise LoadError(path, "expected a file, got another kind of path")
 
 
 def warn_if_public(path: Path) -> None:

@@ -58,14 +58,16 @@ class _Token:
 
 
 class Tokens:
-    """Tokens of a file, which is checked for changes at most once a second.
+    """Tokens of a file, which a thread checks for changes, at most once a second.
 
     Raises:
         LoadError: The file is unreadable, invalid or without entries.
     """
 
     def __init__(self, path: Path) -> None:
-        self._tokens = ReloadedFile((path,), lambda: _read(path), every_s=_CHECK_EVERY_S)
+        self._tokens = ReloadedFile(
+            (path,), lambda: _read(path), every_s=_CHECK_EVERY_S, background=True
+        )
 
     def stale_s(self) -> float:
         """Return the seconds for which the file has been invalid; 0.0 while it is valid."""

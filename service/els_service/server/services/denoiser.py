@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -105,8 +106,17 @@ class DenoiserService(DenoiserServiceServicer):
     ) -> AsyncIterator[pb.SampleResponse]:
         """Yield the steps of a trajectory."""
         entry = self._engine.models.entry(request.model, request.version)
-        info, count, name = entry.info, count_of(request), SAMPLER_NAMES.get(request.sampler, "")
-        check_sample(request, info, self._limits)
+        check_sample(request, entry.info, self._limits)
+        scheduling = context_of(context, request.priority)
+        if entry.loaded is None:
+            # Its files may have changed: the token is checked by the model that answers. The name
+            # is taken now, as the connection may be closed when the model is loaded.
+            scheduling = replace(scheduling, caller=scheduling.name())
+            entry = await self._engine.loaded_entry(request.model, request.version, scheduling)
+            check_sample(request, entry.info, self._limits)
+        # A copy: a reload must not change what the tokens of this trajectory are bound to.
+        entry = replace(entry)
+        info, count, name = entry.info, count_of(request), SAMPLER_NAMES[request.sampler]
         options = options_of(request, info, self._limits)
         noise = seeded_noise(request.seed, count, info.shape, request.first_image)
         shape = state_shape(name, (count, *info.shape))
@@ -121,8 +131,7 @@ class DenoiserService(DenoiserServiceServicer):
             tensors.decode_guidance(request, count),
             held_bytes_of(name, options, shape),
         )
-        terms = context_of(context, request.priority)
-        steps = self._engine.sample(request.model, run, terms, version=request.version)
+        steps = self._engine.sample(request.model, run, scheduling, version=request.version)
         taken: Step | None = None
         try:
             async with contextlib.aclosing(steps):
