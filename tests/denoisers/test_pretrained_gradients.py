@@ -37,8 +37,8 @@ def test_a_unets_products_are_adjoint_and_match_differences(tmp_path: Path) -> N
         (g * pushed).sum((1, 2, 3)), rel=1e-4, abs=1e-4
     )
     ahead, behind = (
-        denoiser.denoise(make_query(query.pixels + d * u, query.level)).pixels
-        for d in (np.float32(1e-3), np.float32(-1e-3))
+        denoiser.denoise(make_query((query.pixels + d * u).astype(np.float32), query.level)).pixels
+        for d in (1e-3, -1e-3)
     )
     difference = (ahead - behind) / 2e-3
     assert np.linalg.norm(pushed - difference) <= 1e-2 * np.linalg.norm(difference)

@@ -183,6 +183,8 @@ class Model:
         decoded_shape: (C, H, W) of the decoded images of a latent model; otherwise None.
         step_seconds: Predicted seconds for one step of one image, averaged over a sample of 20
             steps; 0 if unknown.
+        has_gradients: Whether ``vjp`` and ``jvp`` are supported.
+        has_sources: Whether ``explain`` is supported.
     """
 
     name: str
@@ -206,6 +208,8 @@ class Model:
     conditioning: Conditioning | None = None
     decoded_shape: tuple[int, int, int] | None = None
     step_seconds: float = 0.0
+    has_gradients: bool = False
+    has_sources: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

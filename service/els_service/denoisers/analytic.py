@@ -163,6 +163,7 @@ class AnalyticDenoiser:
             found.sources.cpu().numpy(),
             found.weights.cpu().numpy(),
             found.shares.cpu().numpy(),
+            self._bank.labels if self._bank.label_count else None,
         )
 
     def predict_explain_seconds(self, query: Query) -> float:

@@ -25,6 +25,8 @@ class Explanation(Denoised):
     """[B, H, W, m], falling."""
     shares: npt.NDArray[np.float64]
     """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
+    labels: npt.NDArray[np.int64] | None
+    """[N]: of the bank's images; None for an unlabelled bank."""
 
     def __getitem__(self, images: slice) -> Explanation:
         evidence = self.log_evidence
@@ -36,6 +38,7 @@ class Explanation(Denoised):
             self.sources[images],
             self.weights[images],
             self.shares[images],
+            self.labels,
         )
 
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
-from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
@@ -32,6 +31,7 @@ from els_service.errors import (
 from els_service.server.requests import tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
 from els_service.server.requests.resume_token import decode_token, encode_token
+from els_service.server.services.explain import MomentService
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.interceptor import Answer, Context, check_message
@@ -47,10 +47,11 @@ _SAMPLERS: dict[int, str] = {
 }
 
 
-class DenoiserService(DenoiserServiceServicer):
+class DenoiserService(MomentService):
     """Our own contract."""
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
+        super().__init__(engine, limits)
         self._engine, self._limits, self._draining = engine, limits, draining
         models = engine.models
         self._denoise = DenoiseMethod(models, limits, pb.DenoiseResponse, "denoised")
