@@ -119,6 +119,25 @@ class PatchAttention:
             ValueError: an argument is invalid; names it, expected and got.
             ComputationStoppedError: the current ``Control`` was stopped (CPU only).
         """
+        arguments = self.validate(x, a=a, s=s, window=window, ranges=ranges, geometry=geometry)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._attend(*arguments)
+
+    def validate(
+        self,
+        x: Tensor,
+        *,
+        a: Tensor,
+        s: Tensor,
+        window: Tensor | None = None,
+        ranges: Tensor | None = None,
+        geometry: Geometry,
+    ) -> tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]:
+        """Return the arguments of an ``Implementation``.
+
+        Raises:
+            ValueError: an argument is invalid; names it, expected and got.
+        """
         self._check_query(x)
         x = x.resolve_neg()
         batch = len(x)
@@ -127,8 +146,7 @@ class PatchAttention:
         scales = _positive("a", a, batch), _positive("s", s, batch)
         self._check_logits(_magnitudes("x", x), *scales)
         windows = self._windows(window, batch, geometry)
-        with torch.autocast(self.device.type, enabled=False):
-            return self._attend(x, *scales, windows, self._ranges(ranges, batch), geometry)
+        return x, *scales, windows, self._ranges(ranges, batch), geometry
 
     def _check_query(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape or len(x) == 0:

@@ -9,6 +9,7 @@
     ├── QueueFullError          RESOURCE_EXHAUSTED   queue full; has a retry delay
     ├── DeadlineExceededError   DEADLINE_EXCEEDED    deadline passed or unreachable
     ├── UnavailableError        UNAVAILABLE          loading or draining
+    ├── UnsupportedError        FAILED_PRECONDITION  the model cannot do this
     └── LoadError               FAILED_PRECONDITION  invalid bank, model or setting
 
 Status codes are strings: only ``server`` depends on gRPC. Callers get the text of an ``ElsError``;
@@ -132,6 +133,12 @@ class UnavailableError(ElsError):
     """The service is temporarily unavailable."""
 
     code = "UNAVAILABLE"
+
+
+class UnsupportedError(ElsError):
+    """The model does not support this call; the text names the model."""
+
+    code = "FAILED_PRECONDITION"
 
 
 class LoadError(ElsError, ValueError):

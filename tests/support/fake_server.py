@@ -109,6 +109,22 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
         self._enter(request, request.model, context)
         return pb.ScoreResponse(score=tensor(-values(request.x)))
 
+    def Vjp(self, request: pb.VjpRequest, context: grpc.ServicerContext) -> pb.VjpResponse:
+        self._enter(request, request.model, context)
+        denoised, vjp = tensor(2 * values(request.x)), tensor(2 * values(request.cotangent))
+        return pb.VjpResponse(denoised=denoised, vjp=vjp)
+
+    def Jvp(self, request: pb.JvpRequest, context: grpc.ServicerContext) -> pb.JvpResponse:
+        self._enter(request, request.model, context)
+        denoised, jvp = tensor(2 * values(request.x)), tensor(2 * values(request.tangent))
+        return pb.JvpResponse(denoised=denoised, jvp=jvp)
+
+    def Explain(
+        self, request: pb.ExplainRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ExplainResponse]:
+        self._enter(request, request.model, context)
+        yield pb.ExplainResponse()
+
     def Sample(
         self, request: pb.SampleRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.SampleResponse]:

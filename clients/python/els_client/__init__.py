@@ -7,6 +7,7 @@
 
 from els_client._async_client import AsyncClient
 from els_client._client import Client
+from els_client._moments import Explanation
 from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
@@ -41,6 +42,7 @@ __all__ = [
     "Conditioning",
     "DeadlineExceededError",
     "ElsError",
+    "Explanation",
     "FolderScheduler",
     "InvalidArgumentError",
     "Limits",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
-import grpc
-
 from els_client import _codec as codec
+from els_client import _moments as moments
 from els_client._async_stream import AsyncStream
 from els_client._channel import (
     SAMPLE_TIMEOUT_S,
@@ -21,6 +20,7 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
+from els_client._moments import Explanation
 from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -31,7 +31,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
-_Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
@@ -118,6 +117,37 @@ class AsyncClient:
         answer = await self._unary(self._stub.Score, request, query.timeout_s)
         return codec.decode_tensor(answer.score)
 
+    async def vjp(
+        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Like ``Client.vjp``."""
+        query = Query(x, **options)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        answer = await self._unary(self._stub.Vjp, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
+
+    async def jvp(
+        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Like ``Client.jvp``."""
+        query = Query(x, **options)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        answer = await self._unary(self._stub.Jvp, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
+
+    async def explain(
+        self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]
+    ) -> Explanation:
+        """Like ``Client.explain``."""
+        query = Query(x, **options)
+        request = moments.encode_explain(query, top)
+
+        async def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
+            return [message async for message in self._stub.Explain(request, **call)]
+
+        timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
+        return moments.decode_explanation(request, await self._unary(explain, request, timeout_s))
+
     @overload
     def denoise_many(
         self,
@@ -167,8 +197,8 @@ class AsyncClient:
 
     async def _unary(
         self,
-        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
+        method: Callable[..., Awaitable[_Response]],
+        request: Any,
         timeout_s: float | None = None,
         *,
         pure: bool = True,

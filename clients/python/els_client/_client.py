@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
-import grpc
-
 from els_client import _codec as codec
+from els_client import _moments as moments
 from els_client._channel import (
     SAMPLE_TIMEOUT_S,
     UNARY_TIMEOUT_S,
@@ -19,6 +18,7 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
+from els_client._moments import Explanation
 from els_client._repository import Repository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -29,7 +29,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 
-_Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
@@ -178,6 +177,63 @@ class Client:
         request = codec.encode_query(pb.ScoreRequest, query)
         return codec.decode_tensor(self._unary(self._stub.Score, request, query.timeout_s).score)
 
+    def vjp(
+        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Return D(x) = E[x0 | x] and Jᵀg with J = ∂D/∂x, both float32 [B, C, H, W].
+
+        Arguments and errors are those of ``denoise``; models without ``Model.has_gradients`` raise
+        an ``ElsError`` with code ``FAILED_PRECONDITION``.
+
+        Args:
+            x: As in ``denoise``.
+            cotangent: g, floats of the shape of ``x``.
+            **options: As in ``denoise``.
+
+        Example:
+            >>> denoised, gradient = client.vjp(x, measured - x, model="fashion-els", sigma=0.5)
+        """
+        query = Query(x, **options)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        answer = self._unary(self._stub.Vjp, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
+
+    def jvp(
+        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Return D(x) = E[x0 | x] and J u with J = ∂D/∂x, both float32 [B, C, H, W].
+
+        Arguments and errors are those of ``vjp``, with a tangent u in place of the cotangent.
+        """
+        query = Query(x, **options)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        answer = self._unary(self._stub.Jvp, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
+
+    def explain(self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]) -> Explanation:
+        """Return from which bank images, rows and columns each pixel of D(x) came.
+
+        Arguments and errors are those of ``denoise``; models without ``Model.has_sources`` raise
+        an ``ElsError`` with code ``FAILED_PRECONDITION`` that lists the models that explain.
+
+        Args:
+            x: As in ``denoise``.
+            top: Sources of each pixel, 1 to 16.
+            **options: As in ``denoise``, without conditioning.
+
+        Example:
+            >>> found = client.explain(noisy, model="fashion-els", sigma=0.5)
+            >>> found.sources[0, 14, 14, 0]  # bank image, row and column of the largest weight
+        """
+        query = Query(x, **options)
+        request = moments.encode_explain(query, top)
+
+        def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
+            return list(self._stub.Explain(request, **call))
+
+        timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
+        return moments.decode_explanation(request, self._unary(explain, request, timeout_s))
+
     @overload
     def denoise_many(
         self,
@@ -276,8 +332,8 @@ class Client:
 
     def _unary(
         self,
-        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
-        request: _Request,
+        method: Callable[..., _Response],
+        request: Any,
         timeout_s: float | None = None,
         *,
         pure: bool = True,

@@ -66,6 +66,11 @@ def encode_tensor(x: Pixels, field: str = "x") -> pb.Tensor:
     return _tensor(field, x, "[B, C, H, W]", _DTYPES.keys())
 
 
+def encode_direction(field: str, direction: Pixels) -> pb.Tensor:
+    """Return a cotangent or tangent [B, C, H, W] as a tensor; float64 is rounded to float32."""
+    return _tensor(field, direction, "[B, C, H, W]", _FLOATS)
+
+
 def _conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
     """Return conditions [1 or B, T, W] as a tensor; None is omitted from the message."""
     return None if given is None else _tensor(field, given, "[1 or B, T, W]", _FLOATS)
@@ -297,6 +302,8 @@ def decode_model(model: pb.Model) -> Model:
         step_seconds=model.step_seconds,
         scheduler=_decode_scheduler(model.scheduler) if model.HasField("scheduler") else None,
         label_guidance=model.label_guidance,
+        has_gradients=model.has_gradients,
+        has_sources=model.has_sources,
     )
 
 

@@ -240,6 +240,8 @@ class Model:
             steps; 0 if unknown.
         scheduler: Scheduler of a diffusers folder; otherwise None.
         label_guidance: Whether ``guidance`` applies to labels.
+        has_gradients: Whether ``vjp`` and ``jvp`` are supported.
+        has_sources: Whether ``explain`` is supported.
     """
 
     name: str
@@ -265,6 +267,8 @@ class Model:
     step_seconds: float = 0.0
     scheduler: FolderScheduler | None = None
     label_guidance: bool = False
+    has_gradients: bool = False
+    has_sources: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

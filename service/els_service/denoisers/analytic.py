@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from els_kernels import GEOMETRIES, PatchAttention, count_pairs, max_window
+from els_kernels import GEOMETRIES, PatchAttention, PatchMoments, count_pairs, max_window
 from els_kernels.native import instruction_sets
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import (
@@ -18,6 +20,8 @@ from els_service.denoisers.base import (
     Query,
     check_query,
 )
+from els_service.denoisers.explanations import Explanation
+from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.windows import WindowTable, default_windows
 
 _PER_THREAD = {"reference": 2e6, "torch": 1e8}
@@ -27,6 +31,9 @@ _NATIVE_PER_THREAD = {"avx512": 3.5e9, "avx2": 1.2e9, "baseline": 5e8}
 """Pairs per second of one thread of the native kernel, by instruction set."""
 _TRITON = 1e11
 """Pairs per second of a GPU, approximately."""
+
+_MOMENT_PAIRS = {"vjp": 3e7, "jvp": 3e7, "explain": 3e7}
+"""Pairs per second of one thread in float64 (measured), by computation: two passes each."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -61,6 +68,9 @@ class AnalyticDenoiser:
             known = ", ".join(f"{m} with {p}" for m, p in GEOMETRIES)
             raise ValueError(f"machine and padding: expected {known}, got {machine} with {padding}")
         self._attention, self._bank = attention, bank
+        # Decoded tile by tile: no second copy of the bank.
+        images = bank.images if bank.images.flags.writeable else bank.images.copy()
+        self._moments = PatchMoments(attention, torch.from_numpy(images).to(attention.device))
         self._geometry = GEOMETRIES[machine, padding]
         largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
         table = (window or default_windows()) if largest else None
@@ -81,6 +91,8 @@ class AnalyticDenoiser:
             label_names=bank.label_names,
             bank=bank_info(bank),
             has_log_evidence=True,
+            has_gradients=True,
+            has_sources=True,
             implementation=attention.implementation,
             memory_bytes=bank_bytes(bank),
         )
@@ -123,15 +135,67 @@ class AnalyticDenoiser:
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means and log evidences."""
-        posterior = self._attention(
-            query.x.to(self._attention.device),
-            a=torch.tensor(query.level.a),
-            s=torch.tensor(query.level.s),
-            window=None if self._window is None else torch.from_numpy(self._windows(query)),
-            ranges=torch.tensor(self._ranges(query)),
-            geometry=self._geometry,
-        )
+        posterior = self._attention(query.x.to(self._attention.device), **self._arguments(query))
         return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu().numpy())
+
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg, exactly."""
+        return self._product(self._moments.vjp, query, cotangent)
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u, exactly."""
+        return self._product(self._moments.jvp, query, tangent)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a rough estimate from the number of pairs."""
+        return self._moment_seconds(query, direction)
+
+    def explain(self, query: Query, top: int) -> Explanation:
+        """Return the statistics with the ``top`` sources of every pixel, without evidence."""
+        found = self._moments.statistics(
+            query.x.to(self._attention.device), **self._arguments(query), top=top
+        )
+        return Explanation(
+            found.mean.cpu().numpy(),
+            None,
+            found.variance.cpu().numpy(),
+            found.entropy.cpu().numpy(),
+            found.sources.cpu().numpy(),
+            found.weights.cpu().numpy(),
+            found.shares.cpu().numpy(),
+            self._bank.labels if self._bank.label_count else None,
+        )
+
+    def predict_explain_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of pairs."""
+        return self._moment_seconds(query, "explain")
+
+    def _product(self, multiply: Any, query: Query, direction: npt.NDArray[np.float32]) -> Product:
+        device = self._attention.device
+        along = torch.tensor(direction).to(device)
+        mean, product = multiply(query.x.to(device), along, **self._arguments(query))
+        return Product(mean.cpu().numpy(), product.cpu().numpy())
+
+    def _moment_seconds(self, query: Query, computation: str) -> float:
+        rate = _MOMENT_PAIRS[computation] * torch.get_num_threads()
+        channels, height, width = self._info.shape
+        pairs = sum(
+            count_pairs(self._geometry, height, width, int(k)) * (hi - lo)
+            for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
+        )
+        if self._geometry.whole and self._geometry.sources == "every":
+            pairs *= height * width // 8
+        return channels * pairs / rate
+
+    def _arguments(self, query: Query) -> dict[str, Any]:
+        """Return the arguments of patch attention other than x."""
+        return {
+            "a": torch.tensor(query.level.a),
+            "s": torch.tensor(query.level.s),
+            "window": None if self._window is None else torch.from_numpy(self._windows(query)),
+            "ranges": torch.tensor(self._ranges(query)),
+            "geometry": self._geometry,
+        }
 
     def _windows(self, query: Query) -> Integers:
         if self._window is None:

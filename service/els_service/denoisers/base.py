@@ -284,6 +284,10 @@ class DenoiserInfo:
     batch_invariant: bool = True
     """Whether an image has the same bits alone and in any batch, not only up to rounding."""
     has_log_evidence: bool = False
+    has_gradients: bool = False
+    """Whether it is ``gradients.Differentiable``."""
+    has_sources: bool = False
+    """Whether it is ``explanations.Explainable``."""
     implementation: str = ""
     memory_bytes: int = 0
     """Approximate resident size of weights or bank; models of one bank share it."""

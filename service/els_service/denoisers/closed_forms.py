@@ -14,6 +14,7 @@ from els_kernels import checkpoint
 from els_service.denoisers.analytic import bank_bytes, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, per_image
+from els_service.denoisers.gradients import Direction, Product
 
 MAX_DIMENSIONS = 4096
 """Maximum C·H·W of a bank: the covariance and its eigenvectors grow with its square."""
@@ -56,7 +57,10 @@ class GaussianDenoiser:
         self._centred = not np.any(self._mean)
         statistics = (np.asarray(self._mean), np.asarray(self._variance))
         self._info = DenoiserInfo(
-            kind="gaussian", shape=shape, memory_bytes=sum(array.nbytes for array in statistics)
+            kind="gaussian",
+            shape=shape,
+            has_gradients=True,
+            memory_bytes=sum(array.nbytes for array in statistics),
         )
 
     @property
@@ -93,6 +97,19 @@ class GaussianDenoiser:
             mean += per_image(rests)
         return Denoised(mean, None)
 
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg = J g: J is the diagonal matrix of the gain."""
+        return self.jvp(query, cotangent)
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u, the gain times u."""
+        gains = per_image([self._gain(a, s) for a, s in query.level.pairs])
+        return Product(self.denoise(query).pixels, tangent * gains)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return twice the time of ``denoise``."""
+        return 2 * self.predict_seconds(query)
+
     def _gain(self, a: float, s: float) -> _Statistic:
         """Return the gain of ``D(x) = gain·x + (1 - gain·a)·μ``."""
         return a * self._variance / (a * a * self._variance + s * s)
@@ -116,6 +133,10 @@ class _Spectrum:
     mean: Tensor
     vectors: Tensor
     values: Tensor
+
+    def gain(self, sigma: float) -> Tensor:
+        """Return λ/(λ+σ²), [R] float32."""
+        return (self.values / (self.values + sigma**2)).float()
 
 
 class WienerDenoiser:
@@ -142,6 +163,7 @@ class WienerDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            has_gradients=True,
             memory_bytes=bank_bytes(bank) + _spectra_bytes(bank),
         )
 
@@ -173,12 +195,40 @@ class WienerDenoiser:
         ]
         return Denoised(torch.stack(images).view(query.pixels.shape).numpy(), None)
 
-    def _denoise_one(self, x: Tensor, a: float, s: float, label: int) -> Tensor:
-        checkpoint()
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg = J g: J is symmetric."""
+        return self.jvp(query, cotangent)
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u = U λ/(λ+σ²) Uᵀ u / a."""
+        products = [
+            self._multiply_one(u.flatten(), float(a), float(s), int(label))
+            for u, a, s, label in zip(
+                torch.tensor(tangent), query.level.a, query.level.s, query.labels, strict=True
+            )
+        ]
+        shape = query.pixels.shape
+        return Product(self.denoise(query).pixels, torch.stack(products).view(shape).numpy())
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return twice the time of ``denoise``."""
+        return 2 * self.predict_seconds(query)
+
+    def _multiply_one(self, u: Tensor, a: float, s: float, label: int) -> Tensor:
+        spectrum = self._spectrum_of(label)
+        return (
+            torch.mv(spectrum.vectors, spectrum.gain(s / a) * torch.mv(spectrum.vectors.T, u)) / a
+        )
+
+    def _spectrum_of(self, label: int) -> _Spectrum:
         if label not in self._spectra:
             self._spectra[label] = _spectrum(self._pixels[slice(*self._bank.label_range(label))])
-        spectrum = self._spectra[label]
-        gain = (spectrum.values / (spectrum.values + (s / a) ** 2)).float()
+        return self._spectra[label]
+
+    def _denoise_one(self, x: Tensor, a: float, s: float, label: int) -> Tensor:
+        checkpoint()
+        spectrum = self._spectrum_of(label)
+        gain = spectrum.gain(s / a)
         coordinates = torch.mv(spectrum.vectors.T, x / a - spectrum.mean)
         return spectrum.mean + torch.mv(spectrum.vectors, gain * coordinates)
 

@@ -28,6 +28,7 @@ from els_service.denoisers.base import (
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 from els_service.engine.budget import Budget
+from els_service.engine.derived import Computation
 from els_service.engine.device import Device, WorkerDevice
 from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.registry import ModelRegistry, ModelVersion
@@ -156,6 +157,30 @@ class Engine:
             with self._reserved(entry, _HELD * math.prod(entry.info.shape), context) as reservation:
                 await self._loaded(entry, context, reservation)
         return entry
+
+    async def derive(
+        self,
+        entry: ModelVersion,
+        computation: Computation,
+        query: Query,
+        context: RequestContext = _DEFAULT_CONTEXT,
+    ) -> Denoised:
+        """Return the answer of another computation than ``denoise``, queued as that is.
+
+        Args:
+            entry: version of a model in ``models`` that supports it.
+            computation: a key of ``LoadedModel.derived``.
+            query: as the computation packs it; see ``derived``.
+            context: deadline, priority, caller.
+
+        Raises:
+            ElsError: As ``denoise``.
+        """
+        loaded = self.models.mark_used(entry)
+        if loaded is None:
+            return await self._reload_and_denoise(entry, query, context, computation)
+        answer = self._submit(loaded.derived[computation], query, context)
+        return answer if isinstance(answer, Denoised) else await answer
 
     async def sample(
         self,
@@ -335,13 +360,18 @@ class Engine:
             raise UnavailableError(self._ended)
 
     async def _reload_and_denoise(
-        self, entry: ModelVersion, query: Query, context: RequestContext
+        self,
+        entry: ModelVersion,
+        query: Query,
+        context: RequestContext,
+        computation: Computation | None = None,
     ) -> Denoised:
         # Resolved now: the connection may be closed when the model is loaded.
         context = replace(context, caller=context.name())
         with self._reserved(entry, query.nbytes, context) as reservation:
             loaded = await self._loaded(entry, context, reservation)
-        answer = self._submit(loaded, query, context)
+        queue = loaded if computation is None else loaded.derived[computation]
+        answer = self._submit(queue, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def _loaded(

@@ -17,6 +17,7 @@ from els_service.denoisers.base import Denoised, Denoiser, LatentDecoder, Query,
 from els_service.engine.budget import Budget
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import DecoderAsDenoiser
+from els_service.engine.derived import COMPUTATIONS, Computation, derived
 from els_service.engine.device import breaks_device, free_memory
 from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
@@ -133,13 +134,24 @@ class LoadedModel:
         }
         self.decoder = LoadedModel(model, version, decoders, scheduling) if decoders else None
         """Queue of latents to decode; None for a model without a decoder."""
+        self.derived: dict[Computation, LoadedModel] = {}
+        """Queues of other computations than ``denoise`` that the model supports."""
+        for computation in COMPUTATIONS:
+            others = {
+                device: other
+                for device, denoiser in denoisers.items()
+                if (other := derived(denoiser, computation)) is not None
+            }
+            if others:
+                self.derived[computation] = LoadedModel(model, version, others, scheduling)
 
     @property
     def queues(self) -> Iterator[LoadedModel]:
-        """This model and its decoder."""
+        """This model, its decoder and its other computations."""
         yield self
         if self.decoder is not None:
             yield self.decoder
+        yield from self.derived.values()
 
     @property
     def step_s(self) -> float:

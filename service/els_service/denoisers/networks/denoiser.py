@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from els_service.denoisers.base import (
     check_finite,
     check_query,
 )
-from els_service.denoisers.guidance import denoise_guided
+from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
+from els_service.denoisers.guidance import denoise_guided, product_guided
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
 from els_service.denoisers.networks.modules import Network, build_network
@@ -34,6 +36,8 @@ _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
 _LAUNCH_S = 2e-4
 """Minimum duration of a call in seconds."""
 _DTYPES = {"tf32": torch.float32}
+_PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
+"""Cost of a Jacobian product in forward passes."""
 _DETERMINISTIC_BUCKET = 8
 _COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _CPU_LAYER_BYTES = 2 << 20
@@ -68,7 +72,9 @@ class NetworkDenoiser:
         network = network.to(self._device, self._dtype)
         _check_weights(network, self._execution.precision)
         network.set_layout(memory_format(self._execution.channels_last))
-        self._forward = _compiled(network.eval().requires_grad_(False), self._execution.compile)
+        # Differentiated as it is, whatever computes ``denoise``: both share the weights.
+        self._network: Forward = network.eval().requires_grad_(False)
+        self._forward = _compiled(network, self._execution.compile)
         self._buckets = _buckets(self._execution)
         self._largest = self._buckets[-1] if self._buckets else self._launch_size()
         self._flops = count_flops(self._config)
@@ -112,17 +118,64 @@ class NetworkDenoiser:
             ]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg by automatic differentiation, in the network's precision.
+
+        Raises:
+            ElsError: A result is not finite.
+        """
+        return self._product(query, cotangent, "vjp")
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u by automatic differentiation; raises as ``vjp``."""
+        return self._product(query, tangent, "jvp")
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a multiple of the time of ``denoise``."""
+        return _PRODUCT_COSTS[direction] * self.predict_seconds(query)
+
+    def _product(self, query: Query, along: npt.NDArray[np.float32], kind: Direction) -> Product:
+        if query.guidance is not None:
+            return product_guided(partial(self._product, kind=kind), query, along)
+        with allow_tf32(self._execution.precision == "tf32"):
+            return joined(
+                [
+                    self._product_part(query[images], along[images], kind, bucket)
+                    for images, bucket in self._launches(len(query))
+                ]
+            )
+
+    def _product_part(
+        self, query: Query, along: npt.NDArray[np.float32], kind: Direction, bucket: int
+    ) -> Product:
+        checkpoint()
+        answer = automatic_product(
+            lambda x: self._mean(query, x, bucket, self._network), query.pixels, along, kind
+        )
+        self._check_finite(answer.mean)
+        self._check_finite(answer.product)
+        return answer
+
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
         checkpoint()
-        level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
-        x = query.x
-        predicted = self._predict(x * _column(level.c_in), level.time, query.labels, bucket)
-        # A separate product and sum: fused ones could round differently by place in the batch.
-        mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip)).numpy()
-        check_finite(mean, "the network", f" in {self._execution.precision}")
+        mean = self._mean(query, query.x, bucket, self._forward).numpy()
+        self._check_finite(mean)
         return mean
 
-    def _predict(self, scaled: Tensor, time: Floats, labels: Integers, bucket: int) -> Tensor:
+    def _check_finite(self, result: npt.NDArray[np.float32]) -> None:
+        check_finite(result, "the network", f" in {self._execution.precision}")
+
+    def _mean(self, query: Query, x: Tensor, bucket: int, forward: Forward) -> Tensor:
+        """Return D(x), [B, C, H, W] float32 on the CPU, at the levels of a query."""
+        level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
+        scaled = x * _column(level.c_in)
+        predicted = self._predict(scaled, level.time, query.labels, bucket, forward)
+        # A separate product and sum: fused ones could round differently by place in the batch.
+        return predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+
+    def _predict(
+        self, scaled: Tensor, time: Floats, labels: Integers, bucket: int, forward: Forward
+    ) -> Tensor:
         """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
         # The product is a new allocation, so its alignment is always the same; padding is zeros.
         padding = bucket - len(scaled)
@@ -130,7 +183,7 @@ class NetworkDenoiser:
         times = functional.pad(torch.from_numpy(time).float(), (0, padding))
         chosen = torch.from_numpy(np.where(labels < 0, self._config.label_count, labels))
         rows = functional.pad(chosen, (0, padding))
-        output = self._forward(
+        output = forward(
             x.to(self._device, self._dtype), times.to(self._device), rows.to(self._device)
         )
         return output[: len(scaled)].to(
@@ -158,8 +211,9 @@ class NetworkDenoiser:
         image = torch.linspace(-2, 2, int(np.prod(self._config.shape))).view(1, *self._config.shape)
         time, labels = np.full(bucket, 0.5), np.zeros(bucket, np.int64)
         with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
-            places = self._predict(image.repeat(bucket, 1, 1, 1), time, labels, bucket)
-            alone = self._predict(image, time[:1], labels[:1], bucket)
+            repeated = image.repeat(bucket, 1, 1, 1)
+            places = self._predict(repeated, time, labels, bucket, self._forward)
+            alone = self._predict(image, time[:1], labels[:1], bucket, self._forward)
         if not alone.isfinite().all():
             precision = self._execution.precision
             raise ValueError(f"deterministic: expected finite results in {precision}, got others")
@@ -182,6 +236,7 @@ class NetworkDenoiser:
             label_guidance=bool(config.label_count) and config.null_label,
             bank=document.data,
             batch_invariant=self._execution.deterministic,
+            has_gradients=True,
             implementation=f"torch {self._execution.precision}",
             memory_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
         )

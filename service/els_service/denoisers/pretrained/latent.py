@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from els_kernels import checkpoint
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_finite
+from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.pretrained.folder import Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (
     CONDITIONAL,
@@ -78,6 +79,18 @@ class LatentDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return D(x) as latents."""
         return self._unet.denoise(query)
+
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg of latents."""
+        return self._unet.vjp(query, cotangent)
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u of latents."""
+        return self._unet.jvp(query, tangent)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a multiple of the time of ``denoise``."""
+        return self._unet.predict_product_seconds(query, direction)
 
     def decode(self, latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the images in [-1, 1] of latents [B, C, H, W]: [B, *decoded_shape].

@@ -28,6 +28,7 @@ from els_service.denoisers.base import (
     check_finite,
     check_query,
 )
+from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.parametrisation import parametrise
 from els_service.denoisers.pretrained.folder import (
@@ -51,6 +52,8 @@ _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
 _LARGEST_BATCH = 16
 """Maximum rows of a launch; a larger one is not faster and needs more memory."""
+_PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
+"""Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
     "time_embedding_type": ("positional", "learned"),
     "class_embed_type": (None,),
@@ -110,6 +113,7 @@ class UnetDenoiser:
             label_count=rows - (self._null_row is not None),
             label_guidance=self._null_row is not None and not condition_width(part),
             batch_invariant=False,
+            has_gradients=True,
             implementation="diffusers float32",
             memory_bytes=memory_of(part.module),
             condition_width=condition_width(part),
@@ -143,8 +147,39 @@ class UnetDenoiser:
             parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg by automatic differentiation; 0 where D is clipped."""
+        return self._product(query, cotangent, "vjp")
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u by automatic differentiation; 0 where D is clipped."""
+        return self._product(query, tangent, "jvp")
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a multiple of the time of ``denoise``."""
+        return _PRODUCT_COSTS[direction] * self.predict_seconds(query)
+
+    def _product(self, query: Query, along: npt.NDArray[np.float32], kind: Direction) -> Product:
+        # One image at a time: the activations of all layers are held.
+        return joined(
+            [
+                self._product_one(query[slice(i, i + 1)], along[i : i + 1], kind)
+                for i in range(len(query))
+            ]
+        )
+
+    def _product_one(
+        self, query: Query, along: npt.NDArray[np.float32], kind: Direction
+    ) -> Product:
+        checkpoint()
+        return automatic_product(lambda x: self._mean(query, x), query.pixels, along, kind)
+
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
         checkpoint()
+        return self._mean(query, query.x).numpy()
+
+    def _mean(self, query: Query, x: Tensor) -> Tensor:
+        """Return D(x), [B, C, H, W] float32 on the CPU, at the levels of a query."""
         trained = self._trained
         level = parametrise(
             trained.prediction,
@@ -152,11 +187,11 @@ class UnetDenoiser:
             trained.sigma_data,
             max_sigma=trained.timesteps.max_sigma,
         )
-        x, timestep = query.x, trained.timesteps.at(level.sigma)
+        timestep = trained.timesteps.at(level.sigma)
         predicted = self._predict(x * _column(level.c_in), timestep, query)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
         # Before they are clipped, which would make images of infinities.
-        check_finite(mean.numpy(), "the network")
+        check_finite(mean.detach().numpy(), "the network")
         if trained.clip is not None:
             clipped = mean.clamp(-trained.clip, trained.clip)
             if query.unclipped is None:
@@ -164,7 +199,7 @@ class UnetDenoiser:
             else:
                 kept = torch.from_numpy(query.unclipped).view(-1, 1, 1, 1)
                 mean = torch.where(kept, mean, clipped)
-        return mean.numpy()
+        return mean
 
     def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""

@@ -54,7 +54,7 @@ MAX_GUIDANCE = 100.0
 _Number = TypeVar("_Number", int, float)
 
 Request = pb.DenoiseRequest | pb.ScoreRequest
-Conditioned = Request | pb.SampleRequest
+Conditioned = Request | pb.SampleRequest | pb.VjpRequest | pb.JvpRequest
 
 
 def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> tuple[int, ...]:
@@ -403,6 +403,8 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         ),
         batch_invariant=info.batch_invariant,
         has_log_evidence=info.has_log_evidence,
+        has_gradients=info.has_gradients,
+        has_sources=info.has_sources,
         implementation=info.implementation,
         memory_bytes=info.memory_bytes,
         conditioning=pb.Conditioning(max_rows=info.condition_rows, width=info.condition_width)

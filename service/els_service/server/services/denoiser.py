@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
-from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
@@ -33,6 +32,7 @@ from els_service.server.requests.sample import (
     held_bytes_of,
     options_of,
 )
+from els_service.server.services.explain import MomentService
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.grpc_types import Context, Response
@@ -41,7 +41,7 @@ from els_service.server.transport.request_context import context_of
 from els_service.server.transport.tcp_info import shut_down
 
 
-class DenoiserService(DenoiserServiceServicer):
+class DenoiserService(MomentService):
     """Methods of ``denoise.v1``.
 
     Args:
@@ -51,6 +51,7 @@ class DenoiserService(DenoiserServiceServicer):
     """
 
     def __init__(self, engine: Engine, limits: Limits, draining: asyncio.Event) -> None:
+        super().__init__(engine, limits)
         self._engine, self._limits, self._draining = engine, limits, draining
         models = engine.models
         self._denoise = DenoiseMethod(models, limits, pb.DenoiseResponse, "denoised")

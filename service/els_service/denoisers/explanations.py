@@ -1,0 +1,64 @@
+"""Where each pixel of a denoised image came from: protocol and result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+
+
+@dataclass(eq=False, slots=True)  # immutable by convention; see base.Condition
+class Explanation(Denoised):
+    """Statistics of the posterior over the bank, for each pixel, beside D(x)."""
+
+    variance: npt.NDArray[np.float32]
+    """[B, C, H, W]."""
+    entropy: npt.NDArray[np.float32]
+    """[B, H, W], in nats; its exponential is the effective number of sources."""
+    sources: npt.NDArray[np.int64]
+    """[B, H, W, m, 3]: bank image, row, column, of falling weight; −1 where there are fewer."""
+    weights: npt.NDArray[np.float32]
+    """[B, H, W, m], falling."""
+    shares: npt.NDArray[np.float64]
+    """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
+    labels: npt.NDArray[np.int64] | None
+    """[N]: of the bank's images; None for an unlabelled bank."""
+
+    def __getitem__(self, images: slice) -> Explanation:
+        evidence = self.log_evidence
+        return Explanation(
+            self.pixels[images],
+            None if evidence is None else evidence[images],
+            self.variance[images],
+            self.entropy[images],
+            self.sources[images],
+            self.weights[images],
+            self.shares[images],
+            self.labels,
+        )
+
+
+@runtime_checkable
+class Explainable(Protocol):
+    """A denoiser of a bank that can name its sources; its info has ``has_sources``."""
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        ...
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the query is rejected; cheap."""
+        ...
+
+    def explain(self, query: Query, top: int) -> Explanation:
+        """Return the statistics with the ``top`` sources of every pixel."""
+        ...
+
+    def predict_explain_seconds(self, query: Query) -> float:
+        """Return the predicted duration of ``explain``."""
+        ...

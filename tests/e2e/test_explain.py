@@ -1,0 +1,242 @@
+"""Gradients and sources from a real server, against brute force on its small bank."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from tests.support import onnx_models
+from tests.support.models_folder import (
+    DOCUMENTS,
+    LABELLED,
+    SHAPE,
+    WITH_EVIDENCE,
+    tiny_bank,
+    write_models,
+)
+from tests.support.processes import ServerProcess, serving
+from tests.support.twin import Twin
+
+from els_client import AsyncClient, Client, ElsError, InvalidArgumentError
+from els_kernels import GEOMETRIES
+from els_kernels.reference_statistics import ReferencePosterior
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.banks import make_bank, save_bank
+from els_service.denoisers.base import make_query
+from els_service.denoisers.gradients import Differentiable
+from els_service.denoisers.levels import from_sigma
+from els_service.repository import ModelRepository
+
+SIGMA = [0.3, 1.0, 4.0]
+RANGES = [(0, 12), (0, 4), (8, 12)]
+CHOSEN = [-1, 0, 2]
+"""Labels of the three images, and their ranges in the bank, which is sorted by label."""
+
+
+def images(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(size=(3, *SHAPE)).astype(np.float32)
+
+
+def references(models: Path, name: str, x: np.ndarray[Any, Any]) -> list[ReferencePosterior]:
+    denoiser = ModelRepository(models).load(name)
+    assert isinstance(denoiser, AnalyticDenoiser)
+    info, pixels = denoiser.info, tiny_bank().pixels()
+    windows = [1] * 3 if info.window is None else info.window.at(np.array(SIGMA)).tolist()
+    geometry = GEOMETRIES[info.machine, info.padding]
+    return [
+        ReferencePosterior(torch.from_numpy(image), pixels[lo:hi], 1.0, sigma, k, geometry)
+        for image, (lo, hi), sigma, k in zip(x, RANGES, SIGMA, windows, strict=True)
+    ]
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
+    twin = Twin(request.param(server.target))
+    yield twin
+    await twin.close()
+
+
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+async def test_an_explanation_is_that_of_brute_force(twin: Twin, models: Path, model: str) -> None:
+    x = images(1)
+    found = await twin.call("explain", x, model=model, sigma=SIGMA, label=CHOSEN, top=5)
+    assert found.sources.shape == (3, *SHAPE[1:], 5, 3)
+    assert found.weights.shape == (3, *SHAPE[1:], 5)
+    assert found.shares.sum(1) + found.dropped_share == pytest.approx(np.ones(3), abs=1e-6)
+    assert found.bank_fingerprint == tiny_bank().fingerprint
+    assert found.label_names == ("dot", "dash", "gap")
+    for b, reference in enumerate(references(models, model, x)):
+        lo, hi = RANGES[b]
+        weights = reference.log_weights().exp()
+        assert np.abs(found.denoised[b] - reference.mean().numpy()).max() <= 1e-6
+        assert np.abs(found.variance[b] - reference.variance().numpy()).max() <= 1e-6
+        entropy = reference.entropy().numpy()
+        assert np.abs(found.entropy[b] - entropy).max() <= 1e-5
+        assert found.effective_sources[b] == pytest.approx(np.exp(entropy), rel=1e-4)
+        assert found.shares[b, lo:hi] == pytest.approx(reference.shares().numpy(), abs=1e-6)
+        listed = found.sources[b].reshape(-1, 5, 3)
+        for u, own in enumerate(found.weights[b].reshape(-1, 5)):
+            best = weights[u].flatten().sort(descending=True).values[:5].numpy()
+            assert own[: len(best)] == pytest.approx(best, abs=1e-6)
+            for (image, row, col), weight in zip(listed[u].tolist(), own, strict=True):
+                if image >= 0:
+                    want = float(weights[u, image - lo, row * SHAPE[2] + col])
+                    assert weight == pytest.approx(want, abs=1e-6)
+                    assert found.labels[image] == tiny_bank().labels[image]
+
+
+@pytest.mark.parametrize("model", [*WITH_EVIDENCE, "wiener"])
+async def test_products_are_the_library_s(twin: Twin, models: Path, model: str) -> None:
+    x, g = images(1), images(2)
+    denoiser = ModelRepository(models).load(model)
+    assert isinstance(denoiser, Differentiable)
+    query = make_query(x, from_sigma(SIGMA), CHOSEN)
+    options: dict[str, Any] = {"model": model, "sigma": SIGMA, "label": CHOSEN}
+    for name in ("vjp", "jvp"):
+        denoised, product = await twin.call(name, x, g, **options)
+        want = getattr(denoiser, name)(query, g)
+        assert np.array_equal(denoised, want.mean)
+        assert np.array_equal(product, want.product)
+
+
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+def test_products_are_automatic_differentiation_of_brute_force(
+    client: Client, models: Path, model: str
+) -> None:
+    x, g = images(1), images(2)
+    _, pulled = client.vjp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
+    _, pushed = client.jvp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
+    for b, reference in enumerate(references(models, model, x)):
+        along = torch.from_numpy(g[b])
+        for got, want in ((pulled, reference.vjp(along)), (pushed, reference.jvp(along))):
+            assert np.abs(got[b] - want.numpy()).max() <= 1e-4 * float(want.abs().max()) + 1e-9
+
+
+def test_a_model_says_what_it_supports(client: Client) -> None:
+    for model in client.models():
+        assert model.has_gradients
+        assert model.has_sources == (model.kind == "analytic")
+
+
+def test_one_image_of_a_batch_has_the_bits_that_it_has_alone(client: Client) -> None:
+    x, g = images(1), images(2)
+    together = client.explain(x, model="zeros", sigma=SIGMA, top=16)
+    _, products = client.vjp(x, g, model="zeros", sigma=SIGMA)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = client.explain(x[one], model="zeros", sigma=SIGMA[b], top=16)
+        assert np.array_equal(alone.weights[0], together.weights[b])
+        assert np.array_equal(alone.sources[0], together.sources[b])
+        assert np.array_equal(
+            client.vjp(x[one], g[one], model="zeros", sigma=SIGMA[b])[1], products[one]
+        )
+
+
+def test_a_model_without_a_bank_lists_the_models_that_explain(client: Client) -> None:
+    x = np.zeros((1, 3, 32, 32), np.float32)
+    with pytest.raises(ElsError, match="gaussian has no sources") as caught:
+        client.explain(x, model="gaussian", sigma=1.0)
+    assert caught.value.code == "FAILED_PRECONDITION"
+    assert "circular, equivariant, ideal, local, valid, zeros" in str(caught.value)
+
+
+def test_an_onnx_model_has_no_gradients_and_is_named(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {})
+    onnx_models.write(root, onnx_models.gaussian())
+    x = np.zeros((1, *onnx_models.SHAPE), np.float32)
+    with serving("--models", root, "--threads", 1) as server, Client(server.target) as client:
+        assert not client.model("model").has_gradients
+        for call in (client.vjp, client.jvp):
+            with pytest.raises(ElsError, match="model has no gradients: a model of kind onnx") as e:
+                call(x, x, model="model", sigma=1.0)
+            assert e.value.code == "FAILED_PRECONDITION"
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("top", {"top": 17}),
+        ("top", {"top": -1}),
+        ("x.shape", {"x": pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 6])}),
+        ("windows", {"windows": [4]}),
+        ("labels", {"labels": [9]}),
+        ("level", {"level": pb.NoiseLevel()}),
+        ("priority", {"priority": 9}),
+    ],
+)
+def test_a_bad_field_of_explain_is_named(
+    channel: grpc.Channel, client: Client, field: str, change: dict[str, Any]
+) -> None:
+    request = pb.ExplainRequest(model="zeros", level=pb.NoiseLevel(sigma=[1.0]))
+    request.x.CopyFrom(message_of(images(1)))
+    for name in change:
+        request.ClearField(name)  # type: ignore[arg-type]
+    request.MergeFrom(pb.ExplainRequest(**change))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(DenoiserServiceStub(channel).Explain(request, timeout=30))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith(f"{field}: expected")
+    assert_serves(client)
+
+
+@pytest.mark.parametrize(
+    ("field", "tensor"),
+    [
+        ("cotangent.shape", pb.Tensor()),
+        ("cotangent.shape", pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 6, 5], data=bytes(120))),
+        ("cotangent.data", pb.Tensor(dtype=pb.DTYPE_F32, shape=[3, 1, 6, 5], data=b"1234")),
+        ("cotangent.dtype", pb.Tensor(dtype=pb.DTYPE_U8, shape=[3, 1, 6, 5], data=bytes(90))),
+        ("cotangent", pb.Tensor(dtype=pb.DTYPE_F32, shape=[3, 1, 6, 5], data=b"\xff" * 360)),
+    ],
+)
+def test_a_bad_cotangent_is_named(
+    channel: grpc.Channel, client: Client, field: str, tensor: pb.Tensor
+) -> None:
+    request = pb.VjpRequest(
+        model="zeros", x=message_of(images(1)), level=pb.NoiseLevel(sigma=[1.0]), cotangent=tensor
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        DenoiserServiceStub(channel).Vjp(request, timeout=30)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith(f"{field}: expected")
+    assert_serves(client)
+
+
+def test_the_client_rejects_what_cannot_be_sent(client: Client) -> None:
+    with pytest.raises(InvalidArgumentError, match="top: expected an integer of at least 1, got 0"):
+        client.explain(images(1), top=0, model="zeros", sigma=1.0)
+    with pytest.raises(InvalidArgumentError, match="cotangent: expected"):
+        client.vjp(images(1), [[1.0]], model="zeros", sigma=1.0)  # type: ignore[arg-type]
+
+
+def test_an_explanation_larger_than_a_message_is_rejected(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {"wide": DOCUMENTS["local"].replace("tiny", "wide")})
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 1, 32, 32)).astype(np.uint8)
+    save_bank(make_bank(pixels), root / "_banks" / "wide.safetensors")
+    x = np.zeros((1, 1, 32, 32), np.float32)
+    with (
+        serving("--models", root, "--threads", 1, ELS_MAX_MESSAGE_BYTES="65536") as server,
+        Client(server.target) as client,
+    ):
+        found = client.explain(x, model="wide", sigma=1.0, top=1)
+        assert found.sources.shape == (1, 32, 32, 1, 3)
+        # An unlabelled bank.
+        assert (found.labels == -1).all()
+        with pytest.raises(ElsError, match="top: expected a response of at most 65536") as caught:
+            client.explain(x, model="wide", sigma=1.0, top=16)
+        assert caught.value.code == "RESOURCE_EXHAUSTED"
+
+
+def message_of(x: np.ndarray[Any, Any]) -> pb.Tensor:
+    return pb.Tensor(dtype=pb.DTYPE_F32, shape=x.shape, data=x.tobytes())
+
+
+def assert_serves(client: Client) -> None:
+    assert client.denoise(images(1), model=LABELLED[0], sigma=1.0).shape == (3, *SHAPE)
