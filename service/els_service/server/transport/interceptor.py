@@ -594,7 +594,8 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
     if handler.request_streaming:
 
         async def talk(_: object, context: Context) -> None:
-            requests = Messages(receiver, context, token_name(), _abort, parse, SMALL_MESSAGE_BYTES)
+            limit = SMALL_MESSAGE_BYTES, receiver.receive_s
+            requests = Messages(receiver, context, token_name(), _abort, parse, *limit)
             try:
                 async with contextlib.aclosing(handler.stream_stream(requests, context)) as answers:
                     async for answer in answers:

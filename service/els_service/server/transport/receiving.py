@@ -156,6 +156,7 @@ class Messages:
         reject: as of ``Receiver.begin``.
         parse: makes a request of a message.
         max_bytes: of a message, decompressed.
+        limit_s: how long a message may take to arrive; None for any time.
     """
 
     def __init__(
@@ -166,8 +167,10 @@ class Messages:
         reject: Reject,
         parse: Callable[[bytes], Any],
         max_bytes: int,
+        limit_s: float | None = None,
     ) -> None:
         self._receiver, self._context, self._parse = receiver, context, parse
+        self._limit_s = limit_s
         self._caller, self._reject, self._max_bytes = caller, reject, max_bytes
         self._peer: str = context.peer()
         self._ended = False
@@ -180,7 +183,7 @@ class Messages:
         receiver, context = self._receiver, self._context
         if self._ended:
             raise StopAsyncIteration
-        data = await receiver.read(context, self._caller, self._reject, None, self._peer)
+        data = await receiver.read(context, self._caller, self._reject, self._limit_s, self._peer)
         if data is None:
             raise StopAsyncIteration
         if is_large_gzip(data):
