@@ -136,3 +136,10 @@ def test_a_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path, mask: int) ->
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "bank.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(path, b"content")
+    assert caught.value.filename == str(path)

@@ -21,6 +21,7 @@ from tests.support.unfinished import DENOISE, HEALTH, Sender
 MIB = 1 << 20
 BUDGET = 256 * MIB
 CALLS = 12
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 def memory(process: ServerProcess, field: str) -> float:
@@ -147,3 +148,24 @@ def test_callers_without_a_token_hold_nothing_through_health_checks(
                 call: Any = probe.unary_unary(HEALTH)
                 assert call(b"", timeout=TIMEOUT_S)
         assert memory(server, "VmHWM") - before < BUDGET / MIB + 150
+
+
+def test_reflection_holds_no_more_than_the_budget_on_a_unix_socket(
+    models: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    target = f"unix:{tmp_path / 'els.sock'}"
+    with (
+        serving("--models", models, "--threads", 1, "--host", target, **settings) as server,
+        socket.socket(socket.AF_UNIX) as peer,
+        grpc.insecure_channel(target) as channel,
+    ):
+        before = memory(server, "VmRSS")
+        peer.connect(target.removeprefix("unix:"))
+        peer.sendall(frames.BEGINNING)
+        sender = Sender(peer, REFLECTION, CALLS)
+        until = time.monotonic() + 20
+        while len(sender.ended) < CALLS - 2 and time.monotonic() < until:
+            sender.run(0.2)
+            assert_answers(channel)
+        assert memory(server, "VmHWM") - before < BUDGET / MIB + 150
+        assert len(sender.ended) >= CALLS - 2

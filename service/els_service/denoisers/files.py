@@ -55,15 +55,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: new content of the file.
 
     Raises:
-        OSError: The file cannot be written; an existing file is unchanged.
+        OSError: The file cannot be written; names it. An existing file is unchanged.
     """
     remove_remains(path.parent)
-    # In the same folder, because a rename is atomic only within one file system.
-    with _temporary(path.parent) as (name, file):
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(name, path)
+    try:
+        # In the same folder, because a rename is atomic only within one file system.
+        with _temporary(path.parent) as (name, file):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(name, path)
+    except OSError as error:
+        # The system names the temporary file, or none where the disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _sync_folder(path.parent)
 
 

@@ -114,6 +114,7 @@ class RequestStream:
         reject: as of ``Receiver.begin``.
         parse: returns the request of a message.
         max_bytes: maximum size of a message after decompression.
+        limit_s: time that a message may take to arrive; None for unlimited.
     """
 
     def __init__(
@@ -124,9 +125,11 @@ class RequestStream:
         reject: Reject,
         parse: Callable[[bytes], Any],
         max_bytes: int,
+        limit_s: float | None = None,
     ) -> None:
         self._receiver, self._context, self._parse = receiver, context, parse
         self._token, self._reject, self._max_bytes = token, reject, max_bytes
+        self._limit_s = limit_s
         self._peer: str = context.peer()
         self._ended = False
         receiver.track(self._peer)
@@ -138,7 +141,7 @@ class RequestStream:
         receiver, context = self._receiver, self._context
         if self._ended:
             raise StopAsyncIteration
-        data = await receiver.read(context, self._token, self._reject, None, self._peer)
+        data = await receiver.read(context, self._token, self._reject, self._limit_s, self._peer)
         if data is None:
             raise StopAsyncIteration
         if is_large_gzip(data):

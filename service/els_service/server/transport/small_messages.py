@@ -68,9 +68,8 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
     if handler.request_streaming:
 
         async def stream_stream(_: object, context: Context) -> None:
-            requests = RequestStream(
-                receiver, context, token_name(), _abort, parse, SMALL_MESSAGE_BYTES
-            )
+            limits = SMALL_MESSAGE_BYTES, receiver.receive_s
+            requests = RequestStream(receiver, context, token_name(), _abort, parse, *limits)
             try:
                 responses = handler.stream_stream(requests, context)
                 async with contextlib.aclosing(responses):
