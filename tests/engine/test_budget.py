@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -32,9 +33,9 @@ def test_what_is_alone_may_exceed_the_capacity() -> None:
 def test_a_full_budget_makes_room_for_a_newcomer_by_the_newest_of_the_largest_holder() -> None:
     budget, evicted = Budget(CAPACITY), list[int]()
     for i in range(7):
-        budget.reserve("large", 10, lambda i=i: evicted.append(i))  # type: ignore[misc]
+        budget.reserve("large", 10, partial(evicted.append, i))
     for i in range(3):
-        budget.reserve("small", 10, lambda i=i: evicted.append(100 + i))  # type: ignore[misc]
+        budget.reserve("small", 10, partial(evicted.append, 100 + i))
     assert budget.reserve("newcomer", 20)
     assert evicted == [6, 5]
     assert (budget.held_by("large"), budget.held_by("small")) == (50, 30)
@@ -113,8 +114,8 @@ def test_no_caller_within_its_share_is_rejected_and_the_capacity_holds(
             assert done or live[key].amount == before
         else:
             before = budget.held_by(caller)
-            evict = None if step == "fixed" else lambda number=number: live.pop(number)
-            holding = budget.reserve(caller, amount, evict)  # type: ignore[arg-type]
+            evict = None if step == "fixed" else partial(live.__delitem__, number)
+            holding = budget.reserve(caller, amount, evict)
             if holding:
                 live[number] = holding
                 fixed += amount if step == "fixed" else 0

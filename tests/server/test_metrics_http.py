@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def test_a_request_that_is_not_whole_in_time_ends_its_connection(
     for sent in (b"", b"GET /metrics HTTP/1.1\r\n", b"POST /x HTTP/1.1\r\nContent-Length: 9\r\n"):
         with pages.connect(sent) as one:
             # By a reset, as it may have been sent more than it has read.
-            assert ended(lambda one=one: one.recv(1))  # type: ignore[misc]
+            assert ended(partial(one.recv, 1))
 
 
 def ended(receive: Callable[[], bytes]) -> bool:
