@@ -56,6 +56,14 @@ def test_a_prediction_is_trusted_after_some_batches_and_not_for_ever() -> None:
     assert not model.is_calibrated(50.0)
 
 
+def test_what_is_known_of_batches_of_many_seconds_is_not_stale_before_the_next_one() -> None:
+    model = CostModel()
+    for batch in range(3):
+        model.learn(17.0, 17.0, 17.0 * batch)
+    assert model.is_calibrated(34.0 + 60.0)
+    assert not model.is_calibrated(34.0 + 70.0)
+
+
 def test_no_prediction_is_negative() -> None:
     model = taught(*((n, 5.0 - 0.1 * n) for n in (1, 8, 3, 12, 1, 5, 8, 2)))
     assert model.seconds(0.0) >= 0
@@ -65,13 +73,13 @@ def test_no_prediction_is_negative() -> None:
 @pytest.mark.parametrize(
     ("model", "estimate", "refuses"),
     [
-        (CostModel(), 4.1, True),
-        (CostModel(), 3.9, False),
+        (CostModel(), 2.6, True),
+        (CostModel(), 2.4, False),
         # A machine that is faster than was estimated, by what was seen once.
-        (taught((1.0, 0.1)), 4.1, False),
-        (taught((1.0, 0.1)), 41.0, True),
+        (taught((1.0, 0.1)), 2.6, False),
+        (taught((1.0, 0.1)), 26.0, True),
         # One that was slower than was estimated once may have been paused.
-        (taught((1.0, 100.0)), 3.9, False),
+        (taught((1.0, 100.0)), 2.4, False),
         (taught(*[(1.0, 1.0)] * 3), 0.0, True),
     ],
 )

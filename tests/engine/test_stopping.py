@@ -148,7 +148,7 @@ async def test_a_slow_answer_of_a_real_machine_is_stopped_and_the_device_free(
     estimate = machine.predict_seconds(asked)
     assert estimate > PROMPT_S / 2
     # Nothing has been measured: this is not yet late enough to be refused at once.
-    allowed = estimate / 3.5 if leaves == "expired" else WAIT_S
+    allowed = estimate / 2.2 if leaves == "expired" else WAIT_S
     context = RequestContext(deadline=time.monotonic() + allowed)
     slow = engine.denoise(engine.models.entry("slow"), asked, context)
     assert not isinstance(slow, Denoised)

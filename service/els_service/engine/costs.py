@@ -14,8 +14,11 @@ _ENOUGH = 3
 """Batches after which a query may be rejected by prediction."""
 _STALE_S = 10.0
 """Seconds without a batch after which no query is rejected by prediction, so that it can adapt."""
-_FAR = 4.0
-"""Multiple of the time allowed from which a prediction counts even without recent batches."""
+_STALE_BATCHES = 4
+"""The same in durations of the last batch, if that is longer."""
+_FAR = 2.5
+"""Multiple of the time allowed from which a prediction counts even without recent batches. Estimates
+are within a factor of two of what is measured."""
 _INFORMATIVE_S = 0.01
 """Seconds of a query from which overheads are a small part of it."""
 _SPREAD = 0.05
@@ -30,7 +33,7 @@ class CostModel:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self._error = 0.0
         self._seen = 0
-        self._last = 0.0
+        self._last = self._last_s = 0.0
 
     def seconds(self, estimate: float) -> float:
         """Return the predicted seconds of a batch that the denoiser estimates at ``estimate``."""
@@ -51,7 +54,8 @@ class CostModel:
 
     def is_calibrated(self, now: float) -> bool:
         """Return whether enough recent batches are known to reject a query by prediction."""
-        return self._seen >= _ENOUGH and now - self._last < _STALE_S
+        stale_s = max(_STALE_S, _STALE_BATCHES * self._last_s)
+        return self._seen >= _ENOUGH and now - self._last < stale_s
 
     def may_refuse(self, estimate: float, allowed_s: float, now: float) -> bool:
         """Return whether a query may be rejected by prediction.
@@ -86,7 +90,7 @@ class CostModel:
             seconds = min(seconds, 4 * predicted + 0.01)
             error = abs(seconds - predicted) / max(predicted, 1e-6)
             self._error += (1 - _DECAY) * (min(error, 1.0) - self._error)
-        self._seen, self._last = self._seen + 1, now
+        self._seen, self._last, self._last_s = self._seen + 1, now, seconds
         self._weight = _DECAY * self._weight + 1
         self._x = _DECAY * self._x + estimate
         self._y = _DECAY * self._y + seconds
