@@ -17,8 +17,10 @@ _STALE_S = 10.0
 _STALE_BATCHES = 4
 """The same in durations of the last batch, if that is longer."""
 _FAR = 2.5
-"""Multiple of the time allowed from which a prediction counts even without recent batches. Estimates
-are within a factor of two of what is measured."""
+"""Multiple of the time allowed from which a prediction counts even without recent batches.
+
+Estimates are within a factor of two of what is measured.
+"""
 _INFORMATIVE_S = 0.01
 """Seconds of a query from which overheads are a small part of it."""
 _SPREAD = 0.05
