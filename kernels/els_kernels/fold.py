@@ -26,6 +26,7 @@ from torch import Tensor
 from els_kernels.attention import PatchAttention
 from els_kernels.fold_arguments import bank_groups, bank_limits, folds
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
+from els_kernels.native import NativeFold, instruction_sets
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold
 
@@ -59,6 +60,7 @@ class FoldImplementation(Protocol):
 FOLD_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldImplementation]] = {
     "reference": FoldReference,
     "torch": TiledFold,
+    "native": NativeFold,
 }
 
 
@@ -161,5 +163,12 @@ class FoldedAttention:
 
 
 def fastest_fold(device: torch.device) -> str:
-    """Return the implementation that ``auto`` selects."""
-    return "torch"
+    """Return the implementation that ``auto`` selects, and log why a faster one is unavailable."""
+    if device.type != "cpu":
+        return "torch"
+    try:
+        instruction_sets()
+    except RuntimeError as error:
+        _log.warning("fold: %s; torch is several times slower", error)
+        return "torch"
+    return "native"

@@ -106,16 +106,11 @@ class _Planes:
         self._cell, self._groups = cell, groups
         self._k = cell.rows.window
         crop = cell.query(query)
-        self.energy = self._box(crop.square().sum(0)) / (2 * s * s)
+        self.energy = box_sums(crop.square().sum(0), self._k) / (2 * s * s)
         keys = (len(cell.cols.keys(group.shape[-1])) for group in groups)
         self._ring = max(crop.shape[-1], *keys)
         self._scaled = pad(crop * (a / s / s * _LOG2E), (0, self._ring - crop.shape[-1]))
         self._bias = -(a / s) * (a / s) * _LOG2E / 2
-
-    def _box(self, images: Tensor) -> Tensor:
-        """Return the sums of [..., X, Y] over every patch."""
-        rows, cols = (_band(length, self._k).to(images) for length in images.shape[-2:])
-        return rows @ images @ cols.T
 
     def _tiles(self) -> Iterator[_Tile]:
         """Yield every displacement of every image, in an order that depends on shapes only."""
@@ -126,7 +121,7 @@ class _Planes:
         for group in self._groups:
             for first in range(0, len(group), together):
                 keys = self._cell.keys(group[first : first + together]).double()
-                bias = self._box(keys.square().sum(1)) * self._bias
+                bias = box_sums(keys.square().sum(1), self._k) * self._bias
                 places = bias.shape[1]
                 low, high = (0, 1) if rows.same else (1 - rows.places, places)
                 keys, bias = self._rotations(keys, 0.0), self._rotations(bias, -math.inf)
@@ -180,6 +175,12 @@ class _Planes:
             for c in range(len(out)):
                 out[c, tile.crop] += (reach * tile.keys[:, c]).sum((0, 1))
         return out[..., : len(col_taps)]
+
+
+def box_sums(images: Tensor, window: int) -> Tensor:
+    """Return the sums of [..., X, Y] over every patch, [..., X - k + 1, Y - k + 1]."""
+    rows, cols = (_band(length, window).to(images) for length in images.shape[-2:])
+    return rows @ images @ cols.T
 
 
 def _band(length: int, window: int) -> Tensor:

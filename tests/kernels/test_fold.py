@@ -63,7 +63,7 @@ def test_it_equals_the_reference_at_every_window_level_and_fold(
     bank = random_bank((3, channels, *size), channels)
     for index, window in enumerate(range(1, max_window(geometry, *size) + 1, 2)):
         case = fold_case(geometry, size, bank, window, cyclic_pairs(5 * index + channels))
-        assert_fold_within_budget(case, case.attend(fold_variant), case.attend("reference"))
+        assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
 
 @pytest.mark.parametrize("name", FOLD_NAMES)
@@ -72,7 +72,7 @@ def test_it_equals_the_reference_at_every_level_with_every_fold(
 ) -> None:
     geometry = FOLD_NAMES[name]
     case = fold_case(geometry, (5, 6), random_bank((2, 1, 5, 6)), 3, PAIRS)
-    assert_fold_within_budget(case, case.attend(fold_variant), case.attend("reference"))
+    assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
 
 @pytest.mark.parametrize("name", ELS)
@@ -83,7 +83,7 @@ def test_a_query_of_another_size_than_the_bank_equals_the_reference(
     bank = random_bank((2, 3, 7, 9))
     for window in (1, 3, 5):
         case = fold_case(FOLD_NAMES[name], size, bank, window, cyclic_pairs(window))
-        assert_fold_within_budget(case, case.attend(fold_variant), case.attend("reference"))
+        assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
 
 @pytest.mark.parametrize("name", ELS)
@@ -94,7 +94,7 @@ def test_a_bank_of_images_of_different_sizes_equals_the_reference(
     bank = [random_bank((1, 2, *size), seed)[0] for seed, size in enumerate(sizes)]
     case = fold_case(FOLD_NAMES[name], (6, 7), bank, 5, cyclic_pairs(0))
     case = FoldCase(**{**vars(case), "ranges": torch.tensor([[0, 5], [1, 4], [2, 3]] * 2)})
-    assert_fold_within_budget(case, case.attend(fold_variant), case.attend("reference"))
+    assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
 
 @pytest.mark.parametrize(("name", "window"), [("els-inside", 7), ("els-zeros", 7)])
@@ -103,7 +103,7 @@ def test_columns_past_a_vector_and_rows_past_a_block_equal_the_reference(
 ) -> None:
     bank = random_bank((1, 1, 23, 35))
     case = fold_case(FOLD_NAMES[name], (17, 33), bank, window, [(0.3, 0.2), (1.0, math.inf)])
-    assert_fold_within_budget(case, case.attend(fold_variant), case.attend("reference"))
+    assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
 
 @pytest.mark.parametrize("name", FOLD_NAMES)

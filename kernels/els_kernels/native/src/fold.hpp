@@ -22,24 +22,29 @@ constexpr int kMostRows = 4;          // displacements that a pass works on toge
 constexpr float kNoPatch = -1e30f;    // added to the logit of what is no patch
 constexpr float kFoldHeadroom = 10.0f;  // bits by which a logit may exceed the running maximum
 
-[[gnu::always_inline]] inline IVec load_int(const std::int32_t* p) {
-  return *reinterpret_cast<const IVec*>(p);
-}
-[[gnu::always_inline]] inline void store_int(std::int32_t* p, IVec v) {
-  *reinterpret_cast<IVec*>(p) = v;
-}
-[[gnu::always_inline]] inline Vec to_float(IVec v) { return __builtin_convertvector(v, Vec); }
+// Units of logits, modulo 2^32: unsigned, because sums wrap around.
+typedef std::uint32_t Units __attribute__((vector_size(4 * kLanes)));
 
-[[gnu::always_inline]] inline IVec nearest(Vec v) {
+[[gnu::always_inline]] inline Units load_units(const std::int32_t* p) {
+  return *reinterpret_cast<const Units*>(p);
+}
+[[gnu::always_inline]] inline void store_units(std::int32_t* p, Units v) {
+  *reinterpret_cast<Units*>(p) = v;
+}
+[[gnu::always_inline]] inline Vec to_float(Units v) {
+  return __builtin_convertvector((IVec)v, Vec);
+}
+
+[[gnu::always_inline]] inline Units nearest(Vec v) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return (IVec)_mm512_cvtps_epi32((__m512)v);
+  return (Units)_mm512_cvtps_epi32((__m512)v);
 #elif defined(__AVX2__)
-  return (IVec)_mm256_cvtps_epi32((__m256)v);
+  return (Units)_mm256_cvtps_epi32((__m256)v);
 #elif defined(__SSE2__)
-  return (IVec)_mm_cvtps_epi32((__m128)v);
+  return (Units)_mm_cvtps_epi32((__m128)v);
 #else
   const Vec half = v < splat(0.0f) ? splat(-0.5f) : splat(0.5f);
-  return __builtin_convertvector(v + half, IVec);
+  return (Units)__builtin_convertvector(v + half, IVec);
 #endif
 }
 
@@ -79,7 +84,10 @@ struct FoldScratch {
   float* reach;           // [window + vectors] vectors: weights filtered along columns
   float* sums;            // [patch_rows][vectors] vectors, or the fold: [C][rows][vectors]
   std::int32_t* flushed;  // [patch_rows][vectors] vectors
-  double* norms;          // [key_rows + window][columns]
+  double* norms;          // [key_rows + 1][columns]
+  bool* live;             // [kMostRows][window]: whether a slot of the ring of weights holds any
+  float* taps;            // [window]: of the rows of weights that reach a row
+  const float** lines;    // [window]: where these are
   std::size_t bytes = 0;
 
   FoldScratch(const FoldCell& cell, char* memory) {
@@ -105,7 +113,10 @@ struct FoldScratch {
     reach = reinterpret_cast<float*>(take(row + k * vec));
     sums = reinterpret_cast<float*>(take(cell.channels * most * row));
     flushed = reinterpret_cast<std::int32_t*>(take(cell.rows * row));
-    norms = reinterpret_cast<double*>(take((2 * cell.key_rows + 1) * row * 2));
+    norms = reinterpret_cast<double*>(take((cell.key_rows + 1) * row * 2));
+    live = reinterpret_cast<bool*>(take(kMostRows * k));
+    taps = reinterpret_cast<float*>(take(k * sizeof(float)));
+    lines = reinterpret_cast<const float**>(take(k * sizeof(float*)));
   }
 };
 
@@ -234,17 +245,17 @@ template <int C, int N>
     }
 #pragma GCC unroll 4
     for (int d = 0; d < N; ++d) {
-      const IVec product = nearest(g[d]);
+      const Units product = nearest(g[d]);
       std::int32_t* place = old + d * ring + at;
-      store_int(V + d * length + at, load_int(V + d * length + at) + product - load_int(place));
-      store_int(place, product);
+      store_units(V + d * length + at, load_units(V + d * length + at) + product - load_units(place));
+      store_units(place, product);
     }
   }
 #pragma GCC unroll 4
   for (int d = 0; d < N; ++d) {
     std::int32_t* line = V + d * length;
     for (int v = 0; v < cell.window - 1; ++v)
-      store_int(line + (K + v) * kLanes, next_lane(load_int(line + v * kLanes)));
+      store_units(line + (K + v) * kLanes, next_lane(load_units(line + v * kLanes)));
   }
 }
 
@@ -263,41 +274,45 @@ template <bool kRest>
                                              const float* rest, const FoldScratch& scratch) {
   const int K = cell.vectors, k = cell.window;
   const Vec scale = splat(cell.scale);
-  IVec even = {}, odd = {};
+  Units even = {}, odd = {};
   int o = 0;
   for (; o + 2 <= k; o += 2) {
-    even += load_int(V + o * kLanes);
-    odd += load_int(V + (o + 1) * kLanes);
+    even += load_units(V + o * kLanes);
+    odd += load_units(V + (o + 1) * kLanes);
   }
-  if (o < k) even += load_int(V + o * kLanes);
-  IVec S = even + odd;
+  if (o < k) even += load_units(V + o * kLanes);
+  Units S = even + odd;
   Vec top = splat(kNoPatch);
   for (int v = 0; v < K; ++v) {
     const std::size_t at = std::size_t(v) * kLanes;
-    const IVec units = S + (load_int(bias + at) - load_int(peak + at));
+    const Units units = S + (load_units(bias + at) - load_units(peak + at));
     Vec logit = to_float(units) * scale + load(scratch.mask + at);
     if (kRest) logit += load(rest + at);
     store(scratch.logits + at, logit);
     top = larger(top, logit);
-    S += load_int(V + at + k * kLanes) - load_int(V + at);
+    S += load_units(V + at + k * kLanes) - load_units(V + at);
   }
   return top;
 }
 
-// Raise the maxima that a row of logits exceeds by more than the headroom, as integers: a rounded
-// maximum would be wrong by as much as a logit. Rare.
-[[gnu::noinline, gnu::cold]] inline void raise_peaks(const FoldCell& cell, std::int32_t* peak,
-                                                     float* total, float* logits) {
-  const float units = 1.0f / cell.scale;
-  for (int i = 0; i < cell.vectors * kLanes; ++i)
-    if (logits[i] > kFoldHeadroom) {
-      // In whole units; what it is rounded by is known exactly, and both are moved by it.
-      const double raise = __builtin_floor(double(logits[i]) * units);
-      peak[i] = std::int32_t(std::uint32_t(peak[i]) + std::uint32_t(std::int64_t(raise)));
-      const double bits = raise * cell.scale;
-      total[i] = bits > 126.0 ? 0.0f : float(total[i] * __builtin_exp2(-bits));
-      logits[i] = float(logits[i] - bits);
+// Raise the maxima that a row of logits exceeds by more than the headroom, as integers: a maximum
+// rounded to a float would be wrong by as much as a logit. Logits have to be computed again. Rare.
+[[gnu::noinline, gnu::cold]] inline void raise_peaks(const FoldCell& cell, const std::int32_t* V,
+                                                     const std::int32_t* bias, std::int32_t* peak,
+                                                     float* total, const float* logits) {
+  Units S = {};
+  for (int o = 0; o < cell.window; ++o) S += load_units(V + o * kLanes);
+  for (int v = 0; v < cell.vectors; ++v) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    const Units units = S + (load_units(bias + at) - load_units(peak + at));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (!(logits[at + lane] > kFoldHeadroom)) continue;
+      peak[at + lane] = std::int32_t(std::uint32_t(peak[at + lane]) + units[lane]);
+      const float bits = float(std::int32_t(units[lane])) * cell.scale;
+      total[at + lane] = bits > 126.0f ? 0.0f : total[at + lane] * float(__builtin_exp2(-bits));
     }
+    S += load_units(V + at + cell.window * kLanes) - load_units(V + at);
+  }
 }
 
 template <int C, int N>
@@ -316,12 +331,14 @@ template <int C, int N>
     float* total = scratch.sums + i * keys.row;
     for (int d = 0; d < N; ++d) {
       if (!block.has(d, i)) continue;
-      const Vec top = row_logits<false>(cell, scratch.columns + d * length,
-                                        scratch.bias + (i + dy + d) * keys.row, row_peak, nullptr,
-                                        scratch);
+      const std::int32_t* V = scratch.columns + d * length;
+      const std::int32_t* bias = scratch.bias + (i + dy + d) * keys.row;
+      const Vec top = row_logits<false>(cell, V, bias, row_peak, nullptr, scratch);
       if (!any_above(top, -cell.dead)) continue;
-      if (__builtin_expect(any_above(top, kFoldHeadroom), 0))
-        raise_peaks(cell, row_peak, total, scratch.logits);
+      if (__builtin_expect(any_above(top, kFoldHeadroom), 0)) {
+        raise_peaks(cell, V, bias, row_peak, total, scratch.logits);
+        row_logits<false>(cell, V, bias, row_peak, nullptr, scratch);
+      }
       for (int v = 0; v < K; ++v) {
         const std::size_t at = std::size_t(v) * kLanes;
         store(total + at, load(total + at) + exp2(load(scratch.logits + at)));
@@ -352,21 +369,23 @@ template <class Tap, class Line>
 }
 
 // The weights of the rows that reach row p, filtered by the taps of both axes, into `out`.
-inline void filter_row(const FoldCell& cell, int taps, const float* tap, const float* const* lines,
-                       FoldScratch& scratch, float* out) {
+inline void filter_row(const FoldCell& cell, int taps, FoldScratch& scratch, float* out) {
   const int K = cell.vectors, k = cell.window;
   float* reach = scratch.reach + (k - 1) * kLanes;
-  filter(K, taps, reach, [&](int o, int) { return splat(tap[o]); }, [&](int o) { return lines[o]; });
+  const float* row_taps = scratch.taps;
+  const float* const* lines = scratch.lines;
+  filter(K, taps, reach, [=](int o, int) { return splat(row_taps[o]); },
+         [=](int o) { return lines[o]; });
   for (int j = 1; j < k; ++j)
     store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
   const float* col_taps = cell.col_taps;
-  auto line = [&](int o) { return reach - o * kLanes; };
+  auto line = [=](int o) { return reach - o * kLanes; };
   if (cell.table_taps)
     return filter(K, k, out,
-                  [&](int o, int v) { return load(col_taps + (std::size_t(o) * K + v) * kLanes); },
+                  [=](int o, int v) { return load(col_taps + (std::size_t(o) * K + v) * kLanes); },
                   line);
   if (!cell.uniform_taps)
-    return filter(K, k, out, [&](int o, int) { return splat(col_taps[o]); }, line);
+    return filter(K, k, out, [=](int o, int) { return splat(col_taps[o]); }, line);
   // Weights are not negative, and the sum is started anew in each row: nothing cancels.
   Vec sum = {};
   for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
@@ -388,16 +407,14 @@ template <int C, int N>
   start_block(cell, N, scratch);
   int last_live[N];  // query row of the last weights that count
   for (int d = 0; d < N; ++d) last_live[d] = -k - 1;
-  bool live[N][1024] = {};  // whether a slot of the ring of weights holds any
-  float tap[1024];
-  const float* lines[1024];
+  std::memset(scratch.live, 0, N * k);
   for (int t = block.first, slot = 0; t < block.last + 2 * (k - 1);
        ++t, slot = slot + 1 < k ? slot + 1 : 0) {
     if (t < block.last + k - 1) advance_products<C, N>(cell, keys, dy, t, slot, scratch);
     const int i = t - k + 1;
     if (i < block.first) continue;
     for (int d = 0; d < N; ++d) {
-      live[d][slot] = false;
+      scratch.live[d * k + slot] = false;
       if (block.has(d, i)) {
         const Vec top = row_logits<true>(cell, scratch.columns + d * length,
                                          scratch.bias + (i + dy + d) * row, z.whole + i * row,
@@ -406,18 +423,18 @@ template <int C, int N>
           float* w = scratch.weights + d * ring + slot * row;
           for (int v = 0; v < K; ++v)
             store(w + v * kLanes, exp2(load(scratch.logits + v * kLanes)));
-          live[d][slot] = true;
+          scratch.live[d * k + slot] = true;
           last_live[d] = i;
         }
       }
       if (i - last_live[d] >= k) continue;
       int taps = 0;
       for (int o = 0, s = slot; o < k; ++o, s = s > 0 ? s - 1 : k - 1)
-        if (live[d][s]) {
-          tap[taps] = cell.row_taps[i * k + o];
-          lines[taps++] = scratch.weights + d * ring + s * row;
+        if (scratch.live[d * k + s]) {
+          scratch.taps[taps] = cell.row_taps[i * k + o];
+          scratch.lines[taps++] = scratch.weights + d * ring + s * row;
         }
-      filter_row(cell, taps, tap, lines, scratch, scratch.logits);
+      filter_row(cell, taps, scratch, scratch.logits);
       const float* near = scratch.keys + (i + dy + d + kMostRows) * row;
       float* out = scratch.sums + i * row;
       for (int v = 0; v < K; ++v) {
