@@ -7,15 +7,20 @@ posterior.mean, posterior.log_evidence                # [B, C, H, W], [B, H, W]
 
 from els_kernels.attention import IMPLEMENTATIONS, PatchAttention
 from els_kernels.control import ComputationStoppedError, Control, checkpoint
+from els_kernels.fold import FOLD_GEOMETRIES, FOLD_IMPLEMENTATIONS, FoldedAttention
+from els_kernels.fold_plan import count_fold_pairs
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior, count_pairs, max_window
 from els_kernels.moments import MAX_SOURCES, PatchMoments, PosteriorStatistics, Removal
 
 __all__ = [
+    "FOLD_GEOMETRIES",
+    "FOLD_IMPLEMENTATIONS",
     "GEOMETRIES",
     "IMPLEMENTATIONS",
     "MAX_SOURCES",
     "ComputationStoppedError",
     "Control",
+    "FoldedAttention",
     "Geometry",
     "PatchAttention",
     "PatchMoments",
@@ -23,6 +28,7 @@ __all__ = [
     "PosteriorStatistics",
     "Removal",
     "checkpoint",
+    "count_fold_pairs",
     "count_pairs",
     "max_window",
 ]

@@ -143,6 +143,8 @@ class PatchAttention:
         batch = len(x)
         if not isinstance(geometry, Geometry):
             raise ValueError(f"geometry: expected a Geometry, got {geometry!r}")
+        if geometry.padding == "inside":
+            raise ValueError("geometry: padding inside is answered by FoldedAttention only")
         scales = _positive("a", a, batch), _positive("s", s, batch)
         self._check_logits(_magnitudes("x", x), *scales)
         windows = self._windows(window, batch, geometry)

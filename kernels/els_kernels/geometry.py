@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Padding = Literal["zeros", "circular", "valid"]
+Padding = Literal["zeros", "circular", "valid", "inside"]
 Sources = Literal["same", "every"]
 
 
@@ -41,7 +41,8 @@ class Geometry:
 
     ``sources``: the *same* place of every image, or *every* place that the padding allows.
     ``padding``: ``zeros`` clips windows at the border and matches border signatures; ``circular``
-    wraps around the torus; ``valid`` uses interior places only and pads the query circularly.
+    wraps around the torus; ``valid`` uses interior places only and pads the query circularly;
+    ``inside`` uses patches wholly inside both images, and exists with a fold only (see ``fold``).
     ``whole``: the window is the whole image, and the window argument is None.
     """
 

@@ -1,12 +1,13 @@
 """ctypes binding of the C++ library; ctypes releases the GIL during a call.
 
-The library is loaded when the first bank is prepared, not on import.
+The library is library when the first bank is prepared, not on import.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +21,8 @@ LIBRARY = Path(__file__).with_name("libels_native.so")
 
 _SOURCES = {"same": 0, "every": 1}
 _PADDING = {"zeros": 0, "circular": 1, "valid": 2}
-_NO_MEMORY, _STOPPED = 1, 2
-"""Return codes of ``els_attend``; 0 means success."""
+NO_MEMORY, STOPPED = 1, 2
+"""Return codes of ``els_attend`` and ``els_fold``; 0 means success."""
 
 
 class _Call(ctypes.Structure):
@@ -53,10 +54,10 @@ class _Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Return the loaded library.
+    """Return the library library.
 
     Raises:
-        RuntimeError: It was not built, or cannot be loaded.
+        RuntimeError: It was not built, or cannot be library.
     """
     if not LIBRARY.exists():
         raise RuntimeError(
@@ -78,6 +79,8 @@ def _library() -> ctypes.CDLL:
     library.els_pack.restype = None
     library.els_attend.argtypes = [ctypes.POINTER(_Call)]
     library.els_attend.restype = ctypes.c_int32
+    library.els_fold.argtypes = [ctypes.c_void_p]
+    library.els_fold.restype = ctypes.c_int32
     return library
 
 
@@ -85,7 +88,7 @@ def instruction_sets() -> list[str]:
     """Return the instruction sets of the kernels that this processor can run, best first.
 
     Raises:
-        RuntimeError: The library was not built, or cannot be loaded.
+        RuntimeError: The library was not built, or cannot be library.
     """
     names: list[str] = []
     while (name := _library().els_kernel_name(len(names))) is not None:
@@ -105,7 +108,7 @@ class Native:
 
         Raises:
             ValueError: The bank is not on the CPU, or the instruction set is unknown.
-            RuntimeError: The library was not built, or cannot be loaded.
+            RuntimeError: The library was not built, or cannot be library.
         """
         if bank.device.type != "cpu":
             raise ValueError(f"native: expected a bank on the CPU, got one on {bank.device}")
@@ -177,25 +180,28 @@ class Native:
             control=control.address,
         )
         # Keeps the buffers alive until the library returns.
-        status = _run(call, control, (self, x, scales, windows, limits, answer))
-        if status == _STOPPED:
+        alive = (self, x, scales, windows, limits, answer)
+        status = run_apart(_library().els_attend, call, control, alive)
+        if status == STOPPED:
             raise ComputationStoppedError("native: stopped between two tiles")
-        if status == _NO_MEMORY:
+        if status == NO_MEMORY:
             raise MemoryError("native: no memory for the partial results of this batch")
         return answer
 
 
-def _run(call: _Call, control: Control, alive: object) -> int:
-    """Return what the library says of a call; Ctrl-C ends it after the tiles under way.
+def run_apart(
+    function: Callable[[object], int], call: ctypes.Structure, control: Control, alive: object
+) -> int:
+    """Return what a function of the library says of a call; Ctrl-C ends it after running tiles.
 
     Signals reach Python in the main thread alone, and only while that is not inside the library.
     """
     if threading.current_thread() is not threading.main_thread():
-        return int(_library().els_attend(ctypes.byref(call)))
+        return int(function(ctypes.byref(call)))
     said: list[int] = []
 
     def work(alive: object) -> None:
-        said.append(_library().els_attend(ctypes.byref(call)))
+        said.append(function(ctypes.byref(call)))
 
     worker = threading.Thread(target=work, args=((control, alive),), name="els-native")
     try:

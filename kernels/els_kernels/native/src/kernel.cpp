@@ -1,4 +1,5 @@
 // The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
+#include "fold.hpp"
 #include "whole.hpp"
 
 namespace {
@@ -50,4 +51,6 @@ void attend(const Bank& bank, const Geometry& geometry, const Query& query, cons
 }  // namespace
 
 extern "C" const els::Kernel ELS_KERNEL;
-const els::Kernel ELS_KERNEL = {ELS_KERNEL_NAME, kLanes, pack, scratch_floats, attend};
+const els::Kernel ELS_KERNEL = {
+    ELS_KERNEL_NAME,    kLanes,         pack,           scratch_floats, attend,
+    fold_scratch_bytes, fold_normalise, fold_accumulate};

@@ -87,6 +87,12 @@ void for_each(std::size_t tasks, int threads, const Control& control,
   for (std::thread& thread : crew) thread.join();
 }
 
+}  // namespace
+
+#include "fold_library.hpp"
+
+namespace {
+
 // ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the term of a logit that depends on the query only.
 void energies(const Bank& bank, const Geometry& geometry, const double* squares, int window,
               double scale, double* energy) {
@@ -293,6 +299,16 @@ void els_pack(std::int32_t index, const float* images, const double* centre, std
 std::int32_t els_attend(const ElsCall* call) {
   try {
     attend(*call, *kernels()[call->kernel]);
+    return is_stopped(*call->control) ? 2 : 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The same for a fold.
+std::int32_t els_fold(const ElsFoldCall* call) {
+  try {
+    fold(*call, *kernels()[call->kernel]);
     return is_stopped(*call->control) ? 2 : 0;
   } catch (const std::bad_alloc&) {
     return 1;

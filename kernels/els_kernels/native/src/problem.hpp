@@ -55,6 +55,11 @@ struct Control {
   std::int64_t progress;   // grows while the call computes
 };
 
+struct FoldCell;
+struct FoldUnit;
+struct FoldSums;
+struct FoldNormaliser;
+
 struct Kernel {
   const char* name;
   int lanes;
@@ -63,6 +68,11 @@ struct Kernel {
   // Partial result of one query for a share of the bank; incomplete if the control is stopped.
   void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
                  float* scratch, Partial out);
+  // A fold: see fold_problem.hpp. Both add the sources of a unit to what is there.
+  std::size_t (*fold_scratch_bytes)(const FoldCell&);
+  void (*fold_normalise)(const FoldCell&, const FoldUnit&, Control&, char* scratch, FoldSums);
+  void (*fold_accumulate)(const FoldCell&, const FoldUnit&, Control&, char* scratch,
+                          const FoldNormaliser&, double* fold);
 };
 
 }  // namespace els

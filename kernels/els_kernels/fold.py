@@ -1,0 +1,174 @@
+"""Patch attention with a fold: whole mean patches overlap, and queries may have any size.
+
+attention = FoldedAttention(bank)         # [N, C, H, W], or images of different sizes
+posterior = attention(x, a=a, s=s, window=k, fold=rho, geometry=FOLD_GEOMETRIES["els", "inside"])
+
+With the posterior weights w of each query patch q over patches y of the bank::
+
+    mean patch   ŷ_q  = Σ_y w_q(y)·y
+    mean[p]           = Σ_q g(p-q)·ŷ_q(p-q) / Σ_q g(p-q)          q: all patches that reach p
+    g(u, v)           = e^(-(u² + v²) / 2ρ²)                      u, v from -1 to 1 over the patch
+
+ρ → 0 is the centre of each mean patch (ELS, local), ρ = ∞ the plain mean of all overlapping patches
+(patch posterior composites: Niedoba et al. 2025, eq. 9-11).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from els_kernels.attention import PatchAttention
+from els_kernels.fold_arguments import bank_groups, bank_limits, folds
+from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
+from els_kernels.native import NativeFold, instruction_sets
+from els_kernels.reference_fold import FoldReference
+from els_kernels.torch_fold import TiledFold
+
+_log = logging.getLogger(__name__)
+
+FOLD_GEOMETRIES: dict[tuple[str, str], Geometry] = {
+    **{name: geometry for name, geometry in GEOMETRIES.items() if not geometry.whole},
+    ("local", "inside"): Geometry("same", "inside"),
+    ("els", "inside"): Geometry("every", "inside"),
+}
+"""(machine, padding) → geometry of the machines that have a fold."""
+
+
+class FoldImplementation(Protocol):
+    """A bank prepared for queries; takes validated arguments of one image [C, H, W]."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: float,
+        s: float,
+        window: int,
+        limits: tuple[int, int],
+        fold: float,
+        geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W]."""
+        ...
+
+
+FOLD_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldImplementation]] = {
+    "reference": FoldReference,
+    "torch": TiledFold,
+    "native": NativeFold,
+}
+
+
+class FoldedAttention:
+    """Patch attention whose answer is the overlap of whole mean patches.
+
+    An image with ρ = 0 whose size and padding ``PatchAttention`` answers has the bits that it has
+    there. Results are batch invariant, as images are computed one by one. They carry no gradient,
+    and do not depend on autocast or the default device.
+    """
+
+    @torch.no_grad()
+    def __init__(self, bank: Tensor | Sequence[Tensor], *, implementation: str = "auto") -> None:
+        """Prepare a bank.
+
+        Args:
+            bank: [N, C, H, W] float32, finite, N ≥ 1, or a sequence of images [C, H, W] of equal C;
+                images of one size in a row are stored together, so that none needs padding.
+            implementation: a key of ``FOLD_IMPLEMENTATIONS``, or ``auto``, which logs its choice.
+
+        Raises:
+            ValueError: the bank or the implementation is invalid; names expected and got.
+            RuntimeError: ``native`` is requested but not available; gives the reason.
+        """
+        self._groups = bank_groups(bank)
+        self._limits = bank_limits(self._groups)
+        self.device = self._limits.device
+        if implementation == "auto":
+            implementation = fastest_fold(self.device)
+            _log.info("fold: auto chose %s for device %s", implementation, self.device)
+        if implementation not in FOLD_IMPLEMENTATIONS:
+            known = ", ".join(FOLD_IMPLEMENTATIONS)
+            raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
+        self.implementation = implementation
+        with torch.autocast(self.device.type, enabled=False):
+            self._attend = FOLD_IMPLEMENTATIONS[implementation](self._groups)
+
+    @cached_property
+    def _centre_alone(self) -> PatchAttention:
+        """The operator for ρ = 0; prepared when first needed, as it keeps a copy of the bank."""
+        (bank,) = self._groups
+        return PatchAttention(bank, implementation=self.implementation)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        a: Tensor,
+        s: Tensor,
+        window: Tensor,
+        fold: Tensor,
+        ranges: Tensor | None = None,
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return posterior mean and log evidence of every pixel.
+
+        Args:
+            x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
+                H and W are those of the bank's images where sources are the *same* place, else any.
+            a: signal scale of each image [B], > 0.
+            s: noise scale of each image [B], > 0; see ``PatchAttention``.
+            window: odd side of each image's patch [B] integers, at most every side of x and of the
+                bank's images; up to ``max_window`` if all are of one size.
+            fold: ρ of each image [B]: 0, or from 0.05 to infinity.
+            ranges: half-open ranges of bank images, [B, 2] integers ``lo, hi``; None for all.
+            geometry: a value of ``FOLD_GEOMETRIES``.
+
+        Returns:
+            The log evidence of a pixel is that of the patch centred at it; with padding ``inside``
+            border pixels have that of the nearest patch.
+
+        Raises:
+            ValueError: an argument is invalid; names it, expected and got.
+            ComputationStoppedError: the current ``Control`` was stopped (CPU only).
+        """
+        if geometry not in FOLD_GEOMETRIES.values():
+            raise ValueError(f"geometry: expected one of FOLD_GEOMETRIES, got {geometry!r}")
+        self._limits.check_query(x, geometry)
+        x = x.resolve_neg()
+        levels = self._limits.levels(x, a, s)
+        windows = self._limits.windows(window, x, geometry)
+        ranges_ = self._limits.ranges(ranges, len(x))
+        rho = folds(fold, len(x))
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        same_size = self._limits.sizes == {(x.shape[2], x.shape[3])}
+        plain = same_size and geometry.padding != "inside" and len(self._groups) == 1
+        alone = [b for b in range(len(x)) if plain and rho[b] == 0]
+        if alone:
+            answer.mean[alone], answer.log_evidence[alone] = self._centre_alone(
+                x[alone], a=a[alone], s=s[alone], window=window[alone],
+                ranges=None if ranges is None else ranges[alone], geometry=geometry,
+            )  # fmt: skip
+        with torch.autocast(self.device.type, enabled=False):
+            for b in sorted(set(range(len(x))) - set(alone)):
+                answer.mean[b], answer.log_evidence[b] = self._attend(
+                    x[b], *levels[b], windows[b], ranges_[b], rho[b], geometry
+                )
+        return answer
+
+
+def fastest_fold(device: torch.device) -> str:
+    """Return the implementation that ``auto`` selects, and log why a faster one is unavailable."""
+    if device.type != "cpu":
+        return "torch"
+    try:
+        instruction_sets()
+    except RuntimeError as error:
+        _log.warning("fold: %s; torch is several times slower", error)
+        return "torch"
+    return "native"

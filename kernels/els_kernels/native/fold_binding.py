@@ -1,0 +1,263 @@
+"""ctypes binding of the fold: levels, taps and units here, sweeps in C++.
+
+Logits are integers in units of 2^-bits, modulo 2^32: as many bits as keep the difference of any two
+logits of a patch below 2^31. Box sums of integers are exact, whatever the size of a logit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.control import ComputationStoppedError, Control, current
+from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
+from els_kernels.geometry import Geometry
+from els_kernels.native.binding import NO_MEMORY, STOPPED, _library, instruction_sets, run_apart
+from els_kernels.torch_fold import bank_centre, box_sums
+
+_LOG2E = math.log2(math.e)
+_MOST_BITS = 20
+_SPARE = 100.0
+"""Bits of a logit for the headroom of running maxima, and for rounding."""
+_PRECISION = 20
+"""Weights that do not count are together 2^-20 of a patch's normaliser at most."""
+_LEAST_PLAIN = 0.15
+"""ρ from which the taps of a whole axis fit a float32 without scaling: e^(-1/2ρ²) = 2e-10."""
+_TILE = 1 << 20
+"""Pixels whose norms are computed together."""
+
+
+class _Source(ctypes.Structure):
+    """``FoldSource`` of fold_problem.hpp."""
+
+    _fields_ = (
+        ("images", ctypes.c_void_p),
+        ("lo", ctypes.c_int64),
+        ("hi", ctypes.c_int64),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("crop_rows", ctypes.c_int32),
+        ("crop_cols", ctypes.c_int32),
+        ("rows", ctypes.c_void_p),
+        ("cols", ctypes.c_void_p),
+    )
+
+
+class _Call(ctypes.Structure):
+    """``ElsFoldCall`` of fold_library.hpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("same_rows", ctypes.c_int32),
+        ("same_cols", ctypes.c_int32),
+        ("table_taps", ctypes.c_int32),
+        ("uniform_taps", ctypes.c_int32),
+        ("sources", ctypes.c_void_p),
+        ("sources_count", ctypes.c_int64),
+        ("query", ctypes.c_void_p),
+        ("bias", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("lowest", ctypes.c_double),
+        ("dead", ctypes.c_double),
+        ("row_taps", ctypes.c_void_p),
+        ("col_taps", ctypes.c_void_p),
+        ("col_scale", ctypes.c_void_p),
+        ("log_z", ctypes.c_void_p),
+        ("fold", ctypes.c_void_p),
+        ("control", ctypes.c_void_p),
+    )
+
+
+class _Units(NamedTuple):
+    """How logits of a cell are written as integers."""
+
+    bits: int
+    product: float
+    """Units of a product of centred pixels of query and key."""
+    bias: float
+    """Units of a key's squared norm."""
+    lowest: float
+    """Units below every logit."""
+
+
+class NativeFold:
+    """A bank centred in float32, as groups of images of one size."""
+
+    def __init__(self, groups: Sequence[Tensor], *, instruction_set: str | None = None) -> None:
+        """Prepare a bank.
+
+        Args:
+            groups: [N, C, H, W] float32 on the CPU, of one size each.
+            instruction_set: one of ``instruction_sets()``; None for the best.
+
+        Raises:
+            ValueError: The bank is not on the CPU, or the instruction set is unknown.
+            RuntimeError: The library was not built, or cannot be loaded.
+        """
+        device = groups[0].device
+        if device.type != "cpu":
+            raise ValueError(f"native: expected a bank on the CPU, got one on {device}")
+        known = instruction_sets()
+        name = known[0] if instruction_set is None else instruction_set
+        if name not in known:
+            raise ValueError(f"instruction_set: expected one of {', '.join(known)}, got {name!r}")
+        self._kernel = known.index(name)
+        self._centre = bank_centre(groups)
+        self._groups = [(group - self._centre.float()).contiguous() for group in groups]
+        self._norms: dict[tuple[object, ...], float] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: float,
+        s: float,
+        window: int,
+        limits: tuple[int, int],
+        fold: float,
+        geometry: Geometry,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W].
+
+        Raises:
+            ComputationStoppedError: The current ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
+        """
+        height, width = x.shape[1:]
+        with torch.device("cpu"):
+            query = x.double() - a * self._centre
+            mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
+            for index, cell in enumerate(cells(height, width, window, geometry)):
+                crop = cell.query(query)
+                squares = box_sums(crop.square().sum(0), window)
+                key = self._largest_norm(cell, (index, window, geometry))
+                units = _units(math.sqrt(float(squares.max())), key, a, s)
+                taps = cell.rows.taps(height, fold, geometry).float()
+                call = _FoldCall(self._kernel, cell, crop, units, taps, self._sources(cell, limits))
+                call.set_col_taps(cell.cols, width, fold, geometry)
+                log_z, folded = call.run()
+                cell.scatter(folded, mean)
+                own_patch(log_z / _LOG2E - squares / (2 * s * s), cell, evidence)
+            return (mean + self._centre).float(), extend(evidence, window, geometry).float()
+
+    def _largest_norm(self, cell: Cell, name: tuple[object, ...]) -> float:
+        """Return the largest norm of a patch of the bank, whatever the range; computed once."""
+        if name not in self._norms:
+            largest = 0.0
+            for group in self._groups:
+                together = max(1, _TILE // group[0].numel())
+                for first in range(0, len(group), together):
+                    keys = cell.keys(group[first : first + together]).double()
+                    sums = box_sums(keys.square().sum(1), cell.rows.window)
+                    largest = max(largest, float(sums.max()))
+            self._norms[name] = math.sqrt(largest)
+        return self._norms[name]
+
+    def _sources(self, cell: Cell, limits: tuple[int, int]) -> list[tuple[Tensor, ...]]:
+        """Return images, their range, and rows and columns of their crops, of each group."""
+        lo, hi = limits
+        sources: list[tuple[Tensor, ...]] = []
+        for group in self._groups:
+            ends = torch.tensor([max(0, lo), min(len(group), hi)])
+            if ends[0] < ends[1]:
+                rows = cell.rows.keys(group.shape[2]).int()
+                sources.append((group, ends, rows, cell.cols.keys(group.shape[3]).int()))
+            lo, hi = lo - len(group), hi - len(group)
+        return sources
+
+
+def _units(query: float, key: float, a: float, s: float) -> _Units:
+    """Return the units in which logits of patches of these norms fit 31 bits."""
+    per_product = a / s / s * _LOG2E
+    per_norm = -(a / s) * (a / s) * _LOG2E / 2
+    spread = (query / s + a / s * key) ** 2 * _LOG2E / 2 + _SPARE
+    bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
+    lowest = per_norm * key * key - per_product * query * key
+    unit = 2.0**bits
+    return _Units(bits, per_product * unit, per_norm * unit, math.floor(lowest * unit) - 1.0)
+
+
+class _FoldCall:
+    """Arguments of one call of the library, and the buffers that they point to."""
+
+    def __init__(
+        self,
+        kernel: int,
+        cell: Cell,
+        crop: Tensor,
+        units: _Units,
+        row_taps: Tensor,
+        sources: list[tuple[Tensor, ...]],
+    ) -> None:
+        channels, rows, cols = crop.shape
+        places = cell.rows.places, cell.cols.places
+        self._control = current() or Control()
+        self._query = (crop * units.product).float().contiguous()
+        self._row_taps = row_taps.contiguous()
+        self._sources = sources
+        self._log_z = crop.new_empty(places)
+        self._fold = torch.empty_like(crop)
+        table = (_Source * len(sources))()
+        for source, (images, ends, key_rows, key_cols) in zip(table, sources, strict=True):
+            source.images, (source.lo, source.hi) = images.data_ptr(), ends.tolist()
+            source.height, source.width = images.shape[2:]
+            source.crop_rows, source.crop_cols = len(key_rows), len(key_cols)
+            source.rows, source.cols = key_rows.data_ptr(), key_cols.data_ptr()
+        self._table = table
+        images_of = (int(ends[1] - ends[0]) * len(r) * len(c) for _, ends, r, c in sources)
+        self._call = _Call(
+            kernel=kernel,
+            threads=torch.get_num_threads(),
+            channels=channels,
+            rows=rows,
+            cols=cols,
+            window=cell.rows.window,
+            same_rows=cell.rows.same,
+            same_cols=cell.cols.same,
+            sources=ctypes.addressof(table),
+            sources_count=len(sources),
+            query=self._query.data_ptr(),
+            bias=units.bias,
+            scale=2.0**-units.bits,
+            lowest=units.lowest,
+            dead=_PRECISION + math.log2(sum(images_of)),
+            row_taps=self._row_taps.data_ptr(),
+            log_z=self._log_z.data_ptr(),
+            fold=self._fold.data_ptr(),
+            control=self._control.address,
+        )
+
+    def set_col_taps(self, axis: Axis, length: int, fold: float, geometry: Geometry) -> None:
+        """Set the weights along columns: k of them for all columns, or k for each."""
+        table = axis.taps(length, fold, geometry)
+        if fold < _LEAST_PLAIN and axis.window > 1:
+            self._col_taps, self._col_scale = table.float(), torch.ones(len(table))
+        else:
+            r = axis.window // 2
+            distance = (torch.arange(axis.window).double() - r).square() / max(r, 1) ** 2
+            taps = torch.exp(-distance / (2 * fold * fold)) if r else torch.ones(1).double()
+            best = table.argmax(1)
+            self._col_taps = taps.float()
+            self._col_scale = (table.amax(1) / taps[best]).float()
+        self._call.table_taps = self._col_taps.ndim == 2
+        self._call.uniform_taps = fold == math.inf
+        self._call.col_taps = self._col_taps.data_ptr()
+        self._call.col_scale = self._col_scale.data_ptr()
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Return log₂ of the normaliser of each patch [Q, P] and the folded mean [C, X, Y]."""
+        status = run_apart(_library().els_fold, self._call, self._control, self)
+        if status == STOPPED:
+            raise ComputationStoppedError("native: stopped between two tiles")
+        if status == NO_MEMORY:
+            raise MemoryError("native: no memory for the partial results of a fold")
+        return self._log_z, self._fold
