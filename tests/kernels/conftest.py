@@ -13,6 +13,8 @@ from tests.kernels.cases import NAMES, VARIANTS
 from els_kernels import Geometry
 from els_kernels.native import instruction_sets
 
+_NO_SUCH_SET = "this processor has no"
+
 
 def missing(variant: str) -> str | None:
     """Return why a variant cannot be had here, or None."""
@@ -25,7 +27,7 @@ def missing(variant: str) -> str | None:
         known = instruction_sets()
     except RuntimeError as error:
         return str(error)
-    return None if name in known else f"this processor has no {name}"
+    return None if name in known else f"{_NO_SUCH_SET} {name}"
 
 
 def variant(name: str) -> Any:
@@ -35,6 +37,23 @@ def variant(name: str) -> Any:
     skip = pytest.mark.skipif(reason is not None, reason=str(reason))
     interpreted = name == "triton" and not torch.cuda.is_available()
     return pytest.param(name, marks=[skip, pytest.mark.slow] if interpreted else skip)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let one test stand for all that a missing instruction set skips, so that its reason is read.
+
+    The others are counted as deselected.
+    """
+    kept, deselected, seen = list[pytest.Item](), list[pytest.Item](), set[str]()
+    for item in items:
+        marks = item.iter_markers("skipif")
+        reason = next((m.kwargs["reason"] for m in marks if any(m.args)), "")
+        repeated = reason.startswith(_NO_SUCH_SET) and reason in seen
+        seen.add(reason)
+        (deselected if repeated else kept).append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
 
 
 @pytest.fixture(scope="session", autouse=True)
