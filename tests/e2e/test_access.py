@@ -136,7 +136,7 @@ def test_administration_needs_the_role_admin(
     assert not refusals & set(administer(inside, admin))
 
 
-def test_a_refusal_is_told_before_the_message_is_read(inside: grpc.Channel) -> None:
+def test_a_call_is_rejected_before_its_message_is_read(inside: grpc.Channel) -> None:
     garbage: Any = inside.unary_unary("/denoise.v1.DenoiserService/Denoise")
     for size in (0, 3, 1 << 20):
         call = refused(partial(garbage, b"\xff" * size, timeout=TIMEOUT_S))
@@ -169,14 +169,14 @@ def stale(server: ServerProcess) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("fault", ["emptied", "removed", "broken"])
-def test_a_tokens_file_that_is_of_no_use_keeps_its_tokens_and_is_told_in_log_and_metrics(
+def test_an_invalid_tokens_file_keeps_its_tokens_and_shows_in_log_and_metrics(
     guarded: ServerProcess, inside: grpc.Channel, file: TokenFile, infer: Metadata, fault: str
 ) -> None:
-    def told() -> list[dict[str, Any]]:
+    def stale_records() -> list[dict[str, Any]]:
         return [one for one in guarded.records() if one["event"] == STALE]
 
     until(lambda: stale(guarded) == {"tokens": 0.0, "tls": 0.0})
-    before = len(told())
+    before = len(stale_records())
     if fault == "removed":
         file.path.unlink()
     else:
@@ -184,7 +184,7 @@ def test_a_tokens_file_that_is_of_no_use_keeps_its_tokens_and_is_told_in_log_and
     try:
         until(lambda: stale(guarded)["tokens"] > 0)
         assert ask(inside, infer).denoised.data
-        record = told()[before]
+        record = stale_records()[before]
         assert record["level"] == "error"
         assert record["files"] == str(file.path)
         assert str(file.path) in record["reason"]
@@ -192,7 +192,7 @@ def test_a_tokens_file_that_is_of_no_use_keeps_its_tokens_and_is_told_in_log_and
     finally:
         file.write()
     until(lambda: stale(guarded)["tokens"] == 0)
-    assert len(told()) == before + 1
+    assert len(stale_records()) == before + 1
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -219,7 +219,7 @@ def test_the_log_names_callers_and_shows_no_token(
         assert secret[:-1] not in text
 
 
-def test_reflection_can_be_turned_off_and_channelz_is_off_until_it_is_asked_for(
+def test_reflection_can_be_turned_off_and_channelz_is_off_by_default(
     tmp_path: Path, models: Path, channel: grpc.Channel
 ) -> None:
     assert refused(lambda: servers(channel)).code() is grpc.StatusCode.UNIMPLEMENTED
@@ -238,7 +238,7 @@ def test_a_server_beyond_loopback_without_a_guard_does_not_start() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_beyond_loopback_with_tls_or_insecure_is_served_and_metrics_stay_at_home(
+def test_beyond_loopback_tls_or_insecure_is_served_and_metrics_remain_on_loopback(
     tmp_path: Path, models: Path
 ) -> None:
     certificates = Certificates(tmp_path)

@@ -31,7 +31,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_both_commands_tell_version_and_commit() -> None:
+def test_both_commands_print_version_and_commit() -> None:
     version = metadata.version("els-denoise")
     for command in ("els", "els-server"):
         done = run(command, "--version")

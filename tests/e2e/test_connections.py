@@ -95,7 +95,7 @@ def test_pings_between_calls_are_welcome_but_not_in_too_much_haste(port: int) ->
     assert b"too_many_pings" in parting_words(port, 8)
 
 
-def test_the_most_calls_at_once_are_told_at_the_beginning(port: int) -> None:
+def test_the_maximum_of_concurrent_calls_is_announced_at_connection(port: int) -> None:
     with frames.connected(port, frames.BEGINNING) as peer:
         kind, _, payload = next(frames.received(peer))
     settings = {

@@ -1,4 +1,4 @@
-"""Watchers of the health that take no answer: nobody else is told, served or ended any later."""
+"""Health watchers that read no response: others are informed, served and ended in time."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ async def check(channel: grpc.aio.Channel, service: str) -> int:
     return int((await stub.Check(request, timeout=SOON_S)).status)
 
 
-async def told(watching: Any) -> int:
-    """Return what a watcher is told next, which must come soon."""
+async def next_status(watching: Any) -> int:
+    """Return the next status of a watcher, which must come soon."""
     return int((await asyncio.wait_for(watching.read(), SOON_S)).status)
 
 
@@ -98,13 +98,13 @@ async def test_models_come_and_go_while_watchers_take_no_answer(
             stack.enter_context(stalled(server.ready[port], WATCHED, connections, kind))
         async with channel(server) as operator, honest(server, "zeros") as watchers:
             stub: Any = GRPCInferenceServiceStub(operator)
-            assert [await told(one) for one in watchers] == [SERVING] * 2
+            assert [await next_status(one) for one in watchers] == [SERVING] * 2
             unload = oip.RepositoryModelUnloadRequest(model_name="zeros")
             await stub.RepositoryModelUnload(unload, timeout=SOON_S)
-            assert [await told(one) for one in watchers] == [NOT_SERVING] * 2
+            assert [await next_status(one) for one in watchers] == [NOT_SERVING] * 2
             load = oip.RepositoryModelLoadRequest(model_name="zeros")
             await stub.RepositoryModelLoad(load, timeout=SOON_S)
-            assert [await told(one) for one in watchers] == [SERVING] * 2
+            assert [await next_status(one) for one in watchers] == [SERVING] * 2
             assert await check(operator, "zeros") == await check(operator, "") == SERVING
 
 
@@ -160,7 +160,7 @@ async def end_of(watching: Any) -> tuple[grpc.StatusCode, str]:
 
 
 @pytest.mark.parametrize(("ports", "connections"), [(["grpc_port"], 1), (PORTS, 8)])
-async def test_sigterm_is_told_at_once_and_ends_the_server_while_watchers_take_no_answer(
+async def test_sigterm_is_reported_at_once_and_ends_the_server_while_watchers_read_nothing(
     models: Path, ports: Sequence[str], connections: int
 ) -> None:
     settings = {"ELS_HEALTH_PORT": "0", "ELS_GRACE_S": "1.5"}
@@ -169,11 +169,11 @@ async def test_sigterm_is_told_at_once_and_ends_the_server_while_watchers_take_n
         for port in ports:
             stack.enter_context(stalled(server.ready[port], WATCHED, connections))
         async with channel(server) as one, honest(server, "") as watchers:
-            assert [await told(watching) for watching in watchers] == [SERVING] * 2
+            assert [await next_status(watching) for watching in watchers] == [SERVING] * 2
             assert await check(one, "") == SERVING
             begun = time.monotonic()
             server.terminate()
-            assert [await told(watching) for watching in watchers] == [NOT_SERVING] * 2
+            assert [await next_status(watching) for watching in watchers] == [NOT_SERVING] * 2
             assert await check(one, "") == await check(one, "zeros") == NOT_SERVING
             assert await asyncio.to_thread(server.wait) == (0, "")
             # The grace, half a second for calls under way, and for tracing and metrics to close.
@@ -184,17 +184,17 @@ async def test_sigterm_is_told_at_once_and_ends_the_server_while_watchers_take_n
         assert [record for record in server.records() if record["level"] == "error"] == []
 
 
-async def test_a_watcher_of_a_model_that_is_not_there_is_told_when_it_comes(
+async def test_a_watcher_of_an_unknown_model_learns_when_it_is_loaded(
     server: ServerProcess, root: Path
 ) -> None:
     async with channel(server) as operator, honest(server, "late") as watchers:
-        assert [await told(one) for one in watchers] == [UNKNOWN] * 2
+        assert [await next_status(one) for one in watchers] == [UNKNOWN] * 2
         (root / "late").mkdir()
         (root / "late" / "model.yaml").write_text(DOCUMENTS["zeros"])
         stub: Any = GRPCInferenceServiceStub(operator)
         load = oip.RepositoryModelLoadRequest(model_name="late")
         await stub.RepositoryModelLoad(load, timeout=TIMEOUT_S)
-        assert [await told(one) for one in watchers] == [SERVING] * 2
+        assert [await next_status(one) for one in watchers] == [SERVING] * 2
 
 
 @pytest.mark.parametrize("port", PORTS)
@@ -215,12 +215,12 @@ async def test_every_status_is_listed_and_an_unknown_service_is_not_found(
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait until metrics tell it: the server learns of a caller who left at no set time."""
+    """Wait until metrics show it: the server notices a disconnect at no set time."""
     while not await asyncio.to_thread(holds):
         await asyncio.sleep(0.01)
 
 
-async def test_watchers_are_bounded_on_a_connection_and_in_all_and_share_the_room(
+async def test_watchers_are_bounded_per_connection_and_in_total_and_share_the_total(
     models: Path,
 ) -> None:
     bounds = {"ELS_HEALTH_WATCHERS": "6", "ELS_HEALTH_WATCHERS_PER_CONNECTION": "4"}
@@ -229,7 +229,7 @@ async def test_watchers_are_bounded_on_a_connection_and_in_all_and_share_the_roo
 
             async def admitted(connection: grpc.aio.Channel) -> Any:
                 watching = watch(connection, "")
-                assert await told(watching) == SERVING
+                assert await next_status(watching) == SERVING
                 return watching
 
             first, second, third, fourth, probes = [

@@ -35,7 +35,7 @@ def _the_log_has_no_error(server: ServerProcess) -> Any:
     assert [record for record in records if record["level"] in ("warning", "error")] == []
 
 
-def test_a_caller_who_leaves_a_stream_that_it_does_not_read_harms_nobody(
+def test_a_client_that_cancels_an_unread_stream_affects_no_other(
     server: ServerProcess, channel: grpc.Channel
 ) -> None:
     for _ in range(5):
@@ -46,7 +46,7 @@ def test_a_caller_who_leaves_a_stream_that_it_does_not_read_harms_nobody(
         assert_answers(channel)
 
 
-def test_a_caller_whose_connection_breaks_mid_stream_harms_nobody(
+def test_a_connection_that_breaks_mid_stream_affects_no_other(
     server: ServerProcess, channel: grpc.Channel
 ) -> None:
     for _ in range(5):

@@ -56,7 +56,7 @@ def test_an_unknown_model_or_version_is_not_found(stub: GRPCInferenceServiceStub
         assert call.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_the_server_is_live_and_ready_and_tells_version_and_commit(
+def test_the_server_is_live_and_ready_and_returns_version_and_commit(
     stub: GRPCInferenceServiceStub,
 ) -> None:
     assert stub.ServerLive(pb.ServerLiveRequest(), timeout=TIMEOUT_S).live
@@ -134,7 +134,7 @@ def test_raw_and_typed_contents_get_the_bits_that_our_own_contract_gets(
 
 
 @pytest.mark.parametrize("outputs", [["score"], ["log_evidence", "denoised"]])
-def test_only_the_outputs_that_are_asked_for_come_in_their_order(
+def test_only_the_requested_outputs_are_returned_in_their_order(
     stub: GRPCInferenceServiceStub, outputs: list[str]
 ) -> None:
     response = stub.ModelInfer(infer(X, SIGMA, outputs=outputs), timeout=TIMEOUT_S)

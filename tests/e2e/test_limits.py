@@ -183,7 +183,7 @@ def test_an_answer_over_the_limit_is_refused_before_it_is_computed(narrow: grpc.
     assert_answers(narrow)
 
 
-def test_what_fits_the_limit_is_answered(narrow: grpc.Channel) -> None:
+def test_a_response_at_the_limit_is_returned(narrow: grpc.Channel) -> None:
     half = 8 * 3 * 32 * 32
     x = pb.Tensor(dtype=pb.DTYPE_U8, shape=[8, 3, 32, 32], data=bytes(half))
     request = denoise(model="gaussian", x=x, output_dtype=pb.DTYPE_F16)

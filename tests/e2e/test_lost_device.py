@@ -1,4 +1,4 @@
-"""A device that hangs or breaks: every caller is told, health says so, the process ends with 3."""
+"""A device that hangs or fails: all calls fail, health reports it, the process ends with 3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 @pytest.mark.parametrize(
     ("value", "reason"), [(HANG, "cpu hangs"), (BREAK, "cpu is broken: CUDA error: as told")]
 )
-async def test_a_lost_device_is_told_to_every_caller_and_ends_the_process_with_3(
+async def test_a_lost_device_fails_all_calls_and_ends_the_process_with_3(
     models: Path, value: float, reason: str
 ) -> None:
     options = {"ELS_WATCHDOG_S": "0.5", "ELS_DRAIN_S": "2"}

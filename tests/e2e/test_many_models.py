@@ -80,7 +80,7 @@ async def test_all_are_listed_healthy_and_answer_as_themselves(aio: grpc.aio.Cha
     assert len(answers) == (MODELS + 2) // 3 + 2
 
 
-async def test_a_page_of_metrics_of_all_is_bounded_and_its_making_holds_nobody_up(
+async def test_a_metrics_page_of_all_models_is_bounded_and_does_not_delay_calls(
     many: ServerProcess, aio: grpc.aio.Channel
 ) -> None:
     page = await scraped(many)

@@ -1,4 +1,4 @@
-"""Messages cost about what they weigh, compressed or not, answered or refused."""
+"""Messages use about their size of memory, compressed or not, accepted or rejected."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def raw(channel: grpc.Channel, method: str, data: bytes) -> Any:
     return call(data, timeout=TIMEOUT_S)
 
 
-def test_an_honest_caller_may_compress(zipping: grpc.Channel) -> None:
+def test_a_client_may_compress(zipping: grpc.Channel) -> None:
     x = np.random.default_rng(0).random((64, 3, 32, 32), np.float32)
     request = denoise(model="gaussian", x=tensor(shape=x.shape, data=x.tobytes()))
     plain = DenoiserServiceStub(zipping).Denoise(
@@ -64,7 +64,7 @@ def test_an_honest_caller_may_compress(zipping: grpc.Channel) -> None:
     assert DenoiserServiceStub(zipping).Denoise(request, timeout=TIMEOUT_S) == plain
 
 
-def test_compressed_structure_costs_no_more_than_its_size(
+def test_compressed_structure_allocates_no_more_than_its_size(
     fresh: ServerProcess, zipping: grpc.Channel
 ) -> None:
     before = memory(fresh, "VmRSS")
@@ -77,7 +77,7 @@ def test_compressed_structure_costs_no_more_than_its_size(
     assert_answers(zipping)
 
 
-def test_what_is_larger_than_the_limit_after_decompression_is_refused(
+def test_a_message_above_the_limit_after_decompression_is_rejected(
     fresh: ServerProcess, zipping: grpc.Channel
 ) -> None:
     before = memory(fresh, "VmRSS")
@@ -87,7 +87,7 @@ def test_what_is_larger_than_the_limit_after_decompression_is_refused(
 
 
 @pytest.mark.parametrize("model", ["nowhere", "gaussian"])
-def test_a_refused_request_leaves_memory_at_once(
+def test_the_memory_of_a_rejected_request_is_freed_at_once(
     fresh: ServerProcess, zipping: grpc.Channel, model: str
 ) -> None:
     data = bytes(32 * MIB)
@@ -101,7 +101,7 @@ def test_a_refused_request_leaves_memory_at_once(
     assert memory(fresh, "VmRSS") - before < 60
 
 
-def test_health_takes_small_messages_only(fresh: ServerProcess, zipping: grpc.Channel) -> None:
+def test_health_accepts_small_messages_only(fresh: ServerProcess, zipping: grpc.Channel) -> None:
     call = refused(lambda: raw(zipping, HEALTH, large(1, b"a" * MIB)))
     assert call.code() is grpc.StatusCode.NOT_FOUND
     with grpc.insecure_channel(f"127.0.0.1:{fresh.ready['health_port']}") as probes:
@@ -110,7 +110,7 @@ def test_health_takes_small_messages_only(fresh: ServerProcess, zipping: grpc.Ch
         assert raw(probes, HEALTH, b"") == raw(zipping, HEALTH, b"")
 
 
-def test_an_operator_may_refuse_compression(models: Path) -> None:
+def test_compression_can_be_turned_off(models: Path) -> None:
     with (
         serving("--models", models, ELS_COMPRESSION="false") as server,
         grpc.insecure_channel(server.target) as channel,

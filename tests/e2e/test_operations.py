@@ -48,7 +48,7 @@ def test_health_of_something_unknown_is_unknown(channel: grpc.Channel) -> None:
     watch.cancel()
 
 
-def test_reflection_lists_the_services_and_tells_their_methods(channel: grpc.Channel) -> None:
+def test_reflection_lists_the_services_and_describes_their_methods(channel: grpc.Channel) -> None:
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in SERVICES),
@@ -65,7 +65,7 @@ def test_reflection_lists_the_services_and_tells_their_methods(channel: grpc.Cha
         assert name in {f"{file.package}.{one.name}" for file in files for one in file.service}
 
 
-def test_metrics_tell_version_and_commit(server: ServerProcess) -> None:
+def test_metrics_have_version_and_commit(server: ServerProcess) -> None:
     assert metrics(server)["els_build_info"] == [({"version": VERSION, "commit": COMMIT}, 1.0)]
 
 

@@ -49,7 +49,7 @@ def retry_after_s(error: grpc.aio.AioRpcError) -> float:
     return float(retry.retry_delay.ToTimedelta().total_seconds())
 
 
-async def test_a_full_queue_says_when_to_come_again_and_answers_all_that_it_took(
+async def test_a_full_queue_returns_a_retry_delay_and_completes_all_admitted_requests(
     aio: grpc.aio.Channel,
 ) -> None:
     calls = [asyncio.ensure_future(ask(aio, i)) for i in range(150)]  # 3 s of work, 2 s allowed
@@ -85,7 +85,7 @@ async def test_an_answer_predicted_late_is_refused_at_once_with_the_prediction(
     await asyncio.gather(*waiting)
 
 
-async def test_a_deadline_that_passes_in_the_queue_is_told_in_time_and_not_computed(
+async def test_a_request_whose_deadline_passes_in_the_queue_fails_in_time_and_is_not_computed(
     aio: grpc.aio.Channel,
 ) -> None:
     slow = [asyncio.ensure_future(ask(aio, i)) for i in range(5)]

@@ -206,7 +206,7 @@ async def test_a_token_is_refused_once_the_files_of_its_model_hold_other_numbers
     await load(aio)
 
 
-async def test_unloading_while_asked_answers_or_says_not_found_and_health_follows(
+async def test_calls_during_an_unload_succeed_or_are_not_found_and_health_follows(
     own: ServerProcess, aio: grpc.aio.Channel
 ) -> None:
     expected = await answer(aio)
@@ -333,7 +333,7 @@ async def test_versions_serve_side_by_side_and_a_broken_new_one_changes_nothing(
         ("RepositoryIndex", oip.RepositoryIndexRequest(repository_name="x"), "INVALID_ARGUMENT"),
     ],
 )
-async def test_what_is_not_there_is_not_found(
+async def test_unknown_models_are_not_found(
     aio: grpc.aio.Channel, method: str, request_: Any, code: str
 ) -> None:
     error = await refusal(getattr(inference(aio), method)(request_, timeout=TIMEOUT_S))

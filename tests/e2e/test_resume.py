@@ -186,7 +186,7 @@ def test_no_flipped_bit_is_taken_for_the_token(channel: grpc.Channel, token: byt
         assert violation(caught.value) == told
 
 
-def test_a_token_is_good_whatever_is_returned_and_whoever_is_first(
+def test_a_token_is_valid_for_any_returned_fields_and_first_server(
     channel: grpc.Channel, token: bytes
 ) -> None:
     request = drawn(return_x=False, return_denoised=False, priority=1, resume_token=token)

@@ -91,7 +91,7 @@ BAD = {
 }
 
 
-async def test_a_bad_message_is_answered_with_its_error_and_harms_no_other(
+async def test_a_malformed_message_gets_its_error_and_affects_no_other(
     aio: grpc.aio.Channel,
 ) -> None:
     good = mixed(2 * len(BAD))
@@ -158,7 +158,7 @@ def resident_mib(server: ServerProcess) -> float:
     return int(line.split()[1]) / 1024
 
 
-async def test_what_a_caller_leaves_in_a_stream_is_not_computed(
+async def test_requests_of_a_cancelled_stream_are_not_computed(
     fault_server: ServerProcess,
 ) -> None:
     async with grpc.aio.insecure_channel(fault_server.target) as channel:
@@ -174,7 +174,7 @@ async def test_what_a_caller_leaves_in_a_stream_is_not_computed(
             assert await images_computed(other, "slow") - before < 35
 
 
-async def test_a_drain_answers_what_was_read_of_a_stream_and_says_unavailable(
+async def test_a_drain_completes_the_requests_read_of_a_stream_and_ends_it_unavailable(
     models: Path,
 ) -> None:
     with serving("--models", models, program=FAULT_SERVER) as server:

@@ -1,4 +1,4 @@
-"""TLS of a real server: certificates that are rotated, broken, missing, and asked of clients."""
+"""TLS of a real server: certificates that are rotated, broken, missing, and required of clients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def secure(models: Path, certificates: Certificates) -> Iterator[ServerProcess]:
-    """A server with TLS that nobody else uses."""
+    """A server with TLS for one test."""
     with serving("--models", models, *certificates.options, ELS_HANDSHAKE_S="0.5") as process:
         yield process
 
@@ -90,7 +90,7 @@ def test_a_rotated_certificate_serves_new_handshakes_and_drops_no_connection(
         assert len(seen) == 3
 
 
-def test_broken_files_keep_the_old_pair_and_the_log_tells(
+def test_invalid_files_keep_the_old_pair_and_are_logged(
     certificates: Certificates, port: int, secure: ServerProcess
 ) -> None:
     before = issued(certificates)
@@ -108,9 +108,9 @@ def test_broken_files_keep_the_old_pair_and_the_log_tells(
     certificates.certificate.unlink()
     with certificates.channel(port) as channel:
         assert healthy(channel)
-    told = [one for one in secure.records()[already:] if one["event"] == STALE]
-    assert len(told) == 4
-    assert all(str(certificates.certificate) in one["reason"] for one in told)
+    stale = [one for one in secure.records()[already:] if one["event"] == STALE]
+    assert len(stale) == 4
+    assert all(str(certificates.certificate) in one["reason"] for one in stale)
     after = issued(certificates)
     assert shown(certificates, port) == after != before
 
@@ -124,7 +124,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def mutual(models: Path, members: Certificates) -> Iterator[ServerProcess]:
-    """A server that asks its clients for a certificate of ``members``."""
+    """A server that requires client certificates of ``members``."""
     settings = {"ELS_TLS_CLIENT_CA": str(members.client_ca)}
     with serving("--models", models, *members.options, **settings) as process:
         yield process
@@ -185,7 +185,7 @@ def test_a_rotated_client_ca_takes_its_clients_alone_and_keeps_open_connections(
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_session_of_a_client_whose_ca_is_gone_is_not_resumed(
+def test_a_session_of_a_client_whose_ca_was_removed_is_not_resumed(
     members: Certificates, mutual: ServerProcess, version: ssl.TLSVersion
 ) -> None:
     context = ssl.create_default_context()
@@ -223,7 +223,7 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN)
-def test_a_torn_client_ca_keeps_the_old_one_and_lets_nobody_else_in(
+def test_a_truncated_client_ca_keeps_the_old_one_and_admits_no_other_client(
     members: Certificates, mutual: ServerProcess, tear: Callable[[bytes], bytes]
 ) -> None:
     known, other = trustme.CA(), trustme.CA()
@@ -235,8 +235,8 @@ def test_a_torn_client_ca_keeps_the_old_one_and_lets_nobody_else_in(
     assert gets_in(members, mutual, member)
     assert not gets_in(members, mutual, stranger)
     assert not gets_in(members, mutual, None)
-    told = [one for one in mutual.records()[already:] if one["event"] == STALE]
-    assert [str(members.client_ca) in one["reason"] for one in told] == [True]
+    stale = [one for one in mutual.records()[already:] if one["event"] == STALE]
+    assert [str(members.client_ca) in one["reason"] for one in stale] == [True]
     trust(members, other)
     assert gets_in(members, mutual, stranger)
     assert not gets_in(members, mutual, member)

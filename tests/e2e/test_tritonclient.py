@@ -75,7 +75,7 @@ def test_priority_and_timeout_are_taken(report: Any) -> None:
     assert report["urgent"] == report["all"]
 
 
-def test_the_configuration_tells_what_a_load_generator_needs(report: Any) -> None:
+def test_the_configuration_has_the_fields_that_a_load_generator_needs(report: Any) -> None:
     config = report["config"]
     # Shapes have the batch in them, so there is no largest batch beside them.
     assert (config["name"], config.get("max_batch_size", 0)) == ("zeros", 0)
@@ -94,7 +94,7 @@ def test_the_configuration_tells_what_a_load_generator_needs(report: Any) -> Non
     assert config["parameters"]["batch_invariant"] == {"string_value": "true"}
 
 
-def test_the_statistics_count_what_was_asked(report: Any) -> None:
+def test_the_statistics_count_the_requests(report: Any) -> None:
     (statistics,) = report["statistics"]
     assert (statistics["name"], statistics["version"]) == ("zeros", "1")
     images = sum(

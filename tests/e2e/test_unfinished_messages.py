@@ -1,4 +1,4 @@
-"""Messages that do not end: what they hold is bounded, and others get in."""
+"""Incomplete messages: their memory is bounded, and other callers are admitted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def connected_from(source: int, port: int) -> socket.socket:
     return peer
 
 
-def test_a_second_connection_from_the_same_port_hides_nothing(
+def test_a_second_connection_from_the_same_port_does_not_hide_the_first(
     models: Path, settings: dict[str, str]
 ) -> None:
     with (

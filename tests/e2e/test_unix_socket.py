@@ -1,4 +1,4 @@
-"""A server on a socket of the file system, asked by every client of ours."""
+"""A server on a Unix socket, called by every client of the project."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.processes import run, serving
 from els_client import Client, UnauthenticatedError
 
 
-def test_it_is_served_administered_and_loaded_there_and_gone_afterwards(
+def test_a_unix_socket_serves_calls_and_administration_and_is_removed_at_the_end(
     models: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "els.sock"
@@ -53,7 +53,7 @@ def test_the_socket_of_a_server_that_died_is_taken_over(models: Path, tmp_path: 
         assert client.models()
 
 
-def test_a_path_that_cannot_be_had_is_named_and_what_is_there_is_kept(
+def test_a_path_that_cannot_be_bound_is_named_and_its_file_is_kept(
     models: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "file"
@@ -67,7 +67,7 @@ def test_a_path_that_cannot_be_had_is_named_and_what_is_there_is_kept(
     assert file.read_text() == "precious"
 
 
-def test_with_tokens_a_socket_asks_for_them_too(models: Path, tmp_path: Path) -> None:
+def test_a_unix_socket_requires_tokens_if_there_are_any(models: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text(run("els-server", "token", "one", "--role", "infer").stdout)
     tokens.chmod(0o600)
@@ -108,7 +108,7 @@ print(socket.socket(socket.AF_UNIX).connect_ex(sys.argv[1]))
 """Steps of programs, which import before they are nobody: who tests may keep Python to himself."""
 
 
-def told(*steps: str, path: Path, **options: Any) -> str:
+def output_of(*steps: str, path: Path, **options: Any) -> str:
     """Return what a program of these steps prints about a path."""
     command = [sys.executable, "-c", "\n".join(("import socket, sys", *steps)), str(path)]
     return str(subprocess.check_output(command, text=True, timeout=60, **options)).strip()
@@ -123,18 +123,18 @@ def shared() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o117, 0o660)])
-def test_the_umask_says_who_may_connect(shared: Path, umask: int, mode: int) -> None:
+def test_the_umask_determines_who_may_connect(shared: Path, umask: int, mode: int) -> None:
     path = shared / "s"
     look = "import os\nprint(oct(os.stat(sys.argv[1]).st_mode & 0o777))"
-    assert told(BIND, TRY, look, path=path, umask=umask).split() == ["bound", oct(mode)]
+    assert output_of(BIND, TRY, look, path=path, umask=umask).split() == ["bound", oct(mode)]
 
 
-def test_what_nobody_may_write_to_is_refused_with_the_systems_reason(shared: Path) -> None:
+def test_a_path_without_write_permission_is_rejected_with_the_systems_reason(shared: Path) -> None:
     for name, mode in (("unwritable", 0o555), ("unsearchable", 0o600)):
         folder = shared / name
         folder.mkdir()
         folder.chmod(mode)
-        found = told(BIND, AS_NOBODY, TRY, path=folder / "s")
+        found = output_of(BIND, AS_NOBODY, TRY, path=folder / "s")
         assert found == f"unix:{folder / 's'}: cannot listen: Permission denied"
         folder.chmod(0o755)
         assert list(folder.iterdir()) == []
@@ -152,8 +152,8 @@ def test_another_user_can_neither_connect_nor_take_a_living_socket_away(
         serving("--models", models, "--threads", 1, "--host", f"unix:{path}"),
         Client(f"unix:{path}") as client,
     ):
-        assert told(AS_NOBODY, CONNECT, path=path) == str(errno.EACCES)
-        found = told(BIND, AS_NOBODY, TRY, path=path)
+        assert output_of(AS_NOBODY, CONNECT, path=path) == str(errno.EACCES)
+        found = output_of(BIND, AS_NOBODY, TRY, path=path)
         assert found == f"unix:{path}: cannot listen: Permission denied"
         assert client.models()
 
@@ -164,7 +164,7 @@ def test_a_socket_whose_server_is_too_busy_to_answer_is_left_to_it(tmp_path: Pat
         busy.bind(str(path))
         busy.listen(0)
         waiting.connect(str(path))
-        found = told(BIND, TRY, path=path)
+        found = output_of(BIND, TRY, path=path)
         assert found == f"unix:{path}: cannot listen: Address already in use"
         assert path.exists()
 
@@ -173,5 +173,5 @@ def test_a_socket_of_another_kind_is_left_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        assert "cannot listen: Protocol wrong type" in told(BIND, TRY, path=path)
+        assert "cannot listen: Protocol wrong type" in output_of(BIND, TRY, path=path)
         assert path.exists()

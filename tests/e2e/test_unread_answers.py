@@ -1,4 +1,4 @@
-"""Answers that nobody reads: what they hold is bounded, and other callers get in."""
+"""Responses that are not read: their memory is bounded, and other callers are admitted."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ VOLUMES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("make", "reason"), VOLUMES.values(), ids=VOLUMES)
-def test_a_server_without_models_stays_says_why_and_serves_what_comes(
+def test_a_server_without_models_runs_logs_the_reason_and_serves_models_loaded_later(
     tmp_path: Path, make: Callable[[Path], object], reason: str
 ) -> None:
     volume = tmp_path / "volume"
@@ -85,7 +85,7 @@ def test_a_server_without_models_stays_says_why_and_serves_what_comes(
         assert server.wait() == (0, "")
 
 
-def test_a_server_whose_models_are_all_refused_stays_and_names_each_fault(tmp_path: Path) -> None:
+def test_a_server_whose_models_are_all_invalid_runs_and_names_each_fault(tmp_path: Path) -> None:
     bad = {"bad": "kind: analytic\nmachine: x\n", "worse": "kind: ["}
     root = write_models(tmp_path / "models", bad)
     with serving("--models", root) as server:

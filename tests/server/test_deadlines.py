@@ -15,7 +15,7 @@ GRANTED_S = (0.2501, 0.9984, 1.0003, 2.5001, 7.7777, 12.3456, 100.31, 3333.3)
 """None is a multiple of what a timeout is rounded to."""
 
 
-class Told(grpc.GenericRpcHandler):
+class Recorder(grpc.GenericRpcHandler):
     """Handler of every method, which notes the time that a call has left."""
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class Told(grpc.GenericRpcHandler):
 
 
 async def test_a_call_is_planned_with_no_more_time_than_its_caller_has_and_little_less() -> None:
-    told = Told()
-    server = grpc.aio.server(handlers=(told,))
+    recorder = Recorder()
+    server = grpc.aio.server(handlers=(recorder,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     rounded_up = 0
@@ -44,7 +44,7 @@ async def test_a_call_is_planned_with_no_more_time_than_its_caller_has_and_littl
             began = time.monotonic()
             await call(b"", timeout=granted_s)
             took_s = time.monotonic() - began
-            (left_s,), told.left_s = told.left_s, []
+            (left_s,), recorder.left_s = recorder.left_s, []
             rounded_up += left_s > granted_s
             assert unrounded_s(left_s) <= granted_s
             assert unrounded_s(left_s) >= granted_s - took_s - _unit_s(granted_s)
@@ -67,7 +67,7 @@ def test_a_deadline_is_taken_for_a_step_of_its_rounding_less(
     assert unrounded_s(left_s) == pytest.approx(expected)
 
 
-def test_a_deadline_that_is_far_away_or_has_passed_stays_so() -> None:
+def test_a_distant_deadline_remains_distant_and_a_passed_one_passed() -> None:
     assert 0.989e9 < unrounded_s(1e9) < 1e9
     assert unrounded_s(-1.0) < -1.0
     assert not math.isnan(unrounded_s(0.0))

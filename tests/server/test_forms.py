@@ -79,7 +79,7 @@ def asked(sigma: float = 1.0, images: int = 1, **options: Any) -> oip.ModelInfer
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_requests_that_differ_in_what_is_read_at_every_call_share_a_form(
+def test_requests_that_differ_in_fields_decoded_at_each_call_share_a_form(
     method: DenoiseMethod, changes: dict[str, Any]
 ) -> None:
     assert form_of(method, denoise()) is form_of(method, denoise(**changes))

@@ -112,7 +112,7 @@ def everything(peer: socket.socket) -> bytes:
     raise AssertionError("the connection was closed")
 
 
-async def test_a_watcher_without_room_is_dropped_and_its_call_ends_once_there_is_room(
+async def test_a_watcher_that_reads_nothing_is_dropped_and_its_call_ends_once_it_reads(
     served: Served,
 ) -> None:
     watchers = served.watchers

@@ -113,7 +113,7 @@ def test_streams_count_their_messages_one_by_one() -> None:
     assert sample(metrics, "grpc_server_handled_total", **labels, grpc_code="Canceled") == 1
 
 
-def test_a_method_that_nobody_called_is_there_with_zeros() -> None:
+def test_a_method_without_calls_is_exported_with_zeros() -> None:
     metrics = Metrics()
     metrics.method("unary", METHOD["grpc_service"], "Denoise")
     assert sample(metrics, "grpc_server_started_total", **METHOD) == 0
@@ -122,7 +122,7 @@ def test_a_method_that_nobody_called_is_there_with_zeros() -> None:
     assert sample(metrics, "grpc_server_handling_seconds_count", **METHOD) == 0
 
 
-def test_what_an_engine_tells_is_kept_by_model() -> None:
+def test_events_of_the_engine_are_counted_by_model() -> None:
     launches: list[BatchRecord] = []
     metrics = Metrics(launches.append)
     observer: Observer = metrics
@@ -146,7 +146,7 @@ def test_what_an_engine_tells_is_kept_by_model() -> None:
     assert sample(metrics, "els_dropped_total", model="m", reason="faulted") == 0
 
 
-def test_gauges_are_asked_for_at_every_scrape() -> None:
+def test_gauges_are_computed_at_each_scrape() -> None:
     metrics = Metrics()
     depth = 3.0
     metrics.gauges = lambda: [
@@ -239,24 +239,24 @@ def test_a_scrape_that_meets_new_models_and_codes_sees_whole_histograms() -> Non
 
 
 async def test_a_blocked_event_loop_shows_as_lag() -> None:
-    metrics, told = Metrics(), asyncio.Event()
+    metrics, observed = Metrics(), asyncio.Event()
 
     def lagged(seconds: float) -> None:
         metrics.lagged(seconds)
-        told.set()
+        observed.set()
 
     watching = asyncio.create_task(process.watch_loop_lag(lagged, interval_s=0.01))
     # So that it sleeps already.
     await asyncio.sleep(0)
     time.sleep(0.2)
-    await told.wait()
+    await observed.wait()
     watching.cancel()
     assert (sample(metrics, "els_event_loop_lag_latest_seconds") or 0) > 0.15
     assert sample(metrics, "els_event_loop_lag_seconds_count") == 1
 
 
-def asked(metrics: Metrics, *models: str) -> None:
-    """Have each model asked once, in every way that makes series."""
+def call_each(metrics: Metrics, *models: str) -> None:
+    """Call each model once, with every kind of event that creates series."""
     for model in models:
         method = next(iter(metrics._methods), None) or metrics.method("unary", "s", "M")
         method.end(model, "OK", 0.02)
@@ -277,7 +277,7 @@ def models_of(metrics: Metrics) -> set[str]:
 
 def test_series_of_a_model_end_an_hour_after_its_unload_and_those_of_served_ones_never() -> None:
     metrics = Metrics()
-    asked(metrics, "kept", "gone", "")
+    call_each(metrics, "kept", "gone", "")
     for now in (0.0, 1e6):
         metrics.retire(["kept", "gone"], now)
         assert models_of(metrics) == {"kept", "gone", ""}
@@ -290,12 +290,12 @@ def test_series_of_a_model_end_an_hour_after_its_unload_and_those_of_served_ones
 
 def test_a_model_that_is_loaded_again_in_time_goes_on_with_its_series() -> None:
     metrics = Metrics()
-    asked(metrics, "m")
+    call_each(metrics, "m")
     metrics.retire([], 0.0)
     metrics.retire(["m"], RETAIN_S - 1)
     metrics.retire([], RETAIN_S)
     metrics.retire([], 2 * RETAIN_S - 1)
-    asked(metrics, "m")
+    call_each(metrics, "m")
     assert sample(metrics, "els_request_seconds_count", model="m", method="M", code="OK") == 2
     metrics.retire([], 2 * RETAIN_S)
     assert models_of(metrics) == set()
@@ -305,7 +305,7 @@ def test_counts_of_a_method_do_not_go_back_when_series_of_models_end() -> None:
     metrics, labels = Metrics(), {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "M"}
     counts = []
     for number in range(3):
-        asked(metrics, f"m{number}", f"n{number}")
+        call_each(metrics, f"m{number}", f"n{number}")
         metrics.retire([], number * 2 * RETAIN_S)
         metrics.retire([], (number * 2 + 1) * RETAIN_S)
         assert models_of(metrics) == set()
@@ -323,7 +323,7 @@ def test_models_loaded_and_unloaded_in_turn_leave_a_bounded_number_of_series() -
     metrics = Metrics()
     names = [f"m{number:03}" for number in range(3 * RETAINED_MODELS)]
     for second, name in enumerate(names):
-        asked(metrics, name)
+        call_each(metrics, name)
         metrics.retire(["served", name], second)
     metrics.retire(["served"], len(names))
     assert models_of(metrics) == set(names[-RETAINED_MODELS:])

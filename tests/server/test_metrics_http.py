@@ -116,7 +116,7 @@ def test_garbage_is_a_header_like_any_other(header: str) -> None:
     ("accepted", "compressed"),
     [("gzip", True), ("br, GZIP;q=0.5", True), ("gzip;q=0", False), ("identity", False)],
 )
-def test_a_page_is_compressed_for_whoever_takes_gzip(
+def test_a_page_is_compressed_if_the_client_accepts_gzip(
     pages: Pages, accepted: str, compressed: bool
 ) -> None:
     _, headers, body = pages.ask("/metrics", Accept_Encoding=accepted)
@@ -177,7 +177,7 @@ def test_a_connection_serves_one_scrape_after_another(pages: Pages) -> None:
         b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nContent-Length: 8\r\n\r\n",
     ],
 )
-def test_what_is_not_http_is_a_400_and_the_connection_ends(pages: Pages, sent: bytes) -> None:
+def test_malformed_http_is_a_400_and_ends_the_connection(pages: Pages, sent: bytes) -> None:
     with pages.connect(sent) as one:
         received = b""
         # Closed with bytes of ours unread, it may be reset.

@@ -1,4 +1,4 @@
-"""Memory that a burst has freed goes back to the system."""
+"""Memory freed after a burst is returned to the system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resident_mib() -> float:
     return int(found[1]) / 1024
 
 
-async def test_blocks_between_others_are_given_back() -> None:
+async def test_freed_blocks_between_used_ones_are_returned_to_the_system() -> None:
     blocks = [bytearray(_BLOCK) for _ in range(300 * MIB // _BLOCK)]
     large = resident_mib()
     del blocks[1:-1]  # the last stays at the top of the heap

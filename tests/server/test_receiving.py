@@ -1,4 +1,4 @@
-"""Accounts of connections: what is charged to messages that have not arrived."""
+"""Accounting of late messages: the bytes that are charged to them."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ def receiver(capacity: int = 1 << 30) -> Receiver:
     return Receiver(Budget(capacity), 64 * MIB, 60.0)
 
 
-async def looks(count: int) -> None:
+async def scans(count: int) -> None:
     await asyncio.sleep(count * 2 * SCAN_S)
 
 
-async def test_what_arrives_of_a_late_message_is_held_and_given_back(
+async def test_received_bytes_of_a_late_message_are_reserved_until_it_is_complete(
     received: dict[str, int],
 ) -> None:
     reading, call = receiver(), Call()
     reading.begin(call, None, call.reject)
-    await looks(3)
+    await scans(3)
     received[PEER] += 10 * MIB
-    await looks(3)
+    await scans(3)
     assert reading.memory.budget.held_by(PEER) == pytest.approx(10 * MIB, abs=LARGE_BYTES)
     reading.end(call, 10 * MIB)
     assert reading.memory.budget.used == 0
     reading.close()
 
 
-async def test_a_late_message_on_an_old_connection_is_not_charged_what_came_before(
+async def test_a_late_message_is_not_charged_for_earlier_bytes_of_its_connection(
     received: dict[str, int],
 ) -> None:
     received[PEER] = 100 * MIB
     reading, call = receiver(), Call()
     reading.begin(call, None, call.reject)
-    await looks(2)
+    await scans(2)
     assert reading.memory.budget.used <= LARGE_BYTES
     reading.close()
 
 
-async def test_a_look_that_fails_is_followed_by_the_next(
+async def test_a_failed_scan_is_followed_by_the_next(
     received: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = True
@@ -89,30 +89,30 @@ async def test_a_look_that_fails_is_followed_by_the_next(
     monkeypatch.setattr(tcp_info.TcpConnections, "received", count)
     reading, call = receiver(), Call()
     reading.begin(call, None, call.reject)
-    await looks(3)
+    await scans(3)
     failing = False
     received[PEER] = 5 * MIB
-    await looks(3)
+    await scans(3)
     received[PEER] += 5 * MIB
-    await looks(3)
+    await scans(3)
     assert reading.memory.budget.used > MIB
     reading.close()
 
 
-async def test_sockets_that_count_nothing_are_charged_half_of_the_budget_at_most() -> None:
+async def test_sockets_without_a_byte_count_are_charged_at_most_half_of_the_budget() -> None:
     reading = receiver(256 * MIB)
     calls = [Call("unix:", reading) for _ in range(8)]
     for call in calls:
         reading.begin(call, None, call.reject)
     async with asyncio.timeout(5):
         while not any(call.rejected for call in calls):
-            await looks(1)
-    await looks(3)
+            await scans(1)
+    await scans(3)
     assert reading.memory.budget.used <= 128 * MIB
     assert sum(bool(call.rejected) for call in calls) == 6
     reading.close()
 
 
-def test_a_socket_of_another_family_is_no_connection() -> None:
+def test_a_socket_of_another_family_is_no_tcp_connection() -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as link:
         assert tcp_info._peer_of(link.fileno()) is None

@@ -1,4 +1,4 @@
-"""What a real server in this process tells of itself: serving, draining, whose fault an end was."""
+"""Metrics of a real server in this process: serving, draining, causes of failed calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_S = 30
 
 
 class Held:
-    """Answers when it is told to."""
+    """Denoiser that waits for an event."""
 
     def __init__(self) -> None:
         self.entered, self.go = threading.Semaphore(0), threading.Event()
@@ -70,7 +70,7 @@ async def server(tmp_path: Path, held: Held) -> AsyncIterator[Server]:
     await server.close()
 
 
-def told(server: Server, name: str, **labels: str) -> float:
+def gauge(server: Server, name: str, **labels: str) -> float:
     """Return a sample's value as it would be scraped now, 0 where there is none yet."""
     return server._metrics.registry.get_sample_value(name, labels) or 0.0
 
@@ -82,20 +82,20 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_serving_and_limits_are_told_from_the_start_to_the_end(server: Server) -> None:
-    assert told(server, "els_serving") == 0
+async def test_serving_and_limits_are_exported_from_start_to_end(server: Server) -> None:
+    assert gauge(server, "els_serving") == 0
     await server.start()
-    assert told(server, "els_serving") == 1
-    assert told(server, "els_draining_seconds") == 0
-    assert told(server, "els_queue_limit_seconds") == 7
-    assert told(server, "els_drain_limit_seconds") == pytest.approx(0.3)
-    assert told(server, "els_watchdog_seconds") == 50
+    assert gauge(server, "els_serving") == 1
+    assert gauge(server, "els_draining_seconds") == 0
+    assert gauge(server, "els_queue_limit_seconds") == 7
+    assert gauge(server, "els_drain_limit_seconds") == pytest.approx(0.3)
+    assert gauge(server, "els_watchdog_seconds") == 50
     await server.drain()
-    assert told(server, "els_serving") == 0
-    assert told(server, "els_draining_seconds") > 0
+    assert gauge(server, "els_serving") == 0
+    assert gauge(server, "els_draining_seconds") > 0
 
 
-async def test_a_drain_that_calls_outlive_is_told_while_it_lasts_and_by_what_it_interrupts(
+async def test_a_drain_shorter_than_its_calls_shows_in_gauges_and_in_interrupted_requests(
     server: Server, held: Held
 ) -> None:
     target = f"127.0.0.1:{(await server.start()).grpc_port}"
@@ -105,16 +105,16 @@ async def test_a_drain_that_calls_outlive_is_told_while_it_lasts_and_by_what_it_
             for i in range(3)
         ]
         await held.until_entered()
-        await until(lambda: told(server, "els_calls_in_flight") == 3)
+        await until(lambda: gauge(server, "els_calls_in_flight") == 3)
         draining = asyncio.ensure_future(server.drain())
-        await until(lambda: told(server, "els_draining_seconds") > 0.1)
-        assert told(server, "els_serving") == 0
-        assert told(server, "els_calls_in_flight") == 3
+        await until(lambda: gauge(server, "els_draining_seconds") > 0.1)
+        assert gauge(server, "els_serving") == 0
+        assert gauge(server, "els_calls_in_flight") == 3
         for call in calls:
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await call
             assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert told(server, "els_dropped_total", model="slow", reason="interrupted") == 3
+        assert gauge(server, "els_dropped_total", model="slow", reason="interrupted") == 3
         await draining
 
 
@@ -130,4 +130,4 @@ async def test_who_leaves_at_his_deadline_missed_it_and_who_leaves_before_cancel
             call.cancel()
         assert (await call.code()).name == code
         labels = {"model": "slow", "method": "Denoise", "code": code}
-        await until(lambda: told(server, "els_request_seconds_count", **labels) == 1)
+        await until(lambda: gauge(server, "els_request_seconds_count", **labels) == 1)

@@ -1,4 +1,4 @@
-"""Streams in order: what was read is answered, whoever ends the stream."""
+"""Streams with ordered responses: each request that was read gets one, however the stream ends."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_no_more_than_the_window_is_read_until_an_answer_is_taken() -> Non
     assert caller.read == caller.begun == WINDOW + 1
 
 
-async def test_requests_whose_answers_are_large_leave_room_for_fewer() -> None:
+async def test_requests_with_large_responses_take_several_places_of_the_window() -> None:
     caller = Caller(shape=(16, 3, 32, 32))  # u8: 48 KiB asked, 192 KiB answered
     stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     first = asyncio.ensure_future(anext(stream))
@@ -105,7 +105,7 @@ async def test_a_stream_that_its_caller_had_ended_ends_well_in_a_drain() -> None
     assert [answer.error.message async for answer in stream] == ["2", "3"]
 
 
-async def test_whoever_leaves_a_stream_leaves_nothing_under_way() -> None:
+async def test_a_cancelled_stream_cancels_its_requests() -> None:
     caller = Caller()
     stream = aiter(in_order(caller.requests(), caller.begin, asyncio.Event(), roomy()))
     first = asyncio.ensure_future(anext(stream))

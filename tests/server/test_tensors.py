@@ -91,7 +91,7 @@ def outcome(action: Any) -> Any:
 
 @examples(200)
 @given(request=requests)
-def test_a_request_is_a_valid_query_or_an_error_that_says_why(request: pb.DenoiseRequest) -> None:
+def test_a_request_is_a_valid_query_or_an_error_with_its_reason(request: pb.DenoiseRequest) -> None:
     result = outcome(lambda: open_denoise(request, INFO, LIMITS))
     if isinstance(result, Query):
         assert_valid(result)
@@ -165,7 +165,7 @@ CHANGES: dict[str, Any] = {
 
 @examples(150)
 @given(request=inferences())
-def test_an_inference_is_a_valid_query_or_an_error_that_says_why(
+def test_an_inference_is_a_valid_query_or_an_error_with_its_reason(
     request: inference_pb.ModelInferRequest,
 ) -> None:
     result = outcome(lambda: open_inference(request, INFO, LIMITS))
@@ -221,7 +221,7 @@ def test_bytes_are_little_endian() -> None:
     assert (half.data, brain.data) == (b"\x00\x3c", b"\x80\x3f")
 
 
-def test_f32_pixels_are_a_view_of_the_bytes_and_copied_where_torch_asks_for_them() -> None:
+def test_f32_pixels_are_a_view_of_the_bytes_and_copied_for_torch() -> None:
     message = pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 1, 2], data=bytes(8))
     pixels = pixels_of(message)
     assert not pixels.flags.writeable
@@ -231,7 +231,7 @@ def test_f32_pixels_are_a_view_of_the_bytes_and_copied_where_torch_asks_for_them
 
 
 @pytest.mark.parametrize("length", [10, 100_000])
-def test_the_text_of_an_error_is_short_whatever_came(length: int) -> None:
+def test_the_text_of_an_error_is_short_for_any_input(length: int) -> None:
     error = InvalidArgumentError("x", "e" * length, ["é"] * length)
     assert len(str(error)) < 450
     assert (error.violation.got[-1] == "…") is (len(str(["é"] * length)) > 200)

@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> TokenFile:
     return TokenFile(tmp_path / "tokens")
 
 
-def test_a_token_s_name_is_told_and_admin_includes_infer(file: TokenFile) -> None:
+def test_the_caller_is_the_name_of_its_token_and_admin_includes_infer(file: TokenFile) -> None:
     reader, boss = file.add("reader"), file.add("boss", "admin")
     tokens = Tokens(file.path)
     assert tokens.caller(bearing(reader), admin=False) == "reader"
@@ -44,7 +44,7 @@ def test_a_token_s_name_is_told_and_admin_includes_infer(file: TokenFile) -> Non
         (("x-authorization", "Bearer x"),),
     ],
 )
-def test_whoever_shows_no_known_token_is_refused(
+def test_a_call_without_a_known_token_is_rejected(
     file: TokenFile, metadata: tuple[tuple[str, str | bytes], ...]
 ) -> None:
     file.add("someone")
@@ -59,7 +59,7 @@ def test_the_hash_itself_is_no_token(file: TokenFile) -> None:
         tokens.caller(bearing(file.entries[0]["sha256"]), admin=False)
 
 
-def test_a_token_ends_when_its_entry_says(file: TokenFile) -> None:
+def test_a_token_expires_at_the_time_of_its_entry(file: TokenFile) -> None:
     now = datetime.now(UTC)
     old = file.add("old", expires=now - timedelta(seconds=1))
     new = file.add("new", expires=now + timedelta(hours=1))
@@ -75,7 +75,7 @@ def test_two_tokens_of_one_name_are_one_caller(file: TokenFile) -> None:
     assert {tokens.caller(bearing(token), admin=False) for token in both} == {"ci"}
 
 
-def test_yaml_says_the_same_as_json(tmp_path: Path) -> None:
+def test_yaml_and_json_have_the_same_content(tmp_path: Path) -> None:
     token, entry = new_token("ci", "admin", datetime.now(UTC) + timedelta(hours=1))
     path = tmp_path / "tokens.yaml"
     path.write_text(yaml.safe_dump([entry.model_dump(exclude_none=True)]))
@@ -113,7 +113,7 @@ def test_a_file_that_is_wrong_is_named_and_nothing_of_it_is_shown(
     assert caught.value.__cause__ is None
 
 
-def test_a_fault_of_syntax_is_told_by_its_line_alone(tmp_path: Path) -> None:
+def test_a_syntax_error_names_its_line_and_quotes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("- name: a\n  token: [els_secret\n- }")
     with pytest.raises(LoadError, match=r"expected YAML, got malformed content in line 3$"):

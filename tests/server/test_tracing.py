@@ -352,7 +352,9 @@ def test_spans_pass_a_proxy_of_the_environment_unless_their_collector_is_on_this
 
 
 @pytest.mark.slow
-async def test_a_server_whose_collector_is_gone_serves_and_closes_in_time(tmp_path: Path) -> None:
+async def test_a_server_whose_collector_is_unreachable_serves_and_closes_in_time(
+    tmp_path: Path,
+) -> None:
     settings = Settings(
         models=write_models(tmp_path / "models"),
         port=0,

@@ -38,7 +38,7 @@ def watched(path: Path) -> ReloadedFile[str]:
     return ReloadedFile((path,), lambda: reading(path))
 
 
-def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(path: Path) -> None:
+def test_a_changed_file_is_reloaded_and_an_unchanged_one_is_not(path: Path) -> None:
     reads: list[str] = []
 
     def read() -> str:
@@ -67,7 +67,7 @@ def test_a_file_that_is_replaced_or_a_link_that_turns_elsewhere_is_a_change(
     assert watched.current() == "six"
 
 
-def test_a_broken_file_leaves_what_was_there_and_is_told_once(
+def test_an_invalid_file_leaves_the_last_content_and_is_logged_once(
     path: Path, watched: ReloadedFile[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path.write_text("bad")
@@ -149,23 +149,23 @@ def test_a_file_that_is_bad_at_the_beginning_is_refused(path: Path) -> None:
         ReloadedFile((path,), lambda: reading(path))
 
 
-def test_between_two_looks_nothing_is_asked_of_the_file_system(path: Path) -> None:
+def test_between_two_checks_the_file_system_is_not_accessed(path: Path) -> None:
     watched = ReloadedFile((path,), lambda: reading(path), every_s=3600)
     path.write_text("two")
     assert watched.current() == "one"
 
 
-@pytest.mark.parametrize(("mode", "told"), [(0o600, 0), (0o640, 0), (0o644, 1)])
+@pytest.mark.parametrize(("mode", "logged"), [(0o600, 0), (0o640, 0), (0o644, 1)])
 def test_a_secret_that_everybody_can_read_is_warned_about(
-    path: Path, mode: int, told: int, caplog: pytest.LogCaptureFixture
+    path: Path, mode: int, logged: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.chmod(path, mode)
     warn_if_public(path)
-    assert len(caplog.records) == told
+    assert len(caplog.records) == logged
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that is set by the test."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -175,7 +175,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("fault", ["emptied", "removed", "broken"])
-def test_a_stale_file_is_told_once_a_minute_with_reason_and_age_until_it_is_good(
+def test_a_stale_file_is_logged_each_minute_with_reason_and_age_until_it_is_valid(
     path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def read() -> str:
@@ -198,11 +198,11 @@ def test_a_stale_file_is_told_once_a_minute_with_reason_and_age_until_it_is_good
         path.write_text("good again")
         assert watched.stale_s() == 0.0
     assert watched.current() == "good again"
-    told = [vars(record) for record in caplog.records if record.levelno == logging.ERROR]
-    assert [record["message"] for record in told] == [STALE] * 3
-    assert [record["stale_s"] for record in told] == [0.0, 60.0, 120.0]
-    assert all(str(path) in record["reason"] for record in told)
-    assert len({record["stale_since"] for record in told}) == 1
+    logged = [vars(record) for record in caplog.records if record.levelno == logging.ERROR]
+    assert [record["message"] for record in logged] == [STALE] * 3
+    assert [record["stale_s"] for record in logged] == [0.0, 60.0, 120.0]
+    assert all(str(path) in record["reason"] for record in logged)
+    assert len({record["stale_since"] for record in logged}) == 1
     assert caplog.records[-1].levelno == logging.INFO
 
 

@@ -14,7 +14,7 @@ MOST, MOST_OF_PEER, PEERS = 12, 5, 8
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bounds_hold_and_whoever_has_less_than_a_share_is_let_in(seed: int) -> None:
+def test_bounds_hold_and_a_connection_below_its_share_is_admitted(seed: int) -> None:
     rng = random.Random(seed)
     watchers, held = Watchers(MOST, MOST_OF_PEER), list[Watcher]()
     for _ in range(2000):
