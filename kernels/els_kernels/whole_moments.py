@@ -117,8 +117,8 @@ class Shifts:
 
     def _tiles(self) -> Iterator[tuple[int, Tensor, int, Tensor]]:
         """Yield the first image, keys [T, CHW], the rows moved, and logits [columns, T]."""
-        size = self._image.numel()
-        together = max(1, min(_TILE // size, _TILE // self._cols))
+        channels = len(self._image)
+        together = _together((channels, self._height, self._width), self._cols)
         energy = self._image.square().sum()
         for first in range(0, len(self._bank), together):
             keys = decode(self._bank[first : first + together]).flatten(1)
@@ -143,6 +143,18 @@ class Shifts:
         for dx, response in enumerate(responses):
             total += torch.roll(response.view_as(total), (-dy, -dx), (1, 2))
         return total
+
+
+def sweep_steps(images: int, shape: tuple[int, int, int], geometry: Geometry) -> int:
+    """Return the number of steps of a pass over bank images of a shape (C, H, W)."""
+    every = geometry.sources == "every"
+    tiles = math.ceil(images / _together(shape, shape[2] if every else 1))
+    return tiles * (shape[1] if every else 1)
+
+
+def _together(shape: tuple[int, int, int], columns: int) -> int:
+    """Return the bank images of one tile."""
+    return max(1, min(_TILE // math.prod(shape), _TILE // columns))
 
 
 def _best(
