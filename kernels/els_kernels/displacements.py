@@ -15,6 +15,7 @@ window and range, not on the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,6 +151,8 @@ class Sweep:
         self._margin = window // 2 if every and geometry.padding == "valid" else 0
         self._wraps = every and geometry.padding == "circular"
         self._query = self.padded(image)[..., None]
+        channels = len(image)
+        self._together = _together((channels, height, width), geometry)
         self._scale = -0.5 / (sigma * sigma)
 
     def padded(self, image: Tensor) -> Tensor:
@@ -189,16 +192,28 @@ class Sweep:
 
     def _tiles(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the first image of each tile, and the tile, [C, H', W', T] float64."""
-        _, channels, height, width = self._bank.shape
-        if self._wraps:
-            height, width = 2 * height - 1, 2 * width - 1
-        together = max(1, _TILE // (channels * height * width))
+        together = self._together
         for first in range(0, len(self._bank), together):
             tile = decode(self._bank[first : first + together]).permute(1, 2, 3, 0)
             if self._wraps:
                 tile = torch.cat([tile, tile[:, :-1]], 1)
                 tile = torch.cat([tile, tile[:, :, :-1]], 2)
             yield first, tile.contiguous()
+
+
+def sweep_steps(images: int, shape: tuple[int, int, int], window: int, geometry: Geometry) -> int:
+    """Return the number of ``Pairs`` of a sweep over bank images of a shape (C, H, W)."""
+    _, height, width = shape
+    joined = len(axis_steps(height, window, geometry)) * len(axis_steps(width, window, geometry))
+    return joined * math.ceil(images / _together(shape, geometry))
+
+
+def _together(shape: tuple[int, int, int], geometry: Geometry) -> int:
+    """Return the bank images of one tile."""
+    channels, height, width = shape
+    if geometry.sources == "every" and geometry.padding == "circular":
+        height, width = 2 * height - 1, 2 * width - 1
+    return max(1, _TILE // (channels * height * width))
 
 
 def decode(images: Tensor) -> Tensor:

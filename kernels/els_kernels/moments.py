@@ -22,7 +22,7 @@ from torch import Tensor
 
 from els_kernels import whole_moments
 from els_kernels.attention import PatchAttention
-from els_kernels.displacements import Pairs, Sweep
+from els_kernels.displacements import Pairs, Sweep, sweep_steps
 from els_kernels.geometry import Geometry
 from els_kernels.ranking import Ranking
 
@@ -220,6 +220,18 @@ class PatchMoments:
         with self._exact():
             queries = self._queries(x, a, s, window, ranges, geometry)
             return Removal(*_stacked([query.without(image) for query in queries]))
+
+    def steps(self, images: int, window: int, geometry: Geometry) -> int:
+        """Return the number of steps of one pass over bank images: a fixed cost each.
+
+        Args:
+            images: of the bank, in the query's range.
+            window: odd side of the patch; 1 where ``geometry.whole``.
+            geometry: window shape, sources and padding.
+        """
+        if geometry.whole:
+            return whole_moments.sweep_steps(images, self._attention.shape, geometry)
+        return sweep_steps(images, self._attention.shape, window, geometry)
 
     @contextmanager
     def _exact(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from els_service.denoisers.base import Denoiser, Query, concatenate, make_query
 from els_service.denoisers.explanations import Explainable
 from els_service.denoisers.gradients import Differentiable, Direction
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
+from els_service.engine.batching import INLINE_S
 
 
 def product(
@@ -74,6 +75,16 @@ def test_the_mean_beside_a_product_is_what_denoise_returns(denoiser: Denoiser) -
     want = denoiser.denoise(query).pixels
     assert np.linalg.norm(mean - want) <= 1e-4 * np.linalg.norm(want)
     assert denoiser.predict_product_seconds(query, "vjp") > 0
+
+
+def test_products_of_a_machine_never_run_on_the_event_loop(denoiser: Denoiser) -> None:
+    if not isinstance(denoiser, Explainable):
+        return
+    assert isinstance(denoiser, Differentiable)
+    query = make_query(random_images((1, *SHAPE), 5), from_sigma([1.0]))
+    assert denoiser.predict_product_seconds(query, "vjp") > INLINE_S
+    assert denoiser.predict_product_seconds(query, "jvp") > INLINE_S
+    assert denoiser.predict_explain_seconds(query) > INLINE_S
 
 
 def test_an_explanation_weighs_images_of_the_label_alone(denoiser: Denoiser) -> None:

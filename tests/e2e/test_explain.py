@@ -10,6 +10,10 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.message_factory import GetMessageClass
+from tests.golden.make_contract import CONTRACT
 from tests.support import onnx_models
 from tests.support.models_folder import (
     DOCUMENTS,
@@ -240,3 +244,31 @@ def message_of(x: np.ndarray[Any, Any]) -> pb.Tensor:
 
 def assert_serves(client: Client) -> None:
     assert client.denoise(images(1), model=LABELLED[0], sigma=1.0).shape == (3, *SHAPE)
+
+
+def test_a_client_of_the_released_contract_works_as_before(
+    channel: grpc.Channel, client: Client
+) -> None:
+    released = descriptor_pool.DescriptorPool()
+    for file in FileDescriptorSet.FromString(CONTRACT.read_bytes()).file:
+        released.Add(file)
+
+    def call(method: str, request: Any, answer: str) -> Any:
+        path = f"/denoise.v1.DenoiserService/{method}"
+        parse = message(answer).FromString
+        send = channel.unary_unary(path, type(request).SerializeToString, parse)
+        return send(request, timeout=30)
+
+    def message(name: str) -> Any:
+        return GetMessageClass(released.FindMessageTypeByName(f"denoise.v1.{name}"))
+
+    x = images(1)
+    request = message("DenoiseRequest")(model="zeros")
+    request.x.dtype, request.x.data = pb.DTYPE_F32, x.tobytes()
+    request.x.shape.extend(x.shape)
+    request.level.sigma.append(1.0)
+    answer = call("Denoise", request, "DenoiseResponse")
+    want = client.denoise(x, model="zeros", sigma=1.0)
+    assert np.array_equal(np.frombuffer(answer.denoised.data, "<f4").reshape(x.shape), want)
+    described = call("GetModel", message("GetModelRequest")(name="zeros"), "GetModelResponse")
+    assert described.model.bank.fingerprint == tiny_bank().fingerprint

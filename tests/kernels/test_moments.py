@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -263,6 +265,53 @@ def test_the_callers_modes_change_no_bit() -> None:
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
         assert not one.requires_grad
+
+
+@pytest.mark.parametrize("tile", [100, 1 << 18])
+def test_the_number_of_steps_is_that_of_a_pass(
+    monkeypatch: pytest.MonkeyPatch, geometry: Geometry, tile: int
+) -> None:
+    monkeypatch.setattr(displacements, "_TILE", tile)
+    monkeypatch.setattr(whole_moments, "_TILE", tile)
+    case = random_case(geometry, (9, 2, 3, 4), None if geometry.whole else [3])[[0]]
+    image, bank = case.x[0].double(), case.bank
+    passed: Any
+    if geometry.whole:
+        passed = whole_moments.Shifts(image, 1.0, bank, geometry)._tiles()
+    else:
+        passed = displacements.Sweep(image, 1.0, bank, 3, geometry)
+    window = 1 if geometry.whole else 3
+    assert moments(case).steps(9, window, geometry) == len(list(passed))
+
+
+def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank() -> None:
+    # In another process, whose peak is this alone; the small bank loads what torch loads once.
+    # Tiles have their full size: 400 images are two of them.
+    script = """
+import resource, torch
+torch.set_num_threads(1)
+from els_kernels import GEOMETRIES, PatchAttention, PatchMoments
+def prepared(images):
+    bank = torch.zeros(images, 1, 28, 28, dtype=torch.uint8)
+    return PatchMoments(PatchAttention(bank.float(), implementation="torch"), bank)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def ask(moments):
+    x = torch.zeros(16, 1, 28, 28)
+    arguments = {"a": torch.ones(16), "s": torch.ones(16), "geometry": GEOMETRIES["els", "zeros"]}
+    arguments["window"] = torch.full((16,), 27)
+    moments.vjp(x, x, **arguments)
+    moments.statistics(x, **arguments, top=16)
+small, large = prepared(2), prepared(400)
+ask(small)
+before = peak()
+ask(large)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(done.stdout) <= 64
 
 
 def test_a_stopped_computation_ends(geometry: Geometry) -> None:

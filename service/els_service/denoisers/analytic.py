@@ -32,8 +32,11 @@ _NATIVE_PER_THREAD = {"avx512": 3.5e9, "avx2": 1.2e9, "baseline": 5e8}
 _TRITON = 1e11
 """Pairs per second of a GPU, approximately."""
 
-_MOMENT_PAIRS = {"vjp": 3e7, "jvp": 3e7, "explain": 3e7}
-"""Pairs per second of one thread in float64 (measured), by computation: two passes each."""
+_MOMENT_PAIRS = 2.4e7
+"""Pairs per second of one thread for a Jacobian product or an explanation: two passes in float64
+(measured)."""
+_MOMENT_STEP_S = 3e-4
+"""Seconds of one step of both passes beside its pairs (measured)."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -148,7 +151,7 @@ class AnalyticDenoiser:
 
     def predict_product_seconds(self, query: Query, direction: Direction) -> float:
         """Return a rough estimate from the number of pairs."""
-        return self._moment_seconds(query, direction)
+        return self._moment_seconds(query)
 
     def explain(self, query: Query, top: int) -> Explanation:
         """Return the statistics with the ``top`` sources of every pixel, without evidence."""
@@ -168,7 +171,7 @@ class AnalyticDenoiser:
 
     def predict_explain_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs."""
-        return self._moment_seconds(query, "explain")
+        return self._moment_seconds(query)
 
     def _product(self, multiply: Any, query: Query, direction: npt.NDArray[np.float32]) -> Product:
         device = self._attention.device
@@ -176,16 +179,18 @@ class AnalyticDenoiser:
         mean, product = multiply(query.x.to(device), along, **self._arguments(query))
         return Product(mean.cpu().numpy(), product.cpu().numpy())
 
-    def _moment_seconds(self, query: Query, computation: str) -> float:
-        rate = _MOMENT_PAIRS[computation] * torch.get_num_threads()
+    def _moment_seconds(self, query: Query) -> float:
         channels, height, width = self._info.shape
-        pairs = sum(
-            count_pairs(self._geometry, height, width, int(k)) * (hi - lo)
-            for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
-        )
-        if self._geometry.whole and self._geometry.sources == "every":
-            pairs *= height * width // 8
-        return channels * pairs / rate
+        # Measured weights: products with every translation, or elementwise work for each channel.
+        every = self._geometry.whole and self._geometry.sources == "every"
+        each = height * width / 8 if every else (channels + 2) / 3
+        rate = _MOMENT_PAIRS * torch.get_num_threads()
+        seconds = 0.0
+        for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True):
+            pairs = count_pairs(self._geometry, height, width, int(k)) * (hi - lo)
+            steps = self._moments.steps(hi - lo, int(k), self._geometry)
+            seconds += _MOMENT_STEP_S * steps + each * pairs / rate
+        return seconds
 
     def _arguments(self, query: Query) -> dict[str, Any]:
         """Return the arguments of patch attention other than x."""

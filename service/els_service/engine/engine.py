@@ -182,6 +182,41 @@ class Engine:
         answer = self._submit(loaded.derived[computation], query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
+    async def derive_each(
+        self,
+        entry: ModelVersion,
+        computation: Computation,
+        query: Query,
+        answer_bytes: int,
+        context: RequestContext = _DEFAULT_CONTEXT,
+    ) -> AsyncGenerator[Denoised, None]:
+        """Yield the answer for each image of a query, which is queued when it is asked for.
+
+        Between two images nothing is queued, so a slow reader delays no other request. The query
+        reserves memory for its whole life, and may be evicted between two images.
+
+        Args:
+            entry: version of a model in ``models`` that supports the computation.
+            computation: a key of ``LoadedModel.derived``.
+            query: images.
+            answer_bytes: size of the answer for one image.
+            context: deadline of all images together, priority, caller.
+
+        Raises:
+            ElsError: As ``denoise``.
+        """
+        size = query.nbytes + answer_bytes
+        with (
+            self._unended_of(entry, size, context),
+            self._reserved(entry, size, context) as reservation,
+        ):
+            for index in range(len(query)):
+                loaded = await self._loaded(entry, context, reservation)
+                reservation.check()
+                one = query[index : index + 1]
+                answer = self._submit(loaded.derived[computation], one, context)
+                yield answer if isinstance(answer, Denoised) else await reservation.until(answer)
+
     async def sample(
         self,
         name: str,

@@ -76,7 +76,7 @@ def read_explain(
     top = request.top or DEFAULT_SOURCES
     x = request.x
     shape = tensors.decode_shape(x, len(x.data), "x", limits)
-    tensors.check_answer_size("top", _explanation_size(shape, top, info), limits)
+    tensors.check_answer_size("top", explanation_size(shape, top, info), limits)
     query = make_query(
         forms.black(shape),
         tensors.decode_level(request.level, info.levels, limits),
@@ -87,7 +87,7 @@ def read_explain(
     return query, top
 
 
-def _explanation_size(shape: tuple[int, ...], top: int, info: DenoiserInfo) -> int:
+def explanation_size(shape: tuple[int, ...], top: int, info: DenoiserInfo) -> int:
     """Return the bytes of the tensors that explain one image."""
     _, channels, height, width = shape
     images = 0 if info.bank is None else min(info.bank.images, MAX_SHARES)

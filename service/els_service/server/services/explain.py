@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 
+from els_kernels import MAX_SOURCES
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
@@ -59,12 +61,15 @@ class MomentService(DenoiserServiceServicer):
                 f"models that have: {_listed(able)}"
             )
         query, top = gradients.read_explain(request, entry.info, self._limits)
-        for index in range(len(query)):
-            scheduling = context_of(context, request.priority, request.timeout_s)
-            one = query[index : index + 1]
-            found = await self._engine.derive(entry, "explain", one, scheduling)
-            assert isinstance(found, Explanation)
-            yield gradients.write_explanation(index, found, top, entry.info)
+        scheduling = context_of(context, request.priority, request.timeout_s)
+        size = gradients.explanation_size(query.pixels.shape, MAX_SOURCES, entry.info)
+        answers = self._engine.derive_each(entry, "explain", query, size, scheduling)
+        index = 0
+        async with contextlib.aclosing(answers):
+            async for found in answers:
+                assert isinstance(found, Explanation)
+                yield gradients.write_explanation(index, found, top, entry.info)
+                index += 1
 
     async def _product(
         self,

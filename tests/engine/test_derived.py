@@ -1,0 +1,142 @@
+"""Jacobian products and explanations through the engine: bits, bounds and deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.engine.conftest import Observed
+from tests.support.denoisers import SHAPE, build, random_images
+from tests.support.models_folder import DOCUMENTS, write_models
+from tests.support.models_folder import SHAPE as BANK_SHAPE
+
+from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.banks import make_bank
+from els_service.denoisers.base import Denoised, Query, make_query
+from els_service.denoisers.explanations import Explanation
+from els_service.denoisers.levels import from_sigma
+from els_service.engine.derived import product_of, with_direction
+from els_service.engine.engine import Engine
+from els_service.engine.request_context import RequestContext
+from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from els_service.repository import ModelRepository
+
+COUNT = 6
+
+
+def machine() -> AnalyticDenoiser:
+    denoiser = build("els-zeros", make_bank(random_images((9, *SHAPE)).numpy()))
+    assert isinstance(denoiser, AnalyticDenoiser)
+    return denoiser
+
+
+def query(count: int = COUNT) -> Query:
+    return make_query(random_images((count, *SHAPE), 5), from_sigma([1.0]))
+
+
+def direction(count: int = COUNT) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    return random_images((count, *SHAPE), 6).numpy()
+
+
+async def test_products_that_share_batches_keep_the_bits_that_they_have_alone(
+    engine: Engine,
+) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    entry, x, g = engine.models.entry("model"), query(), direction()
+    want = denoiser.vjp(x, g)
+    packed = with_direction(x, g)
+    parts = [engine.derive(entry, "vjp", packed[i : i + 1]) for i in range(COUNT)]
+    answers = await asyncio.gather(*parts, engine.derive(entry, "vjp", packed))
+    *alone, together = map(product_of, answers)
+    assert np.array_equal(together.product, want.product)
+    for i, answer in enumerate(alone):
+        assert np.array_equal(answer.product[0], want.product[i])
+        assert np.array_equal(answer.mean[0], want.mean[i])
+
+
+async def test_explanations_that_share_batches_keep_the_bits_that_they_have_alone(
+    engine: Engine,
+) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    entry, want = engine.models.entry("model"), denoiser.explain(query(), 16)
+
+    async def explain() -> list[Denoised]:
+        return [found async for found in engine.derive_each(entry, "explain", query(), 0)]
+
+    for found in await asyncio.gather(explain(), explain()):
+        for i, each in enumerate(found):
+            assert isinstance(each, Explanation)
+            assert np.array_equal(each.sources[0], want.sources[i])
+            assert np.array_equal(each.weights[0], want.weights[i])
+            assert np.array_equal(each.shares[0], want.shares[i])
+
+
+async def test_an_explanation_holds_memory_until_its_reader_is_done(engine: Engine) -> None:
+    engine.models.add("model", machine())
+    entry = engine.models.entry("model")
+    async with aclosing(engine.derive_each(entry, "explain", query(), 1000)) as answers:
+        await anext(answers)
+        assert engine.memory.used == query().nbytes + 1000
+        # Between two images nothing is queued.
+        assert entry.loaded is not None
+        assert not entry.loaded.derived["explain"].queue
+    assert engine.memory.used == 0
+
+
+async def test_a_product_that_cannot_be_in_time_is_rejected(engine: Engine) -> None:
+    engine.models.add("model", machine())
+    packed = with_direction(query(), direction())
+    with pytest.raises(DeadlineExceededError):
+        await engine.derive(
+            engine.models.entry("model"), "jvp", packed, RequestContext(deadline=0.0)
+        )
+    assert engine.memory.used == 0
+
+
+async def test_a_product_of_a_wrong_shape_is_rejected(engine: Engine) -> None:
+    engine.models.add("model", machine())
+    wrong = make_query(random_images((1, 2, 3, 3)), from_sigma([1.0]))
+    with pytest.raises(InvalidArgumentError, match="x: expected shape"):
+        await engine.derive(
+            engine.models.entry("model"), "vjp", with_direction(wrong, wrong.pixels)
+        )
+
+
+async def test_an_interrupted_engine_rejects_products(engine: Engine) -> None:
+    engine.models.add("model", machine())
+    engine.interrupt("the server drains")
+    with pytest.raises(UnavailableError, match="the server drains"):
+        await engine.derive(
+            engine.models.entry("model"), "vjp", with_direction(query(), direction())
+        )
+
+
+async def test_products_are_observed_as_batches_of_their_model(
+    engine: Engine, observed: Observed
+) -> None:
+    engine.models.add("model", machine())
+    packed = with_direction(query(), direction())
+    await engine.derive(engine.models.entry("model"), "vjp", packed)
+    assert sum(observed.images) == COUNT
+    names = {labels["model"] for name, labels, _ in engine.gauges() if name == "els_queue_items"}
+    assert names == {"model"}
+
+
+async def test_a_product_reloads_a_model_that_was_unloaded_to_save_memory(
+    engine: Engine, tmp_path: Path
+) -> None:
+    root = write_models(tmp_path / "models", {"zeros": DOCUMENTS["zeros"]})
+    await engine.models.load_all(ModelRepository(root))
+    entry = engine.models.entry("zeros")
+    x = np.random.default_rng(0).normal(size=(2, *BANK_SHAPE)).astype(np.float32)
+    packed = with_direction(make_query(x, from_sigma([1.0])), x)
+    want = await engine.derive(entry, "jvp", packed)
+    entry.loaded = None
+    got = await engine.derive(entry, "jvp", packed)
+    assert np.array_equal(got.pixels, want.pixels)
+    assert entry.loaded is not None
