@@ -73,4 +73,5 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
     # Colours of photographs are correlated.
     noise = 0.8 * noise.mean(1, keepdim=True) * math.sqrt(3) + 0.6 * noise
     smooth = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
-    return (smooth / (2.5 * smooth.std())).clamp(-1, 1)
+    scaled: Tensor = smooth / (2.5 * smooth.std())
+    return scaled.clamp(-1, 1)
