@@ -155,6 +155,24 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(fold_variant: str, na
             assert torch.equal(alone.log_evidence[0], batch.log_evidence[index])
 
 
+@pytest.mark.parametrize("name", ["els-inside", "els-zeros", "local-circular"])
+def test_native_has_the_same_bits_for_any_number_of_threads(fold_variant: str, name: str) -> None:
+    if fold_variant == "torch":
+        pytest.skip("a matmul library partitions its work by the number of threads")
+    case = fold_case(FOLD_NAMES[name], (9, 8), random_bank((40, 1, 9, 8)), 5, cyclic_pairs(3))
+    attention, before, answers = case.operator(fold_variant), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            answers.append(case.ask(attention))
+    finally:
+        torch.set_num_threads(before)
+    for got in answers[1:]:
+        # ρ = 0 is PatchAttention's, whose own tests cover it.
+        assert torch.equal(got.mean, answers[0].mean)
+        assert torch.equal(got.log_evidence, answers[0].log_evidence)
+
+
 @pytest.mark.parametrize("name", ELS)
 def test_a_mean_of_the_bank_does_not_leave_the_bank(fold_variant: str, name: str) -> None:
     bank = random_bank((3, 2, 8, 8))

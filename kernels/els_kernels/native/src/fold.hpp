@@ -347,51 +347,64 @@ template <int C, int N>
   }
 }
 
-// out[v] = Σ_o tap_o · line_o[v] for all vectors of a row, four at a time.
-template <class Tap, class Line>
-[[gnu::always_inline]] inline void filter(int K, int taps, float* out, Tap tap, Line line) {
-  int v = 0;
-  for (; v + 4 <= K; v += 4) {
-    Vec sum[4] = {};
-    for (int o = 0; o < taps; ++o) {
-      const float* from = line(o) + v * kLanes;
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] += tap(o, v + i) * load(from + i * kLanes);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(out + (v + i) * kLanes, sum[i]);
+// Call out(v, Σ_o tap(o, v)·line(o)[v]) for `N` vectors from v on: as many independent sums.
+template <int N, class Tap, class Line, class Out>
+[[gnu::always_inline]] inline void filter_block(int v, int taps, Tap tap, Line line, Out out) {
+  Vec sum[N] = {};
+  for (int o = 0; o < taps; ++o) {
+    const float* from = line(o) + v * kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum[i] += tap(o, v + i) * load(from + i * kLanes);
   }
-  for (; v < K; ++v) {
-    Vec sum = {};
-    for (int o = 0; o < taps; ++o) sum += tap(o, v) * load(line(o) + v * kLanes);
-    store(out + v * kLanes, sum);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) out(v + i, sum[i]);
+}
+
+// The same for all vectors of a row, in blocks of at most 8 and of nearly equal size: a sum has to
+// wait for its last addition, eight of them do not.
+template <class Tap, class Line, class Out>
+[[gnu::always_inline]] inline void filter(int K, int taps, Tap tap, Line line, Out out) {
+  for (int v = 0, blocks = (K + 7) / 8; blocks > 0; --blocks) {
+    const int count = (K - v + blocks - 1) / blocks;
+    switch (count) {
+      case 8: filter_block<8>(v, taps, tap, line, out); break;
+      case 7: filter_block<7>(v, taps, tap, line, out); break;
+      case 6: filter_block<6>(v, taps, tap, line, out); break;
+      case 5: filter_block<5>(v, taps, tap, line, out); break;
+      case 4: filter_block<4>(v, taps, tap, line, out); break;
+      default:
+        for (int i = 0; i < count; ++i) filter_block<1>(v + i, taps, tap, line, out);
+    }
+    v += count;
   }
 }
 
-// The weights of the rows that reach row p, filtered by the taps of both axes, into `out`.
-inline void filter_row(const FoldCell& cell, int taps, FoldScratch& scratch, float* out) {
+// Call out(v, weight) with the weights that reach row p, filtered by the taps of both axes.
+template <class Out>
+[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, int taps, FoldScratch& scratch,
+                                              Out out) {
   const int K = cell.vectors, k = cell.window;
   float* reach = scratch.reach + (k - 1) * kLanes;
   const float* row_taps = scratch.taps;
   const float* const* lines = scratch.lines;
-  filter(K, taps, reach, [=](int o, int) { return splat(row_taps[o]); },
-         [=](int o) { return lines[o]; });
+  filter(K, taps, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
+         [=](int v, Vec sum) { store(reach + v * kLanes, sum); });
   for (int j = 1; j < k; ++j)
     store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
   const float* col_taps = cell.col_taps;
   auto line = [=](int o) { return reach - o * kLanes; };
   if (cell.table_taps)
-    return filter(K, k, out,
+    return filter(K, k,
                   [=](int o, int v) { return load(col_taps + (std::size_t(o) * K + v) * kLanes); },
-                  line);
+                  line, out);
   if (!cell.uniform_taps)
-    return filter(K, k, out, [=](int o, int) { return splat(col_taps[o]); }, line);
+    return filter(K, k, [=](int o, int) { return splat(col_taps[o]); }, line, out);
   // Weights are not negative, and the sum is started anew in each row: nothing cancels.
   Vec sum = {};
   for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
   for (int v = 0; v < K; ++v) {
     sum += load(reach + v * kLanes);
-    store(out + v * kLanes, sum);
+    out(v, sum);
     sum -= load(reach + (v - k + 1) * kLanes);
   }
 }
@@ -434,16 +447,15 @@ template <int C, int N>
           scratch.taps[taps] = cell.row_taps[i * k + o];
           scratch.lines[taps++] = scratch.weights + d * ring + s * row;
         }
-      filter_row(cell, taps, scratch, scratch.logits);
       const float* near = scratch.keys + (i + dy + d + kMostRows) * row;
+      const std::size_t near_plane = keys.plane;
       float* out = scratch.sums + i * row;
-      for (int v = 0; v < K; ++v) {
-        const std::size_t at = std::size_t(v) * kLanes;
-        const Vec a = load(scratch.logits + at);
-        for (int c = 0; c < channels; ++c)
-          store(out + c * plane + at,
-                load(out + c * plane + at) + a * load(near + c * keys.plane + at));
-      }
+      filter_row(cell, taps, scratch, [=](int v, Vec weight) {
+        for (int c = 0; c < channels; ++c) {
+          float* place = out + c * plane + v * kLanes;
+          store(place, load(place) + weight * load(near + c * near_plane + v * kLanes));
+        }
+      });
     }
   }
 }

@@ -1,0 +1,1 @@
+"""Speed and error of patch attention with a fold against its matmul form."""
