@@ -34,6 +34,9 @@ GZIP_MAGIC = b"\x1f\x8b"
 _SMALL_GZIP_BYTES = 4 << 10
 """Maximum size of gzip data that is decompressed on the event loop: to four megabytes at most."""
 
+_SLICE_BYTES, _PART_BYTES = 64 << 10, 1 << 20
+"""Input and output of one step of decompression."""
+
 _Fields: TypeAlias = dict[int, Descriptor | None]
 """Number of a length-delimited field → its message type; None for bulk data."""
 
@@ -72,16 +75,23 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     announced = announced_bytes(data)
     if announced > max_bytes:
         raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
+    # In one buffer of its size: the blocks in which zlib grows an output would stay in malloc.
+    message, size = bytearray(announced), 0
     inflater = zlib.decompressobj(wbits=31)
-    try:
-        message = inflater.decompress(data, announced + 1)
-    except zlib.error as error:
-        raise MessageStructureError(f"gzip: {error}") from None
-    if len(message) > announced:
-        raise MessageStructureError(f"gzip: expected {announced} bytes, got more")
+    for at in range(0, len(data), _SLICE_BYTES):
+        rest = data[at : at + _SLICE_BYTES]
+        while rest and not inflater.eof:
+            try:
+                part = inflater.decompress(rest, _PART_BYTES)
+            except zlib.error as error:
+                raise MessageStructureError(f"gzip: {error}") from None
+            if size + len(part) > announced:
+                raise MessageStructureError(f"gzip: expected {announced} bytes, got more")
+            message[size : size + len(part)] = part
+            size, rest = size + len(part), inflater.unconsumed_tail
     if not inflater.eof:
         raise MessageStructureError("truncated gzip data")
-    return message
+    return bytes(memoryview(message)[:size])
 
 
 def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> None:

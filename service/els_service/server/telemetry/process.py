@@ -25,6 +25,8 @@ _BURST_BYTES = 192 << 20
 """Growth of resident memory that causes a trim at the next check."""
 _CHECKS = 8
 """Checks for bursts per interval."""
+_CALM = 2 * _CHECKS
+"""Checks without a burst after which resident and used memory may be compared."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 _M_ARENA_MAX = -8
@@ -73,12 +75,13 @@ async def trim_heap(interval_s: float = TRIM_INTERVAL_S) -> None:
     mallinfo, malloc_trim = _mallinfo2(), _malloc_function("malloc_trim")
     if mallinfo is None or malloc_trim is None:
         return
-    least, lowest, checks = 0, _resident_bytes(), 0
+    least, lowest, checks, calm = 0, _resident_bytes(), 0, _CALM
     while True:
         await asyncio.sleep(interval_s / _CHECKS)
         checks += 1
         resident = _resident_bytes()
         burst = resident - lowest > _BURST_BYTES
+        calm = 0 if burst else calm + 1
         if checks % _CHECKS and not burst:
             lowest = min(lowest, resident)
             continue
@@ -88,7 +91,10 @@ async def trim_heap(interval_s: float = TRIM_INTERVAL_S) -> None:
         if burst or unused > least + _WORTH_BYTES:
             await asyncio.to_thread(malloc_trim, 0)
             lowest = _resident_bytes()
-            least = unused = lowest - _used_bytes(mallinfo())
+            unused = lowest - _used_bytes(mallinfo())
+            if calm >= _CALM:
+                # In a burst the two are of different moments, and one too high would stay.
+                least = unused
         least = min(least, unused)
 
 
