@@ -284,7 +284,7 @@ def test_the_command_agrees_with_itself_without_the_packages_of_the_server(tmp_p
         check=False,
     )
     assert shown.returncode == 0, shown.stderr
-    assert "100 %" in shown.stderr
+    assert "100%" in shown.stderr
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert record(ours) == record(theirs)
     assert (ours / "compare.png").read_bytes() == (theirs / "compare.png").read_bytes()

@@ -67,6 +67,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(name, path)
     except OSError as error:
         # The system names the temporary file, or none where the disk is full.
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     _sync_folder(path.parent)
 
