@@ -175,7 +175,7 @@ async def test_a_drain_that_a_call_outlives_is_alerted_even_when_the_replica_is_
         world.server.terminate()
         for expression in ("els_draining_seconds > 0 and els_serving == 0", cut_short):
             await asyncio.to_thread(world.prometheus.until, expression)
-        with pytest.raises(grpc.aio.AioRpcError, match="the server had to end"):
+        with pytest.raises(grpc.aio.AioRpcError, match="the server is shutting down"):
             await traffic.rest_of(call)
     assert await asyncio.to_thread(world.server.wait) == (0, "")
     await asyncio.to_thread(world.prometheus.until, f"up == 0 and on (pod) {cut_short}")
