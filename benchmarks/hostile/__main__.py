@@ -234,7 +234,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         f"health after {row['health_s']} s > {HEALTH_S}": row["health_s"] > HEALTH_S,
         f"{row['health_failed']} health checks failed": row["health_failed"] > 0,
         "memory five seconds after": row["after_mib"] > AFTER * row["before_mib"],
-        f"rate of regular callers {row['left_rate']} < {RATE}": row["left_rate"] < RATE,
+        "rate of regular callers": row["besieged_per_s"] < RATE * row["calm_per_s"],
     }
     return [text for text, broken in checks.items() if broken]
 

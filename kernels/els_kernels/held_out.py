@@ -219,7 +219,7 @@ def _same_place(patches: _Patches, held: HeldOut) -> Iterator[_Block]:
             columns,
             _with_one(bank[lo:hi, :, row, col].T),
             # mypy cannot infer a lambda whose default holds the loop variable.
-            lambda k, own=own: own,  # type: ignore[misc]
+            lambda k, own=own: own,  # type: ignore[misc]  # mypy infers no type of a default
         )
 
 

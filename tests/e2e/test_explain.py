@@ -181,7 +181,7 @@ def test_a_bad_field_of_explain_is_named(
     request = pb.ExplainRequest(model="zeros", level=pb.NoiseLevel(sigma=[1.0]))
     request.x.CopyFrom(message_of(images(1)))
     for name in change:
-        request.ClearField(name)  # type: ignore[arg-type]
+        request.ClearField(name)  # type: ignore[arg-type]  # the stubs want literal names
     request.MergeFrom(pb.ExplainRequest(**change))
     with pytest.raises(grpc.RpcError) as caught:
         list(DenoiserServiceStub(channel).Explain(request, timeout=30))
@@ -217,7 +217,7 @@ def test_the_client_rejects_what_cannot_be_sent(client: Client) -> None:
     with pytest.raises(InvalidArgumentError, match="top: expected an integer of at least 1, got 0"):
         client.explain(images(1), top=0, model="zeros", sigma=1.0)
     with pytest.raises(InvalidArgumentError, match="cotangent: expected"):
-        client.vjp(images(1), [[1.0]], model="zeros", sigma=1.0)  # type: ignore[arg-type]
+        client.vjp(images(1), [[1.0]], model="zeros", sigma=1.0)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_an_explanation_larger_than_a_message_is_rejected(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class NoiseLevel:
 
     def __len__(self) -> int:
         # One of the two is always there, which the types do not say.
-        return len(self._arrays[0] if self._pairs is None else self._pairs)  # type: ignore[index]
+        return len(self._arrays[0] if self._pairs is None else self._pairs)  # type: ignore[index]  # as above
 
     def __getitem__(self, images: slice) -> NoiseLevel:
         if self._pairs is not None:
