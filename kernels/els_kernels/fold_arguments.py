@@ -48,7 +48,7 @@ def bank_groups(bank: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class BankLimits:
-    """What a bank allows its queries."""
+    """Limits of a bank on its queries."""
 
     images: int
     channels: int
@@ -118,7 +118,7 @@ class BankLimits:
 
 
 def bank_limits(groups: Sequence[Tensor]) -> BankLimits:
-    """Return what the bank allows; raise ValueError if a pixel is not finite."""
+    """Return the limits of a bank; raise ValueError if a pixel is not finite."""
     return BankLimits(
         images=sum(map(len, groups)),
         channels=groups[0].shape[1],

@@ -13,6 +13,7 @@ size 1e8, and a Jacobian divides by σ².
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -271,7 +272,7 @@ class PatchMoments:
         return direction.double()
 
 
-class _Query:
+class _Query(ABC):
     """One query image; ``posterior`` is the first pass, the other methods need it and a second."""
 
     def __init__(
@@ -289,18 +290,21 @@ class _Query:
         self.bank, self.limits = bank, limits
         self.window, self.geometry = window, geometry
 
+    @abstractmethod
     def posterior(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return the mean [C, H, W] and log Σ exp(logit) [H, W] of a range of images, float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Return the mean and Jᵀg, [C, H, W] float64."""
 
+    @abstractmethod
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Return the mean and J u, [C, H, W] float64."""
 
+    @abstractmethod
     def statistics(self, top: int, images: int) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        """Return the fields of ``PosteriorStatistics`` for one image."""
 
     def without(self, image: int) -> tuple[Tensor, Tensor]:
         """Return the mean without an image and its weight, float64."""

@@ -68,7 +68,7 @@ class Shifts:
         return mean, product - total * mean
 
     def statistics(self, top: int, images: int, lo: int) -> tuple[Tensor, ...]:
-        """Return what ``PosteriorStatistics`` has of one image.
+        """Return the fields of ``PosteriorStatistics`` for one image.
 
         Args:
             top: number of sources.

@@ -28,9 +28,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bank = make_bank(random_images((24, 1, 8, 8)).numpy(), np.arange(24) % 3)
     save_bank(bank, folder / "bank.safetensors")
     arguments = ["--data", folder / "bank.safetensors", "--out", folder / "net", "--widths", "8"]
-    told = ["--source", "https://images.example/a", "--licence", "MIT (Someone)"]
+    given = ["--source", "https://images.example/a", "--licence", "MIT (Someone)"]
     amounts = ["--epochs", "4", "--batch", "8", "--log-steps", "2", "--label-names", "a/b,c,d"]
-    assert run("train", *arguments, *told, *amounts).exit_code == 0
+    assert run("train", *arguments, *given, *amounts).exit_code == 0
     return folder / "net"
 
 

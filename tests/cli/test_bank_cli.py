@@ -55,8 +55,8 @@ def test_build_writes_the_bank_that_it_reports(source: Path) -> None:
 @pytest.mark.alone
 def test_build_tells_what_a_step_takes_here(source: Path) -> None:
     result = run("build", source, source.with_name("bank.safetensors"))
-    *_, told, _ = result.stdout.splitlines()
-    assert told == (
+    *_, line, _ = result.stdout.splitlines()
+    assert line == (
         "an ELS machine over all 6 images: one image takes < 1 ms a step here, "
         "< 1 ms for a sample of 20 steps"
     )

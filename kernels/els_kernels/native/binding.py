@@ -192,7 +192,7 @@ class Native:
 def run_apart(
     function: Callable[[object], int], call: ctypes.Structure, control: Control, alive: object
 ) -> int:
-    """Return what a function of the library says of a call; Ctrl-C ends it after running tiles.
+    """Return the status of a call of a library function; Ctrl-C ends it after running tiles.
 
     Signals reach Python in the main thread alone, and only while that is not inside the library.
     """

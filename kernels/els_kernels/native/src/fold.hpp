@@ -399,7 +399,7 @@ template <class Out>
                   line, out);
   if (!cell.uniform_taps)
     return filter(K, k, [=](int o, int) { return splat(col_taps[o]); }, line, out);
-  // Weights are not negative, and the sum is started anew in each row: nothing cancels.
+  // Weights are not negative, and the sum restarts in each row: nothing cancels.
   Vec sum = {};
   for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
   for (int v = 0; v < K; ++v) {
