@@ -116,6 +116,8 @@ async def test_a_drain_shorter_than_its_calls_shows_in_gauges_and_in_interrupted
             assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
         assert gauge(server, "els_dropped_total", model="slow", reason="interrupted") == 3
         await draining
+        # What a scrape sees last, though all calls have ended: the alert is about it.
+        assert gauge(server, "els_calls_in_flight") == 3
 
 
 @pytest.mark.parametrize(("timeout_s", "code"), [(0.2, "DEADLINE_EXCEEDED"), (20, "CANCELLED")])

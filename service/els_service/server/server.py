@@ -98,6 +98,8 @@ class Server:
         self._background: tuple[asyncio.Task[None], ...] = ()
         self._drain_began: float | None = None
         """On the monotonic clock; None before the drain."""
+        self._cut_short = 0
+        """Calls that were in flight at the end of the drain, and ended UNAVAILABLE."""
         self._health = Health(_SERVICES, settings, self._receiver)
         self._http: HttpPages | None = None
         self._grpc = self._assemble()
@@ -146,6 +148,7 @@ class Server:
         self._calls.draining.set()
         goaway = asyncio.ensure_future(self._grpc.stop(settings.drain_s + 2 * _FLUSH_S))
         if not await self._calls.idle(settings.drain_s):
+            self._cut_short = self._calls.in_flight
             self._engine.interrupt(
                 "the server is shutting down; send the request to another replica"
             )
@@ -207,7 +210,8 @@ class Server:
         for name, stale_s in self._access.stale().items():
             yield "els_reloaded_file_stale_seconds", {"file": name}, stale_s
         yield from self._health.gauges()
-        yield "els_calls_in_flight", {}, self._calls.in_flight
+        # The last scrape may come between the calls' end and the exit: they still count.
+        yield "els_calls_in_flight", {}, max(self._calls.in_flight, self._cut_short)
         yield "els_drain_limit_seconds", {}, settings.grace_s + settings.drain_s
         yield "els_draining_seconds", {}, 0.0 if since is None else time.monotonic() - since
         yield "els_queue_limit_seconds", {}, settings.queue_s
