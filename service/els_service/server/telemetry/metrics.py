@@ -42,7 +42,7 @@ _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _GAUGES = {
     "els_queue_items": "Requests, or parts of one, waiting in the queue.",
     "els_queue_cost_seconds": "Predicted compute time of the queued requests.",
-    "els_calls_in_flight": "Calls received whose response is not yet sent, or that a drain cut short.",
+    "els_calls_in_flight": "Calls whose response is not yet sent, or that a drain cut short.",
     "els_device_busy_seconds_total": "Time for which a device was busy.",
     "els_device_running_seconds": "Time since the start of a device's current batch; 0 if idle.",
     "els_device_stalled_seconds": "Time since the last progress of a device's current batch.",
