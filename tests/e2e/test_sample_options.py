@@ -129,7 +129,8 @@ def test_the_folder_s_timesteps_draw_the_images_of_the_library(
     got = drawn(client, **options, timesteps="folder")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     aligned = drawn(client, **options, timesteps="aligned")
-    assert drawn(client, **options).tobytes() == aligned.tobytes()
+    # Not the same bits: how a network of diffusers is batched may change the last ones.
+    np.testing.assert_allclose(drawn(client, **options), aligned, rtol=1e-4, atol=1e-4)
     assert np.abs(aligned - got).max() > 1e-3
 
 
@@ -146,8 +147,9 @@ def test_labels_are_guided_by_denoise_and_score_and_sample(
     np.testing.assert_allclose(
         client.score(x, **asked, guidance=4.0), (want - x) / 1.5**2, rtol=1e-3, atol=1e-4
     )
-    assert (
-        client.denoise(x, **asked, guidance=1.0).tobytes() == client.denoise(x, **asked).tobytes()
+    plainly = client.denoise(x, **asked)
+    np.testing.assert_allclose(
+        client.denoise(x, **asked, guidance=1.0), plainly, rtol=1e-4, atol=1e-5
     )
     plain, guided = (drawn(client, model="classes", label=[0, 2], guidance=g) for g in (None, 4.0))
     assert np.abs(plain - guided).max() > 1e-3
