@@ -10,18 +10,17 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
 
-import grpc
 from tests.support import frames
 from tests.support.messages import large
 from tests.support.unfinished import DENOISE, HEALTH, Sender
 
+from benchmarks.hostile.prepared import PreparedCalls, zipped
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 MIB = 1 << 20
-_OPTIONS = [("grpc.max_send_message_length", -1)]
 _CALLS = 40
+_RETRY_S = 0.1
 _HOLD_S = 5.0
 """Seconds for which the calls of a connection are left unfinished before new ones."""
 
@@ -33,17 +32,10 @@ def zeros(size: int) -> bytes:
     return b"".join((*parts, packer.flush()))
 
 
-def _asking(make: Callable[[], bytes], compressed: bool) -> Callable[[str, float], int]:
+def _asking(make: Callable[[], bytes], *, compressed: bool) -> Callable[[str, float], int]:
     def ask(target: str, until: float) -> int:
-        data, asked = make(), 0
-        gzip = grpc.Compression.Gzip if compressed else grpc.Compression.NoCompression
-        with grpc.insecure_channel(target, _OPTIONS, compression=gzip) as channel:
-            call: Any = channel.unary_unary(DENOISE)
-            while time.monotonic() < until:
-                with contextlib.suppress(grpc.RpcError):
-                    call(data, timeout=10)
-                asked += 1
-        return asked
+        calls = PreparedCalls(DENOISE, make(), compressed=compressed)
+        return calls.run(int(target.rpartition(":")[2]), until)
 
     return ask
 
@@ -58,18 +50,18 @@ def _unfinished(path: str) -> Callable[[str, float], int]:
             ):
                 Sender(peer, path, _CALLS).run(min(_HOLD_S, max(0.0, until - time.monotonic())))
             begun += _CALLS
+            time.sleep(_RETRY_S)
         return begun
 
     return hold
 
 
 def _structure() -> bytes:
-    return large(2, large(2, b"\1" * (60 * MIB)))
+    return zipped(large(2, large(2, b"\1" * (60 * MIB))))
 
 
-def _vast() -> bytes:
-    # gRPC compresses it to about a thousandth.
-    return bytes(1024 * MIB)
+def _zeros() -> bytes:
+    return zeros(1024 * MIB)
 
 
 def _nowhere() -> bytes:
@@ -81,7 +73,7 @@ def _nowhere() -> bytes:
 
 KINDS: dict[str, Callable[[str, float], int]] = {
     "structure": _asking(_structure, compressed=True),
-    "zeros": _asking(_vast, compressed=True),
+    "zeros": _asking(_zeros, compressed=True),
     "not found": _asking(_nowhere, compressed=False),
     "unfinished": _unfinished(DENOISE),
     "unfinished health": _unfinished(HEALTH),

@@ -10,17 +10,28 @@ from contextlib import contextmanager
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, CONTINUATION = 0, 1, 3, 4, 6, 7, 9
+WINDOW_UPDATE = 8
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
 
 
 def frame(kind: int, *, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
     """Return a frame."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+    return frame_head(kind, len(payload), flags=flags, stream=stream) + payload
 
 
-def headers(path: str) -> bytes:
-    """Return a block of a call's headers, as literals that no table knows."""
+def frame_head(kind: int, size: int, *, flags: int = 0, stream: int = 0) -> bytes:
+    """Return the head of a frame whose payload has ``size`` bytes."""
+    return struct.pack(">I", size)[1:] + struct.pack(">BBI", kind, flags, stream)
+
+
+def headers(path: str, **more: str) -> bytes:
+    """Return a block of a call's headers, as literals that no table knows.
+
+    Args:
+        path: of the method.
+        more: further headers; an underscore in a name stands for a hyphen.
+    """
     fields = {
         ":method": "POST",
         ":scheme": "http",
@@ -28,6 +39,7 @@ def headers(path: str) -> bytes:
         ":authority": "localhost",
         "te": "trailers",
         "content-type": "application/grpc",
+        **{name.replace("_", "-"): value for name, value in more.items()},
     }
     return b"".join(
         b"\x10" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
