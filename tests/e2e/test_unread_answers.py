@@ -44,20 +44,15 @@ class Deaf(Sender):
     def run(self, seconds: float) -> None:
         message = images(64).SerializeToString()
         until = time.monotonic() + seconds
-        data = b"\0" + struct.pack(">I", len(message)) + message
+        data = memoryview(b"\0" + struct.pack(">I", len(message)) + message)
         while time.monotonic() < until and any(
-            self.sent[stream] < len(data) for stream in self.rooms if stream not in self.ended
+            sent < len(data) for stream, sent in self.sent.items() if stream not in self.ended
         ):
-            for stream in self.rooms.keys() - self.ended.keys():
-                at = self.sent[stream]
-                size = min(self.rooms[stream], self.room, 16384, len(data) - at)
-                if size > 0:
-                    last = frames.END_STREAM if at + size == len(data) else 0
-                    self._send(frames.DATA, stream, data[at : at + size], last)
-                    self.rooms[stream] -= size
-                    self.room -= size
-                    self.sent[stream] += size
-            self._take()
+            for stream in self.sent.keys() - self.ended.keys():
+                if self.sent[stream] < len(data):
+                    rest = data[self.sent[stream] :]
+                    self.sent[stream] += self.send(stream, rest, last=True)
+            self.take()
 
 
 def test_unary_answers_hold_no_more_than_the_budget_and_give_way(tight: ServerProcess) -> None:

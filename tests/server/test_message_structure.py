@@ -17,7 +17,9 @@ from els_proto.inference import grpc_service_pb2 as oip
 from els_service.server.requests.message_structure import (
     SMALL_BYTES,
     MessageStructureError,
+    check_gzip_head,
     check_structure,
+    field_of,
     inflated,
 )
 
@@ -102,3 +104,28 @@ def test_a_bomb_costs_no_more_memory_than_the_limit() -> None:
     bomb = b"".join(packer.compress(bytes(1 << 24)) for _ in range(16)) + packer.flush()
     with pytest.raises(MessageStructureError):
         inflated(bomb, 1 << 20)
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_structure_is_rejected_before_it_is_decompressed(data: bytes) -> None:
+    bomb = gzip.compress(data * 32)
+    began = time.process_time()
+    with pytest.raises(MessageStructureError):
+        check_gzip_head(bomb, pb.DenoiseRequest.DESCRIPTOR, IMAGES, 1 << 26)
+    assert time.process_time() - began < 0.2
+
+
+def test_pixels_longer_than_the_head_of_gzip_pass_it() -> None:
+    message = denoise(x=tensor(shape=(64, 1, 64, 64), data=PIXELS)).SerializeToString()
+    check_gzip_head(gzip.compress(message), pb.DenoiseRequest.DESCRIPTOR, IMAGES, 1 << 26)
+    with pytest.raises(MessageStructureError, match="more than 1024 bytes"):
+        check_gzip_head(gzip.compress(message), pb.DenoiseRequest.DESCRIPTOR, IMAGES, 1024)
+
+
+def test_the_last_field_of_a_number_is_found_among_pixels() -> None:
+    first = denoise(x=tensor(shape=(64, 1, 64, 64), data=PIXELS)).SerializeToString()
+    last = pb.DenoiseRequest(model="later", version="3", labels=[1]).SerializeToString()
+    number = pb.DenoiseRequest.DESCRIPTOR.fields_by_name["model"].number
+    found = field_of(first + last, number)
+    assert pb.DenoiseRequest.FromString(found) == pb.DenoiseRequest(model="later")
+    assert field_of(pb.DenoiseRequest(version="3").SerializeToString(), number) == b""

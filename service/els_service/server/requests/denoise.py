@@ -61,10 +61,10 @@ class DenoiseMethod:
             NotFoundError, UnavailableError: No such model.
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
-        x = request.x
-        data, shape = x.data, tuple(x.shape[: tensors.MAX_REPORTED])
         model, version = request.model, request.version
         entry = self._models.entry(model, version)
+        x = request.x
+        data, shape = x.data, tuple(x.shape[: tensors.MAX_REPORTED])
         key = model, version, x.dtype, shape, request.output_dtype, request.return_log_evidence
         form = self._forms.get(key, entry.info)
         if form is None:

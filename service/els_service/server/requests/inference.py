@@ -95,10 +95,10 @@ class InferenceMethod:
             NotFoundError, UnavailableError: No such model.
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
+        entry = self._models.entry(request.model_name, request.model_version)
         raw: Sequence[bytes] = request.raw_input_contents
         # A message may have millions of buffers; more than there are inputs are rejected below.
         raw = raw[:] if 0 < len(raw) <= len(INPUTS) else raw
-        entry = self._models.entry(request.model_name, request.model_version)
         key = _key(request) if 0 < len(raw) == len(request.inputs) <= len(INPUTS) else None
         form = None if key is None else self._forms.get(key, entry.info)
         if form is None:

@@ -8,6 +8,7 @@ their size; everything else in a legitimate request has a few kilobytes.
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 from functools import cache
 from typing import TypeAlias
 
@@ -72,9 +73,7 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     """
     if not is_gzip(data):
         return data
-    announced = announced_bytes(data)
-    if announced > max_bytes:
-        raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
+    announced = _announced(data, max_bytes)
     # In one buffer of its size: the blocks in which zlib grows an output would stay in malloc.
     message, size = bytearray(announced), 0
     inflater = zlib.decompressobj(wbits=31)
@@ -94,6 +93,53 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
     return bytes(memoryview(message)[:size])
 
 
+def check_gzip_head(data: bytes, descriptor: Descriptor, max_images: int, max_bytes: int) -> None:
+    """Check the structure of gzip data as far as their first ``SMALL_BYTES`` show it.
+
+    A field announces its size before its content: excess is found without decompressing it.
+
+    Args:
+        data: as received.
+        descriptor: of the message's type.
+        max_images: maximum images of one call.
+        max_bytes: maximum size of the message.
+
+    Raises:
+        MessageStructureError: As ``inflated`` and ``check_structure``.
+    """
+    announced = _announced(data, max_bytes)
+    try:
+        head = zlib.decompressobj(wbits=31).decompress(data[:_SLICE_BYTES], SMALL_BYTES)
+    except zlib.error as error:
+        raise MessageStructureError(f"gzip: {error}") from None
+    with suppress(IndexError):  # the end of the head
+        _scan(head, announced, descriptor, max_images)
+
+
+def field_of(data: bytes, number: int) -> bytes:
+    """Return the last field of that number in a message, with its tag; empty if there is none.
+
+    Args:
+        data: a message that ``check_structure`` has checked.
+        number: of a length-delimited field.
+    """
+    at, found = 0, b""
+    while at < len(data):
+        start = at
+        tag, at = _varint(data, at, len(data))
+        kind = tag & 7
+        if kind == _LENGTH:
+            size, at = _varint(data, at, len(data))
+            at += size
+        elif kind == _VARINT:
+            _, at = _varint(data, at, len(data))
+        else:
+            at += 8 if kind == _FIXED64 else 4
+        if tag == number << 3 | _LENGTH:
+            found = data[start:at]
+    return found
+
+
 def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> None:
     """Check the bytes of a message, in a few milliseconds at most.
 
@@ -106,8 +152,21 @@ def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> Non
         MessageStructureError: It is truncated, or has too much structure beside its bulk data.
     """
     if len(data) > SMALL_BYTES:
-        limit = STRUCTURE_BYTES + IMAGE_BYTES * max_images
-        _Scan(data, limit).message(0, len(data), descriptor, 0)
+        _scan(data, len(data), descriptor, max_images)
+
+
+def _announced(data: bytes, max_bytes: int) -> int:
+    """Return the announced size of gzip data that is at most ``max_bytes``."""
+    announced = announced_bytes(data)
+    if announced > max_bytes:
+        raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
+    return announced
+
+
+def _scan(data: bytes, size: int, descriptor: Descriptor, max_images: int) -> None:
+    """Scan a message of ``size`` bytes; IndexError if ``data`` are shorter and in order."""
+    limit = STRUCTURE_BYTES + IMAGE_BYTES * max_images
+    _Scan(data, limit).message(0, size, descriptor, 0)
 
 
 class _Scan:

@@ -27,6 +27,7 @@ from els_service.server.transport.connections import LARGE_BYTES
 from els_service.server.transport.grpc_types import Context, Handler, Reject
 from els_service.server.transport.grpc_workarounds import check_cancelled
 from els_service.server.transport.message_parsing import (
+    Decompressor,
     Malformed,
     Parse,
     check_message,
@@ -211,20 +212,22 @@ class CallInterceptor:
         return self._metrics.method(kind, service, name, next(fields, ""))
 
     def _wrap(self, method: Method, handler: Handler) -> Handler:
-        parse = parser(handler.request_deserializer, method, self._limits)
+        deserializer = handler.request_deserializer
+        parse = parser(deserializer, method, self._limits, self._is_model)
+        decompress = Decompressor(self._receiver.memory, deserializer, self._limits)
         serialize = serializer(handler.response_serializer)
         if handler.request_streaming:
-            call = self._bidi_stream(method, handler.stream_stream, parse)
+            call = self._bidi_stream(method, handler.stream_stream, parse, decompress)
         elif handler.response_streaming:
-            call = self._server_stream(method, handler.unary_stream, parse)
+            call = self._server_stream(method, handler.unary_stream, parse, decompress)
         else:
             # Registered as a stream of requests, so that gRPC leaves reading to the handler.
             return grpc.stream_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary, parse), None, serialize
+                self._unary(method, handler.unary_unary, parse, decompress), None, serialize
             )
         return grpc.stream_stream_rpc_method_handler(call, None, serialize)
 
-    def _unary(self, method: Method, handler: Any, parse: Parse) -> Any:
+    def _unary(self, method: Method, handler: Any, parse: Parse, decompress: Decompressor) -> Any:
         receiver, reject = self._receiver, self._rejection(method)
         memory, draining = receiver.memory, self.draining.is_set
 
@@ -243,8 +246,8 @@ class CallInterceptor:
             # gRPC would keep the response to a disconnected client in memory.
             task = check_cancelled()
             if size and is_large_gzip(data):
-                data = await self._decompressed(data, context, reject)
-                size = len(data)
+                data = await _decompressed(decompress, data, context, reject)
+                size = 0 if isinstance(data, Malformed) else len(data)
             request = parse(data)
             del data
             record = self._begin(method, request, context, task)
@@ -269,16 +272,19 @@ class CallInterceptor:
 
         return call
 
-    def _server_stream(self, method: Method, handler: Any, parse: Parse) -> Any:
+    def _server_stream(
+        self, method: Method, handler: Any, parse: Parse, decompress: Decompressor
+    ) -> Any:
         """Return the handler of a method with one request and a stream of responses."""
         receiver, reject = self._receiver, self._rejection(method)
 
         async def call(_: object, context: Context) -> None:
-            data = await receiver.read(context, token_name(), reject, receiver.receive_s)
-            if data is not None and is_large_gzip(data):
-                data = await self._decompressed(data, context, reject)
+            received = await receiver.read(context, token_name(), reject, receiver.receive_s)
+            data: bytes | Malformed | None = received
+            if received is not None and is_large_gzip(received):
+                data = await _decompressed(decompress, received, context, reject)
             request = parse(data)
-            del data
+            del received, data
             record = self._begin(method, request, context)
             try:
                 self._check(request)
@@ -290,7 +296,9 @@ class CallInterceptor:
 
         return call
 
-    def _bidi_stream(self, method: Method, handler: Any, parse: Parse) -> Any:
+    def _bidi_stream(
+        self, method: Method, handler: Any, parse: Parse, decompress: Decompressor
+    ) -> Any:
         """Return the handler of a method with streams of requests and responses."""
 
         async def call(_: object, context: Context) -> None:
@@ -299,8 +307,9 @@ class CallInterceptor:
             async def reject(_: Context, error: ElsError) -> None:
                 await self._fail(error, record)
 
-            size = self._limits.max_message_bytes
-            requests = RequestStream(self._receiver, context, token_name(), reject, parse, size)
+            requests = RequestStream(
+                self._receiver, context, token_name(), reject, parse, decompress
+            )
             try:
                 self._check(None)
                 await write_all(handler(requests, context), method, context)
@@ -313,14 +322,6 @@ class CallInterceptor:
             self._end("OK", record)
 
         return call
-
-    async def _decompressed(self, data: bytes, context: Context, reject: Reject) -> bytes:
-        try:
-            caller, size = caller_of(context), self._limits.max_message_bytes
-            return await self._receiver.memory.decompressed(caller, data, size)
-        except ElsError as error:
-            await reject(context, error)
-            raise AssertionError("abort always raises") from error
 
     def _rejection(self, method: Method) -> Reject:
         """Return a function that ends a call whose message has not been read."""
@@ -404,3 +405,13 @@ class CallInterceptor:
             (("grpc-status-details-bin", status.SerializeToString()),),
         )
         raise AssertionError("abort always raises")
+
+
+async def _decompressed(
+    decompress: Decompressor, data: bytes, context: Context, reject: Reject
+) -> bytes | Malformed:
+    try:
+        return await decompress(caller_of(context), data)
+    except ElsError as error:
+        await reject(context, error)
+        raise AssertionError("abort always raises") from error

@@ -9,11 +9,7 @@ from typing import Any
 
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import QueueFullError
-from els_service.server.requests.message_structure import (
-    MessageStructureError,
-    announced_bytes,
-    inflated,
-)
+from els_service.server.requests.message_structure import announced_bytes, inflated
 from els_service.server.transport.tcp_info import shut_down
 
 _COPIES = 2
@@ -23,8 +19,6 @@ _UNREAD_S = 1.0
 _RETRY_S = 1.0
 _DECOMPRESSIONS = 1
 """Messages decompressed at once, in a thread: one core of the machine at most, at 1 GB/s or so."""
-_HEAD_BYTES = 64
-"""Prefix of a message that cannot be decompressed; enough for the parser to reject it."""
 
 _log = logging.getLogger(__name__)
 _NO_VARIABLES = contextvars.Context()
@@ -81,8 +75,6 @@ class MessageMemory:
     async def decompressed(self, caller: str, data: bytes, max_bytes: int) -> bytes:
         """Return a message for which ``is_large_gzip``, decompressed off the event loop.
 
-        If that fails, a prefix of the message is returned, which the parser rejects.
-
         Args:
             caller: charged for the memory.
             data: the message.
@@ -90,6 +82,7 @@ class MessageMemory:
 
         Raises:
             QueueFullError: The budget has no room for the announced size.
+            MessageStructureError: As ``inflated``.
         """
         holding = self.reserve(caller, max(len(data), min(announced_bytes(data), max_bytes)))
         try:
@@ -105,10 +98,7 @@ class MessageMemory:
 
         # The thread continues after a disconnect, and its memory stays reserved until it ends.
         work.add_done_callback(done)
-        try:
-            return await asyncio.shield(work)
-        except MessageStructureError:
-            return data[:_HEAD_BYTES]
+        return await asyncio.shield(work)
 
     def exhausted(self, what: str) -> QueueFullError:
         """Return the error for ``what``, which exceeds the budget."""

@@ -7,7 +7,7 @@ A message that is complete already, as most are, costs one dictionary entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -113,7 +113,7 @@ class RequestStream:
         token: as of ``Receiver.begin``.
         reject: as of ``Receiver.begin``.
         parse: returns the request of a message.
-        max_bytes: maximum size of a message after decompression.
+        decompress: returns what is parsed of a large gzip message, charged to a caller.
         limit_s: time that a message may take to arrive; None for unlimited.
     """
 
@@ -123,12 +123,12 @@ class RequestStream:
         context: Context,
         token: str | None,
         reject: Reject,
-        parse: Callable[[bytes], Any],
-        max_bytes: int,
+        parse: Callable[[Any], Any],
+        decompress: Callable[[str, bytes], Awaitable[Any]],
         limit_s: float | None = None,
     ) -> None:
         self._receiver, self._context, self._parse = receiver, context, parse
-        self._token, self._reject, self._max_bytes = token, reject, max_bytes
+        self._token, self._reject, self._decompress = token, reject, decompress
         self._limit_s = limit_s
         self._peer: str = context.peer()
         self._ended = False
@@ -146,7 +146,7 @@ class RequestStream:
             raise StopAsyncIteration
         if is_large_gzip(data):
             caller = self._token or self._peer
-            data = await receiver.memory.decompressed(caller, data, self._max_bytes)
+            return self._parse(await self._decompress(caller, data))
         return self._parse(data)
 
     def close(self) -> None:

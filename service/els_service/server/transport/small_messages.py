@@ -68,8 +68,10 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
     if handler.request_streaming:
 
         async def stream_stream(_: object, context: Context) -> None:
-            limits = SMALL_MESSAGE_BYTES, receiver.receive_s
-            requests = RequestStream(receiver, context, token_name(), _abort, parse, *limits)
+            limit_s = receiver.receive_s
+            requests = RequestStream(
+                receiver, context, token_name(), _abort, parse, _too_large, limit_s
+            )
             try:
                 responses = handler.stream_stream(requests, context)
                 async with contextlib.aclosing(responses):
@@ -94,6 +96,11 @@ def small_messages(handler: Handler, receiver: Receiver) -> Handler:
         return await handler.unary_unary(await request_of(context), context)
 
     return grpc.stream_unary_rpc_method_handler(unary_unary, None, handler.response_serializer)
+
+
+async def _too_large(_: str, data: bytes) -> bytes:
+    """Return gzip data that are too large as they are: ``parse`` rejects them."""
+    return data
 
 
 async def _abort(context: Context, error: ElsError) -> None:
