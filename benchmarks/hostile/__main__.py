@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,7 +48,7 @@ AFTER = 1.1
 CALLERS = 4
 _SAMPLE_S = 0.02
 _MEMORY_V1 = Path("/sys/fs/cgroup/memory")
-_CALM_S = 5.0
+_CALM_S = 10.0
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -161,20 +160,47 @@ def _ask(target: str, metadata: Metadata, x: np.ndarray[Any, Any], until: float)
     return answered
 
 
-@contextmanager
-def attacking(target: str, health: str, seconds: float, nice: int) -> Iterator[None]:
-    """Run every kind of hostile caller during the block, each in a separate process."""
-    with ExitStack() as stack:
-        for kind in KINDS:
-            addresses = (target, health) if kind == "unfinished health" else (target,)
-            for address in addresses:
-                command = [sys.executable, "-m", "benchmarks.hostile.callers", kind, address]
-                # Low priority, as real callers do not share two cores with the server.
-                process = subprocess.Popen(
-                    ["nice", "-n", str(nice), *command, str(seconds)], stdout=subprocess.DEVNULL
-                )
-                stack.callback(process.wait)
-        yield
+class Attack:
+    """Processes of hostile callers, one for each kind and address.
+
+    Args:
+        target: address of the server.
+        health: address of its health service.
+        seconds: duration of the attack.
+        nice: niceness of the processes, as real callers do not share two cores with the server.
+    """
+
+    def __init__(self, target: str, health: str, seconds: float, nice: int) -> None:
+        command = ("nice", "-n", str(nice), sys.executable, "-m", "benchmarks.hostile.callers")
+        self._processes = [
+            subprocess.Popen(
+                (*command, kind, address, str(seconds)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for kind in KINDS
+            for address in ((target, health) if kind == "unfinished health" else (target,))
+        ]
+        for process in self._processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+
+    def used_s(self) -> float:
+        """Return the processor seconds that the processes have used."""
+        return sum(_used_s(process.pid) for process in self._processes)
+
+    def begin(self) -> None:
+        """Let all processes begin."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("begin\n")
+            process.stdin.flush()
+
+    def end(self) -> None:
+        """Wait for the end of the processes."""
+        for process in self._processes:
+            process.wait()
 
 
 def hold(seconds: float, tokens: bool, nice: int) -> dict[str, Any]:
@@ -191,12 +217,16 @@ def hold(seconds: float, tokens: bool, nice: int) -> dict[str, Any]:
         pid, ports = stack.enter_context(serving(procs, *options))
         target = f"127.0.0.1:{ports['grpc_port']}"
         health = f"127.0.0.1:{ports['health_port']}"
+        attack = Attack(target, health, seconds, nice)
+        stack.callback(attack.end)
         calm = regular_rate(target, metadata, _CALM_S)
         before = resident_mib(pid)
-        began, used = time.monotonic(), _ended_processes_s()
-        with Sampler(pid, health) as sampler, attacking(target, health, seconds, nice):
+        began, used = time.monotonic(), attack.used_s()
+        with Sampler(pid, health) as sampler:
+            attack.begin()
             besieged = regular_rate(target, metadata, seconds)
-        hostile = (_ended_processes_s() - used) / (time.monotonic() - began) / cores()
+            hostile = (attack.used_s() - used) / (time.monotonic() - began) / cores()
+            attack.end()
         time.sleep(5)
         return {
             "tokens": tokens,
@@ -221,10 +251,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _ended_processes_s() -> float:
-    """Return the processor seconds of this process's children that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def _used_s(pid: int) -> float:
+    """Return the processor seconds of a process, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def faults(row: dict[str, Any]) -> list[str]:

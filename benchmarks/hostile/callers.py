@@ -1,15 +1,18 @@
 """Hostile callers: python -m benchmarks.hostile.callers KIND TARGET SECONDS.
 
-Only connects to loopback, for a limited time.
+Only connects to loopback, for a limited time. Prints a line once its message is made, and begins
+when it reads one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TypeAlias
 
 from tests.support import frames
 from tests.support.messages import large
@@ -32,28 +35,28 @@ def zeros(size: int) -> bytes:
     return b"".join((*parts, packer.flush()))
 
 
-def _asking(make: Callable[[], bytes], *, compressed: bool) -> Callable[[str, float], int]:
-    def ask(target: str, until: float) -> int:
-        calls = PreparedCalls(DENOISE, make(), compressed=compressed)
-        return calls.run(int(target.rpartition(":")[2]), until)
-
-    return ask
+Run: TypeAlias = Callable[[float], int]
+"""Calls until a time of the monotonic clock; returns the number of calls."""
 
 
-def _unfinished(path: str) -> Callable[[str, float], int]:
-    def hold(target: str, until: float) -> int:
+def _asking(make: Callable[[], bytes], *, compressed: bool) -> Callable[[int], Run]:
+    def prepare(port: int) -> Run:
+        return partial(PreparedCalls(DENOISE, make(), compressed=compressed).run, port)
+
+    return prepare
+
+
+def _unfinished(path: str) -> Callable[[int], Run]:
+    def hold(port: int, until: float) -> int:
         begun = 0
         while time.monotonic() < until:
-            with (
-                contextlib.suppress(OSError),
-                frames.connected(int(target.rpartition(":")[2]), frames.BEGINNING) as peer,
-            ):
+            with suppress(OSError), frames.connected(port, frames.BEGINNING) as peer:
                 Sender(peer, path, _CALLS).run(min(_HOLD_S, max(0.0, until - time.monotonic())))
             begun += _CALLS
             time.sleep(_RETRY_S)
         return begun
 
-    return hold
+    return lambda port: partial(hold, port)
 
 
 def _structure() -> bytes:
@@ -71,16 +74,19 @@ def _nowhere() -> bytes:
     return request.SerializeToString()
 
 
-KINDS: dict[str, Callable[[str, float], int]] = {
+KINDS: dict[str, Callable[[int], Run]] = {
     "structure": _asking(_structure, compressed=True),
     "zeros": _asking(_zeros, compressed=True),
     "not found": _asking(_nowhere, compressed=False),
     "unfinished": _unfinished(DENOISE),
     "unfinished health": _unfinished(HEALTH),
 }
-"""Kind → function of address and end time (monotonic clock) that returns the number of calls."""
+"""Kind → function of a port that makes the message."""
 
 
 if __name__ == "__main__":
     _kind, _target, _seconds = sys.argv[1:]
-    print(KINDS[_kind](_target, time.monotonic() + float(_seconds)))
+    _run = KINDS[_kind](int(_target.rpartition(":")[2]))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(_run(time.monotonic() + float(_seconds)))
