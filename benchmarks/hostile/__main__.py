@@ -202,6 +202,12 @@ class Attack:
         for process in self._processes:
             process.wait()
 
+    def kill(self) -> None:
+        """End the processes at once."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
 
 def hold(seconds: float, tokens: bool, nice: int) -> dict[str, Any]:
     """Return the measurements of one run."""
@@ -218,7 +224,7 @@ def hold(seconds: float, tokens: bool, nice: int) -> dict[str, Any]:
         target = f"127.0.0.1:{ports['grpc_port']}"
         health = f"127.0.0.1:{ports['health_port']}"
         attack = Attack(target, health, seconds, nice)
-        stack.callback(attack.end)
+        stack.callback(attack.kill)
         calm = regular_rate(target, metadata, _CALM_S)
         before = resident_mib(pid)
         began, used = time.monotonic(), attack.used_s()
