@@ -34,10 +34,9 @@ from els_service.server.requests.sample import (
 )
 from els_service.server.services.explain import MomentService
 from els_service.server.services.streams import Window, in_order
-from els_service.server.transport.caller import caller_of
+from els_service.server.transport.call_context import caller_of, context_of
 from els_service.server.transport.grpc_types import Context, Response
-from els_service.server.transport.message_parsing import check_message
-from els_service.server.transport.request_context import context_of
+from els_service.server.transport.receiving import check_message
 from els_service.server.transport.tcp_info import shut_down
 
 
