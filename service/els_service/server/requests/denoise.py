@@ -15,7 +15,8 @@ from torch import Tensor
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, Query, make_query
-from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
 from els_service.server.requests.conditioning import decode_conditions, decode_guidance

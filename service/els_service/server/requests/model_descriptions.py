@@ -6,7 +6,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.engine.request_context import PRIORITIES
 
 

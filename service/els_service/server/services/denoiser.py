@@ -19,8 +19,9 @@ from els_service.denoisers.samplers import (
     state_shape,
     steps_of,
 )
-from els_service.engine.engine import Engine, SamplingRun
-from els_service.engine.registry import ModelVersion
+from els_service.engine.engine import Engine
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.sampling import SamplingRun
 from els_service.errors import QueueFullError, UnavailableError
 from els_service.server.requests import tensors
 from els_service.server.requests.conditioning import decode_conditions, decode_guidance
