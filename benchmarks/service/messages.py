@@ -146,4 +146,4 @@ def check(method: Method, answer: bytes, *, bare: bool) -> None:
         data = denoise_pb2.DenoiseResponse.FromString(answer).denoised.data
     got = np.frombuffer(data, "<f4").reshape(SHAPE)
     if not (np.allclose(got, X) if bare else np.allclose(got, expected)):
-        raise ValueError(f"{method.name}: expected the denoised image, got another; not timed")
+        raise ValueError(f"{method.name}: a wrong answer, expected the denoised image; not timed")
