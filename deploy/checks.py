@@ -1,4 +1,4 @@
-"""Every overlay and component against Kubernetes' schemas and checkov: ``make deploy-checks``.
+"""Checks every overlay and component by Kubernetes' schemas and checkov: ``make deploy-checks``.
 
 Runs in ``.venv-deploy``; exits with 1 and names each fault.
 """
@@ -18,14 +18,14 @@ from deploy import rendered, schemas
 
 VERSIONS = ("1.30", "1.33", "1.37")
 TOO_OLD = {("model-volume-oci", "1.30"): "volumes of images are newer"}
-"""Combinations that must be rejected, as the component says, and why."""
+"""Combinations that must be rejected, as documented by the component, and the reason."""
 CONFIG = rendered.DEPLOY / ".checkov.yaml"
 CUSTOM = rendered.DEPLOY.parent / ".venv-deploy" / "crds.json"
 CHECKOV = rendered.DEPLOY.parent / ".venv-checkov" / "bin" / "checkov"
 
 
 def schema_faults(text: str, version: str, custom: schemas.Schemas) -> Iterator[str]:
-    """Yield what is wrong with manifests by the schemas of one Kubernetes version."""
+    """Yield the faults of manifests by the schemas of one Kubernetes version."""
     for document in filter(None, yaml.safe_load_all(text)):
         name = f"{document['kind']} {document['metadata']['name']}"
         try:
@@ -48,13 +48,13 @@ def faults_by_schema(built: dict[str, str]) -> Iterator[str]:
             found = list(schema_faults(text, version, custom))
             expected = any((part, version) in TOO_OLD for part in name.split("+"))
             if expected and not found:
-                yield f"{name}, Kubernetes {version}: expected to be refused, got no fault"
+                yield f"{name}, Kubernetes {version}: expected a fault, got none"
             if not expected:
                 yield from (f"{name}, Kubernetes {version}: {fault}" for fault in found)
 
 
 def faults_by_policy(built: dict[str, str]) -> Iterator[str]:
-    """Yield what checkov finds beyond the exceptions in ``.checkov.yaml``."""
+    """Yield checkov's findings other than the exceptions in ``.checkov.yaml``."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in built.items():
             (Path(folder) / f"{name}.yaml").write_text(text)
@@ -77,7 +77,7 @@ def faults_by_policy(built: dict[str, str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Check everything, or with ``--quick`` the overlays' schemas alone; return 1 for a fault."""
+    """Check everything, or with ``--quick`` only the overlays' schemas; return 1 for a fault."""
     quick = "--quick" in sys.argv[1:]
     combinations = [one for one in rendered.combinations() if not (quick and one[1])]
     built = {rendered.title(*one): rendered.build(*one) for one in combinations}

@@ -1,7 +1,7 @@
-"""Manifests as ``kubectl kustomize`` builds them: each overlay, and each component on top of one.
+"""Manifests built by ``kubectl kustomize``: each overlay, and each component added to one.
 
-A component is put on top as an operator would do it: by a kustomization that names the overlay and
-the component.
+A component is added as an operator would: by a kustomization that lists the overlay and the
+component.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def combinations() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def title(overlay: str, components: tuple[str, ...]) -> str:
-    """Return a combination's name, which is a file name too."""
+    """Return a combination's name, which is also a file name."""
     return "+".join((overlay, *components))
 
 
 def kubectl() -> str | None:
-    """Return the ``kubectl`` of ``make deploy-tools``, or that of the machine, if there is one."""
+    """Return the path of kubectl, of ``make deploy-tools`` or installed; None without either."""
     return shutil.which("kubectl", path=f"{DEPLOY.parent / '.venv-deploy' / 'bin'}:{os.defpath}")
 
 
 def build(overlay: str, components: tuple[str, ...] = ()) -> str:
-    """Return the manifests of an overlay with components on top, as YAML.
+    """Return the manifests of an overlay with components, as YAML.
 
     Raises:
-        RuntimeError: kustomize rejects them; has the reason.
+        RuntimeError: kustomize rejects them; the text has the reason.
     """
     program = kubectl()
     if program is None:
@@ -73,5 +73,5 @@ def build(overlay: str, components: tuple[str, ...] = ()) -> str:
 
 
 def documents(overlay: str, components: tuple[str, ...] = ()) -> list[Document]:
-    """Return the manifests of an overlay with components on top; errors as of ``build``."""
+    """Return the manifests of an overlay with components; raises the errors of ``build``."""
     return [one for one in yaml.safe_load_all(build(overlay, components)) if one]

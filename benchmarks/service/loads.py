@@ -1,7 +1,7 @@
-"""What the engine promises under load: batching that pays, goodput when overloaded, fair shares.
+"""The engine under load: gain from batching, goodput under overload, fair shares.
 
-Each scenario runs a server of its own and loads it with ``els bench``'s library from processes of
-their own; on this machine they share its cores, so every figure is of server and load together.
+Each scenario starts a server and loads it from processes of ``els bench``. They share the cores of
+the machine, so results are those of server and load together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _RECOVERED_S = 2.0
 
 @contextmanager
 def _server(*options: str | Path) -> Iterator[Running]:
-    """Run our server as it is shipped, until it has answered."""
+    """Yield a server with default settings after its first response."""
     port = free_port()
     program = Path(sys.executable).with_name("els-server")
     command = (program, "run", f"--port={port}", "--metrics-port=0", *options)
@@ -58,7 +58,7 @@ def _server(*options: str | Path) -> Iterator[Running]:
 
 @contextmanager
 def _unet() -> Iterator[Path]:
-    """Yield a models folder with a small UNet: its speed does not depend on what it learned."""
+    """Yield a models folder with a small untrained UNet; speed does not depend on the weights."""
     config = NetworkConfig(architecture="unet", shape=(1, 28, 28), widths=(32, 64, 128))
     with tempfile.TemporaryDirectory() as root:
         weights = build_network(config, "cpu").state_dict()
@@ -69,9 +69,9 @@ def _unet() -> Iterator[Path]:
 
 
 def batching(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Return the throughput of 16 callers over that of one: a small UNet's and the ELS machine's.
+    """Return the throughput of 16 callers relative to one, for a small UNet and the ELS machine.
 
-    The ELS machine is bound by arithmetic: there batching cannot help, and must not cost.
+    The ELS machine is bound by arithmetic, so batching cannot gain there, and must not cost.
     """
     rows = []
     with _unet() as models, _server("--models", models) as server:
@@ -109,10 +109,10 @@ def _callers_compared(base: Plan, rounds: int, seconds: float, goal: float) -> d
 
 
 def overload(*, seconds: float, factor: float = 3.0, deadline_s: float = 1.0) -> dict[str, Any]:
-    """Return what an open loop at ``factor`` times the capacity does to answers, memory, recovery.
+    """Return goodput, memory and recovery of an open loop at ``factor`` times the capacity.
 
-    Capacity is what a closed loop of 16 callers gets. A light probe runs beside the overload and
-    after it, and tells when latency is normal again.
+    Capacity is the throughput of a closed loop of 16 callers. A light probe runs during the
+    overload and after it, and shows when latency is normal again.
     """
     with _server() as server:
         base = Plan(target=f"127.0.0.1:{server.port}", model=_ELS, label=_LABEL, callers=_CALLERS)
@@ -131,7 +131,7 @@ def overload(*, seconds: float, factor: float = 3.0, deadline_s: float = 1.0) ->
         probe = replace(light, rate_per_s=max(2.0, 0.05 * capacity), duration_s=seconds + 15)
         with _memory(server) as sizes:
             report, after = run_all([flood, probe])
-    # The last whole second in which the probe was slower than it normally ever is.
+    # Seconds in which the probe was slower than normal.
     slow = [
         second.second for second in after.series if second.ok and second.max_ms > 2 * normal + 5
     ]
@@ -176,7 +176,7 @@ class _Fair:
 
 
 def fairness(*, seconds: float, rounds: int) -> dict[str, Any]:
-    """Return how much a caller at ten times another's rate raises the other's p99 latency."""
+    """Return by how much a caller raises the p99 latency of another with a tenth of its rate."""
     share = _Fair()
     with _server() as server:
         base = Plan(target=f"127.0.0.1:{server.port}", model=_ELS, label=_LABEL, callers=_CALLERS)

@@ -1,4 +1,4 @@
-"""The one request that every server is sent: a 12 KB image at a noise level, as ready bytes.
+"""Serialised requests for every server: a 12 KB image at a noise level.
 
 The level is the same at every call or, as with samplers and restoration loops, never repeated.
 """
@@ -27,20 +27,20 @@ EXPECTED = X * np.float32(VARIANCE / (VARIANCE + SIGMA**2))
 
 _calls = itertools.count()
 _LEVELS, _STEP = 2**23, 2.0**-24
-"""As many levels from ``SIGMA`` up as float32 tells apart, and their distance."""
+"""Number and distance of the levels from ``SIGMA`` up that float32 distinguishes."""
 _SIGMA_MARK, _ID_MARK = 0.7310585786, "the id of a call"
 
 Field = tuple[bytes, Callable[[int], bytes]]
-"""Bytes that stand for a field in a template, and those of the call of a number."""
+"""Placeholder of a field in a template, and number of a call → bytes of the field."""
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A full gRPC method name with the messages that it is sent."""
+    """A full gRPC method name with its request messages."""
 
     name: str
     parts: tuple[bytes, ...]
-    """Of every message, around its fields."""
+    """Bytes of every message between its fields."""
     fields: tuple[Callable[[int], bytes], ...] = ()
 
     @property
@@ -58,7 +58,7 @@ class Method:
 
 
 def _method(name: str, template: bytes, *fields: Field) -> Method:
-    """Return a method whose messages are a template but for some fields, in their order."""
+    """Return a method whose messages are a template with other values of some fields."""
     parts = [template]
     for mark, _ in fields:
         before, *after = parts.pop().split(mark)
@@ -69,7 +69,7 @@ def _method(name: str, template: bytes, *fields: Field) -> Method:
 
 
 def _level(layout: str, *, new: bool) -> Field:
-    """Return the field of a level: a new one at every call, or ``SIGMA`` for the same work."""
+    """Return the field of a level: another one at every call, or always ``SIGMA``."""
     pack = struct.Struct(layout).pack
 
     def value(call: int) -> bytes:
@@ -119,12 +119,12 @@ STREAMED = (DENOISE_STREAM, STREAM_NEW)
 
 
 def check(method: Method, answer: bytes, *, bare: bool) -> None:
-    """Refuse a server that answers something else: it is not to be timed.
+    """Check the response of a server: wrong results are not timed.
 
     Args:
-        method: what was asked.
-        answer: its bytes.
-        bare: whether the answer is to be the image itself, not the ``EXPECTED`` one.
+        method: called method.
+        answer: serialised response.
+        bare: whether the image itself is expected, not ``EXPECTED``.
 
     Raises:
         ValueError: It is another image.
@@ -146,4 +146,4 @@ def check(method: Method, answer: bytes, *, bare: bool) -> None:
         data = denoise_pb2.DenoiseResponse.FromString(answer).denoised.data
     got = np.frombuffer(data, "<f4").reshape(SHAPE)
     if not (np.allclose(got, X) if bare else np.allclose(got, expected)):
-        raise ValueError(f"{method.name}: a wrong answer is not to be timed")
+        raise ValueError(f"{method.name}: a wrong answer, expected the denoised image; not timed")

@@ -1,16 +1,17 @@
-"""What being watched costs a call: unary ``Denoise``, metrics and traces on and off.
+"""Cost of metrics and traces for a unary ``Denoise``.
 
     python -m benchmarks.service.observability_cost [--rounds 30] [--seconds 0.5] [--out FILE]
 
-Servers that are the same but for what they tell: ``blind`` counts nothing and has no lag monitor,
-``metrics`` is as shipped, ``traces_1`` and ``traces_100`` also trace one call in a hundred and all
-of them, into a collector that throws the spans away; ``control`` is blind once more and shows what
-the noise is. Every round has one turn of each, in an order drawn by lot; a ratio is the median of
-the rounds' with its 95 % bootstrap interval. Collector and callers share the machine with them.
+The servers differ in their telemetry only: ``blind`` counts nothing and has no lag monitor;
+``metrics`` has the default settings; ``traces_1`` and ``traces_100`` also trace one call in a
+hundred, or all calls, and export the spans to a collector that discards them; ``control`` equals
+``blind`` and shows the noise of the measurement. Each round runs all variants in random order; a
+ratio is the median over rounds with its 95 % bootstrap interval. Collector and callers run on the
+same machine.
 
-A ratio outside of the control's interval tells something, one inside tells nothing. Where the
-machine is noisy, ``handler_us`` tells more: thread time of the handler alone, parsing to answer,
-without gRPC around it and without the thread that exports.
+A ratio within the control's interval is not significant. On a noisy machine ``handler_us`` is more
+accurate: the thread time of the handler alone, from parsing to the response, without gRPC and
+without the exporting thread.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ VARIANTS = {"blind": 0.0, "control": 0.0, "metrics": 0.0, "traces_1": 0.01, "tra
 GOAL = 0.95
 
 
-class _Unmoved(metrics.Method):
+class _NoMethod(metrics.Method):
     def end(self, *arguments: object) -> None: ...
 
 
-class _Blind(metrics.Metrics):
+class _NoMetrics(metrics.Metrics):
     def method(self, *arguments: str) -> metrics.Method:
-        return _Unmoved(*arguments)
+        return _NoMethod(*arguments)
 
     def on_queued(self, *arguments: object) -> None: ...
 
@@ -68,15 +69,18 @@ class _Blind(metrics.Metrics):
 
 
 @contextmanager
-def _seeing(variant: str) -> Iterator[None]:
-    """Make the servers that are assembled meanwhile see as much as the variant does."""
+def _observing(variant: str) -> Iterator[None]:
+    """Give servers that are constructed in the block the telemetry of a variant."""
 
     async def nothing(observe: Callable[[float], None]) -> None: ...
 
     if variant not in ("blind", "control"):
         yield
         return
-    with patch.object(server, "Metrics", _Blind), patch.object(process, "watch_loop_lag", nothing):
+    with (
+        patch.object(server, "Metrics", _NoMetrics),
+        patch.object(process, "watch_loop_lag", nothing),
+    ):
         yield
 
 
@@ -87,7 +91,7 @@ def _settings(variant: str, root: Path, port: int, sink: int) -> Settings:
 
 
 def measure(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Return one row a variant, with its ratio to ``blind`` in rate and in CPU time a call."""
+    """Return a row for each variant, with its ratios to ``blind``."""
     with ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (root / MODEL).mkdir()
@@ -137,7 +141,7 @@ def _row(target: Target, blind: Target, handlers: dict[str, float]) -> dict[str,
 
 
 class _Context:
-    """A call's context, as far as a handler asks it."""
+    """The part of a call's context that a handler uses."""
 
     def add_done_callback(self, callback: Callable[[_Context], None]) -> None:
         callback(self)
@@ -156,7 +160,7 @@ class _Context:
 
 
 class _Handlers:
-    """Takes handlers as a ``grpc.aio.Server`` does, and leaves all else to a real one."""
+    """Proxy of a ``grpc.aio.Server`` that records the added handlers."""
 
     def __init__(self, real: grpc.aio.Server) -> None:
         self._real, self.taken = real, list[Any]()
@@ -170,7 +174,7 @@ class _Handlers:
 
 
 async def _time_handlers(root: Path, sink: int, rounds: int) -> dict[str, float]:
-    """Return the median thread time of each variant's handler, µs a call."""
+    """Return the median thread time of each variant's handler in µs per call."""
     handlers: dict[str, Any] = {}
     servers = []
     details = SimpleNamespace(method=DENOISE.name, invocation_metadata=())
@@ -182,7 +186,7 @@ async def _time_handlers(root: Path, sink: int, rounds: int) -> dict[str, float]
             into.append(_Handlers(make(*arguments, **options)))
             return into[0]
 
-        with _seeing(variant), patch.object(grpc.aio, "server", take):
+        with _observing(variant), patch.object(grpc.aio, "server", take):
             servers.append(server.Server(_settings(variant, root, 0, sink)))
             await servers[-1].start()
         found = (generic.service(details) for generic in taken[0].taken)
@@ -202,7 +206,7 @@ async def _time_handlers(root: Path, sink: int, rounds: int) -> dict[str, float]
 
 @contextmanager
 def _process(part: str, *arguments: str) -> Iterator[Running]:
-    """Run a part of this module in a process of its own."""
+    """Yield a part of this module as a separate process."""
     port = free_port()
     command = (
         sys.executable,
@@ -230,13 +234,13 @@ async def _serve_sink(port: int) -> None:
 
 async def _serve(variant: str, port: int, root: str, sink: str) -> None:
     configure("info")
-    with _seeing(variant):
+    with _observing(variant):
         settings = _settings(variant, Path(root), port, int(sink))
         await server.serve(settings, lambda ports: None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, write the record; or serve a part of it."""
+    """Measure, print a table and write the record; or run a server of the measurement."""
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in ("sink", *VARIANTS):
         part, port, *rest = given
@@ -247,8 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of every variant")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of a turn")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of each variant")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="seconds of a variant in a round"
+    )
     record.add_arguments(parser)
     options = parser.parse_args(given)
     recorder = record.start("observability-cost", options)

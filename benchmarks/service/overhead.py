@@ -1,4 +1,4 @@
-"""What our server costs a call, beside bare handlers and peers, by alternating rounds."""
+"""Cost of a call to the server, compared with bare handlers and peers in alternating rounds."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.server.services.denoiser import DenoiserService
 
 STREAMS = DenoiserService.DenoiseStream is not DenoiserServiceServicer.DenoiseStream
-"""Whether our server has the streaming call."""
+"""Whether the server has the streaming method."""
 
 _START_S = 90.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """One server asked one thing, and what came of each round."""
+    """One method of one server, and the results of its rounds."""
 
     name: str
     server: Running
     method: Method
     rates: list[float] = field(default_factory=list)
-    """Calls a second."""
+    """Calls per second of each round."""
     cpu_us: list[float] = field(default_factory=list)
-    """CPU time of the server's processes a call, µs."""
+    """CPU time of the server's processes per call of each round, in µs."""
 
 
 GOALS: tuple[tuple[str, str, float], ...] = (
@@ -66,25 +66,25 @@ GOALS: tuple[tuple[str, str, float], ...] = (
     ("stream_new", "denoise_new", 1.6),
     ("stream", "bare_stream", 0.0),
 )
-"""Rate, rate that it is compared with, and the least ratio; 0 where the ratio has no goal.
+"""Rate, the rate that it is compared with, and the minimum ratio; 0 for no goal.
 
-``new`` has another level at every call, and ``infer_new`` another id.
+``new`` has another level at every call, ``infer_new`` another id, too.
 """
 
 
 def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row a target and one a ratio.
+    """Return a row for each target and each ratio.
 
     Args:
-        rounds: of every target; each round goes through them all, every other one backwards.
-        seconds: length of a target's turn.
-        peers: to run beside us.
+        rounds: number of rounds; each runs all targets, every other one in reverse order.
+        seconds: duration of a target in a round.
+        peers: other servers to compare with.
     """
     with ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         targets = _start(stack, peers)
         runner.run(_warm(targets))
         for number in range(rounds):
-            # There and back, so that a slow drift falls on both sides of a pair.
+            # In alternating order, so that a slow drift affects both sides of a pair.
             for target in targets if number % 2 == 0 else targets[::-1]:
                 runner.run(_turn(target, seconds))
     rows = [_summary(target, seconds) for target in targets]
@@ -92,7 +92,7 @@ def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[s
 
 
 def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
-    """Start every server; those that are compared stand next to each other."""
+    """Start every server; targets that are compared are neighbours."""
     ours, bare = stack.enter_context(els_server()), stack.enter_context(baselines())
     targets = [
         Target("echo", bare, ECHO),
@@ -118,7 +118,7 @@ def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
 
 
 async def _warm(targets: Sequence[Target]) -> None:
-    """Wait until each target answers, and rightly."""
+    """Wait for the first response of each target, and check it."""
     for target in targets:
         ask = load.first_streamed if target.method in STREAMED else load.first_answer
         answer = await ask(target.server.port, target.method, _START_S)
@@ -160,10 +160,10 @@ def _ratios(targets: dict[str, Target]) -> list[dict[str, Any]]:
                     "median": round(ratio, 3),
                     "low": round(low, 3),
                     "high": round(high, 3),
-                    # Disturbed less by what else the machine does.
+                    # Less affected by other processes of the machine.
                     "by_server_cpu": round(cpu, 3),
                     "goal": goal,
-                    # The whole interval has to say so.
+                    # Decided by the whole interval.
                     "reached": "yes" if low >= goal else "no" if high < goal else "open",
                 }
             )

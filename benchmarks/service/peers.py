@@ -1,4 +1,4 @@
-"""Other model servers, each pinned in a venv of its own: install them, run them.
+"""Other model servers, pinned in separate virtual environments: installs and runs them.
 
     python -m benchmarks.service.peers install [NAME …] [--python /usr/bin/python3]
 
@@ -29,22 +29,22 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     # With a newer uvloop its workers do not start.
     "mlserver": ("mlserver==1.7.1", "uvloop==0.21.0"),
     "pytriton": ("nvidia-pytriton==0.7.0", "numpy==1.26.4"),
-    # The last wheel with the program in it.
+    # The last wheel that contains the program.
     "perf_analyzer": ("tritonclient==2.41.0", "nvidia-cuda-runtime-cu12==12.9.79"),
 }
-"""What pip installs into each venv; the first is the peer itself."""
+"""Peer → its requirements; the first is the peer itself."""
 
 
 def installed(name: str) -> bool:
-    """Return whether the venv of a peer is complete."""
+    """Return whether the virtual environment of a peer is complete."""
     return (VENVS / name / ".installed").exists()
 
 
 def install(name: str, python: str) -> None:
-    """Make the venv of a peer anew.
+    """Create the virtual environment of a peer, replacing an old one.
 
     Raises:
-        subprocess.CalledProcessError: The venv cannot be made or pip refused.
+        subprocess.CalledProcessError: The environment cannot be created, or pip failed.
     """
     venv = VENVS / name
     shutil.rmtree(venv, ignore_errors=True)
@@ -70,14 +70,14 @@ def peer(name: str) -> Iterator[Running]:
             program = _PROGRAMS / f"{name}_server.py"
             command = (VENVS / name / "bin" / "python", program, str(port))
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        # PyTriton unpacks itself here, and would leave that in the home folder.
+        # PyTriton unpacks itself here, by default in the home folder, and does not clean up.
         environment["PYTRITON_HOME"] = folder
         with running(command, port, environment) as server:
             yield server
 
 
 def _mlserver_folder(folder: Path, port: int) -> None:
-    """Write what ``mlserver start`` reads: no worker processes, no metrics, no access log."""
+    """Write the settings of ``mlserver start``: no worker processes, metrics or access log."""
     shutil.copy(_PROGRAMS / "mlserver_model.py", folder)
     settings = {
         "host": "127.0.0.1",
@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Install the named peers, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["install"])
-    parser.add_argument("names", nargs="*", choices=[[], *REQUIREMENTS], help="all if none")
-    parser.add_argument("--python", default="/usr/bin/python3", help="makes the venvs")
+    parser.add_argument("names", nargs="*", choices=[[], *REQUIREMENTS], help="default: all")
+    parser.add_argument("--python", default="/usr/bin/python3", help="Python of the environments")
     options = parser.parse_args(arguments)
     for name in options.names or REQUIREMENTS:
         install(name, options.python)

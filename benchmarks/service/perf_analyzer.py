@@ -1,12 +1,12 @@
-"""NVIDIA's load generator, unmodified, against our server and PyTriton: a client that is not ours.
+"""NVIDIA's load generator ``perf_analyzer``, unmodified, against the server and PyTriton.
 
-It asks ``ServerMetadata``, ``ModelMetadata`` and ``ModelConfig``, then ``ModelInfer`` with the
-tensors of ``perf_analyzer_input.json``, and ``ModelStatistics`` around every window. It insists:
+It calls ``ServerMetadata``, ``ModelMetadata`` and ``ModelConfig``, then ``ModelInfer`` with the
+tensors of ``perf_analyzer_input.json``, and ``ModelStatistics`` around every window. It requires:
 
-- inputs that the file leaves out are ``optional`` in the config (we need one noise level of three);
-- ``max_batch_size`` is 0 and shapes have the batch in them: it cuts the batch off the metadata's
-  shapes otherwise, and takes no input without an axis left;
-- ``queue.count`` rises with every request, and the three ``compute_….count`` are equal.
+- inputs that the file omits are ``optional`` in the config (one of three noise levels is given);
+- ``max_batch_size`` is 0 and shapes include the batch: otherwise it removes the first axis of the
+  metadata's shapes, and rejects inputs without a further axis;
+- ``queue.count`` increases with every request, and the three ``compute_….count`` are equal.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from els_service.server.services.inference import InferenceService
 
 INPUT = Path(__file__).with_name("perf_analyzer_input.json")
 SERVABLE = InferenceService.ModelStatistics is not GRPCInferenceServiceServicer.ModelStatistics
-"""Whether our server has what the program needs."""
+"""Whether the server has the methods that the program requires."""
 
 _WINDOWS = 3
 _LIMIT_S = 120.0
 _START_S = 90.0
-# Otherwise it fails on a busy machine, whose windows differ.
+# Without these it fails on a busy machine, as its windows differ.
 _AGREE = ("--stability-percentage", "999", "--max-trials", str(_WINDOWS))
 
 
 def measure(*, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row for our server, if it can be asked, and one for PyTriton.
+    """Return a row for the server, if it has the methods, and one for PyTriton.
 
     Args:
         seconds: length of a window.
-        peers: PyTriton runs too if it is among them.
+        peers: PyTriton is measured if it is among them.
     """
     rows = []
     for name in [*(["els"] if SERVABLE else []), *(["pytriton"] if "pytriton" in peers else [])]:
@@ -57,7 +57,7 @@ def measure(*, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def run(port: int, seconds: float, adds_batch: bool) -> dict[str, Any]:
-    """Return what the program measures: its table, and the columns of its CSV.
+    """Return the results of the program: its table, and columns of its CSV file.
 
     Args:
         port: of the server.
@@ -65,7 +65,7 @@ def run(port: int, seconds: float, adds_batch: bool) -> dict[str, Any]:
         adds_batch: whether the model's ``max_batch_size`` is not 0.
 
     Raises:
-        RuntimeError: It ends with an error; its text is told.
+        RuntimeError: It failed; the text has its stderr.
     """
     venv = VENVS / "perf_analyzer"
     (cuda,) = venv.glob("lib/python*/site-packages/nvidia/cuda_runtime/lib")

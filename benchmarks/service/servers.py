@@ -1,4 +1,4 @@
-"""Server processes on loopback: each in a session of its own, ended by its id."""
+"""Server processes on loopback, each in a session of its own that is ended by its id."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True)
 class Running:
-    """A process that leads a session, and the port that it was told to serve."""
+    """A server process, leader of its session, and its port."""
 
     pid: int
     port: int
     log: Path
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time of the session's living processes so far."""
+        """Return the CPU seconds of the session's living processes."""
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with suppress(FileNotFoundError, ProcessLookupError):
-                # The name, in parentheses, may hold spaces; the rest starts at field 3.
+                # The name, in parentheses, may contain spaces; field 3 follows it.
                 fields = stat.read_text().rpartition(")")[2].split()
                 if int(fields[3]) == self.pid:
                     ticks += int(fields[11]) + int(fields[12])
@@ -48,12 +48,12 @@ def free_port() -> int:
 def running(
     command: Sequence[str | Path], port: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """Run a server until the block ends, then end every process of its session.
+    """Yield a running server; ends every process of its session on exit.
 
     Args:
-        command: that serves 127.0.0.1:``port``.
-        port: a free one.
-        environment: variables; None for this process's.
+        command: command of a server that listens on 127.0.0.1:``port``.
+        port: free port.
+        environment: its variables; None for those of this process.
     """
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         server = subprocess.Popen(
@@ -62,11 +62,11 @@ def running(
         try:
             yield Running(server.pid, port, Path(log.name))
         except BaseException as error:
-            if said := Path(log.name).read_text():
-                error.add_note(f"{command[0]} said: …{said[-2000:]}")
+            if text := Path(log.name).read_text():
+                error.add_note(f"end of the log of {command[0]}: {text[-2000:]}")
             raise
         finally:
-            # First the leader, that it may end its children in good order.
+            # The leader first, so that it can end its children.
             server.terminate()
             with suppress(subprocess.TimeoutExpired):
                 server.wait(_STOP_S)
@@ -77,7 +77,7 @@ def running(
 
 @contextmanager
 def els_server() -> Iterator[Running]:
-    """Run our server as it is shipped, metrics and all, with one Gaussian model."""
+    """Yield the server with default settings and one Gaussian model."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / MODEL
         folder.mkdir()
@@ -91,7 +91,7 @@ def els_server() -> Iterator[Running]:
 
 @contextmanager
 def baselines() -> Iterator[Running]:
-    """Run the bare handlers."""
+    """Yield a server of bare handlers."""
     port = free_port()
     with running((sys.executable, "-m", "benchmarks.service.baselines", str(port)), port) as server:
         yield server

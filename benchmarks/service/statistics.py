@@ -1,4 +1,4 @@
-"""Small differences from noisy rounds: the median ratio of pairs, with a bootstrap interval."""
+"""Median ratio of pairs with a bootstrap interval, for small differences of noisy rounds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def ratio_of_pairs(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     """Return the median of ours/theirs, and the ends of its 95 % percentile bootstrap interval.
 
     Args:
-        ours: one figure a round.
-        theirs: the figure of the same round.
+        ours: a number for each round.
+        theirs: the other number of the same rounds.
 
     Raises:
         ValueError: The rounds do not pair up, or there are none.

@@ -1,4 +1,4 @@
-"""Renders ``envoy.yaml`` for other addresses than a cluster's: a list of servers, or another name.
+"""Renders ``envoy.yaml`` with other addresses: a list of servers, or another name.
 
 python -m deploy.envoy.render --listen 127.0.0.1:50050 --server 127.0.0.1:50051 [--server …]
 """
@@ -20,17 +20,17 @@ _RESOLVER = "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3"
 
 @dataclass(frozen=True)
 class Address:
-    """A host, by address or name, and its port."""
+    """Host (an address or a name) and port."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Return what ``HOST:PORT`` says.
+        """Return the address of ``HOST:PORT``.
 
         Raises:
-            ValueError: It says something else.
+            ValueError: The text has another form.
         """
         host, colon, port = text.rpartition(":")
         if not (host and colon and port.isdecimal()):
@@ -38,7 +38,7 @@ class Address:
         return cls(host.strip("[]"), int(port))
 
     def document(self) -> dict[str, Any]:
-        """Return it as Envoy writes it."""
+        """Return the address in Envoy's configuration format."""
         return {"socket_address": {"address": self.host, "port_value": self.port}}
 
 
@@ -49,13 +49,13 @@ def rendered(
     servers: Sequence[Address],
     resolver: Address | None = None,
 ) -> str:
-    """Return ``envoy.yaml`` with other addresses and nothing else changed.
+    """Return ``envoy.yaml`` with other addresses, otherwise unchanged.
 
     Args:
-        listen: where callers come.
-        admin: where Envoy tells its state; on loopback, as it takes orders too.
-        servers: IP addresses, at least one; with ``resolver`` one name that it resolves.
-        resolver: a name server; None leaves ``servers`` as they are.
+        listen: address for callers.
+        admin: address of the admin interface; on loopback, because it also accepts commands.
+        servers: IP addresses, at least one; with ``resolver`` one name.
+        resolver: DNS server that resolves the name; None for IP addresses.
     """
     document = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
     document["admin"]["address"] = admin.document()

@@ -1,6 +1,6 @@
-"""Builds an image by buildah: ``python -m deploy.image.build cpu --tag els-denoise:0.1.0-cpu``.
+"""Builds an image with buildah: ``python -m deploy.image.build cpu --tag els-denoise:0.1.0-cpu``.
 
-pip's configuration of whoever builds goes in as a secret: it is in no layer.
+The user's pip configuration is passed as a build secret, so no layer contains it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ FILE = ROOT / "deploy" / "image" / "Containerfile"
 _PACKAGES = frozenset(
     ("cert", "extra-index-url", "find-links", "index-url", "no-index", "proxy", "trusted-host")
 )
-"""Options of pip that say where packages come from."""
+"""Options of pip that select package sources."""
 
 
 def pip_configuration() -> dict[str, str]:
-    """Return where pip takes packages from: its files, outranked by its variables."""
+    """Return pip's package sources from its files and variables; variables take precedence."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pairs = [line.partition("=") for line in listed.splitlines()]
-    # Files come first; later lines of a key win.
+    # Files are listed first; the last value of a key applies.
     found = {key.rpartition(".")[2]: ast.literal_eval(value) for key, _, value in pairs}
     return {key: value for key, value in found.items() if key in _PACKAGES}
 
 
 def local_paths(configuration: Iterable[str]) -> Iterator[Path]:
-    """Yield the files and folders of this machine that pip's configuration names."""
+    """Yield the existing local paths in pip's configuration."""
     for part in " ".join(configuration).split():
-        # The files of an index are in its folder.
+        # An index needs the folder of its file.
         path = Path(urlparse(part).path).parent if part.startswith("file:") else Path(part)
         if path.is_absolute() and path.exists():
             yield path
 
 
 def build(target: str, tag: str, *options: str) -> None:
-    """Build a target of the Containerfile; ``options`` are buildah's.
+    """Build a target of the Containerfile; ``options`` are passed to buildah.
 
     Raises:
-        subprocess.CalledProcessError: It cannot be built; buildah has said why.
+        subprocess.CalledProcessError: The build failed; buildah prints the reason.
     """
     configuration = pip_configuration()
     lines = (f"{key} = {value.strip()}".replace("\n", "\n    ") for key, value in
@@ -77,7 +77,7 @@ def build(target: str, tag: str, *options: str) -> None:
 
 
 def _created() -> str:
-    """Return the time of the commit, so that a build of it is the same whenever it is made."""
+    """Return the time of the commit, so that repeated builds of it are equal."""
     return f"{datetime.fromtimestamp(int(_git('log', '-1', '--format=%ct')), UTC):%FT%TZ}"
 
 
@@ -87,7 +87,7 @@ def _git(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Build what the command line says; what it does not know is buildah's."""
+    """Build the target; unknown options are passed to buildah."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=("cpu", "gpu"))
     parser.add_argument("--tag", required=True)

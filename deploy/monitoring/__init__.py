@@ -1,1 +1,1 @@
-"""What an operator sees: the dashboard, the rules and how they are scraped, described once."""
+"""Monitoring: source of the dashboard, the rules and the scrape configuration."""

@@ -7,7 +7,7 @@ from typing import Any
 from deploy.monitoring import rules
 
 SCRAPE_INTERVAL = "15s"
-"""Short enough for at least four scrapes in a drain of a minute."""
+"""Scrape interval: at least four scrapes in a drain of a minute."""
 SERVER = {"app.kubernetes.io/name": "els-denoise", "app.kubernetes.io/component": "server"}
 _METADATA = {
     "name": "els-denoise",
@@ -25,7 +25,7 @@ def kustomization() -> dict[str, Any]:
 
 
 def pod_monitor() -> dict[str, Any]:
-    """Return the PodMonitor of all pods: the metrics of those that are not ready say why."""
+    """Return the PodMonitor of all pods; metrics of those that are not ready show the reason."""
     endpoint = {
         "port": "metrics",
         "path": "/metrics",

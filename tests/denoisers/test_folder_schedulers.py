@@ -144,23 +144,23 @@ def test_the_folder_s_timesteps_draw_the_pictures_of_the_folder_s_scheduler(
 OTHER: dict[str, tuple[str, int, dict[str, Any], float, str]] = {
     "ddim trailing uneven": (
         *("ddim", 70, {"timestep_spacing": "trailing"}, 1.56),
-        "theirs tells the next step another level than it made",
+        "its next step assumes another level",
     ),
     "ddim linspace": (
         *("ddim", 10, {"timestep_spacing": "linspace"}, 0.295),
-        "theirs tells the next step another level than it made",
+        "its next step assumes another level",
     ),
     "ddpm large trailing": (
         *("ddpm", 10, {"variance_type": "fixed_large", "timestep_spacing": "trailing"}, 0.0081),
-        "theirs adds noise after the last step",
+        "adds noise after the last step",
     ),
     "euler trailing Karras": (
         *("euler", 10, {"timestep_spacing": "trailing", "use_karras_sigmas": True}, 0.0084),
-        "theirs ends above the lowest trained level",
+        "ends above the lowest trained level",
     ),
     "dpmpp_2m Karras": (
         *("dpmpp_2m", 10, {"use_karras_sigmas": True}, 0.00056),
-        "theirs rounds the timestep of a level",
+        "rounds the timestep of a level",
     ),
 }
 """Name → sampler, steps, fields, by how much our pictures differ from theirs, and why."""

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, make_query
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
+from els_service.denoisers.query_checks import check_query
 from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
 from els_service.engine.request_context import REASONS, BatchRecord, RequestContext

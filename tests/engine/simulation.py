@@ -14,7 +14,8 @@ from tests.engine.conftest import SHAPE, Observed, query
 
 from els_kernels import Control
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.query_checks import check_query
 from els_service.engine.device import DeviceLostError, Outcome, breaks_device
 from els_service.engine.engine import Engine
 from els_service.engine.request_context import RequestContext

@@ -21,10 +21,10 @@ from els_service.config import Scheduling
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options, Resume, Step
 from els_service.engine.budget import Budget
-from els_service.engine.engine import SamplingRun
 from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.request_context import RequestContext
 from els_service.engine.reservations import NamedBudget
+from els_service.engine.sampling import SamplingRun
 from els_service.errors import QueueFullError
 
 IMAGE_S = 0.02

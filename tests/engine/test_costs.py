@@ -86,7 +86,7 @@ def test_no_prediction_is_negative() -> None:
 def test_a_prediction_refuses_before_it_is_trusted_if_it_is_several_times_too_late(
     model: CostModel, estimate: float, refuses: bool
 ) -> None:
-    assert model.may_refuse(estimate, 1.0, now=5.0) is refuses
+    assert model.may_reject(estimate, 1.0, now=5.0) is refuses
 
 
 def test_a_short_first_question_shows_a_faster_machine_but_not_a_slower_one() -> None:

@@ -26,8 +26,9 @@ from els_service.denoisers.samplers import (
     sample,
     steps_of,
 )
-from els_service.engine.engine import Engine, SamplingRun
+from els_service.engine.engine import Engine
 from els_service.engine.request_context import RequestContext
+from els_service.engine.sampling import SamplingRun
 from els_service.errors import (
     DeadlineExceededError,
     InvalidArgumentError,

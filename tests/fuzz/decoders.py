@@ -21,9 +21,10 @@ from tests.support.opened import open_denoise, open_inference
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo, Query, check_query
+from els_service.denoisers.base import DenoiserInfo, Query
+from els_service.denoisers.query_checks import check_query
 from els_service.engine.loaded_model import Statistics
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.errors import InvalidArgumentError, LoadError, ResourceExhaustedError
 from els_service.repository import ModelRepository
 from els_service.server.requests.resume_token import decode_token, encode_token, sealed

@@ -20,7 +20,7 @@ from tests.support.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVID
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.engine.loaded_model import Statistics
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.repository import ModelRepository
 from els_service.server.requests.resume_token import encode_token
 

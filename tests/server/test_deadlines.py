@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from els_service.server.transport.deadlines import unrounded_s
+from els_service.server.transport.call_context import unrounded_s
 
 GRANTED_S = (0.2501, 0.9984, 1.0003, 2.5001, 7.7777, 12.3456, 100.31, 3333.3)
 """None is a multiple of what a timeout is rounded to."""

@@ -22,7 +22,7 @@ from els_service.config import Settings
 from els_service.denoisers.base import Denoised, Query
 from els_service.server.server import Server
 from els_service.server.services.streams import Window
-from els_service.server.transport.grpc_workarounds import check_cancelled
+from els_service.server.transport.call_context import check_cancelled
 
 LARGE = np.zeros((64, 3, 32, 32), np.float32)
 """More than is computed on the event loop."""

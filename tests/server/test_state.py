@@ -13,7 +13,8 @@ from tests.support.messages import asked, denoiser, images
 from tests.support.models_folder import SHAPE, write_models
 
 from els_service.config import Settings
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.query_checks import check_query
 from els_service.server.server import Server
 
 WAIT_S = 30

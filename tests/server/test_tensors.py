@@ -16,8 +16,9 @@ from tests.support.opened import open_denoise, open_inference
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo, Query, check_query, make_query
+from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
+from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from els_service.cli import main
-from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, check_query
+from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query
+from els_service.denoisers.query_checks import check_query
 from els_service.engine.registry import ModelRegistry
 from els_service.repository import ModelRepository
 

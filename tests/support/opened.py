@@ -10,9 +10,10 @@ import numpy as np
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits, Scheduling
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.query_checks import check_query
 from els_service.engine.loaded_model import LoadedModel, Statistics
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests.denoise import DenoiseMethod
 from els_service.server.requests.inference import InferenceMethod

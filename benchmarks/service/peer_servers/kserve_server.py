@@ -12,7 +12,7 @@ import uvloop
 
 PORT = int(sys.argv.pop(1))
 
-# Only now, because KServe reads the command line when it is imported.
+# After changing the command line, which KServe reads when it is imported.
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer  # noqa: E402
 from kserve.protocol.grpc import server as kserve_grpc  # noqa: E402
 
@@ -36,7 +36,7 @@ class Affine(Model):
 
 
 def bind_loopback() -> None:
-    """Let KServe listen on 127.0.0.1: of an address it takes the port alone."""
+    """Make KServe listen on 127.0.0.1: its options set the port only."""
     make_server: Any = kserve_grpc.aio.server
     configure = uvicorn.Config.__init__
 
@@ -51,7 +51,7 @@ def bind_loopback() -> None:
         configure(self, *args, **options | {"host": "127.0.0.1"})
 
     kserve_grpc.aio.server = server
-    # KServe makes the configuration itself, and has no option for its host.
+    # KServe creates the configuration itself, without an option for the host.
     uvicorn.Config.__init__ = config  # type: ignore[method-assign]
 
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
         allow_http=False,
         allow_metrics=False,
     )
-    # perf_analyzer reads the statistics, which PyTriton closes unless told.
+    # perf_analyzer reads the statistics, which are off by default.
     security = TritonSecurityConfig(restricted_endpoints=[])
     with Triton(config=config, security_config=security) as triton:
         triton.bind(

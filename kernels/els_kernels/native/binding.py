@@ -1,6 +1,6 @@
 """ctypes binding of the C++ library; ctypes releases the GIL during a call.
 
-The library is library when the first bank is prepared, not on import.
+The library is loaded when the first bank is prepared, not on import.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class _Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Return the library library.
+    """Return the loaded library.
 
     Raises:
-        RuntimeError: It was not built, or cannot be library.
+        RuntimeError: It was not built, or cannot be loaded.
     """
     if not LIBRARY.exists():
         raise RuntimeError(
@@ -88,7 +88,7 @@ def instruction_sets() -> list[str]:
     """Return the instruction sets of the kernels that this processor can run, best first.
 
     Raises:
-        RuntimeError: The library was not built, or cannot be library.
+        RuntimeError: The library was not built, or cannot be loaded.
     """
     names: list[str] = []
     while (name := _library().els_kernel_name(len(names))) is not None:
@@ -108,7 +108,7 @@ class Native:
 
         Raises:
             ValueError: The bank is not on the CPU, or the instruction set is unknown.
-            RuntimeError: The library was not built, or cannot be library.
+            RuntimeError: The library was not built, or cannot be loaded.
         """
         if bank.device.type != "cpu":
             raise ValueError(f"native: expected a bank on the CPU, got one on {bank.device}")

@@ -18,10 +18,10 @@ from els_service.denoisers.base import (
     DenoiserInfo,
     Integers,
     Query,
-    check_query,
 )
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.windows import WindowTable, default_windows
 
 _PER_THREAD = {"reference": 2e6, "torch": 1e8}

@@ -13,8 +13,9 @@ from torch import Tensor
 from els_kernels import checkpoint
 from els_service.denoisers.analytic import bank_bytes, bank_info
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_query, per_image
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, per_image
 from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.query_checks import check_query
 
 MAX_DIMENSIONS = 4096
 """Maximum C·H·W of a bank: the covariance and its eigenvectors grow with its square."""

@@ -123,7 +123,7 @@ class Admission:
         if loaded.queue and _is_crowded(loaded, query, own):
             self._drop_expired(loaded, now)
         slack = context.deadline - now
-        if slack > 0 and not loaded.costs.may_refuse(estimate, slack, now):
+        if slack > 0 and not loaded.costs.may_reject(estimate, slack, now):
             return
         wait = self._workload.busy_for(loaded, now)
         everything = wait + own + sum(other.waiting_s for other in self._workload.waiting)

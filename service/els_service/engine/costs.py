@@ -59,7 +59,7 @@ class CostModel:
         stale_s = max(_STALE_S, _STALE_BATCHES * self._last_s)
         return self._seen >= _ENOUGH and now - self._last < stale_s
 
-    def may_refuse(self, estimate: float, allowed_s: float, now: float) -> bool:
+    def may_reject(self, estimate: float, allowed_s: float, now: float) -> bool:
         """Return whether a query may be rejected by prediction.
 
         It may if the model ``is_calibrated``, and before that if both estimate and prediction

@@ -5,35 +5,33 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from els_service.config import Scheduling
 from els_service.denoisers.base import (
-    Condition,
     Denoised,
-    Denoiser,
-    Integers,
     Query,
     make_query,
 )
 from els_service.denoisers.levels import NoiseLevel
-from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
+from els_service.denoisers.samplers import DenoiseCall, Step
 from els_service.engine.budget import Budget
 from els_service.engine.derived import Computation
 from els_service.engine.device import Device, WorkerDevice
 from els_service.engine.loaded_model import LoadedModel
-from els_service.engine.registry import ModelRegistry, ModelVersion
-from els_service.engine.request_context import Observer, RequestContext, allows
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.registry import ModelRegistry
+from els_service.engine.request_context import Observer, RequestContext
+from els_service.engine.request_memory import RequestMemory
 from els_service.engine.reservations import NamedBudget, TrajectoryReservation
+from els_service.engine.sampling import SamplingRun
 from els_service.engine.scheduler import Scheduler
 from els_service.errors import DeadlineExceededError, UnavailableError
 
@@ -42,31 +40,6 @@ _SMALL = 8192
 _HELD = 24
 """Bytes that a trajectory holds per number: state and answer in float64, a message of both."""
 _DEFAULT_CONTEXT = RequestContext()
-
-
-@dataclass(frozen=True, eq=False)
-class SamplingRun:
-    """Trajectory to run.
-
-    Args:
-        trajectory: new or resumed trajectory of a sampler.
-        labels: [count], -1 for none.
-        windows: [count], 0 for the model's own at each level.
-        evaluations: number of its denoise calls.
-        conditions: one for each image, or none.
-        decode: whether the last step has the decoded images of its latents.
-        guidance: by label, [count]; None for none.
-        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
-    """
-
-    trajectory: Trajectory
-    labels: Integers
-    windows: Integers
-    evaluations: int
-    conditions: tuple[Condition, ...] = ()
-    decode: bool = False
-    guidance: npt.NDArray[np.float64] | None = None
-    held_bytes: int = 0
 
 
 class Engine:
@@ -96,15 +69,12 @@ class Engine:
         self._devices = [WorkerDevice("cpu")] if devices is None else list(devices)
         self.models = ModelRegistry(self._devices, scheduling, self._lose)
         self.memory = Budget(scheduling.in_flight_bytes)
-        self._memory = NamedBudget(self.memory, "the memory for requests in flight", seconds=False)
-        self._scheduler = Scheduler(
-            self._devices, scheduling, self._memory, observer, self._lose, clock
-        )
-        self._observer, self._clock = observer, clock
+        memory = NamedBudget(self.memory, "the memory for requests in flight", seconds=False)
+        self._scheduler = Scheduler(self._devices, scheduling, memory, observer, self._lose, clock)
+        self._clock = clock
         self._helpers = ThreadPoolExecutor(2, "els-helper")
         self._trajectories = 0
-        self._unended: Counter[str] = Counter()
-        """Caller → bytes of its trajectories that have not ended, evicted ones included."""
+        self._requests = RequestMemory(memory, self._scheduler.admission, observer)
         self._ended = ""
         """Reason why all queries are rejected; empty while they are accepted."""
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -154,7 +124,8 @@ class Engine:
             LoadError: It can no longer be loaded.
         """
         while (entry := self.models.entry(name, version)).loaded is None:
-            with self._reserved(entry, _HELD * math.prod(entry.info.shape), context) as reservation:
+            size = _HELD * math.prod(entry.info.shape)
+            with self._requests.reserved(entry, size, context) as reservation:
                 await self._loaded(entry, context, reservation)
         return entry
 
@@ -206,10 +177,7 @@ class Engine:
             ElsError: As ``denoise``.
         """
         size = query.nbytes + answer_bytes
-        with (
-            self._unended_of(entry, size, context),
-            self._reserved(entry, size, context) as reservation,
-        ):
+        with self._requests.trajectory(entry, size, context) as reservation:
             for index in range(len(query)):
                 loaded = await self._loaded(entry, context, reservation)
                 reservation.check()
@@ -241,10 +209,7 @@ class Engine:
         size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
-            with (
-                self._unended_of(entry, size, context),
-                self._reserved(entry, size, context) as reservation,
-            ):
+            with self._requests.trajectory(entry, size, context) as reservation:
                 generator = self._steps(entry, run, context, reservation, numbers > _SMALL)
                 async with aclosing(generator) as steps:
                     async for step in steps:
@@ -263,7 +228,7 @@ class Engine:
         loaded = await self._loaded(entry, context, reservation)
         answer: Denoised | None = None
         begun = False
-        while event := await self._advance(run.trajectory, answer, large):
+        while event := await self._advance(run, answer, large):
             if isinstance(event, Step):
                 answer = None
                 if run.decode and event.index == event.total:
@@ -271,11 +236,11 @@ class Engine:
                     event = replace(event, decoded=decoded)
                 yield event
                 continue
-            query = _query_of(loaded.denoiser, event, run)
+            query = run.query(loaded.denoiser, event)
             if not begun:
                 self._check_ended()
                 loaded.denoiser.check(query)
-                self._check_time(loaded, query, run, context)
+                run.check_time(loaded, query, context.deadline, self._clock())
                 self._scheduler.admission.enter(
                     loaded, query, context, reservation.held, decodes=run.decode
                 )
@@ -293,53 +258,6 @@ class Engine:
         reservation.check()
         answer = self._submit(loaded, query, context, admitted=True)
         return answer if isinstance(answer, Denoised) else await reservation.until(answer)
-
-    @contextmanager
-    def _reserved(
-        self, entry: ModelVersion, size: int, context: RequestContext
-    ) -> Iterator[TrajectoryReservation]:
-        """Reserve memory within the context.
-
-        Raises:
-            QueueFullError: The memory is full.
-        """
-
-        def on_evicted() -> None:
-            self._observer.on_dropped(entry.model, "evicted")
-            entry.statistics.failed.add(0.0)
-
-        reservation = TrajectoryReservation(context.name(), on_evicted)
-        parts = ((self._memory, float(size)),)
-        self._scheduler.admission.reserve(entry.model, entry.statistics, reservation.held, parts)
-        try:
-            yield reservation
-        finally:
-            reservation.held.release()
-
-    @contextmanager
-    def _unended_of(
-        self, entry: ModelVersion, size: int, context: RequestContext
-    ) -> Iterator[None]:
-        """Bound the memory of evicted trajectories whose callers have not read the error yet.
-
-        Their generators still hold state. Including them, a caller may hold the whole capacity,
-        and all callers together twice as much.
-
-        Raises:
-            QueueFullError: The bound would be exceeded.
-        """
-        unended, caller, most = self._unended, context.name(), self.memory.capacity
-        own, everybody = unended[caller], unended.total()
-        if (own and own + size > most) or (everybody and everybody + size > 2 * most):
-            self._observer.on_dropped(entry.model, "rejected_full")
-            raise self._memory.full(caller, size)
-        unended[caller] += size
-        try:
-            yield
-        finally:
-            unended[caller] -= size
-            if not unended[caller]:
-                del unended[caller]
 
     def interrupt(self, reason: str) -> None:
         """Fail all waiting, running and later queries as UNAVAILABLE."""
@@ -403,7 +321,7 @@ class Engine:
     ) -> Denoised:
         # Resolved now: the connection may be closed when the model is loaded.
         context = replace(context, caller=context.name())
-        with self._reserved(entry, query.nbytes, context) as reservation:
+        with self._requests.reserved(entry, query.nbytes, context) as reservation:
             loaded = await self._loaded(entry, context, reservation)
         queue = loaded if computation is None else loaded.derived[computation]
         answer = self._submit(queue, query, context)
@@ -446,50 +364,15 @@ class Engine:
             (await self._step(loaded.decoder, query, context, reservation)).pixels
         )
 
-    def _check_time(
-        self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
-    ) -> None:
-        """Raise if a trajectory would be late even on an idle server."""
-        slack = context.deadline - self._clock()
-        estimate = loaded.denoiser.predict_seconds(query)
-        each = loaded.costs.seconds(estimate)
-        if run.evaluations * each <= slack:
-            return
-        if loaded.costs.may_refuse(run.evaluations * estimate, slack, self._clock()):
-            raise DeadlineExceededError(
-                f"the trajectory evaluates {loaded.model} {run.evaluations} times, "
-                f"{each:.3g} s each by prediction: {run.evaluations * each:.3g} s; {allows(slack)}"
-            )
-
     async def _advance(
-        self, trajectory: Trajectory, answer: Denoised | None, large: bool
+        self, run: SamplingRun, answer: Denoised | None, large: bool
     ) -> DenoiseCall | Step | None:
         if not large:
-            return _send(trajectory, answer)
+            return run.advance(answer)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._helpers, _send, trajectory, answer)
+        return await loop.run_in_executor(self._helpers, run.advance, answer)
 
     def _lose(self, reason: str) -> None:
         if not self.lost.done():
             self.lost.set_result(reason)
         self.interrupt(f"{reason}; use another server")
-
-
-def _query_of(denoiser: Denoiser, call: DenoiseCall, run: SamplingRun) -> Query:
-    chosen = windows_for(denoiser, call)
-    own = np.where(run.windows > 0, run.windows, chosen[0]) if chosen else run.windows
-    level = NoiseLevel(call.level.a, call.level.s)
-    query = make_query(call.x.float(), level, run.labels.tolist(), own.tolist(), run.conditions)
-    query.guidance = run.guidance
-    if call.unclipped:
-        query.unclipped = np.ones(len(query), np.bool_)
-    return query
-
-
-def _send(trajectory: Trajectory, answer: Denoised | None) -> DenoiseCall | Step | None:
-    # Samplers compute in torch, in float64.
-    x_hat = None if answer is None else torch.from_numpy(answer.pixels).double()
-    try:
-        return trajectory.send(x_hat)
-    except StopIteration:
-        return None

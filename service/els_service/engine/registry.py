@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
 from weakref import WeakValueDictionary
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.denoisers.base import Denoiser
 from els_service.engine.costs import CostModel
 from els_service.engine.device import Device, DeviceLostError
 from els_service.engine.estimates import warm
-from els_service.engine.loaded_model import LoadedModel, Statistics
+from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.loading import Loader
+from els_service.engine.model_source import ModelSource
+from els_service.engine.model_versions import ModelVersion, State, by_memory, memory_of
 from els_service.errors import (
     ElsError,
     LoadError,
@@ -34,78 +34,6 @@ _log = logging.getLogger(__name__)
 
 _LOAD_S = 600.0
 """Watchdog limit of the warm-up of a model."""
-
-
-@dataclass(slots=True, eq=False)
-class ModelVersion:
-    """Served version of a model."""
-
-    model: str
-    version: int
-    info: DenoiserInfo
-    loaded: LoadedModel | None
-    """None while it is unloaded to save memory."""
-    statistics: Statistics
-    """Statistics that outlive an unload."""
-    content: str = ""
-    """See ``ModelSource.fingerprint``."""
-    used: int = 0
-    """Number of its latest use; a larger one is later."""
-
-
-@dataclass(frozen=True)
-class State:
-    """State of one version in the index."""
-
-    model: str
-    version: int
-    state: str
-    """``READY``, ``LOADING`` or ``UNAVAILABLE``."""
-    reason: str = ""
-
-
-class ModelSource(Protocol):
-    """Models to serve, by name and version; calls come from several threads."""
-
-    def __str__(self) -> str:
-        """Name of the source in errors."""
-        ...
-
-    def __contains__(self, name: str) -> bool:
-        """Return whether there is a model of that name; raises as ``names``."""
-        ...
-
-    def names(self) -> list[str]:
-        """Return the names of all models, sorted.
-
-        Raises:
-            LoadError: The source cannot be read.
-        """
-        ...
-
-    def versions(self, name: str) -> list[int]:
-        """Return the versions of a model, ascending; empty if there is no such model.
-
-        Raises:
-            LoadError: The versions are ambiguous.
-        """
-        ...
-
-    def load(self, name: str, version: int, device: str) -> Denoiser:
-        """Return the denoiser of a version on a device.
-
-        Raises:
-            LoadError: It cannot be loaded.
-        """
-        ...
-
-    def fingerprint(self, name: str, version: int) -> str:
-        """Return SHA-256 (hex) of what a version was last loaded from.
-
-        Raises:
-            LoadError: It cannot be read.
-        """
-        ...
 
 
 class ModelRegistry:
@@ -297,7 +225,7 @@ class ModelRegistry:
     def memory(self) -> dict[str, int]:
         """Return the bytes of each loaded model; a shared bank counts for its first model."""
         sizes: dict[str, int] = {}
-        for first, *_ in _holders(self).values():
+        for first, *_ in by_memory(self).values():
             sizes[first.model] = sizes.get(first.model, 0) + first.info.memory_bytes
         return sizes
 
@@ -371,7 +299,7 @@ class ModelRegistry:
         budget = self._scheduling.memory_bytes
         if budget is None or self._repository is None:
             return
-        holders = _holders(self)
+        holders = by_memory(self)
         held = sum(first.info.memory_bytes for first, *_ in holders.values())
         if held <= budget:
             return
@@ -381,7 +309,7 @@ class ModelRegistry:
                 return
             if entry is not keep:
                 entry.loaded = None
-                sharing = holders[_held(entry)]
+                sharing = holders[memory_of(entry)]
                 held -= sharing[0].info.memory_bytes
                 sharing.remove(entry)
                 held += sharing[0].info.memory_bytes if sharing else 0
@@ -390,22 +318,6 @@ class ModelRegistry:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-
-def _held(entry: ModelVersion) -> object:
-    """Return the holder of a version's memory: a bank, which others may share, or the version."""
-    info = entry.info
-    # Other kinds were computed from their bank but do not hold it.
-    return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
-
-
-def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
-    """Return the loaded versions by the holder of their memory."""
-    holders: dict[object, list[ModelVersion]] = {}
-    for entry in entries:
-        if entry.loaded is not None:
-            holders.setdefault(_held(entry), []).append(entry)
-    return holders
 
 
 def _number(version: str) -> int:

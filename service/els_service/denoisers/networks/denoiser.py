@@ -19,7 +19,6 @@ from els_service.denoisers.base import (
     Integers,
     Query,
     check_finite,
-    check_query,
 )
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.guidance import denoise_guided, product_guided
@@ -27,6 +26,7 @@ from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.config import Execution, NetworkConfig, NetworkDocument
 from els_service.denoisers.networks.modules import Network, build_network
 from els_service.denoisers.networks.parametrisation import parametrise
+from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -24,7 +24,6 @@ from els_service.denoisers.base import (
     DenoiserInfo,
     Query,
     check_finite,
-    check_query,
     make_query,
 )
 from els_service.denoisers.levels import (
@@ -39,6 +38,7 @@ from els_service.denoisers.pretrained.onnx_file import read_onnx
 from els_service.denoisers.pretrained.onnx_graph import Graph, OnnxDocument
 from els_service.denoisers.pretrained.time_inputs import FlowTime, TimeInput
 from els_service.denoisers.pretrained.timesteps import Timesteps
+from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError, LoadError
 
 _LEVEL_INPUTS: dict[str, Callable[[Floats], Floats]] = {

@@ -26,7 +26,6 @@ from els_service.denoisers.base import (
     Integers,
     Query,
     check_finite,
-    check_query,
 )
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.levels import Floats
@@ -40,6 +39,7 @@ from els_service.denoisers.pretrained.folder import (
     read_trained,
 )
 from els_service.denoisers.pretrained.weights import Inside
+from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError
 
 DIT = "DiTTransformer2DModel"

@@ -15,9 +15,11 @@ from torch import Tensor
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, Query, make_query
-from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
+from els_service.server.requests.conditioning import decode_conditions, decode_guidance
 from els_service.server.requests.forms import Form, FormCache
 
 
@@ -84,9 +86,9 @@ class DenoiseMethod:
             level,
             tensors.bounded("labels", request.labels, self._limits),
             tensors.decode_windows(tensors.bounded("windows", request.windows, self._limits)),
-            tensors.decode_conditions(request, entry.info, shape[0]),
+            decode_conditions(request, entry.info, shape[0]),
         )
-        query.guidance = tensors.decode_guidance(request, shape[0])
+        query.guidance = decode_guidance(request, shape[0])
         checked = forms.check(entry, query)
         query.pixels = tensors.pixels_of(data, form.dtype, "x", shape)
         return entry, form, query, checked

@@ -15,7 +15,7 @@ import numpy as np
 
 from els_service.denoisers.base import DenoiserInfo, Integers, Query, one_each
 from els_service.denoisers.levels import NoiseLevel
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.errors import InvalidArgumentError
 
 MAX_FORMS = 256

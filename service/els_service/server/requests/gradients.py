@@ -14,6 +14,7 @@ from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.explanations import Explanation
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
+from els_service.server.requests.conditioning import decode_conditions, decode_guidance
 
 DEFAULT_SOURCES = 8
 MAX_SHARES = 1 << 16
@@ -56,9 +57,9 @@ def read_product(
         tensors.decode_level(request.level, info.levels, limits),
         tensors.bounded("labels", request.labels, limits),
         tensors.decode_windows(tensors.bounded("windows", request.windows, limits)),
-        tensors.decode_conditions(request, info, shape[0]),
+        decode_conditions(request, info, shape[0]),
     )
-    query.guidance = tensors.decode_guidance(request, shape[0])
+    query.guidance = decode_guidance(request, shape[0])
     query.pixels = tensors.pixels_of(x.data, x.dtype, "x", shape)
     return query, tensors.pixels_of(direction.data, direction.dtype, field, shape)
 

@@ -18,7 +18,8 @@ from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.registry import ModelRegistry
 from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.denoisers.samplers import Resume
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests.sample import CHURN_OPTIONS
 

@@ -1,4 +1,4 @@
-"""Decoding and encoding of the tensors and models of ``denoise.v1``: validating pure functions."""
+"""Decoding and encoding of the tensors and noise levels of ``denoise.v1``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Condition, Denoised, DenoiserInfo
-from els_service.denoisers.folder_scheduler import FolderScheduler
+from els_service.denoisers.base import Denoised
 from els_service.denoisers.levels import (
-    MAX_SIGMA,
-    MIN_SIGMA,
     NoiseLevel,
     Schedule,
     from_alpha_bar,
     from_sigma,
     from_time,
 )
-from els_service.engine.registry import ModelVersion
-from els_service.engine.request_context import PRIORITIES
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 
 MAX_PIXEL = 1e9
@@ -43,18 +38,16 @@ _STORED: dict[int, np.dtype[Any]] = {
 }
 """dtype → numpy layout of its bytes; bf16, which numpy lacks, as unsigned integers."""
 
-_ENCODED: dict[int, torch.dtype] = {
+ENCODED: dict[int, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
     pb.DTYPE_F16: torch.float16,
     pb.DTYPE_BF16: torch.bfloat16,
 }
-
-MAX_GUIDANCE = 100.0
+"""dtype → torch's; those of responses and of conditioning."""
 
 _Number = TypeVar("_Number", int, float)
 
 Request = pb.DenoiseRequest | pb.ScoreRequest
-Conditioned = Request | pb.SampleRequest | pb.VjpRequest | pb.JvpRequest
 
 
 def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> tuple[int, ...]:
@@ -67,7 +60,7 @@ def decode_shape(message: pb.Tensor, size: int, field: str, limits: Limits) -> t
     # A slice of a repeated field is a list, four times as fast as iteration.
     shape = tuple(message.shape[:MAX_REPORTED])
     if message.dtype not in _STORED:
-        raise InvalidArgumentError(f"{field}.dtype", _names(_STORED), message.dtype)
+        raise InvalidArgumentError(f"{field}.dtype", one_of(_STORED), message.dtype)
     check_shape(shape, field, limits)
     check_bytes(size, message.dtype, field, shape)
     check_pixels(f"{field}.shape", math.prod(shape), limits)
@@ -118,71 +111,6 @@ def pixels_of(
         flat = flat.astype(np.float32)
     check_finite(flat, field)
     return flat.reshape(shape)
-
-
-def decode_conditions(
-    request: Conditioned, info: DenoiserInfo, batch: int
-) -> tuple[Condition, ...]:
-    """Return the condition of each image; empty if the request has none.
-
-    Raises:
-        InvalidArgumentError: A field is wrong, or contradicts another field or the model.
-    """
-    guidance = request.guidance or 1.0
-    if not request.HasField("conditioning"):
-        if request.HasField("unconditional"):
-            raise InvalidArgumentError("unconditional", "none without conditioning", "one")
-        if request.guidance and info.condition_width:
-            raise InvalidArgumentError("guidance", "0 without conditioning", guidance)
-        return ()
-    _check_guidance(guidance)
-    if request.HasField("unconditional") != (guidance != 1):
-        expected = "one if guidance is neither 0 nor 1, else none"
-        got = "one" if request.HasField("unconditional") else "none"
-        raise InvalidArgumentError("unconditional", expected, got)
-    given = _conditions(request.conditioning, "conditioning", info, batch)
-    if guidance == 1:
-        return tuple(Condition(one) for one in given)
-    without = _conditions(request.unconditional, "unconditional", info, batch)
-    return tuple(Condition(one, other, guidance) for one, other in zip(given, without, strict=True))
-
-
-def decode_guidance(request: Conditioned, batch: int) -> npt.NDArray[np.float64] | None:
-    """Return the guidance by label of each image, [batch]; None where it is none.
-
-    Whether the model and the labels permit it is checked with the query.
-
-    Raises:
-        InvalidArgumentError: It is out of range.
-    """
-    guidance = request.guidance or 1.0
-    if guidance == 1 or request.HasField("conditioning"):
-        return None
-    _check_guidance(guidance)
-    return np.full(batch, guidance)
-
-
-def _check_guidance(guidance: float) -> None:
-    if not abs(guidance) <= MAX_GUIDANCE:
-        raise InvalidArgumentError("guidance", f"-{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}", guidance)
-
-
-def _conditions(
-    message: pb.Tensor, field: str, info: DenoiserInfo, batch: int
-) -> npt.NDArray[np.float32]:
-    """Return [batch, T, W] of a tensor with one condition, or one per image."""
-    shape = tuple(message.shape[:MAX_REPORTED])
-    # Before decoding: the model's rows bound the work.
-    if not info.condition_width:
-        raise InvalidArgumentError(field, "none for this model", list(shape))
-    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == info.condition_width
-    if not fits or not 1 <= shape[1] <= info.condition_rows:
-        expected = f"[1 or {batch}, 1 to {info.condition_rows}, {info.condition_width}]"
-        raise InvalidArgumentError(f"{field}.shape", expected, list(shape))
-    if message.dtype not in _ENCODED:
-        raise InvalidArgumentError(f"{field}.dtype", _names(_ENCODED), message.dtype)
-    numbers = decode_pixels(message.data, message.dtype, field, shape)
-    return np.broadcast_to(numbers, (batch, *shape[1:]))
 
 
 def check_shape(shape: Sequence[int], field: str, limits: Limits) -> None:
@@ -294,8 +222,8 @@ def output_size(dtype: int) -> int:
         InvalidArgumentError: Not a dtype of responses.
     """
     dtype = dtype or pb.DTYPE_F32
-    if dtype not in _ENCODED:
-        raise InvalidArgumentError("output_dtype", _names(_ENCODED), dtype)
+    if dtype not in ENCODED:
+        raise InvalidArgumentError("output_dtype", one_of(ENCODED), dtype)
     return _STORED[dtype].itemsize
 
 
@@ -353,7 +281,7 @@ def buffer_of(
         array: npt.NDArray[Any] = tensor.numpy() if isinstance(tensor, Tensor) else tensor
     else:
         # As integers: numpy has no bf16.
-        array = torch.as_tensor(tensor).to(_ENCODED[dtype]).view(torch.int16).numpy()
+        array = torch.as_tensor(tensor).to(ENCODED[dtype]).view(torch.int16).numpy()
     return np.ascontiguousarray(array)
 
 
@@ -363,72 +291,6 @@ def write_evidence(message: pb.Tensor, denoised: Denoised) -> None:
         write_tensor(message, denoised.log_evidence)
 
 
-def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
-    """Return the description of a served version of a model."""
-    info = entry.info
-    channels, height, width = info.shape
-    bank, window = info.bank, info.window
-    return pb.Model(
-        name=entry.model,
-        version=str(entry.version),
-        kind=info.kind,
-        machine=info.machine,
-        padding=info.padding,
-        channels=channels,
-        height=height,
-        width=width,
-        window=None
-        if window is None
-        else pb.WindowTable(sigma=window.sigma, k=window.k, max_k=info.max_window),
-        schedule=info.schedule,
-        label_count=info.label_count,
-        label_names=info.label_names,
-        limits=pb.Limits(
-            max_images=limits.max_images,
-            max_steps=limits.max_steps,
-            max_message_bytes=limits.max_message_bytes,
-            min_sigma=MIN_SIGMA,
-            max_sigma=MAX_SIGMA,
-            max_pixels=limits.max_pixels,
-            priority_levels=PRIORITIES,
-            max_in_flight_bytes=limits.max_in_flight_bytes,
-        ),
-        bank=None
-        if bank is None
-        else pb.Bank(
-            fingerprint=bank.fingerprint,
-            images=bank.images,
-            source=bank.source,
-            licence=bank.licence,
-        ),
-        batch_invariant=info.batch_invariant,
-        has_log_evidence=info.has_log_evidence,
-        has_gradients=info.has_gradients,
-        has_sources=info.has_sources,
-        implementation=info.implementation,
-        memory_bytes=info.memory_bytes,
-        conditioning=pb.Conditioning(max_rows=info.condition_rows, width=info.condition_width)
-        if info.condition_width
-        else None,
-        decoded_shape=info.decoded_shape,
-        step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
-        scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
-        label_guidance=info.label_guidance,
-    )
-
-
-def _encode_scheduler(scheduler: FolderScheduler) -> pb.FolderScheduler:
-    return pb.FolderScheduler(
-        name=scheduler.name,
-        timestep_spacing=scheduler.spacing,
-        steps_offset=scheduler.steps_offset,
-        set_alpha_to_one=scheduler.set_alpha_to_one,
-        clip_sample_range=scheduler.clip or 0.0,
-        variance_type=scheduler.variance_type,
-        use_karras_sigmas=scheduler.karras,
-        samplers=[pb.Sampler.Value(f"SAMPLER_{name.upper()}") for name in scheduler.samplers],
-    )
-
-
-def _names(dtypes: Iterable[int]) -> str:
+def one_of(dtypes: Iterable[int]) -> str:
+    """Return "one of" and the names of dtypes, for errors."""
     return "one of " + ", ".join(pb.DType.Name(pb.DType.ValueType(dtype)) for dtype in dtypes)

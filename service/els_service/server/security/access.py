@@ -20,7 +20,7 @@ from els_service.errors import ElsError, LoadError, PermissionDeniedError
 from els_service.server.addresses import is_local, is_loopback, with_port
 from els_service.server.security import tls
 from els_service.server.security.tokens import Tokens
-from els_service.server.transport.caller import set_token_name
+from els_service.server.transport.call_context import set_token_name
 from els_service.server.transport.grpc_types import Handler
 
 _ADMIN_SERVICES = frozenset({"grpc.channelz.v1.Channelz"})

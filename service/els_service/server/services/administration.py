@@ -12,7 +12,7 @@ from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo
 from els_service.engine.engine import Engine
 from els_service.engine.loaded_model import DurationSum, Statistics
-from els_service.engine.registry import ModelVersion
+from els_service.engine.model_versions import ModelVersion
 from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of

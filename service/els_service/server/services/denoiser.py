@@ -19,11 +19,14 @@ from els_service.denoisers.samplers import (
     state_shape,
     steps_of,
 )
-from els_service.engine.engine import Engine, SamplingRun
-from els_service.engine.registry import ModelVersion
+from els_service.engine.engine import Engine
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.sampling import SamplingRun
 from els_service.errors import QueueFullError, UnavailableError
 from els_service.server.requests import tensors
+from els_service.server.requests.conditioning import decode_conditions, decode_guidance
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
+from els_service.server.requests.model_descriptions import encode_model
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.requests.sample import (
     SAMPLER_NAMES,
@@ -34,10 +37,9 @@ from els_service.server.requests.sample import (
 )
 from els_service.server.services.explain import MomentService
 from els_service.server.services.streams import Window, in_order
-from els_service.server.transport.caller import caller_of
+from els_service.server.transport.call_context import caller_of, context_of
 from els_service.server.transport.grpc_types import Context, Response
-from els_service.server.transport.message_parsing import check_message
-from els_service.server.transport.request_context import context_of
+from els_service.server.transport.receiving import check_message
 from els_service.server.transport.tcp_info import shut_down
 
 
@@ -127,9 +129,9 @@ class DenoiserService(MomentService):
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", tensors.decode_windows(request.windows), count, none=0),
             evaluations_of(name, options, resume),
-            tensors.decode_conditions(request, info, count),
+            decode_conditions(request, info, count),
             request.return_decoded,
-            tensors.decode_guidance(request, count),
+            decode_guidance(request, count),
             held_bytes_of(name, options, shape),
         )
         steps = self._engine.sample(request.model, run, scheduling, version=request.version)
@@ -156,15 +158,13 @@ class DenoiserService(MomentService):
     ) -> pb.ListModelsResponse:
         """Return a description of the newest version of each served model."""
         return pb.ListModelsResponse(
-            models=[
-                tensors.encode_model(entry, self._limits) for entry in self._engine.models.newest()
-            ]
+            models=[encode_model(entry, self._limits) for entry in self._engine.models.newest()]
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return the description of one model."""
         entry = self._engine.models.entry(request.name, request.version)
-        return pb.GetModelResponse(model=tensors.encode_model(entry, self._limits))
+        return pb.GetModelResponse(model=encode_model(entry, self._limits))
 
 
 def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:

@@ -15,8 +15,8 @@ from els_service.engine.derived import product_of, with_direction
 from els_service.engine.engine import Engine
 from els_service.errors import UnsupportedError
 from els_service.server.requests import gradients, tensors
+from els_service.server.transport.call_context import context_of
 from els_service.server.transport.grpc_types import Context
-from els_service.server.transport.request_context import context_of
 
 _LISTED = 20
 """Models that an error lists."""

@@ -20,8 +20,8 @@ from grpc_health.v1.health_pb2_grpc import HealthServicer
 from els_service.errors import ResourceExhaustedError
 from els_service.server.addresses import is_unix
 from els_service.server.services.health_watchers import Watcher, Watchers
+from els_service.server.transport.call_context import check_cancelled
 from els_service.server.transport.grpc_types import Context
-from els_service.server.transport.grpc_workarounds import check_cancelled
 from els_service.server.transport.small_messages import SMALL_MESSAGE_BYTES, UNREADABLE
 
 _log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from els_service.server.services.administration import (
     OnChange,
     platform_of,
 )
+from els_service.server.transport.call_context import context_of
 from els_service.server.transport.grpc_types import Context, Response
-from els_service.server.transport.request_context import context_of
 from els_service.version import FULL
 
 _OUTPUTS: dict[str, Callable[[Query, Denoised], npt.NDArray[np.float32]]] = {

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
+from els_service.server.transport.call_context import check_cancelled
 from els_service.server.transport.grpc_types import Response
-from els_service.server.transport.grpc_workarounds import check_cancelled
 from els_service.server.transport.status import status_of
 
 _log = logging.getLogger(__name__)

@@ -37,24 +37,6 @@ def make_server(options: Sequence[tuple[str, int]]) -> grpc.aio.Server:
     return server
 
 
-def check_cancelled() -> asyncio.Task[Any]:
-    """Return the current task.
-
-    Called after each read and write: nothing else raises the cancellation in a task that only reads
-    or writes.
-
-    Raises:
-        CancelledError: The task was cancelled.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    if task.cancelling():
-        # The task keeps the exception, whose traceback references this frame: a cycle.
-        del task
-        raise asyncio.CancelledError("the client has disconnected")
-    return task
-
-
 class _StandIn:
     """Proxy of the event loop that creates other futures."""
 

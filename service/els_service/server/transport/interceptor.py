@@ -7,12 +7,10 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
-from google.protobuf.descriptor_pool import Default
 from google.rpc import code_pb2
 
 from els_service.config import Limits
@@ -21,20 +19,25 @@ from els_service.errors import ElsError, UnavailableError
 from els_service.logs import CALL
 from els_service.server.requests.message_structure import is_large_gzip
 from els_service.server.telemetry.metrics import Method, Metrics
-from els_service.server.transport.call_record import CallRecord
-from els_service.server.transport.caller import caller_of, token_name
+from els_service.server.transport.call_context import (
+    CallRecord,
+    caller_of,
+    check_cancelled,
+    token_name,
+)
 from els_service.server.transport.connections import LARGE_BYTES
 from els_service.server.transport.grpc_types import Context, Handler, Reject
-from els_service.server.transport.grpc_workarounds import check_cancelled
-from els_service.server.transport.message_parsing import (
+from els_service.server.transport.handlers import handlers_of
+from els_service.server.transport.receiving import (
     Decompressor,
     Malformed,
     Parse,
+    Receiver,
+    RequestStream,
     check_message,
     parser,
     serializer,
 )
-from els_service.server.transport.receiving import Receiver, RequestStream
 from els_service.server.transport.responses import response_bytes, write_all
 from els_service.server.transport.small_messages import small_messages
 from els_service.server.transport.status import drop_tracebacks, status_of
@@ -69,35 +72,6 @@ class Access(Protocol):
         reject: Callable[[str, ElsError, Any], Awaitable[NoReturn]],
     ) -> grpc.GenericRpcHandler:
         """Return a service's handlers, by method, behind the check."""
-
-
-@dataclass(frozen=True)
-class _MethodOf(grpc.HandlerCallDetails):
-    """A call of a method without metadata, for which generated code returns its handler."""
-
-    method: str
-    invocation_metadata: tuple[()] = ()
-
-
-class _Collector:
-    """Receives the handlers that generated code would add to a server.
-
-    Code by compilers before 1.65 adds only generic handlers; that by later ones adds both.
-    """
-
-    def __init__(self) -> None:
-        self.handlers: dict[str, dict[str, Handler]] = {}
-
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
-        self.handlers[service] = handlers
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.ServiceRpcHandler]) -> None:
-        for generic in handlers:
-            service = generic.service_name()
-            assert service is not None
-            names = (method.name for method in Default().FindServiceByName(service).methods)
-            found = {name: generic.service(_MethodOf(f"/{service}/{name}")) for name in names}
-            self.handlers[service] = {name: one for name, one in found.items() if one is not None}
 
 
 class CallInterceptor:
@@ -152,9 +126,7 @@ class CallInterceptor:
             servicer: implements the service.
             server: receives the handlers.
         """
-        collector = _Collector()
-        add_to_server(servicer, collector)
-        for service, handlers in collector.handlers.items():
+        for service, handlers in handlers_of(add_to_server, servicer).items():
             methods = {
                 name: self._method(service, name, handler) for name, handler in handlers.items()
             }
@@ -167,9 +139,7 @@ class CallInterceptor:
         self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
     ) -> None:
         """Add a servicer behind the access check; only rejected calls are counted and logged."""
-        collector = _Collector()
-        add_to_server(servicer, collector)
-        for service, handlers in collector.handlers.items():
+        for service, handlers in handlers_of(add_to_server, servicer).items():
             self._add(service, handlers, {}, server, small=True)
 
     def _add(

@@ -18,7 +18,7 @@ import grpc
 
 from els_service.engine.budget import Holding
 from els_service.errors import DeadlineExceededError, ElsError
-from els_service.server.transport.caller import set_token_name
+from els_service.server.transport.call_context import set_token_name
 from els_service.server.transport.connections import LARGE_BYTES, Connection
 from els_service.server.transport.grpc_types import Context, Reject
 from els_service.server.transport.message_memory import MessageMemory

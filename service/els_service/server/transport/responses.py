@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 
 from els_service.server.telemetry.metrics import Method
+from els_service.server.transport.call_context import check_cancelled
 from els_service.server.transport.grpc_types import Context, Response
-from els_service.server.transport.grpc_workarounds import check_cancelled
 
 
 async def write_all(responses: Any, method: Method, context: Context) -> None:

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from els_service.errors import ElsError
 from els_service.server.requests.message_structure import MessageStructureError, inflated
-from els_service.server.transport.caller import token_name
+from els_service.server.transport.call_context import token_name
 from els_service.server.transport.grpc_types import Context, Handler
 from els_service.server.transport.receiving import Receiver, RequestStream
 from els_service.server.transport.responses import write

@@ -1,0 +1,76 @@
+"""Checks of a query against the description of a denoiser."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from els_service.denoisers.base import DenoiserInfo, Integers, Query
+from els_service.errors import InvalidArgumentError
+
+
+def check_query(info: DenoiserInfo, query: Query) -> None:
+    """Check shape, labels, windows and conditions against the description of a denoiser.
+
+    Raises:
+        InvalidArgumentError: One of them is not supported; names field, expected and got.
+    """
+    if query.pixels.shape[1:] != info.shape:
+        expected = f"[B, {', '.join(map(str, info.shape))}]"
+        raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.pixels.shape)}")
+    _check_labels(info, query.labels.tolist())
+    _check_windows(info, query.windows.tolist())
+    if info.condition_width or query.conditions:
+        _check_conditions(info, query)
+    if query.guidance is not None:
+        _check_guidance(info, query.labels, query.guidance)
+
+
+def _check_guidance(
+    info: DenoiserInfo, labels: Integers, guidance: npt.NDArray[np.float64]
+) -> None:
+    for label, g in zip(labels.tolist(), guidance.tolist(), strict=True):
+        if g == 1:
+            continue
+        if not info.label_guidance:
+            expected = "0 or 1 without conditioning, as this model has no class for no label"
+            raise InvalidArgumentError("guidance", expected, g)
+        if label < 0:
+            raise InvalidArgumentError("guidance", "0 or 1 for an image without a label", g)
+
+
+def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
+    for label in labels:
+        if label == -1:
+            continue
+        if not info.label_count:
+            raise InvalidArgumentError("labels", "none for an unlabelled model", label)
+        if not 0 <= label < info.label_count:
+            raise InvalidArgumentError("labels", f"-1 to {info.label_count - 1}", label)
+
+
+def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
+    for k in windows:
+        if k == 0:
+            continue
+        if not info.max_window:
+            raise InvalidArgumentError("windows", "none for a model without a window", k)
+        if k % 2 == 0 or not 1 <= k <= info.max_window:
+            raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)
+
+
+def _check_conditions(info: DenoiserInfo, query: Query) -> None:
+    if not info.condition_width:
+        raise InvalidArgumentError("conditioning", "none for this model", "some")
+    expected = f"[1 to {info.condition_rows}, {info.condition_width}] for each image"
+    if not query.conditions:
+        raise InvalidArgumentError("conditioning", expected, "none")
+    for condition in query.conditions:
+        rows, width = condition.given.shape
+        if width != info.condition_width or not 1 <= rows <= info.condition_rows:
+            raise InvalidArgumentError("conditioning", expected, [rows, width])
+        other = condition.unconditional
+        if other is not None and other.shape != condition.given.shape:
+            raise InvalidArgumentError(
+                "unconditional", f"shape {[rows, width]}, as conditioning", list(other.shape)
+            )

@@ -1,0 +1,91 @@
+"""Trajectories of samplers as the engine runs them: what to run, and its queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from els_service.denoisers.base import Condition, Denoised, Denoiser, Integers, Query, make_query
+from els_service.denoisers.levels import NoiseLevel
+from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
+from els_service.engine.loaded_model import LoadedModel
+from els_service.engine.request_context import allows
+from els_service.errors import DeadlineExceededError
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingRun:
+    """Trajectory to run.
+
+    Args:
+        trajectory: new or resumed trajectory of a sampler.
+        labels: [count], -1 for none.
+        windows: [count], 0 for the model's own at each level.
+        evaluations: number of its denoise calls.
+        conditions: one for each image, or none.
+        decode: whether the last step has the decoded images of its latents.
+        guidance: by label, [count]; None for none.
+        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
+    """
+
+    trajectory: Trajectory
+    labels: Integers
+    windows: Integers
+    evaluations: int
+    conditions: tuple[Condition, ...] = ()
+    decode: bool = False
+    guidance: npt.NDArray[np.float64] | None = None
+    held_bytes: int = 0
+
+    def query(self, denoiser: Denoiser, call: DenoiseCall) -> Query:
+        """Return the query of a denoise call."""
+        requested = windows_for(denoiser, call)
+        windows = self.windows
+        if requested:
+            windows = np.where(windows > 0, windows, requested[0])
+        level = NoiseLevel(call.level.a, call.level.s)
+        labels = self.labels.tolist()
+        query = make_query(call.x.float(), level, labels, windows.tolist(), self.conditions)
+        query.guidance = self.guidance
+        if call.unclipped:
+            query.unclipped = np.ones(len(query), np.bool_)
+        return query
+
+    def advance(self, answer: Denoised | None) -> DenoiseCall | Step | None:
+        """Return what the sampler yields next; None at the end.
+
+        Args:
+            answer: answer to the previous denoise call; None after a step and at first.
+        """
+        # Samplers compute in torch, in float64.
+        x_hat = None if answer is None else torch.from_numpy(answer.pixels).double()
+        try:
+            return self.trajectory.send(x_hat)
+        except StopIteration:
+            return None
+
+    def check_time(self, loaded: LoadedModel, query: Query, deadline: float, now: float) -> None:
+        """Check that the trajectory can end in time on an idle server.
+
+        Args:
+            loaded: model of the trajectory.
+            query: its first query.
+            deadline: on the engine's clock.
+            now: on the engine's clock.
+
+        Raises:
+            DeadlineExceededError: It would be late by prediction.
+        """
+        slack = deadline - now
+        estimate = loaded.denoiser.predict_seconds(query)
+        each = loaded.costs.seconds(estimate)
+        if self.evaluations * each <= slack:
+            return
+        if loaded.costs.may_reject(self.evaluations * estimate, slack, now):
+            raise DeadlineExceededError(
+                f"the trajectory evaluates {loaded.model} {self.evaluations} times, "
+                f"{each:.3g} s each by prediction: {self.evaluations * each:.3g} s; {allows(slack)}"
+            )

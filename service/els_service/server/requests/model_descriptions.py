@@ -1,0 +1,77 @@
+"""Encoding of the description of a served model."""
+
+from __future__ import annotations
+
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_service.config import Limits
+from els_service.denoisers.folder_scheduler import FolderScheduler
+from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.request_context import PRIORITIES
+
+
+def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
+    """Return the description of a served version of a model."""
+    info = entry.info
+    channels, height, width = info.shape
+    bank, window = info.bank, info.window
+    return pb.Model(
+        name=entry.model,
+        version=str(entry.version),
+        kind=info.kind,
+        machine=info.machine,
+        padding=info.padding,
+        channels=channels,
+        height=height,
+        width=width,
+        window=None
+        if window is None
+        else pb.WindowTable(sigma=window.sigma, k=window.k, max_k=info.max_window),
+        schedule=info.schedule,
+        label_count=info.label_count,
+        label_names=info.label_names,
+        limits=pb.Limits(
+            max_images=limits.max_images,
+            max_steps=limits.max_steps,
+            max_message_bytes=limits.max_message_bytes,
+            min_sigma=MIN_SIGMA,
+            max_sigma=MAX_SIGMA,
+            max_pixels=limits.max_pixels,
+            priority_levels=PRIORITIES,
+            max_in_flight_bytes=limits.max_in_flight_bytes,
+        ),
+        bank=None
+        if bank is None
+        else pb.Bank(
+            fingerprint=bank.fingerprint,
+            images=bank.images,
+            source=bank.source,
+            licence=bank.licence,
+        ),
+        batch_invariant=info.batch_invariant,
+        has_log_evidence=info.has_log_evidence,
+        has_gradients=info.has_gradients,
+        has_sources=info.has_sources,
+        implementation=info.implementation,
+        memory_bytes=info.memory_bytes,
+        conditioning=pb.Conditioning(max_rows=info.condition_rows, width=info.condition_width)
+        if info.condition_width
+        else None,
+        decoded_shape=info.decoded_shape,
+        step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
+        scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
+        label_guidance=info.label_guidance,
+    )
+
+
+def _encode_scheduler(scheduler: FolderScheduler) -> pb.FolderScheduler:
+    return pb.FolderScheduler(
+        name=scheduler.name,
+        timestep_spacing=scheduler.spacing,
+        steps_offset=scheduler.steps_offset,
+        set_alpha_to_one=scheduler.set_alpha_to_one,
+        clip_sample_range=scheduler.clip or 0.0,
+        variance_type=scheduler.variance_type,
+        use_karras_sigmas=scheduler.karras,
+        samplers=[pb.Sampler.Value(f"SAMPLER_{name.upper()}") for name in scheduler.samplers],
+    )
