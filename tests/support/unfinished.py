@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from tests.support import frames
@@ -58,6 +59,18 @@ class Sender:
                     self.room -= size
                     self.sent[stream] += size
             self._take()
+
+    def run_until(self, done: Callable[[], bool], timeout_s: float = 20) -> None:
+        """Send until something is done.
+
+        Raises:
+            TimeoutError: It was not done in time.
+        """
+        until = time.monotonic() + timeout_s
+        while not done():
+            if time.monotonic() > until:
+                raise TimeoutError(f"not done in {timeout_s} s; ended: {self.ended}")
+            self.run(0.05)
 
     def _send(self, kind: int, stream: int, payload: bytes, flags: int = 0) -> None:
         self._peer.sendall(frames.frame(kind, stream=stream, payload=payload, flags=flags))
