@@ -72,7 +72,7 @@ def test_unary_answers_hold_no_more_than_the_budget_and_give_way(tight: ServerPr
 
 
 def test_streams_give_way_to_a_caller_within_its_share(tight: ServerProcess) -> None:
-    over = threading.Event()
+    over, calls = threading.Event(), []
 
     def requests() -> Iterator[pb.DenoiseRequest]:
         yield from (images(86) for _ in range(80))
@@ -82,7 +82,8 @@ def test_streams_give_way_to_a_caller_within_its_share(tight: ServerProcess) -> 
         stack.callback(over.set)
         for _ in range(6):
             channel = stack.enter_context(grpc.insecure_channel(tight.target, _OWN_CONNECTION))
-            DenoiserServiceStub(channel).DenoiseStream(requests())
+            # Kept, as a call without a reference is cancelled.
+            calls.append(DenoiserServiceStub(channel).DenoiseStream(requests()))
         # Until their answers fill what they may hold.
         before, held = -1.0, 0.0
         while held == 0 or held != before:

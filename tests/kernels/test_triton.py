@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tests.kernels.cases import NAMES, assert_within_budget, random_case
+from tests.kernels.cases import NAMES, assert_within_budget, for_interpreter, random_case
 from torch import Tensor
 
 from els_kernels import PatchAttention
@@ -38,6 +38,7 @@ def test_the_tiles_of_every_chip_give_the_same_answer(
     monkeypatch.setattr(attention, "architecture", lambda device: arch)
     for channels, of_bytes in ((1, True), (3, False)):
         case = random_case(NAMES[name], (4, channels, 7, 8), [3, 5], of_bytes=of_bytes)
+        case = for_interpreter("triton", case)
         assert_within_budget(case, case.attend("triton"), case.attend("reference"))
 
 
