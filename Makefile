@@ -7,8 +7,10 @@ PEER := .venv-tritonclient
 CONTRACTS := $(shell find proto -name '*.proto')
 NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 
-# Compiling all of torch to bytecode takes half a minute; Python compiles what is imported.
+# Compiling all of torch to bytecode takes half a minute; Python compiles what is imported, and has
+# to keep it: without bytecode every process that imports torch takes three CPU seconds more.
 PIP_INSTALL := pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # A pretrained denoiser of 43 MB, for one test.
 TERRAIN := .terrain/terrain.onnx
@@ -32,12 +34,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python clients/examples/demo.py --out demo.png
 
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(NICE) $(BIN)/ruff check .
+	$(NICE) $(BIN)/ruff format --check .
+	$(NICE) $(BIN)/mypy
+	$(NICE) $(BIN)/lint-imports
 
-# Tests share the cores; those that measure time or memory run afterwards, one at a time.
+# Tests share the cores; those that measure time run afterwards, one at a time.
 WORKERS ?= auto
 SHARED := -n $(WORKERS) --dist worksteal
 
@@ -46,18 +48,29 @@ test-fast: $(VENV)/.installed
 	$(BIN)/pytest $(SHARED) -m "not (e2e or slow or fuzz or alone)" --ignore tests/e2e --ignore tests/fuzz
 
 # All that CI runs. What is skipped is printed with the command that brings what is missing.
-# Tests that fail while others share the cores are run once more by themselves, and have to pass.
-test: lint
+# Lint uses the time in which the tests wait.
+test: install
 	failed=0; \
-	$(BIN)/pytest $(SHARED) --durations 15 -m "not alone" || \
-		$(BIN)/pytest --last-failed --last-failed-no-failures none -m "not alone" || failed=1; \
-	$(BIN)/pytest -m alone || failed=1; \
+	$(MAKE) --no-print-directory --jobs 2 --keep-going NICE='nice -n 10' test-shared lint || \
+		failed=1; \
+	$(MAKE) --no-print-directory test-alone || failed=1; \
 	exit $$failed
 
-# Properties with twenty times the examples.
+.PHONY: test-shared test-alone
+
+# Tests that fail while others share the cores are run once more by themselves, and have to pass.
+test-shared: install
+	$(BIN)/pytest $(SHARED) --durations 15 -m "not alone" || \
+		$(BIN)/pytest --last-failed --last-failed-no-failures none -m "not alone"
+
+# Only their files are imported.
+test-alone: install
+	$(BIN)/pytest -m alone $(shell grep --recursive --files-with-matches --include '*.py' 'mark\.alone' tests)
+
+# Properties with twenty times the examples; the native kernel by other compilers, optimised.
 test-nightly: install
 	$(BIN)/pytest $(SHARED) --hypothesis-profile nightly --timeout 3600 \
-		tests/engine tests/server tests/denoisers tests/fuzz
+		tests/engine tests/server tests/denoisers tests/fuzz tests/kernels/test_native_compilers.py
 
 $(TERRAIN): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --no-deps --dest .terrain adaptive-terrain-diffusion==0.4.1
@@ -136,9 +149,9 @@ CLIENTS := .venv-client-oldest .venv-client-newest
 
 client-environments: $(CLIENTS:=/.installed)
 
-.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.installed
+.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py
 	$(PYTHON) -m venv --clear $(@D)
-	$(BIN)/python -m tests.support.client_requirements $* > $(@D)/requirements.txt
+	$(PYTHON) -m tests.support.client_requirements $* > $(@D)/requirements.txt
 	$(@D)/bin/pip install --quiet --requirement $(@D)/requirements.txt
 	touch $@
 

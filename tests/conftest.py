@@ -25,6 +25,9 @@ settings.load_profile("ci")
 FOLDERS = Path(__file__).parent
 MARKED_FOLDERS = {FOLDERS / "e2e": "e2e", FOLDERS / "fuzz": "fuzz"}
 """Every test in the folder has the mark."""
+THREADED = FOLDERS / "kernels" / "test_native.py"
+"""Tests of work that is split among threads, beside those that set their number."""
+CORES = torch.get_num_threads()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,3 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder, mark in MARKED_FOLDERS.items():
             if folder in item.path.parents:
                 item.add_marker(mark)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give the tests of each of several workers one thread, as commands may have set others.
+
+    The tensors of tests are small: two threads take half as much CPU time again as one.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(CORES if item.path == THREADED else 1)

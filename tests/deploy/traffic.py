@@ -17,8 +17,9 @@ from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 
-QUEUE_S = "1"
-"""Setting of the server: what may wait."""
+QUEUE_S = "2"
+"""Setting of the server: what may wait; twice what ``most_ends`` does, as batches of a busy machine
+are predicted to take longer than they sleep."""
 DRAIN_S = "4"
 _TIMEOUT_S = 30
 

@@ -19,7 +19,7 @@ from grpc_channelz.v1.channelz_pb2_grpc import ChannelzStub
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from tests.support.bad_requests import denoise, sample
-from tests.support.processes import ServerProcess, run, serving
+from tests.support.processes import COMMAND, ServerProcess, run, serving
 from tests.support.refusals import TIMEOUT_S, refused
 from tests.support.security import Certificates, TokenFile, bearing, healthy
 
@@ -232,7 +232,8 @@ def test_reflection_can_be_turned_off_and_channelz_is_off_by_default(
 
 
 def test_a_server_beyond_loopback_without_a_guard_does_not_start() -> None:
-    done = run("els-server", "run", "--port=0", "--metrics-port=0", "--host=0.0.0.0")
+    # Executed, so that the interpreter ends too.
+    done = run(COMMAND[0], "run", "--port=0", "--metrics-port=0", "--host=0.0.0.0")
     assert (done.returncode, done.stdout) == (2, "")
     assert "host: expected loopback, or tls_certificate and tls_key, got 0.0.0.0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.support.models_folder import DOCUMENTS
-from tests.support.processes import ServerProcess, run
+from tests.support.processes import BIN, ServerProcess, run
 
 from els_client import Client
 from els_proto.build_info import COMMIT
@@ -34,7 +34,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_both_commands_print_version_and_commit() -> None:
     version = metadata.version("els-denoise")
     for command in ("els", "els-server"):
-        done = run(command, "--version")
+        done = run(BIN / command, "--version")
         assert (done.returncode, done.stdout) == (0, f"{command} {version} ({COMMIT})\n")
 
 

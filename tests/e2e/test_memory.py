@@ -21,9 +21,6 @@ from tests.support.refusals import TIMEOUT_S
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 
-pytestmark = pytest.mark.alone
-
-
 CALLERS, CALLS, WINDOWS = 4, 500, 3
 BYTES = 64.0
 """Allowed for each call. The least that malloc gives to an operation of gRPC's is 96; before they

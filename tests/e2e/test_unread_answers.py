@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.test_unfinished_messages import BUDGET, MIB, memory, port_of
 from tests.support import frames
 from tests.support.bad_requests import denoise, tensor
+from tests.support.metrics import value
 from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 from tests.support.unfinished import DENOISE, Sender
@@ -22,8 +23,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
-
-pytestmark = pytest.mark.alone  # memory is measured
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_unary_answers_hold_no_more_than_the_budget_and_give_way(tight: ServerPr
 
 
 def test_streams_give_way_to_a_caller_within_its_share(tight: ServerProcess) -> None:
-    over = threading.Event()
+    over, calls = threading.Event(), []
 
     def requests() -> Iterator[pb.DenoiseRequest]:
         yield from (images(86) for _ in range(80))
@@ -78,8 +77,13 @@ def test_streams_give_way_to_a_caller_within_its_share(tight: ServerProcess) -> 
         stack.callback(over.set)
         for _ in range(6):
             channel = stack.enter_context(grpc.insecure_channel(tight.target, _OWN_CONNECTION))
-            DenoiserServiceStub(channel).DenoiseStream(requests())
-        time.sleep(3)
+            # Kept, as a call without a reference is cancelled.
+            calls.append(DenoiserServiceStub(channel).DenoiseStream(requests()))
+        # Until their answers fill what they may hold.
+        before, held = -1.0, 0.0
+        while held == 0 or held != before:
+            time.sleep(0.3)
+            before, held = held, value(tight, "els_memory_in_flight_bytes")
         channel = stack.enter_context(grpc.insecure_channel(tight.target, _OWN_CONNECTION))
         for count in (1, 40, 85, 85, 85):
             DenoiserServiceStub(channel).Denoise(images(count), timeout=TIMEOUT_S)

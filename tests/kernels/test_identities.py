@@ -10,6 +10,7 @@ from tests.kernels.cases import (
     assert_within_budget,
     evidence_budgets,
     few,
+    for_interpreter,
     random_case,
     relative_errors,
 )
@@ -31,7 +32,7 @@ def test_with_zero_padding_windows_as_large_as_the_image_make_els_local(
 ) -> None:
     side = max(shape[2:])
     for window in range(side + 1 - side % 2, 2 * side, 2):
-        els = random_case(NAMES["els-zeros"], shape, [window] * 4)
+        els = random_case(NAMES["els-zeros"], shape, [window] * few(any_implementation, 4))
         local = with_geometry(els, "local-zeros", window)
         assert_within_budget(els, els.attend(any_implementation), local.attend(any_implementation))
 
@@ -41,7 +42,8 @@ def test_with_zero_padding_windows_as_large_as_the_image_make_els_local(
 def test_with_zero_padding_the_largest_window_makes_the_ideal_machine(
     any_implementation: str, machine: str, shape: Shape
 ) -> None:
-    case = random_case(NAMES[machine], shape, [2 * max(shape[2:]) - 1] * 4)
+    windows = [2 * max(shape[2:]) - 1] * few(any_implementation, 4)
+    case = random_case(NAMES[machine], shape, windows)
     ideal = with_geometry(case, "ideal-zeros")
     assert_within_budget(case, case.attend(any_implementation), ideal.attend(any_implementation))
 
@@ -50,7 +52,8 @@ def test_with_zero_padding_the_largest_window_makes_the_ideal_machine(
 def test_on_a_square_torus_a_window_of_its_side_makes_els_equivariant(
     any_implementation: str, side: int
 ) -> None:
-    els = random_case(NAMES["els-circular"], (4, 2, side, side), [side] * 4)
+    windows = [side] * few(any_implementation, 4)
+    els = random_case(NAMES["els-circular"], (4, 2, side, side), windows)
     whole = with_geometry(els, "equivariant-circular")
     assert_within_budget(els, els.attend(any_implementation), whole.attend(any_implementation))
 
@@ -60,7 +63,7 @@ def test_on_a_square_torus_a_window_of_its_side_makes_els_equivariant(
 def test_a_query_rolled_on_the_torus_rolls_the_answer(
     any_implementation: str, name: str, shift: tuple[int, int]
 ) -> None:
-    case = random_case(NAMES[name], (4, 2, 4, 5))
+    case = for_interpreter(any_implementation, random_case(NAMES[name], (4, 2, 4, 5)))
     rolled = replace(case, x=case.x.roll(shift, (2, 3)))
     mean, evidence = case.attend(any_implementation)
     want = Posterior(mean.roll(shift, (2, 3)), evidence.roll(shift, (1, 2)))
@@ -79,7 +82,7 @@ def test_the_ideal_machine_of_one_image_returns_that_image(any_implementation: s
 def test_preserving_and_exploding_variance_are_one_problem(
     any_implementation: str, name: str
 ) -> None:
-    preserving = random_case(NAMES[name], (5, 2, 4, 5))
+    preserving = for_interpreter(any_implementation, random_case(NAMES[name], (5, 2, 4, 5)))
     a = preserving.a
     exploding = replace(
         preserving,
@@ -96,7 +99,7 @@ def test_preserving_and_exploding_variance_are_one_problem(
 def test_a_bank_given_twice_answers_as_given_once_with_log_2_more_evidence(
     any_implementation: str, name: str
 ) -> None:
-    once = random_case(NAMES[name], (4, 1, 3, 4))
+    once = for_interpreter(any_implementation, random_case(NAMES[name], (4, 1, 3, 4)))
     once = replace(once, ranges=torch.tensor([[0, 4]] * len(once)))
     twice = replace(once, bank=once.bank.repeat(2, 1, 1, 1), ranges=2 * once.ranges)
     mean, evidence = once.attend(any_implementation)
@@ -111,6 +114,7 @@ def test_shards_of_a_bank_merge_by_their_evidence_to_the_answer_of_the_whole(
 ) -> None:
     images = few(any_implementation, 37)
     whole = random_case(NAMES[name], (images, 2, 5, 6), None if NAMES[name].whole else [3])
+    whole = for_interpreter(any_implementation, whole)
     whole = replace(whole, ranges=torch.tensor([(0, images)] * len(whole)))
     want = whole.attend(any_implementation)
     parts = [

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from hatchling.bridge.app import Application
+from hypothesis import settings
 from tests.kernels.cases import NAMES, Case, assert_within_budget, random_case
 
 import native_build
@@ -52,10 +53,11 @@ def program(
 def compiled(target: Target, folder: Path) -> Path:
     driver = Path(__file__).with_name("native_driver.cpp")
     out = folder / "driver"
-    # Optimising would take longer than all the rest.
-    quick = tuple(flag.replace("-O3", "-O1") for flag in native_build.COMMON)
+    # To optimise takes a minute: of the profile nightly, as its flags are those of the build.
+    optimised = settings().max_examples > 100
+    flags = tuple(f for f in native_build.COMMON if optimised or f != "-O3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_build, "COMMON", quick)
+        patch.setattr(native_build, "COMMON", flags)
         objects = native_build.compile_objects(
             [target.compiler], ROOT, folder, target.machine, library=driver
         )

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tests.kernels.cases import NAMES, assert_within_budget, random_case
+from tests.kernels.cases import NAMES, assert_within_budget, for_interpreter, random_case
+from torch import Tensor
 
 from els_kernels import PatchAttention
 from els_kernels.attention import fastest
@@ -37,6 +38,7 @@ def test_the_tiles_of_every_chip_give_the_same_answer(
     monkeypatch.setattr(attention, "architecture", lambda device: arch)
     for channels, of_bytes in ((1, True), (3, False)):
         case = random_case(NAMES[name], (4, channels, 7, 8), [3, 5], of_bytes=of_bytes)
+        case = for_interpreter("triton", case)
         assert_within_budget(case, case.attend("triton"), case.attend("reference"))
 
 
@@ -71,6 +73,25 @@ def test_a_query_and_a_bank_without_any_contrast_are_answered(name: str) -> None
     got, want = case.attend("triton"), case.attend("reference")
     torch.testing.assert_close(got.mean, want.mean, rtol=0, atol=1e-6)
     torch.testing.assert_close(got.log_evidence, want.log_evidence, rtol=1e-5, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["els-zeros", "els-circular", "els-valid"])
+def test_nothing_is_read_before_or_after_a_bank(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from els_kernels.triton import layout
+
+    def between_infinities(tensor: Tensor) -> Tensor:
+        guarded = torch.full((3, *tensor.shape), torch.inf, dtype=tensor.dtype)
+        guarded[1] = tensor
+        return guarded[1]
+
+    # A key whose norm is infinite has the weight 0, whose product with its value is a NaN: a
+    # warning of the interpreter, and warnings are errors.
+    for made in ("responses", "half_norms"):
+        real = getattr(layout, made)
+        monkeypatch.setattr(layout, made, lambda *args, of=real: between_infinities(of(*args)))
+    case = random_case(NAMES[name], (2, 2, 5, 5), [5])
+    assert_within_budget(case, case.attend("triton"), case.attend("reference"))
 
 
 @needs_triton

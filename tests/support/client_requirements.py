@@ -3,7 +3,7 @@
     python -m tests.support.client_requirements oldest > oldest.txt
 
 ``make client-environments`` installs both, and ``tests/e2e/test_client_versions.py`` runs the
-client in them.
+client in them. Needs the standard library alone, so that they are installed beside ``.venv``.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ import sys
 import tomllib
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 ROOT = Path(__file__).parents[2]
 
 
 def client_requirements(which: str) -> list[str]:
     """Return the client's requirements, pinned to their lower bounds if ``oldest``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [Requirement(text) for text in project["dependencies"]]
-    return [_oldest(one) if which == "oldest" else str(one) for one in wanted]
+    return [_oldest(one) if which == "oldest" else one for one in project["dependencies"]]
 
 
-def _oldest(requirement: Requirement) -> str:
-    (bound,) = (one.version for one in requirement.specifier if one.operator == ">=")
-    return f"{requirement.name}=={bound}"
+def _oldest(requirement: str) -> str:
+    name, _, versions = requirement.partition(">=")
+    return f"{name}=={versions.partition(',')[0]}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real processes: ``els-server`` and ``els`` as a person starts them."""
+"""Real processes of ``els-server`` and ``els``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tests.support.preloaded import ForkedProcess
 BIN = Path(sys.executable).parent
 SERVER: tuple[object, ...] = ()
 """``els-server``, forked from a process that has imported torch."""
-COMMAND: tuple[object, ...] = (BIN / "els-server",)
+COMMAND = (BIN / "els-server",)
 """``els-server``, executed as a person starts it."""
 FAULT_SERVER = (sys.executable, Path(__file__).with_name("fault_server.py"))
 """``els-server`` with the models of ``fault_server``; forked too."""
@@ -34,17 +34,60 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run(
-    command: str, *arguments: object, timeout_s: float = 60, **variables: str
+    command: str | Path, *arguments: object, timeout_s: float = 60, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``els`` or ``els-server`` to its end."""
+    """Run a command to its end.
+
+    Args:
+        command: ``els``, or ``els-server``, which is forked like ``SERVER``; ``COMMAND[0]`` is
+            executed.
+        arguments: of the command line.
+        timeout_s: Seconds that it may take.
+        variables: of the environment; if others than settings are among them, the command is
+            executed.
+    """
+    given, env = [*map(str, arguments)], environment(**variables)
+    if command == "els-server" and _are_settings(variables):
+        return _run_forked(None, given, env, timeout_s)
     return subprocess.run(
-        [BIN / command, *map(str, arguments)],
+        [BIN / command, *given],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env=environment(**variables),
+        env=env,
         check=False,
     )
+
+
+def run_script(
+    script: Path, *arguments: object, timeout_s: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script to its end, forked like ``SERVER``: torch is imported already."""
+    return _run_forked(script, [*map(str, arguments)], environment(), timeout_s)
+
+
+def _are_settings(variables: Iterable[str]) -> bool:
+    """Return whether none of these variables can matter when torch is imported."""
+    return all(name.startswith("ELS_") for name in variables)
+
+
+def _run_forked(
+    script: Path | None, arguments: list[str], env: dict[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "stderr"
+        process = ForkedProcess(script, arguments, log, env)
+        try:
+            stdout, _ = process.communicate(timeout_s)
+        finally:
+            process.kill()
+        assert process.returncode is not None
+        return subprocess.CompletedProcess(
+            [str(script or "els-server"), *arguments],
+            process.returncode,
+            stdout.decode(),
+            log.read_text(),
+        )
 
 
 class ServerProcess:
@@ -71,7 +114,7 @@ class ServerProcess:
         arguments = ["run", "--port=0", "--metrics-port=0", *map(str, options)]
         env = environment(**{"ELS_GRACE_S": "0", **variables})
         self.process: ForkedProcess | subprocess.Popen[bytes]
-        if program != COMMAND and all(name.startswith("ELS_") for name in variables):
+        if program != COMMAND and _are_settings(variables):
             script = Path(str(program[-1])) if program else None
             self.process = ForkedProcess(script, arguments, log, env)
         else:

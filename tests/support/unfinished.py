@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from tests.support import frames
 from tests.support.flow import FRAME, Flow
@@ -45,3 +46,15 @@ class Sender(Flow):
                 if stream not in self.ended:
                     self.sent[stream] += self.send(stream, chunk[: ANNOUNCED - 1 - sent])
             self.take(0.001 if self.room < before else 0.02)
+
+    def run_until(self, done: Callable[[], bool], timeout_s: float = 20) -> None:
+        """Send until something is done.
+
+        Raises:
+            TimeoutError: It was not done in time.
+        """
+        until = time.monotonic() + timeout_s
+        while not done():
+            if time.monotonic() > until:
+                raise TimeoutError(f"not done in {timeout_s} s; ended: {self.ended}")
+            self.run(0.05)

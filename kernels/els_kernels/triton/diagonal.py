@@ -144,7 +144,8 @@ def diagonal_kernel(
 
             # The windows that end in this row: inner key rows are sources of inner places, the
             # others of themselves. Steps without pairs, such as the warm-up, skip the softmax.
-            i_key = (t + LAG) % KEY_ROWS
+            # On the torus t + LAG may be negative, whose remainder is negative on a GPU.
+            i_key = (t + LAG + KEY_ROWS) % KEY_ROWS
             inner = (i_key >= INNER_LO) & (i_key < INNER_HI)
             lo = tl.where(inner, INNER_LO, i_key) * QUERY_COLS
             hi = tl.where(inner, INNER_HI, i_key + 1) * QUERY_COLS
