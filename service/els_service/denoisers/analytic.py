@@ -226,5 +226,6 @@ def bank_info(bank: Bank) -> BankInfo:
 
 
 def bank_bytes(bank: Bank) -> int:
-    """Return the memory of a bank: its images, and the float32 copy used for computation."""
-    return bank.images.nbytes + 4 * bank.images.size
+    """Return the memory of a bank: images, their float32 copy for computation, file names."""
+    names = 0 if bank.file_names is None else bank.file_names.nbytes
+    return bank.images.nbytes + 4 * bank.images.size + names
