@@ -130,8 +130,9 @@ def test_file_names_that_do_not_fit_are_refused(names: list[str], message: str) 
 def test_a_text_that_holds_no_file_names_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"file_names: expected {message}"):
         FileNames(np.frombuffer(text, np.uint8))
+    floats: Any = np.zeros(4)
     with pytest.raises(InvalidArgumentError, match="file_names: expected uint8"):
-        FileNames(np.zeros(4))
+        FileNames(floats)
 
 
 def test_file_names_are_read_one_by_one() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.engine.conftest import Observed
 from tests.support.denoisers import SHAPE, build, random_images
 from tests.support.models_folder import DOCUMENTS, write_models
@@ -18,8 +20,10 @@ from els_service.denoisers.banks import make_bank
 from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.levels import from_sigma
+from els_service.denoisers.noise import seeded_noise
+from els_service.denoisers.samplers import SAMPLERS, Options
 from els_service.engine.derived import product_of, with_direction
-from els_service.engine.engine import Engine
+from els_service.engine.engine import Engine, SamplingRun
 from els_service.engine.request_context import RequestContext
 from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from els_service.repository import ModelRepository
@@ -86,6 +90,50 @@ async def test_an_explanation_holds_memory_until_its_reader_is_done(engine: Engi
         assert entry.loaded is not None
         assert not entry.loaded.derived["explain"].queue
     assert engine.memory.used == 0
+
+
+def trajectory(explain_steps: set[int], steps: int = 4, count: int = 2) -> SamplingRun:
+    return SamplingRun(
+        SAMPLERS["heun"](seeded_noise(1, count, SHAPE), Options(steps=steps)),
+        np.full(count, -1),
+        np.zeros(count, np.int64),
+        2 * steps - 1,
+        explain_steps=frozenset(explain_steps),
+    )
+
+
+async def test_explained_steps_of_a_trajectory_have_the_first_query_of_the_step(
+    engine: Engine,
+) -> None:
+    engine.models.add("model", machine())
+    plain = [step async for step in engine.sample("model", trajectory(set()))]
+    explained = [step async for step in engine.sample("model", trajectory({1, 4}))]
+    for step, same in zip(explained, plain, strict=True):
+        assert torch.equal(step.x, same.x)
+        assert len(step.explanations) == (2 if step.index in (1, 4) else 0)
+        for i, found in enumerate(step.explanations):
+            # Heun's second query of a step is at another level.
+            assert np.abs(found.pixels[0] - step.denoised[i].numpy()).max() <= 1e-5
+    assert engine.memory.used == 0
+
+
+async def test_a_trajectory_whose_explanations_cannot_be_in_time_is_rejected(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = machine()
+    monkeypatch.setattr(denoiser, "predict_explain_seconds", lambda query: 1e6)
+    engine.models.add("model", denoiser)
+    soon = RequestContext(deadline=time.monotonic() + 60)
+    with pytest.raises(DeadlineExceededError, match="explains model 2 times"):
+        await anext(engine.sample("model", trajectory({3}), soon))
+    assert len([step async for step in engine.sample("model", trajectory(set()), soon)]) == 4
+
+
+async def test_a_variance_is_queued_like_an_answer(engine: Engine) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    answer = await engine.derive(engine.models.entry("model"), "variance", query())
+    assert np.array_equal(answer.pixels, denoiser.explain(query(), 3).variance)
 
 
 async def test_a_product_that_cannot_be_in_time_is_rejected(engine: Engine) -> None:

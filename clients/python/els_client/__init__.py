@@ -7,7 +7,7 @@
 
 from els_client._async_client import AsyncClient
 from els_client._client import Client
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,

@@ -20,7 +20,7 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -110,6 +110,16 @@ class AsyncClient:
         answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
+    async def denoise_with_variance(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Like ``Client.denoise_with_variance``."""
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.return_variance = True
+        answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
+
     async def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Like ``Client.score``."""
         query = Query(x, **options)
@@ -136,17 +146,18 @@ class AsyncClient:
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
     async def explain(
-        self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]
+        self, x: Pixels, *, top: int = 8, images: int = 0, **options: Unpack[QueryOptions]
     ) -> Explanation:
         """Like ``Client.explain``."""
         query = Query(x, **options)
-        request = moments.encode_explain(query, top)
+        request = moments.encode_explain(query, top, images)
 
         async def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
             return [message async for message in self._stub.Explain(request, **call)]
 
         timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
-        return moments.decode_explanation(request, await self._unary(explain, request, timeout_s))
+        messages = await self._unary(explain, request, timeout_s)
+        return moments.decode_explanation(messages, request.x.shape[0])
 
     @overload
     def denoise_many(

@@ -18,7 +18,7 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import Repository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -168,6 +168,20 @@ class Client:
         answer = self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
+    def denoise_with_variance(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Return the result of ``denoise`` and the posterior variance of each pixel, of its shape.
+
+        Arguments and errors are those of ``denoise``, and an ``InvalidArgumentError`` unless
+        ``Model.has_sources``. It takes about as long as ``explain``.
+        """
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.return_variance = True
+        answer = self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
+
     def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the score of each noisy image, ∇ log p(x), float32 [B, C, H, W] in 1/pixel.
 
@@ -210,7 +224,9 @@ class Client:
         answer = self._unary(self._stub.Jvp, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
-    def explain(self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]) -> Explanation:
+    def explain(
+        self, x: Pixels, *, top: int = 8, images: int = 0, **options: Unpack[QueryOptions]
+    ) -> Explanation:
         """Return from which bank images, rows and columns each pixel of D(x) came.
 
         Arguments and errors are those of ``denoise``; models without ``Model.has_sources`` raise
@@ -219,6 +235,7 @@ class Client:
         Args:
             x: As in ``denoise``.
             top: Sources of each pixel, 1 to 16.
+            images: Bank images of largest share to return, 0 to 16.
             **options: As in ``denoise``, without conditioning.
 
         Example:
@@ -226,13 +243,14 @@ class Client:
             >>> found.sources[0, 14, 14, 0]  # bank image, row and column of the largest weight
         """
         query = Query(x, **options)
-        request = moments.encode_explain(query, top)
+        request = moments.encode_explain(query, top, images)
 
         def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
             return list(self._stub.Explain(request, **call))
 
         timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
-        return moments.decode_explanation(request, self._unary(explain, request, timeout_s))
+        messages = self._unary(explain, request, timeout_s)
+        return moments.decode_explanation(messages, request.x.shape[0])
 
     @overload
     def denoise_many(
@@ -311,6 +329,9 @@ class Client:
                 - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
                 - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.
+                - explain_steps: Steps, from 1, that have ``explanation``; for models with
+                  ``Model.has_sources``. Each takes as long as ``explain`` of all images.
+                - explain_top, explain_images: ``top`` and ``images`` of these explanations.
                 - survive_breaks: Whether to resume after a broken connection as well; each step
                   then also has the state.
 

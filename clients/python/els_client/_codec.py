@@ -55,6 +55,7 @@ _TIMESTEPS: dict[str | None, pb.Timesteps.ValueType] = {
     "folder": pb.TIMESTEPS_FOLDER,
 }
 _STEPS = 20
+_MAX_INT32 = 2**31 - 1
 
 # Kinds of numpy dtypes.
 _INTEGERS = "iu"
@@ -188,6 +189,9 @@ def encode_sample(
     churn_min_sigma: float | None = None,
     churn_max_sigma: float | None = None,
     churn_noise: float | None = None,
+    explain_steps: Integers = (),
+    explain_top: int = 8,
+    explain_images: int = 0,
 ) -> pb.SampleRequest:
     """Return the request for ``count`` samples; None means the server's default."""
     if sampler not in _SAMPLERS:
@@ -235,7 +239,29 @@ def encode_sample(
         churn_min_sigma=churn_min_sigma,
         churn_max_sigma=churn_max_sigma,
         churn_noise=churn_noise,
+        **_explained(explain_steps, explain_top, explain_images),
     )
+
+
+def _explained(steps: Integers, top: int, images: int) -> dict[str, Any]:
+    """Return the fields of a sample that explains some steps; none without steps."""
+    # In the message 0 means 8.
+    check_count("explain_top", top, least=1)
+    check_count("explain_images", images, least=0)
+    listed = _listed("explain_steps", steps, _INTEGERS)
+    if not listed:
+        return {}
+    return {"explain_steps": listed, "explain_top": top, "explain_images": images}
+
+
+def check_count(field: str, number: object, *, least: int) -> None:
+    """Raise InvalidArgumentError unless a number is an integer of at least ``least``."""
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | np.integer)
+        or not least <= int(number) <= _MAX_INT32
+    ):
+        _refuse(field, f"an integer of at least {least}", number)
 
 
 def decode_tensor(tensor: pb.Tensor) -> Images:

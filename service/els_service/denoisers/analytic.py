@@ -166,8 +166,16 @@ class AnalyticDenoiser:
             found.sources.cpu().numpy(),
             found.weights.cpu().numpy(),
             found.shares.cpu().numpy(),
-            self._bank.labels if self._bank.label_count else None,
+            self._bank,
         )
+
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        found = self._moments.statistics(
+            query.x.to(self._attention.device), **self._arguments(query), top=1
+        )
+        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
+        return variance
 
     def predict_explain_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs."""
@@ -222,7 +230,8 @@ def _speed(implementation: str) -> float:
 
 def bank_info(bank: Bank) -> BankInfo:
     """Return the public description of a bank."""
-    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence)
+    longest = None if bank.file_names is None else bank.file_names.longest
+    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence, longest)
 
 
 def bank_bytes(bank: Bank) -> int:

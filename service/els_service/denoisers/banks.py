@@ -100,8 +100,15 @@ class Bank:
 
     def pixels(self) -> torch.Tensor:
         """Return a float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v → v/127.5 − 1."""
-        pixels = torch.from_numpy(self.images.astype(np.float32))
-        return pixels.div_(127.5).sub_(1) if self.images.dtype == np.uint8 else pixels
+        return torch.from_numpy(self.pixels_of(slice(None)))
+
+    def pixels_of(self, images: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return a copy of some images as ``pixels`` has them, [n, C, H, W] float32."""
+        pixels = self.images[images].astype(np.float32)
+        if self.images.dtype == np.uint8:
+            pixels /= 127.5
+            pixels -= 1
+        return pixels
 
 
 def make_bank(
@@ -215,7 +222,7 @@ def _encode(bank: Bank) -> bytes:
     names = None if bank.file_names is None else bank.file_names.text
     provenance = [bank.fingerprint, bank.source, bank.licence]
     if names is not None:
-        provenance.append(hashlib.sha256(names).hexdigest())
+        provenance.append(hashlib.sha256(_little_endian(names)).hexdigest())
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,

@@ -17,14 +17,16 @@ from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query
 from els_service.denoisers.explanations import Explainable, Explanation
 from els_service.denoisers.gradients import Differentiable, Direction, Product
 
-Computation = Literal["vjp", "jvp", "explain"]
-COMPUTATIONS: tuple[Computation, ...] = ("vjp", "jvp", "explain")
+Computation = Literal["vjp", "jvp", "explain", "variance"]
+COMPUTATIONS: tuple[Computation, ...] = ("vjp", "jvp", "explain", "variance")
 
 
 def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
     """Return the denoiser of a computation; None if the denoiser does not support it."""
     if computation == "explain":
         return ExplainerAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
+    if computation == "variance":
+        return VarianceAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
     if isinstance(denoiser, Differentiable):
         return ProductAsDenoiser(denoiser, computation)
     return None
@@ -102,6 +104,34 @@ class ExplainerAsDenoiser:
     def denoise(self, query: Query) -> Explanation:
         """Return the explanation."""
         return self._denoiser.explain(query, MAX_SOURCES)
+
+
+class VarianceAsDenoiser:
+    """Denoiser whose result is the posterior variance of each pixel, [B, C, H, W].
+
+    Args:
+        denoiser: denoiser that explains.
+    """
+
+    def __init__(self, denoiser: Explainable) -> None:
+        self._denoiser = denoiser
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        return self._denoiser.info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the denoiser rejects x."""
+        self._denoiser.check(query)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return the denoiser's estimate of an explanation, which takes as long."""
+        return self._denoiser.predict_explain_seconds(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return the variance."""
+        return Denoised(self._denoiser.variance(query), None)
 
 
 def _split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:

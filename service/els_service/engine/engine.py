@@ -25,6 +25,7 @@ from els_service.denoisers.base import (
     Query,
     make_query,
 )
+from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 from els_service.engine.budget import Budget
@@ -56,7 +57,9 @@ class SamplingRun:
         conditions: one for each image, or none.
         decode: whether the last step has the decoded images of its latents.
         guidance: by label, [count]; None for none.
-        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
+        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D,
+            explanations.
+        explain_steps: indices of the steps whose first call is explained; the model has sources.
     """
 
     trajectory: Trajectory
@@ -67,6 +70,7 @@ class SamplingRun:
     decode: bool = False
     guidance: npt.NDArray[np.float64] | None = None
     held_bytes: int = 0
+    explain_steps: frozenset[int] = frozenset()
 
 
 class Engine:
@@ -262,6 +266,7 @@ class Engine:
     ) -> AsyncGenerator[Step, None]:
         loaded = await self._loaded(entry, context, reservation)
         answer: Denoised | None = None
+        first: Query | None = None
         begun = False
         while event := await self._advance(run.trajectory, answer, large):
             if isinstance(event, Step):
@@ -269,9 +274,14 @@ class Engine:
                 if run.decode and event.index == event.total:
                     decoded = await self._decoded(loaded, event.x, context, reservation)
                     event = replace(event, decoded=decoded)
+                if event.index in run.explain_steps and first is not None:
+                    found = await self._explained(loaded, first, context, reservation)
+                    event = replace(event, explanations=found)
+                first = None
                 yield event
                 continue
             query = _query_of(loaded.denoiser, event, run)
+            first = first or query
             if not begun:
                 self._check_ended()
                 loaded.denoiser.check(query)
@@ -281,6 +291,22 @@ class Engine:
                 )
                 begun = True
             answer = await self._step(loaded, query, context, reservation)
+
+    async def _explained(
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        context: RequestContext,
+        reservation: TrajectoryReservation,
+    ) -> tuple[Explanation, ...]:
+        """Return the explanation of each image of a query, queued one by one as in ``Explain``."""
+        found = []
+        for index in range(len(query)):
+            one = query[index : index + 1]
+            answer = await self._step(loaded.derived["explain"], one, context, reservation)
+            assert isinstance(answer, Explanation)
+            found.append(answer)
+        return tuple(found)
 
     async def _step(
         self,
@@ -450,15 +476,25 @@ class Engine:
         self, loaded: LoadedModel, query: Query, run: SamplingRun, context: RequestContext
     ) -> None:
         """Raise if a trajectory would be late even on an idle server."""
+        self._check_times(loaded, query, run.evaluations, "evaluates", context)
+        if run.explain_steps:
+            times = len(run.explain_steps) * len(query)
+            explainer = loaded.derived["explain"]
+            self._check_times(explainer, query[:1], times, "explains", context)
+
+    def _check_times(
+        self, loaded: LoadedModel, query: Query, times: int, verb: str, context: RequestContext
+    ) -> None:
+        """Raise if so many computations of a query would be late."""
         slack = context.deadline - self._clock()
         estimate = loaded.denoiser.predict_seconds(query)
         each = loaded.costs.seconds(estimate)
-        if run.evaluations * each <= slack:
+        if times * each <= slack:
             return
-        if loaded.costs.may_refuse(run.evaluations * estimate, slack, self._clock()):
+        if loaded.costs.may_refuse(times * estimate, slack, self._clock()):
             raise DeadlineExceededError(
-                f"the trajectory evaluates {loaded.model} {run.evaluations} times, "
-                f"{each:.3g} s each by prediction: {run.evaluations * each:.3g} s; {allows(slack)}"
+                f"the trajectory {verb} {loaded.model} {times} times, "
+                f"{each:.3g} s each by prediction: {times * each:.3g} s; {allows(slack)}"
             )
 
     async def _advance(

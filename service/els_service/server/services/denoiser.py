@@ -24,6 +24,7 @@ from els_service.engine.registry import ModelVersion
 from els_service.errors import QueueFullError, UnavailableError
 from els_service.server.requests import tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
+from els_service.server.requests.explanations import held_explanation
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.requests.sample import (
     SAMPLER_NAMES,
@@ -32,7 +33,7 @@ from els_service.server.requests.sample import (
     held_bytes_of,
     options_of,
 )
-from els_service.server.services.explain import MomentService
+from els_service.server.services.explain import MomentService, written
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.caller import caller_of
 from els_service.server.transport.grpc_types import Context, Response
@@ -64,6 +65,8 @@ class DenoiserService(MomentService):
         """Return the expected clean images."""
         entry, form, query, checked = self._denoise.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.return_variance:
+            return await self._with_variance(self._denoise, entry, form, query, scheduling)
         denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
         if not isinstance(denoised, Denoised):
             denoised = await denoised
@@ -93,6 +96,8 @@ class DenoiserService(MomentService):
         check_message(request)
         entry, form, query, checked = self._stream.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.return_variance:
+            return self._with_variance(self._stream, entry, form, query, scheduling)
         denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
         if isinstance(denoised, Denoised):
             return self._stream.write(form, denoised.pixels, denoised)
@@ -121,7 +126,14 @@ class DenoiserService(MomentService):
         options = options_of(request, info, self._limits)
         noise = seeded_noise(request.seed, count, info.shape, request.first_image)
         shape = state_shape(name, (count, *info.shape))
-        resume = decode_token(request, entry, shape, steps_of(name, options))
+        total = steps_of(name, options)
+        resume = decode_token(request, entry, shape, total)
+        explained, detail = self._steps_to_explain(
+            request, entry, resume.index if resume else 0, total
+        )
+        held_bytes = held_bytes_of(name, options, shape)
+        if explained:
+            held_bytes += count * held_explanation(info)
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
@@ -130,7 +142,8 @@ class DenoiserService(MomentService):
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
             tensors.decode_guidance(request, count),
-            held_bytes_of(name, options, shape),
+            held_bytes,
+            explain_steps=explained,
         )
         steps = self._engine.sample(request.model, run, scheduling, version=request.version)
         taken: Step | None = None
@@ -143,6 +156,8 @@ class DenoiserService(MomentService):
                         start = await asyncio.to_thread(noise, 0)
                         encoded = tensors.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
+                    for index, found in enumerate(step.explanations):
+                        message.explanations.append(await written(index, found, detail, info))
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = _token(request, entry, step)
                     yield message

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 
-from els_kernels import MAX_SOURCES
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.gradients import Direction, Product
 from els_service.engine.derived import product_of, with_direction
 from els_service.engine.engine import Engine
-from els_service.errors import UnsupportedError
+from els_service.engine.registry import ModelVersion
+from els_service.engine.request_context import RequestContext
+from els_service.errors import InvalidArgumentError, UnsupportedError
 from els_service.server.requests import gradients, tensors
+from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
+from els_service.server.requests.explanations import (
+    Detail,
+    check_sources,
+    held_explanation,
+    read_explain,
+    read_explained_steps,
+    write_explanation,
+)
 from els_service.server.transport.grpc_types import Context
 from els_service.server.transport.request_context import context_of
-
-_LISTED = 20
-"""Models that an error lists."""
 
 
 class MomentService(DenoiserServiceServicer):
@@ -54,22 +64,59 @@ class MomentService(DenoiserServiceServicer):
     ) -> AsyncIterator[pb.ExplainResponse]:
         """Yield the explanation of each image; between two of them nothing is queued."""
         entry = self._engine.models.entry(request.model, request.version)
-        if not entry.info.has_sources:
-            able = [each.model for each in self._engine.models.newest() if each.info.has_sources]
-            raise UnsupportedError(
-                f"{entry.model} has no sources to name, as it is no analytic model with a bank; "
-                f"models that have: {_listed(able)}"
-            )
-        query, top = gradients.read_explain(request, entry.info, self._limits)
+        check_sources(entry, self._engine.models)
+        query, detail = read_explain(request, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = gradients.explanation_size(query.pixels.shape, MAX_SOURCES, entry.info)
+        size = held_explanation(entry.info)
         answers = self._engine.derive_each(entry, "explain", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
             async for found in answers:
                 assert isinstance(found, Explanation)
-                yield gradients.write_explanation(index, found, top, entry.info)
+                yield await written(index, found, detail, entry.info)
                 index += 1
+
+    def _steps_to_explain(
+        self, request: pb.SampleRequest, entry: ModelVersion, taken: int, total: int
+    ) -> tuple[frozenset[int], Detail]:
+        """Return the steps after ``taken``, of ``total``, that are explained, and how."""
+        steps, detail = read_explained_steps(request, self._limits)
+        if steps:
+            check_sources(entry, self._engine.models, "explain_steps")
+            if max(steps) > total:
+                expected = f"at most {total}, the number of steps"
+                raise InvalidArgumentError("explain_steps", expected, max(steps))
+        return frozenset(step for step in steps if step > taken), detail
+
+    async def _with_variance(
+        self,
+        method: DenoiseMethod,
+        entry: ModelVersion,
+        form: DenoiseForm,
+        query: Query,
+        scheduling: RequestContext,
+    ) -> bytes:
+        """Return the response with the posterior variance, which is queued beside D(x).
+
+        D(x) is computed as without it, so that it has the same bits.
+        """
+        check_sources(entry, self._engine.models, "return_variance")
+        size = tensors.answer_size(form.shape, form.output_dtype, form.log_evidence)
+        size += 4 * math.prod(form.shape)
+        tensors.check_answer_size("return_variance", size, self._limits)
+        denoised = self._engine.denoise(entry, query, scheduling)
+        second = self._engine.derive(entry, "variance", query, scheduling)
+        pending: list[asyncio.Future[Denoised]] = [asyncio.ensure_future(second)]
+        if not isinstance(denoised, Denoised):
+            pending.append(denoised)
+        try:
+            variance, *first = await asyncio.gather(*pending)
+        finally:
+            # Without effect on those that are done: the other one of a failed pair.
+            for future in pending:
+                future.cancel()
+        answer = denoised if isinstance(denoised, Denoised) else first[0]
+        return method.write(form, answer.pixels, answer, variance.pixels)
 
     async def _product(
         self,
@@ -91,6 +138,8 @@ class MomentService(DenoiserServiceServicer):
         return product_of(await self._engine.derive(entry, kind, packed, scheduling))
 
 
-def _listed(names: list[str]) -> str:
-    more = ["…"] if len(names) > _LISTED else []
-    return ", ".join([*names[:_LISTED], *more]) or "none is served"
+async def written(
+    index: int, found: Explanation, detail: Detail, info: DenoiserInfo
+) -> pb.ExplainResponse:
+    """Return ``write_explanation``, which sorts the shares of a whole bank, from another thread."""
+    return await asyncio.to_thread(write_explanation, index, found, detail, info)
