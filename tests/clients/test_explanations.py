@@ -7,7 +7,7 @@ import pytest
 from tests.support.fake_server import FakeDenoiser
 from tests.support.twin import Twin
 
-from els_client import InvalidArgumentError
+from els_client import Evidence, InvalidArgumentError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 X = np.zeros((2, 1, 4, 6), np.float32)
@@ -80,6 +80,25 @@ async def test_options_of_explanations_are_not_sent_without_steps(
 async def test_a_count_that_is_none_is_rejected(twin: Twin, field: str, value: object) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{field}: expected an integer"):
         await twin.call("explain", X, model="fashion-els", sigma=1.0, **{field: value})
+
+
+@pytest.mark.parametrize("method", ["vjp", "jvp"])
+async def test_evidence_is_kept_and_sent_back(twin: Twin, fake: FakeDenoiser, method: str) -> None:
+    evidence = Evidence()
+    for sent in (b"", b"evidence", b"evidence"):
+        await twin.call(method, X, X, evidence=evidence, model="fashion-els", sigma=1.0)
+        request = fake.requests[-1]
+        assert isinstance(request, pb.VjpRequest | pb.JvpRequest)
+        assert (request.evidence, request.return_evidence) == (sent, True)
+        assert evidence.data == b"evidence"
+    # As after a restart of the server.
+    evidence.data = b"of another"
+    await twin.call(method, X, X, evidence=evidence, model="fashion-els", sigma=1.0)
+    assert evidence.data == b"evidence"
+    await twin.call(method, X, X, model="fashion-els", sigma=1.0)
+    request = fake.requests[-1]
+    assert isinstance(request, pb.VjpRequest | pb.JvpRequest)
+    assert (request.evidence, request.return_evidence) == (b"", False)
 
 
 async def test_a_variance_is_requested_beside_the_images(twin: Twin, fake: FakeDenoiser) -> None:

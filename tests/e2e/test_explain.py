@@ -26,7 +26,7 @@ from tests.support.models_folder import (
 from tests.support.processes import ServerProcess, serving
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client, ElsError, InvalidArgumentError
+from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError
 from els_kernels import GEOMETRIES
 from els_kernels.reference_statistics import ReferencePosterior
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -94,6 +94,52 @@ async def test_an_explanation_is_that_of_brute_force(twin: Twin, models: Path, m
                     want = float(weights[u, image - lo, row * SHAPE[2] + col])
                     assert weight == pytest.approx(want, abs=1e-6)
                     assert found.labels[image] == tiny_bank().labels[image]
+
+
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+async def test_products_from_evidence_have_the_same_bits(twin: Twin, model: str) -> None:
+    x, options = images(1), {"model": model, "sigma": SIGMA, "label": CHOSEN}
+    evidence = Evidence()
+    for method, seed in (("vjp", 2), ("jvp", 3), ("vjp", 4)):
+        want = await twin.call(method, x, images(seed), **options)
+        got = await twin.call(method, x, images(seed), evidence=evidence, **options)
+        assert np.array_equal(got[0], want[0])
+        assert np.array_equal(got[1], want[1])
+        assert evidence.data
+
+
+@pytest.mark.parametrize("damage", ["another x", "another level", "a bit", "cut", "foreign"])
+def test_evidence_of_something_else_is_not_used(client: Client, damage: str) -> None:
+    x, g, sigma = images(1), images(2), 1.0
+    evidence = Evidence()
+    client.vjp(images(5), g, evidence=evidence, model="zeros", sigma=1.0)
+    if damage == "another level":
+        x, sigma = images(5), 2.0
+    elif damage == "a bit":
+        x, evidence.data = images(5), bytes([evidence.data[0] ^ 1]) + evidence.data[1:]
+    elif damage == "cut":
+        x, evidence.data = images(5), evidence.data[:-1]
+    elif damage == "foreign":
+        x, evidence.data = images(5), b"\xff" * len(evidence.data)
+    sent = evidence.data
+    for method in (client.vjp, client.jvp):
+        evidence.data = sent
+        want = method(x, g, model="zeros", sigma=sigma)
+        got = method(x, g, evidence=evidence, model="zeros", sigma=sigma)
+        assert np.array_equal(got[1], want[1])
+        # That of this query instead.
+        assert evidence.data not in (b"", sent)
+    used = evidence.data
+    client.vjp(x, g, evidence=evidence, model="zeros", sigma=sigma)
+    assert evidence.data is used
+
+
+def test_a_model_without_a_first_pass_has_no_evidence(client: Client) -> None:
+    evidence = Evidence(b"of another model")
+    want = client.vjp(images(1), images(2), model="wiener", sigma=1.0)
+    got = client.vjp(images(1), images(2), evidence=evidence, model="wiener", sigma=1.0)
+    assert np.array_equal(got[1], want[1])
+    assert evidence.data == b"of another model"
 
 
 @pytest.mark.parametrize("model", [*WITH_EVIDENCE, "wiener"])

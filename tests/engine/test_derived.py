@@ -22,7 +22,7 @@ from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options
-from els_service.engine.derived import product_of, with_direction
+from els_service.engine.derived import evidence_of, product_of, with_direction, with_evidence
 from els_service.engine.engine import Engine, SamplingRun
 from els_service.engine.request_context import RequestContext
 from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
@@ -60,6 +60,24 @@ async def test_products_that_share_batches_keep_the_bits_that_they_have_alone(
     for i, answer in enumerate(alone):
         assert np.array_equal(answer.product[0], want.product[i])
         assert np.array_equal(answer.mean[0], want.mean[i])
+
+
+async def test_products_from_evidence_keep_their_bits_in_batches(engine: Engine) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    entry, x, g = engine.models.entry("model"), query(), direction()
+    evidence = evidence_of(await engine.derive(entry, "evidence", x))
+    assert np.array_equal(evidence, denoiser.evidence(x))
+    packed = with_evidence(with_direction(x, g), evidence)
+    parts = [engine.derive(entry, "jvp_again", packed[i : i + 1]) for i in range(COUNT)]
+    *alone, together = map(
+        product_of, await asyncio.gather(*parts, engine.derive(entry, "jvp_again", packed))
+    )
+    want = denoiser.jvp(x, g)
+    assert np.array_equal(together.product, want.product)
+    assert np.array_equal(together.mean, want.mean)
+    for i, answer in enumerate(alone):
+        assert np.array_equal(answer.product[0], want.product[i])
 
 
 async def test_explanations_that_share_batches_keep_the_bits_that_they_have_alone(

@@ -125,6 +125,8 @@ def products(draw: st.DrawFn, kind: Any, direction: str) -> Message:
     request: Message = kind(
         **_common(query),
         output_dtype=query.output_dtype,
+        return_evidence=draw(st.booleans()),
+        evidence=draw(st.binary(max_size=100)),
         **{direction: pb.Tensor(dtype=pb.DTYPE_F32, shape=query.x.shape, data=data)},
     )
     return request

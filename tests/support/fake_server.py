@@ -113,12 +113,12 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
     def Vjp(self, request: pb.VjpRequest, context: grpc.ServicerContext) -> pb.VjpResponse:
         self._enter(request, request.model, context)
         denoised, vjp = tensor(2 * values(request.x)), tensor(2 * values(request.cotangent))
-        return pb.VjpResponse(denoised=denoised, vjp=vjp)
+        return pb.VjpResponse(denoised=denoised, vjp=vjp, evidence=evidence(request))
 
     def Jvp(self, request: pb.JvpRequest, context: grpc.ServicerContext) -> pb.JvpResponse:
         self._enter(request, request.model, context)
         denoised, jvp = tensor(2 * values(request.x)), tensor(2 * values(request.tangent))
-        return pb.JvpResponse(denoised=denoised, jvp=jvp)
+        return pb.JvpResponse(denoised=denoised, jvp=jvp, evidence=evidence(request))
 
     def Explain(
         self, request: pb.ExplainRequest, context: grpc.ServicerContext
@@ -208,6 +208,11 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
             gone.wait(30)
         if model == "picky":
             context.abort_with_status(bad_request({"x": "expected finite pixels, got NaN"}))
+
+
+def evidence(request: pb.VjpRequest | pb.JvpRequest) -> bytes:
+    """Return evidence if it is requested and not that of this server."""
+    return b"evidence" if request.return_evidence and request.evidence != b"evidence" else b""
 
 
 def explanation(index: int, shape: tuple[int, ...], top: int, images: int) -> pb.ExplainResponse:

@@ -12,6 +12,7 @@ from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
     Conditioning,
+    Evidence,
     FolderScheduler,
     Limits,
     Model,
@@ -42,6 +43,7 @@ __all__ = [
     "Conditioning",
     "DeadlineExceededError",
     "ElsError",
+    "Evidence",
     "Explanation",
     "FolderScheduler",
     "InvalidArgumentError",

@@ -25,7 +25,17 @@ from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
 from els_client._stream import Call, PendingQueries, check_in_flight
-from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client._types import (
+    Evidence,
+    Images,
+    Model,
+    Pixels,
+    Query,
+    QueryOptions,
+    SampleOptions,
+    Step,
+    Tls,
+)
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -128,21 +138,33 @@ class AsyncClient:
         return codec.decode_tensor(answer.score)
 
     async def vjp(
-        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        cotangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Like ``Client.vjp``."""
         query = Query(x, **options)
-        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent, evidence)
         answer = await self._unary(self._stub.Vjp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
 
     async def jvp(
-        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        tangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Like ``Client.jvp``."""
         query = Query(x, **options)
-        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent, evidence)
         answer = await self._unary(self._stub.Jvp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
     async def explain(

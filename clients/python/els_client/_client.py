@@ -23,7 +23,17 @@ from els_client._repository import Repository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
 from els_client._stream import Call, PendingQueries, answers_of, check_in_flight
-from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client._types import (
+    Evidence,
+    Images,
+    Model,
+    Pixels,
+    Query,
+    QueryOptions,
+    SampleOptions,
+    Step,
+    Tls,
+)
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -192,7 +202,12 @@ class Client:
         return codec.decode_tensor(self._unary(self._stub.Score, request, query.timeout_s).score)
 
     def vjp(
-        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        cotangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Return D(x) = E[x0 | x] and Jᵀg with J = ∂D/∂x, both float32 [B, C, H, W].
 
@@ -202,26 +217,38 @@ class Client:
         Args:
             x: As in ``denoise``.
             cotangent: g, floats of the shape of ``x``.
+            evidence: Spares further products of the same ``x``, level, labels and windows the first
+                of two passes over the bank; changes no bit. The first call fills it.
             **options: As in ``denoise``.
 
         Example:
             >>> denoised, gradient = client.vjp(x, measured - x, model="fashion-els", sigma=0.5)
+            >>> evidence = Evidence()
+            >>> for g in cotangents:
+            ...     client.vjp(x, g, evidence=evidence, model="fashion-els", sigma=0.5)
         """
         query = Query(x, **options)
-        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent, evidence)
         answer = self._unary(self._stub.Vjp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
 
     def jvp(
-        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        tangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Return D(x) = E[x0 | x] and J u with J = ∂D/∂x, both float32 [B, C, H, W].
 
         Arguments and errors are those of ``vjp``, with a tangent u in place of the cotangent.
         """
         query = Query(x, **options)
-        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent, evidence)
         answer = self._unary(self._stub.Jvp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
     def explain(

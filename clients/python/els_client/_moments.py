@@ -11,14 +11,20 @@ import numpy.typing as npt
 
 from els_client import _codec as codec
 from els_client._explanation import Explanation
-from els_client._types import Images, Pixels, Query, Step
+from els_client._types import Evidence, Images, Pixels, Query, Step
 from els_client.errors import InvalidArgumentError, Violation, error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _Product = TypeVar("_Product", pb.VjpRequest, pb.JvpRequest)
 
 
-def encode_product(request: type[_Product], query: Query, field: str, given: Pixels) -> _Product:
+def encode_product(
+    request: type[_Product],
+    query: Query,
+    field: str,
+    given: Pixels,
+    evidence: Evidence | None,
+) -> _Product:
     """Return the request for a product with ``given``, the cotangent or tangent."""
     base = codec.encode_query(pb.DenoiseRequest, query)
     message = request(
@@ -32,9 +38,17 @@ def encode_product(request: type[_Product], query: Query, field: str, given: Pix
         guidance=base.guidance,
         priority=base.priority,
         version=base.version,
+        evidence=b"" if evidence is None else evidence.data,
+        return_evidence=evidence is not None,
     )
     getattr(message, field).CopyFrom(codec.encode_direction(field, given))
     return message
+
+
+def keep_evidence(evidence: Evidence | None, answer: pb.VjpResponse | pb.JvpResponse) -> None:
+    """Keep the evidence of a response, unless that of the request was used."""
+    if evidence is not None and answer.evidence:
+        evidence.data = answer.evidence
 
 
 def encode_explain(query: Query, top: int, images: int) -> pb.ExplainRequest:

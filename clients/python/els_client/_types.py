@@ -130,6 +130,18 @@ class SampleOptions(TypedDict, total=False):
     explain_images: int
 
 
+@dataclass
+class Evidence:
+    """Evidence of one ``x``, which a first product fills and further ones use: see ``Client.vjp``.
+
+    Attributes:
+        data: Opaque bytes of the server; empty before the first product, and for models whose
+            products do not need it.
+    """
+
+    data: bytes = b""
+
+
 @dataclass(frozen=True)
 class WindowTable:
     """Window of a model by noise level: linear in log σ, rounded to odd, constant beyond the ends.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from els_kernels import GEOMETRIES, PatchAttention, PatchMoments, count_pairs, max_window
 from els_kernels.native import instruction_sets
@@ -149,6 +150,30 @@ class AnalyticDenoiser:
         """Return D(x) and J u, exactly."""
         return self._product(self._moments.jvp, query, tangent)
 
+    def evidence(self, query: Query) -> npt.NDArray[np.float64]:
+        """Return mean and log evidence in float64, [B, K, H, W]."""
+        x = query.x.to(self._attention.device)
+        found: npt.NDArray[np.float64] = (
+            self._moments.evidence(x, **self._arguments(query)).cpu().numpy()
+        )
+        return found
+
+    def product_from(
+        self,
+        query: Query,
+        along: npt.NDArray[np.float32],
+        evidence: npt.NDArray[np.float64],
+        direction: Direction,
+    ) -> Product:
+        """Return D(x) and Jᵀg or J u, exactly, without the first pass over the bank."""
+        multiply = self._moments.vjp if direction == "vjp" else self._moments.jvp
+        known = torch.tensor(evidence).to(self._attention.device)
+        return self._product(multiply, query, along, evidence=known)
+
+    def predict_evidence_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of pairs: half of that of both passes."""
+        return self._moment_seconds(query) / 2
+
     def predict_product_seconds(self, query: Query, direction: Direction) -> float:
         """Return a rough estimate from the number of pairs."""
         return self._moment_seconds(query)
@@ -181,10 +206,12 @@ class AnalyticDenoiser:
         """Return a rough estimate from the number of pairs."""
         return self._moment_seconds(query)
 
-    def _product(self, multiply: Any, query: Query, direction: npt.NDArray[np.float32]) -> Product:
+    def _product(
+        self, multiply: Any, query: Query, direction: npt.NDArray[np.float32], **known: Tensor
+    ) -> Product:
         device = self._attention.device
         along = torch.tensor(direction).to(device)
-        mean, product = multiply(query.x.to(device), along, **self._arguments(query))
+        mean, product = multiply(query.x.to(device), along, **self._arguments(query), **known)
         return Product(mean.cpu().numpy(), product.cpu().numpy())
 
     def _moment_seconds(self, query: Query) -> float:

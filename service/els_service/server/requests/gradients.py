@@ -13,6 +13,9 @@ from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.errors import InvalidArgumentError
 from els_service.server.requests import forms, tensors
 
+_EVIDENCE_BYTES = 16
+"""More than evidence has for each number of an image and its log evidence."""
+
 ProductRequest = pb.VjpRequest | pb.JvpRequest
 
 
@@ -44,6 +47,8 @@ def read_product(
     if direction.dtype == pb.DTYPE_U8:
         raise InvalidArgumentError(f"{field}.dtype", "a floating-point type", "DTYPE_U8")
     size = 2 * math.prod(shape) * tensors.output_size(request.output_dtype)
+    if request.return_evidence and info.has_sources:
+        size += _EVIDENCE_BYTES * (1 + shape[1]) * math.prod(shape) // shape[1]
     tensors.check_answer_size("x.shape", size, limits)
     query = make_query(
         forms.black(shape),

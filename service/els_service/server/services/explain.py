@@ -7,19 +7,29 @@ import contextlib
 import math
 from collections.abc import AsyncIterator
 
+import numpy as np
+import numpy.typing as npt
+
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.gradients import Direction, Product
-from els_service.engine.derived import product_of, with_direction
+from els_service.engine.derived import (
+    AGAIN,
+    evidence_of,
+    product_of,
+    with_direction,
+    with_evidence,
+)
 from els_service.engine.engine import Engine
 from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import RequestContext
 from els_service.errors import InvalidArgumentError, UnsupportedError
 from els_service.server.requests import gradients, tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
+from els_service.server.requests.evidence import EvidenceSeal
 from els_service.server.requests.explanations import (
     Detail,
     check_sources,
@@ -42,19 +52,22 @@ class MomentService(DenoiserServiceServicer):
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine, self._limits = engine, limits
+        self._seal = EvidenceSeal()
 
     async def Vjp(self, request: pb.VjpRequest, context: Context) -> pb.VjpResponse:
         """Return D(x) and Jᵀg."""
-        answer = await self._product(request, request.cotangent, "cotangent", "vjp", context)
-        response, dtype = pb.VjpResponse(), request.output_dtype
+        answer, evidence = await self._product(
+            request, request.cotangent, "cotangent", "vjp", context
+        )
+        response, dtype = pb.VjpResponse(evidence=evidence), request.output_dtype
         tensors.write_tensor(response.denoised, answer.mean, dtype)
         tensors.write_tensor(response.vjp, answer.product, dtype)
         return response
 
     async def Jvp(self, request: pb.JvpRequest, context: Context) -> pb.JvpResponse:
         """Return D(x) and J u."""
-        answer = await self._product(request, request.tangent, "tangent", "jvp", context)
-        response, dtype = pb.JvpResponse(), request.output_dtype
+        answer, evidence = await self._product(request, request.tangent, "tangent", "jvp", context)
+        response, dtype = pb.JvpResponse(evidence=evidence), request.output_dtype
         tensors.write_tensor(response.denoised, answer.mean, dtype)
         tensors.write_tensor(response.jvp, answer.product, dtype)
         return response
@@ -125,7 +138,8 @@ class MomentService(DenoiserServiceServicer):
         field: str,
         kind: Direction,
         context: Context,
-    ) -> Product:
+    ) -> tuple[Product, bytes]:
+        """Return the product, and the evidence that the request asks for and did not have."""
         entry = self._engine.models.entry(request.model, request.version)
         if not entry.info.has_gradients:
             raise UnsupportedError(
@@ -135,7 +149,30 @@ class MomentService(DenoiserServiceServicer):
         query, along = gradients.read_product(request, direction, field, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
         packed = with_direction(query, along)
-        return product_of(await self._engine.derive(entry, kind, packed, scheduling))
+        if entry.info.has_sources and (request.evidence or request.return_evidence):
+            evidence, fresh = await self._evidence(request, entry, query, scheduling)
+            packed = with_evidence(packed, evidence)
+            answer = await self._engine.derive(entry, AGAIN[kind], packed, scheduling)
+            return product_of(answer), fresh
+        return product_of(await self._engine.derive(entry, kind, packed, scheduling)), b""
+
+    async def _evidence(
+        self,
+        request: gradients.ProductRequest,
+        entry: ModelVersion,
+        query: Query,
+        scheduling: RequestContext,
+    ) -> tuple[npt.NDArray[np.float64], bytes]:
+        """Return the evidence of a query, and the bytes to return if it had to be computed."""
+        if request.evidence:
+            verified = self._seal.verified
+            known = await asyncio.to_thread(verified, entry, query, request.evidence)
+            if known is not None:
+                return known, b""
+        found = evidence_of(await self._engine.derive(entry, "evidence", query, scheduling))
+        if not request.return_evidence:
+            return found, b""
+        return found, await asyncio.to_thread(self._seal.signed, entry, query, found)
 
 
 async def written(
