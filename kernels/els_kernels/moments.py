@@ -292,7 +292,7 @@ class PatchMoments:
             x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
         )
         kind = _WholeQuery if geometry.whole else _PatchQuery
-        queries = [
+        queries: list[_Query] = [
             kind(images[b], scales[b], noises[b], self._bank, limits[b], windows[b], geometry)
             for b in range(len(images))
         ]

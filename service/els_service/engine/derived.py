@@ -36,12 +36,18 @@ def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
         return VarianceAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
     if computation == "evidence":
         return EvidenceAsDenoiser(denoiser) if isinstance(denoiser, ReusesEvidence) else None
-    if computation in ("vjp_again", "jvp_again"):
-        direction: Direction = "vjp" if computation == "vjp_again" else "jvp"
-        known = isinstance(denoiser, ReusesEvidence)
-        return ProductAgainAsDenoiser(denoiser, direction) if known else None
+    if computation == "vjp_again":
+        return _again(denoiser, "vjp")
+    if computation == "jvp_again":
+        return _again(denoiser, "jvp")
     if isinstance(denoiser, Differentiable):
         return ProductAsDenoiser(denoiser, computation)
+    return None
+
+
+def _again(denoiser: Denoiser, direction: Direction) -> Denoiser | None:
+    if isinstance(denoiser, ReusesEvidence):
+        return ProductAgainAsDenoiser(denoiser, direction)
     return None
 
 

@@ -57,6 +57,6 @@ class EvidenceSeal:
             query.pixels.shape,
         )
         signature = hmac.new(self._key, repr(described).encode(), hashlib.sha256)
-        signature.update(np.ascontiguousarray(query.pixels))
+        signature.update(np.ascontiguousarray(query.pixels).data)
         signature.update(content)
         return signature.digest()
