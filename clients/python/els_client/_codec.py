@@ -181,6 +181,9 @@ def encode_sample(
     priority: int | None = None,
     version: str | None = None,
     survive_breaks: bool = False,
+    explain_steps: Integers = (),
+    explain_top: int = 8,
+    explain_images: int = 0,
     timesteps: Timesteps | None = None,
     start: Pixels | None = None,
     start_time: float | None = None,
@@ -189,9 +192,6 @@ def encode_sample(
     churn_min_sigma: float | None = None,
     churn_max_sigma: float | None = None,
     churn_noise: float | None = None,
-    explain_steps: Integers = (),
-    explain_top: int = 8,
-    explain_images: int = 0,
 ) -> pb.SampleRequest:
     """Return the request for ``count`` samples; None means the server's default."""
     if sampler not in _SAMPLERS:
@@ -231,6 +231,7 @@ def encode_sample(
         priority=_priority(priority),
         version=version or "",
         return_resume_token=survive_breaks,
+        **_explained(explain_steps, explain_top, explain_images),
         timesteps=_TIMESTEPS[timesteps],
         start=None if start is None else encode_tensor(start, "start"),
         start_time=start_time or 0.0,
@@ -239,7 +240,6 @@ def encode_sample(
         churn_min_sigma=churn_min_sigma,
         churn_max_sigma=churn_max_sigma,
         churn_noise=churn_noise,
-        **_explained(explain_steps, explain_top, explain_images),
     )
 
 

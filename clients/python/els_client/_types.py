@@ -117,6 +117,9 @@ class SampleOptions(TypedDict, total=False):
     priority: int | None
     version: str | None
     survive_breaks: bool
+    explain_steps: Integers
+    explain_top: int
+    explain_images: int
     timesteps: Timesteps | None
     start: Pixels | None
     start_time: float | None
@@ -125,9 +128,6 @@ class SampleOptions(TypedDict, total=False):
     churn_min_sigma: float | None
     churn_max_sigma: float | None
     churn_noise: float | None
-    explain_steps: Integers
-    explain_top: int
-    explain_images: int
 
 
 @dataclass

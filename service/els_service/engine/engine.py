@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +57,8 @@ class SamplingRun:
         conditions: one for each image, or none.
         decode: whether the last step has the decoded images of its latents.
         guidance: by label, [count]; None for none.
-        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D,
-            explanations.
         explain_steps: indices of the steps whose first call is explained; the model has sources.
+        held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
     """
 
     trajectory: Trajectory
@@ -69,8 +68,8 @@ class SamplingRun:
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
     guidance: npt.NDArray[np.float64] | None = None
+    explain_steps: frozenset[int] = field(default=frozenset(), kw_only=True)
     held_bytes: int = 0
-    explain_steps: frozenset[int] = frozenset()
 
 
 class Engine:

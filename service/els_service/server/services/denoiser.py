@@ -24,7 +24,6 @@ from els_service.engine.registry import ModelVersion
 from els_service.errors import QueueFullError, UnavailableError
 from els_service.server.requests import tensors
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
-from els_service.server.requests.explanations import held_explanation
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.requests.sample import (
     SAMPLER_NAMES,
@@ -126,14 +125,7 @@ class DenoiserService(MomentService):
         options = options_of(request, info, self._limits)
         noise = seeded_noise(request.seed, count, info.shape, request.first_image)
         shape = state_shape(name, (count, *info.shape))
-        total = steps_of(name, options)
-        resume = decode_token(request, entry, shape, total)
-        explained, detail = self._steps_to_explain(
-            request, entry, resume.index if resume else 0, total
-        )
-        held_bytes = held_bytes_of(name, options, shape)
-        if explained:
-            held_bytes += count * held_explanation(info)
+        resume = decode_token(request, entry, shape, steps_of(name, options))
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
@@ -142,9 +134,10 @@ class DenoiserService(MomentService):
             tensors.decode_conditions(request, info, count),
             request.return_decoded,
             tensors.decode_guidance(request, count),
-            held_bytes,
-            explain_steps=explained,
+            held_bytes_of(name, options, shape),
         )
+        total, resumed = steps_of(name, options), resume.index if resume else 0
+        run, detail = self._explaining(run, request, entry, resumed, total)
         steps = self._engine.sample(request.model, run, scheduling, version=request.version)
         taken: Step | None = None
         try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from els_service.engine.derived import (
     with_direction,
     with_evidence,
 )
-from els_service.engine.engine import Engine
+from els_service.engine.engine import Engine, SamplingRun
 from els_service.engine.registry import ModelVersion
 from els_service.engine.request_context import RequestContext
 from els_service.errors import InvalidArgumentError, UnsupportedError
@@ -89,17 +90,33 @@ class MomentService(DenoiserServiceServicer):
                 yield await written(index, found, detail, entry.info)
                 index += 1
 
-    def _steps_to_explain(
-        self, request: pb.SampleRequest, entry: ModelVersion, taken: int, total: int
-    ) -> tuple[frozenset[int], Detail]:
-        """Return the steps after ``taken``, of ``total``, that are explained, and how."""
+    def _explaining(
+        self,
+        run: SamplingRun,
+        request: pb.SampleRequest,
+        entry: ModelVersion,
+        resumed: int,
+        total: int,
+    ) -> tuple[SamplingRun, Detail]:
+        """Return a trajectory that explains what its request asks for, and how.
+
+        Args:
+            run: trajectory of the request.
+            request: of ``Sample``.
+            entry: its model.
+            resumed: steps that were taken before.
+            total: steps in all.
+        """
         steps, detail = read_explained_steps(request, self._limits)
-        if steps:
-            check_sources(entry, self._engine.models, "explain_steps")
-            if max(steps) > total:
-                expected = f"at most {total}, the number of steps"
-                raise InvalidArgumentError("explain_steps", expected, max(steps))
-        return frozenset(step for step in steps if step > taken), detail
+        if not steps:
+            return run, detail
+        check_sources(entry, self._engine.models, "explain_steps")
+        if max(steps) > total:
+            expected = f"at most {total}, the number of steps"
+            raise InvalidArgumentError("explain_steps", expected, max(steps))
+        left = frozenset(step for step in steps if step > resumed)
+        held = run.held_bytes + len(run.labels) * held_explanation(entry.info)
+        return replace(run, explain_steps=left, held_bytes=held), detail
 
     async def _with_variance(
         self,
