@@ -31,7 +31,7 @@ $(PEER)/.installed:
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python clients/examples/demo.py --out demo.png
+	$(BIN)/python clients/examples/demo.py --out demo.png --sources demo-sources.png
 
 lint: install
 	$(NICE) $(BIN)/ruff check .
@@ -189,4 +189,4 @@ image-test: install image-bases
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(CLIENTS) $(DEPLOY) $(POLICY) .terrain proto/python demo.png
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(DEPLOY) $(POLICY) .terrain proto/python demo.png demo-sources.png

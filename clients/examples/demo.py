@@ -1,12 +1,15 @@
 """Starts a server, samples one image of each label and plots its trajectory from noise.
 
-Usage: python clients/examples/demo.py --out demo.png
+A second picture shows which bank images one more sample was made of, as ``els explain`` does.
+
+Usage: python clients/examples/demo.py --out demo.png --sources demo-sources.png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,8 +28,11 @@ from rich.progress import track
 from els_client import Client, ElsError
 
 SERVER = (Path(sys.executable).with_name("els-server"), "run", "--port=0", "--metrics-port=0")
+ELS = Path(sys.executable).with_name("els")
 SERVER_LIFE_S = 600
 STEPS = 20
+# The eighth row of the first picture.
+EXPLAINED = ("--model=fashion-els", "--seed=0", "--first-image=7", "--label=7", "--step=16")
 SHOWN = (2, 5, 8, 11, 14, 17)
 ZOOM, GAP, MARGIN, CAPTION = 3, 6, 96, 28
 PAPER, INK, FAINT = (13, 17, 23), (230, 237, 243), (139, 148, 158)
@@ -38,7 +44,11 @@ def main() -> None:
     """Run the demo; exits with 1 and the cause on stderr if it fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write")
-    out: Path = parser.parse_args().out
+    parser.add_argument(
+        "--sources", type=Path, default=Path("demo-sources.png"), help="second picture to write"
+    )
+    arguments = parser.parse_args()
+    out: Path = arguments.out
     times = [time.perf_counter()]
     try:
         with running_server() as port, Client(f"127.0.0.1:{port}") as client:
@@ -48,13 +58,15 @@ def main() -> None:
             times.append(time.perf_counter())
             draw(names, columns).save(out)
             times.append(time.perf_counter())
+            explain(port, arguments.sources)
+            times.append(time.perf_counter())
     except (ElsError, OSError, RuntimeError) as error:
         sys.exit(f"demo: {error}")
     for part, (began, ended) in zip(
-        ("server start", "sampling", "drawing"), pairwise(times), strict=True
+        ("server start", "sampling", "drawing", "explaining"), pairwise(times), strict=True
     ):
         print(f"{part:<14}{ended - began:5.1f} s")
-    print(f"{'picture':<14}{out.resolve()}")
+    print(f"{'pictures':<14}{out.resolve()}\n{'':<14}{arguments.sources.resolve()}")
 
 
 @contextmanager
@@ -109,6 +121,20 @@ def trajectory(client: Client, count: int) -> list[Column]:
     way = list(track(steps, f"{count} samples", total=STEPS))
     expected = [(f"step {index}", way[index - 1].denoised) for index in SHOWN]
     return [("noise", way[0].noise), *expected, ("sample", way[-1].x)]
+
+
+def explain(port: int, out: Path) -> None:
+    """Write a sample beside its maps and the eight bank images that it took most from.
+
+    Raises:
+        RuntimeError: The command failed; the text is the end of its log.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(ELS), f"--target=127.0.0.1:{port}", "explain", *EXPLAINED, f"--out={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        shutil.copyfile(Path(folder, "sheet.png"), out)
 
 
 def draw(names: Sequence[str], columns: Sequence[Column]) -> Image.Image:

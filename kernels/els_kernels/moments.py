@@ -105,6 +105,7 @@ class PatchMoments:
         window: Tensor | None = None,
         ranges: Tensor | None = None,
         geometry: Geometry,
+        evidence: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg with J = ∂D/∂x, both [B, C, H, W] float32.
 
@@ -116,13 +117,15 @@ class PatchMoments:
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
             geometry: window shape, sources and padding.
+            evidence: of the same arguments, from ``evidence``: spares the first of two passes and
+                changes no bit. That of others gives finite or infinite numbers without meaning.
 
         Raises:
             ValueError: An argument is invalid; names it, expected and got.
             ComputationStoppedError: The current ``Control`` was stopped.
         """
         with self._exact():
-            queries = self._queries(x, a, s, window, ranges, geometry)
+            queries = self._queries(x, a, s, window, ranges, geometry, evidence)
             directions = self._directions("cotangent", cotangent, x)
             return _stacked([q.vjp(g) for q, g in zip(queries, directions, strict=True)])
 
@@ -136,6 +139,7 @@ class PatchMoments:
         window: Tensor | None = None,
         ranges: Tensor | None = None,
         geometry: Geometry,
+        evidence: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return D(x) and J u with J = ∂D/∂x, both [B, C, H, W] float32.
 
@@ -147,14 +151,48 @@ class PatchMoments:
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
             geometry: window shape, sources and padding.
+            evidence: as of ``vjp``.
+
+        Raises:
+            ValueError, ComputationStoppedError: As ``vjp``.
+        """
+        with self._exact():
+            queries = self._queries(x, a, s, window, ranges, geometry, evidence)
+            directions = self._directions("tangent", tangent, x)
+            return _stacked([q.jvp(u) for q, u in zip(queries, directions, strict=True)])
+
+    @property
+    def evidence_channels(self) -> int:
+        """Number K of float64 numbers that ``evidence`` has for each pixel."""
+        return self._bank.shape[1] + 1
+
+    def evidence(
+        self,
+        x: Tensor,
+        *,
+        a: Tensor,
+        s: Tensor,
+        window: Tensor | None = None,
+        ranges: Tensor | None = None,
+        geometry: Geometry,
+    ) -> Tensor:
+        """Return what the first pass of ``vjp`` and ``jvp`` finds: [B, K, H, W] float64.
+
+        Args:
+            x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
+            a: signal scale of each image [B].
+            s: noise scale of each image [B].
+            window: odd side of each image's patch [B]; None where ``geometry.whole``.
+            ranges: half-open ranges of bank images, [B, 2]; None for all.
+            geometry: window shape, sources and padding.
 
         Raises:
             ValueError, ComputationStoppedError: As ``vjp``.
         """
         with self._exact():
             queries = self._queries(x, a, s, window, ranges, geometry)
-            directions = self._directions("tangent", tangent, x)
-            return _stacked([q.jvp(u) for q, u in zip(queries, directions, strict=True)])
+            found = [query.posterior(*query.limits) for query in queries]
+            return torch.stack([torch.cat([mean, log_sum[None]]) for mean, log_sum in found])
 
     def statistics(
         self,
@@ -248,15 +286,29 @@ class PatchMoments:
         window: Tensor | None,
         ranges: Tensor | None,
         geometry: Geometry,
+        evidence: Tensor | None = None,
     ) -> list[_Query]:
         images, scales, noises, windows, limits, geometry = self._attention.validate(
             x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
         )
         kind = _WholeQuery if geometry.whole else _PatchQuery
-        return [
+        queries: list[_Query] = [
             kind(images[b], scales[b], noises[b], self._bank, limits[b], windows[b], geometry)
             for b in range(len(images))
         ]
+        if evidence is not None:
+            self._check_evidence(evidence, x)
+            for query, found in zip(queries, evidence, strict=True):
+                query.known = found[:-1], found[-1]
+        return queries
+
+    def _check_evidence(self, evidence: Tensor, x: Tensor) -> None:
+        expected = [len(x), self.evidence_channels, *x.shape[2:]]
+        if list(evidence.shape) != expected or evidence.dtype != torch.float64:
+            got = f"{evidence.dtype} {list(evidence.shape)}"
+            raise ValueError(f"evidence: expected torch.float64 {expected}, got {got}")
+        if not evidence.isfinite().all():
+            raise ValueError("evidence: expected finite numbers, got others")
 
     def _directions(self, name: str, direction: Tensor, x: Tensor) -> Tensor:
         if not isinstance(direction, Tensor) or direction.shape != x.shape:
@@ -289,6 +341,12 @@ class _Query(ABC):
         self.jacobian_scale = a / (s * s)
         self.bank, self.limits = bank, limits
         self.window, self.geometry = window, geometry
+        self.known: tuple[Tensor, Tensor] | None = None
+        """``posterior`` of all images, if it was computed before."""
+
+    def first_pass(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and log Σ exp(logit) of all images."""
+        return self.known or self.posterior(*self.limits)
 
     @abstractmethod
     def posterior(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
@@ -351,7 +409,7 @@ class _PatchQuery(_Query):
         return sums / total, peak + total.log()
 
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_sum = self.posterior(*self.limits)
+        mean, log_sum = self.first_pass()
         sweep = self._sweep(*self.limits)
         gradient = torch.zeros_like(sweep.padded(self.image))
         for pairs in sweep:
@@ -363,7 +421,7 @@ class _PatchQuery(_Query):
         return mean, sweep.unpadded(gradient) * self.jacobian_scale
 
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_sum = self.posterior(*self.limits)
+        mean, log_sum = self.first_pass()
         sweep = self._sweep(*self.limits)
         direction = sweep.padded(tangent)
         answer = torch.zeros_like(self.image)
@@ -417,7 +475,8 @@ class _WholeQuery(_Query):
         return self.jvp(cotangent)
 
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        mean, covariance = self._shifts(*self.limits).covariance(tangent)
+        mean, log_sum = self.first_pass()
+        covariance = self._shifts(*self.limits).covariance(tangent, mean, log_sum[0, 0])
         return mean, covariance * self.jacobian_scale
 
     def statistics(self, top: int, images: int) -> tuple[Tensor, ...]:

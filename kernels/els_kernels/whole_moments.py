@@ -51,13 +51,14 @@ class Shifts:
             peak = top
         return mean / total, peak + total.log()
 
-    def covariance(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and Σ w (v − D) ⟨v − D, u⟩, both [C, H, W].
+    def covariance(self, direction: Tensor, mean: Tensor, log_sum: Tensor) -> Tensor:
+        """Return Σ w (v − D) ⟨v − D, u⟩, [C, H, W].
 
         Args:
             direction: u, [C, H, W].
+            mean: D, of ``posterior``.
+            log_sum: of ``posterior``.
         """
-        mean, log_sum = self.posterior()
         total, product = self._image.new_zeros(()), torch.zeros_like(self._image)
         offset = (mean * direction).sum()
         for _, keys, dy, logits in self._tiles():
@@ -65,7 +66,7 @@ class Shifts:
             weights *= self._moved(direction, dy) @ keys.T - offset
             total = total + weights.sum()
             product += self._moved_back(weights @ keys, dy)
-        return mean, product - total * mean
+        return product - total * mean
 
     def statistics(self, top: int, images: int, lo: int) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image.

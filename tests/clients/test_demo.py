@@ -21,7 +21,8 @@ with served(FakeDenoiser()) as target:
 def run(monkeypatch: pytest.MonkeyPatch, script: str, out: Path) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(demo, "SERVER", (sys.executable, "-c", script))
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out)])
+    sources = out.with_name("sources.png")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), "--sources", str(sources)])
     demo.main()
 
 
@@ -33,9 +34,12 @@ def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
     with Image.open(out) as picture:
         rows = (picture.height - demo.CAPTION) / (4 * demo.ZOOM + demo.GAP)
     assert rows == 2
+    with Image.open(tmp_path / "sources.png") as sheet:
+        # One bank image below the maps, in columns of four.
+        assert sheet.width > sheet.height > 0
     printed = capfd.readouterr().out
     assert str(out) in printed
-    assert all(part in printed for part in ("server start", "sampling", "drawing"))
+    assert all(part in printed for part in ("server start", "sampling", "drawing", "explaining"))
 
 
 def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(

@@ -113,6 +113,7 @@ class TestIdx:
     def test_without_a_labels_file_the_bank_is_unlabelled(self, mnist: Path) -> None:
         mnist.with_name("train-labels-idx1-ubyte").unlink()
         assert_holds(read_source(mnist), GREY[..., None], [-1] * 6)
+        assert read_source(mnist).file_names is None
 
     def test_labels_packed_as_the_images_go_first(self, mnist: Path) -> None:
         packed = mnist.with_name(f"{mnist.name}.gz")
@@ -180,6 +181,17 @@ class TestFolder:
         bank = read_source(folder)
         assert_holds(bank, COLOUR[BY_LABEL], LABELS[BY_LABEL])
         assert bank.label_names == ("bag", "coat", "dress")
+
+    def test_each_image_keeps_the_name_of_its_file(self, folder: Path) -> None:
+        names = read_source(folder, limit=4).file_names
+        assert names is not None
+        assert list(names) == ["bag/1.png", "bag/4.png", "coat/0.png", "coat/2.png"]
+
+    def test_skipped_pictures_move_no_name(self, folder: Path) -> None:
+        (folder / "bag" / "1.png").write_bytes(b"damaged")
+        names = read_source(folder, skipped=lambda error: None).file_names
+        assert names is not None
+        assert list(names)[:2] == ["bag/4.png", "coat/0.png"]
 
     def test_a_flat_folder_is_unlabelled(self, tmp_path: Path) -> None:
         for index, pixels in enumerate(GREY):

@@ -18,6 +18,7 @@ from safetensors.torch import save as encode_torch_safetensors
 
 import els_service
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
+from els_service.denoisers.file_names import FileNames, printable_name
 from els_service.errors import InvalidArgumentError, LoadError
 
 BUNDLED = Path(els_service.__file__).parent / "bundled/_banks/fashion-mnist-5000.safetensors"
@@ -46,12 +47,13 @@ def banks(draw: st.DrawFn) -> Bank:
     images: NDArray[Any] = draw(
         stn.arrays(np.uint8, shape) | stn.arrays(np.float32, shape, elements=floats)
     )
+    files = draw(st.none() | st.lists(TEXT, min_size=shape[0], max_size=shape[0]))
     if draw(st.booleans()):
-        return make_bank(images, source=draw(TEXT), licence=draw(TEXT))
+        return make_bank(images, source=draw(TEXT), licence=draw(TEXT), file_names=files)
     labels = draw(stn.arrays(np.int64, shape[0], elements=st.integers(0, 5)))
     count = int(labels.max()) + 1
     names = draw(st.just([]) | st.lists(TEXT, min_size=count, max_size=count))
-    return make_bank(images, labels, label_names=tuple(names), source=draw(TEXT))
+    return make_bank(images, labels, label_names=tuple(names), source=draw(TEXT), file_names=files)
 
 
 def assert_same(got: Bank, expected: Bank) -> None:
@@ -60,6 +62,11 @@ def assert_same(got: Bank, expected: Bank) -> None:
     np.testing.assert_array_equal(got.labels, expected.labels)
     for name in ("label_names", "source", "licence", "fingerprint", "shape", "label_count"):
         assert getattr(got, name) == getattr(expected, name)
+    assert names_of(got) == names_of(expected)
+
+
+def names_of(bank: Bank) -> list[str] | None:
+    return None if bank.file_names is None else list(bank.file_names)
 
 
 @given(bank=banks())
@@ -75,6 +82,81 @@ def test_images_are_sorted_by_label_and_equal_labels_keep_their_order(bank: Bank
     np.testing.assert_array_equal(bank.labels, [0, 0, 2, 2])
     np.testing.assert_array_equal(bank.images, PIXELS[[1, 3, 0, 2]])
     assert bank.images.flags.c_contiguous
+
+
+def test_file_names_are_sorted_with_their_images_and_change_no_fingerprint(
+    bank: Bank, file: Path
+) -> None:
+    named = make_bank(
+        PIXELS,
+        [2, 0, 2, 0],
+        label_names=bank.label_names,
+        source="here",
+        licence="MIT",
+        file_names=["a.png", "b/ä.png", "c.png", ""],
+    )
+    assert names_of(named) == ["b/ä.png", "", "a.png", "c.png"]
+    assert named.fingerprint == bank.fingerprint
+    without = file.read_bytes()
+    save_bank(named, file)
+    assert_same(load_bank(file), named)
+    # A bank without names has the bytes that it always had: older servers load it.
+    assert b'"version":"1"' in without
+    assert b'"version":"2"' in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "c"], "file_names: expected one for each of 4 images, got 3"),
+        (["a", "b", "c", "d\x1b[2J"], "file_names: expected printable text"),
+        (["a", "b", "c", "d\ne"], "file_names: expected printable text"),
+        (["a", "b", "c", "d" * 256], "file_names: expected at most 255 bytes each, got 256 bytes"),
+    ],
+)
+def test_file_names_that_do_not_fit_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message.replace("[", "\\[")):
+        make_bank(PIXELS, file_names=names)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "a line feed after each name, got none"),
+        (b"a\nb", "a line feed after each name, got none"),
+        (b"\xff\n", "UTF-8, got other bytes"),
+    ],
+)
+def test_a_text_that_holds_no_file_names_is_refused(text: bytes, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"file_names: expected {message}"):
+        FileNames(np.frombuffer(text, np.uint8))
+    floats: Any = np.zeros(4)
+    with pytest.raises(InvalidArgumentError, match="file_names: expected uint8"):
+        FileNames(floats)
+
+
+def test_file_names_are_read_one_by_one() -> None:
+    names = FileNames.of(["a.png", "", "ß"])
+    assert [names[i] for i in range(3)] == ["a.png", "", "ß"]
+    assert (len(names), names.longest, names.nbytes) == (3, 5, 10 + 3 * 8)
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match="expected 0 to 2"):
+            names[index]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("cats/one.png", "cats/one.png"),
+        ("cats/one\u200b.png", "cats/one?.png"),
+        ("cats/\udcff.png", "cats/?.png"),
+        (f"{'c' * 200}/{'d' * 100}", "d" * 100),
+        ("ä" * 200, "…" + "ä" * 126),
+    ],
+)
+def test_a_file_has_a_printable_name_of_at_most_255_bytes(file: str, name: str) -> None:
+    assert printable_name(Path("bank") / file, Path("bank")) == name
+    assert list(FileNames.of([name])) == [name]
 
 
 def test_shape_and_label_count_describe_the_bank(bank: Bank) -> None:
@@ -160,7 +242,10 @@ def test_the_same_bank_gives_the_same_bytes(file: Path, bank: Bank) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_with_any_byte_changed_is_refused(file: Path) -> None:
+@pytest.mark.parametrize("named", [False, True], ids=["without names", "with names"])
+def test_a_file_with_any_byte_changed_is_refused(file: Path, named: bool) -> None:
+    if named:
+        save_bank(make_bank(PIXELS, file_names=["a", "bc", "d", "e"]), file)
     data = file.read_bytes()
     for position in range(len(data)):
         # 0x29 turns the header's padding into tabs, which is still JSON; 0x20 turns case.
@@ -218,6 +303,7 @@ def forge(bank: Bank, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]
 
 FORGERIES: dict[str, tuple[dict[str, NDArray[Any]], dict[str, str]]] = {
     "expected els-bank version 1, got els-bank version 2": ({}, {"version": "2"}),
+    "expected els-bank version 2, got els-bank version 1": ({"file_names": PIXELS.ravel()}, {}),
     "expected els-bank version 1, got pictures version 1": ({}, {"format": "pictures"}),
     "images: expected uint8 or float32, got int16": ({"images": PIXELS.astype(np.int16)}, {}),
     r"images: expected shape \[N, C, H, W\]": ({"images": PIXELS[:, 0]}, {}),

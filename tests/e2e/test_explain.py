@@ -26,7 +26,7 @@ from tests.support.models_folder import (
 from tests.support.processes import ServerProcess, serving
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client, ElsError, InvalidArgumentError
+from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError
 from els_kernels import GEOMETRIES
 from els_kernels.reference_statistics import ReferencePosterior
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -96,6 +96,52 @@ async def test_an_explanation_is_that_of_brute_force(twin: Twin, models: Path, m
                     assert found.labels[image] == tiny_bank().labels[image]
 
 
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+async def test_products_from_evidence_have_the_same_bits(twin: Twin, model: str) -> None:
+    x, options = images(1), {"model": model, "sigma": SIGMA, "label": CHOSEN}
+    evidence = Evidence()
+    for method, seed in (("vjp", 2), ("jvp", 3), ("vjp", 4)):
+        want = await twin.call(method, x, images(seed), **options)
+        got = await twin.call(method, x, images(seed), evidence=evidence, **options)
+        assert np.array_equal(got[0], want[0])
+        assert np.array_equal(got[1], want[1])
+        assert evidence.data
+
+
+@pytest.mark.parametrize("damage", ["another x", "another level", "a bit", "cut", "foreign"])
+def test_evidence_of_something_else_is_not_used(client: Client, damage: str) -> None:
+    x, g, sigma = images(1), images(2), 1.0
+    evidence = Evidence()
+    client.vjp(images(5), g, evidence=evidence, model="zeros", sigma=1.0)
+    if damage == "another level":
+        x, sigma = images(5), 2.0
+    elif damage == "a bit":
+        x, evidence.data = images(5), bytes([evidence.data[0] ^ 1]) + evidence.data[1:]
+    elif damage == "cut":
+        x, evidence.data = images(5), evidence.data[:-1]
+    elif damage == "foreign":
+        x, evidence.data = images(5), b"\xff" * len(evidence.data)
+    sent = evidence.data
+    for method in (client.vjp, client.jvp):
+        evidence.data = sent
+        want = method(x, g, model="zeros", sigma=sigma)
+        got = method(x, g, evidence=evidence, model="zeros", sigma=sigma)
+        assert np.array_equal(got[1], want[1])
+        # That of this query instead.
+        assert evidence.data not in (b"", sent)
+    used = evidence.data
+    client.vjp(x, g, evidence=evidence, model="zeros", sigma=sigma)
+    assert evidence.data is used
+
+
+def test_a_model_without_a_first_pass_has_no_evidence(client: Client) -> None:
+    evidence = Evidence(b"of another model")
+    want = client.vjp(images(1), images(2), model="wiener", sigma=1.0)
+    got = client.vjp(images(1), images(2), evidence=evidence, model="wiener", sigma=1.0)
+    assert np.array_equal(got[1], want[1])
+    assert evidence.data == b"of another model"
+
+
 @pytest.mark.parametrize("model", [*WITH_EVIDENCE, "wiener"])
 async def test_products_are_the_library_s(twin: Twin, models: Path, model: str) -> None:
     x, g = images(1), images(2)
@@ -121,6 +167,153 @@ def test_products_are_automatic_differentiation_of_brute_force(
         along = torch.from_numpy(g[b])
         for got, want in ((pulled, reference.vjp(along)), (pushed, reference.jvp(along))):
             assert np.abs(got[b] - want.numpy()).max() <= 1e-4 * float(want.abs().max()) + 1e-9
+
+
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+async def test_an_explanation_has_the_bank_images_of_largest_share(twin: Twin, model: str) -> None:
+    options: dict[str, Any] = {"model": model, "sigma": SIGMA, "label": CHOSEN}
+    found = await twin.call("explain", images(1), images=3, **options)
+    pixels = tiny_bank().pixels().numpy()
+    for shares, returned in zip(found.shares, found.images, strict=True):
+        assert list(returned) == np.argsort(-shares, kind="stable")[: len(returned)].tolist()
+        assert len(returned) == min(3, np.count_nonzero(shares))
+        for image, values in returned.items():
+            assert np.array_equal(values, pixels[image])
+    assert found.file_names == {}
+    without = await twin.call("explain", images(1), **options)
+    assert without.images == ({}, {}, {})
+
+
+def test_an_explanation_names_the_files_that_the_bank_knows(tmp_path: Path) -> None:
+    root = write_models(tmp_path / "models", {"zeros": DOCUMENTS["zeros"]})
+    bank = tiny_bank(named=True)
+    save_bank(bank, root / "_banks" / "tiny.safetensors")
+    assert bank.file_names is not None
+    with serving("--models", root, "--threads", 1) as server, Client(server.target) as client:
+        found = client.explain(images(1), model="zeros", sigma=10.0)
+    assert found.file_names == dict(enumerate(bank.file_names))
+    assert found.file_names[0] == "0.png"
+    assert found.file_names[1] == "3.png"
+
+
+@pytest.mark.parametrize("model", WITH_EVIDENCE)
+@pytest.mark.parametrize("evidence", [False, True])
+def test_a_variance_comes_with_the_bits_of_a_plain_answer(
+    channel: grpc.Channel, models: Path, model: str, evidence: bool
+) -> None:
+    x = images(1)
+    request = pb.DenoiseRequest(
+        model=model, x=message_of(x), labels=CHOSEN, return_log_evidence=evidence
+    )
+    request.level.sigma.extend(SIGMA)
+    stub = DenoiserServiceStub(channel)
+    plain = stub.Denoise(request, timeout=30)
+    request.return_variance = True
+    answer = stub.Denoise(request, timeout=30)
+    assert answer.denoised == plain.denoised
+    assert answer.log_evidence == plain.log_evidence
+    assert list(answer.variance.shape) == [3, *SHAPE]
+    variance = np.frombuffer(answer.variance.data, "<f4").reshape(3, *SHAPE)
+    for got, reference in zip(variance, references(models, model, x), strict=True):
+        assert np.abs(got - reference.variance().numpy()).max() <= 1e-6
+    (streamed,) = stub.DenoiseStream(iter([request]), timeout=30)
+    assert streamed.response == answer
+
+
+async def test_a_client_returns_a_variance_beside_the_images(twin: Twin) -> None:
+    options: dict[str, Any] = {"model": "zeros", "sigma": SIGMA, "label": CHOSEN}
+    denoised, variance = await twin.call("denoise_with_variance", images(1), **options)
+    found = await twin.call("explain", images(1), **options)
+    assert np.array_equal(denoised, await twin.call("denoise", images(1), **options))
+    assert np.array_equal(variance, found.variance)
+
+
+@pytest.mark.parametrize("model", ["gaussian", "wiener"])
+def test_a_model_without_a_variance_is_named(client: Client, model: str) -> None:
+    x = np.zeros((1, *client.model(model).shape), np.float32)
+    text = rf"return_variance: expected unset, or a model with sources \(.*, zeros\), got .*{model}"
+    with pytest.raises(InvalidArgumentError, match=text):
+        client.denoise_with_variance(x, model=model, sigma=1.0)
+    assert_serves(client)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddim_released", "heun", "dpmpp_2m"])
+async def test_steps_of_a_sample_are_explained_as_their_queries_are(
+    twin: Twin, sampler: str
+) -> None:
+    options: dict[str, Any] = {"model": "zeros", "count": 2, "steps": 5, "label": [0, 2]}
+    plain = await twin.steps(sampler=sampler, **options)
+    total = len(plain)
+    explained = {"explain_steps": [1, total], "explain_top": 3, "explain_images": 2}
+    steps = await twin.steps(sampler=sampler, **options, **explained)
+    for step, same in zip(steps, plain, strict=True):
+        assert np.array_equal(step.x, same.x)
+        assert np.array_equal(step.denoised, same.denoised)
+        if step.index not in (1, total):
+            with pytest.raises(AttributeError, match=rf"explain_steps=\[{step.index}\]"):
+                _ = step.explanation
+            continue
+        found = step.explanation
+        assert found.sources.shape == (2, *SHAPE[1:], 3, 3)
+        # At the lowest noise a single image is left.
+        assert [len(each) for each in found.images] == [
+            min(2, np.count_nonzero(shares)) for shares in found.shares
+        ]
+        assert found.label_names == ("dot", "dash", "gap")
+        assert np.abs(found.denoised - step.denoised).max() <= 1e-5
+        assert not found.shares[0, 4:].any()
+        assert not found.shares[1, :8].any()
+
+
+def test_a_resumed_sample_explains_the_steps_that_remain(channel: grpc.Channel) -> None:
+    stub = DenoiserServiceStub(channel)
+    request = pb.SampleRequest(
+        model="zeros",
+        count=2,
+        steps=5,
+        sampler=pb.SAMPLER_DPMPP_2M,
+        explain_steps=[2, 4],
+        return_x=True,
+        return_resume_token=True,
+    )
+    whole = list(stub.Sample(request, timeout=30))
+    assert [len(step.explanations) for step in whole] == [0, 2, 0, 2, 0]
+    # Other explanations may be requested than before: they do not change the images.
+    request.resume_token = whole[2].resume_token
+    request.explain_steps[:] = [3, 4, 5]
+    rest = list(stub.Sample(request, timeout=30))
+    assert [len(step.explanations) for step in rest] == [2, 2]
+    assert rest[0].explanations[0] == whole[3].explanations[0]
+    assert [step.x for step in rest] == [step.x for step in whole[3:]]
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("explain_steps: expected rising numbers of steps, from 1, got", {"explain_steps": [0]}),
+        ("explain_steps: expected rising numbers of steps", {"explain_steps": [2, 2]}),
+        ("explain_steps: expected at most 3, the number of steps, got 4", {"explain_steps": [4]}),
+        ("explain_top: expected 1 to 16", {"explain_steps": [1], "explain_top": 17}),
+        ("explain_images: expected 0 to 16", {"explain_steps": [1], "explain_images": -1}),
+        ("explain_top: expected 0 without explain_steps", {"explain_top": 1}),
+        ("explain_images: expected 0 without explain_steps", {"explain_images": 1}),
+    ],
+)
+def test_a_bad_explanation_of_a_sample_is_named(
+    channel: grpc.Channel, client: Client, message: str, change: dict[str, Any]
+) -> None:
+    request = pb.SampleRequest(model="zeros", steps=3, **change)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(DenoiserServiceStub(channel).Sample(request, timeout=30))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith(message)
+    assert_serves(client)
+
+
+def test_steps_of_a_model_without_a_bank_cannot_be_explained(client: Client) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"explain_steps: .* got it for wiener"):
+        list(client.sample(model="wiener", steps=3, explain_steps=[1]))
+    assert len(list(client.sample(model="wiener", steps=3))) == 3
 
 
 def test_a_model_says_what_it_supports(client: Client) -> None:
@@ -168,6 +361,8 @@ def test_an_onnx_model_has_no_gradients_and_is_named(tmp_path: Path) -> None:
     [
         ("top", {"top": 17}),
         ("top", {"top": -1}),
+        ("return_images", {"return_images": 17}),
+        ("return_images", {"return_images": -1}),
         ("x.shape", {"x": pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 6])}),
         ("windows", {"windows": [4]}),
         ("labels", {"labels": [9]}),
@@ -216,6 +411,13 @@ def test_a_bad_cotangent_is_named(
 def test_the_client_rejects_what_cannot_be_sent(client: Client) -> None:
     with pytest.raises(InvalidArgumentError, match="top: expected an integer of at least 1, got 0"):
         client.explain(images(1), top=0, model="zeros", sigma=1.0)
+    with pytest.raises(InvalidArgumentError, match="images: expected an integer of at least 0"):
+        client.explain(images(1), images=-1, model="zeros", sigma=1.0)
+    with pytest.raises(InvalidArgumentError, match="explain_top: expected an integer of at least"):
+        client.sample(model="zeros", explain_steps=[1], explain_top=0)
+    wrong: Any = [1.5]
+    with pytest.raises(InvalidArgumentError, match="explain_steps: expected integers"):
+        client.sample(model="zeros", explain_steps=wrong)
     with pytest.raises(InvalidArgumentError, match="cotangent: expected"):
         client.vjp(images(1), [[1.0]], model="zeros", sigma=1.0)  # type: ignore[arg-type]  # wrong on purpose
 
@@ -236,6 +438,12 @@ def test_an_explanation_larger_than_a_message_is_rejected(tmp_path: Path) -> Non
         with pytest.raises(ElsError, match="top: expected a response of at most 65536") as caught:
             client.explain(x, model="wide", sigma=1.0, top=16)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
+        options: dict[str, Any] = {"model": "wide", "steps": 2, "explain_steps": [1]}
+        (explained, _) = client.sample(explain_top=1, **options)
+        assert explained.explanation.weights.shape == (1, 32, 32, 1)
+        with pytest.raises(ElsError, match="count: expected a response of at most") as caught:
+            list(client.sample(explain_top=1, count=4, **options))
+        assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
 def message_of(x: np.ndarray[Any, Any]) -> pb.Tensor:
@@ -246,29 +454,60 @@ def assert_serves(client: Client) -> None:
     assert client.denoise(images(1), model=LABELLED[0], sigma=1.0).shape == (3, *SHAPE)
 
 
+class Released:
+    """Client of the contract of the last release, which knows no field added since.
+
+    Args:
+        channel: to the server.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self._pool = descriptor_pool.DescriptorPool()
+        for file in FileDescriptorSet.FromString(CONTRACT.read_bytes()).file:
+            self._pool.Add(file)
+
+    def message(self, name: str) -> Any:
+        return GetMessageClass(self._pool.FindMessageTypeByName(f"denoise.v1.{name}"))
+
+    def request(self, name: str, **fields: Any) -> Any:
+        request = self.message(name)(**fields)
+        x = images(1)
+        request.x.dtype, request.x.data = pb.DTYPE_F32, x.tobytes()
+        request.x.shape.extend(x.shape)
+        request.level.sigma.append(1.0)
+        return request
+
+    def call(self, kind: str, method: str, request: Any) -> Any:
+        """Return the response; ``kind`` says which sides are streams."""
+        streams = method.endswith("Stream")
+        return getattr(self._channel, kind)(
+            f"/denoise.v1.DenoiserService/{method}",
+            lambda one: one.SerializeToString(),
+            self.message(f"{method}Response").FromString,
+        )(iter([request]) if streams else request, timeout=30)
+
+
 def test_a_client_of_the_released_contract_works_as_before(
     channel: grpc.Channel, client: Client
 ) -> None:
-    released = descriptor_pool.DescriptorPool()
-    for file in FileDescriptorSet.FromString(CONTRACT.read_bytes()).file:
-        released.Add(file)
-
-    def call(method: str, request: Any, answer: str) -> Any:
-        path = f"/denoise.v1.DenoiserService/{method}"
-        parse = message(answer).FromString
-        send = channel.unary_unary(path, type(request).SerializeToString, parse)
-        return send(request, timeout=30)
-
-    def message(name: str) -> Any:
-        return GetMessageClass(released.FindMessageTypeByName(f"denoise.v1.{name}"))
-
-    x = images(1)
-    request = message("DenoiseRequest")(model="zeros")
-    request.x.dtype, request.x.data = pb.DTYPE_F32, x.tobytes()
-    request.x.shape.extend(x.shape)
-    request.level.sigma.append(1.0)
-    answer = call("Denoise", request, "DenoiseResponse")
-    want = client.denoise(x, model="zeros", sigma=1.0)
-    assert np.array_equal(np.frombuffer(answer.denoised.data, "<f4").reshape(x.shape), want)
-    described = call("GetModel", message("GetModelRequest")(name="zeros"), "GetModelResponse")
+    released, x = Released(channel), images(1)
+    query = {"model": "zeros", "return_log_evidence": True}
+    answer = released.call("unary_unary", "Denoise", released.request("DenoiseRequest", **query))
+    want, evidence = client.denoise_with_evidence(x, model="zeros", sigma=1.0)
+    assert answer.denoised.data == want.tobytes()
+    assert answer.log_evidence.data == evidence.tobytes()
+    request = released.request("DenoiseRequest", **query)
+    (streamed,) = released.call("stream_stream", "DenoiseStream", request)
+    assert streamed.response == answer
+    scored = released.call("unary_unary", "Score", released.request("ScoreRequest", model="zeros"))
+    assert scored.score.data == client.score(x, model="zeros", sigma=1.0).tobytes()
+    sample = released.message("SampleRequest")(model="zeros", count=2, steps=3, seed=5)
+    *_, last = released.call("unary_stream", "Sample", sample)
+    *_, step = client.sample(model="zeros", count=2, steps=3, seed=5)
+    assert last.x.data == step.x.tobytes()
+    named = released.message("GetModelRequest")(name="zeros")
+    described = released.call("unary_unary", "GetModel", named)
     assert described.model.bank.fingerprint == tiny_bank().fingerprint
+    listed = released.call("unary_unary", "ListModels", released.message("ListModelsRequest")())
+    assert described.model in listed.models

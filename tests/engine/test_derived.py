@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.engine.conftest import Observed
 from tests.support.denoisers import SHAPE, build, random_images
 from tests.support.models_folder import DOCUMENTS, write_models
@@ -18,9 +20,12 @@ from els_service.denoisers.banks import make_bank
 from els_service.denoisers.base import Denoised, Query, make_query
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.levels import from_sigma
-from els_service.engine.derived import product_of, with_direction
+from els_service.denoisers.noise import seeded_noise
+from els_service.denoisers.samplers import SAMPLERS, Options
+from els_service.engine.derived import evidence_of, product_of, with_direction, with_evidence
 from els_service.engine.engine import Engine
 from els_service.engine.request_context import RequestContext
+from els_service.engine.sampling import SamplingRun
 from els_service.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from els_service.repository import ModelRepository
 
@@ -58,6 +63,24 @@ async def test_products_that_share_batches_keep_the_bits_that_they_have_alone(
         assert np.array_equal(answer.mean[0], want.mean[i])
 
 
+async def test_products_from_evidence_keep_their_bits_in_batches(engine: Engine) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    entry, x, g = engine.models.entry("model"), query(), direction()
+    evidence = evidence_of(await engine.derive(entry, "evidence", x))
+    assert np.array_equal(evidence, denoiser.evidence(x))
+    packed = with_evidence(with_direction(x, g), evidence)
+    parts = [engine.derive(entry, "jvp_again", packed[i : i + 1]) for i in range(COUNT)]
+    *alone, together = map(
+        product_of, await asyncio.gather(*parts, engine.derive(entry, "jvp_again", packed))
+    )
+    want = denoiser.jvp(x, g)
+    assert np.array_equal(together.product, want.product)
+    assert np.array_equal(together.mean, want.mean)
+    for i, answer in enumerate(alone):
+        assert np.array_equal(answer.product[0], want.product[i])
+
+
 async def test_explanations_that_share_batches_keep_the_bits_that_they_have_alone(
     engine: Engine,
 ) -> None:
@@ -86,6 +109,50 @@ async def test_an_explanation_holds_memory_until_its_reader_is_done(engine: Engi
         assert entry.loaded is not None
         assert not entry.loaded.derived["explain"].queue
     assert engine.memory.used == 0
+
+
+def trajectory(explain_steps: set[int], steps: int = 4, count: int = 2) -> SamplingRun:
+    return SamplingRun(
+        SAMPLERS["heun"](seeded_noise(1, count, SHAPE), Options(steps=steps)),
+        np.full(count, -1),
+        np.zeros(count, np.int64),
+        2 * steps - 1,
+        explain_steps=frozenset(explain_steps),
+    )
+
+
+async def test_explained_steps_of_a_trajectory_have_the_first_query_of_the_step(
+    engine: Engine,
+) -> None:
+    engine.models.add("model", machine())
+    plain = [step async for step in engine.sample("model", trajectory(set()))]
+    explained = [step async for step in engine.sample("model", trajectory({1, 4}))]
+    for step, same in zip(explained, plain, strict=True):
+        assert torch.equal(step.x, same.x)
+        assert len(step.explanations) == (2 if step.index in (1, 4) else 0)
+        for i, found in enumerate(step.explanations):
+            # Heun's second query of a step is at another level.
+            assert np.abs(found.pixels[0] - step.denoised[i].numpy()).max() <= 1e-5
+    assert engine.memory.used == 0
+
+
+async def test_a_trajectory_whose_explanations_cannot_be_in_time_is_rejected(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = machine()
+    monkeypatch.setattr(denoiser, "predict_explain_seconds", lambda query: 1e6)
+    engine.models.add("model", denoiser)
+    soon = RequestContext(deadline=time.monotonic() + 60)
+    with pytest.raises(DeadlineExceededError, match="explains model 2 times"):
+        await anext(engine.sample("model", trajectory({3}), soon))
+    assert len([step async for step in engine.sample("model", trajectory(set()), soon)]) == 4
+
+
+async def test_a_variance_is_queued_like_an_answer(engine: Engine) -> None:
+    denoiser = machine()
+    engine.models.add("model", denoiser)
+    answer = await engine.derive(engine.models.entry("model"), "variance", query())
+    assert np.array_equal(answer.pixels, denoiser.explain(query(), 3).variance)
 
 
 async def test_a_product_that_cannot_be_in_time_is_rejected(engine: Engine) -> None:

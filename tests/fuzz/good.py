@@ -100,7 +100,9 @@ def queries(draw: st.DrawFn, kind: Any) -> Message:
             data = torch.from_numpy(pixels).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
         case _:
             data = np.random.default_rng(1).bytes(pixels.size)
+    with_variance = kind is pb.DenoiseRequest and model in WITH_EVIDENCE and draw(st.booleans())
     request: Message = kind(
+        **({"return_variance": True} if with_variance else {}),
         model=model,
         x=pb.Tensor(dtype=dtype, shape=shape, data=data),
         level=pb.NoiseLevel(**{level: values}),
@@ -113,6 +115,34 @@ def queries(draw: st.DrawFn, kind: Any) -> Message:
         version=draw(st.sampled_from(["", "", "1"])),
     )
     return request
+
+
+@st.composite
+def products(draw: st.DrawFn, kind: Any, direction: str) -> Message:
+    """Draw a request of Vjp or Jvp, whose direction has that name."""
+    query: Any = draw(queries(pb.ScoreRequest))
+    data = _pixels(draw, tuple(query.x.shape)).astype("<f4").tobytes()
+    request: Message = kind(
+        **_common(query),
+        output_dtype=query.output_dtype,
+        return_evidence=draw(st.booleans()),
+        evidence=draw(st.binary(max_size=100)),
+        **{direction: pb.Tensor(dtype=pb.DTYPE_F32, shape=query.x.shape, data=data)},
+    )
+    return request
+
+
+@st.composite
+def explanations(draw: st.DrawFn) -> Message:
+    """Draw a request of Explain."""
+    query: Any = draw(queries(pb.ScoreRequest))
+    top, images = draw(st.integers(0, 16)), draw(st.integers(0, 16))
+    return pb.ExplainRequest(**_common(query), top=top, return_images=images)
+
+
+def _common(query: Any) -> dict[str, Any]:
+    names = ("model", "x", "level", "labels", "windows", "priority", "timeout_s", "version")
+    return {name: getattr(query, name) for name in names}
 
 
 @st.composite
@@ -144,6 +174,10 @@ def samples(draw: st.DrawFn) -> pb.SampleRequest:
             request.times.extend([0.9, 0.5, draw(st.floats(0.01, 0.4))])
         else:
             request.start_time = draw(st.floats(0.01, 1))
+    if model in WITH_EVIDENCE and draw(st.booleans()):
+        request.explain_steps.append(1)
+        request.explain_top = draw(st.integers(0, 16))
+        request.explain_images = draw(st.integers(0, 16))
     if sampler == pb.SAMPLER_DDPM:
         request.eta = draw(st.floats(0, 1))
     if sampler in (pb.SAMPLER_HEUN, pb.SAMPLER_EULER):
@@ -202,6 +236,9 @@ _KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "DenoiseStream": queries(pb.DenoiseRequest),
     "Score": queries(pb.ScoreRequest),
     "Sample": samples(),
+    "Vjp": products(pb.VjpRequest, "cotangent"),
+    "Jvp": products(pb.JvpRequest, "tangent"),
+    "Explain": explanations(),
     "ModelInfer": inferences(),
     "GetModel": st.builds(pb.GetModelRequest, name=names),
     "ModelReady": st.builds(oip.ModelReadyRequest, name=names),

@@ -131,6 +131,16 @@ def judge_answers(request: Message, answers: list[Any]) -> None:
             _check_query(request, answers[0], answers[0].score)
         case pb.SampleRequest():
             _check_sample(request, answers)
+        case pb.VjpRequest():
+            _check_tensor(answers[0].denoised, request.x.shape, request.output_dtype)
+            _check_tensor(answers[0].vjp, request.x.shape, request.output_dtype)
+        case pb.JvpRequest():
+            _check_tensor(answers[0].denoised, request.x.shape, request.output_dtype)
+            _check_tensor(answers[0].jvp, request.x.shape, request.output_dtype)
+        case pb.ExplainRequest():
+            assert [answer.index for answer in answers] == list(range(request.x.shape[0]))
+            for answer in answers:
+                _check_explanation(answer, request.x.shape, request.top, request.return_images)
         case oip.ModelInferRequest():
             _check_inference(request, answers[0])
         case _:
@@ -140,9 +150,29 @@ def judge_answers(request: Message, answers: list[Any]) -> None:
 def _check_query(request: Any, answer: Any, tensor: pb.Tensor) -> None:
     _check_tensor(tensor, request.x.shape, request.output_dtype)
     assert answer.HasField("log_evidence") == request.return_log_evidence
+    if isinstance(request, pb.DenoiseRequest):
+        assert answer.HasField("variance") == request.return_variance
+        if request.return_variance:
+            _check_tensor(answer.variance, request.x.shape, pb.DTYPE_F32)
     if request.return_log_evidence:
         batch, _, height, width = request.x.shape
         _check_tensor(answer.log_evidence, [batch, height, width], pb.DTYPE_F32)
+
+
+def _check_explanation(answer: pb.ExplainResponse, shape: Any, top: int, images: int) -> None:
+    channels, height, width = shape[1:]
+    _check_tensor(answer.denoised, [1, channels, height, width], pb.DTYPE_F32)
+    _check_tensor(answer.variance, [1, channels, height, width], pb.DTYPE_F32)
+    _check_tensor(answer.entropy, [1, height, width], pb.DTYPE_F32)
+    _check_tensor(answer.weights, [1, height, width, top or 8], pb.DTYPE_F32)
+    assert len(answer.sources) == 12 * height * width * (top or 8)
+    shares = np.frombuffer(answer.shares.data, "<f4")
+    assert abs(shares.sum() + answer.dropped_share - 1) <= 1e-6
+    assert answer.HasField("images") == bool(images)
+    if images:
+        _check_tensor(
+            answer.images, [min(images, len(shares)), channels, height, width], pb.DTYPE_F32
+        )
 
 
 def _check_sample(request: pb.SampleRequest, answers: list[Any]) -> None:
@@ -165,6 +195,11 @@ def _check_sample(request: pb.SampleRequest, answers: list[Any]) -> None:
                 assert tensor.shape[0] == max(1, request.count)
                 _check_tensor(tensor, last.x.shape, request.output_dtype)
         assert bool(answer.resume_token) == (request.return_resume_token and not final)
+        explained = answer.index in request.explain_steps
+        assert len(answer.explanations) == explained * max(1, request.count)
+        for found in answer.explanations:
+            shape = [1, *last.x.shape[1:]]
+            _check_explanation(found, shape, request.explain_top, request.explain_images)
 
 
 def _check_inference(request: oip.ModelInferRequest, answer: oip.ModelInferResponse) -> None:

@@ -86,7 +86,8 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
         self._enter(request, request.model, context)
         x = values(request.x)
         evidence = tensor(x.sum(1)) if request.return_log_evidence else None
-        return pb.DenoiseResponse(denoised=tensor(2 * x), log_evidence=evidence)
+        variance = tensor(np.zeros(x.shape)) if request.return_variance else None
+        return pb.DenoiseResponse(denoised=tensor(2 * x), log_evidence=evidence, variance=variance)
 
     def DenoiseStream(
         self, requests: Iterator[pb.DenoiseRequest], context: grpc.ServicerContext
@@ -112,18 +113,20 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
     def Vjp(self, request: pb.VjpRequest, context: grpc.ServicerContext) -> pb.VjpResponse:
         self._enter(request, request.model, context)
         denoised, vjp = tensor(2 * values(request.x)), tensor(2 * values(request.cotangent))
-        return pb.VjpResponse(denoised=denoised, vjp=vjp)
+        return pb.VjpResponse(denoised=denoised, vjp=vjp, evidence=evidence(request))
 
     def Jvp(self, request: pb.JvpRequest, context: grpc.ServicerContext) -> pb.JvpResponse:
         self._enter(request, request.model, context)
         denoised, jvp = tensor(2 * values(request.x)), tensor(2 * values(request.tangent))
-        return pb.JvpResponse(denoised=denoised, jvp=jvp)
+        return pb.JvpResponse(denoised=denoised, jvp=jvp, evidence=evidence(request))
 
     def Explain(
         self, request: pb.ExplainRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ExplainResponse]:
         self._enter(request, request.model, context)
-        yield pb.ExplainResponse()
+        for index in range(request.x.shape[0]):
+            shape = (1, *request.x.shape[1:])
+            yield explanation(index, shape, request.top, request.return_images)
 
     def Sample(
         self, request: pb.SampleRequest, context: grpc.ServicerContext
@@ -151,6 +154,10 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
                 alpha_bar=index / request.steps,
                 noise=tensor(np.ones(shape)) if request.return_noise and index == 1 else None,
                 resume_token=f"{index}".encode() if request.return_resume_token else b"",
+                explanations=[
+                    explanation(i, (1, *shape[1:]), request.explain_top, request.explain_images)
+                    for i in range(request.count if index in request.explain_steps else 0)
+                ],
             )
             if request.model == "endless":
                 self.cancelled.wait(30)
@@ -201,6 +208,37 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
             gone.wait(30)
         if model == "picky":
             context.abort_with_status(bad_request({"x": "expected finite pixels, got NaN"}))
+
+
+def evidence(request: pb.VjpRequest | pb.JvpRequest) -> bytes:
+    """Return evidence if it is requested and not that of this server."""
+    return b"evidence" if request.return_evidence and request.evidence != b"evidence" else b""
+
+
+def explanation(index: int, shape: tuple[int, ...], top: int, images: int) -> pb.ExplainResponse:
+    """Return that each pixel came from its own place of bank image ``index``, which is white."""
+    _, channels, height, width = shape
+    sources = np.full((height, width, top, 3), -1)
+    places = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    sources[:, :, 0] = np.stack([np.full((height, width), index), *places], -1)
+    weights = np.zeros((1, height, width, top))
+    weights[..., 0] = 1
+    return pb.ExplainResponse(
+        index=index,
+        denoised=tensor(np.ones(shape)),
+        variance=tensor(np.zeros(shape)),
+        entropy=tensor(np.zeros((1, height, width))),
+        weights=tensor(weights),
+        sources=sources.astype("<i4").tobytes(),
+        share_images=np.array([index], "<i4").tobytes(),
+        shares=tensor(np.ones(1)),
+        share_labels=np.array([0], "<i4").tobytes(),
+        bank_fingerprint="ab",
+        label_names=["Boot", "Bag"] if index == 0 else [],
+        bank_images=7,
+        images=tensor(np.ones((1, channels, height, width))) if images else None,
+        file_names=[f"{index}.png"],
+    )
 
 
 def values(x: pb.Tensor) -> np.ndarray:

@@ -32,8 +32,8 @@ LABELLED = sorted(DOCUMENTS.keys() - {"gaussian"})
 WITH_EVIDENCE = sorted(DOCUMENTS.keys() - {"gaussian", "wiener"})
 
 
-def tiny_bank(images: int = 12, seed: int = 0) -> Bank:
-    """Return a labelled bank of 1×6×5 images."""
+def tiny_bank(images: int = 12, seed: int = 0, *, named: bool = False) -> Bank:
+    """Return a labelled bank of 1×6×5 images, with names of files if ``named``."""
     pixels = np.random.default_rng(seed).integers(0, 256, (images, *SHAPE)).astype(np.uint8)
     return make_bank(
         pixels,
@@ -41,6 +41,7 @@ def tiny_bank(images: int = 12, seed: int = 0) -> Bank:
         label_names=("dot", "dash", "gap"),
         source="tests",
         licence="MIT",
+        file_names=[f"{i}.png" for i in range(images)] if named else None,
     )
 
 

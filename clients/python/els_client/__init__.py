@@ -7,11 +7,12 @@
 
 from els_client._async_client import AsyncClient
 from els_client._client import Client
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
     Conditioning,
+    Evidence,
     FolderScheduler,
     Limits,
     Model,
@@ -42,6 +43,7 @@ __all__ = [
     "Conditioning",
     "DeadlineExceededError",
     "ElsError",
+    "Evidence",
     "Explanation",
     "FolderScheduler",
     "InvalidArgumentError",

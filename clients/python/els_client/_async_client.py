@@ -20,12 +20,22 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
 from els_client._stream import Call, PendingQueries, check_in_flight
-from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client._types import (
+    Evidence,
+    Images,
+    Model,
+    Pixels,
+    Query,
+    QueryOptions,
+    SampleOptions,
+    Step,
+    Tls,
+)
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -110,6 +120,16 @@ class AsyncClient:
         answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
+    async def denoise_with_variance(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Like ``Client.denoise_with_variance``."""
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.return_variance = True
+        answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
+
     async def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Like ``Client.score``."""
         query = Query(x, **options)
@@ -118,35 +138,48 @@ class AsyncClient:
         return codec.decode_tensor(answer.score)
 
     async def vjp(
-        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        cotangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Like ``Client.vjp``."""
         query = Query(x, **options)
-        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent, evidence)
         answer = await self._unary(self._stub.Vjp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
 
     async def jvp(
-        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        tangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Like ``Client.jvp``."""
         query = Query(x, **options)
-        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent, evidence)
         answer = await self._unary(self._stub.Jvp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
     async def explain(
-        self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]
+        self, x: Pixels, *, top: int = 8, images: int = 0, **options: Unpack[QueryOptions]
     ) -> Explanation:
         """Like ``Client.explain``."""
         query = Query(x, **options)
-        request = moments.encode_explain(query, top)
+        request = moments.encode_explain(query, top, images)
 
         async def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
             return [message async for message in self._stub.Explain(request, **call)]
 
         timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
-        return moments.decode_explanation(request, await self._unary(explain, request, timeout_s))
+        messages = await self._unary(explain, request, timeout_s)
+        return moments.decode_explanation(messages, request.x.shape[0])
 
     @overload
     def denoise_many(

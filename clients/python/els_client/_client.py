@@ -18,12 +18,22 @@ from els_client._channel import (
     own_errors,
     timeout_of,
 )
-from els_client._moments import Explanation
+from els_client._explanation import Explanation
 from els_client._repository import Repository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
 from els_client._stream import Call, PendingQueries, answers_of, check_in_flight
-from els_client._types import Images, Model, Pixels, Query, QueryOptions, SampleOptions, Step, Tls
+from els_client._types import (
+    Evidence,
+    Images,
+    Model,
+    Pixels,
+    Query,
+    QueryOptions,
+    SampleOptions,
+    Step,
+    Tls,
+)
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -168,6 +178,20 @@ class Client:
         answer = self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.log_evidence)
 
+    def denoise_with_variance(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, Images]:
+        """Return the result of ``denoise`` and the posterior variance of each pixel, of its shape.
+
+        Arguments and errors are those of ``denoise``, and an ``InvalidArgumentError`` unless
+        ``Model.has_sources``. It takes about as long as ``explain``.
+        """
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.return_variance = True
+        answer = self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
+
     def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the score of each noisy image, ∇ log p(x), float32 [B, C, H, W] in 1/pixel.
 
@@ -178,7 +202,12 @@ class Client:
         return codec.decode_tensor(self._unary(self._stub.Score, request, query.timeout_s).score)
 
     def vjp(
-        self, x: Pixels, cotangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        cotangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Return D(x) = E[x0 | x] and Jᵀg with J = ∂D/∂x, both float32 [B, C, H, W].
 
@@ -188,29 +217,43 @@ class Client:
         Args:
             x: As in ``denoise``.
             cotangent: g, floats of the shape of ``x``.
+            evidence: Spares further products of the same ``x``, level, labels and windows the first
+                of two passes over the bank; changes no bit. The first call fills it.
             **options: As in ``denoise``.
 
         Example:
             >>> denoised, gradient = client.vjp(x, measured - x, model="fashion-els", sigma=0.5)
+            >>> evidence = Evidence()
+            >>> for g in cotangents:
+            ...     client.vjp(x, g, evidence=evidence, model="fashion-els", sigma=0.5)
         """
         query = Query(x, **options)
-        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent)
+        request = moments.encode_product(pb.VjpRequest, query, "cotangent", cotangent, evidence)
         answer = self._unary(self._stub.Vjp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.vjp)
 
     def jvp(
-        self, x: Pixels, tangent: Pixels, **options: Unpack[QueryOptions]
+        self,
+        x: Pixels,
+        tangent: Pixels,
+        *,
+        evidence: Evidence | None = None,
+        **options: Unpack[QueryOptions],
     ) -> tuple[Images, Images]:
         """Return D(x) = E[x0 | x] and J u with J = ∂D/∂x, both float32 [B, C, H, W].
 
         Arguments and errors are those of ``vjp``, with a tangent u in place of the cotangent.
         """
         query = Query(x, **options)
-        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent)
+        request = moments.encode_product(pb.JvpRequest, query, "tangent", tangent, evidence)
         answer = self._unary(self._stub.Jvp, request, query.timeout_s)
+        moments.keep_evidence(evidence, answer)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.jvp)
 
-    def explain(self, x: Pixels, *, top: int = 8, **options: Unpack[QueryOptions]) -> Explanation:
+    def explain(
+        self, x: Pixels, *, top: int = 8, images: int = 0, **options: Unpack[QueryOptions]
+    ) -> Explanation:
         """Return from which bank images, rows and columns each pixel of D(x) came.
 
         Arguments and errors are those of ``denoise``; models without ``Model.has_sources`` raise
@@ -219,6 +262,7 @@ class Client:
         Args:
             x: As in ``denoise``.
             top: Sources of each pixel, 1 to 16.
+            images: Bank images of largest share to return, 0 to 16.
             **options: As in ``denoise``, without conditioning.
 
         Example:
@@ -226,13 +270,14 @@ class Client:
             >>> found.sources[0, 14, 14, 0]  # bank image, row and column of the largest weight
         """
         query = Query(x, **options)
-        request = moments.encode_explain(query, top)
+        request = moments.encode_explain(query, top, images)
 
         def explain(request: pb.ExplainRequest, **call: Any) -> list[pb.ExplainResponse]:
             return list(self._stub.Explain(request, **call))
 
         timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
-        return moments.decode_explanation(request, self._unary(explain, request, timeout_s))
+        messages = self._unary(explain, request, timeout_s)
+        return moments.decode_explanation(messages, request.x.shape[0])
 
     @overload
     def denoise_many(
@@ -311,6 +356,9 @@ class Client:
                 - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
                 - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.
+                - explain_steps: Steps, from 1, that have ``explanation``; for models with
+                  ``Model.has_sources``. Each takes as long as ``explain`` of all images.
+                - explain_top, explain_images: ``top`` and ``images`` of these explanations.
                 - survive_breaks: Whether to resume after a broken connection as well; each step
                   then also has the state.
 

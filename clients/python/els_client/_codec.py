@@ -55,6 +55,7 @@ _TIMESTEPS: dict[str | None, pb.Timesteps.ValueType] = {
     "folder": pb.TIMESTEPS_FOLDER,
 }
 _STEPS = 20
+_MAX_INT32 = 2**31 - 1
 
 # Kinds of numpy dtypes.
 _INTEGERS = "iu"
@@ -180,6 +181,9 @@ def encode_sample(
     priority: int | None = None,
     version: str | None = None,
     survive_breaks: bool = False,
+    explain_steps: Integers = (),
+    explain_top: int = 8,
+    explain_images: int = 0,
     timesteps: Timesteps | None = None,
     start: Pixels | None = None,
     start_time: float | None = None,
@@ -227,6 +231,7 @@ def encode_sample(
         priority=_priority(priority),
         version=version or "",
         return_resume_token=survive_breaks,
+        **_explained(explain_steps, explain_top, explain_images),
         timesteps=_TIMESTEPS[timesteps],
         start=None if start is None else encode_tensor(start, "start"),
         start_time=start_time or 0.0,
@@ -236,6 +241,27 @@ def encode_sample(
         churn_max_sigma=churn_max_sigma,
         churn_noise=churn_noise,
     )
+
+
+def _explained(steps: Integers, top: int, images: int) -> dict[str, Any]:
+    """Return the fields of a sample that explains some steps; none without steps."""
+    # In the message 0 means 8.
+    check_count("explain_top", top, least=1)
+    check_count("explain_images", images, least=0)
+    listed = _listed("explain_steps", steps, _INTEGERS)
+    if not listed:
+        return {}
+    return {"explain_steps": listed, "explain_top": top, "explain_images": images}
+
+
+def check_count(field: str, number: object, *, least: int) -> None:
+    """Raise InvalidArgumentError unless a number is an integer of at least ``least``."""
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | np.integer)
+        or not least <= int(number) <= _MAX_INT32
+    ):
+        _refuse(field, f"an integer of at least {least}", number)
 
 
 def decode_tensor(tensor: pb.Tensor) -> Images:

@@ -158,7 +158,7 @@ def write(path: Path, image: Images) -> None:
     Raises:
         InvalidArgumentError: The suffix is not of a picture format.
     """
-    _save(_picture(image), path)
+    save(to_picture(image), path)
 
 
 def write_score(path: Path, score: Images) -> None:
@@ -174,14 +174,14 @@ def write_score(path: Path, score: Images) -> None:
 
 def write_grid(path: Path, images: Images) -> None:
     """Write ``images`` [B, C, H, W] as a roughly square grid."""
-    _save(_grid(images), path)
+    save(_grid(images), path)
 
 
 def write_gif(path: Path, steps: Sequence[Images]) -> None:
     """Write one frame for each of ``steps`` [B, C, H, W], in a loop that pauses on the last."""
     frames = [_grid(images) for images in steps]
     durations = [_GIF_MS] * (len(frames) - 1) + [_GIF_LAST_MS]
-    _save(
+    save(
         frames[0],
         path,
         format="GIF",
@@ -199,19 +199,29 @@ def _grid(images: Images) -> Image.Image:
     tiles = np.full((rows * columns, channels, height, width), -1.0, np.float32)
     tiles[:count] = images
     tiles = tiles.reshape(rows, columns, channels, height, width).transpose(2, 0, 3, 1, 4)
-    grid = _picture(tiles.reshape(channels, rows * height, columns * width))
+    grid = to_picture(tiles.reshape(channels, rows * height, columns * width))
     factor = max(1, _TILE_SIDE // max(height, width))
     return ImageOps.scale(grid, factor, Image.Resampling.NEAREST)
 
 
-def _picture(image: Images) -> Image.Image:
+def to_picture(image: Images) -> Image.Image:
+    """Return ``image`` [C, H, W], clipped to [-1, 1], as grey or RGB.
+
+    Raises:
+        InvalidArgumentError: It has neither 1 nor 3 channels.
+    """
     pixels = np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
     if len(pixels) not in _MODES:
         raise InvalidArgumentError(f"pictures have 1 or 3 channels, the model {len(pixels)}")
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def _save(picture: Image.Image, path: Path, **options: Any) -> None:
+def save(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture in the format of the path's suffix.
+
+    Raises:
+        InvalidArgumentError: The suffix is not of a picture format.
+    """
     try:
         picture.save(path, **options)
     except ValueError:

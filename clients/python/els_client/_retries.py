@@ -6,7 +6,7 @@ import math
 import random
 import time
 
-from els_client import _codec as codec
+from els_client import _moments as moments
 from els_client._types import Step
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError, error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -107,7 +107,7 @@ class Trajectory:
             raise error_of("INTERNAL", text)
         self._index, self._total = message.index, message.total
         self.attempts.progressed()
-        return codec.decode_step(message)
+        return moments.decode_step(message)
 
     def check_complete(self) -> None:
         """Raise an ``ElsError`` unless the last step was received."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Required, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from els_client._explanation import Explanation
 
 
 class SupportsArray(Protocol):
@@ -114,6 +117,9 @@ class SampleOptions(TypedDict, total=False):
     priority: int | None
     version: str | None
     survive_breaks: bool
+    explain_steps: Integers
+    explain_top: int
+    explain_images: int
     timesteps: Timesteps | None
     start: Pixels | None
     start_time: float | None
@@ -122,6 +128,18 @@ class SampleOptions(TypedDict, total=False):
     churn_min_sigma: float | None
     churn_max_sigma: float | None
     churn_noise: float | None
+
+
+@dataclass
+class Evidence:
+    """Evidence of one ``x``, which a first product fills and further ones use: see ``Client.vjp``.
+
+    Attributes:
+        data: Opaque bytes of the server; empty before the first product, and for models whose
+            products do not need it.
+    """
+
+    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -335,6 +353,7 @@ class Step:
     _denoised: Images | None
     _noise: Images | None = None
     _decoded: Images | None = None
+    _explanation: Explanation | None = None
 
     @property
     def x(self) -> Images:
@@ -371,6 +390,18 @@ class Step:
             AttributeError: Not requested, or this is not the last step.
         """
         return _wanted("decoded", self._decoded)
+
+    @property
+    def explanation(self) -> Explanation:
+        """Where the first D(x) of this step came from, as ``Client.explain`` returns it.
+
+        Raises:
+            AttributeError: Not requested for this step.
+        """
+        if self._explanation is None:
+            hint = f"request it with explain_steps=[{self.index}]"
+            raise AttributeError(f"this step has no explanation: {hint}")
+        return self._explanation
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"

@@ -13,6 +13,7 @@ from els_client import _options as options
 from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._bench_command import bench
+from els_client._explain_command import explain
 from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._types import Images, Sampler, Timesteps, Want
@@ -96,11 +97,12 @@ def _els(
             encrypted=tls, ca=ca, certificate=certificate, key=key, token_file=token_file
         )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
-    commands = ("models", "denoise", "score", "sample", "bench", "log-level")
+    commands = ("models", "denoise", "score", "sample", "explain", "bench", "log-level")
     nested = {"repository": dict.fromkeys(("index", "load", "unload"), shared)}
     context.default_map = {**dict.fromkeys(commands, shared), **nested}
 
 
+app.command()(explain)
 app.command()(bench)
 app.add_typer(repository, name="repository")
 app.command("log-level")(log_level)

@@ -134,6 +134,7 @@ def _describe(bank: Bank) -> dict[str, Any]:
         "source": bank.source,
         "licence": bank.licence,
         "fingerprint": bank.fingerprint,
+        **({} if bank.file_names is None else {"file_names": len(bank.file_names)}),
     }
 
 

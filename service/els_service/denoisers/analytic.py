@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from els_kernels import GEOMETRIES, PatchAttention, PatchMoments, count_pairs, max_window
 from els_kernels.native import instruction_sets
@@ -149,6 +150,30 @@ class AnalyticDenoiser:
         """Return D(x) and J u, exactly."""
         return self._product(self._moments.jvp, query, tangent)
 
+    def evidence(self, query: Query) -> npt.NDArray[np.float64]:
+        """Return mean and log evidence in float64, [B, K, H, W]."""
+        x = query.x.to(self._attention.device)
+        found: npt.NDArray[np.float64] = (
+            self._moments.evidence(x, **self._arguments(query)).cpu().numpy()
+        )
+        return found
+
+    def product_from(
+        self,
+        query: Query,
+        along: npt.NDArray[np.float32],
+        evidence: npt.NDArray[np.float64],
+        direction: Direction,
+    ) -> Product:
+        """Return D(x) and Jᵀg or J u, exactly, without the first pass over the bank."""
+        multiply = self._moments.vjp if direction == "vjp" else self._moments.jvp
+        known = torch.tensor(evidence).to(self._attention.device)
+        return self._product(multiply, query, along, evidence=known)
+
+    def predict_evidence_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of pairs: half of that of both passes."""
+        return self._moment_seconds(query) / 2
+
     def predict_product_seconds(self, query: Query, direction: Direction) -> float:
         """Return a rough estimate from the number of pairs."""
         return self._moment_seconds(query)
@@ -166,17 +191,27 @@ class AnalyticDenoiser:
             found.sources.cpu().numpy(),
             found.weights.cpu().numpy(),
             found.shares.cpu().numpy(),
-            self._bank.labels if self._bank.label_count else None,
+            self._bank,
         )
+
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        found = self._moments.statistics(
+            query.x.to(self._attention.device), **self._arguments(query), top=1
+        )
+        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
+        return variance
 
     def predict_explain_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs."""
         return self._moment_seconds(query)
 
-    def _product(self, multiply: Any, query: Query, direction: npt.NDArray[np.float32]) -> Product:
+    def _product(
+        self, multiply: Any, query: Query, direction: npt.NDArray[np.float32], **known: Tensor
+    ) -> Product:
         device = self._attention.device
         along = torch.tensor(direction).to(device)
-        mean, product = multiply(query.x.to(device), along, **self._arguments(query))
+        mean, product = multiply(query.x.to(device), along, **self._arguments(query), **known)
         return Product(mean.cpu().numpy(), product.cpu().numpy())
 
     def _moment_seconds(self, query: Query) -> float:
@@ -222,9 +257,11 @@ def _speed(implementation: str) -> float:
 
 def bank_info(bank: Bank) -> BankInfo:
     """Return the public description of a bank."""
-    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence)
+    longest = None if bank.file_names is None else bank.file_names.longest
+    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence, longest)
 
 
 def bank_bytes(bank: Bank) -> int:
-    """Return the memory of a bank: its images, and the float32 copy used for computation."""
-    return bank.images.nbytes + 4 * bank.images.size
+    """Return the memory of a bank: images, their float32 copy for computation, file names."""
+    names = 0 if bank.file_names is None else bank.file_names.nbytes
+    return bank.images.nbytes + 4 * bank.images.size + names

@@ -20,6 +20,7 @@ from PIL import Image
 
 from els_service.denoisers.array_files import GZIP, IDX, opened_npz, read_at_most, read_idx
 from els_service.denoisers.banks import Bank, make_bank
+from els_service.denoisers.file_names import printable_name
 from els_service.denoisers.pictures import read_picture, refusing
 from els_service.errors import InvalidArgumentError, LoadError
 
@@ -61,6 +62,12 @@ class _Source:
     def file(self, index: int) -> Path:
         """Return the path of an image."""
         return self.files[index] if self.files else self.path
+
+    def file_names(self, indices: Sequence[int]) -> list[str] | None:
+        """Return the names of the files of some images, relative to the source; None for arrays."""
+        if self.images is not None:
+            return None
+        return [printable_name(self.files[index], self.path) for index in indices]
 
 
 def read_source(
@@ -111,10 +118,12 @@ def read_source(
     if not images.size:
         raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
     images = images.transpose(0, 3, 1, 2)
+    files = source.file_names(kept)
     if source.labels is None:
-        return make_bank(images)
+        return make_bank(images, file_names=files)
     labels_kept = source.labels[kept]
-    return make_bank(images, labels_kept, label_names=names[: labels_kept.max() + 1])
+    label_names = names[: labels_kept.max() + 1]
+    return make_bank(images, labels_kept, label_names=label_names, file_names=files)
 
 
 def _refuse(error: LoadError) -> None:

@@ -2,9 +2,10 @@
 
 A bank file is a safetensors file in one canonical byte layout: the tensors ``images`` and
 ``labels``, and the string metadata ``format``, ``version``, ``fingerprint``, ``source``,
-``licence``, ``label_names`` (a JSON list) and ``checksum``. A file that differs in any byte from
-the output of ``save_bank`` is rejected, so every modification is detected. Equal banks have equal
-bytes.
+``licence``, ``label_names`` (a JSON list) and ``checksum``. A bank that knows the names of its
+images' files has version 2 and the tensor ``file_names``, others have version 1. A file that
+differs in any byte from the output of ``save_bank`` is rejected, so every modification is detected.
+Equal banks have equal bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 
+from els_service.denoisers.file_names import FileNames
 from els_service.denoisers.files import write_atomically
 from els_service.errors import InvalidArgumentError, LoadError
 
 FORMAT = "els-bank"
-VERSION = "1"
+VERSION, VERSION_WITH_FILE_NAMES = "1", "2"
 UNLABELLED = -1
 
 _SAFETENSORS_DTYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
@@ -42,6 +45,7 @@ class Bank:
         label_names: one for each label, or empty; printable, like the next two.
         source: origin of the images: a title or a URL.
         licence: licence of the images.
+        file_names: one for each image; None if they are not known.
         fingerprint: SHA-256 (hex) over dtype, shape, images, labels and label names.
 
     Raises:
@@ -53,12 +57,16 @@ class Bank:
     label_names: tuple[str, ...] = ()
     source: str = ""
     licence: str = ""
+    file_names: FileNames | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         _check_images(self.images)
         _check_labels(self.labels, len(self.images))
         _check_texts(self)
+        if self.file_names is not None and len(self.file_names) != len(self.images):
+            expected = f"one for each of {len(self.images)} images"
+            raise InvalidArgumentError("file_names", expected, len(self.file_names))
         object.__setattr__(self, "fingerprint", _fingerprint(self))
 
     @property
@@ -92,8 +100,15 @@ class Bank:
 
     def pixels(self) -> torch.Tensor:
         """Return a float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v → v/127.5 − 1."""
-        pixels = torch.from_numpy(self.images.astype(np.float32))
-        return pixels.div_(127.5).sub_(1) if self.images.dtype == np.uint8 else pixels
+        return torch.from_numpy(self.pixels_of(slice(None)))
+
+    def pixels_of(self, images: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return a copy of some images as ``pixels`` has them, [n, C, H, W] float32."""
+        pixels = self.images[images].astype(np.float32)
+        if self.images.dtype == np.uint8:
+            pixels /= 127.5
+            pixels -= 1
+        return pixels
 
 
 def make_bank(
@@ -103,6 +118,7 @@ def make_bank(
     label_names: tuple[str, ...] = (),
     source: str = "",
     licence: str = "",
+    file_names: Sequence[str] | None = None,
 ) -> Bank:
     """Return a bank of a copy of the images, stably sorted by label.
 
@@ -112,6 +128,7 @@ def make_bank(
         label_names: one for each label up to the largest, or empty.
         source: origin of the images.
         licence: licence of the images.
+        file_names: one for each image, in the order of ``images``; None if they are not known.
 
     Raises:
         InvalidArgumentError: an argument has another dtype, shape or range.
@@ -127,7 +144,13 @@ def make_bank(
     order = np.argsort(labels, kind="stable")
     sorted_labels = labels[order].astype(np.int64)
     sorted_images = np.ascontiguousarray(images[order])
-    return Bank(sorted_images, sorted_labels, tuple(label_names), source, licence)
+    names = None
+    if file_names is not None:
+        if len(file_names) != len(images):
+            expected = f"one for each of {len(images)} images"
+            raise InvalidArgumentError("file_names", expected, len(file_names))
+        names = FileNames.of(file_names[index] for index in order)
+    return Bank(sorted_images, sorted_labels, tuple(label_names), source, licence, names)
 
 
 def save_bank(bank: Bank, path: str | os.PathLike[str]) -> None:
@@ -160,13 +183,15 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
 
 def _decode(data: bytes) -> Bank:
     tensors = parse_safetensors(data)
-    metadata = _read_metadata(data)
+    names = tensors.get("file_names")
+    metadata = _read_metadata(data, VERSION if names is None else VERSION_WITH_FILE_NAMES)
     bank = Bank(
         tensors["images"],
         tensors["labels"],
         tuple(json.loads(metadata["label_names"])),
         metadata["source"],
         metadata["licence"],
+        None if names is None else FileNames(names),
     )
     if bank.fingerprint != metadata["fingerprint"]:
         raise ValueError("the fingerprint does not match the contents")
@@ -175,13 +200,17 @@ def _decode(data: bytes) -> Bank:
     return bank
 
 
-def _read_metadata(data: bytes) -> dict[str, str]:
-    """Return the metadata of a safetensors file whose header was validated."""
+def _read_metadata(data: bytes, version: str) -> dict[str, str]:
+    """Return the metadata of a safetensors file whose header was validated.
+
+    Raises:
+        ValueError: It is of another format or version.
+    """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata: dict[str, str] = header.get("__metadata__") or {}
-    if metadata["format"] != FORMAT or metadata["version"] != VERSION:
+    if metadata["format"] != FORMAT or metadata["version"] != version:
         got = f"{metadata['format']} version {metadata['version']}"
-        raise ValueError(f"expected {FORMAT} version {VERSION}, got {got}")
+        raise ValueError(f"expected {FORMAT} version {version}, got {got}")
     return metadata
 
 
@@ -190,22 +219,29 @@ def _encode(bank: Bank) -> bytes:
 
     Not written by the library, whose order of the metadata differs between processes.
     """
-    provenance = json.dumps([bank.fingerprint, bank.source, bank.licence])
+    names = None if bank.file_names is None else bank.file_names.text
+    provenance = [bank.fingerprint, bank.source, bank.licence]
+    if names is not None:
+        provenance.append(hashlib.sha256(_little_endian(names)).hexdigest())
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if names is None else VERSION_WITH_FILE_NAMES,
             "fingerprint": bank.fingerprint,
             "source": bank.source,
             "licence": bank.licence,
             "label_names": json.dumps(bank.label_names),
-            # The fingerprint covers the contents; the checksum also covers source and licence.
-            "checksum": hashlib.sha256(provenance.encode()).hexdigest(),
+            # The fingerprint covers the contents; the checksum also covers source, licence and
+            # file names.
+            "checksum": hashlib.sha256(json.dumps(provenance).encode()).hexdigest(),
         }
     }
     blocks, offset = [], 0
     # The wider type first, so that both are aligned.
-    for name, array in (("labels", bank.labels), ("images", bank.images)):
+    arrays: dict[str, NDArray[Any]] = {"labels": bank.labels, "images": bank.images}
+    if names is not None:
+        arrays["file_names"] = names
+    for name, array in arrays.items():
         block = _little_endian(array)
         dtype = _SAFETENSORS_DTYPES[array.dtype.name]
         offsets = [offset, offset := offset + len(block)]

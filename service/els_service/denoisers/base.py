@@ -255,6 +255,8 @@ class BankInfo:
     images: int
     source: str
     licence: str
+    longest_name: int | None = None
+    """Bytes of the longest name of an image's file; None if the names are not known."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 
 
@@ -25,8 +26,8 @@ class Explanation(Denoised):
     """[B, H, W, m], falling."""
     shares: npt.NDArray[np.float64]
     """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
-    labels: npt.NDArray[np.int64] | None
-    """[N]: of the bank's images; None for an unlabelled bank."""
+    bank: Bank
+    """Images of the sources, with labels and file names; never copied."""
 
     def __getitem__(self, images: slice) -> Explanation:
         evidence = self.log_evidence
@@ -38,7 +39,7 @@ class Explanation(Denoised):
             self.sources[images],
             self.weights[images],
             self.shares[images],
-            self.labels,
+            self.bank,
         )
 
 
@@ -59,6 +60,10 @@ class Explainable(Protocol):
         """Return the statistics with the ``top`` sources of every pixel."""
         ...
 
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        ...
+
     def predict_explain_seconds(self, query: Query) -> float:
-        """Return the predicted duration of ``explain``."""
+        """Return the predicted duration of ``explain``, which is about that of ``variance``."""
         ...

@@ -57,6 +57,29 @@ class Differentiable(Protocol):
         ...
 
 
+@runtime_checkable
+class ReusesEvidence(Differentiable, Protocol):
+    """A denoiser of a bank whose products take two passes, the first of which is reusable."""
+
+    def evidence(self, query: Query) -> npt.NDArray[np.float64]:
+        """Return what the first pass finds: [B, K, H, W], with a K of the denoiser's own."""
+        ...
+
+    def product_from(
+        self,
+        query: Query,
+        along: npt.NDArray[np.float32],
+        evidence: npt.NDArray[np.float64],
+        direction: Direction,
+    ) -> Product:
+        """Return a product without the first pass, with the bits of ``vjp`` or ``jvp``."""
+        ...
+
+    def predict_evidence_seconds(self, query: Query) -> float:
+        """Return the predicted duration of ``evidence``, and of ``product_from``."""
+        ...
+
+
 def automatic_product(
     function: Callable[[Tensor], Tensor],
     x: npt.NDArray[np.float32],

@@ -7,7 +7,7 @@ query, which the scheduler splits, joins and halves like any other.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,39 @@ import numpy.typing as npt
 from els_kernels import MAX_SOURCES
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query
 from els_service.denoisers.explanations import Explainable, Explanation
-from els_service.denoisers.gradients import Differentiable, Direction, Product
+from els_service.denoisers.gradients import (
+    Differentiable,
+    Direction,
+    Product,
+    ReusesEvidence,
+)
 
-Computation = Literal["vjp", "jvp", "explain"]
-COMPUTATIONS: tuple[Computation, ...] = ("vjp", "jvp", "explain")
+Computation = Literal["vjp", "jvp", "explain", "variance", "evidence", "vjp_again", "jvp_again"]
+COMPUTATIONS: tuple[Computation, ...] = get_args(Computation)
+AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
+"""Product → its computation from evidence."""
 
 
 def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
     """Return the denoiser of a computation; None if the denoiser does not support it."""
     if computation == "explain":
         return ExplainerAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
+    if computation == "variance":
+        return VarianceAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
+    if computation == "evidence":
+        return EvidenceAsDenoiser(denoiser) if isinstance(denoiser, ReusesEvidence) else None
+    if computation == "vjp_again":
+        return _again(denoiser, "vjp")
+    if computation == "jvp_again":
+        return _again(denoiser, "jvp")
     if isinstance(denoiser, Differentiable):
         return ProductAsDenoiser(denoiser, computation)
+    return None
+
+
+def _again(denoiser: Denoiser, direction: Direction) -> Denoiser | None:
+    if isinstance(denoiser, ReusesEvidence):
+        return ProductAgainAsDenoiser(denoiser, direction)
     return None
 
 
@@ -34,6 +55,22 @@ def with_direction(query: Query, direction: npt.NDArray[np.float32]) -> Query:
     """Return the query of a product: pixels [B, 2C, H, W], those of x before the direction."""
     pixels = np.concatenate([query.pixels, direction], axis=1)
     return replace(query, pixels=pixels)
+
+
+def with_evidence(query: Query, evidence: npt.NDArray[np.float64]) -> Query:
+    """Return the query of a product from evidence [B, K, H, W]: [B, 2C + 2K, H, W].
+
+    Args:
+        query: ``with_direction``.
+        evidence: float64, whose halves travel as float32 numbers.
+    """
+    pixels = np.concatenate([query.pixels, _halves(evidence)], axis=1)
+    return replace(query, pixels=pixels)
+
+
+def evidence_of(answer: Denoised) -> npt.NDArray[np.float64]:
+    """Return the evidence in the answer of ``EvidenceAsDenoiser``, [B, K, H, W]."""
+    return _whole(answer.pixels)
 
 
 def product_of(answer: Denoised) -> Product:
@@ -74,6 +111,72 @@ class ProductAsDenoiser:
         return Denoised(np.concatenate([answer.mean, answer.product], axis=1), None)
 
 
+class EvidenceAsDenoiser:
+    """Denoiser whose result is the evidence of x, as halves [B, 2K, H, W].
+
+    Args:
+        denoiser: denoiser with reusable evidence.
+    """
+
+    def __init__(self, denoiser: ReusesEvidence) -> None:
+        self._denoiser = denoiser
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        return self._denoiser.info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the denoiser rejects x."""
+        self._denoiser.check(query)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return the denoiser's estimate."""
+        return self._denoiser.predict_evidence_seconds(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return the evidence."""
+        return Denoised(_halves(self._denoiser.evidence(query)), None)
+
+
+class ProductAgainAsDenoiser:
+    """Denoiser whose result for a ``with_evidence`` is that of ``ProductAsDenoiser``.
+
+    Args:
+        denoiser: denoiser with reusable evidence.
+        direction: which product.
+    """
+
+    def __init__(self, denoiser: ReusesEvidence, direction: Direction) -> None:
+        self._denoiser, self._direction = denoiser, direction
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        return self._denoiser.info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the denoiser rejects x."""
+        self._denoiser.check(self._parts(query)[0])
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return the denoiser's estimate of the product."""
+        return self._denoiser.predict_evidence_seconds(self._parts(query)[0])
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return D(x) and the product, [B, 2C, H, W]."""
+        x, along, evidence = self._parts(query)
+        answer = self._denoiser.product_from(x, along, evidence, self._direction)
+        return Denoised(np.concatenate([answer.mean, answer.product], axis=1), None)
+
+    def _parts(
+        self, query: Query
+    ) -> tuple[Query, npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        channels = 2 * self._denoiser.info.shape[0]
+        x, along = _split(replace(query, pixels=query.pixels[:, :channels]))
+        return x, along, _whole(query.pixels[:, channels:])
+
+
 class ExplainerAsDenoiser:
     """Denoiser whose result is an ``Explanation`` with ``MAX_SOURCES`` sources of each pixel.
 
@@ -104,9 +207,51 @@ class ExplainerAsDenoiser:
         return self._denoiser.explain(query, MAX_SOURCES)
 
 
+class VarianceAsDenoiser:
+    """Denoiser whose result is the posterior variance of each pixel, [B, C, H, W].
+
+    Args:
+        denoiser: denoiser that explains.
+    """
+
+    def __init__(self, denoiser: Explainable) -> None:
+        self._denoiser = denoiser
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        return self._denoiser.info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the denoiser rejects x."""
+        self._denoiser.check(query)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return the denoiser's estimate of an explanation, which takes as long."""
+        return self._denoiser.predict_explain_seconds(query)
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return the variance."""
+        return Denoised(self._denoiser.variance(query), None)
+
+
 def _split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:
     """Return the query of x, and the direction."""
     channels = query.pixels.shape[1] // 2
     pixels = np.ascontiguousarray(query.pixels[:, :channels])
     x = replace(query, pixels=pixels)
     return x, query.pixels[:, channels:]
+
+
+def _halves(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Return the bytes of float64 numbers [B, K, H, W] as float32 numbers [B, 2K, H, W]."""
+    batch, count, height, width = numbers.shape
+    halves = np.ascontiguousarray(numbers).view(np.float32)
+    return halves.reshape(batch, 2 * count, height, width)
+
+
+def _whole(halves: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the float64 numbers [B, K, H, W] of ``_halves``."""
+    batch, count, height, width = halves.shape
+    contiguous = np.ascontiguousarray(halves).reshape(batch, count // 2, height, 2 * width)
+    return contiguous.view(np.float64)

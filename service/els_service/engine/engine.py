@@ -20,6 +20,7 @@ from els_service.denoisers.base import (
     Query,
     make_query,
 )
+from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import DenoiseCall, Step
 from els_service.engine.budget import Budget
@@ -227,6 +228,7 @@ class Engine:
     ) -> AsyncGenerator[Step, None]:
         loaded = await self._loaded(entry, context, reservation)
         answer: Denoised | None = None
+        first: Query | None = None
         begun = False
         while event := await self._advance(run, answer, large):
             if isinstance(event, Step):
@@ -234,9 +236,14 @@ class Engine:
                 if run.decode and event.index == event.total:
                     decoded = await self._decoded(loaded, event.x, context, reservation)
                     event = replace(event, decoded=decoded)
+                if event.index in run.explain_steps and first is not None:
+                    found = await self._explained(loaded, first, context, reservation)
+                    event = replace(event, explanations=found)
+                first = None
                 yield event
                 continue
             query = run.query(loaded.denoiser, event)
+            first = first or query
             if not begun:
                 self._check_ended()
                 loaded.denoiser.check(query)
@@ -246,6 +253,22 @@ class Engine:
                 )
                 begun = True
             answer = await self._step(loaded, query, context, reservation)
+
+    async def _explained(
+        self,
+        loaded: LoadedModel,
+        query: Query,
+        context: RequestContext,
+        reservation: TrajectoryReservation,
+    ) -> tuple[Explanation, ...]:
+        """Return the explanation of each image of a query, queued one by one as in ``Explain``."""
+        found = []
+        for index in range(len(query)):
+            one = query[index : index + 1]
+            answer = await self._step(loaded.derived["explain"], one, context, reservation)
+            assert isinstance(answer, Explanation)
+            found.append(answer)
+        return tuple(found)
 
     async def _step(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class SamplingRun:
         conditions: one for each image, or none.
         decode: whether the last step has the decoded images of its latents.
         guidance: by label, [count]; None for none.
+        explain_steps: indices of the steps whose first call is explained; the model has sources.
         held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
     """
 
@@ -38,6 +39,7 @@ class SamplingRun:
     conditions: tuple[Condition, ...] = ()
     decode: bool = False
     guidance: npt.NDArray[np.float64] | None = None
+    explain_steps: frozenset[int] = field(default=frozenset(), kw_only=True)
     held_bytes: int = 0
 
     def query(self, denoiser: Denoiser, call: DenoiseCall) -> Query:
@@ -79,13 +81,23 @@ class SamplingRun:
         Raises:
             DeadlineExceededError: It would be late by prediction.
         """
-        slack = deadline - now
+        self._check_times(loaded, query, self.evaluations, "evaluates", deadline - now, now)
+        if self.explain_steps:
+            times = len(self.explain_steps) * len(query)
+            explainer = loaded.derived["explain"]
+            self._check_times(explainer, query[:1], times, "explains", deadline - now, now)
+
+    @staticmethod
+    def _check_times(
+        loaded: LoadedModel, query: Query, times: int, verb: str, slack: float, now: float
+    ) -> None:
+        """Check that so many computations of a query can end within ``slack`` seconds."""
         estimate = loaded.denoiser.predict_seconds(query)
         each = loaded.costs.seconds(estimate)
-        if self.evaluations * each <= slack:
+        if times * each <= slack:
             return
-        if loaded.costs.may_reject(self.evaluations * estimate, slack, now):
+        if loaded.costs.may_reject(times * estimate, slack, now):
             raise DeadlineExceededError(
-                f"the trajectory evaluates {loaded.model} {self.evaluations} times, "
-                f"{each:.3g} s each by prediction: {self.evaluations * each:.3g} s; {allows(slack)}"
+                f"the trajectory {verb} {loaded.model} {times} times, "
+                f"{each:.3g} s each by prediction: {times * each:.3g} s; {allows(slack)}"
             )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import NoiseLevel, Schedule, cosine
 
@@ -50,6 +51,8 @@ class Step:
     """State for resuming the sampler, of ``registry.state_shape``."""
     decoded: Tensor | None = None
     """Decoded images of ``x``, float32, at the last step of a latent model if requested."""
+    explanations: tuple[Explanation, ...] = ()
+    """Of each image, at the first call of the step, if requested."""
 
 
 @dataclass(frozen=True, eq=False)

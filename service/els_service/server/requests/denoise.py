@@ -94,7 +94,11 @@ class DenoiseMethod:
         return entry, form, query, checked
 
     def write(
-        self, form: DenoiseForm, pixels: Tensor | npt.NDArray[np.float32], denoised: Denoised
+        self,
+        form: DenoiseForm,
+        pixels: Tensor | npt.NDArray[np.float32],
+        denoised: Denoised,
+        variance: npt.NDArray[np.float32] | None = None,
     ) -> bytes:
         """Return the serialised response.
 
@@ -102,11 +106,15 @@ class DenoiseMethod:
             form: of the request.
             pixels: of the response, [B, C, H, W].
             denoised: with the log evidence, which is encoded if the form has it.
+            variance: of the pixels; None if it is not returned.
         """
-        if form.log_evidence:
+        if form.log_evidence or variance is not None:
             message, parent = self._message(form.shape, form.output_dtype)
             getattr(parent, self._path[-1]).data = tensors.bytes_of(pixels, form.output_dtype)
-            tensors.write_evidence(parent.log_evidence, denoised)
+            if form.log_evidence:
+                tensors.write_evidence(parent.log_evidence, denoised)
+            if variance is not None:
+                tensors.write_tensor(parent.variance, variance)
             data: bytes = message.SerializeToString()
             return data
         parts: list[Any] = [form.prefix, tensors.buffer_of(pixels, form.output_dtype)]

@@ -15,6 +15,7 @@ from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.samplers import Options, check_options, options_for
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
+from els_service.server.requests.explanations import explanation_size, read_explained_steps
 
 SAMPLER_NAMES: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -66,6 +67,9 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
         decoded = count * math.prod(info.decoded_shape)
         tensors.check_pixels("count", decoded, limits)
         size += decoded * tensors.output_size(request.output_dtype)
+    explained, detail = read_explained_steps(request, limits)
+    if explained:
+        size += count * explanation_size(info.shape, detail, info)
     tensors.check_answer_size("count", size, limits)
 
 

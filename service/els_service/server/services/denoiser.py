@@ -35,7 +35,7 @@ from els_service.server.requests.sample import (
     held_bytes_of,
     options_of,
 )
-from els_service.server.services.explain import MomentService
+from els_service.server.services.explain import MomentService, written
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.call_context import caller_of, context_of
 from els_service.server.transport.grpc_types import Context, Response
@@ -66,6 +66,8 @@ class DenoiserService(MomentService):
         """Return the expected clean images."""
         entry, form, query, checked = self._denoise.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.return_variance:
+            return await self._with_variance(self._denoise, entry, form, query, scheduling)
         denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
         if not isinstance(denoised, Denoised):
             denoised = await denoised
@@ -95,6 +97,8 @@ class DenoiserService(MomentService):
         check_message(request)
         entry, form, query, checked = self._stream.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.return_variance:
+            return self._with_variance(self._stream, entry, form, query, scheduling)
         denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
         if isinstance(denoised, Denoised):
             return self._stream.write(form, denoised.pixels, denoised)
@@ -134,6 +138,8 @@ class DenoiserService(MomentService):
             decode_guidance(request, count),
             held_bytes_of(name, options, shape),
         )
+        total, resumed = steps_of(name, options), resume.index if resume else 0
+        run, detail = self._explaining(run, request, entry, resumed, total)
         steps = self._engine.sample(request.model, run, scheduling, version=request.version)
         taken: Step | None = None
         try:
@@ -145,6 +151,8 @@ class DenoiserService(MomentService):
                         start = await asyncio.to_thread(noise, 0)
                         encoded = tensors.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
+                    for index, found in enumerate(step.explanations):
+                        message.explanations.append(await written(index, found, detail, info))
                     if request.return_resume_token and step.index < step.total:
                         message.resume_token = _token(request, entry, step)
                     yield message

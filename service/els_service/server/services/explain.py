@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
-from els_kernels import MAX_SOURCES
+import numpy as np
+import numpy.typing as npt
+
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceServicer
 from els_service.config import Limits
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.gradients import Direction, Product
-from els_service.engine.derived import product_of, with_direction
+from els_service.engine.derived import (
+    AGAIN,
+    evidence_of,
+    product_of,
+    with_direction,
+    with_evidence,
+)
 from els_service.engine.engine import Engine
-from els_service.errors import UnsupportedError
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.request_context import RequestContext
+from els_service.engine.sampling import SamplingRun
+from els_service.errors import InvalidArgumentError, UnsupportedError
 from els_service.server.requests import gradients, tensors
+from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
+from els_service.server.requests.evidence import EvidenceSeal
+from els_service.server.requests.explanations import (
+    Detail,
+    check_sources,
+    held_explanation,
+    read_explain,
+    read_explained_steps,
+    write_explanation,
+)
 from els_service.server.transport.call_context import context_of
 from els_service.server.transport.grpc_types import Context
-
-_LISTED = 20
-"""Models that an error lists."""
 
 
 class MomentService(DenoiserServiceServicer):
@@ -32,19 +54,22 @@ class MomentService(DenoiserServiceServicer):
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine, self._limits = engine, limits
+        self._seal = EvidenceSeal()
 
     async def Vjp(self, request: pb.VjpRequest, context: Context) -> pb.VjpResponse:
         """Return D(x) and Jᵀg."""
-        answer = await self._product(request, request.cotangent, "cotangent", "vjp", context)
-        response, dtype = pb.VjpResponse(), request.output_dtype
+        answer, evidence = await self._product(
+            request, request.cotangent, "cotangent", "vjp", context
+        )
+        response, dtype = pb.VjpResponse(evidence=evidence), request.output_dtype
         tensors.write_tensor(response.denoised, answer.mean, dtype)
         tensors.write_tensor(response.vjp, answer.product, dtype)
         return response
 
     async def Jvp(self, request: pb.JvpRequest, context: Context) -> pb.JvpResponse:
         """Return D(x) and J u."""
-        answer = await self._product(request, request.tangent, "tangent", "jvp", context)
-        response, dtype = pb.JvpResponse(), request.output_dtype
+        answer, evidence = await self._product(request, request.tangent, "tangent", "jvp", context)
+        response, dtype = pb.JvpResponse(evidence=evidence), request.output_dtype
         tensors.write_tensor(response.denoised, answer.mean, dtype)
         tensors.write_tensor(response.jvp, answer.product, dtype)
         return response
@@ -54,22 +79,75 @@ class MomentService(DenoiserServiceServicer):
     ) -> AsyncIterator[pb.ExplainResponse]:
         """Yield the explanation of each image; between two of them nothing is queued."""
         entry = self._engine.models.entry(request.model, request.version)
-        if not entry.info.has_sources:
-            able = [each.model for each in self._engine.models.newest() if each.info.has_sources]
-            raise UnsupportedError(
-                f"{entry.model} has no sources to name, as it is no analytic model with a bank; "
-                f"models that have: {_listed(able)}"
-            )
-        query, top = gradients.read_explain(request, entry.info, self._limits)
+        check_sources(entry, self._engine.models)
+        query, detail = read_explain(request, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = gradients.explanation_size(query.pixels.shape, MAX_SOURCES, entry.info)
+        size = held_explanation(entry.info)
         answers = self._engine.derive_each(entry, "explain", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
             async for found in answers:
                 assert isinstance(found, Explanation)
-                yield gradients.write_explanation(index, found, top, entry.info)
+                yield await written(index, found, detail, entry.info)
                 index += 1
+
+    def _explaining(
+        self,
+        run: SamplingRun,
+        request: pb.SampleRequest,
+        entry: ModelVersion,
+        resumed: int,
+        total: int,
+    ) -> tuple[SamplingRun, Detail]:
+        """Return a trajectory that explains what its request asks for, and how.
+
+        Args:
+            run: trajectory of the request.
+            request: of ``Sample``.
+            entry: its model.
+            resumed: steps that were taken before.
+            total: steps in all.
+        """
+        steps, detail = read_explained_steps(request, self._limits)
+        if not steps:
+            return run, detail
+        check_sources(entry, self._engine.models, "explain_steps")
+        if max(steps) > total:
+            expected = f"at most {total}, the number of steps"
+            raise InvalidArgumentError("explain_steps", expected, max(steps))
+        left = frozenset(step for step in steps if step > resumed)
+        held = run.held_bytes + len(run.labels) * held_explanation(entry.info)
+        return replace(run, explain_steps=left, held_bytes=held), detail
+
+    async def _with_variance(
+        self,
+        method: DenoiseMethod,
+        entry: ModelVersion,
+        form: DenoiseForm,
+        query: Query,
+        scheduling: RequestContext,
+    ) -> bytes:
+        """Return the response with the posterior variance, which is queued beside D(x).
+
+        D(x) is computed as without it, so that it has the same bits.
+        """
+        check_sources(entry, self._engine.models, "return_variance")
+        size = tensors.answer_size(form.shape, form.output_dtype, form.log_evidence)
+        size += 4 * math.prod(form.shape)
+        tensors.check_answer_size("return_variance", size, self._limits)
+        denoised = self._engine.denoise(entry, query, scheduling)
+        second = self._engine.derive(entry, "variance", query, scheduling)
+        pending: list[asyncio.Future[Denoised]] = [asyncio.ensure_future(second)]
+        if not isinstance(denoised, Denoised):
+            pending.append(denoised)
+        try:
+            variance, *first = await asyncio.gather(*pending)
+        finally:
+            # Without effect on those that are done: the other one of a failed pair.
+            for future in pending:
+                future.cancel()
+        answer = denoised if isinstance(denoised, Denoised) else first[0]
+        return method.write(form, answer.pixels, answer, variance.pixels)
 
     async def _product(
         self,
@@ -78,7 +156,8 @@ class MomentService(DenoiserServiceServicer):
         field: str,
         kind: Direction,
         context: Context,
-    ) -> Product:
+    ) -> tuple[Product, bytes]:
+        """Return the product, and the evidence that the request asks for and did not have."""
         entry = self._engine.models.entry(request.model, request.version)
         if not entry.info.has_gradients:
             raise UnsupportedError(
@@ -88,9 +167,34 @@ class MomentService(DenoiserServiceServicer):
         query, along = gradients.read_product(request, direction, field, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
         packed = with_direction(query, along)
-        return product_of(await self._engine.derive(entry, kind, packed, scheduling))
+        if entry.info.has_sources and (request.evidence or request.return_evidence):
+            evidence, fresh = await self._evidence(request, entry, query, scheduling)
+            packed = with_evidence(packed, evidence)
+            answer = await self._engine.derive(entry, AGAIN[kind], packed, scheduling)
+            return product_of(answer), fresh
+        return product_of(await self._engine.derive(entry, kind, packed, scheduling)), b""
+
+    async def _evidence(
+        self,
+        request: gradients.ProductRequest,
+        entry: ModelVersion,
+        query: Query,
+        scheduling: RequestContext,
+    ) -> tuple[npt.NDArray[np.float64], bytes]:
+        """Return the evidence of a query, and the bytes to return if it had to be computed."""
+        if request.evidence:
+            verified = self._seal.verified
+            known = await asyncio.to_thread(verified, entry, query, request.evidence)
+            if known is not None:
+                return known, b""
+        found = evidence_of(await self._engine.derive(entry, "evidence", query, scheduling))
+        if not request.return_evidence:
+            return found, b""
+        return found, await asyncio.to_thread(self._seal.signed, entry, query, found)
 
 
-def _listed(names: list[str]) -> str:
-    more = ["…"] if len(names) > _LISTED else []
-    return ", ".join([*names[:_LISTED], *more]) or "none is served"
+async def written(
+    index: int, found: Explanation, detail: Detail, info: DenoiserInfo
+) -> pb.ExplainResponse:
+    """Return ``write_explanation``, which sorts the shares of a whole bank, from another thread."""
+    return await asyncio.to_thread(write_explanation, index, found, detail, info)
