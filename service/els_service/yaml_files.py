@@ -122,7 +122,9 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: 
 
 def _fault(fault: Any, secret: bool) -> str:
     where = ".".join(shortened(str(part)) for part in fault["loc"]) or "document"
-    text = f"{where}: {shortened(fault['msg']).lower()}"
+    message = shortened(fault["msg"])
+    # Its first letter only: it may have names and patterns, where case matters.
+    text = f"{where}: {message[:1].lower()}{message[1:]}"
     return text if secret else f"{text}, got {_brief(fault['input'])}"
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from els_service.cli.main import app
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import LoadError
+from els_service.experiments import held_out
 from els_service.experiments.model_text import set_key
 from els_service.repository import ModelRepository, bundled_models
 from els_service.yaml_files import read_yaml
@@ -81,6 +82,23 @@ def test_a_part_of_a_large_bank_may_choose(folder: Path) -> None:
     )
     assert json.loads(few)["queries"] == json.loads(all_)["queries"] == 8
     assert few != all_
+
+
+def test_of_a_bank_that_would_take_long_a_part_is_used_and_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bank(folder.parent / "_banks" / "squares.safetensors", squares(images=200))
+    few = ("--queries", 8, "--windows", "3,5", "--dry-run", "--json")
+    whole = run(folder, *few)
+    assert "using" not in whole.stderr
+    monkeypatch.setattr(held_out, "_BUDGET", 1e7)
+    part = run(folder, *few)
+    assert "using 68 of 200 images, evenly: --images 200 takes all of them, and 3" in part.stderr
+    assert json.loads(part.stdout)["images"] == 68
+    every = run(folder, *few, "--images", 200)
+    assert "using" not in every.stderr
+    assert every.stdout == whole.stdout
+    assert json.loads(every.stdout)["images"] == 200
 
 
 def test_a_local_machine_has_windows_too(folder: Path) -> None:

@@ -93,3 +93,16 @@ def test_levels_and_labels_broadcast_as_they_would_with_the_images(
 def test_a_level_for_each_pixel_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"sigma: .* got shape \[2, 1, 2, 2\]"):
         codec.encode_level(torch.ones(2, 1, 2, 2), None, None)
+
+
+def test_tensors_of_one_number_are_numbers() -> None:
+    levels: list[Any] = [torch.tensor(0.5, requires_grad=True), torch.tensor(2.0)]
+    assert list(codec.encode_level(levels, None, None).sigma) == [0.5, 2.0]
+    given: dict[str, Any] = {
+        name: torch.tensor(number)
+        for name, number in (("seed", 7), ("count", 2), ("steps", 3), ("first_image", 5))
+    }
+    request = codec.encode_sample(model="m", **given)
+    assert (request.seed, request.count, request.steps, request.first_image) == (7, 2, 3, 5)
+    with pytest.raises(InvalidArgumentError, match=r"seed: expected an integer, got 1\.5"):
+        codec.encode_sample(model="m", seed=1.5)  # type: ignore[arg-type]  # what is tested

@@ -230,3 +230,34 @@ def test_denoise_checks_the_name_of_its_picture_before_it_asks(target: str, tmp_
     out = tmp_path / "none" / "out.png"
     done = els("denoise", str(tmp_path / "in.png"), str(out), "--sigma", "1", "--target", target)
     assert (done.exit_code, "expected an existing folder" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["a.fits", "a.h5", "a.mpeg", "a.npz", "a", "none/a.png"])
+@pytest.mark.parametrize(
+    "command", [("denoise", "in.png", "OUT"), ("score", "in.png", "OUT"), ("sample", "OUT")]
+)
+def test_a_name_that_no_picture_can_have_is_refused_before_the_server_computes(
+    target: str, fake: FakeDenoiser, command: tuple[str, ...], name: str
+) -> None:
+    level = () if command[0] == "sample" else ("--sigma", "1", "--resize")
+    words = [name if word == "OUT" else word for word in command]
+    done = els(*words, *level, "--target", target)
+    assert (done.exit_code, f"els: {name}: expected" in done.stderr) == (2, True)
+    assert fake.requests == []
+
+
+def test_a_gif_is_written_to_a_name_that_says_so(target: str, fake: FakeDenoiser) -> None:
+    done = els("sample", "a.png", "--gif", "a.png", "--target", target)
+    assert (done.exit_code, "ends in .gif, got a.png" in done.stderr) == (2, True)
+    assert drawn(fake) == []
+
+
+def test_a_model_whose_images_are_no_pictures_is_refused_before_it_draws(
+    target: str, fake: FakeDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(target) as client:
+        model = dataclasses.replace(client.model("fashion-els"), channels=4)
+    monkeypatch.setattr(Client, "model", lambda self, name: model)
+    done = els("sample", "a.png", "--target", target)
+    assert (done.exit_code, "1 or 3 channels, the model 4" in done.stderr) == (2, True)
+    assert drawn(fake) == []

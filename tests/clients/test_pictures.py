@@ -131,3 +131,19 @@ def test_a_transparent_colour_is_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, KEYED, name)
     with pytest.raises(InvalidArgumentError, match="expected no transparency"):
         pictures.read(path, (1, 2, 2), resize=False)
+
+
+@pytest.mark.parametrize("suffix", ["jp2", "eps", "tga"])
+def test_formats_that_pillow_cuts_or_runs_a_program_for_are_refused(
+    tmp_path: Path, suffix: str
+) -> None:
+    # Of a JPEG 2000 file Pillow does not say how many bits it has cut.
+    Image.new("RGB", (4, 4)).save(tmp_path / f"a.{suffix}")
+    with pytest.raises(InvalidArgumentError, match="not a picture in one of BMP, GIF, JPEG, PNG"):
+        pictures.read(tmp_path / f"a.{suffix}", (3, 4, 4), resize=False)
+
+
+def test_a_plain_bitmap_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.pbm").write_bytes(b"P1 2 2\n1 0 1 0\n")
+    read = pictures.read(tmp_path / "a.pbm", (1, 2, 2), resize=False)
+    assert read.ravel().tolist() == [0, 255, 0, 255]

@@ -15,6 +15,7 @@ from els_service.errors import InvalidArgumentError
 from els_service.experiments import held_out
 from els_service.experiments.held_out import (
     Sampling,
+    affordable,
     choose_windows,
     default_levels,
     default_windows_to_try,
@@ -144,3 +145,16 @@ def test_default_candidates_fit_the_images() -> None:
     for windows in ((2,), (65,), (-1,)):
         with pytest.raises(InvalidArgumentError, match="windows: expected odd numbers from 1 to"):
             choose_windows(large, CIRCULAR, how=Sampling(8), windows=windows)
+
+
+def test_five_thousand_photographs_take_minutes_and_smaller_banks_are_used_whole() -> None:
+    large = make_bank(np.zeros((5000, 3, 64, 64), np.uint8))
+    assert 500 < affordable(large, ELS, Sampling()) < 1000
+    assert 64 < affordable(large, ELS, Sampling(960)) < 100
+    assert affordable(large, ELS, Sampling(9600)) == 64
+    assert affordable(large, ELS, Sampling(), (3, 5, 7)) > 1200
+    small = make_bank(np.zeros((5000, 1, 28, 28), np.uint8))
+    assert affordable(small, ELS, Sampling()) == 5000
+    assert affordable(large, GEOMETRIES["local", "zeros"], Sampling()) == 5000
+    labelled = make_bank(large.images, [i % 10 for i in range(5000)])
+    assert affordable(labelled, ELS, Sampling(by_label=True)) == 5000

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, SupportsIndex, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -198,6 +199,7 @@ def encode_sample(
         _refuse("sampler", f"one of {', '.join(_SAMPLERS)}", repr(sampler))
     if not set(want) <= set(get_args(Want)):
         _refuse("want", f"any of {', '.join(get_args(Want))}", repr(want))
+    seed, count = _whole("seed", seed), _whole("count", count)
     if not 0 <= seed < 2**64:
         _refuse("seed", "0 to 2**64 - 1", seed)
     if count < 1:  # In the message 0 means 1.
@@ -211,6 +213,7 @@ def encode_sample(
         _refuse("times", "at least one", "none")
     if steps is None:
         steps = 0 if listed else _STEPS
+    steps, first_image = _whole("steps", steps), _whole("first_image", first_image)
     return pb.SampleRequest(
         model=model,
         count=count,
@@ -352,6 +355,8 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
     """Return one or several values as the list of the message; None is empty."""
     if values is None:
         return []
+    if isinstance(values, list | tuple):
+        values = [getattr(value, "detach", lambda value=value: value)() for value in values]
     array = _array(field, values) if hasattr(values, "__array__") else np.asarray(values)
     # One value an image often has further axes, so that it broadcasts: [B, 1] or [B, 1, 1, 1].
     if array.ndim > 1 and array.size != array.shape[0]:
@@ -359,6 +364,14 @@ def _listed(field: str, values: Levels | Integers | None, kinds: str) -> list[An
     if array.size and array.dtype.kind not in kinds:
         _refuse(field, "integers" if kinds == _INTEGERS else "numbers", f"{values!r}")
     return array.ravel().tolist()
+
+
+def _whole(field: str, value: SupportsIndex) -> int:
+    """Return an integer of any library's, such as a tensor of one number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        _refuse(field, "an integer", f"{value!r:.80}")
 
 
 def _guidance(guidance: float | None) -> float:

@@ -25,6 +25,10 @@ MAX_PIXELS = 1 << 26
 """Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 _OPAQUE = 255
 _TIFF_BITS = 258  # the tag BitsPerSample
+READ_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats whose depth is known: Pillow cuts others, such as JPEG 2000, to 8 bits, or runs another
+program on them."""
+_WRITTEN_FORMATS = (*READ_FORMATS, "JPEG2000", "PDF", "TGA")
 
 
 def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
@@ -42,8 +46,7 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
         InvalidArgumentError: Not such a picture, or of another size without ``resize``.
     """
     channels, height, width = shape
-    if channels not in _MODES:
-        raise InvalidArgumentError(f"pictures have 1 or 3 channels, the model {channels}")
+    check_channels(channels)
     with _refusing(path), _opened(path) as source:
         _check(path, source)
         picture = ImageOps.exif_transpose(source).convert(_MODES[channels])
@@ -64,7 +67,8 @@ def _refusing(path: Path) -> Iterator[None]:
     except InvalidArgumentError:
         raise
     except (UnidentifiedImageError, SyntaxError):
-        raise InvalidArgumentError(f"{path}: not a picture") from None
+        expected = ", ".join(READ_FORMATS)
+        raise InvalidArgumentError(f"{path}: not a picture in one of {expected}") from None
     except Exception as error:
         # A list of all exceptions of the many decoders would not be complete.
         raise InvalidArgumentError(f"{path}: {error}") from None
@@ -76,7 +80,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(path)
+            picture = Image.open(path, formats=READ_FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise InvalidArgumentError(
                 f"{path}: expected at most {MAX_PIXELS} pixels, got more"
@@ -120,7 +124,8 @@ def _bits(picture: Image.Image) -> int:
         if any(";16" in one for one in arguments if isinstance(one, str)):
             return 16
         if codec.startswith("ppm"):
-            return max(one.bit_length() for one in arguments if isinstance(one, int))
+            # The largest number of a pixel; a plain bitmap has none.
+            return max((one.bit_length() for one in arguments if isinstance(one, int)), default=1)
     return 8
 
 
@@ -138,8 +143,12 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
         raise InvalidArgumentError(f"{path}: expected an array in .npy: {error}") from None
 
 
-def check_target(path: Path | None) -> None:
+def check_target(path: Path | None, *, also: str = "") -> None:
     """Check that a picture can be written to a path, before a long computation.
+
+    Args:
+        path: Of the picture; None if there is none.
+        also: A further suffix that is allowed.
 
     Raises:
         InvalidArgumentError: The folder is missing, or the suffix is not of a picture format.
@@ -148,8 +157,19 @@ def check_target(path: Path | None) -> None:
         return
     if not path.parent.is_dir():
         raise InvalidArgumentError(f"{path}: expected an existing folder")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise InvalidArgumentError(f"{path}: expected a name such as out.png")
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if path.suffix != (also or None) and format not in _WRITTEN_FORMATS:
+        raise InvalidArgumentError(f"{path}: expected a name such as out{also or '.png'}")
+
+
+def check_channels(channels: int) -> None:
+    """Check that pictures have so many channels.
+
+    Raises:
+        InvalidArgumentError: Neither 1 nor 3.
+    """
+    if channels not in _MODES:
+        raise InvalidArgumentError(f"pictures have 1 or 3 channels, the model {channels}")
 
 
 def write(path: Path, image: Images) -> None:
@@ -211,8 +231,7 @@ def to_picture(image: Images) -> Image.Image:
         InvalidArgumentError: It has neither 1 nor 3 channels.
     """
     pixels = np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
-    if len(pixels) not in _MODES:
-        raise InvalidArgumentError(f"pictures have 1 or 3 channels, the model {len(pixels)}")
+    check_channels(len(pixels))
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 

@@ -138,9 +138,9 @@ def denoise(
 ) -> None:
     """Denoise a picture: write the posterior mean of a noisy one.
 
-    The picture is mapped to [-1, 1], and the noise level is in those units; no noise is added. It
-    is rotated by its EXIF orientation; animations, transparency and pictures of more than 67
-    million pixels are rejected.
+    The picture, a BMP, GIF, JPEG, PNG, PPM, TIFF or WebP of 8 bits a channel, is mapped to [-1, 1],
+    and the noise level is in those units; no noise is added. It is rotated by its EXIF orientation;
+    animations, transparency and pictures of more than 67 million pixels are rejected.
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
@@ -176,6 +176,7 @@ def score(
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
     with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+        pictures.check_target(out, also=".npy")
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.score(x, model=model, **level, label=label, window=window)
         pictures.write_score(out, answer)
@@ -245,20 +246,24 @@ def sample(
         if picture and out:
             raise InvalidArgumentError(f"out: expected one name, got {picture} and {out}")
         out = picture or out or Path("grid.png")
+        if gif and gif.suffix.lower() != ".gif":
+            raise InvalidArgumentError(f"gif: expected a name that ends in .gif, got {gif}")
         for path in (out, gif):
             pictures.check_target(path)
         labels = _integers(label)
         count = count or len(labels) or 1
         given = None if conditioning is None else pictures.read_numbers(conditioning)
         without = None if unconditional is None else pictures.read_numbers(unconditional)
-        decoded = client.model(model).decoded_shape is not None
+        served = client.model(model)
+        decoded = served.decoded_shape is not None
+        pictures.check_channels((served.decoded_shape or served.shape)[0])
         if decoded and gif:
             raise InvalidArgumentError("gif: expected none, as steps of a latent model are latents")
         want: set[Want] = {"decoded"} if decoded else {"x"} if gif else set()
         bar = progress.add_task(f"{model} draws {count}", total=steps)
         begin = None
         if start is not None:
-            begin = pictures.read(start, client.model(model).shape, resize=resize)
+            begin = pictures.read(start, served.shape, resize=resize)
         for step in client.sample(
             model=model,
             count=count,

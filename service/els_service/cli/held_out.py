@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,16 @@ from rich.table import Table
 
 from els_kernels import GEOMETRIES, max_window
 from els_service.cli.progress import Progress
-from els_service.denoisers.banks import load_bank
+from els_service.denoisers.banks import Bank, load_bank
 from els_service.denoisers.windows import default_windows
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
-from els_service.experiments.held_out import Chosen, Sampling, choose_windows, part_of
+from els_service.experiments.held_out import (
+    Chosen,
+    Sampling,
+    affordable,
+    choose_windows,
+    part_of,
+)
 from els_service.experiments.model_text import set_key
 from els_service.repository import bundled_models
 from els_service.repository.specs import AnalyticSpec
@@ -46,7 +53,7 @@ def held_out(
     images: Annotated[
         int | None,
         typer.Option(
-            min=64, help="Use about so many images of the bank; windows of fewer are smaller."
+            min=64, help="Use about so many images of the bank. [default: some minutes' worth]"
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Do not change model.yaml.")] = False,
@@ -100,9 +107,8 @@ def _choose(
     if spec.machine in ("ideal", "equivariant") or geometry is None:
         got = f"{spec.machine} with {spec.padding}"
         raise LoadError(path, f"machine: expected els or local, which have a window, got {got}")
-    bank = load_bank(model / spec.bank)
-    if images is not None:
-        bank = part_of(bank, max(1, len(bank.images) // images))
+    whole = load_bank(model / spec.bank)
+    bank = _part(whole, images or affordable(whole, geometry, how, windows), images is None)
     progress: dict[str, Progress] = {}
 
     def report(name: str, done: int, total: int) -> None:
@@ -121,6 +127,18 @@ def _choose(
         table = chosen.table
         set_key(path, "window", {"sigma": list(table.sigma), "k": list(table.k)})
     return chosen
+
+
+def _part(whole: Bank, images: int, is_default: bool) -> Bank:
+    """Return about so many images of a bank; says so where nobody asked for it."""
+    if images >= len(whole.images):
+        return whole
+    bank = part_of(whole, math.ceil(len(whole.images) / images))
+    if is_default and len(bank.images) < len(whole.images):
+        some, all_ = len(bank.images), len(whole.images)
+        times = f"--images {all_} takes all of them, and {all_ / some:.0f} times as long"
+        typer.echo(f"using {some} of {all_} images, evenly: {times}", err=True)
+    return bank
 
 
 def _listed(text: str) -> tuple[int, ...] | None:
@@ -152,7 +170,12 @@ def _described(found: Chosen) -> dict[str, Any]:
                 },
             }
         )
-    return {"format": _FORMAT, "queries": len(errors.images), "levels": levels}
+    return {
+        "format": _FORMAT,
+        "queries": len(errors.images),
+        "images": found.images,
+        "levels": levels,
+    }
 
 
 _NAMES = "error", "standard_error"
@@ -193,5 +216,5 @@ def _print(found: Chosen) -> None:
     Console(width=max(80, 9 * len(windows) + 30)).print(table)
     typer.echo(
         "gain: less error than with the windows fashion-mnist-resnet; ± paired: standard error "
-        f"of that difference, over {len(errors.images)} pixels"
+        f"of that difference, over {len(errors.images)} pixels of {found.images} images"
     )

@@ -40,8 +40,8 @@ class _UnetSpec(_Spec):
     """Folder of ``unet`` and ``scheduler``, relative to the model folder."""
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = ""
     null_label: bool = False
-    network: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
-    """Its sub-folder; empty for ``unet`` or else ``transformer``."""
+    network: Annotated[str, Field(pattern=r"^[A-Za-z0-9_/-]*$")] = ""
+    """Its sub-folder; empty for ``unet`` or else ``transformer``, or the folder itself."""
     shape: _Shape | None = None
 
 

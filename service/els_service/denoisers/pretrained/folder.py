@@ -2,6 +2,8 @@
 
     PART/config.json  PART/diffusion_pytorch_model….safetensors  scheduler/scheduler_config.json
 
+A folder of one module may have all files itself: PART is ``.``, and there is no ``scheduler/``.
+
 Configurations select among the classes listed here: no class is imported by a name from a file,
 ``model_index.json`` is not read, pickles are rejected and nothing is downloaded. A setting that is
 not implemented as in diffusers is rejected by the name of its field.
@@ -32,7 +34,7 @@ from els_service.errors import LoadError
 
 Only = Mapping[str, tuple[object, ...]]
 """Field → supported values; others are rejected."""
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
+_SCHEDULER_FILE = "scheduler_config.json"
 _SCHEDULERS = (
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -78,6 +80,8 @@ _DIT_NORM = "ada_norm_zero"
 """Norm of what is a DiT, also under the name of its class before diffusers 0.29."""
 _COMPUTED_FIELDS = {"AutoencoderTiny": ("block_out_channels",)}
 """Class → fields that it stores without taking them."""
+_HINTS = {"UNet2DConditionModel": "; kind latent takes it"}
+"""Class that another kind of model takes → which."""
 _RENAMED = (
     ("query", "to_q"),
     ("key", "to_k"),
@@ -115,7 +119,8 @@ def read_trained(inside: Inside, *, whole: bool, has_variance: bool = False) -> 
     Raises:
         LoadError: A field is unknown, invalid or not supported; names it.
     """
-    path = inside(SCHEDULER_FILE)
+    beside = not inside.names("scheduler") and _SCHEDULER_FILE in inside.names(".")
+    path = inside(_SCHEDULER_FILE if beside else f"scheduler/{_SCHEDULER_FILE}")
     config = _read_config(path)
     kind = _class_of(config, (*_SCHEDULERS, *FLOWS, *EDMS), path)
     own = _fields(kind)
@@ -325,7 +330,8 @@ def _class_of(config: dict[str, Any], classes: tuple[str, ...], path: Path) -> A
     name = config.pop("_class_name", None)
     if name not in classes:
         expected = ", ".join(classes)
-        raise LoadError(path, f"_class_name: expected one of {expected}, got {name!r:.80}")
+        hint = _HINTS.get(str(name), "")
+        raise LoadError(path, f"_class_name: expected one of {expected}, got {name!r:.80}{hint}")
     kind = _diffusers(name)
     # Without scipy, which only its steps need, a class without fields takes its place.
     return _diffusers("EulerDiscreteScheduler") if hasattr(kind, "_backends") else kind

@@ -78,7 +78,8 @@ class UnetOptions:
     condition_rows: int = 77
     """Maximum rows of a condition; Stable Diffusion's text encoder returns 77."""
     network: str = ""
-    """Folder of the network; empty for ``unet``, or ``transformer`` where only that exists."""
+    """Folder of the network; empty for ``unet``, or ``transformer`` where only that exists, or the
+    diffusers folder itself, where its configuration is there."""
     shape: tuple[int, int, int] | None = None
     """(C, H, W); required if the configuration has no ``sample_size``."""
 
@@ -260,7 +261,11 @@ def load_unet(
 
 
 def _network_folder(inside: Inside) -> str:
-    return "unet" if inside.names("unet") or not inside.names("transformer") else "transformer"
+    for name in ("unet", "transformer"):
+        if inside.names(name):
+            return name
+    # As a module saves itself, and as the first published pipelines are.
+    return "." if "config.json" in inside.names(".") else "unet"
 
 
 def _label_rows(part: Part, options: UnetOptions) -> tuple[int, int | None]:
