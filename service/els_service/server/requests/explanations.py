@@ -14,7 +14,8 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.explanations import Explanation
-from els_service.engine.registry import ModelRegistry, ModelVersion
+from els_service.engine.model_versions import ModelVersion
+from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
 from els_service.server.requests import forms, tensors
 
