@@ -155,6 +155,19 @@ client-environments: $(CLIENTS:=/.installed)
 	$(@D)/bin/pip install --quiet --requirement $(@D)/requirements.txt
 	touch $@
 
+# k-diffusion beside the client, as its users install both: gigabytes, as it brings torch.
+KDIFFUSION := .venv-k-diffusion
+
+.PHONY: k-diffusion
+
+k-diffusion: $(KDIFFUSION)/.installed
+
+$(KDIFFUSION)/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.installed
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -m tests.support.client_requirements newest > $(@D)/requirements.txt
+	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt k-diffusion 'setuptools<81'
+	touch $@
+
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)
 	$(DEPLOY)/bin/$(PIP_INSTALL) --requirement deploy/tools.txt
@@ -189,4 +202,5 @@ image-test: install image-bases
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(CLIENTS) $(DEPLOY) $(POLICY) .terrain proto/python demo.png demo-sources.png
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(KDIFFUSION) $(DEPLOY) $(POLICY) .terrain proto/python
+	rm -f demo.png demo-sources.png

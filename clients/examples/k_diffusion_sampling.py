@@ -1,7 +1,9 @@
 """Draws images with a sampler of k-diffusion, whose denoiser is a served model.
 
-Usage: pip install k-diffusion els-denoise
+Usage: pip install k-diffusion els-denoise 'setuptools<81'
        python clients/examples/k_diffusion_sampling.py --model fashion-els --out drawn.npy
+
+k-diffusion imports pkg_resources, which later versions of setuptools do not have.
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="127.0.0.1:50051", help="address of the server")
     parser.add_argument("--model", default="fashion-els", help="name of the model")
+    parser.add_argument("--label", type=int, default=-1, help="label; -1 for none")
     parser.add_argument("--steps", type=int, default=20, help="steps of Heun's method")
     parser.add_argument("--out", type=Path, default=Path("drawn.npy"), help="array to write")
     arguments = parser.parse_args()
     with Client(arguments.target) as client:
-        drawn = draw(client, arguments.model, arguments.steps)
+        drawn = draw(client, arguments.model, arguments.steps, arguments.label)
     np.save(arguments.out, drawn.numpy())
 
 
-def draw(client: Client, model: str, steps: int, count: int = 4, seed: int = 0) -> torch.Tensor:
+def draw(
+    client: Client, model: str, steps: int, label: int = -1, count: int = 4, seed: int = 0
+) -> torch.Tensor:
     """Return images [count, C, H, W] in [-1, 1] by Heun's method from σ = 80 (EDM, algorithm 1)."""
 
     def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(client.denoise(x, model=model, sigma=sigma)).to(x)
+        denoised = client.denoise(x, model=model, sigma=sigma, label=label)
+        return torch.from_numpy(denoised).to(x)
 
     sigmas = sampling.get_sigmas_karras(steps, sigma_min=0.002, sigma_max=80.0)
     shape = (count, *client.model(model).shape)
