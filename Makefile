@@ -67,7 +67,7 @@ test-shared: install
 test-alone: install
 	$(BIN)/pytest -m alone $(shell grep --recursive --files-with-matches --include '*.py' 'mark\.alone' tests)
 
-# Properties with twenty times the examples; the native kernel by other compilers, optimised.
+# Properties with forty times the examples; the native kernel by other compilers, optimised.
 test-nightly: install
 	$(BIN)/pytest $(SHARED) --hypothesis-profile nightly --timeout 3600 \
 		tests/engine tests/server tests/denoisers tests/fuzz tests/kernels/test_native_compilers.py

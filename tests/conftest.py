@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # tests/support/examples.py scales its numbers by max_examples.
-settings.register_profile("ci", max_examples=100, deadline=None)
+settings.register_profile("ci", max_examples=50, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile("ci")
 

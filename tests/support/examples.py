@@ -9,8 +9,7 @@ def examples(count: int) -> settings:
     """Return settings of a property test, to be used as its decorator.
 
     Args:
-        count: of examples under the profile ``ci``; ``--hypothesis-profile=nightly`` tries twenty
-            times as many.
+        count: of examples; the profile ``ci`` tries half as many, ``nightly`` twenty times.
     """
     return settings(
         max_examples=count * settings().max_examples // 100,
