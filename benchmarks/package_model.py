@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         pack(options.trained, options.out, options.windows)
     except (ElsError, OSError) as error:
-        print(f"ship: {error}", file=sys.stderr)
+        print(f"package_model: {error}", file=sys.stderr)
         return 2
     print(f"written: {options.out}, {size_of(options.out):,} bytes")
     return 0
@@ -75,7 +75,7 @@ def pack(trained: Path, out: Path, calibrated: Path | None = None) -> None:
     record = _read(trained / RECORD_FILE)
     _check(record, trained, calibrated)
     if out.exists():
-        raise InvalidArgumentError("out", "a folder that is not there yet", out)
+        raise InvalidArgumentError("out", "a folder that does not exist", out)
     dtype = _save(trained, out)
     record["command"] = public(record["command"])
     _write(out / RECORD_FILE, record)

@@ -69,8 +69,8 @@ class Recorder:
 def start(name: str, options: argparse.Namespace) -> Recorder:
     """Return the recorder of a run that begins now.
 
-    Called before the first measurement, so that a run of an hour is not lost at its end, and so
-    that the record names the commit that was measured.
+    To be called before the first measurement: a run of an hour is then not lost at its end, and the
+    record names the measured commit.
 
     Args:
         name: of the benchmark.

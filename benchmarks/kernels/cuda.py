@@ -237,7 +237,7 @@ def about_run(device: torch.device, commit: str) -> tuple[dict[str, Any], float]
     if device.type != "cuda":
         return about, 1e9
     properties = torch.cuda.get_device_properties(device)
-    # 16 exp2 a clock and multiprocessor; the boost clock of an H200 where torch does not tell.
+    # 16 exp2 a clock and multiprocessor; the boost clock of an H200 if torch does not report it.
     clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
     about |= {"chip": properties.name, "clock_hz": clock}
     return about, properties.multi_processor_count * clock * 16

@@ -85,7 +85,7 @@ async def denoise(world: World) -> None:
     seed = random.randrange(24)
     answer = await world.ours.Denoise(request(seed=seed), timeout=TIMEOUT_S)
     if world.seen.setdefault(seed, answer.denoised.data) != answer.denoised.data:
-        world.faults.append(f"question {seed} was answered with other bits")
+        world.faults.append(f"request {seed}: expected the bits of its first response, got others")
 
 
 async def score(world: World) -> None:
@@ -125,7 +125,7 @@ async def leave(world: World) -> None:
 
 async def hurry(world: World) -> None:
     """Send a request with a deadline too short to be met."""
-    with _refused(world, grpc.StatusCode.DEADLINE_EXCEEDED):
+    with _expecting(world, grpc.StatusCode.DEADLINE_EXCEEDED):
         await world.ours.Denoise(request(seed=7, timeout_s=1e-6), timeout=TIMEOUT_S)
 
 
@@ -161,9 +161,9 @@ async def leave_stream(world: World) -> None:
 
 async def bad(world: World) -> None:
     """Send an invalid request."""
-    with _refused(world, grpc.StatusCode.INVALID_ARGUMENT):
+    with _expecting(world, grpc.StatusCode.INVALID_ARGUMENT):
         await world.ours.Denoise(request(windows=[random.randrange(100, 10_000)]))
-    with _refused(world, grpc.StatusCode.NOT_FOUND):
+    with _expecting(world, grpc.StatusCode.NOT_FOUND):
         await world.ours.Denoise(request(model=f"model-{random.random()}"))
 
 
@@ -239,7 +239,7 @@ async def _again(
 
 
 @contextlib.contextmanager
-def _refused(world: World, code: grpc.StatusCode) -> Iterator[None]:
+def _expecting(world: World, code: grpc.StatusCode) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from els_kernels.arguments import (
+    check_logits,
+    describe,
+    image_ranges,
+    is_images,
+    join,
+    magnitudes,
+    odd_windows,
+    positive,
+)
 from els_kernels.geometry import Geometry, Posterior, max_window
 from els_kernels.native import Native, instruction_sets
 from els_kernels.reference import Reference
@@ -18,10 +28,6 @@ from els_kernels.triton import create as create_triton
 from els_kernels.triton import unavailable as triton_unavailable
 
 _log = logging.getLogger(__name__)
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_REACH = 1e18
-"""Largest distance in units of s: logits (1e36) and their intermediate results fit a float32."""
 
 
 class Implementation(Protocol):
@@ -72,13 +78,13 @@ class PatchAttention:
             ValueError: the bank or the implementation is invalid; names expected and got.
             RuntimeError: ``native`` or ``triton`` is requested but not available; gives the reason.
         """
-        if not _is_images(bank) or 0 in bank.shape:
+        if not is_images(bank) or 0 in bank.shape:
             raise ValueError(
-                f"bank: expected float32 [N, C, H, W], none of them 0, got {_describe(bank)}"
+                f"bank: expected float32 [N, C, H, W], none of them 0, got {describe(bank)}"
             )
         # Native code reads the memory, which lacks the sign of a lazily negated view.
         bank = bank.resolve_neg()
-        self._largest = _magnitudes("bank", bank[None])[0]
+        self._largest = magnitudes("bank", bank[None])[0]
         if implementation == "auto":
             implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
@@ -145,55 +151,27 @@ class PatchAttention:
             raise ValueError(f"geometry: expected a Geometry, got {geometry!r}")
         if geometry.padding == "inside":
             raise ValueError("geometry: padding inside is answered by FoldedAttention only")
-        scales = _positive("a", a, batch), _positive("s", s, batch)
-        self._check_logits(_magnitudes("x", x), *scales)
+        scales = positive("a", a, batch), positive("s", s, batch)
+        check_logits(magnitudes("x", x), self._largest, math.prod(self.shape), *scales)
         windows = self._windows(window, batch, geometry)
-        return x, *scales, windows, self._ranges(ranges, batch), geometry
+        return x, *scales, windows, image_ranges(ranges, batch, self.images), geometry
 
     def _check_query(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape or len(x) == 0:
-            raise ValueError(f"x: expected shape [B, {_join(self.shape)}], got {_describe(x)}")
-        if not _is_images(x) or x.device != self.device:
+            raise ValueError(f"x: expected shape [B, {join(self.shape)}], got {describe(x)}")
+        if not is_images(x) or x.device != self.device:
             raise ValueError(
-                f"x: expected torch.float32 on {self.device}, got {_describe(x)} on {x.device}"
+                f"x: expected torch.float32 on {self.device}, got {describe(x)} on {x.device}"
             )
-
-    def _check_logits(self, sizes: list[float], a: list[float], s: list[float]) -> None:
-        root = math.sqrt(math.prod(self.shape))
-        for size, a_b, s_b in zip(sizes, a, s, strict=True):
-            # This order of operations avoids overflow: s may be 1e-300.
-            reach = max((size + a_b * self._largest) * root, a_b)
-            if reach > _REACH * s_b:
-                raise ValueError(
-                    "s: expected noise at which logits fit a float32, "
-                    f"s >= {reach / _REACH:.1e} here, got {s_b}"
-                )
 
     def _windows(self, window: Tensor | None, batch: int, geometry: Geometry) -> list[int]:
         if geometry.whole:
             if window is not None:
                 raise ValueError(
-                    f"window: expected None for a whole-image window, got {_describe(window)}"
+                    f"window: expected None for a whole-image window, got {describe(window)}"
                 )
             return [1] * batch
-        windows = _integers("window", window, (batch,))
-        largest = max_window(geometry, *self.shape[1:])
-        for k in windows:
-            if k % 2 == 0 or not 1 <= k <= largest:
-                raise ValueError(f"window: expected odd from 1 to {largest}, got {k}")
-        return windows
-
-    def _ranges(self, ranges: Tensor | None, batch: int) -> list[tuple[int, int]]:
-        if ranges is None:
-            return [(0, self.images)] * batch
-        ends = _integers("ranges", ranges, (batch, 2))
-        limits = list(zip(ends[::2], ends[1::2], strict=True))
-        for lo, hi in limits:
-            if not 0 <= lo < hi <= self.images:
-                raise ValueError(
-                    f"ranges: expected 0 <= lo < hi <= {self.images}, got lo {lo}, hi {hi}"
-                )
-        return limits
+        return odd_windows(window, batch, max_window(geometry, *self.shape[1:]))
 
 
 def fastest(bank: Tensor) -> str:
@@ -210,50 +188,3 @@ def fastest(bank: Tensor) -> str:
         _log.warning("patch attention: %s; torch is several times slower", error)
         return "torch"
     return "native"
-
-
-def _is_images(images: object) -> TypeGuard[Tensor]:
-    return (
-        isinstance(images, Tensor)
-        and images.ndim == 4
-        and images.dtype == torch.float32
-        and images.layout == torch.strided
-    )
-
-
-def _magnitudes(name: str, images: Tensor) -> list[float]:
-    """Return the largest |pixel| of each image; raise ValueError if a pixel is not finite."""
-    # aminmax propagates NaN, and allocates no mask of the size of the images.
-    ends = torch.stack(images.flatten(1).aminmax(dim=1), dim=1).tolist()
-    for pair in ends:
-        for end in pair:
-            if not math.isfinite(end):
-                raise ValueError(f"{name}: expected finite pixels, got {end}")
-    return [max(-low, high) for low, high in ends]
-
-
-def _positive(name: str, scale: Tensor, batch: int) -> list[float]:
-    if not isinstance(scale, Tensor) or scale.shape != (batch,) or scale.is_complex():
-        raise ValueError(f"{name}: expected numbers [{batch}], got {_describe(scale)}")
-    values = [float(value) for value in scale.tolist()]
-    for value in values:
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected finite and > 0, got {value}")
-    return values
-
-
-def _integers(name: str, values: Tensor | None, shape: tuple[int, ...]) -> list[int]:
-    if not isinstance(values, Tensor) or values.shape != shape or values.dtype not in _INTEGERS:
-        raise ValueError(f"{name}: expected integers {list(shape)}, got {_describe(values)}")
-    return [int(value) for value in values.flatten().tolist()]
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    layout = "" if value.layout == torch.strided else f"{value.layout} "
-    return f"{layout}{value.dtype} {list(value.shape)}"
-
-
-def _join(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))

@@ -115,7 +115,7 @@ class _Block:
 class _Patches:
     """Patches of the bank; numbers ordered by ring around the centre, then offset, then channel.
 
-    So that the first C·k² numbers are the patch of window k.
+    The first C·k² numbers are therefore the patch of window k.
     """
 
     def __init__(self, bank: Tensor, largest: int, geometry: Geometry) -> None:

@@ -57,7 +57,7 @@ def test_a_folder_ships_without_checkpoint_or_paths_and_answers_the_same(
     half, whole = (load_network_folder(folder).denoise(query).pixels for folder in (out, trained))
     np.testing.assert_allclose(half, whole, atol=1e-2)
     assert package_model.main([str(trained), str(out)]) == 2
-    assert "out: expected a folder that is not there yet" in capsys.readouterr().err
+    assert "out: expected a folder that does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

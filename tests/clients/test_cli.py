@@ -211,7 +211,7 @@ def test_models_are_legible_in_eighty_columns(
     (row,) = (line.split() for line in lines if long.name in line)
     assert row[:3] == [long.name, "equivariant", "×".join(map(str, long.shape))]
     assert "…" not in shown
-    assert hint.startswith("left out for want of room: padding")
+    assert hint.startswith("columns omitted for lack of width: padding")
     monkeypatch.delenv("FORCE_COLOR")
     terminal.list_models([first, long], as_json=False)
     assert "padding" in capsys.readouterr().out

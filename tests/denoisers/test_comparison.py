@@ -111,12 +111,12 @@ def test_released_indexing_is_of_machines_alone(tmp_path: Path) -> None:
 def test_the_figure_shows_noise_network_and_machines_in_this_order(tmp_path: Path) -> None:
     one = subjects(squares(labelled=False), None, "els", "local", "ideal")
     settings = replace(SMALL, network_steps=(3, 2))
-    compare(one, settings, tmp_path, look=FigureOptions(columns=2))
+    compare(one, settings, tmp_path, figure=FigureOptions(columns=2))
     noise = seeded_noise(0, 4, SHAPE)(0)
     rows = [noise / 3, *(samples(tmp_path, n) for n in ("network-3", "network-2", "els", "local"))]
     rows.append(samples(tmp_path, "ideal"))
     assert_shows(tmp_path / "compare.png", rows, columns=2)
-    compare(one, settings, tmp_path, look=FigureOptions(columns=9, hidden=("ideal",)))
+    compare(one, settings, tmp_path, figure=FigureOptions(columns=9, hidden=("ideal",)))
     assert_shows(tmp_path / "compare.png", rows[:-1], columns=4)
 
 

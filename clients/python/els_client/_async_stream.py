@@ -37,17 +37,17 @@ class AsyncStream:
         self._pending = pending
         self._slots = asyncio.Semaphore(in_flight)
         self._open_stream = open_stream
-        self._drawn = False
-        self._refused: Exception | None = None  # Exception raised by the iterator of queries.
+        self._exhausted = False
+        self._failure: Exception | None = None  # raised by the iterator of queries
         self._inbox: asyncio.Queue[_Event] = asyncio.Queue()
 
     async def answers(self) -> AsyncGenerator[Images | ElsError, None]:
         """Yield the result or the error of each query; broken streams are reopened."""
         attempts = RetryState(None)
-        drawing = asyncio.create_task(self._draw())
+        reading = asyncio.create_task(self._read_queries())
         self._connect()
         try:
-            while not self._drawn or len(self._pending) or self._refused:
+            while not self._exhausted or len(self._pending) or self._failure:
                 event = await self._inbox.get()
                 if isinstance(event, UnavailableError):
                     await asyncio.sleep(attempts.pause_if_away_s(event))
@@ -59,16 +59,16 @@ class AsyncStream:
                     attempts.progressed()
                     self._slots.release()
                     yield self._pending.answer(event)
-                if self._refused:
-                    raise self._refused
+                if self._failure:
+                    raise self._failure
                 while error := self._pending.pop_invalid():
                     self._slots.release()
                     yield error
             self._outbox.put_nowait(None)
             await self._receiving
         finally:
-            drawing.cancel()
-            await asyncio.gather(drawing, return_exceptions=True)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
             await self._disconnect()
 
     def _connect(self) -> None:
@@ -84,7 +84,7 @@ class AsyncStream:
         self._sending.cancel()
         await asyncio.gather(self._sending, self._receiving, return_exceptions=True)
 
-    async def _draw(self) -> None:
+    async def _read_queries(self) -> None:
         try:
             async for query in _each(self._queries):
                 await self._slots.acquire()
@@ -93,8 +93,8 @@ class AsyncStream:
                 else:
                     self._inbox.put_nowait(None)
         except Exception as error:
-            self._refused = error
-        self._drawn = True
+            self._failure = error
+        self._exhausted = True
         self._inbox.put_nowait(None)
 
     async def _send(self, call: Call, outbox: asyncio.Queue[pb.DenoiseRequest | None]) -> None:

@@ -178,9 +178,9 @@ def _translated(error: grpc.RpcError, route: Route | None, timeout_s: float | No
     status = _status_of(metadata.get("grpc-status-details-bin", b""))
     code = error.code().name
     if error.details() == _NOT_TAKEN:
-        return error_of("UNAVAILABLE", "the stream ended while it was written to")
+        return error_of("UNAVAILABLE", "the stream ended during a write")
     if code == "INTERNAL" and _RESET in (error.details() or ""):
-        return error_of("UNAVAILABLE", "the server was gone before its answer was whole")
+        return error_of("UNAVAILABLE", "the server disconnected before its response was complete")
     message = error.details() or code
     text = route.explained(code, message, timeout_s) if route else message
     return _error_of(code, text, status)

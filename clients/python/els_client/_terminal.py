@@ -75,7 +75,9 @@ def list_models(models: Sequence[Model], as_json: bool) -> None:
         table = _table(rows, left_out)
     console.print(table)
     if left_out:
-        hint = f"left out for want of room: {', '.join(left_out)}; els models --json has all"
+        hint = (
+            f"columns omitted for lack of width: {', '.join(left_out)}; els models --json has all"
+        )
         typer.echo(hint, err=True)
 
 

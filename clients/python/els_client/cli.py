@@ -144,7 +144,10 @@ def denoise(
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
-    with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+    with (
+        options.connected(context, target, timeout) as client,
+        terminal.waiting(f"calling {model}"),
+    ):
         pictures.check_target(out)
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.denoise(x, model=model, **level, label=label, window=window)
@@ -175,7 +178,10 @@ def score(
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
-    with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+    with (
+        options.connected(context, target, timeout) as client,
+        terminal.waiting(f"calling {model}"),
+    ):
         pictures.check_target(out, also=".npy")
         x = pictures.read(source, client.model(model).shape, resize=resize)
         answer = client.score(x, model=model, **level, label=label, window=window)
@@ -260,7 +266,7 @@ def sample(
         if decoded and gif:
             raise InvalidArgumentError("gif: expected none, as steps of a latent model are latents")
         want: set[Want] = {"decoded"} if decoded else {"x"} if gif else set()
-        bar = progress.add_task(f"{model} draws {count}", total=steps)
+        bar = progress.add_task(f"{model}: {count} samples", total=steps)
         begin = None
         if start is not None:
             begin = pictures.read(start, served.shape, resize=resize)

@@ -41,7 +41,7 @@ class DenoiserUser(User):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        _make_grpc_wait_as_greenlets_do()
+        _patch_grpc_for_gevent()
         self.client = Client(self.host or "127.0.0.1:50051", tls=self.tls, token=self.token)
 
     def on_stop(self) -> None:
@@ -67,6 +67,6 @@ class DenoiserUser(User):
 
 
 @cache
-def _make_grpc_wait_as_greenlets_do() -> None:
+def _patch_grpc_for_gevent() -> None:
     # Once per process, before the first channel: otherwise a call blocks all greenlets.
     grpc_gevent.init_gevent()

@@ -16,14 +16,14 @@ from els_service.cli.experiments import (
     Threads,
     command_line,
     one_of,
+    positive_integer,
+    positive_integers,
     prepare_device,
-    whole,
-    whole_numbers,
 )
 from els_service.cli.progress import Progress
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
 from els_service.experiments.comparison.calibration import SEARCHES
-from els_service.experiments.comparison.drawing import check_seed
+from els_service.experiments.comparison.sampling import check_seed
 from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
 from els_service.repository import WINDOWS_FILE
 
@@ -31,10 +31,10 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 class _Calibrate(ExperimentCommand):
-    """``calibrate``, and ``calibrate --held-out``, which has other arguments."""
+    """Command ``calibrate``; ``calibrate --held-out`` is a command with other arguments."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; run the other command where they ask for it."""
+        """Parse the arguments; with ``--held-out`` run that command instead."""
         if "--held-out" in args:
             from els_service.cli.held_out import app as held_out
 
@@ -55,8 +55,12 @@ Out = Annotated[
         help="Analytic model folder, created if missing. [default: MODEL-MACHINE next to MODEL]",
     ),
 ]
-Samples = Annotated[int, typer.Option(parser=whole("samples"), help="Trajectories of the network.")]
-Steps = Annotated[int, typer.Option(parser=whole("steps"), help="Steps, and levels of the table.")]
+Samples = Annotated[
+    int, typer.Option(parser=positive_integer("samples"), help="Trajectories of the network.")
+]
+Steps = Annotated[
+    int, typer.Option(parser=positive_integer("steps"), help="Steps, and levels of the table.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise, unlike that of `compare`.")]
 Search = Annotated[
     str,
@@ -99,7 +103,7 @@ def calibrate(
         steps=steps,
         seed=seed,
         search=search,
-        windows=whole_numbers("windows", windows),
+        windows=positive_integers("windows", windows),
     )
     torch_device = prepare_device(device, threads)
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)

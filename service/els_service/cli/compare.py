@@ -16,9 +16,9 @@ from els_service.cli.experiments import (
     Threads,
     command_line,
     one_of,
+    positive_integer,
+    positive_integers,
     prepare_device,
-    whole,
-    whole_numbers,
     words,
 )
 from els_service.cli.progress import Progress
@@ -48,9 +48,12 @@ Windows = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of record and figure.")]
-Count = Annotated[int, typer.Option(parser=whole("count"), help="Number of images.")]
+Count = Annotated[int, typer.Option(parser=positive_integer("count"), help="Number of images.")]
 Steps = Annotated[
-    int, typer.Option(parser=whole("steps"), help="Steps of the network and of the machines.")
+    int,
+    typer.Option(
+        parser=positive_integer("steps"), help="Steps of the network and of the machines."
+    ),
 ]
 NetworkSteps = Annotated[
     str | None,
@@ -61,7 +64,9 @@ NetworkSteps = Annotated[
 ]
 MachineSteps = Annotated[
     int | None,
-    typer.Option(parser=whole("machine-steps"), metavar="N", help="Steps of the machines."),
+    typer.Option(
+        parser=positive_integer("machine-steps"), metavar="N", help="Steps of the machines."
+    ),
 ]
 Indexing = Annotated[
     str,
@@ -72,7 +77,7 @@ Indexing = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Columns = Annotated[
-    int, typer.Option(parser=whole("columns"), help="Number of images in the figure.")
+    int, typer.Option(parser=positive_integer("columns"), help="Number of images in the figure.")
 ]
 FigureWithout = Annotated[str, typer.Option(help="Machines to omit from the figure.")]
 
@@ -105,7 +110,7 @@ def compare(
     settings = Settings(
         count=count,
         seed=seed,
-        network_steps=whole_numbers("network-steps", network_steps) or (steps,),
+        network_steps=positive_integers("network-steps", network_steps) or (steps,),
         machine_steps=machine_steps or steps,
         indexing=indexing,
     )
@@ -123,7 +128,7 @@ def compare(
         Subjects(network=trained, bank=images, windows=table, machines=built),
         settings,
         out,
-        look=figure,
+        figure=figure,
         command=command_line(context),
         reporter=Progress,
     )

@@ -1,4 +1,4 @@
-"""Parts shared by the commands ``train``, ``calibrate`` and ``compare``."""
+"""Options, parsers and errors shared by ``train``, ``calibrate`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def command_line(context: typer.Context) -> str:
     return shlex.join(["els-server", str(context.command.name), *context.meta[_ARGUMENTS]])
 
 
-def whole(field: str) -> Callable[[str], int]:
-    """Return a parser of whole numbers above 0."""
+def positive_integer(field: str) -> Callable[[str], int]:
+    """Return a parser of positive integers."""
 
     def parse(value: object) -> int:
         text = str(value)
@@ -72,7 +72,7 @@ def whole(field: str) -> Callable[[str], int]:
     return parse
 
 
-def amount(field: str) -> Callable[[str], float]:
+def non_negative(field: str) -> Callable[[str], float]:
     """Return a parser of numbers from 0 to infinity."""
 
     def parse(value: object) -> float:
@@ -88,7 +88,7 @@ def amount(field: str) -> Callable[[str], float]:
 
 
 def one_of(field: str, values: Iterable[str]) -> Callable[[str], str]:
-    """Return a parser of one of several words."""
+    """Return a parser that accepts one of several words."""
     known = tuple(values)
 
     def parse(value: str) -> str:
@@ -100,13 +100,13 @@ def one_of(field: str, values: Iterable[str]) -> Callable[[str], str]:
     return parse
 
 
-def whole_numbers(field: str, text: str | None) -> tuple[int, ...] | None:
-    """Return whole numbers above 0 that are separated by commas; None for None."""
-    return None if text is None else tuple(map(whole(field), text.split(",")))
+def positive_integers(field: str, text: str | None) -> tuple[int, ...] | None:
+    """Return comma-separated positive integers; None for None."""
+    return None if text is None else tuple(map(positive_integer(field), text.split(",")))
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Return words that are separated by commas; none in an empty text."""
+    """Return comma-separated words; none for an empty text."""
     return tuple(word.strip() for word in text.split(",")) if text else ()
 
 
@@ -122,7 +122,7 @@ Bank = Annotated[
 BankLimit = Annotated[
     int | None,
     typer.Option(
-        parser=whole("bank-limit"),
+        parser=positive_integer("bank-limit"),
         metavar="N",
         help="Maximum number of images, evenly from all labels, the first of each.",
     ),

@@ -37,7 +37,7 @@ def probe(
     The address is taken from the ELS_… variables and the YAML file; flags of `run` do not apply.
     """
     try:
-        # The option's bounds accept nan, as every comparison with it is false.
+        # The bounds of the option accept nan: comparisons with it are false.
         if math.isnan(timeout):
             raise LoadError("timeout", "expected seconds, got nan")
         settings = load_settings(config)

@@ -13,12 +13,12 @@ from els_service.cli.experiments import (
     Device,
     ExperimentCommand,
     Threads,
-    amount,
     command_line,
+    non_negative,
     one_of,
+    positive_integer,
+    positive_integers,
     prepare_device,
-    whole,
-    whole_numbers,
     words,
 )
 from els_service.cli.progress import Progress
@@ -55,7 +55,7 @@ Resize = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(
-        parser=whole("limit"),
+        parser=positive_integer("limit"),
         metavar="N",
         help="Maximum number of images of each data set, the first in file order.",
     ),
@@ -130,15 +130,15 @@ ChannelsLast = Annotated[bool, typer.Option(help="Memory layout of images.")]
 Compile = Annotated[bool, typer.Option(help="torch.compile the network.")]
 Minutes = Annotated[
     float,
-    typer.Option(parser=amount("minutes"), help="Pause after this time."),
+    typer.Option(parser=non_negative("minutes"), help="Pause after this time."),
 ]
 CheckpointSeconds = Annotated[
     float,
-    typer.Option(parser=amount("checkpoint-seconds"), help="Seconds between checkpoints."),
+    typer.Option(parser=non_negative("checkpoint-seconds"), help="Seconds between checkpoints."),
 ]
 LogSteps = Annotated[
     int,
-    typer.Option(parser=whole("log-steps"), help="Steps per row of the log."),
+    typer.Option(parser=positive_integer("log-steps"), help="Steps per row of the log."),
 ]
 Store = Annotated[
     str,
@@ -189,7 +189,7 @@ def train(
     The same command resumes a paused or interrupted run.
     """
     size = None if resize is None else _size(resize)
-    channels = whole_numbers("widths", widths) or _WIDTHS[arch]
+    channels = positive_integers("widths", widths) or _WIDTHS[arch]
     torch_device = prepare_device(device, threads)
     limits = Limits(seconds=60 * minutes, checkpoint_s=checkpoint_seconds, log_steps=log_steps)
     bank = load_training_data(
@@ -249,5 +249,5 @@ def _reporter() -> Callable[[Row, int], None]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, *width = map(whole("resize"), text.lower().split("x", 1))
+    height, *width = map(positive_integer("resize"), text.lower().split("x", 1))
     return height, width[0] if width else height

@@ -24,7 +24,7 @@ from els_service.experiments.comparison.calibration import (
     calibrate,
     trajectory,
 )
-from els_service.experiments.comparison.drawing import SampleSpec
+from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
     RECORD_FILE,
     Network,

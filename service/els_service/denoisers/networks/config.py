@@ -52,7 +52,7 @@ _CHECKS: dict[str, _Check] = {
     "padding": _one_of("zeros", "circular"),
     "label_count": ("0 to 100000", lambda value: _is_int(value, 0, 100_000)),
     "label_names": (
-        "a list of texts",
+        "a list of strings",
         lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     ),
     "null_label": _FLAG,

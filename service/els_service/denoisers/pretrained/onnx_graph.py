@@ -161,22 +161,22 @@ class Graph:
         answer: npt.NDArray[np.float32] = output[:count].astype(np.float32)
         return answer
 
-    def check_level(self, values: Floats, told_as: str) -> None:
+    def check_level(self, values: Floats, level_as: str) -> None:
         """Check that the level's input can hold the values at the ends of the trained range.
 
         Args:
             values: of the level's input.
-            told_as: ``level.as`` of the document.
+            level_as: ``level.as`` of the document.
 
         Raises:
             LoadError: It is an integer that would round them, or too narrow a float.
         """
         name, dtype = self._document.level, self.level.dtype
         if self.level.is_whole and not (self._document.time_input and self.level.holds(values)):
-            expected = f"a float for level.as {told_as} (integers are for level.as timestep)"
+            expected = f"a float for level.as {level_as} (integers are for level.as timestep)"
             raise self._fault(name, expected, dtype)
         if not self.level.holds(values):
-            expected = f"a type that holds {told_as} from {values[0]:g} to {values[-1]:g}"
+            expected = f"a type that holds {level_as} from {values[0]:g} to {values[-1]:g}"
             raise self._fault(name, expected, dtype)
 
     def _check_names(self, nodes: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Samplers in variance-exploding variables, x = x0 + σ·ε, as in EDM and k-diffusion.
 
-By themselves they choose the levels of Karras et al. 2022 (eq. 5, ρ = 7), from σ at t = 1 but at
+By default they visit the levels of Karras et al. 2022 (eq. 5, ρ = 7), from σ at t = 1 but at
 most 80.2 down to 0.002 or the lowest trained σ, and then 0. Steps have √ᾱ·x, so that states are
 comparable with those of the variance-preserving samplers.
 """

@@ -24,7 +24,7 @@ from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, LoadError
-from els_service.experiments.comparison.drawing import SampleSpec
+from els_service.experiments.comparison.sampling import SampleSpec
 
 SEARCHES = ("all", "climb")
 

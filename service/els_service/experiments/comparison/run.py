@@ -16,9 +16,15 @@ from els_service.denoisers.files import write_atomically
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, check_options
 from els_service.errors import InvalidArgumentError
-from els_service.experiments.comparison.drawing import Report, Samples, SampleSpec, check_seed, draw
 from els_service.experiments.comparison.figure import draw_figure
 from els_service.experiments.comparison.report import summarise
+from els_service.experiments.comparison.sampling import (
+    Report,
+    Samples,
+    SampleSpec,
+    check_seed,
+    sample_images,
+)
 from els_service.experiments.comparison.subjects import Network, Windows, describe_bank
 
 RECORD_FILE, FIGURE_FILE = "compare.json", "compare.png"
@@ -80,7 +86,7 @@ def compare(
     settings: Settings,
     out: Path,
     *,
-    look: FigureOptions | None = None,
+    figure: FigureOptions | None = None,
     command: str = "",
     reporter: Callable[[str], Report] = lambda title: lambda done, total: None,
 ) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def compare(
         subjects: network and machines.
         settings: size of the comparison.
         out: folder, created if missing.
-        look: options of the figure.
+        figure: options of the figure.
         command: command line, for the record.
         reporter: returns the callback for every step, for a title.
 
@@ -102,23 +108,23 @@ def compare(
         ElsError: An image is not finite.
     """
     (out / SAMPLES).mkdir(parents=True, exist_ok=True)
-    networks = _draw_networks(subjects, settings, out, reporter)
-    machines = _draw_machines(subjects, settings, out, reporter)
+    networks = _sample_networks(subjects, settings, out, reporter)
+    machines = _sample_machines(subjects, settings, out, reporter)
     record = _record(subjects, settings, networks, machines, command)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(out / RECORD_FILE, text.encode())
-    rows = _rows(settings, networks, machines, look or FigureOptions())
+    rows = _rows(settings, networks, machines, figure or FigureOptions())
     write_atomically(out / FIGURE_FILE, draw_figure(rows))
     return record
 
 
-def _draw_networks(
+def _sample_networks(
     subjects: Subjects, settings: Settings, out: Path, reporter: Callable[[str], Report]
 ) -> dict[int, Samples]:
     network = subjects.network
     labels = network.denoiser.info.label_count
     return {
-        steps: draw(
+        steps: sample_images(
             network.denoiser,
             SampleSpec(settings.seed, steps, "ddim", labels),
             settings.count,
@@ -130,13 +136,13 @@ def _draw_networks(
     }
 
 
-def _draw_machines(
+def _sample_machines(
     subjects: Subjects, settings: Settings, out: Path, reporter: Callable[[str], Report]
 ) -> dict[str, Samples]:
     labels = subjects.network.denoiser.info.label_count
     how = SampleSpec(settings.seed, settings.machine_steps, INDEXINGS[settings.indexing], labels)
     return {
-        name: draw(
+        name: sample_images(
             machine,
             how,
             settings.count,
@@ -192,9 +198,9 @@ def _rows(
     settings: Settings,
     networks: Mapping[int, Samples],
     machines: Mapping[str, Samples],
-    look: FigureOptions,
+    figure: FigureOptions,
 ) -> dict[str, Tensor]:
-    shown = min(look.columns, settings.count)
+    shown = min(figure.columns, settings.count)
     shape = next(iter(networks.values())).images.shape[1:]
     noise = seeded_noise(settings.seed, shown, (shape[0], shape[1], shape[2]))(0)
     # At a third of its contrast; otherwise most of it would be black or white.
@@ -203,6 +209,6 @@ def _rows(
     rows |= {
         _SHORT.get(name, name): one.images[:shown]
         for name, one in machines.items()
-        if name not in look.hidden
+        if name not in figure.hidden
     }
     return rows

@@ -59,7 +59,7 @@ class Samples:
     seconds: float
 
 
-def draw(
+def sample_images(
     denoiser: Denoiser,
     how: SampleSpec,
     count: int,

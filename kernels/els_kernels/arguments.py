@@ -1,0 +1,112 @@
+"""Validation shared by the operators; errors name the argument, expected and got."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+_REACH = 1e18
+"""Largest distance in units of s: logits (1e36) and their intermediate results fit a float32."""
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_logits(
+    sizes: list[float], largest: float, numbers: int, a: list[float], s: list[float]
+) -> None:
+    """Check that the logits of queries fit a float32.
+
+    Args:
+        sizes: largest |pixel| of each query.
+        largest: largest |pixel| of the bank.
+        numbers: C·H·W of a query.
+        a: signal scale of each query.
+        s: noise scale of each query.
+
+    Raises:
+        ValueError: A noise scale is too small.
+    """
+    root = math.sqrt(numbers)
+    for size, a_b, s_b in zip(sizes, a, s, strict=True):
+        # This order of operations avoids overflow: s may be 1e-300.
+        reach = max((size + a_b * largest) * root, a_b)
+        if reach > _REACH * s_b:
+            raise ValueError(
+                "s: expected noise at which logits fit a float32, "
+                f"s >= {reach / _REACH:.1e} here, got {s_b}"
+            )
+
+
+def odd_windows(window: Tensor | None, batch: int, largest: int) -> list[int]:
+    """Return the window of each query; raise ValueError unless odd from 1 to ``largest``."""
+    windows = integers("window", window, (batch,))
+    for k in windows:
+        if k % 2 == 0 or not 1 <= k <= largest:
+            raise ValueError(f"window: expected odd from 1 to {largest}, got {k}")
+    return windows
+
+
+def image_ranges(ranges: Tensor | None, batch: int, images: int) -> list[tuple[int, int]]:
+    """Return the range of bank images of each query, by default all; raise ValueError if wrong."""
+    if ranges is None:
+        return [(0, images)] * batch
+    ends = integers("ranges", ranges, (batch, 2))
+    limits = list(zip(ends[::2], ends[1::2], strict=True))
+    for lo, hi in limits:
+        if not 0 <= lo < hi <= images:
+            raise ValueError(f"ranges: expected 0 <= lo < hi <= {images}, got lo {lo}, hi {hi}")
+    return limits
+
+
+def is_images(images: object) -> TypeGuard[Tensor]:
+    """Return whether an object is a strided float32 tensor [N, C, H, W]."""
+    return (
+        isinstance(images, Tensor)
+        and images.ndim == 4
+        and images.dtype == torch.float32
+        and images.layout == torch.strided
+    )
+
+
+def magnitudes(name: str, images: Tensor) -> list[float]:
+    """Return the largest |pixel| of each image; raise ValueError if a pixel is not finite."""
+    # aminmax propagates NaN, and allocates no mask of the size of the images.
+    ends = torch.stack(images.flatten(1).aminmax(dim=1), dim=1).tolist()
+    for pair in ends:
+        for end in pair:
+            if not math.isfinite(end):
+                raise ValueError(f"{name}: expected finite pixels, got {end}")
+    return [max(-low, high) for low, high in ends]
+
+
+def positive(name: str, scale: Tensor, batch: int) -> list[float]:
+    """Return numbers [batch]; raise ValueError unless finite and above 0."""
+    if not isinstance(scale, Tensor) or scale.shape != (batch,) or scale.is_complex():
+        raise ValueError(f"{name}: expected numbers [{batch}], got {describe(scale)}")
+    values = [float(value) for value in scale.tolist()]
+    for value in values:
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected finite and > 0, got {value}")
+    return values
+
+
+def integers(name: str, values: Tensor | None, shape: tuple[int, ...]) -> list[int]:
+    """Return integers of a shape, flattened; raise ValueError for another type or shape."""
+    if not isinstance(values, Tensor) or values.shape != shape or values.dtype not in _INTEGERS:
+        raise ValueError(f"{name}: expected integers {list(shape)}, got {describe(values)}")
+    return [int(value) for value in values.flatten().tolist()]
+
+
+def describe(value: object) -> str:
+    """Return dtype and shape of a tensor, or the type of another object, for errors."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{layout}{value.dtype} {list(value.shape)}"
+
+
+def join(shape: tuple[int, ...]) -> str:
+    """Return a shape without brackets, for errors."""
+    return ", ".join(map(str, shape))
