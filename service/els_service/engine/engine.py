@@ -57,6 +57,7 @@ class SamplingRun:
         decode: whether the last step has the decoded images of its latents.
         guidance: by label, [count]; None for none.
         held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
+        shape: (C, H, W) of its images; None for that of the model.
     """
 
     trajectory: Trajectory
@@ -67,6 +68,7 @@ class SamplingRun:
     decode: bool = False
     guidance: npt.NDArray[np.float64] | None = None
     held_bytes: int = 0
+    shape: tuple[int, int, int] | None = None
 
 
 class Engine:
@@ -236,7 +238,7 @@ class Engine:
             UnavailableError: As ``denoise``.
         """
         entry = self.models.entry(name, version)
-        numbers = math.prod(entry.info.shape) * len(run.labels)
+        numbers = math.prod(run.shape or entry.info.shape) * len(run.labels)
         size = _HELD * numbers + run.held_bytes
         size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1

@@ -395,8 +395,11 @@ class ModelRegistry:
 def _held(entry: ModelVersion) -> object:
     """Return the holder of a version's memory: a bank, which others may share, or the version."""
     info = entry.info
-    # Other kinds were computed from their bank but do not hold it.
-    return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
+    # Other kinds were computed from their bank but do not hold it. Models of one bank hold the same
+    # copies of it if they hold as much.
+    if info.bank is None or info.kind != "analytic":
+        return entry
+    return info.bank.fingerprint, info.memory_bytes
 
 
 def _holders(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:

@@ -37,6 +37,20 @@ def count_of(request: pb.SampleRequest) -> int:
     return request.count or 1
 
 
+def image_shape_of(request: pb.SampleRequest, info: DenoiserInfo) -> tuple[int, int, int]:
+    """Return [C, H, W] of the images to draw.
+
+    Raises:
+        InvalidArgumentError: The model does not answer images of this size.
+    """
+    channels, height, width = info.shape
+    size = request.height or height, request.width or width
+    if size != (height, width) and (info.sizes is None or size not in info.sizes):
+        expected = f"0 or {height}, {width}" if info.sizes is None else str(info.sizes)
+        raise InvalidArgumentError("height, width", expected, f"{size[0]}, {size[1]}")
+    return channels, *size
+
+
 def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) -> None:
     """Check the fields of a request that do not depend on its sampler's numbers.
 
@@ -53,7 +67,7 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
         raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
     if request.first_image < 0:
         raise InvalidArgumentError("first_image", "at least 0", request.first_image)
-    pixels = count * math.prod(info.shape)
+    pixels = count * math.prod(image_shape_of(request, info))
     tensors.check_pixels("count", pixels, limits)
     _check_steps(request, limits)
     _check_sampler(request)
@@ -138,8 +152,9 @@ def _start(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) -> Ten
         return None
     message, count = request.start, count_of(request)
     shape = tensors.decode_shape(message, len(message.data), "start", limits)
-    if shape[0] not in (1, count) or shape[1:] != info.shape:
-        expected = f"[1 or {count}, {', '.join(map(str, info.shape))}]"
+    image = image_shape_of(request, info)
+    if shape[0] not in (1, count) or shape[1:] != image:
+        expected = f"[1 or {count}, {', '.join(map(str, image))}]"
         raise InvalidArgumentError("start.shape", expected, list(shape))
     pixels = tensors.decode_pixels(message.data, message.dtype, "start", shape)
     return torch.from_numpy(pixels.astype("float64"))

@@ -57,7 +57,8 @@ class MomentService(DenoiserServiceServicer):
         if not entry.info.has_sources:
             able = [each.model for each in self._engine.models.newest() if each.info.has_sources]
             raise UnsupportedError(
-                f"{entry.model} has no sources to name, as it is no analytic model with a bank; "
+                f"{entry.model} has no sources to name, as it is no analytic model with a bank, or "
+                "has a fold or sizes; "
                 f"models that have: {_listed(able)}"
             )
         query, top = gradients.read_explain(request, entry.info, self._limits)
@@ -83,7 +84,7 @@ class MomentService(DenoiserServiceServicer):
         if not entry.info.has_gradients:
             raise UnsupportedError(
                 f"{entry.model} has no gradients: a model of kind {entry.info.kind} cannot be "
-                "differentiated"
+                "differentiated, or not with a fold or sizes"
             )
         query, along = gradients.read_product(request, direction, field, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
