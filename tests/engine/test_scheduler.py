@@ -321,15 +321,12 @@ async def test_images_of_different_sizes_are_not_computed_together(engine: Engin
     recorder = AnySize()
     first = await held(engine, recorder)
     sizes = [(2, 3), (2, 3), (3, 2), (2, 3)]
-    others = [
-        asyncio.ensure_future(
-            engine.denoise(
-                engine.models.entry("model"),
-                make_query(np.full((1, 1, *size), i, np.float32), from_sigma([1.0])),
-            )
-        )
-        for i, size in enumerate(sizes, start=1)
-    ]
+    entry, others = engine.models.entry("model"), []
+    for i, size in enumerate(sizes, start=1):
+        x = np.full((1, 1, *size), i, np.float32)
+        answer = engine.denoise(entry, make_query(x, from_sigma([1.0])))
+        assert isinstance(answer, asyncio.Future)
+        others.append(answer)
     await turns()
     recorder.go.set()
     answers = await asyncio.gather(*others)

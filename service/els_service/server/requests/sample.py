@@ -10,7 +10,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo
+from els_service.denoisers.base import DenoiserInfo, SizeRange
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.samplers import Options, check_options, options_for
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
@@ -44,10 +44,13 @@ def image_shape_of(request: pb.SampleRequest, info: DenoiserInfo) -> tuple[int, 
         InvalidArgumentError: The model does not answer images of this size.
     """
     channels, height, width = info.shape
+    sizes = info.sizes or SizeRange((height, height), (width, width))
     size = request.height or height, request.width or width
-    if size != (height, width) and (info.sizes is None or size not in info.sizes):
-        expected = f"0 or {height}, {width}" if info.sizes is None else str(info.sizes)
-        raise InvalidArgumentError("height, width", expected, f"{size[0]}, {size[1]}")
+    for name, side, (low, high) in zip(
+        ("height", "width"), size, (sizes.height, sizes.width), strict=True
+    ):
+        if not low <= side <= high:
+            raise InvalidArgumentError(name, f"0, or {low} to {high}", side)
     return channels, *size
 
 
