@@ -211,3 +211,22 @@ def count_fold_pairs(
             product *= axis.places if axis.same else axis.places * keys
         pairs += product
     return pairs
+
+
+def count_fold_work(
+    geometry: Geometry, query: tuple[int, int], image: tuple[int, int], window: int, lanes: int = 8
+) -> int:
+    """Return the number of logits that are computed for a query and one bank image [H, W] each.
+
+    Displacements are those of a ring of columns, a multiple of ``lanes``, so that some of its
+    logits are of no pair; a running sum over rows starts ``window`` rows before its first logit.
+    """
+    work = 0
+    for cell in cells(*query, window, geometry):
+        crop = len(cell.cols.keys(image[1]))
+        ring = -(-max(len(cell.cols.query), crop) // lanes) * lanes
+        rows, keys = cell.rows.places, len(cell.rows.keys(image[0])) - window + 1
+        started = window if cell.rows.same else (window - 1) * (rows + keys - 1)
+        vertical = rows if cell.rows.same else rows * keys
+        work += (vertical + started) * ring * (1 if cell.cols.same else ring)
+    return work

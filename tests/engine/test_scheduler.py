@@ -15,7 +15,8 @@ import torch
 from tests.engine.conftest import Observed, Recorder, ask, held, query, turns, values
 
 from els_service.config import Scheduling
-from els_service.denoisers.base import Query
+from els_service.denoisers.base import DenoiserInfo, Query, SizeRange, make_query
+from els_service.denoisers.levels import from_sigma
 from els_service.engine.engine import Engine
 from els_service.errors import (
     DeadlineExceededError,
@@ -309,3 +310,26 @@ async def test_a_fresh_server_refuses_what_cannot_be_in_time_and_says_what_to_ra
     # A wrong estimate shuts nobody out who has half the time: asking is how it is learned.
     assert values(await ask(engine, 2, deadline=time.monotonic() + 4)) == [4]
     assert recorder.batches == [[2]]
+
+
+async def test_images_of_different_sizes_are_not_computed_together(engine: Engine) -> None:
+    class AnySize(Recorder):
+        @property
+        def info(self) -> DenoiserInfo:
+            return replace(super().info, sizes=SizeRange((1, 4), (1, 4)))
+
+    recorder = AnySize()
+    first = await held(engine, recorder)
+    sizes = [(2, 3), (2, 3), (3, 2), (2, 3)]
+    entry, others = engine.models.entry("model"), []
+    for i, size in enumerate(sizes, start=1):
+        x = np.full((1, 1, *size), i, np.float32)
+        answer = engine.denoise(entry, make_query(x, from_sigma([1.0])))
+        assert isinstance(answer, asyncio.Future)
+        others.append(answer)
+    await turns()
+    recorder.go.set()
+    answers = await asyncio.gather(*others)
+    assert [answer.pixels.shape[2:] for answer in answers] == sizes
+    assert recorder.batches == [[0], [1, 2], [3], [4]]
+    await first

@@ -79,6 +79,49 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         f"{ELS}window: {{sigma: [1], k: [3], n: 2}}\n",
         "extra inputs are not permitted",
     ),
+    "fold below the least": (
+        f"{ELS}fold: 0.01\n",
+        "fold: expected 0, at least 0.05, inf or uniform, got 0.01",
+    ),
+    "fold negative": (
+        f"{ELS}fold: -1\n",
+        "fold: expected 0, at least 0.05, inf or uniform, got -1",
+    ),
+    "fold NaN": (f"{ELS}fold: .nan\n", "fold: expected 0, at least 0.05, inf or uniform, got nan"),
+    "fold true": (f"{ELS}fold: true\n", "analytic.fold"),
+    "fold of another word": (f"{ELS}fold: flat\n", "analytic.fold"),
+    "fold of whole images": (
+        f"kind: analytic\nmachine: ideal\nfold: 0.2\n{BANK}",
+        "for fold, sizes and padding inside, got ideal with zeros",
+    ),
+    "inside with whole images": (
+        f"kind: analytic\nmachine: equivariant\npadding: inside\n{BANK}",
+        "for fold, sizes and padding inside, got equivariant with inside",
+    ),
+    "valid fold with local": (
+        f"kind: analytic\nmachine: local\npadding: valid\nfold: 1\n{BANK}",
+        "got local with valid",
+    ),
+    "window too large inside": (
+        f"{ELS}padding: inside\nwindow: 7\n",
+        "window: expected at most 5 here, got 7",
+    ),
+    "sizes with local": (
+        f"kind: analytic\nmachine: local\nsizes: any\n{BANK}",
+        "sizes: expected none but for els, as other sources are the same place, got some for local",
+    ),
+    "sizes of another word": (f"{ELS}sizes: all\n", "analytic.sizes"),
+    "sizes without width": (f"{ELS}sizes: {{height: [1, 9]}}\n", "width: field required"),
+    "sizes without the bank's": (
+        f"{ELS}sizes: {{height: [7, 9], width: [1, 9]}}\n",
+        "sizes.height: expected lowest to highest, with the bank's 6 between them, got [7, 9]",
+    ),
+    "sizes falling": (
+        f"{ELS}sizes: {{height: [1, 9], width: [9, 1]}}\n",
+        "sizes.width: expected lowest to highest, with the bank's 5 between them, got [9, 1]",
+    ),
+    "sizes too large": (f"{ELS}sizes: {{height: [1, 9], width: [1, 5000]}}\n", "4096"),
+    "sizes of three": (f"{ELS}sizes: {{height: [1, 9, 9], width: [1, 9]}}\n", "height"),
     "gaussian without mean": (f"{GAUSSIAN}variance: 1\n", "gaussian.mean"),
     "gaussian of two axes": ("kind: gaussian\nshape: [2, 3]\nmean: 0\nvariance: 1\n", "shape"),
     "gaussian of no width": ("kind: gaussian\nshape: [2, 3, 0]\nmean: 0\nvariance: 1\n", "shape"),

@@ -245,6 +245,8 @@ SAMPLES: dict[str, Bad] = {
         *("start.shape", "[1 or 1, 1, 6, 5]", "[2, 1, 6, 5]"),
     ),
     "first image negative": Bad(sample(first_image=-1), "first_image", "at least 0", "-1"),
+    "height of a model of one size": Bad(sample(height=7), "height", "0, or 6 to 6", "7"),
+    "width negative": Bad(sample(width=-1), "width", "0, or 5 to 5", "-1"),
     "guidance of a model without": Bad(
         sample(labels=[0], guidance=2.0),
         *("guidance", "0 or 1 without conditioning", "2.0"),

@@ -343,6 +343,7 @@ class Client:
                 - start_time: Time at which the steps begin with ``start``, 0 < start_time <= 1.
                 - first_image: The images are ``first_image`` … ``first_image + count - 1`` of the
                   seed; by default 0.
+                - size: Height and width of the images, for models with ``Model.sizes``.
                 - label: One for all images or one each; -1 means none.
                 - eta: Noise of each step of ddpm, 0 to 1; by default 1.
                 - churn: Total noise of heun and euler, S_churn of EDM; by default 0.

@@ -24,6 +24,7 @@ from els_client._types import (
     Pixels,
     Query,
     Sampler,
+    Sizes,
     Step,
     Timesteps,
     Want,
@@ -193,6 +194,7 @@ def encode_sample(
     churn_min_sigma: float | None = None,
     churn_max_sigma: float | None = None,
     churn_noise: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> pb.SampleRequest:
     """Return the request for ``count`` samples; None means the server's default."""
     if sampler not in _SAMPLERS:
@@ -208,6 +210,9 @@ def encode_sample(
         _refuse("timesteps", "'aligned' or 'folder'", repr(timesteps))
     if start_time is not None and start_time == 0:  # In the message 0 means none.
         _refuse("start_time", "0 < start_time <= 1", start_time)
+    if size is not None and not all(side >= 1 for side in size):  # In the message 0 means own.
+        _refuse("size", "positive height and width", size)
+    height, width = size or (0, 0)
     listed = _listed("times", times, _REALS)
     if times is not None and not listed:
         _refuse("times", "at least one", "none")
@@ -243,6 +248,8 @@ def encode_sample(
         churn_min_sigma=churn_min_sigma,
         churn_max_sigma=churn_max_sigma,
         churn_noise=churn_noise,
+        height=height,
+        width=width,
     )
 
 
@@ -333,7 +340,13 @@ def decode_model(model: pb.Model) -> Model:
         label_guidance=model.label_guidance,
         has_gradients=model.has_gradients,
         has_sources=model.has_sources,
+        fold=model.fold,
+        sizes=_decode_sizes(model.sizes) if model.HasField("sizes") else None,
     )
+
+
+def _decode_sizes(sizes: pb.Sizes) -> Sizes:
+    return Sizes((sizes.min_height, sizes.max_height), (sizes.min_width, sizes.max_width))
 
 
 def _decode_scheduler(scheduler: pb.FolderScheduler) -> FolderScheduler:

@@ -128,6 +128,7 @@ class SampleOptions(TypedDict, total=False):
     churn_min_sigma: float | None
     churn_max_sigma: float | None
     churn_noise: float | None
+    size: tuple[int, int] | None
 
 
 @dataclass
@@ -208,6 +209,14 @@ class FolderScheduler:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Sizes of images that a model answers: smallest and largest side of each axis."""
+
+    height: tuple[int, int]
+    width: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Limits:
     """Limits of one call; ``min_sigma`` and ``max_sigma`` bound s/a of any noise level.
 
@@ -234,7 +243,7 @@ class Model:
         kind: "analytic", "gaussian", "wiener", "network", "diffusers", "onnx" or "latent".
         machine: "ideal", "local", "equivariant" or "els" for analytic models; for networks their
             architecture; otherwise empty.
-        padding: "zeros", "circular" or "valid" for analytic models; otherwise empty.
+        padding: "zeros", "circular", "valid" or "inside" for analytic models; otherwise empty.
         channels: Channels C of its images.
         height: Height H of its images.
         width: Width W of its images.
@@ -260,6 +269,8 @@ class Model:
         label_guidance: Whether ``guidance`` applies to labels.
         has_gradients: Whether ``vjp`` and ``jvp`` are supported.
         has_sources: Whether ``explain`` is supported.
+        fold: ρ with which whole mean patches overlap, 0.05 to infinity; 0: their centres alone.
+        sizes: Heights and widths that it answers; None: its own only.
     """
 
     name: str
@@ -287,6 +298,8 @@ class Model:
     label_guidance: bool = False
     has_gradients: bool = False
     has_sources: bool = False
+    fold: float = 0.0
+    sizes: Sizes | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from els_kernels.control import ComputationStoppedError, Control, current
+from els_kernels.control import ComputationStoppedError, Control, checkpoint, current
 from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
 from els_kernels.geometry import Geometry
 from els_kernels.native.binding import NO_MEMORY, STOPPED, _library, instruction_sets, run_apart
@@ -156,6 +156,7 @@ class NativeFold:
             for group in self._groups:
                 together = max(1, _TILE // group[0].numel())
                 for first in range(0, len(group), together):
+                    checkpoint()
                     keys = cell.keys(group[first : first + together]).double()
                     sums = box_sums(keys.square().sum(1), cell.rows.window)
                     largest = max(largest, float(sums.max()))

@@ -103,6 +103,9 @@ def _choose(
     if not isinstance(content, dict) or content.get("kind") != "analytic":
         raise LoadError(path, "kind: expected analytic, which has a bank and a window, got another")
     spec = validate(_SPEC, content, path)
+    if spec.fold != 0 or spec.padding == "inside":
+        expected = "expected fold 0 and another padding than inside, whose errors are measured"
+        raise LoadError(path, f"fold: {expected}, got {spec.fold} with {spec.padding}")
     geometry = GEOMETRIES.get((spec.machine, spec.padding))
     if spec.machine in ("ideal", "equivariant") or geometry is None:
         got = f"{spec.machine} with {spec.padding}"

@@ -260,6 +260,24 @@ class BankInfo:
 
 
 @dataclass(frozen=True)
+class SizeRange:
+    """Sizes of the images that a model answers: smallest and largest side of each axis."""
+
+    height: tuple[int, int]
+    width: tuple[int, int]
+
+    def __contains__(self, size: tuple[int, int]) -> bool:
+        return all(
+            low <= side <= high
+            for side, (low, high) in zip(size, (self.height, self.width), strict=True)
+        )
+
+    def __str__(self) -> str:
+        """Return the sides of images, as they are written in the shape of an array."""
+        return ", ".join(f"{low} to {high}" for low, high in (self.height, self.width))
+
+
+@dataclass(frozen=True)
 class DenoiserInfo:
     """Public description of a denoiser."""
 
@@ -270,6 +288,10 @@ class DenoiserInfo:
     window: WindowTable | None = None
     max_window: int = 0
     """0 if the window cannot be chosen."""
+    fold: float = 0.0
+    """ρ of overlapping mean patches, see ``els_kernels.FoldedAttention``; 0: the centres alone."""
+    sizes: SizeRange | None = None
+    """Heights and widths of queries; None for those of ``shape`` alone."""
     schedule: str = "cosine"
     """A key of ``SCHEDULES``, or ``timesteps`` with ``own_schedule``."""
     own_schedule: Schedule | None = None

@@ -15,15 +15,24 @@ def check_query(info: DenoiserInfo, query: Query) -> None:
     Raises:
         InvalidArgumentError: One of them is not supported; names field, expected and got.
     """
-    if query.pixels.shape[1:] != info.shape:
-        expected = f"[B, {', '.join(map(str, info.shape))}]"
+    if query.pixels.shape[1:] != info.shape and not _has_legal_size(info, query.pixels.shape):
+        channels, height, width = info.shape
+        sides = f"{height}, {width}" if info.sizes is None else str(info.sizes)
+        expected = f"[B, {channels}, {sides}]"
         raise InvalidArgumentError("x", f"shape {expected}", f"{list(query.pixels.shape)}")
     _check_labels(info, query.labels.tolist())
-    _check_windows(info, query.windows.tolist())
+    _check_windows(info, query.windows.tolist(), query.pixels.shape)
     if info.condition_width or query.conditions:
         _check_conditions(info, query)
     if query.guidance is not None:
         _check_guidance(info, query.labels, query.guidance)
+
+
+def _has_legal_size(info: DenoiserInfo, shape: tuple[int, ...]) -> bool:
+    """Return whether images [B, C, H, W] have the channels of a model and one of its sizes."""
+    if info.sizes is None or len(shape) != 4 or shape[1] != info.shape[0]:
+        return False
+    return (shape[2], shape[3]) in info.sizes
 
 
 def _check_guidance(
@@ -49,14 +58,23 @@ def _check_labels(info: DenoiserInfo, labels: list[int]) -> None:
             raise InvalidArgumentError("labels", f"-1 to {info.label_count - 1}", label)
 
 
-def _check_windows(info: DenoiserInfo, windows: list[int]) -> None:
+def largest_window(info: DenoiserInfo, height: int, width: int) -> int:
+    """Return the largest window of queries [B, C, ``height``, ``width``]; 0 if there are none."""
+    if not info.max_window or (height, width) == info.shape[1:]:
+        return info.max_window
+    side = min(height, width, *info.shape[1:])
+    return side - (side + 1) % 2
+
+
+def _check_windows(info: DenoiserInfo, windows: list[int], shape: tuple[int, ...]) -> None:
     for k in windows:
         if k == 0:
             continue
         if not info.max_window:
             raise InvalidArgumentError("windows", "none for a model without a window", k)
-        if k % 2 == 0 or not 1 <= k <= info.max_window:
-            raise InvalidArgumentError("windows", f"odd from 1 to {info.max_window}", k)
+        largest = largest_window(info, shape[2], shape[3])
+        if k % 2 == 0 or not 1 <= k <= largest:
+            raise InvalidArgumentError("windows", f"odd from 1 to {largest}", k)
 
 
 def _check_conditions(info: DenoiserInfo, query: Query) -> None:

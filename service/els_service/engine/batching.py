@@ -1,7 +1,7 @@
 """Choice of the next batch of a device: which model, and which chunks together.
 
-A batch is complete when more chunks would save little, as its fixed cost is a small part of it, or
-would make a member late.
+A batch is complete when more chunks would save little, as its fixed cost is a small part of it,
+would make a member late, or have images of another size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def next_batch(
             continue
         together = estimate + chunk.cost
         if batch and (
-            loaded.costs.seconds(together) > longest
+            chunk.query.pixels.shape[1:] != batch[0].query.pixels.shape[1:]
+            or loaded.costs.seconds(together) > longest
             or until + upper_bound(together) > min(first_deadline, deadline)
         ):
             break

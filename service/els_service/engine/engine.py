@@ -205,7 +205,7 @@ class Engine:
             UnavailableError: As ``denoise``.
         """
         entry = self.models.entry(name, version)
-        numbers = math.prod(entry.info.shape) * len(run.labels)
+        numbers = math.prod(run.shape or entry.info.shape) * len(run.labels)
         size = _HELD * numbers + run.held_bytes
         size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1

@@ -41,7 +41,10 @@ def memory_of(entry: ModelVersion) -> object:
     """Return the key of a version's memory: a bank, which others may share, or the version."""
     info = entry.info
     # Other kinds were computed from their bank but do not hold it.
-    return info.bank.fingerprint if info.bank and info.kind == "analytic" else entry
+    if info.bank is None or info.kind != "analytic":
+        return entry
+    # Models of one bank hold the same copies of it if they hold as much.
+    return info.bank.fingerprint, info.memory_bytes
 
 
 def by_memory(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:

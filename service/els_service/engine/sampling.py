@@ -30,6 +30,7 @@ class SamplingRun:
         guidance: by label, [count]; None for none.
         explain_steps: indices of the steps whose first call is explained; the model has sources.
         held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
+        shape: (C, H, W) of its images; None for that of the model.
     """
 
     trajectory: Trajectory
@@ -41,6 +42,7 @@ class SamplingRun:
     guidance: npt.NDArray[np.float64] | None = None
     explain_steps: frozenset[int] = field(default=frozenset(), kw_only=True)
     held_bytes: int = 0
+    shape: tuple[int, int, int] | None = None
 
     def query(self, denoiser: Denoiser, call: DenoiseCall) -> Query:
         """Return the query of a denoise call."""

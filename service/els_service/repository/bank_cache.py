@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
 
-from els_kernels import PatchAttention
+from els_kernels import FoldedAttention, PatchAttention
 from els_service.denoisers.banks import Bank, load_bank
 from els_service.repository.folders import FileState, file_state
 
@@ -25,6 +25,9 @@ class BankCache:
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
         self._banks: WeakValueDictionary[FileState, Bank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
+            WeakValueDictionary()
+        )
+        self._folds: WeakValueDictionary[tuple[FileState, str], FoldedAttention] = (
             WeakValueDictionary()
         )
 
@@ -49,6 +52,17 @@ class BankCache:
                 attention = PatchAttention(pixels, implementation=self._implementation)
                 self._attentions[state, device] = attention
             return bank, attention
+
+    def fold(self, path: Path, device: str) -> tuple[Bank, FoldedAttention]:
+        """Return the bank of a file and its fold on a device; raises as ``bank``."""
+        state = file_state(path)
+        with self._lock(state):
+            bank, fold = self._bank(state), self._folds.get((state, device))
+            if fold is None:
+                pixels = bank.pixels().to(device)
+                fold = FoldedAttention(pixels, implementation=self._implementation)
+                self._folds[state, device] = fold
+            return bank, fold
 
     def _lock(self, state: FileState) -> Lock:
         return self._locks.setdefault(state, Lock())

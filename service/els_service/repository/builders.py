@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from els_service.denoisers.analytic import AnalyticDenoiser
-from els_service.denoisers.base import Denoiser
+from els_service.denoisers.base import Denoiser, SizeRange
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
@@ -22,7 +24,14 @@ from els_service.repository.pretrained_specs import (
     OnnxSpec,
     load_pretrained,
 )
-from els_service.repository.specs import AnalyticSpec, GaussianSpec, Spec, WienerSpec, WindowSpec
+from els_service.repository.specs import (
+    AnalyticSpec,
+    GaussianSpec,
+    SizesSpec,
+    Spec,
+    WienerSpec,
+    WindowSpec,
+)
 from els_service.repository.window_files import read_windows
 
 _MAX_NUMBERS = 1 << 29
@@ -46,15 +55,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
     """
     match spec:
         case AnalyticSpec():
-            bank, attention = banks.attention(files.find(spec.bank), device)
-            return AnalyticDenoiser(
-                attention,
-                bank,
-                machine=spec.machine,
-                padding=spec.padding,
-                window=_window(files, spec.window),
-                clip=isinstance(spec.window, str),
-            )
+            return _analytic(spec, files, banks, device)
         case GaussianSpec():
             channels, height, width = spec.shape
             if (numbers := math.prod(spec.shape)) > _MAX_NUMBERS:
@@ -68,6 +69,48 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
             return WienerDenoiser(banks.bank(files.find(spec.bank)))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
             return load_pretrained(spec, files, device)
+
+
+def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
+    """Return a machine: with a fold where its document asks for what only that answers."""
+    path = files.find(spec.bank)
+    common: dict[str, Any] = {
+        "machine": spec.machine,
+        "padding": spec.padding,
+        "window": _window(files, spec.window),
+        "clip": isinstance(spec.window, str),
+    }
+    rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
+    if rho == 0 and spec.sizes is None and spec.padding != "inside":
+        bank, attention = banks.attention(path, device)
+        return AnalyticDenoiser(attention, bank, **common)
+    check_fold(spec.machine, spec.padding, rho, sized=spec.sizes is not None)
+    bank, fold = banks.fold(path, device)
+    plain = None
+    if rho == 0 and spec.padding != "inside":
+        # Queries of the bank's size keep the bits that they have without ``sizes``.
+        plain = AnalyticDenoiser(banks.attention(path, device)[1], bank, **common)
+    return FoldedDenoiser(
+        fold, bank, **common, fold=rho, sizes=_sizes(spec.sizes, bank.shape), plain=plain
+    )
+
+
+def _sizes(sizes: Literal["any"] | SizesSpec | None, shape: tuple[int, ...]) -> SizeRange | None:
+    """Return the range of sizes of queries.
+
+    Raises:
+        ValueError: A range is empty, or without the size of the bank's images.
+    """
+    if sizes is None:
+        return None
+    if sizes == "any":
+        return SizeRange((1, MAX_SIDE), (1, MAX_SIDE))
+    ranges = (sizes.height[0], sizes.height[1]), (sizes.width[0], sizes.width[1])
+    for name, side, (low, high) in zip(("height", "width"), shape[1:], ranges, strict=True):
+        if not low <= side <= high:
+            expected = f"lowest to highest, with the bank's {side} between them"
+            raise ValueError(f"sizes.{name}: expected {expected}, got [{low}, {high}]")
+    return SizeRange(*ranges)
 
 
 def _window(files: ModelFiles, window: int | str | WindowSpec) -> WindowTable | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from els_service.denoisers.folded import MAX_SIDE
 from els_service.repository.pretrained_specs import PretrainedSpec
 from els_service.yaml_files import validate
 
@@ -26,14 +27,28 @@ class WindowSpec(BaseModel):
     k: list[int]
 
 
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+
+
+class SizesSpec(BaseModel):
+    """Smallest and largest height and width of queries."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    height: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    width: Annotated[list[Side], Field(min_length=2, max_length=2)]
+
+
 class AnalyticSpec(_Spec):
     """An analytic machine."""
 
     kind: Literal["analytic"]
     machine: Literal["ideal", "local", "equivariant", "els"]
-    padding: Literal["zeros", "circular", "valid"] = "zeros"
+    padding: Literal["zeros", "circular", "valid", "inside"] = "zeros"
     bank: str
     window: int | Literal["auto", "fashion-mnist-resnet"] | WindowSpec = "auto"
+    fold: float | Literal["inf", "uniform"] = 0.0
+    sizes: Literal["any"] | SizesSpec | None = None
 
 
 class GaussianSpec(_Spec):

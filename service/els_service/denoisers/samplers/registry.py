@@ -10,10 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from els_service.denoisers.base import Condition, Denoiser, DenoiserInfo, make_query
+from els_service.denoisers.base import (
+    Condition,
+    Denoiser,
+    DenoiserInfo,
+    make_query,
+)
 from els_service.denoisers.levels import MAX_SIGMA as HIGHEST_SIGMA
 from els_service.denoisers.levels import MIN_SIGMA
 from els_service.denoisers.noise import Noise, seeded_noise
+from els_service.denoisers.query_checks import largest_window
 from els_service.denoisers.samplers.exploding import dpmpp_2m, euler, heun
 from els_service.denoisers.samplers.preserving import ddim, ddim_released, ddpm
 from els_service.denoisers.samplers.trajectory import (
@@ -183,4 +189,5 @@ def windows_for(denoiser: Denoiser, call: DenoiseCall) -> list[int]:
     table = denoiser.info.window
     if call.window_level is None or table is None:
         return []
-    return [int(table.at(call.window_level.sigma)[0])]
+    largest = largest_window(denoiser.info, call.x.shape[2], call.x.shape[3])
+    return [min(int(table.at(call.window_level.sigma)[0]), largest)]

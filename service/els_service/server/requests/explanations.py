@@ -66,7 +66,8 @@ def check_sources(entry: ModelVersion, models: ModelRegistry, field: str = "") -
         expected = f"unset, or a model with sources ({listed})"
         raise InvalidArgumentError(field, expected, f"it for {entry.model}")
     raise UnsupportedError(
-        f"{entry.model} has no sources to name, see Model.has_sources; models that have: {listed}"
+        f"{entry.model} has no sources to name, as it is no analytic model with a bank, or has a "
+        f"fold or sizes; models that have: {listed}"
     )
 
 

@@ -155,6 +155,8 @@ class InferenceMethod:
         response, sizes = pb.ModelInferResponse(), []
         for name in outputs:
             of_output = shape[0], *outputs_of(info)[name][1:]
+            if info.sizes is not None:
+                of_output = *of_output[:-2], *shape[2:]
             response.outputs.add(name=name, datatype=FP32.name, shape=of_output)
             sizes.append(math.prod(of_output) * FP32.layout.itemsize)
         checked, labels, windows = forms.defaults(shape, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
+from els_service.denoisers.base import SizeRange
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
 from els_service.engine.model_versions import ModelVersion
@@ -61,6 +62,17 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
         scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
         label_guidance=info.label_guidance,
+        fold=info.fold,
+        sizes=None if info.sizes is None else _encode_sizes(info.sizes),
+    )
+
+
+def _encode_sizes(sizes: SizeRange) -> pb.Sizes:
+    return pb.Sizes(
+        min_height=sizes.height[0],
+        max_height=sizes.height[1],
+        min_width=sizes.width[0],
+        max_width=sizes.width[1],
     )
 
 

@@ -98,6 +98,9 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         *(model.version, model.content),
         *(info.kind, info.machine, info.padding, info.schedule, info.shape),
         *(info.window, info.bank.fingerprint if info.bank else ""),
+        # Tokens of earlier releases, which have no other sizes and folds, remain valid.
+        *((request.height, request.width) if request.height or request.width else ()),
+        *((info.fold,) if info.fold else ()),
     )
     digest = hashlib.sha256(repr(drawn).encode())
     for tensor in (request.conditioning, request.unconditional, request.start):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo
+from els_service.denoisers.base import DenoiserInfo, SizeRange
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.samplers import Options, check_options, options_for
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
@@ -38,6 +38,23 @@ def count_of(request: pb.SampleRequest) -> int:
     return request.count or 1
 
 
+def image_shape_of(request: pb.SampleRequest, info: DenoiserInfo) -> tuple[int, int, int]:
+    """Return [C, H, W] of the images to draw.
+
+    Raises:
+        InvalidArgumentError: The model does not answer images of this size.
+    """
+    channels, height, width = info.shape
+    sizes = info.sizes or SizeRange((height, height), (width, width))
+    size = request.height or height, request.width or width
+    for name, side, (low, high) in zip(
+        ("height", "width"), size, (sizes.height, sizes.width), strict=True
+    ):
+        if not low <= side <= high:
+            raise InvalidArgumentError(name, f"0, or {low} to {high}", side)
+    return channels, *size
+
+
 def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) -> None:
     """Check the fields of a request that do not depend on its sampler's numbers.
 
@@ -54,7 +71,7 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
         raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
     if request.first_image < 0:
         raise InvalidArgumentError("first_image", "at least 0", request.first_image)
-    pixels = count * math.prod(info.shape)
+    pixels = count * math.prod(image_shape_of(request, info))
     tensors.check_pixels("count", pixels, limits)
     _check_steps(request, limits)
     _check_sampler(request)
@@ -142,8 +159,9 @@ def _start(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) -> Ten
         return None
     message, count = request.start, count_of(request)
     shape = tensors.decode_shape(message, len(message.data), "start", limits)
-    if shape[0] not in (1, count) or shape[1:] != info.shape:
-        expected = f"[1 or {count}, {', '.join(map(str, info.shape))}]"
+    image = image_shape_of(request, info)
+    if shape[0] not in (1, count) or shape[1:] != image:
+        expected = f"[1 or {count}, {', '.join(map(str, image))}]"
         raise InvalidArgumentError("start.shape", expected, list(shape))
     pixels = tensors.decode_pixels(message.data, message.dtype, "start", shape)
     return torch.from_numpy(pixels.astype("float64"))

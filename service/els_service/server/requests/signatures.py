@@ -2,7 +2,8 @@
 
 Inputs: ``x`` FP32 [-1, C, H, W]; exactly one of ``sigma``, ``alpha_bar``, ``time`` FP32 [-1];
 optionally ``label`` INT64 [-1] and ``window`` INT64 [-1]. Outputs: ``denoised`` and ``score`` FP32
-[-1, C, H, W], ``log_evidence`` FP32 [-1, H, W] if the model has it; all, or those requested.
+[-1, C, H, W], ``log_evidence`` FP32 [-1, H, W] if the model has it; all, or those requested. H and
+W are -1 for a model that answers several sizes.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ OUTPUTS = ("denoised", "score", "log_evidence")
 
 
 def inputs_of(info: DenoiserInfo) -> Shapes:
-    """Return the shape of each input; -1 is the number of images."""
-    return _inputs(info.shape, info.label_count > 0, info.max_window > 0)
+    """Return the shape of each input; -1 is the number of images, or a side of any length."""
+    return _inputs(_image_shape(info), info.label_count > 0, info.max_window > 0)
 
 
 def outputs_of(info: DenoiserInfo) -> Shapes:
-    """Return the shape of each output; -1 is the number of images."""
-    return _outputs(info.shape, info.has_log_evidence)
+    """Return the shape of each output; -1 is the number of images, or a side of any length."""
+    return _outputs(_image_shape(info), info.has_log_evidence)
+
+
+def _image_shape(info: DenoiserInfo) -> tuple[int, ...]:
+    return info.shape if info.sizes is None else (info.shape[0], -1, -1)
 
 
 # Cached: each ModelInfer uses both.

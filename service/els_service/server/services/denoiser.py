@@ -33,6 +33,7 @@ from els_service.server.requests.sample import (
     check_sample,
     count_of,
     held_bytes_of,
+    image_shape_of,
     options_of,
 )
 from els_service.server.services.explain import MomentService, written
@@ -125,8 +126,9 @@ class DenoiserService(MomentService):
         entry = replace(entry)
         info, count, name = entry.info, count_of(request), SAMPLER_NAMES[request.sampler]
         options = options_of(request, info, self._limits)
-        noise = seeded_noise(request.seed, count, info.shape, request.first_image)
-        shape = state_shape(name, (count, *info.shape))
+        image = image_shape_of(request, info)
+        noise = seeded_noise(request.seed, count, image, request.first_image)
+        shape = state_shape(name, (count, *image))
         resume = decode_token(request, entry, shape, steps_of(name, options))
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
@@ -137,6 +139,7 @@ class DenoiserService(MomentService):
             request.return_decoded,
             decode_guidance(request, count),
             held_bytes_of(name, options, shape),
+            image,
         )
         total, resumed = steps_of(name, options), resume.index if resume else 0
         run, detail = self._explaining(run, request, entry, resumed, total)

@@ -162,7 +162,7 @@ class MomentService(DenoiserServiceServicer):
         if not entry.info.has_gradients:
             raise UnsupportedError(
                 f"{entry.model} has no gradients: a model of kind {entry.info.kind} cannot be "
-                "differentiated"
+                "differentiated, or not with a fold or sizes"
             )
         query, along = gradients.read_product(request, direction, field, entry.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)

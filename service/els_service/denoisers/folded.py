@@ -1,0 +1,176 @@
+"""Analytic machines whose answer is the overlap of mean patches, or that answer any size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work, max_window
+from els_service.denoisers.analytic import AnalyticDenoiser, bank_bytes, bank_info
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import (
+    Denoised,
+    DenoiserInfo,
+    Integers,
+    Query,
+    SizeRange,
+)
+from els_service.denoisers.query_checks import check_query, largest_window
+from els_service.denoisers.windows import WindowTable, default_windows
+from els_service.errors import InvalidArgumentError
+
+LEAST_FOLD = 0.05
+"""Smallest ρ but 0."""
+MAX_SIDE = 4096
+"""Largest height and width of a range of sizes."""
+
+_LOGIT_S = {"native": (4e-9, 2e-10, 7e-11), "torch": (2.5e-8, 4e-9, 2e-10)}
+"""Seconds of one thread for a logit: fixed, for each channel, and for each pixel of the window's
+side (measured). The cost model corrects them."""
+_SLOWEST = "torch"
+_IMAGE_S = 1e-3
+"""Seconds of a query image beside its logits (measured)."""
+_PIXEL_S = 3e-8
+"""Seconds of one thread for each pixel of a bank image, beside its logits (measured)."""
+
+
+def check_fold(machine: str, padding: str, fold: float, *, sized: bool) -> None:
+    """Check that a machine has a fold ρ, and answers other sizes than its bank's if ``sized``.
+
+    Raises:
+        ValueError: It has not; names field, expected and got.
+    """
+    if not (fold == 0 or fold >= LEAST_FOLD):
+        raise ValueError(f"fold: expected 0, at least {LEAST_FOLD}, inf or uniform, got {fold}")
+    if (machine, padding) not in FOLD_GEOMETRIES:
+        known = ", ".join(f"{m} with {p}" for m, p in FOLD_GEOMETRIES)
+        expected = f"expected {known} for fold, sizes and padding inside"
+        raise ValueError(f"machine and padding: {expected}, got {machine} with {padding}")
+    if sized and machine != "els":
+        expected = "expected none but for els, as other sources are the same place"
+        raise ValueError(f"sizes: {expected}, got some for {machine}")
+
+
+class FoldedDenoiser:
+    """The machine ``els`` or ``local`` with a fold ρ, padding ``inside``, or queries of any size.
+
+    It has neither Jacobian products nor sources.
+
+    Args:
+        fold_attention: fold of the bank; shared by all models with that bank.
+        bank: the images.
+        machine: ``els`` or ``local``.
+        padding: of a key of ``FOLD_GEOMETRIES``.
+        fold: ρ: 0, or from 0.05 to infinity.
+        window: table by noise level; None for the default.
+        clip: whether windows larger than the images are reduced, or rejected.
+        sizes: of queries; None for the size of the bank's images.
+        plain: with ρ = 0, the same machine for queries of the bank's size.
+
+    Raises:
+        ValueError: Unknown machine and padding, or ρ or a window out of range.
+    """
+
+    def __init__(
+        self,
+        fold_attention: FoldedAttention,
+        bank: Bank,
+        *,
+        machine: str,
+        padding: str,
+        fold: float = 0.0,
+        window: WindowTable | None = None,
+        clip: bool = False,
+        sizes: SizeRange | None = None,
+        plain: AnalyticDenoiser | None = None,
+    ) -> None:
+        check_fold(machine, padding, fold, sized=sizes is not None)
+        self._attention, self._bank, self._fold, self._plain = fold_attention, bank, fold, plain
+        self._geometry = FOLD_GEOMETRIES[machine, padding]
+        self._size = bank.shape[1], bank.shape[2]
+        self._clip = clip or window is None
+        largest = max_window(self._geometry, *self._size)
+        table = window or default_windows()
+        if self._clip:
+            table = table.clipped(largest)
+        if max(table.k) > largest:
+            raise ValueError(f"window: expected at most {largest} here, got {max(table.k)}")
+        self._window = table
+        # The bank in float32 and its centred copy; and that of the plain machine.
+        copies = 2 if plain is None else 3
+        self._info = DenoiserInfo(
+            kind="analytic",
+            shape=bank.shape,
+            machine=machine,
+            padding=padding,
+            window=table,
+            max_window=largest,
+            fold=fold,
+            sizes=sizes,
+            label_count=bank.label_count,
+            label_names=bank.label_names,
+            bank=bank_info(bank),
+            has_log_evidence=True,
+            implementation=fold_attention.implementation,
+            memory_bytes=bank_bytes(bank) + 4 * (copies - 1) * bank.images.size,
+        )
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the machine."""
+        return self._info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the shape, a label or a window is not supported."""
+        check_query(self._info, query)
+        needed = 1 if self._clip else max(self._window.k)
+        if needed > self._largest(query) and not query.windows.all():
+            expected = f"sides of at least {needed}, the model's largest window, or windows"
+            raise InvalidArgumentError("x", expected, f"shape {list(query.pixels.shape)}")
+        for label in np.unique(query.labels):
+            self._bank.label_range(int(label))
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of logits and the number of torch's threads."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.predict_seconds(query)
+        size = query.pixels.shape[2], query.pixels.shape[3]
+        pixels = math.prod(self._info.shape)
+        fixed, channel, tap = _LOGIT_S.get(self._info.implementation, _LOGIT_S[_SLOWEST])
+        seconds = 0.0
+        for k, (lo, hi) in zip(self._windows(query).tolist(), self._ranges(query), strict=True):
+            work = count_fold_work(self._geometry, size, self._size, k)
+            taps = 1 if math.isinf(self._fold) else k
+            each = fixed + channel * self._info.shape[0] + tap * taps
+            seconds += (hi - lo) * (each * work + _PIXEL_S * pixels)
+        return len(query) * _IMAGE_S + seconds / torch.get_num_threads()
+
+    def denoise(self, query: Query) -> Denoised:
+        """Return posterior means and log evidences."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.denoise(query)
+        posterior = self._attention(
+            query.x.to(self._attention.device),
+            a=torch.tensor(query.level.a),
+            s=torch.tensor(query.level.s),
+            window=torch.from_numpy(self._windows(query)),
+            fold=torch.full((len(query),), self._fold, dtype=torch.float64),
+            ranges=torch.tensor(self._ranges(query)),
+            geometry=self._geometry,
+        )
+        return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu().numpy())
+
+    def _is_plain(self, query: Query) -> bool:
+        return query.pixels.shape[2:] == self._size
+
+    def _largest(self, query: Query) -> int:
+        return largest_window(self._info, query.pixels.shape[2], query.pixels.shape[3])
+
+    def _windows(self, query: Query) -> Integers:
+        own = np.minimum(self._window.at(query.level.sigma), self._largest(query))
+        return np.where(query.windows > 0, query.windows, own)
+
+    def _ranges(self, query: Query) -> list[tuple[int, int]]:
+        return [self._bank.label_range(int(label)) for label in query.labels]

@@ -1,0 +1,240 @@
+"""Models with a fold and with queries of another size, from a real server, against brute force."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from tests.support.bad_inferences import fp32, infer
+from tests.support.models_folder import SHAPE, tiny_bank, write_models
+from tests.support.processes import ServerProcess, serving
+from tests.support.refusals import TIMEOUT_S
+from tests.support.twin import Twin
+
+from els_client import AsyncClient, Client, ElsError, InvalidArgumentError, Sizes
+from els_kernels import FOLD_GEOMETRIES
+from els_kernels.reference_fold import FoldReference
+from els_proto.denoise.v1 import denoise_pb2
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_proto.inference import grpc_service_pb2 as pb
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+
+BANK = "bank: ../_banks/tiny.safetensors\nwindow: 3\n"
+DOCUMENTS = {
+    "plain": f"kind: analytic\nmachine: els\n{BANK}",
+    "sized": f"kind: analytic\nmachine: els\n{BANK}sizes: {{height: [4, 20], width: [3, 40]}}\n",
+    "folded": f"kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\n{BANK}",
+    "local": f"kind: analytic\nmachine: local\npadding: circular\nfold: uniform\n{BANK}",
+}
+SIGMA = [0.25, 4.0]
+LARGE = (9, 14)
+MAX_PIXELS = 2000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    models = write_models(tmp_path_factory.mktemp("folded") / "models", DOCUMENTS)
+    limits = {"ELS_MAX_PIXELS": str(MAX_PIXELS)}
+    with serving("--models", models, "--threads", 1, **limits) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.target, timeout_s=60) as client:
+        yield client
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
+    twin = Twin(request.param(server.target))
+    yield twin
+    await twin.close()
+
+
+def images(size: tuple[int, ...] = SHAPE[1:], seed: int = 1) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).normal(size=(2, 1, *size)).astype(np.float32)
+
+
+def brute_force(client: Client, name: str, x: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    model = client.model(name)
+    geometry = FOLD_GEOMETRIES[model.machine, model.padding]
+    reference = FoldReference([tiny_bank().pixels()])
+    return [
+        reference(image, 1.0, sigma, 3, (0, 12), model.fold, geometry)[0].numpy()
+        for image, sigma in zip(torch.from_numpy(x), SIGMA, strict=True)
+    ]
+
+
+def test_a_model_publishes_its_fold_and_its_sizes(client: Client) -> None:
+    plain, sized, folded, local = map(client.model, ("plain", "sized", "folded", "local"))
+    assert (plain.fold, plain.sizes) == (0.0, None)
+    assert (sized.fold, sized.sizes) == (0.0, Sizes((4, 20), (3, 40)))
+    assert (folded.fold, folded.sizes) == (0.2, Sizes((1, 4096), (1, 4096)))
+    assert (local.fold, local.sizes) == (math.inf, None)
+    assert folded.padding == "inside"
+    assert folded.shape == SHAPE
+    assert folded.batch_invariant
+    assert not folded.has_sources
+    assert not sized.has_gradients
+    assert folded.memory_bytes > plain.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("folded", SHAPE[1:]), ("folded", LARGE), ("sized", LARGE), ("local", SHAPE[1:])],
+)
+async def test_an_answer_is_that_of_brute_force(
+    twin: Twin, client: Client, model: str, size: tuple[int, int]
+) -> None:
+    x = images(size)
+    got = await twin.call("denoise", x, model=model, sigma=SIGMA)
+    assert got.shape == x.shape
+    for mean, want in zip(got, brute_force(client, model, x), strict=True):
+        assert np.abs(mean - want).max() <= 1e-5
+    score = await twin.call("score", x, model=model, sigma=SIGMA)
+    assert np.abs(score[0] - (got[0] - x[0]) / SIGMA[0] ** 2).max() <= 1e-4
+    _, evidence = await twin.call("denoise_with_evidence", x, model=model, sigma=SIGMA)
+    assert evidence.shape == (2, *size)
+
+
+def test_queries_of_the_banks_size_have_the_bits_of_the_model_without_sizes(
+    client: Client,
+) -> None:
+    x = images()
+    plain, sized = (client.denoise(x, model=name, sigma=SIGMA) for name in ("plain", "sized"))
+    assert np.array_equal(plain, sized)
+
+
+def test_queries_of_many_sizes_at_once_have_the_bits_that_they_have_alone(client: Client) -> None:
+    asked = [images(size, seed) for seed, size in enumerate([LARGE, (4, 3), SHAPE[1:], LARGE] * 4)]
+
+    def denoised(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return client.denoise(x, model="folded", sigma=SIGMA)
+
+    alone = list(map(denoised, asked))
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(denoised, asked))
+    for one, same in zip(alone, together, strict=True):
+        assert np.array_equal(one, same)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        ("plain", LARGE, r"x: expected shape \[B, 1, 6, 5\], got \[2, 1, 9, 14\]"),
+        ("local", LARGE, r"x: expected shape \[B, 1, 6, 5\]"),
+        ("sized", (3, 9), r"x: expected shape \[B, 1, 4 to 20, 3 to 40\], got \[2, 1, 3, 9\]"),
+        ("sized", (9, 41), r"x: expected shape \[B, 1, 4 to 20, 3 to 40\]"),
+        ("folded", (2, 9), r"x: expected sides of at least 3, the model's largest window"),
+    ],
+)
+def test_a_size_that_a_model_does_not_answer_is_rejected(
+    client: Client, model: str, size: tuple[int, int], expected: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=expected):
+        client.denoise(images(size), model=model, sigma=SIGMA)
+
+
+def test_the_limit_on_pixels_holds_for_every_size(client: Client) -> None:
+    client.denoise(images((25, 40)), model="folded", sigma=SIGMA)
+    with pytest.raises(ElsError) as caught:
+        client.denoise(images((26, 40)), model="folded", sigma=SIGMA)
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    with pytest.raises(ElsError) as caught:
+        list(client.sample(model="folded", count=2, steps=2, size=(26, 40)))
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+
+
+def test_models_with_a_fold_or_sizes_say_that_they_have_no_gradients_and_no_sources(
+    client: Client,
+) -> None:
+    x = images()
+    for model in ("folded", "sized", "local"):
+        for call in (
+            lambda model=model: client.explain(x, model=model, sigma=SIGMA),
+            lambda model=model: client.vjp(x, x, model=model, sigma=SIGMA),
+            lambda model=model: client.jvp(x, x, model=model, sigma=SIGMA),
+        ):
+            with pytest.raises(ElsError, match="a fold or sizes") as caught:
+                call()
+            assert caught.value.code == "FAILED_PRECONDITION"
+
+
+async def test_a_sample_has_the_size_that_is_asked_for(twin: Twin, client: Client) -> None:
+    *_, last = await twin.steps(model="folded", count=2, seed=3, steps=3, size=LARGE)
+    assert last.x.shape == (2, 1, *LARGE)
+    *_, own = await twin.steps(model="folded", seed=3, steps=3)
+    assert own.x.shape == (1, *SHAPE)
+    *_, start = await twin.steps(
+        model="folded", steps=3, size=LARGE, start=images(LARGE)[:1], start_time=0.5
+    )
+    assert start.x.shape == (1, 1, *LARGE)
+    # At the last level D(x) hardly differs from x: the sample is made of patches of the bank.
+    assert np.isfinite(last.x).all()
+    assert np.abs(last.x).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model": "plain", "size": LARGE}, "height: expected 0, or 6 to 6, got 9"),
+        ({"model": "plain", "size": (6, 9)}, "width: expected 0, or 5 to 5, got 9"),
+        ({"model": "sized", "size": (3, 9)}, "height: expected 0, or 4 to 20, got 3"),
+        (
+            {"model": "sized", "size": LARGE, "start": images(), "start_time": 0.5},
+            r"start.shape: expected \[1 or 2, 1, 9, 14\], got \[2, 1, 6, 5\]",
+        ),
+        ({"model": "sized", "size": (0, 3)}, "size: expected positive height and width"),
+    ],
+)
+def test_a_sample_of_another_size_is_rejected(
+    client: Client, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=expected):
+        list(client.sample(count=2, steps=2, **options))
+
+
+def test_a_resume_token_is_bound_to_the_size(server: ServerProcess) -> None:
+    def request(**changes: Any) -> denoise_pb2.SampleRequest:
+        common = {"model": "sized", "steps": 3, "height": 9, "width": 14}
+        return denoise_pb2.SampleRequest(**{**common, **changes})
+
+    with grpc.insecure_channel(server.target) as channel:
+        stub = DenoiserServiceStub(channel)
+        steps = list(stub.Sample(request(return_resume_token=True), timeout=TIMEOUT_S))
+        token = steps[0].resume_token
+        rest = list(stub.Sample(request(resume_token=token), timeout=TIMEOUT_S))
+        assert rest[-1].x.data == steps[-1].x.data
+        turned = request(resume_token=token, height=14, width=9)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Sample(turned, timeout=TIMEOUT_S))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_inference_protocol_answers_other_sizes(server: ServerProcess, client: Client) -> None:
+    x = images(LARGE)
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="sized"), timeout=TIMEOUT_S)
+        shapes = {tensor.name: list(tensor.shape) for tensor in metadata.outputs}
+        assert shapes == {
+            "denoised": [-1, 1, -1, -1],
+            "score": [-1, 1, -1, -1],
+            "log_evidence": [-1, -1, -1],
+        }
+        pixels = fp32("x", *x.ravel().tolist(), shape=x.shape)
+        request = infer(pixels, fp32("sigma", *SIGMA), model="sized")
+        answer = stub.ModelInfer(request, timeout=TIMEOUT_S)
+    outputs = dict(zip((out.name for out in answer.outputs), answer.outputs, strict=True))
+    assert list(outputs["denoised"].shape) == list(x.shape)
+    assert list(outputs["log_evidence"].shape) == [2, *LARGE]
+    index = [out.name for out in answer.outputs].index("denoised")
+    got = np.frombuffer(answer.raw_output_contents[index], "<f4").reshape(x.shape)
+    assert np.array_equal(got, client.denoise(x, model="sized", sigma=SIGMA))
