@@ -33,7 +33,7 @@ _HEADROOM, _DEAD, _LEAST, _SPARE = 40.0, 64.0, 127.0, 320.0
 it at which they are 0; beside the logits that the integers have to hold."""
 _TILE = 1 << 20
 """Numbers of bank images whose norms are computed together."""
-_STATISTICS, _TANGENT, _SHARES, _COTANGENT = range(4)
+_STATISTICS, _SHARES, _TANGENT, _COTANGENT = range(4)
 
 
 class _Call(ctypes.Structure):
@@ -52,6 +52,7 @@ class _Call(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("window", ctypes.c_int32),
         ("top", ctypes.c_int32),
+        ("vectors", ctypes.c_int32),
         ("lo", ctypes.c_int64),
         ("hi", ctypes.c_int64),
         ("norm", ctypes.c_double),
@@ -63,12 +64,12 @@ class _Call(ctypes.Structure):
         ("least", ctypes.c_int32),
         ("units", ctypes.c_void_p),
         ("reference", ctypes.c_void_p),
-        ("direction", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
         ("final_peak", ctypes.c_void_p),
         ("rate", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("direction", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
         ("cotangent", ctypes.c_void_p),
-        ("gap", ctypes.c_void_p),
         ("peak", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
@@ -254,31 +255,33 @@ class NativeQuery:
         )
 
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and J u, [C, H, W] float64: a covariance, in one pass."""
+        """Return the mean and J u, [C, H, W] float64."""
         along = (tangent * self._reference).sum(0)
-        rows, cols = (
-            band(length, self._window, self._geometry.padding) for length in along.shape
-        )
+        rows, cols = (band(length, self._window, self._geometry.padding) for length in along.shape)
+        peak, total, mean = self._posterior()
         _, sums, _ = self._pass(
-            _TANGENT, direction=tangent.float(), offset=(rows @ along @ cols.T).float()
+            _TANGENT,
+            peak=peak,
+            mean=mean.float(),
+            direction=tangent.float(),
+            offset=(rows @ along @ cols.T).float(),
         )
-        total, inner = sums[0], sums[1]
-        mean = sums[2::2] / total
-        product = sums[3::2] / total - mean * (inner / total)
-        return self._pixels(mean).double(), product * self._jacobian_scale
+        return self._pixels(mean).double(), sums / total * self._jacobian_scale
 
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and Jᵀg, [C, H, W] float64: the normaliser first, then patches."""
-        peak, sums, _ = self._pass(_STATISTICS)
-        mean = sums[2::2] / sums[0]
-        scaled = cotangent / sums[0]
-        gap = (scaled * (mean + self._reference)).sum(0)
-        _, folded, _ = self._pass(
-            _COTANGENT, peak=peak, cotangent=scaled.float(), gap=gap.float()
+        """Return the mean and Jᵀg, [C, H, W] float64."""
+        peak, total, mean = self._posterior()
+        _, sums, _ = self._pass(
+            _COTANGENT, peak=peak, mean=mean.float(), cotangent=(cotangent / total).float()
         )
         # Scalars of a place add up to 0, but for rounding: keys may be measured from anywhere.
-        product = folded[1:] - self._reference * folded[0]
+        product = sums[1:] - self._reference * sums[0]
         return self._pixels(mean).double(), product * self._jacobian_scale
+
+    def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return peaks, sums of weights, and means measured from the reference."""
+        peak, sums, _ = self._pass(_STATISTICS)
+        return peak, sums[0], sums[2::2] / sums[0]
 
     def _pixels(self, mean: Tensor) -> Tensor:
         return (mean + self._reference + self._centre.float()[:, None, None]).float()
@@ -317,7 +320,7 @@ class NativeQuery:
         units = self.units
         with torch.device("cpu"):
             peaks = torch.zeros(height, width, dtype=torch.int32) if peak is None else peak
-            vectors = {_COTANGENT: 1 + channels}.get(kind, 2 + 2 * channels)
+            vectors = (2 + 2 * channels, 0, channels, 1 + channels)[kind]
             shape = (hi - lo,) if kind == _SHARES else (vectors, height, width)
             sums = torch.empty(shape, dtype=torch.float64)
             logits = torch.empty(height, width, top, dtype=torch.int32)
@@ -337,6 +340,7 @@ class NativeQuery:
             kind=kind,
             window=self._window,
             top=top,
+            vectors=vectors,
             lo=lo,
             hi=hi,
             norm=units.norm,

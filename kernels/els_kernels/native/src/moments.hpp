@@ -18,13 +18,13 @@ using els::MomentQuery;
 using els::MomentSums;
 using els::Ranking;
 
-constexpr bool is_first(MomentPass pass) {
-  return pass == MomentPass::kStatistics || pass == MomentPass::kTangent;
-}
-
-inline int moment_vectors(MomentPass pass, int channels) {
-  if (pass == MomentPass::kShares) return 0;
-  return pass == MomentPass::kCotangent ? 1 + channels : 2 + 2 * channels;
+constexpr int moment_vectors(MomentPass pass, int channels) {
+  switch (pass) {
+    case MomentPass::kStatistics: return 2 + 2 * channels;
+    case MomentPass::kTangent: return channels;
+    case MomentPass::kCotangent: return 1 + channels;
+    default: return 0;
+  }
 }
 
 struct MomentScratch {
@@ -143,15 +143,14 @@ void push_nothing(std::size_t count, std::size_t margin, bool fresh, Number* rin
 }
 
 // Make `top`'s largest lane the new maximum of a place; returns by how much it grew. Rare.
-template <MomentPass P>
-[[gnu::noinline, gnu::cold]] std::int32_t raise_units(IVec top, float scale, std::int32_t* peak,
-                                                      float* sums, int vectors) {
+[[gnu::noinline, gnu::cold]] inline std::int32_t raise_units(IVec top, float scale,
+                                                             std::int32_t* peak, float* sums,
+                                                             int vectors) {
   std::int32_t higher = top[0];
   for (int i = 1; i < kLanes; ++i) higher = top[i] > higher ? top[i] : higher;
   const double bits = double(higher) * scale;
   const float factor = bits > 126.0 ? 0.0f : float(__builtin_exp2(-bits));
-  if (P == MomentPass::kStatistics)
-    store(sums + kLanes, load(sums + kLanes) - float(higher) * load(sums));
+  store(sums + kLanes, load(sums + kLanes) - float(higher) * load(sums));
   for (int i = 0; i < vectors; ++i) store(sums + i * kLanes, load(sums + i * kLanes) * factor);
   *peak += higher;
   return higher;
@@ -209,14 +208,15 @@ template <MomentPass P, int C, int D, bool kSame>
   Vec t[D];
 #pragma GCC unroll 8
   for (int d = 0; d < D; ++d) s[d] = S[d], t[d] = T[d];
+  constexpr bool kFirst = P == MomentPass::kStatistics;
   std::int32_t* peaks = scratch.peak + at.pixel;
-  const std::int32_t* final_peaks = is_first(P) ? nullptr : query.peak + at.pixel;
-  Ranking* ranking = P == MomentPass::kStatistics ? query.ranking : nullptr;
+  const std::int32_t* final_peaks = query.peak + at.pixel;
+  Ranking* ranking = kFirst ? query.ranking : nullptr;
   bool live = false;
   const std::int32_t *left = at.left, *right = at.right, *bias = at.bias;
   const float *along_left = at.along_left, *along_right = at.along_right, *values = at.values;
   for (int j = 0; j < at.count; ++j) {
-    const std::int32_t peak = is_first(P) ? peaks[j] : final_peaks[j];
+    const std::int32_t peak = kFirst ? peaks[j] : final_peaks[j];
     const Units below = splat_units(peak);
     IVec logit[D];
     Vec inner[D];
@@ -239,7 +239,7 @@ template <MomentPass P, int C, int D, bool kSame>
     IVec top = logit[0];
 #pragma GCC unroll 8
     for (int d = 1; d < D; ++d) top = larger(top, logit[d]);
-    if (P == MomentPass::kStatistics && ranking != nullptr) {
+    if (kFirst && ranking != nullptr) {
       const std::int64_t least = __atomic_load_n(ranking->least + at.pixel + j, __ATOMIC_RELAXED);
       const std::int32_t limit =
           std::int32_t(least >> 32) - (task.slot < std::int32_t(least)) - peak;
@@ -254,8 +254,8 @@ template <MomentPass P, int C, int D, bool kSame>
     }
     live = true;
     float* sums = scratch.sums + std::size_t(at.pixel + j) * vectors * kLanes;
-    if (is_first(P) && __builtin_expect(any_above(top, query.headroom), 0)) {
-      const Units higher = splat_units(raise_units<P>(top, query.scale, peaks + j, sums, vectors));
+    if (kFirst && __builtin_expect(any_above(top, query.headroom), 0)) {
+      const Units higher = splat_units(raise_units(top, query.scale, peaks + j, sums, vectors));
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) logit[d] = (IVec)((Units)logit[d] - higher);
     }
@@ -272,48 +272,57 @@ template <MomentPass P, int C, int D, bool kSame>
         float* share = scratch.shares + d * kLanes;
         store(share, load(share) + weight[d] * rate);
       }
-    } else if (P == MomentPass::kCotangent) {
-      const float* cotangent = query.cotangent + at.pixel + j;
-      Vec product[D];
-#pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) product[d] = splat(-query.gap[at.pixel + j]);
-      for (int c = 0; c < channels; ++c) {
-        const float g = cotangent[c * block.query_plane];
-#pragma GCC unroll 8
-        for (int d = 0; d < D; ++d) product[d] += g * load(value + c * block.key_plane + d * next);
-      }
-#pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) store(at.scalars + (j * D + d) * kLanes, weight[d] * product[d]);
-    } else {
-      // A second factor beside the weight: the direction's inner product, or e itself below.
-      Vec total = load(sums), other = load(sums + kLanes), factor[D];
+    } else if (kFirst) {
+      Vec total = load(sums), surprise = load(sums + kLanes);
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) {
         total += weight[d];
-        if (P == MomentPass::kTangent) {
-          factor[d] = weight[d] * (inner[d] - query.offset[at.pixel + j]);
-          other += factor[d];
-        } else {
-          other += weight[d] * bits[d];
-        }
+        surprise += weight[d] * bits[d];
       }
       store(sums, total);
-      store(sums + kLanes, other);
-      const float* reference = query.reference + at.pixel + j;
+      store(sums + kLanes, surprise);
       for (int c = 0; c < channels; ++c) {
+        const Vec origin = splat(query.reference[at.pixel + j + c * block.query_plane]);
         float* pair = sums + (2 + 2 * c) * kLanes;
-        const Vec origin = splat(reference[c * block.query_plane]);
         Vec first = load(pair), second = load(pair + kLanes);
 #pragma GCC unroll 8
         for (int d = 0; d < D; ++d) {
           const Vec e = load(value + c * block.key_plane + d * next) - origin;
           const Vec weighted = weight[d] * e;
           first += weighted;
-          second += (P == MomentPass::kTangent ? factor[d] : weighted) * e;
+          second += weighted * e;
         }
         store(pair, first);
         store(pair + kLanes, second);
       }
+    } else {
+      // Tangent: the factor of every channel. Cotangent: the sum over the channels.
+      Vec factor[D] = {};
+      if (P == MomentPass::kTangent) {
+        const Vec offset = splat(query.offset[at.pixel + j]);
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) factor[d] = weight[d] * (inner[d] - offset);
+      }
+      for (int c = 0; c < channels; ++c) {
+        const std::size_t pixel = at.pixel + j + c * block.query_plane;
+        const Vec origin = splat(query.reference[pixel]), mean = splat(query.mean[pixel]);
+        if (P == MomentPass::kTangent) {
+          Vec sum = load(sums + c * kLanes);
+#pragma GCC unroll 8
+          for (int d = 0; d < D; ++d)
+            sum += factor[d] * (load(value + c * block.key_plane + d * next) - origin - mean);
+          store(sums + c * kLanes, sum);
+        } else {
+          const Vec g = splat(query.cotangent[pixel]);
+#pragma GCC unroll 8
+          for (int d = 0; d < D; ++d)
+            factor[d] += g * (load(value + c * block.key_plane + d * next) - origin - mean);
+        }
+      }
+      if (P == MomentPass::kCotangent)
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d)
+          store(at.scalars + (j * D + d) * kLanes, weight[d] * factor[d]);
     }
   }
 #pragma GCC unroll 8
@@ -339,6 +348,14 @@ template <class Work>
   }
 }
 
+// Columns of the first run of places that the second has, too: with valid padding at the end of a row
+// whose last keys are on both sides of the border. Each of a block's displacements counts in one run.
+inline int shared_places(const Columns& columns) {
+  const Columns::Run *one = columns.places, *two = one + 1;
+  if (columns.places_count < 2 || one->count <= 0 || two->count <= 0) return 0;
+  return most(0, least(two->count, one->u + one->count - two->u));
+}
+
 // One row of places. Returns whether any weight counted.
 template <MomentPass P, int C, int D, bool kSame>
 bool add_row(const Block& block, const Columns& columns, int u, int y, float* scalars,
@@ -350,8 +367,13 @@ bool add_row(const Block& block, const Columns& columns, int u, int y, float* sc
   Units S[D] = {};
   Vec T[D] = {};
   bool live = false;
+  const int shared = P == MomentPass::kCotangent ? shared_places(columns) : 0;
+  float* twice = scalars + (columns.places[1].u - columns.first) * D * kLanes;
+  Vec kept[kPad * D];
   for (int i = 0; i < columns.places_count; ++i) {
     const Columns::Run& run = columns.places[i];
+    if (i == 1)
+      for (int n = 0; n < shared * D; ++n) kept[n] = load(twice + n * kLanes);
     for_each_stretch(columns, run, columns.margin, [&](int j, int left, int right, int count) {
       if (j == 0 && run.fresh) {
         start_sums<D>(columns, V, left, diameter, S, load_units);
@@ -373,6 +395,8 @@ bool add_row(const Block& block, const Columns& columns, int u, int y, float* sc
       live |= add_stretch<P, C, D, kSame>(block, task, at, width, S, T);
     });
   }
+  for (int n = 0; n < shared * D; ++n)
+    store(twice + n * kLanes, load(twice + n * kLanes) + kept[n]);
   return live;
 }
 
@@ -381,9 +405,11 @@ template <int D, bool kDrop>
 void slide_scalars(const Columns& columns, int margin, const float* scalars, float* V) {
   for (int i = 0; i < columns.places_count; ++i) {
     const Columns::Run& run = columns.places[i];
-    const float* from = scalars + (run.u - columns.first) * D * kLanes;
-    float* to = V + (margin + run.u - columns.first) * D * kLanes;
-    for (int j = 0; j < run.count * D; ++j, from += kLanes, to += kLanes)
+    const int skip = i == 1 ? shared_places(columns) : 0;
+    const std::size_t slot = run.u + skip - columns.first;
+    const float* from = scalars + slot * D * kLanes;
+    float* to = V + (margin + slot) * D * kLanes;
+    for (int j = 0; j < (run.count - skip) * D; ++j, from += kLanes, to += kLanes)
       store(to, kDrop ? load(to) - load(from) : load(to) + load(from));
   }
 }
@@ -564,6 +590,7 @@ inline void clear_moments(const Bank& bank, MomentPass pass, MomentScratch& scra
   const std::size_t pixels = bank.pixels(), vectors = moment_vectors(pass, bank.channels);
   std::memset(scratch.sums, 0, vectors * pixels * kLanes * sizeof(float));
   std::memset(out.sums, 0, vectors * pixels * sizeof(double));
+  if (pass != MomentPass::kStatistics) return;
   std::memset(scratch.peak, 0, pixels * sizeof(std::int32_t));
   std::memset(scratch.flushed, 0, pixels * sizeof(std::int32_t));
 }
@@ -575,11 +602,11 @@ inline void flush_moments(const Bank& bank, MomentPass pass, const MomentQuery& 
   const int vectors = moment_vectors(pass, bank.channels);
   for (std::size_t u = 0; u < pixels; ++u) {
     double scale = 1.0;
-    if (is_first(pass)) {
+    if (pass == MomentPass::kStatistics) {
       const double raised = double(scratch.peak[u]) - scratch.flushed[u];
       if (raised > 0.0) {
         scale = __builtin_exp2(-raised * query.scale);
-        if (pass == MomentPass::kStatistics) out.sums[pixels + u] -= raised * out.sums[u];
+        out.sums[pixels + u] -= raised * out.sums[u];
       }
       scratch.flushed[u] = out.peak[u] = scratch.peak[u];
     }

@@ -16,12 +16,13 @@ struct ElsMomentsCall {
   std::int32_t pass;
   std::int32_t window;
   std::int32_t top;  // sources of a pixel that are listed; 0 for none
+  std::int32_t vectors;  // sums of a pixel, see MomentSums; not shares
   std::int64_t lo, hi;
   double norm, scale;  // as in MomentQuery, as are the next
   std::int32_t origin, forbidden, headroom, dead, least;
-  const float *units, *reference, *direction, *offset;
+  const float *units, *reference;
   const std::int32_t* final_peak;
-  const float *rate, *cotangent, *gap;
+  const float *rate, *mean, *direction, *offset, *cotangent;
   std::int32_t* peak;   // results: MomentSums, with shares [hi - lo]
   double* sums;
   std::int32_t* logits;  // [H][W][top], falling; -1 where there are fewer sources
@@ -91,8 +92,7 @@ class RankedSources : public Ranking {
 // Merge the partial results of one pixel in the order of the tasks.
 void merge_moments(const ElsMomentsCall& call, const std::vector<MomentSums>& parts, int vectors,
                    std::size_t pixels, std::size_t u) {
-  const auto pass = MomentPass(call.pass);
-  const bool weighted = pass != MomentPass::kCotangent;
+  const bool weighted = MomentPass(call.pass) == MomentPass::kStatistics;
   std::int32_t peak = 0;
   if (weighted) {
     for (const MomentSums& part : parts) peak = std::max(peak, part.peak[u]);
@@ -104,7 +104,7 @@ void merge_moments(const ElsMomentsCall& call, const std::vector<MomentSums>& pa
     const double scale = behind == 0.0 ? 1.0 : std::exp2(behind * call.scale);
     for (int i = 0; i < vectors; ++i) {
       double sum = part.sums[i * pixels + u];
-      if (i == 1 && pass == MomentPass::kStatistics) sum += behind * part.sums[u];
+      if (i == 1 && weighted) sum += behind * part.sums[u];
       call.sums[i * pixels + u] += scale * sum;
     }
   }
@@ -120,14 +120,13 @@ void moments(const ElsMomentsCall& call, const Kernel& kernel) {
   const Tasks tasks = plan_tasks(bank, geometry, call.window, last - first);
   const std::size_t count = tasks.count();
   const bool shares = pass == MomentPass::kShares, ranked = call.top > 0;
-  const int vectors = pass == MomentPass::kCotangent ? 1 + call.channels : 2 + 2 * call.channels;
+  const int vectors = call.vectors;
   const std::size_t size = shares ? tasks.chunk * kernel.lanes : vectors * pixels;
   RankedSources ranking(call, ranked ? pixels : 0);
   const MomentQuery query = {
-      call.units,  call.norm,      float(call.scale),      call.origin, call.forbidden, call.headroom,
-      call.dead,   call.least,     call.window,            call.lo,     call.hi,
-      call.reference, ranked ? &ranking : nullptr, call.direction, call.offset, call.final_peak,
-      call.rate,   call.cotangent, call.gap};
+      call.units, call.norm, float(call.scale), call.origin, call.forbidden, call.headroom, call.dead,
+      call.least, call.window, call.lo, call.hi, call.reference, ranked ? &ranking : nullptr,
+      call.final_peak, call.rate, call.mean, call.direction, call.offset, call.cotangent};
   const auto sums = allocate<double>(count * size);
   const auto peaks = allocate<std::int32_t>(count * pixels);
   std::vector<MomentSums> parts(count);

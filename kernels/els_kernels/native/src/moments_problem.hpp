@@ -7,8 +7,8 @@
 
 namespace els {
 
-// The first two find the posterior and something of it; the others need its normaliser.
-enum class MomentPass : std::int32_t { kStatistics = 0, kTangent = 1, kShares = 2, kCotangent = 3 };
+// The first finds the posterior; the others need its normaliser and its mean.
+enum class MomentPass : std::int32_t { kStatistics = 0, kShares = 1, kTangent = 2, kCotangent = 3 };
 
 // The sources of largest logit of every pixel. Equal logits are in the order of `slot`, which is the
 // order of the tiles, and within a slot in the order of arrival: one task has all of it.
@@ -33,23 +33,24 @@ struct MomentQuery {
   std::int64_t lo, hi;
   const float* reference;  // [C][H][W]: values are measured from here; close to the mean
   Ranking* ranking;        // statistics; may be null
-  const float* direction;  // tangent: [C][H][W]
-  const float* offset;     // tangent: [H][W], inner product of direction and reference
-  const std::int32_t* peak;  // shares, cotangent: [H][W], what weights are relative to
+  const std::int32_t* peak;  // [H][W]: what weights are relative to; not statistics, nor the next
   const float* rate;         // shares: [H][W], weight that counts as one
+  const float* mean;         // tangent, cotangent: [C][H][W], measured from the reference
+  const float* direction;    // tangent: [C][H][W]
+  const float* offset;       // tangent: [H][W], inner product of direction and reference
   const float* cotangent;    // cotangent: [C][H][W], divided by the sum of weights
-  const float* gap;          // cotangent: [H][W], its inner product with the mean
 };
 
-// Result of a pass over a share of the sources. With w = 2^(logit - peak), e = value - reference, and
-// h = ⟨key patch, direction⟩ - offset:
+// Result of a pass over a share of the sources. With w = 2^(logit - peak), e = value - reference:
 //
 //     statistics  [2 + 2C][H][W]  Σ w, Σ w·(logit - peak), then for each channel Σ w·e, Σ w·e²
-//     tangent     [2 + 2C][H][W]  Σ w, Σ w·h,              then for each channel Σ w·e, Σ w·h·e
 //     shares      [tiles][lanes]  Σ w·rate over the pixels
-//     cotangent   [1 + C][H][W]   Σ c, Σ c·key, c = w·(⟨cotangent, value⟩ - gap) of the window's places
+//     tangent     [C][H][W]       Σ w·(⟨key patch, direction⟩ - offset)·(e - mean)
+//     cotangent   [1 + C][H][W]   Σ c, Σ c·key over the window's places, c = w·⟨cotangent, e - mean⟩
+//
+// A source that has all the weight has e = mean exactly, so that its products are 0, as they should be.
 struct MomentSums {
-  std::int32_t* peak;  // [H][W]; statistics, tangent
+  std::int32_t* peak;  // [H][W]; statistics
   double* sums;
 };
 
