@@ -93,6 +93,7 @@ class PatchQuery(MomentQuery):
         return Sweep(self.image, self.sigma, self.bank[lo:hi], self.window, self.geometry)
 
     def posterior(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return the mean and log Σ exp(logit) of a range of images."""
         peak = torch.full_like(self.image[0], -math.inf)
         total, sums = torch.zeros_like(peak), torch.zeros_like(self.image)
         for pairs in self._sweep(lo, hi):
@@ -106,6 +107,7 @@ class PatchQuery(MomentQuery):
         return sums / total, peak + total.log()
 
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D and Jᵀg."""
         mean, log_sum = self.posterior(*self.limits)
         sweep = self._sweep(*self.limits)
         gradient = torch.zeros_like(sweep.padded(self.image))
@@ -118,6 +120,7 @@ class PatchQuery(MomentQuery):
         return mean, sweep.unpadded(gradient) * self.jacobian_scale
 
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D and J u."""
         mean, log_sum = self.posterior(*self.limits)
         sweep = self._sweep(*self.limits)
         direction = sweep.padded(tangent)
@@ -130,6 +133,7 @@ class PatchQuery(MomentQuery):
         return mean, answer * self.jacobian_scale
 
     def statistics(self, top: int, images: int, with_shares: bool) -> tuple[Tensor, ...]:
+        """Return the fields of ``PosteriorStatistics`` for one image."""
         lo, hi = self.limits
         mean, log_sum = self.posterior(lo, hi)
         variance, entropy = torch.zeros_like(mean), torch.zeros_like(log_sum)
@@ -164,6 +168,7 @@ class WholeQuery(MomentQuery):
         return whole_moments.Shifts(self.image, self.sigma, self.bank[lo:hi], self.geometry)
 
     def posterior(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """Return the mean and log Σ exp(logit) of a range of images."""
         mean, log_sum = self._shifts(lo, hi).posterior()
         return mean, log_sum.expand_as(mean[0])
 
@@ -172,10 +177,12 @@ class WholeQuery(MomentQuery):
         return self.jvp(cotangent)
 
     def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D and J u."""
         mean, covariance = self._shifts(*self.limits).covariance(tangent)
         return mean, covariance * self.jacobian_scale
 
     def statistics(self, top: int, images: int, with_shares: bool) -> tuple[Tensor, ...]:
+        """Return the fields of ``PosteriorStatistics`` for one image."""
         *most, shares = self._shifts(*self.limits).statistics(top, images, self.limits[0])
         return *most, shares[: images if with_shares else 0]
 

@@ -242,10 +242,7 @@ class PatchMoments:
         if not 0 <= image < len(self._bank):
             raise ValueError(f"image: expected 0 to {len(self._bank) - 1}, got {image}")
         with self._exact():
-            arguments = self._attention.validate(
-                x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
-            )
-            queries = [self._in_torch(*query, arguments[-1]) for query in zip(*arguments[:-1], strict=True)]
+            queries = self._torch_queries(x, a, s, window, ranges, geometry)
             return Removal(*_stacked([query.without(image) for query in queries]))
 
     def steps(self, images: int, window: int, geometry: Geometry) -> int:
@@ -275,28 +272,37 @@ class PatchMoments:
         ranges: Tensor | None,
         geometry: Geometry,
     ) -> list[MomentQuery | NativeQuery]:
+        """Return the queries of a batch, of the implementation of their geometry."""
+        native = self._native
+        if native is None or geometry.whole:
+            return [*self._torch_queries(x, a, s, window, ranges, geometry)]
         images, scales, noises, windows, limits, geometry = self._attention.validate(
             x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
         )
-        native = None if geometry.whole else self._native
         return [
-            self._in_torch(*query, geometry)
-            if native is None
-            else native.query(*query, geometry)
+            native.query(*query, geometry)
             for query in zip(images, scales, noises, windows, limits, strict=True)
         ]
 
-    def _in_torch(
+    def _torch_queries(
         self,
-        image: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
+        x: Tensor,
+        a: Tensor,
+        s: Tensor,
+        window: Tensor | None,
+        ranges: Tensor | None,
         geometry: Geometry,
-    ) -> MomentQuery:
+    ) -> list[MomentQuery]:
+        images, scales, noises, windows, limits, geometry = self._attention.validate(
+            x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
+        )
         kind = WholeQuery if geometry.whole else PatchQuery
-        return kind(image, a, s, self._bank, limits, window, geometry)
+        return [
+            kind(image, scale, noise, self._bank, limits, side, geometry)
+            for image, scale, noise, side, limits in zip(
+                images, scales, noises, windows, limits, strict=True
+            )
+        ]
 
     def _directions(self, name: str, direction: Tensor, x: Tensor) -> Tensor:
         if not isinstance(direction, Tensor) or direction.shape != x.shape:
