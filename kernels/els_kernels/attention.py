@@ -96,7 +96,8 @@ class PatchAttention:
         self.shape = (bank.shape[1], bank.shape[2], bank.shape[3])
         self.device = bank.device
         with torch.autocast(bank.device.type, enabled=False):
-            self._attend = IMPLEMENTATIONS[implementation](bank)
+            self.prepared = IMPLEMENTATIONS[implementation](bank)
+            """The bank, prepared by the implementation."""
 
     @torch.no_grad()
     def __call__(
@@ -127,7 +128,7 @@ class PatchAttention:
         """
         arguments = self.validate(x, a=a, s=s, window=window, ranges=ranges, geometry=geometry)
         with torch.autocast(self.device.type, enabled=False):
-            return self._attend(*arguments)
+            return self.prepared(*arguments)
 
     def validate(
         self,

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.cases import Case, random_bank, random_case, relative_errors
+from tests.kernels.cases import (
+    VARIANTS,
+    Case,
+    operator,
+    random_bank,
+    random_case,
+    relative_errors,
+)
+from tests.kernels.conftest import variant
+from tests.kernels.moment_budgets import Budgets, budgets
 from torch import Tensor
 
 from els_kernels import (
@@ -35,8 +44,18 @@ def windows_of(geometry: Geometry, shape: tuple[int, ...]) -> list[int] | None:
     return sorted({1, 3, max_window(geometry, *shape[2:])})
 
 
-def moments(case: Case) -> PatchMoments:
-    return PatchMoments(PatchAttention(case.bank, implementation="torch"), case.bank)
+FORMS = ["torch", *(name for name in VARIANTS if name.startswith("native"))]
+"""Implementations of moments; the native ones leave whole windows to torch."""
+
+
+@pytest.fixture(params=[variant(name) for name in FORMS])
+def form(request: pytest.FixtureRequest) -> str:
+    """One implementation, if it is to be had."""
+    return str(request.param)
+
+
+def moments(case: Case, form: str = "torch") -> PatchMoments:
+    return PatchMoments(operator(case.bank, form), case.bank)
 
 
 def arguments(case: Case) -> dict[str, Any]:
@@ -76,28 +95,35 @@ def low_noise(case: Case, s: float) -> Case:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_jacobian_products_equal_automatic_differentiation(
-    geometry: Geometry, shape: tuple[int, int, int, int]
+    form: str, geometry: Geometry, shape: tuple[int, int, int, int]
 ) -> None:
     case = random_case(geometry, shape, windows_of(geometry, shape))
     g = directions(case)
-    mean, pulled = moments(case).vjp(case.x, g, **arguments(case))
-    same_mean, pushed = moments(case).jvp(case.x, g, **arguments(case))
+    mean, pulled = moments(case, form).vjp(case.x, g, **arguments(case))
+    same_mean, pushed = moments(case, form).jvp(case.x, g, **arguments(case))
     assert torch.equal(mean, same_mean)
     for b, reference in enumerate(references(case)):
-        # Float64 throughout, rounded once to float32; the budget of the issue is 1e-4.
-        for got, want in (
-            (mean[b], reference.mean()),
-            (pulled[b], reference.vjp(g[b])),
-            (pushed[b], reference.jvp(g[b])),
-        ):
-            assert (got - want).abs().max() <= 1e-7 * want.abs().max() + 1e-12
+        assert (mean[b] - reference.mean()).abs().max() <= (1e-7 if exact(form, geometry) else 2e-6)
+        for got, want in ((pulled[b], reference.vjp(g[b])), (pushed[b], reference.jvp(g[b]))):
+            # Float64 throughout, rounded once to float32; or 1e-4 of the product, or of a tenth of
+            # what it would be if D were x, where it is nearly 0 as one source has all the weight.
+            slack = 1e-7 * float(want.abs().max()) + 1e-12
+            if not exact(form, geometry):
+                slack = 1e-4 * max(float(want.abs().max()), 0.1 * float(g[b].abs().max()))
+            assert (got - want).abs().max() <= slack
 
 
-def test_products_from_evidence_have_the_same_bits(geometry: Geometry) -> None:
+def exact(form: str, geometry: Geometry) -> bool:
+    """Return whether an implementation computes in float64."""
+    return form == "torch" or geometry.whole
+
+
+def test_products_from_evidence_have_the_same_bits(form: str, geometry: Geometry) -> None:
     case = random_case(geometry, (5, 2, 5, 4), windows_of(geometry, (5, 2, 5, 4)))
-    g, operator = directions(case), moments(case)
+    g, operator = directions(case), moments(case, form)
     evidence = operator.evidence(case.x, **arguments(case))
-    assert evidence.shape == (len(case), operator.evidence_channels, *case.x.shape[2:])
+    channels = operator.evidence_channels(geometry)
+    assert evidence.shape == (len(case), channels, *case.x.shape[2:])
     for multiply in (operator.vjp, operator.jvp):
         want = multiply(case.x, g, **arguments(case))
         got = multiply(case.x, g, **arguments(case), evidence=evidence)
@@ -140,17 +166,17 @@ def test_jacobian_products_equal_central_differences(geometry: Geometry) -> None
 
 
 def test_the_two_products_are_adjoint_and_symmetric_for_whole_windows_alone(
-    geometry: Geometry,
+    form: str, geometry: Geometry
 ) -> None:
     case = random_case(geometry, (9, 2, 5, 4), None if geometry.whole else [3])
     case = replace(case, a=torch.full_like(case.a, 0.8), s=torch.full_like(case.s, 0.6))
     g, u = directions(case, 1), directions(case, 2)
-    _, pulled = moments(case).vjp(case.x, g, **arguments(case))
-    _, pushed = moments(case).jvp(case.x, u, **arguments(case))
+    _, pulled = moments(case, form).vjp(case.x, g, **arguments(case))
+    _, pushed = moments(case, form).jvp(case.x, u, **arguments(case))
     left = (pulled.double() * u).sum((1, 2, 3))
     right = (g * pushed.double()).sum((1, 2, 3))
-    assert torch.allclose(left, right, rtol=1e-5, atol=1e-6)
-    _, symmetric = moments(case).jvp(case.x, g, **arguments(case))
+    assert torch.allclose(left, right, rtol=1e-5, atol=1e-5)
+    _, symmetric = moments(case, form).jvp(case.x, g, **arguments(case))
     if geometry.whole:
         assert torch.equal(symmetric, pulled)
     else:
@@ -158,66 +184,67 @@ def test_the_two_products_are_adjoint_and_symmetric_for_whole_windows_alone(
 
 
 @pytest.mark.parametrize("s", [None, 1e-2, 1e-4])
-def test_statistics_equal_brute_force(geometry: Geometry, s: float | None) -> None:
+def test_statistics_equal_brute_force(form: str, geometry: Geometry, s: float | None) -> None:
     shape = (5, 2, 5, 4)
     case = random_case(geometry, shape, windows_of(geometry, shape))
     if s is not None:
         case = low_noise(case, s)
-    got = moments(case).statistics(case.x, **arguments(case), top=5)
+    operator = moments(case, form)
+    got = operator.statistics(case.x, **arguments(case), top=5)
     for b, reference in enumerate(references(case)):
         lo, hi = case.ranges[b].tolist()
-        # Logits of size 1e8 round at 1e-8, and with them weights and entropy.
-        slack = 1e-7 if s == 1e-4 else 1e-9
-        assert (got.mean[b] - reference.mean()).abs().max() <= 1e-7
-        assert (got.variance[b] - reference.variance()).abs().max() <= 1e-7 + slack
-        assert (got.entropy[b] - reference.entropy()).abs().max() <= 1e-6 + slack
+        slack = budgets(operator, case, b, reference)
+        assert ((got.mean[b] - reference.mean()).abs() <= slack.mean).all()
+        assert ((got.variance[b] - reference.variance()).abs() <= slack.variance).all()
+        assert ((got.entropy[b] - reference.entropy()).abs() <= slack.entropy).all()
         shares = got.shares[b]
-        assert (shares[lo:hi] - reference.shares()).abs().max() <= slack
+        assert ((shares[lo:hi] - reference.shares()).abs() <= slack.shares).all()
         assert abs(float(shares.sum()) - 1) <= 1e-9
-        weights = reference.log_weights().exp()
-        largest = weights.flatten(1).sort(descending=True).values[:, :5]
-        assert_sources(got.sources[b], got.weights[b], weights, largest, lo)
+        assert_sources(got.sources[b], got.weights[b], reference.log_weights().exp(), lo, slack)
 
 
 def assert_sources(
-    sources: Tensor, weights: Tensor, every: Tensor, largest: Tensor, lo: int
+    sources: Tensor, weights: Tensor, every: Tensor, lo: int, slack: Budgets
 ) -> None:
-    """Assert that sources have the weights that are said, and that these are the largest."""
+    """Assert that sources have the weights that are given, and that these are the largest."""
     width = sources.shape[1]
-    listed, said = sources.flatten(0, 1), weights.flatten(0, 1)
-    count = min(largest.shape[1], int((every > 0).flatten(1).sum(1).min()))
-    padded = torch.zeros_like(said)
-    padded[:, : largest.shape[1]] = largest
-    assert torch.allclose(said.double(), padded.double(), rtol=1e-6, atol=1e-7)
-    for place, (rows, own) in enumerate(zip(listed, said, strict=True)):
-        for (image, row, col), weight in list(zip(rows.tolist(), own.tolist(), strict=True))[
-            :count
-        ]:
-            want = float(every[place, image - lo, row * width + col])
-            assert weight == pytest.approx(want, rel=1e-6, abs=1e-7)
+    listed, given = sources.flatten(0, 1), weights.flatten(0, 1)
+    largest = every.flatten(1).sort(descending=True).values[:, : given.shape[1]]
+    within = slack.weights.flatten(1).amax(1)[:, None] + 1e-6 * largest
+    assert ((given[:, : largest.shape[1]] - largest).abs() <= within).all()
+    assert (given[:, largest.shape[1] :] == 0).all()
+    assert (given.diff(dim=1) <= 0).all()
+    for place, (rows, own) in enumerate(zip(listed, given, strict=True)):
         kept = [tuple(source) for source in rows.tolist() if source[0] >= 0]
         assert len(set(kept)) == len(kept)
+        assert len(kept) >= min(len(rows), int((every[place] > 0).sum()))
+        for (image, row, col), weight in zip(kept, own.tolist(), strict=False):
+            want = float(every[place, image - lo, row * width + col])
+            error = float(slack.weights[place, image - lo, row * width + col])
+            assert weight == pytest.approx(want, rel=1e-6, abs=error)
 
 
-def test_all_sources_together_are_the_denoised_image(geometry: Geometry) -> None:
+def test_all_sources_together_are_the_denoised_image(form: str, geometry: Geometry) -> None:
     case = random_case(geometry, (3, 2, 2, 2), None if geometry.whole else [1])
-    got = moments(case).statistics(case.x, **arguments(case), top=16)
+    got = moments(case, form).statistics(case.x, **arguments(case), top=16)
     used = got.sources.clamp(min=0)
     values = case.bank[used[..., 0], :, used[..., 1], used[..., 2]]
     rebuilt = (values * got.weights[..., None]).sum(3).permute(0, 3, 1, 2)
     assert (rebuilt - got.mean).abs().max() <= 1e-6
 
 
-def test_the_variance_is_the_jacobian_of_a_pixel_by_itself(geometry: Geometry) -> None:
+def test_the_variance_is_the_jacobian_of_a_pixel_by_itself(form: str, geometry: Geometry) -> None:
     case = random_case(geometry, (5, 1, 4, 5), None if geometry.whole else [3])[[0]]
-    variance = moments(case).statistics(case.x, **arguments(case)).variance[0, 0]
+    variance = moments(case, form).statistics(case.x, **arguments(case)).variance[0, 0]
     scale = float(case.a[0] / case.s[0] ** 2)
     for row, col in [(0, 0), (1, 3), (3, 4)]:
         unit = torch.zeros_like(case.x)
         unit[0, 0, row, col] = 1
-        _, pushed = moments(case).jvp(case.x, unit, **arguments(case))
+        _, pushed = moments(case, form).jvp(case.x, unit, **arguments(case))
         assert float(pushed[0, 0, row, col]) == pytest.approx(
-            scale * float(variance[row, col]), rel=1e-5, abs=1e-9
+            scale * float(variance[row, col]),
+            rel=1e-5,
+            abs=1e-9 if exact(form, geometry) else 1e-6 * scale,
         )
 
 
@@ -243,18 +270,18 @@ def test_removing_an_image_outside_the_range_changes_nothing() -> None:
     assert removed.weight.abs().max() == 0
 
 
-def test_an_image_has_the_same_bits_alone_and_in_any_batch(geometry: Geometry) -> None:
+def test_an_image_has_the_same_bits_alone_and_in_any_batch(form: str, geometry: Geometry) -> None:
     case = random_case(geometry, (9, 2, 3, 4), None if geometry.whole else [1, 3])
     g = directions(case)
-    every = everything(case, g)
+    every = everything(case, g, form)
     order = list(range(len(case)))[::-1]
     for chosen in [*([b] for b in order), order]:
-        for got, want in zip(everything(case[chosen], g[chosen]), every, strict=True):
+        for got, want in zip(everything(case[chosen], g[chosen], form), every, strict=True):
             assert torch.equal(got, want[chosen])
 
 
-def everything(case: Case, g: Tensor) -> list[Tensor]:
-    operator = moments(case)
+def everything(case: Case, g: Tensor, form: str = "torch") -> list[Tensor]:
+    operator = moments(case, form)
     return [
         *operator.statistics(case.x, **arguments(case)),
         operator.vjp(case.x, g, **arguments(case))[1],
@@ -290,12 +317,12 @@ def test_a_bank_of_bytes_is_decoded_as_the_operator_sees_it(geometry: Geometry) 
     assert torch.equal(got[1], want[1])
 
 
-def test_the_callers_modes_change_no_bit() -> None:
+def test_the_callers_modes_change_no_bit(form: str) -> None:
     case = random_case(GEOMETRIES["els", "zeros"], (5, 2, 6, 5), [3, 11])
     g = directions(case)
-    want = everything(case, g)
+    want = everything(case, g, form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = everything(replace(case, x=case.x.requires_grad_()), g)
+        got = everything(replace(case, x=case.x.requires_grad_()), g, form)
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
         assert not one.requires_grad
@@ -318,16 +345,20 @@ def test_the_number_of_steps_is_that_of_a_pass(
     assert moments(case).steps(9, window, geometry) == len(list(passed))
 
 
-def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank() -> None:
+@pytest.mark.parametrize("form", [variant("torch"), variant("native-baseline")])
+def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank(form: str) -> None:
     # In another process, whose peak is this alone; the small bank loads what torch loads once.
     # Tiles have their full size: 400 images are two of them.
-    script = """
+    implementation = form.partition("-")[0]
+    script = (
+        f"implementation = {implementation!r}"
+        + """
 import resource, torch
 torch.set_num_threads(1)
 from els_kernels import GEOMETRIES, PatchAttention, PatchMoments
 def prepared(images):
     bank = torch.zeros(images, 1, 28, 28, dtype=torch.uint8)
-    return PatchMoments(PatchAttention(bank.float(), implementation="torch"), bank)
+    return PatchMoments(PatchAttention(bank.float(), implementation=implementation), bank)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def ask(moments):
@@ -335,6 +366,7 @@ def ask(moments):
     arguments = {"a": torch.ones(16), "s": torch.ones(16), "geometry": GEOMETRIES["els", "zeros"]}
     arguments["window"] = torch.full((16,), 27)
     moments.vjp(x, x, **arguments)
+    moments.jvp(x, x, **arguments)
     moments.statistics(x, **arguments, top=16)
 small, large = prepared(2), prepared(400)
 ask(small)
@@ -342,18 +374,19 @@ before = peak()
 ask(large)
 print(peak() - before)
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
     )
     assert float(done.stdout) <= 64
 
 
-def test_a_stopped_computation_ends(geometry: Geometry) -> None:
+def test_a_stopped_computation_ends(form: str, geometry: Geometry) -> None:
     case = random_case(geometry, (4, 1, 5, 4), None if geometry.whole else [3])
     control = Control()
     control.stop()
     with control, pytest.raises(ComputationStoppedError):
-        moments(case).statistics(case.x, **arguments(case))
+        moments(case, form).statistics(case.x, **arguments(case))
 
 
 @pytest.mark.parametrize(
@@ -381,6 +414,14 @@ def test_a_stopped_computation_ends(geometry: Geometry) -> None:
         (lambda m, c: m.without(c.x, 5, **arguments(c)), "image: expected 0 to 4, got 5"),
         (lambda m, c: m.vjp(c.x[:, :1], c.x, **arguments(c)), "x: expected shape"),
         (lambda m, c: PatchMoments(m._attention, c.bank.double()), "bank: expected uint8 or"),
+        (
+            lambda m, c: PatchMoments(m._attention, c.bank, implementation="native"),
+            "implementation: native needs a native operator, got torch",
+        ),
+        (
+            lambda m, c: PatchMoments(m._attention, c.bank, implementation="jax"),
+            "implementation: expected auto, torch or native, got 'jax'",
+        ),
     ],
 )
 def test_a_bad_argument_is_named(call: Any, message: str) -> None:

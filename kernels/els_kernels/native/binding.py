@@ -6,6 +6,7 @@ The library is loaded when the first bank is prepared, not on import.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -79,6 +80,8 @@ def _library() -> ctypes.CDLL:
     library.els_pack.restype = None
     library.els_attend.argtypes = [ctypes.POINTER(_Call)]
     library.els_attend.restype = ctypes.c_int32
+    library.els_moments.argtypes = [ctypes.c_void_p]
+    library.els_moments.restype = ctypes.c_int32
     library.els_fold.argtypes = [ctypes.c_void_p]
     library.els_fold.restype = ctypes.c_int32
     return library
@@ -118,22 +121,28 @@ class Native:
             raise ValueError(
                 f"instruction_set: expected one of {', '.join(known)}, got {instruction_set!r}"
             )
-        self._kernel = known.index(self.instruction_set)
-        self._shape = bank.shape
-        self._centre = bank.mean((0, 2, 3), dtype=torch.float64)
+        self.kernel = known.index(self.instruction_set)
+        """Index of the instruction set in the library."""
+        self.shape = bank.shape
+        """[N, C, H, W]."""
+        self.centre = bank.mean((0, 2, 3), dtype=torch.float64)
+        """[C] float64: what is subtracted from the bank, as float32."""
         images, *image = bank.shape
-        lanes = _library().els_kernel_lanes(self._kernel)
+        lanes = _library().els_kernel_lanes(self.kernel)
         tiles = -(-images // lanes)
         # Aligned to cache lines, which torch's allocator does not guarantee.
-        memory = bank.new_empty(tiles * image[0] * image[1] * image[2] * lanes + 16)
-        self._bank = memory[-memory.data_ptr() % 64 // 4 :]
+        numbers = tiles * math.prod(image) * lanes
+        memory = bank.new_empty(numbers + 16)
+        aligned = -memory.data_ptr() % 64 // 4
+        self.packed = memory[aligned : aligned + numbers].view(tiles, *image, lanes)
+        """[tiles, C, H, W, lanes]: the centred bank; lanes past the last image are 0."""
         bank = bank.contiguous()
         _library().els_pack(
-            self._kernel,
+            self.kernel,
             bank.data_ptr(),
-            self._centre.data_ptr(),
+            self.centre.data_ptr(),
             *bank.shape,
-            self._bank.data_ptr(),
+            self.packed.data_ptr(),
         )
 
     def __call__(
@@ -158,14 +167,14 @@ class Native:
         limits = torch.tensor(ranges, dtype=torch.int64, device="cpu")
         control = current() or Control()
         call = _Call(
-            kernel=self._kernel,
+            kernel=self.kernel,
             threads=torch.get_num_threads(),
-            bank=self._bank.data_ptr(),
-            centre=self._centre.data_ptr(),
-            images=self._shape[0],
-            channels=self._shape[1],
-            height=self._shape[2],
-            width=self._shape[3],
+            bank=self.packed.data_ptr(),
+            centre=self.centre.data_ptr(),
+            images=self.shape[0],
+            channels=self.shape[1],
+            height=self.shape[2],
+            width=self.shape[3],
             sources=_SOURCES[geometry.sources],
             padding=_PADDING[geometry.padding],
             whole=geometry.whole,

@@ -9,6 +9,7 @@
 
 #include "fold_problem.hpp"
 #include "scratch.hpp"
+#include "units.hpp"
 
 namespace {
 
@@ -21,32 +22,6 @@ using els::FoldUnit;
 constexpr int kMostRows = 4;          // displacements that a pass works on together, at most
 constexpr float kNoPatch = -1e30f;    // added to the logit of what is no patch
 constexpr float kFoldHeadroom = 10.0f;  // bits by which a logit may exceed the running maximum
-
-// Units of logits, modulo 2^32: unsigned, because sums wrap around.
-typedef std::uint32_t Units __attribute__((vector_size(4 * kLanes)));
-
-[[gnu::always_inline]] inline Units load_units(const std::int32_t* p) {
-  return *reinterpret_cast<const Units*>(p);
-}
-[[gnu::always_inline]] inline void store_units(std::int32_t* p, Units v) {
-  *reinterpret_cast<Units*>(p) = v;
-}
-[[gnu::always_inline]] inline Vec to_float(Units v) {
-  return __builtin_convertvector((IVec)v, Vec);
-}
-
-[[gnu::always_inline]] inline Units nearest(Vec v) {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return (Units)_mm512_cvtps_epi32((__m512)v);
-#elif defined(__AVX2__)
-  return (Units)_mm256_cvtps_epi32((__m256)v);
-#elif defined(__SSE2__)
-  return (Units)_mm_cvtps_epi32((__m128)v);
-#else
-  const Vec half = v < splat(0.0f) ? splat(-0.5f) : splat(0.5f);
-  return (Units)__builtin_convertvector(v + half, IVec);
-#endif
-}
 
 // The column to the right of, or to the left of, the last or first vector of a row.
 template <class V>

@@ -1,5 +1,6 @@
 // The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
 #include "fold.hpp"
+#include "moments.hpp"
 #include "whole.hpp"
 
 namespace {
@@ -52,5 +53,7 @@ void attend(const Bank& bank, const Geometry& geometry, const Query& query, cons
 
 extern "C" const els::Kernel ELS_KERNEL;
 const els::Kernel ELS_KERNEL = {
-    ELS_KERNEL_NAME,    kLanes,         pack,           scratch_floats, attend,
-    fold_scratch_bytes, fold_normalise, fold_accumulate};
+    ELS_KERNEL_NAME, kLanes,  pack,
+    scratch_floats,  attend,  moment_scratch_floats,
+    moments,         fold_scratch_bytes, fold_normalise,
+    fold_accumulate};

@@ -11,6 +11,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -87,9 +88,36 @@ void for_each(std::size_t tasks, int threads, const Control& control,
   for (std::thread& thread : crew) thread.join();
 }
 
+// How the tiles of a query's range are cut into tasks; depends on sizes only.
+struct Tasks {
+  std::int64_t chunk = 0;  // tiles
+  int chunks = 0, parts = 1;
+
+  int count() const { return chunks * parts; }
+  Share share(std::int64_t first, std::int64_t last, int index) const {
+    const std::int64_t begin = first + index / parts * chunk;
+    return {begin, std::min(last, begin + chunk), index % parts, parts};
+  }
+};
+
+Tasks plan_tasks(const Bank& bank, const Geometry& geometry, int window, std::int64_t tiles) {
+  Tasks out;
+  out.chunk = (tiles + kMostChunks - 1) / kMostChunks;
+  if (geometry.sources == Sources::kSame) out.chunk = std::max<std::int64_t>(kLeastSame, out.chunk);
+  out.chunks = int((tiles + out.chunk - 1) / out.chunk);
+  if (geometry.sources == Sources::kEvery && !geometry.whole && out.chunks < kLeastChunks) {
+    const bool clipped = geometry.padding == Padding::kZeros;
+    const int displacements = clipped ? bank.height - 2 * (window / 2) : bank.height;
+    const int parts = (kLeastChunks + out.chunks - 1) / out.chunks;
+    out.parts = std::max(1, std::min(parts, displacements));
+  }
+  return out;
+}
+
 }  // namespace
 
 #include "fold_library.hpp"
+#include "moments_library.hpp"
 
 namespace {
 
@@ -153,8 +181,8 @@ struct Prepared {
   Query query;
   Buffer<float> scaled;
   Buffer<double> energy;
-  std::int64_t chunk, first, last;  // tiles
-  int chunks, parts;                // tasks are chunks × parts
+  std::int64_t first, last;  // tiles
+  Tasks tasks;
   std::size_t slot;  // of its first partial result
 };
 
@@ -162,7 +190,7 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
                  std::int64_t b) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   const double a = call.a[b], s = call.s[b];
-  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), 0, 0, 0, 0, 1, 0};
+  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), 0, 0, {}, 0};
   std::vector<double> squares(pixels, 0.0);
   for (std::size_t v = 0; v < values; ++v) {
     const double q = double(call.x[b * values + v]) - a * call.centre[v / pixels];
@@ -175,16 +203,7 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   out.query = {out.scaled.get(), float(-(a / s) * (a / s) * kLog2E / 2.0), window, lo, hi};
   out.first = lo / lanes;
   out.last = (hi + lanes - 1) / lanes;
-  const std::int64_t tiles = out.last - out.first;
-  out.chunk = (tiles + kMostChunks - 1) / kMostChunks;
-  if (geometry.sources == Sources::kSame) out.chunk = std::max<std::int64_t>(kLeastSame, out.chunk);
-  out.chunks = int((tiles + out.chunk - 1) / out.chunk);
-  if (geometry.sources == Sources::kEvery && !geometry.whole && out.chunks < kLeastChunks) {
-    const bool clipped = geometry.padding == Padding::kZeros;
-    const int displacements = clipped ? bank.height - 2 * (window / 2) : bank.height;
-    const int parts = (kLeastChunks + out.chunks - 1) / out.chunks;
-    out.parts = std::max(1, std::min(parts, displacements));
-  }
+  out.tasks = plan_tasks(bank, geometry, window, out.last - out.first);
   return out;
 }
 
@@ -193,7 +212,7 @@ void merge(const ElsCall& call, const Bank& bank, const Prepared& image, std::in
            const Partial* parts, std::size_t u) {
   const std::size_t pixels = bank.pixels();
   float peak = parts[0].peak[u];
-  const int tasks = image.chunks * image.parts;
+  const int tasks = image.tasks.count();
   for (int i = 1; i < tasks; ++i) peak = std::max(peak, parts[i].peak[u]);
   double weight = 0.0;
   double responses[16] = {};
@@ -241,14 +260,14 @@ void attend(const ElsCall& call, const Kernel& kernel) {
     while (end < call.batch && (images.empty() || slots * partial_bytes < kPartialBytes)) {
       images.push_back(prepare(call, bank, geometry, kernel.lanes, end++));
       images.back().slot = slots;
-      const int count = images.back().chunks * images.back().parts;
+      const int count = images.back().tasks.count();
       slots += count;
       for (int i = 0; i < count; ++i)
         tasks.push_back({std::int64_t(images.size()) - 1, i});
     }
     auto first_tile = [&](const Task& task) {
       const Prepared& image = images[task.image];
-      return image.first + task.index / image.parts * image.chunk;
+      return image.tasks.share(image.first, image.last, task.index).first;
     };
     std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& left, const Task& right) {
       return first_tile(left) < first_tile(right);
@@ -260,9 +279,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
       partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
     for_each(tasks.size(), threads, *call.control, [&](int worker, std::size_t i) {
       const Prepared& image = images[tasks[i].image];
-      const std::int64_t first = first_tile(tasks[i]);
-      const Share share = {first, std::min(image.last, first + image.chunk),
-                           tasks[i].index % image.parts, image.parts};
+      const Share share = image.tasks.share(image.first, image.last, tasks[i].index);
       kernel.attend(bank, geometry, image.query, share, *call.control, scratch[worker].get(),
                     partials[image.slot + tasks[i].index]);
     });
@@ -299,6 +316,16 @@ void els_pack(std::int32_t index, const float* images, const double* centre, std
 std::int32_t els_attend(const ElsCall* call) {
   try {
     attend(*call, *kernels()[call->kernel]);
+    return is_stopped(*call->control) ? 2 : 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The same for a pass of moments.
+std::int32_t els_moments(const ElsMomentsCall* call) {
+  try {
+    moments(*call, *kernels()[call->kernel]);
     return is_stopped(*call->control) ? 2 : 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -55,6 +55,9 @@ struct Control {
   std::int64_t progress;   // grows while the call computes
 };
 
+enum class MomentPass : std::int32_t;
+struct MomentQuery;
+struct MomentSums;
 struct FoldCell;
 struct FoldUnit;
 struct FoldSums;
@@ -68,6 +71,10 @@ struct Kernel {
   // Partial result of one query for a share of the bank; incomplete if the control is stopped.
   void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
                  float* scratch, Partial out);
+  // A pass for moments: see moments_problem.hpp.
+  std::size_t (*moment_scratch_floats)(const Bank&, int window);
+  void (*moments)(const Bank&, const Geometry&, MomentPass, const MomentQuery&, const Share&,
+                  Control&, float* scratch, MomentSums out);
   // A fold: see fold_problem.hpp. Both add the sources of a unit to what is there.
   std::size_t (*fold_scratch_bytes)(const FoldCell&);
   void (*fold_normalise)(const FoldCell&, const FoldUnit&, Control&, char* scratch, FoldSums);

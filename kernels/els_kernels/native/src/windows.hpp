@@ -150,18 +150,17 @@ inline void key_bias(const Bank& bank, const Geometry& geometry, const Query& qu
 }
 
 // Displacements dx … dx + streams - 1 of the interior of a zero-padded axis.
-inline Columns inner_columns(const Bank& bank, int r, int dx, int streams, const Scratch& scratch) {
+inline Columns inner_columns(const Bank& bank, int r, int dx, int streams) {
   const int low = most(r, r - (dx + streams - 1)), high = least(bank.width - r, bank.width - r - dx);
   const Columns::Run all = {low - r, low - r + dx, high - low + 2 * r, true};
   const Columns::Run places = {low, low + dx, high - low, true};
-  return {low - r, high - low + 2 * r, 0, r, false, {all}, {places}, 1, 1, scratch.bias, 0};
+  return {low - r, high - low + 2 * r, 0, r, false, {all}, {places}, 1, 1, nullptr, 0};
 }
 
 // The same on the torus, where keys wrap once; with valid padding border columns are not sources.
-inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool valid,
-                             const Scratch& scratch) {
+inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool valid) {
   const int width = bank.width, turn = width - dx;
-  Columns columns = {0, width, 0, r, true, {}, {}, 2, 2, scratch.bias, 0};
+  Columns columns = {0, width, 0, r, true, {}, {}, 2, 2, nullptr, 0};
   columns.products[0] = {0, dx, turn, true};
   columns.products[1] = {turn, 0, dx, false};
   if (!valid) {
@@ -177,37 +176,51 @@ inline Columns torus_columns(const Bank& bank, int r, int dx, int streams, bool 
   return columns;
 }
 
-// All columns of one run of rows, a block of displacements at a time, unless it is stopped.
-template <int C>
-void sweep_columns(const Bank& bank, const Geometry& geometry, int r, const Block& block,
-                   const Rows& rows, const Control& control, Scratch& scratch) {
-  const std::size_t bias_row = (bank.width + 2 * kPad) * kLanes;
-  auto run = [&](int streams, Columns columns) {
-    if (is_stopped(control)) return;
-    columns.bias_row = bias_row;
-    columns.bias += kPad * kLanes;
-    sweep_block<C, false>(streams, block, rows, columns, scratch);
-  };
-  if (geometry.padding != Padding::kZeros) {
-    const bool valid = geometry.padding == Padding::kValid;
+// Call work(streams, columns, clipped) for all columns of a run of rows, a block of displacements at a
+// time; the bias of clipped columns is edge_bias.
+template <class Work>
+void for_each_columns(const Bank& bank, Padding padding, int r, Work work) {
+  if (padding != Padding::kZeros) {
+    const bool valid = padding == Padding::kValid;
     for (int dx = 0; dx < bank.width; dx += kBlock) {
       const int streams = least(kBlock, bank.width - dx);
-      run(streams, torus_columns(bank, r, dx, streams, valid, scratch));
+      work(streams, torus_columns(bank, r, dx, streams, valid), false);
     }
     return;
   }
-  Columns still = all_columns(bank, r, false);
-  still.bias = scratch.edge_bias;
-  run(1, still);
+  work(1, all_columns(bank, r, false), true);
   const int inner = bank.width - 2 * r;
   auto run_until = [&](int dx, int end) {
     for (; dx < end; dx += kBlock) {
       const int streams = least(kBlock, end - dx);
-      run(streams, inner_columns(bank, r, dx, streams, scratch));
+      work(streams, inner_columns(bank, r, dx, streams), false);
     }
   };
   run_until(1 - inner, 0);
   run_until(1, inner);
+}
+
+// Call work(rows) for every vertical displacement.
+template <class Work>
+void for_each_rows(const Bank& bank, Padding padding, int r, Work work) {
+  const int height = bank.height;
+  switch (padding) {
+    case Padding::kCircular:
+      for (int dy = 0; dy < height; ++dy) work(Rows{0, dy, height, r, false});
+      break;
+    case Padding::kValid:
+      for (int dy = 0; dy < height; ++dy)
+        work(Rows{wrap(r - dy, height), r, height - 2 * r, r, false});
+      break;
+    case Padding::kZeros:
+      work(all_rows(bank, r, false));
+      for (int dy = 1 - (height - 2 * r); dy < height - 2 * r; ++dy)
+        if (dy != 0) {
+          const int u = most(r, r - dy);
+          work(Rows{u, u + dy, height - 2 * r - (dy < 0 ? -dy : dy), r, false});
+        }
+      break;
+  }
 }
 
 // The sources of a query place are all places of each image that the padding allows.
@@ -225,27 +238,15 @@ void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
     copy_tile(bank, images, scratch.tile);
     key_bias(bank, geometry, query, images, lane_bias(tile, query), scratch);
     int index = 0;
-    auto run = [&](const Rows& rows) {
-      if (index++ % share.parts == share.part && advance(control))
-        sweep_columns<C>(bank, geometry, r, block, rows, control, scratch);
-    };
-    switch (geometry.padding) {
-      case Padding::kCircular:
-        for (int dy = 0; dy < height; ++dy) run({0, dy, height, r, false});
-        break;
-      case Padding::kValid:
-        for (int dy = 0; dy < height; ++dy)
-          run({wrap(r - dy, height), r, height - 2 * r, r, false});
-        break;
-      case Padding::kZeros:
-        run(all_rows(bank, r, false));
-        for (int dy = 1 - (height - 2 * r); dy < height - 2 * r; ++dy)
-          if (dy != 0) {
-            const int u = most(r, r - dy);
-            run({u, u + dy, height - 2 * r - (dy < 0 ? -dy : dy), r, false});
-          }
-        break;
-    }
+    for_each_rows(bank, geometry.padding, r, [&](const Rows& rows) {
+      if (index++ % share.parts != share.part || !advance(control)) return;
+      for_each_columns(bank, geometry.padding, r, [&](int streams, Columns columns, bool clipped) {
+        if (is_stopped(control)) return;
+        columns.bias_row = row;
+        columns.bias = (clipped ? scratch.edge_bias : scratch.bias) + kPad * kLanes;
+        sweep_block<C, false>(streams, block, rows, columns, scratch);
+      });
+    });
     flush(bank, scratch, out);
   }
 }

@@ -1,0 +1,378 @@
+"""ctypes binding of posterior moments: units and normalisers here, sweeps in C++.
+
+Logits are integers in units of 2^-bits of a bit, as many bits as keep the difference of any two
+logits of a patch below 2^31: sums over a window are exact, and equal patches have equal logits at
+any level. What a logit is wrong by is rounding of its products, ``Units.error``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.control import ComputationStoppedError, Control, current
+from els_kernels.geometry import Geometry, band
+from els_kernels.native.binding import (
+    _PADDING,
+    _SOURCES,
+    NO_MEMORY,
+    STOPPED,
+    Native,
+    _library,
+    run_apart,
+)
+
+_LOG2E = math.log2(math.e)
+_MOST_BITS = 20
+_HEADROOM, _DEAD, _LEAST, _SPARE = 40.0, 64.0, 127.0, 320.0
+"""Bits: that a logit may exceed a running maximum; below it from which weights do not count; below
+it at which they are 0; beside the logits that the integers have to hold."""
+_TILE = 1 << 20
+"""Numbers of bank images whose norms are computed together."""
+_STATISTICS, _SHARES, _TANGENT, _COTANGENT = range(4)
+
+
+class _Call(ctypes.Structure):
+    """``ElsMomentsCall`` of moments_library.hpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("bank", ctypes.c_void_p),
+        ("images", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("sources", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("top", ctypes.c_int32),
+        ("vectors", ctypes.c_int32),
+        ("lo", ctypes.c_int64),
+        ("hi", ctypes.c_int64),
+        ("norm", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("origin", ctypes.c_int32),
+        ("forbidden", ctypes.c_int32),
+        ("headroom", ctypes.c_int32),
+        ("dead", ctypes.c_int32),
+        ("least", ctypes.c_int32),
+        ("units", ctypes.c_void_p),
+        ("reference", ctypes.c_void_p),
+        ("final_peak", ctypes.c_void_p),
+        ("rate", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("direction", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("cotangent", ctypes.c_void_p),
+        ("peak", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("origins", ctypes.c_void_p),
+        ("control", ctypes.c_void_p),
+    )
+
+
+class Units(NamedTuple):
+    """How the logits of a query are written as integers."""
+
+    bits: int
+    product: float
+    """Units of a product of centred pixels of query and key."""
+    norm: float
+    """Units of a key's squared norm; negative."""
+    lowest: float
+    """Units that no logit is below."""
+    forbidden: float
+    """Units that are added to what is no source."""
+    error: float
+    """Bits that a logit may be wrong by."""
+
+    @property
+    def scale(self) -> float:
+        """Bits of one unit."""
+        return 2.0**-self.bits
+
+    def of(self, bits: float) -> int:
+        """Return the least number of units, at least 1, that are so many bits."""
+        return max(1, math.ceil(bits * 2.0**self.bits))
+
+
+def units(query: float, key: float, pixels: int, a: float, s: float) -> Units:
+    """Return the units in which logits of patches of these norms fit 31 bits.
+
+    Args:
+        query: largest norm of a centred patch of the query.
+        key: largest norm of a centred patch of the bank.
+        pixels: of a patch.
+        a: signal scale.
+        s: noise scale.
+    """
+    per_product = a / s / s * _LOG2E
+    per_norm = -(a / s) * (a / s) * _LOG2E / 2
+    # A logit is a product of at most 2qk bits minus k². What is no source has any such product, or
+    # with sources of the same place any logit.
+    root = math.sqrt(_LOG2E / 2)
+    q, k = query / s * root, a / s * key * root
+    lowest = -(2 * q * k + k * k)
+    forbidden = -(q * q + 4 * q * k + k * k) - _SPARE
+    spread = 1.01 * (q * q - lowest - forbidden + 2 * q * k) + _SPARE
+    bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
+    unit = 2.0**bits
+    # Products and norm are rounded to units, products to floats before.
+    rounding = pixels / 2 + 1 + 2.0**-24 * (2 * q * k + k * k) * unit
+    return Units(
+        bits,
+        per_product * unit,
+        per_norm * unit,
+        math.floor(lowest * unit - 2 * rounding) - 1.0,
+        math.floor(forbidden * unit - 2 * rounding) - 1.0,
+        rounding / unit,
+    )
+
+
+class NativeMoments:
+    """Moments of the posterior of a ``Native``, whose packed bank it shares.
+
+    One image at a time. Results have the same bits for any number of threads.
+    """
+
+    def __init__(self, native: Native) -> None:
+        self._native = native
+        self._norms: dict[tuple[int, str], float] = {}
+        self._variance: float | None = None
+
+    def query(
+        self,
+        x: Tensor,
+        a: float,
+        s: float,
+        window: int,
+        limits: tuple[int, int],
+        geometry: Geometry,
+    ) -> NativeQuery:
+        """Return the query of one image [C, H, W]; arguments are validated, and not whole."""
+        return NativeQuery(self, x, a, s, window, limits, geometry)
+
+    @property
+    def native(self) -> Native:
+        """The packed bank."""
+        return self._native
+
+    def key_norm(self, window: int, geometry: Geometry) -> float:
+        """Return a bound of the norm of a centred patch of the bank; computed once."""
+        name = (window, geometry.padding)
+        if name not in self._norms:
+            largest = 0.0
+            packed = self._native.packed
+            together = max(1, _TILE // packed[0].numel())
+            for first in range(0, len(packed), together):
+                squares = packed[first : first + together].square().sum(1)
+                largest = max(largest, _largest_window(squares.movedim(3, 1).flatten(0, 1), window))
+            # Sums of float32 numbers.
+            self._norms[name] = math.sqrt(largest * (1 + 1e-4))
+        return self._norms[name]
+
+    def variance(self) -> float:
+        """Return the mean square of a centred pixel of the bank; computed once."""
+        if self._variance is None:
+            packed = self._native.packed
+            together = max(1, _TILE // packed[0].numel())
+            total = sum(
+                float(packed[first : first + together].square().sum(dtype=torch.float64))
+                for first in range(0, len(packed), together)
+            )
+            self._variance = total / math.prod(self._native.shape)
+        return self._variance
+
+
+def _largest_window(squares: Tensor, window: int) -> float:
+    """Return the largest sum of [N, H, W] over a window, or a bound of it for clipped windows."""
+    height, width = squares.shape[1:]
+    if window > min(height, width):
+        return float(squares.sum((1, 2)).amax())
+    # A clipped window is a part of one that wraps.
+    rows, cols = (band(length, window, "circular").to(squares) for length in (height, width))
+    return float((rows @ squares @ cols).amax())
+
+
+class NativeQuery:
+    """One query image: its units, and the passes over the bank that it asks for."""
+
+    def __init__(
+        self,
+        moments: NativeMoments,
+        x: Tensor,
+        a: float,
+        s: float,
+        window: int,
+        limits: tuple[int, int],
+        geometry: Geometry,
+    ) -> None:
+        self._native, self._limits = moments.native, limits
+        self._window, self._geometry = window, geometry
+        self._jacobian_scale = a / (s * s)
+        self._centre = self._native.centre
+        query = x.double() - a * self._centre[:, None, None]
+        norm = math.sqrt(_largest_window(query.square().sum(0)[None], window))
+        key = moments.key_norm(window, geometry)
+        height, width = x.shape[1:]
+        pixels = min(window, height) * min(window, width)
+        self.units = units(norm, key, pixels, a, s)
+        self._scaled = (query * self.units.product).float().contiguous()
+        # The mean of a posterior whose prior is Gaussian: near enough to centre sums.
+        signal = a * a * moments.variance()
+        self._reference = (query * (signal / (signal + s * s) / a)).float().contiguous()
+        self.known: Tensor | None = None
+        """``evidence``, if it was computed before."""
+
+    def statistics(self, top: int, images: int, shares: bool) -> tuple[Tensor, ...]:
+        """Return the fields of ``PosteriorStatistics`` for one image."""
+        peak, sums, ranked = self._pass(_STATISTICS, top=top)
+        total, surprise = sums[0], sums[1]
+        mean = sums[2::2] / total
+        variance = (sums[3::2] / total - mean.square()).clamp_(min=0)
+        scale = self.units.scale
+        entropy = (total.log2() - surprise * scale / total).mul_(math.log(2)).clamp_(min=0)
+        sources, weights = self._ranked(*ranked, peak, total)
+        part = mean.new_zeros(images if shares else 0)
+        if shares:
+            lo, hi = self._limits
+            rate = total.reciprocal().float()
+            # What weights lack for being rounded, and not counted where they are below 2^-64.
+            part[lo:hi] = self._pass(_SHARES, peak=peak, rate=rate)[1]
+            part /= part.sum()
+        return (
+            self._pixels(mean),
+            variance.float(),
+            entropy.float(),
+            sources,
+            weights.float(),
+            part,
+        )
+
+    def jvp(self, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and J u, [C, H, W] float64."""
+        along = (tangent * self._reference).sum(0)
+        rows, cols = (band(length, self._window, self._geometry.padding) for length in along.shape)
+        peak, total, mean = self._posterior()
+        _, sums, _ = self._pass(
+            _TANGENT,
+            peak=peak,
+            mean=mean.float(),
+            direction=tangent.float(),
+            offset=(rows @ along @ cols.T).float(),
+        )
+        return self._pixels(mean).double(), sums / total * self._jacobian_scale
+
+    def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and Jᵀg, [C, H, W] float64."""
+        peak, total, mean = self._posterior()
+        _, sums, _ = self._pass(
+            _COTANGENT, peak=peak, mean=mean.float(), cotangent=(cotangent / total).float()
+        )
+        # Scalars of a place add up to 0, but for rounding: keys may be measured from anywhere.
+        product = sums[1:] - self._reference * sums[0]
+        return self._pixels(mean).double(), product * self._jacobian_scale
+
+    def evidence(self) -> Tensor:
+        """Return what the first pass finds, [2 + C, H, W] float64: see ``_posterior``."""
+        peak, total, mean = self._posterior()
+        return torch.cat([peak.double()[None], total[None], mean])
+
+    def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return peaks, sums of weights, and means measured from the reference."""
+        if self.known is not None:
+            return self.known[0].to(torch.int32), self.known[1], self.known[2:]
+        peak, sums, _ = self._pass(_STATISTICS)
+        return peak, sums[0], sums[2::2] / sums[0]
+
+    def _pixels(self, mean: Tensor) -> Tensor:
+        return (mean + self._reference + self._centre.float()[:, None, None]).float()
+
+    def _ranked(
+        self, logits: Tensor, origins: Tensor, peak: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return sources [H, W, top, 3] and their weights [H, W, top] float64."""
+        missing = logits < 0
+        weights = ((logits.double() - peak[..., None]) * self.units.scale).exp2_()
+        weights = (weights / total[..., None]).masked_fill_(missing, 0)
+        image, place = origins.unbind(-1)
+        width = logits.shape[1]
+        row = place.div(width, rounding_mode="floor").masked_fill_(missing, -1)
+        col = place.remainder(width).masked_fill_(missing, -1)
+        return torch.stack([image, row, col], -1), weights.clamp_(max=1)
+
+    def _pass(
+        self,
+        kind: int,
+        *,
+        top: int = 0,
+        peak: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Return peaks [H, W], sums (see ``MomentSums``), logits and origins of listed sources.
+
+        Args:
+            kind: of pass.
+            top: number of sources.
+            peak: of the first pass, for a second one.
+            inputs: fields of ``MomentQuery``, float32.
+        """
+        channels, height, width = self._scaled.shape
+        lo, hi = self._limits
+        units = self.units
+        with torch.device("cpu"):
+            peaks = torch.zeros(height, width, dtype=torch.int32) if peak is None else peak
+            vectors = (2 + 2 * channels, 0, channels, 1 + channels)[kind]
+            shape = (hi - lo,) if kind == _SHARES else (vectors, height, width)
+            sums = torch.empty(shape, dtype=torch.float64)
+            logits = torch.empty(height, width, top, dtype=torch.int32)
+            origins = torch.empty(height, width, top, 2, dtype=torch.int64)
+        control = current() or Control()
+        inputs = {name: value.contiguous() for name, value in inputs.items()}
+        call = _Call(
+            kernel=self._native.kernel,
+            threads=torch.get_num_threads(),
+            bank=self._native.packed.data_ptr(),
+            images=self._native.shape[0],
+            channels=channels,
+            height=height,
+            width=width,
+            sources=_SOURCES[self._geometry.sources],
+            padding=_PADDING[self._geometry.padding],
+            kind=kind,
+            window=self._window,
+            top=top,
+            vectors=vectors,
+            lo=lo,
+            hi=hi,
+            norm=units.norm,
+            scale=units.scale,
+            origin=int(-units.lowest),
+            forbidden=int(units.forbidden - units.lowest),
+            headroom=units.of(_HEADROOM) - 1,
+            dead=-units.of(_DEAD),
+            least=-max(1, math.floor(_LEAST * 2.0**units.bits)),
+            units=self._scaled.data_ptr(),
+            reference=self._reference.data_ptr(),
+            final_peak=peaks.data_ptr(),
+            peak=peaks.data_ptr(),
+            sums=sums.data_ptr(),
+            logits=logits.data_ptr(),
+            origins=origins.data_ptr(),
+            control=control.address,
+            **{name: value.data_ptr() for name, value in inputs.items()},
+        )
+        alive = (self, peaks, sums, logits, origins, inputs)
+        status = run_apart(_library().els_moments, call, control, alive)
+        if status == STOPPED:
+            raise ComputationStoppedError("native: stopped between two tiles")
+        if status == NO_MEMORY:
+            raise MemoryError("native: no memory for the partial results of a query")
+        return peaks, sums, (logits, origins)
