@@ -14,6 +14,8 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message_factory import GetMessageClass
 from tests.golden.make_contract import CONTRACT
+from tests.kernels.cases import Case
+from tests.kernels.moment_budgets import Budgets, budgets
 from tests.support import onnx_models
 from tests.support.models_folder import (
     DOCUMENTS,
@@ -27,7 +29,7 @@ from tests.support.processes import ServerProcess, serving
 from tests.support.twin import Twin
 
 from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError
-from els_kernels import GEOMETRIES
+from els_kernels import GEOMETRIES, PatchAttention, PatchMoments
 from els_kernels.reference_statistics import ReferencePosterior
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -48,16 +50,30 @@ def images(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).normal(size=(3, *SHAPE)).astype(np.float32)
 
 
-def references(models: Path, name: str, x: np.ndarray[Any, Any]) -> list[ReferencePosterior]:
+def references(
+    models: Path, name: str, x: np.ndarray[Any, Any]
+) -> list[tuple[ReferencePosterior, Budgets]]:
+    """Return the specification of each image, and how far an explanation may lie from it."""
     denoiser = ModelRepository(models).load(name)
     assert isinstance(denoiser, AnalyticDenoiser)
     info, pixels = denoiser.info, tiny_bank().pixels()
     windows = [1] * 3 if info.window is None else info.window.at(np.array(SIGMA)).tolist()
     geometry = GEOMETRIES[info.machine, info.padding]
-    return [
-        ReferencePosterior(torch.from_numpy(image), pixels[lo:hi], 1.0, sigma, k, geometry)
-        for image, (lo, hi), sigma, k in zip(x, RANGES, SIGMA, windows, strict=True)
-    ]
+    found = []
+    for image, limits, sigma, k in zip(torch.from_numpy(x), RANGES, SIGMA, windows, strict=True):
+        bank = pixels[slice(*limits)]
+        reference = ReferencePosterior(image, bank, 1.0, sigma, k, geometry)
+        window = None if geometry.whole else torch.tensor([k])
+        level = torch.ones(1, dtype=torch.float64), torch.tensor([sigma], dtype=torch.float64)
+        case = Case(geometry, bank, image[None], *level, window, torch.tensor([[0, len(bank)]]))
+        moments = PatchMoments(PatchAttention(bank), bank)
+        found.append((reference, budgets(moments, case, 0, reference)))
+    return found
+
+
+def within(got: np.ndarray[Any, Any], want: torch.Tensor, slack: torch.Tensor | float) -> None:
+    # Answers are float32.
+    assert ((torch.as_tensor(got) - want).abs() <= slack + 1e-7 * want.abs()).all()
 
 
 @pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
@@ -76,23 +92,23 @@ async def test_an_explanation_is_that_of_brute_force(twin: Twin, models: Path, m
     assert found.shares.sum(1) + found.dropped_share == pytest.approx(np.ones(3), abs=1e-6)
     assert found.bank_fingerprint == tiny_bank().fingerprint
     assert found.label_names == ("dot", "dash", "gap")
-    for b, reference in enumerate(references(models, model, x)):
+    for b, (reference, slack) in enumerate(references(models, model, x)):
         lo, hi = RANGES[b]
         weights = reference.log_weights().exp()
-        assert np.abs(found.denoised[b] - reference.mean().numpy()).max() <= 1e-6
-        assert np.abs(found.variance[b] - reference.variance().numpy()).max() <= 1e-6
-        entropy = reference.entropy().numpy()
-        assert np.abs(found.entropy[b] - entropy).max() <= 1e-5
-        assert found.effective_sources[b] == pytest.approx(np.exp(entropy), rel=1e-4)
-        assert found.shares[b, lo:hi] == pytest.approx(reference.shares().numpy(), abs=1e-6)
+        within(found.denoised[b], reference.mean(), slack.mean)
+        within(found.variance[b], reference.variance(), slack.variance)
+        within(found.entropy[b], reference.entropy(), slack.entropy)
+        assert found.effective_sources[b] == pytest.approx(np.exp(found.entropy[b]), rel=1e-6)
+        within(found.shares[b, lo:hi], reference.shares(), slack.shares)
         listed = found.sources[b].reshape(-1, 5, 3)
         for u, own in enumerate(found.weights[b].reshape(-1, 5)):
-            best = weights[u].flatten().sort(descending=True).values[:5].numpy()
-            assert own[: len(best)] == pytest.approx(best, abs=1e-6)
+            best, places = weights[u].flatten().topk(min(5, weights[u].numel()))
+            # Weights that are equal but for errors may be ranked in any order.
+            within(own[: len(best)], best, 2 * slack.weights[u].flatten()[places].amax())
             for (image, row, col), weight in zip(listed[u].tolist(), own, strict=True):
                 if image >= 0:
-                    want = float(weights[u, image - lo, row * SHAPE[2] + col])
-                    assert weight == pytest.approx(want, abs=1e-6)
+                    place = u, image - lo, row * SHAPE[2] + col
+                    within(weight, weights[place], slack.weights[place])
                     assert found.labels[image] == tiny_bank().labels[image]
 
 
@@ -163,7 +179,7 @@ def test_products_are_automatic_differentiation_of_brute_force(
     x, g = images(1), images(2)
     _, pulled = client.vjp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
     _, pushed = client.jvp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
-    for b, reference in enumerate(references(models, model, x)):
+    for b, (reference, _) in enumerate(references(models, model, x)):
         along = torch.from_numpy(g[b])
         for got, want in ((pulled, reference.vjp(along)), (pushed, reference.jvp(along))):
             assert np.abs(got[b] - want.numpy()).max() <= 1e-4 * float(want.abs().max()) + 1e-9
@@ -214,8 +230,8 @@ def test_a_variance_comes_with_the_bits_of_a_plain_answer(
     assert answer.log_evidence == plain.log_evidence
     assert list(answer.variance.shape) == [3, *SHAPE]
     variance = np.frombuffer(answer.variance.data, "<f4").reshape(3, *SHAPE)
-    for got, reference in zip(variance, references(models, model, x), strict=True):
-        assert np.abs(got - reference.variance().numpy()).max() <= 1e-6
+    for got, (reference, slack) in zip(variance, references(models, model, x), strict=True):
+        within(got, reference.variance(), slack.variance)
     (streamed,) = stub.DenoiseStream(iter([request]), timeout=30)
     assert streamed.response == answer
 

@@ -44,6 +44,8 @@ def _ints(description: str, low: int, high: int, lengths: range) -> _Check:
 
 
 _FLAG: _Check = ("true or false", lambda value: isinstance(value, bool))
+_DATA = {"fingerprint": str, "images": int, "source": str, "licence": str}
+"""Keys of ``data``, which are fields of ``BankInfo``."""
 _CHECKS: dict[str, _Check] = {
     "architecture": _one_of(*ARCHITECTURES),
     "shape": _ints("[C, H, W], each from 1 to 4096", 1, 4096, range(3, 4)),
@@ -182,7 +184,7 @@ def describe_network(document: NetworkDocument) -> dict[str, Any]:
             if part is document.config or value != field.default:
                 described[field.name] = list(value) if isinstance(value, tuple) else value
     if document.data is not None:
-        described["data"] = dataclasses.asdict(document.data)
+        described["data"] = {name: getattr(document.data, name) for name in _DATA}
     return described
 
 
@@ -222,10 +224,9 @@ def _check_architecture(config: NetworkConfig) -> None:
 
 
 def _data(value: Any) -> BankInfo:
-    kinds = {field.name: str for field in dataclasses.fields(BankInfo)} | {"images": int}
-    if not isinstance(value, Mapping) or set(value) != set(kinds):
-        raise InvalidArgumentError("data", f"a mapping of {', '.join(kinds)}", value)
-    for name, kind in kinds.items():
+    if not isinstance(value, Mapping) or set(value) != set(_DATA):
+        raise InvalidArgumentError("data", f"a mapping of {', '.join(_DATA)}", value)
+    for name, kind in _DATA.items():
         if not isinstance(value[name], kind):
             raise InvalidArgumentError(f"data.{name}", kind.__name__, value[name])
         if kind is str and not value[name].isprintable():
