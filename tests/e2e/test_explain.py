@@ -73,7 +73,7 @@ def references(
 
 def within(got: np.ndarray[Any, Any], want: torch.Tensor, slack: torch.Tensor | float) -> None:
     # Answers are float32.
-    assert ((torch.as_tensor(got) - want).abs() <= slack + 1e-7 * want.abs()).all()
+    assert ((torch.tensor(got) - want).abs() <= slack + 1e-7 * want.abs()).all()
 
 
 @pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
