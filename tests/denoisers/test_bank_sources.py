@@ -240,7 +240,7 @@ class TestFolder:
         Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "high.png")
         # The filter reaches a little over the cut.
         assert read_source(tmp_path, resize=(4, 4), crop=True).images.min() > 150
-        assert read_source(tmp_path, resize=(4, 4)).images.min() == 0
+        assert read_source(tmp_path, resize=(4, 4)).images.min() < 50
         with pytest.raises(InvalidArgumentError, match="crop: expected a size to resize to"):
             read_source(tmp_path, crop=True)
 
