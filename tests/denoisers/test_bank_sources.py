@@ -17,7 +17,7 @@ from PIL import Image
 
 from els_service.denoisers.bank_sources import CIFAR10_NAMES, read_source
 from els_service.denoisers.banks import Bank
-from els_service.errors import LoadError
+from els_service.errors import InvalidArgumentError, LoadError
 
 GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
 COLOUR = np.arange(6 * 4 * 5 * 3, dtype=np.uint16).astype(np.uint8).reshape(6, 4, 5, 3)
@@ -243,6 +243,19 @@ class TestFolder:
         with pytest.raises(LoadError, match=r"other\.png: .*\(4, 5, 3\)"):
             read_source(folder)
 
+    def test_cropped_pictures_keep_their_proportions_as_the_client_s_do(
+        self, tmp_path: Path
+    ) -> None:
+        wide = np.zeros((8, 16, 3), np.uint8)
+        wide[:, 4:12] = 200
+        Image.fromarray(wide).save(tmp_path / "wide.png")
+        Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "high.png")
+        # The filter reaches a little over the cut.
+        assert read_source(tmp_path, resize=(4, 4), crop=True).images.min() > 150
+        assert read_source(tmp_path, resize=(4, 4)).images.min() < 50
+        with pytest.raises(InvalidArgumentError, match="crop: expected a size to resize to"):
+            read_source(tmp_path, crop=True)
+
     def test_pictures_of_other_sizes_can_be_resized(self, folder: Path) -> None:
         save_picture(folder / "coat" / "other.png", COLOUR[0, :3])
         assert read_source(folder, resize=(8, 6)).images.shape == (7, 3, 8, 6)
@@ -356,7 +369,7 @@ class TestNpz:
     @pytest.mark.parametrize(
         ("arrays", "message"),
         [
-            ({"pictures": GREY}, "cannot be read: 'images"),
+            ({"pictures": GREY}, "expected an array 'images', got pictures"),
             ({"images": GREY.astype(np.int64)}, "expected uint8 or floats, got int64"),
             ({"images": GREY.astype(np.float32)}, "expected floats from -1 to 1"),
             ({"images": np.full((1, 2, 2), np.nan)}, "expected floats from -1 to 1"),

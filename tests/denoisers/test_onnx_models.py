@@ -399,6 +399,14 @@ def test_an_export_of_a_flow_answers_with_the_end_of_its_straight_path(
         ({"as": "sigma", "betas": "linear"}, "level.betas: expected none for level.as sigma"),
         ({"as": "flow", "beta_start": 0.1}, "level.beta_start: expected none for level.as flow"),
         ({"as": "timestep", "betas": "linear", "shift": 2.0}, "level.shift: expected none"),
+        (
+            {"as": "timestep", "betas": "linear", "beta_start": 0.02, "beta_end": 0.0001},
+            "level.beta_end: expected at least 0.02, the beta_start, got 0.0001",
+        ),
+        (
+            {"as": "timestep", "betas": [0.1, 0.2], "beta_end": 0.2},
+            "level.beta_end: expected none beside the numbers of level.betas",
+        ),
     ],
 )
 def test_a_level_whose_fields_do_not_fit_is_refused_by_field(

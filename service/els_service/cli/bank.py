@@ -50,6 +50,9 @@ def build(
     resize: Annotated[
         str | None, typer.Option(help="Resize every image to HxW pixels, or N for NxN.")
     ] = None,
+    crop: Annotated[
+        bool, typer.Option(help="Keep proportions: cut about the centre before --resize.")
+    ] = False,
     source_name: Annotated[
         str | None, typer.Option(help="Origin of the images. [default: name of SOURCE]")
     ] = None,
@@ -75,6 +78,7 @@ def build(
             limit=limit,
             per_label=per_label,
             resize=None if resize is None else _parse_size(resize),
+            crop=crop,
             skipped=(lambda error: skipped.append(str(error))) if skip_unreadable else None,
             progress=lambda done, total: progress(done, total, f"{done} of {total} images"),
         )

@@ -31,6 +31,7 @@ CIFAR10_NAMES = (
 MAX_SIDE = 4096
 """Largest side in pixels of the ``resize`` argument."""
 
+_SHOWN_NAMES = 8
 _LARGEST_JSON = 1 << 24
 """Largest size of a labels file in bytes; that of CIFAR-10 has 150 KB."""
 _MAGIC = {GZIP: "idx", IDX: "idx", b"PK\x03\x04": "npz"}
@@ -79,6 +80,7 @@ def read_source(
     limit: int | None = None,
     per_label: int | None = None,
     resize: tuple[int, int] | None = None,
+    crop: bool = False,
     skipped: Callable[[LoadError], None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bank:
@@ -93,6 +95,8 @@ def read_source(
         limit: maximum number of images, the first in file order after ``per_label``.
         per_label: maximum number of images of each label, the first in file order.
         resize: (H, W) of the images of the bank; bilinear, ignores the aspect ratio.
+        crop: cut images about their centre to the aspect ratio of ``resize`` first, as the client
+            does.
         skipped: callback for each unreadable picture of a folder, which is replaced by the next
             one; None means that the first unreadable picture raises LoadError.
         progress: callback with the number of images done, and the maximum number to do.
@@ -107,6 +111,8 @@ def read_source(
             raise InvalidArgumentError(field, "at least 1", value)
     if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
         raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
+    if crop and resize is None:
+        raise InvalidArgumentError("crop", "a size to resize to", "none")
     source = _open(path, format, labels)
     if skipped is not None and source.images is not None:
         raise InvalidArgumentError("skip_unreadable", "a folder of pictures", path)
@@ -114,7 +120,8 @@ def read_source(
         raise LoadError(path, "holds no images")
     names = _names(source, label_names)
     chosen = _Choice(source.labels, source.count, limit, per_label)
-    images, kept = _decode(source, chosen, resize, skipped or _refuse, progress)
+    size = None if resize is None else _Size(resize, crop)
+    images, kept = _decode(source, chosen, size, skipped or _refuse, progress)
     if not images.size:
         raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
     images = images.transpose(0, 3, 1, 2)
@@ -208,13 +215,13 @@ class _Choice:
 def _decode(
     source: _Source,
     choice: _Choice,
-    size: tuple[int, int] | None,
+    size: _Size | None,
     skipped: Callable[[LoadError], None],
     progress: Callable[[int, int], None],
 ) -> tuple[NDArray[Any], list[int]]:
     """Return the selected images, [N, H, W, C], and their indices."""
     kept: list[int] = []
-    if source.images is not None and size in (None, source.images.shape[1:3]):
+    if source.images is not None and (size is None or size.sides == source.images.shape[1:3]):
         for index in choice.indices(kept):
             kept.append(index)
         return source.images if len(kept) == source.count else source.images[kept], kept
@@ -237,12 +244,31 @@ def _decode(
     return images[: len(kept)], kept
 
 
-def _resized(image: NDArray[Any], size: tuple[int, int] | None) -> NDArray[Any]:
-    if size is None or image.shape[:2] == size:
+@dataclass(frozen=True)
+class _Size:
+    """Height and width to resize to, and whether to cut to their proportions first."""
+
+    sides: tuple[int, int]
+    crop: bool
+
+    def box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Return the part of an image to keep: left, top, right, bottom."""
+        if not self.crop:
+            return 0, 0, width, height
+        scale = min(height / self.sides[0], width / self.sides[1])
+        top, left = (
+            (side - scale * new) / 2 for side, new in zip((height, width), self.sides, strict=True)
+        )
+        return left, top, width - left, height - top
+
+
+def _resized(image: NDArray[Any], size: _Size | None) -> NDArray[Any]:
+    if size is None or image.shape[:2] == size.sides:
         return image
-    height, width = size
+    height, width = size.sides
+    box = size.box(*image.shape[:2])
     channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR, box))
         for channel in np.moveaxis(image, -1, 0)
     ]
     # Still within [−1, 1]: Pillow accumulates in float64 and rounds to float32 once.
@@ -301,7 +327,8 @@ def _read_npz(path: Path) -> _Source:
     """Read arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
     with refusing(path), opened_npz(path) as archive:
         if "images" not in archive.names:
-            raise LoadError(path, "cannot be read: 'images' is missing")
+            names = ", ".join(sorted(archive.names)[:_SHOWN_NAMES]) or "none"
+            raise LoadError(path, f"expected an array 'images', got {names:.200}")
         _check_images_header(path, *archive.header("images"))
         images = archive.read("images")
         labels = None
@@ -311,7 +338,8 @@ def _read_npz(path: Path) -> _Source:
     if images.dtype != np.uint8:
         # Negated, so that NaN is rejected too.
         if images.size and not (images.min() >= -1 and images.max() <= 1):
-            raise LoadError(path, "images: expected floats from -1 to 1, got others")
+            got = f"{images.min():.4g} to {images.max():.4g}"
+            raise LoadError(path, f"images: expected floats from -1 to 1, got {got}")
         images = images.astype(np.float32, copy=False)
     return _Source(path, images if images.ndim == 4 else images[..., None], labels=labels)
 

@@ -97,7 +97,13 @@ class OnnxLevelSpec(_Spec):
         betas = self.betas
         if isinstance(betas, str):
             start, end = self.beta_start or 1e-4, self.beta_end or 0.02
+            if start > end:
+                expected = f"at least {start:g}, the beta_start"
+                raise ValueError(f"level.beta_end: expected {expected}, got {end:g}")
             betas = betas_of(betas, self.timesteps or 1000, start, end)
+        elif self.beta_start is not None or self.beta_end is not None:
+            name = "beta_end" if self.beta_start is None else "beta_start"
+            raise ValueError(f"level.{name}: expected none beside the numbers of level.betas")
         elif self.timesteps not in (None, len(betas)):
             raise ValueError(f"level.timesteps: expected {len(betas)}, as many as level.betas")
         try:
