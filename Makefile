@@ -142,7 +142,7 @@ $(TYPESCRIPT)/node_modules/.installed: $(TYPESCRIPT)/package-lock.json
 # What tests use where it is installed; without one of them they are skipped.
 test-tools: $(DEPLOY)/.installed prometheus compilers client-environments typescript $(TERRAIN)
 
-# The oldest and the newest packages that the client may be installed with: 15 s each.
+# The oldest and the newest packages that the client may be installed with.
 CLIENTS := .venv-client-oldest .venv-client-newest
 
 .PHONY: client-environments
@@ -152,7 +152,7 @@ client-environments: $(CLIENTS:=/.installed)
 .venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py
 	$(PYTHON) -m venv --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements $* > $(@D)/requirements.txt
-	$(@D)/bin/pip install --quiet --requirement $(@D)/requirements.txt
+	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
 	touch $@
 
 # k-diffusion beside the client, as its users install both: gigabytes, as it brings torch.
