@@ -18,7 +18,7 @@ from els_service.server.requests.conditioning import decode_conditions, decode_g
 
 DEFAULT_SOURCES = 8
 MAX_SHARES = 1 << 16
-"""Most bank images whose shares an answer names."""
+"""Maximum bank images in a response, by share."""
 
 ProductRequest = pb.VjpRequest | pb.JvpRequest
 
@@ -40,7 +40,7 @@ def read_product(
         limits: of requests.
 
     Raises:
-        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
+        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
     """
     x = request.x
     shape = tensors.decode_shape(x, len(x.data), "x", limits)
@@ -70,7 +70,7 @@ def read_explain(
     """Return the query and the number of sources of each pixel.
 
     Raises:
-        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
+        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
     """
     if not 0 <= request.top <= MAX_SOURCES:
         raise InvalidArgumentError("top", f"1 to {MAX_SOURCES}, or 0", request.top)
