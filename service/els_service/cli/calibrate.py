@@ -107,16 +107,17 @@ def calibrate(
     )
     torch_device = prepare_device(device, threads)
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)
-    written, table = calibrate_folder(
-        trained,
-        images,
-        settings,
-        out,
-        bank_file=bank,
-        device=torch_device,
-        command=command_line(context),
-        progress=Progress("calibrate"),
-    )
+    with Progress("calibrate") as progress:
+        written, table = calibrate_folder(
+            trained,
+            images,
+            settings,
+            out,
+            bank_file=bank,
+            device=torch_device,
+            command=command_line(context),
+            progress=progress,
+        )
     print(f"windows {' '.join(map(str, table.k))}\nwritten: {written}")
     if find_windows(trained).source != f"{written.resolve().name}/{WINDOWS_FILE}":
         print(f"for a comparison with these windows: --windows {written}")

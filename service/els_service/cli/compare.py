@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,14 +125,15 @@ def compare(
     table = find_windows(trained, windows)
     info = trained.denoiser.info
     built = build_machines(names, images, info, windows=table.table, device=torch_device)
-    record = run_comparison(
-        Subjects(network=trained, bank=images, windows=table, machines=built),
-        settings,
-        out,
-        figure=figure,
-        command=command_line(context),
-        reporter=Progress,
-    )
+    with ExitStack() as bars:
+        record = run_comparison(
+            Subjects(network=trained, bank=images, windows=table, machines=built),
+            settings,
+            out,
+            figure=figure,
+            command=command_line(context),
+            reporter=lambda title: bars.enter_context(Progress(title)),
+        )
     for line in lines(record):
         print(line)
     print(f"written: {out}")

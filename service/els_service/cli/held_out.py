@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,19 +114,22 @@ def _choose(
     whole = load_bank(model / spec.bank)
     bank = _part(whole, images or affordable(whole, geometry, how, windows), images is None)
     progress: dict[str, Progress] = {}
+    with ExitStack() as bars:
 
-    def report(name: str, done: int, total: int) -> None:
-        progress.setdefault(name, Progress(name))(done, total)
+        def report(name: str, done: int, total: int) -> None:
+            if name not in progress:
+                progress[name] = bars.enter_context(Progress(name))
+            progress[name](done, total)
 
-    chosen = choose_windows(
-        bank,
-        geometry,
-        how=how,
-        windows=windows,
-        also=default_windows().clipped(max_window(geometry, *bank.shape[1:])),
-        device=device,
-        report=report,
-    )
+        chosen = choose_windows(
+            bank,
+            geometry,
+            how=how,
+            windows=windows,
+            also=default_windows().clipped(max_window(geometry, *bank.shape[1:])),
+            device=device,
+            report=report,
+        )
     if write:
         table = chosen.table
         set_key(path, "window", {"sigma": list(table.sigma), "k": list(table.k)})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-_WIDTH = 12
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Progress of a long run; as a context manager it ends an unfinished bar with a newline.
+    """Progress of a long run; a context manager, which ends an unfinished bar.
 
     Args:
         title: name of the work.
@@ -34,28 +35,28 @@ class Progress:
         self._first_at = clock()
         self._first: int | None = None
         self._next = self._quiet_until = self._first_at + quiet_s
-        self._terminal = sys.stderr.isatty()
-        self._unfinished = False
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` steps are complete, with a note."""
+        if self._bar.console.is_terminal:
+            self._draw(done, total, note)
+            return
         now = self._clock()
         if self._first is None:
             # Steps of an earlier run do not count for the speed of this one.
             self._first, self._first_at = done, now
-        due = now >= self._next or (done == total and now >= self._quiet_until)
-        if not (self._terminal or due):
-            return
-        self._next = now + self._every_s
-        filled = _WIDTH * done // total
-        bar = "█" * filled + "·" * (_WIDTH - filled)
-        text = f"{self._title:<12} {bar} {100 * done // total:3d}%  {note}"
-        text = f"{text}  {self._left(done, total, now)}"
-        self._unfinished = self._terminal and done < total
-        end = "\r" if self._unfinished else "\n"
-        # A wrapped line could not be overwritten.
-        width = shutil.get_terminal_size().columns - 1 if self._terminal else None
-        print(f"{text:<78}"[:width], end=end, file=sys.stderr, flush=True)
+        if now >= self._next or (done == total and now >= self._quiet_until):
+            self._next = now + self._every_s
+            text = f"{self._title:<12} {100 * done // total:3d}%  {note}"
+            print(f"{text}  {self._left(done, total, now)}".rstrip(), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -66,8 +67,17 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._unfinished:
-            print(file=sys.stderr)
+        if self._bar.live.is_started:  # otherwise rich prints an empty line
+            self._bar.stop()
+
+    def _draw(self, done: int, total: int, note: str) -> None:
+        if not self._bar.tasks:
+            self._bar.add_task(self._title, completed=done, total=total, note=note)
+            self._bar.start()
+        (task,) = self._bar.task_ids
+        self._bar.update(task, completed=done, total=total, note=note)
+        if done >= total:
+            self._bar.stop()
 
     def _left(self, done: int, total: int, now: float) -> str:
         if self._first is None or done <= self._first or done == total:

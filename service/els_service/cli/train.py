@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -227,25 +228,27 @@ def train(
         channels_last=channels_last,
         compile=compile,
     )
-    outcome = run_training(
-        settings,
-        bank,
-        out,
-        device=torch_device,
-        limits=limits,
-        command=command_line(context),
-        storage=_STORAGE[store],
-        report=_reporter(),
-    )
+    with _reporting() as report:
+        outcome = run_training(
+            settings,
+            bank,
+            out,
+            device=torch_device,
+            limits=limits,
+            command=command_line(context),
+            storage=_STORAGE[store],
+            report=report,
+        )
     state = "finished" if outcome.finished else "paused: the same command resumes it"
     print(f"step {outcome.step} of {outcome.steps}, loss {outcome.loss:.4g}: {state}")
 
 
-def _reporter() -> Callable[[Row, int], None]:
-    progress = Progress("train", every_s=0.0)  # --log-steps sets how often rows come
-    return lambda row, steps: progress(
-        row.step, steps, f"step {row.step}/{steps}  loss {row.loss:.4f}"
-    )
+@contextmanager
+def _reporting() -> Iterator[Callable[[Row, int], None]]:
+    with Progress("train", every_s=0.0) as progress:  # --log-steps sets how often rows come
+        yield lambda row, steps: progress(
+            row.step, steps, f"step {row.step}/{steps}  loss {row.loss:.4f}"
+        )
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def read_product(
         limits: of requests.
 
     Raises:
-        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or asks for too much.
+        InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
     """
     x = request.x
     shape = tensors.decode_shape(x, len(x.data), "x", limits)

@@ -3,8 +3,8 @@
     "els2" · digest of request and model (16) · seed u64 · step u32 · state f64 [count, C, H, W]
     (for dpmpp_2m [2·count, C, H, W]) · checksum of all that (16)
 
-Little-endian. A token holds nothing secret and is believed nothing: all of it is checked. The
-checksum is no signature: it finds damage, not a caller who computes it anew for a state of his own.
+Little-endian. A token is not secret and not trusted: all of it is validated. The checksum detects
+damage; it is no signature, as a caller can compute it for another state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEAD = struct.Struct("<4s16sQI")
 _MAGIC = b"els2"
 _CHECKSUM_BYTES = 16
 _MAX_STATE = 1e12
-"""Of a number of the state; heun's own scale reaches σ · noise."""
+"""Maximum of a number of the state; in heun's scale it reaches σ · noise."""
 
 
 def encode_token(
@@ -36,30 +36,30 @@ def encode_token(
     """Return the token of a trajectory after step ``index``.
 
     Args:
-        request: whose trajectory it is.
-        model: that answers.
-        index: of the last step taken.
-        state: float64, of ``samplers.state_shape``.
+        request: request of the trajectory.
+        model: its model.
+        index: number of the last step taken.
+        state: state after that step, float64 of ``samplers.state_shape``.
     """
     head = _HEAD.pack(_MAGIC, _digest(request, model), request.seed, index)
     return sealed(head + state.contiguous().numpy().astype("<f8", copy=False).tobytes())
 
 
 def sealed(content: bytes) -> bytes:
-    """Return the token of a content: its checksum is appended."""
+    """Return the content with its checksum appended."""
     return content + hashlib.sha256(content).digest()[:_CHECKSUM_BYTES]
 
 
 def decode_token(
     request: pb.SampleRequest, model: ModelVersion, shape: tuple[int, ...], steps: int
 ) -> Resume | None:
-    """Return where a request wants to go on; None if it starts anew.
+    """Return the starting point of a resumed trajectory; None for a request without a token.
 
     Args:
-        request: with the token.
-        model: that would answer.
-        shape: of the state, as ``samplers.state_shape`` returns it.
-        steps: that the trajectory has in all.
+        request: request with the token.
+        model: its model.
+        shape: shape of the state, by ``samplers.state_shape``.
+        steps: number of steps of the trajectory.
 
     Raises:
         InvalidArgumentError: Damaged, or not a token of this request to this version and content of
@@ -94,7 +94,7 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         *(request.HasField("eta"), request.eta, request.churn, request.guidance),
         *(request.timesteps, request.start_time, list(request.times), request.first_image),
         *((request.HasField(name), getattr(request, name)) for name in CHURN_OPTIONS),
-        # A version that was loaded anew may be another model.
+        # A reloaded version may be another model.
         *(model.version, model.content),
         *(info.kind, info.machine, info.padding, info.schedule, info.shape),
         *(info.window, info.bank.fingerprint if info.bank else ""),

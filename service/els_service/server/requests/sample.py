@@ -1,4 +1,4 @@
-"""Requests of ``Sample``: what they ask for, checked, as options of a sampler."""
+"""Decoding of ``Sample`` requests to options of a sampler."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
 
     Raises:
         InvalidArgumentError: A field is wrong.
-        ResourceExhaustedError: It asks for too much.
+        ResourceExhaustedError: A limit is exceeded.
     """
     count = count_of(request)
     tensors.bounded("labels", request.labels, limits)

@@ -179,7 +179,7 @@ class DenoiserService(MomentService):
 
 
 def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:
-    """Return where a trajectory goes on after a step; where it began, if none was taken."""
+    """Return the resume token after a step; before the first, that of the request."""
     if taken is None:
         return request.resume_token
     return encode_token(request, entry, taken.index, taken.state)
