@@ -118,19 +118,6 @@ def exact(form: str, geometry: Geometry) -> bool:
     return form == "torch" or geometry.whole
 
 
-def test_products_from_evidence_have_the_same_bits(form: str, geometry: Geometry) -> None:
-    case = random_case(geometry, (5, 2, 5, 4), windows_of(geometry, (5, 2, 5, 4)))
-    g, operator = directions(case), moments(case, form)
-    evidence = operator.evidence(case.x, **arguments(case))
-    channels = operator.evidence_channels(geometry)
-    assert evidence.shape == (len(case), channels, *case.x.shape[2:])
-    for multiply in (operator.vjp, operator.jvp):
-        want = multiply(case.x, g, **arguments(case))
-        got = multiply(case.x, g, **arguments(case), evidence=evidence)
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
-
-
 def test_evidence_spares_the_first_pass(
     monkeypatch: pytest.MonkeyPatch, geometry: Geometry
 ) -> None:
@@ -395,20 +382,6 @@ def test_a_stopped_computation_ends(form: str, geometry: Geometry) -> None:
         (lambda m, c: m.vjp(c.x, c.x[:1], **arguments(c)), "cotangent: expected the shape of x"),
         (lambda m, c: m.jvp(c.x, c.x.double(), **arguments(c)), "tangent: expected torch.float32"),
         (lambda m, c: m.jvp(c.x, c.x * math.inf, **arguments(c)), "tangent: expected finite"),
-        (
-            lambda m, c: m.vjp(c.x, c.x, **arguments(c), evidence=c.x.double()),
-            r"evidence: expected torch.float64 \[\d+, 3, 6, 5\], got torch.float64",
-        ),
-        (
-            lambda m, c: m.jvp(c.x, c.x, **arguments(c), evidence=torch.zeros(len(c), 3, 6, 5)),
-            "evidence: expected torch.float64",
-        ),
-        (
-            lambda m, c: m.jvp(
-                c.x, c.x, **arguments(c), evidence=torch.full((len(c), 3, 6, 5), math.nan).double()
-            ),
-            "evidence: expected finite",
-        ),
         (lambda m, c: m.statistics(c.x, **arguments(c), top=17), "top: expected 1 to 16, got 17"),
         (lambda m, c: m.statistics(c.x, **arguments(c), top=0), "top: expected 1 to 16, got 0"),
         (lambda m, c: m.without(c.x, 5, **arguments(c)), "image: expected 0 to 4, got 5"),
