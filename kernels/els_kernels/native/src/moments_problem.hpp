@@ -48,7 +48,7 @@ struct MomentQuery {
 //     tangent     [C][H][W]       Σ w·(⟨key patch, direction⟩ - offset)·(e - mean)
 //     cotangent   [1 + C][H][W]   Σ c, Σ c·key over the window's places, c = w·⟨cotangent, e - mean⟩
 //
-// A source that has all the weight has e = mean exactly, so that its products are 0, as they should be.
+// For a source that has all the weight e = mean, but for one rounding: its products are nearly 0.
 struct MomentSums {
   std::int32_t* peak;  // [H][W]; statistics
   double* sums;

@@ -1,0 +1,1 @@
+"""Cost of posterior moments in multiples of a plain denoise."""
