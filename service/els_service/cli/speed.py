@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from els_kernels import PatchAttention
@@ -65,10 +63,7 @@ def describe_bank_speed(bank: Bank) -> str:
 
 def _machine(bank: Bank, count: int) -> AnalyticDenoiser:
     """Return an ELS machine over the first images of a bank, without labels."""
-    labels = torch.full((count,), -1).numpy()
-    part = dataclasses.replace(
-        bank, images=bank.images[:count].copy(), labels=labels, label_names=()
-    )
+    part = Bank(bank.images[:count].copy(), torch.full((count,), -1).numpy())
     return AnalyticDenoiser(PatchAttention(part.pixels()), part, machine="els", clip=True)
 
 

@@ -176,7 +176,7 @@ class AnalyticDenoiser:
 
     def predict_evidence_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs: half of that of both passes."""
-        return self._moment_seconds(query) / 2
+        return self._moment_seconds(query, _NATIVE_PRODUCT) / 2
 
     def predict_product_seconds(self, query: Query, direction: Direction) -> float:
         """Return a rough estimate from the number of pairs."""

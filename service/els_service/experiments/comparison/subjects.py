@@ -144,7 +144,8 @@ def _limited(bank: Bank, limit: int) -> Bank:
             for start, count in zip(starts, counts, strict=True)
         ]
     )
-    return replace(bank, images=bank.images[kept], labels=bank.labels[kept])
+    images, labels = bank.images[kept], bank.labels[kept]
+    return replace(bank, images=images, labels=labels, file_names=None)
 
 
 def describe_bank(bank: Bank, info: DenoiserInfo) -> dict[str, Any]:
