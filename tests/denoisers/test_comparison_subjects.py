@@ -92,7 +92,8 @@ def test_a_table_that_is_none_is_refused_by_its_file(tmp_path: Path, content: st
 
 def test_a_bank_is_cut_to_as_many_of_each_label(tmp_path: Path) -> None:
     labels = np.array([0] * 10 + [1] * 3)
-    whole = make_bank(squares(images=13).images, labels)
+    names = [f"{i}.png" for i in range(13)]
+    whole = make_bank(squares(images=13).images, labels, file_names=names)
     write_bank(tmp_path / "bank.safetensors", whole)
     info = open_network(str(write_network(tmp_path / "net"))).denoiser.info
     cut = open_bank(tmp_path / "bank.safetensors", info, 9)
