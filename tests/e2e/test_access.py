@@ -27,6 +27,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as inference_pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from els_service.server.security.rejection_pace import AT_ONCE, DELAY_S
 from els_service.server.security.reloaded_file import STALE
 
 Metadata = tuple[tuple[str, str], ...]
@@ -274,3 +275,14 @@ def addresses(pid: int) -> set[str]:
     """Return every local address of a process's network, as the kernel writes them."""
     tables = (Path(f"/proc/{pid}/net/{table}").read_text() for table in ("tcp", "tcp6"))
     return {line.split()[1] for table in tables for line in table.splitlines()}
+
+
+def test_a_flood_of_calls_without_a_token_is_slowed(guarded: ServerProcess) -> None:
+    began = time.monotonic()
+    with grpc.insecure_channel(guarded.target) as channel:
+        stub = DenoiserServiceStub(channel)
+        for _ in range(AT_ONCE + 4):
+            call = refused(lambda: stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT_S))
+            assert call.code() is grpc.StatusCode.UNAUTHENTICATED
+    seconds = time.monotonic() - began
+    assert seconds >= DELAY_S * min(4, AT_ONCE + 4 - AT_ONCE * (1 + int(seconds)))

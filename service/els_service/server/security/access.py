@@ -9,6 +9,7 @@ proxy on the same machine makes every caller local, so use tokens behind one.
 
 from __future__ import annotations
 
+import asyncio
 import resource
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from els_service.config import Settings
 from els_service.errors import ElsError, LoadError, PermissionDeniedError
 from els_service.server.addresses import is_local, is_loopback, with_port
 from els_service.server.security import tls
+from els_service.server.security.rejection_pace import RejectionPace
 from els_service.server.security.tokens import Tokens
 from els_service.server.transport.call_context import set_token_name
 from els_service.server.transport.grpc_types import Handler
@@ -51,6 +53,7 @@ class AccessControl:
             None if self._tls is None else tls.credentials(self._tls, client_certificates=client_ca)
         )
         self._tokens = Tokens(settings.tokens) if settings.tokens else None
+        self._pace = RejectionPace()
         _check_exposure(settings)
 
     def bind(self, server: grpc.aio.Server, address: str) -> int:
@@ -76,7 +79,7 @@ class AccessControl:
     ) -> grpc.GenericRpcHandler:
         """Return a service's handlers, by method, behind the checks of token, role and address."""
         if self._tokens is not None:
-            return _ByToken(service, handlers, self._tokens, reject)
+            return _ByToken(service, handlers, self._tokens, _paced(reject, self._pace))
         checked = {
             method: _local_only(method, handler, reject)
             if _needs_admin(service, method)
@@ -109,6 +112,15 @@ class _ByToken(grpc.GenericRpcHandler):
         except ElsError as error:
             return _rejection(method, error, self._reject)
         return handler
+
+
+def _paced(reject: RejectMethod, pace: RejectionPace) -> RejectMethod:
+    async def later(method: str, error: ElsError, context: Any) -> NoReturn:
+        if delay := pace.delay_s():
+            await asyncio.sleep(delay)
+        await reject(method, error, context)
+
+    return later
 
 
 def _rejection(method: str, error: ElsError, reject: RejectMethod) -> Handler:
