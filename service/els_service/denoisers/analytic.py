@@ -201,7 +201,7 @@ class AnalyticDenoiser:
     def variance(self, query: Query) -> npt.NDArray[np.float32]:
         """Return the posterior variance of each pixel, [B, C, H, W]."""
         found = self._moments.statistics(
-            query.x.to(self._attention.device), **self._arguments(query), top=1
+            query.x.to(self._attention.device), **self._arguments(query), top=1, shares=False
         )
         variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
         return variance
