@@ -31,6 +31,7 @@ namespace {
 using namespace els;
 
 constexpr int kMostFoldTasks = 32, kLeastFoldTasks = 4;
+constexpr std::size_t kLeastSeeded = 8;  // tasks from which their maxima are started together
 constexpr std::size_t kFoldBytes = std::size_t(24) << 20;  // of partial results
 
 struct FoldPlan {
@@ -130,6 +131,19 @@ void merge_fold(const ElsFoldCall& call, const FoldPlan& plan, const std::int32_
     }
 }
 
+// Start the maxima of all tasks at those of one displacement: to raise a maximum costs as much as
+// a hundred logits. The same for any number of threads, as all results must be.
+void seed_peaks(const ElsFoldCall& call, const FoldPlan& plan, const Kernel& kernel, char* scratch,
+                std::int32_t* peaks, double* totals) {
+  const std::size_t count = plan.tasks.size(), patches = plan.patches();
+  if (count < kLeastSeeded) return;
+  FoldUnit unit = plan.tasks[0].front();
+  unit.last = unit.first + 1;
+  kernel.fold_normalise(plan.cell, unit, *call.control, scratch, {peaks, totals});
+  std::fill_n(totals, patches, 0.0);
+  for (std::size_t t = 1; t < count; ++t) std::copy_n(peaks, patches, peaks + t * patches);
+}
+
 void fold(const ElsFoldCall& call, const Kernel& kernel) {
   FoldPlan plan = plan_fold(call, kernel.lanes);
   split_fold(call, plan);
@@ -146,6 +160,7 @@ void fold(const ElsFoldCall& call, const Kernel& kernel) {
     std::fill_n(peaks.get(), count * patches,
                 std::int32_t(std::uint32_t(std::int64_t(call.lowest))));
     std::fill_n(totals.get(), count * patches, 0.0);
+    seed_peaks(call, plan, kernel, scratch[0].get(), peaks.get(), totals.get());
     for_each(count, threads, *call.control, [&](int worker, std::size_t t) {
       for (const FoldUnit& unit : plan.tasks[t])
         if (!is_stopped(*call.control))
