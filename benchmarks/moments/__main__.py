@@ -121,8 +121,8 @@ def _timed(
 def _difference(moments: Any, exact: Any, x: Any, along: Any, options: dict[str, Any]) -> float:
     """Return the largest relative difference of any result from the float64 form.
 
-    Of a product relative to a tenth of the direction at least, as it is nearly 0 where one source
-    has all the weight.
+    Where one source has all the weight some are nearly 0: a variance is compared with a tenth of a
+    pixel's range at least, an entropy with one nat, a product with a tenth of the direction.
     """
     import torch
 
@@ -133,7 +133,7 @@ def _difference(moments: Any, exact: Any, x: Any, along: Any, options: dict[str,
         products = form.vjp(x, along, **few)[1], form.jvp(x, along, **few)[1]
         return [found.mean, found.variance, found.entropy, found.weights, found.shares, *products]
 
-    sizes = [0.0] * 5 + [0.1 * float(along.abs().max())] * 2
+    sizes = [0.0, 0.1, 1.0, 0.0, 0.0] + [0.1 * float(along.abs().max())] * 2
     return max(
         float((got - want).abs().max()) / max(float(want.abs().max()), size, 1e-6)
         for got, want, size in zip(results(moments), results(exact), sizes, strict=True)

@@ -76,8 +76,8 @@ struct MomentTask {
   std::int32_t slot;  // see Ranking
 };
 
-// V += products of a row; with `kFresh` the ring holds nothing yet, otherwise the row that leaves.
-template <int C, int D, bool kSame, bool kFresh>
+// V += products of a row - products of the row that leaves, which the ring has.
+template <int C, int D, bool kSame>
 void push_products(const Block& block, RowPair row, const Columns& columns, std::int32_t* ring,
                    std::int32_t* V) {
   for (int i = 0; i < columns.products_count; ++i) {
@@ -93,8 +93,8 @@ void push_products(const Block& block, RowPair row, const Columns& columns, std:
                                   key + j * kLanes + c * block.key_plane);
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) {
-        const Units product = nearest(g[d]), sum = load_units(slot + d * kLanes) + product;
-        store_units(slot + d * kLanes, kFresh ? sum : sum - load_units(old + d * kLanes));
+        const Units product = nearest(g[d]), left = load_units(old + d * kLanes);
+        store_units(slot + d * kLanes, load_units(slot + d * kLanes) + product - left);
         store_units(old + d * kLanes, product);
       }
       slot += D * kLanes;
@@ -103,70 +103,38 @@ void push_products(const Block& block, RowPair row, const Columns& columns, std:
   }
 }
 
-// V = the products of the rows of a window, summed in registers.
+// V and the ring = the products of the window around row 0, summed in registers.
 template <int C, int D, bool kSame>
-void start_products(const Block& block, const Rows& rows, const Columns& columns, std::int32_t* V) {
+void start_products(const Block& block, const Rows& rows, const Columns& columns, std::int32_t* ring,
+                    std::int32_t* V) {
+  const std::size_t line = std::size_t(columns.count) * D * kLanes;
+  const int first = rows.clipped ? 0 : -rows.radius;
+  const int last = rows.clipped ? least(rows.radius, block.height - 1) : rows.radius;
+  std::memset(ring, 0, (first + rows.radius) * line * sizeof(std::int32_t));
   for (int i = 0; i < columns.products_count; ++i) {
     const Columns::Run& run = columns.products[i];
-    std::int32_t* slot = V + (columns.margin + run.u - columns.first) * D * kLanes;
+    const std::size_t column = std::size_t(run.u - columns.first) * D * kLanes;
+    std::int32_t* slot = V + columns.margin * D * kLanes + column;
     for (int j = 0; j < run.count; ++j, slot += D * kLanes) {
+      std::int32_t* kept = ring + (first + rows.radius) * line + column + j * D * kLanes;
       Units v[D] = {};
-      for (int o = -rows.radius; o <= rows.radius; ++o) {
-        if (!is_inside(block, rows, o)) continue;
+      for (int o = first; o <= last; ++o, kept += line) {
         const RowPair row = row_pair(block, rows, o);
         Vec g[D] = {};
         for (int c = 0; c < channels_of<C>(block); ++c)
           multiply<D, kSame, false>(g, block, row.query[run.u + j + c * block.query_plane],
                                     row.keys + (run.y + j) * kLanes + c * block.key_plane);
 #pragma GCC unroll 8
-        for (int d = 0; d < D; ++d) v[d] += nearest(g[d]);
+        for (int d = 0; d < D; ++d) {
+          const Units product = nearest(g[d]);
+          v[d] += product;
+          store_units(kept + d * kLanes, product);
+        }
       }
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) store_units(slot + d * kLanes, v[d]);
     }
   }
-}
-
-// V += products of the row that enters - products of the row that leaves, computed again: for a
-// single channel that is less work than to keep them.
-template <int C, int D, bool kSame, bool kEnters, bool kLeaves>
-void slide_products(const Block& block, RowPair enters, RowPair leaves, const Columns& columns,
-                    std::int32_t* V) {
-  for (int i = 0; i < columns.products_count; ++i) {
-    const Columns::Run& run = columns.products[i];
-    std::int32_t* slot = V + (columns.margin + run.u - columns.first) * D * kLanes;
-    for (int j = 0; j < run.count; ++j, slot += D * kLanes) {
-      Vec in[D] = {}, out[D] = {};
-      for (int c = 0; c < channels_of<C>(block); ++c) {
-        const std::size_t q = run.u + j + c * block.query_plane;
-        const std::size_t k = (run.y + j) * kLanes + c * block.key_plane;
-        if (kEnters) multiply<D, kSame, false>(in, block, enters.query[q], enters.keys + k);
-        if (kLeaves) multiply<D, kSame, false>(out, block, leaves.query[q], leaves.keys + k);
-      }
-#pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) {
-        Units v = load_units(slot + d * kLanes);
-        if (kEnters) v += nearest(in[d]);
-        if (kLeaves) v -= nearest(out[d]);
-        store_units(slot + d * kLanes, v);
-      }
-    }
-  }
-}
-
-template <int C, int D, bool kSame>
-void advance_products_of(const Block& block, const Rows& rows, int t, const Columns& columns,
-                         std::int32_t* V) {
-  const int in = t + rows.radius, out = t - rows.radius - 1;
-  const bool enters = is_inside(block, rows, in), leaves = is_inside(block, rows, out);
-  const RowPair new_row = row_pair(block, rows, enters ? in : t);
-  const RowPair old_row = row_pair(block, rows, leaves ? out : t);
-  if (enters && leaves)
-    slide_products<C, D, kSame, true, true>(block, new_row, old_row, columns, V);
-  else if (enters)
-    slide_products<C, D, kSame, true, false>(block, new_row, old_row, columns, V);
-  else if (leaves)
-    slide_products<C, D, kSame, false, true>(block, new_row, old_row, columns, V);
 }
 
 // The same for the inner products with a direction, which need no integers: they enter linearly.
@@ -564,31 +532,27 @@ template <MomentPass P, int C, int D, bool kSame>
   const std::size_t margin = std::size_t(columns.margin) * D * kLanes;
   std::memset(scratch.columns, 0, (line + 2 * margin) * sizeof(std::int32_t));
   if (kAlong) std::memset(scratch.along, 0, (line + 2 * margin) * sizeof(float));
-  constexpr bool kRing = C != 1;
-  for (int i = kRing || kAlong ? 0 : k - 1, slot = 0; i < rows.count + 2 * rows.radius;
+  for (int i = kAlong ? 0 : k - 1, slot = i; i < rows.count + 2 * rows.radius;
        ++i, slot = slot + 1 < k ? slot + 1 : 0) {
-    const bool fresh = i < k, inside = is_inside(block, rows, i - rows.radius);
+    const bool inside = is_inside(block, rows, i - rows.radius);
     const RowPair row = row_pair(block, rows, inside ? i - rows.radius : 0);
-    std::int32_t* ring = scratch.ring + slot * line;
-    float* along_ring = scratch.along_ring + slot * line;
-    const float* direction = task.query.direction;
-    if (!kRing && i == k - 1)
-      start_products<C, D, kSame>(block, rows, columns, scratch.columns);
-    else if (!kRing && i >= k)
-      advance_products_of<C, D, kSame>(block, rows, i - k + 1, columns, scratch.columns);
-    else if (kRing && !inside)
-      push_nothing(line, margin, fresh, reinterpret_cast<std::uint32_t*>(ring),
+    if (i == k - 1)
+      start_products<C, D, kSame>(block, rows, columns, scratch.ring, scratch.columns);
+    else if (i >= k && inside)
+      push_products<C, D, kSame>(block, row, columns, scratch.ring + slot * line, scratch.columns);
+    else if (i >= k)
+      push_nothing(line, margin, false, reinterpret_cast<std::uint32_t*>(scratch.ring) + slot * line,
                    reinterpret_cast<std::uint32_t*>(scratch.columns));
-    else if (kRing && fresh)
-      push_products<C, D, kSame, true>(block, row, columns, ring, scratch.columns);
-    else if (kRing)
-      push_products<C, D, kSame, false>(block, row, columns, ring, scratch.columns);
-    if (kAlong && !inside)
-      push_nothing(line, margin, fresh, along_ring, scratch.along);
-    else if (kAlong && fresh)
-      push_direction<C, D, kSame, true>(block, direction, row, columns, along_ring, scratch.along);
-    else if (kAlong)
-      push_direction<C, D, kSame, false>(block, direction, row, columns, along_ring, scratch.along);
+    if (kAlong) {
+      const float* direction = task.query.direction;
+      float* ring = scratch.along_ring + slot * line;
+      if (!inside)
+        push_nothing(line, margin, i < k, ring, scratch.along);
+      else if (i < k)
+        push_direction<C, D, kSame, true>(block, direction, row, columns, ring, scratch.along);
+      else
+        push_direction<C, D, kSame, false>(block, direction, row, columns, ring, scratch.along);
+    }
     const int t = i - 2 * rows.radius;
     if (t < 0) continue;
     const bool live = add_row<P, C, D, kSame>(block, columns, wrap(rows.u + t, block.height),
