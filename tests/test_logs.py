@@ -102,7 +102,7 @@ def writer(stderr: int) -> subprocess.Popen[str]:
     )
 
 
-def told(process: subprocess.Popen[str]) -> tuple[int, int]:
+def logged(process: subprocess.Popen[str]) -> tuple[int, int]:
     """Let a writer write; return its exit code and how many records it lost."""
     assert process.stdout is not None
     process.stdout.readline()
@@ -114,7 +114,7 @@ def test_a_full_disk_loses_records_and_nothing_else() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     process = writer(full)
     os.close(full)
-    assert told(process) == (0, 100)
+    assert logged(process) == (0, 100)
 
 
 def test_a_closed_pipe_loses_records_and_nothing_else() -> None:
@@ -123,7 +123,7 @@ def test_a_closed_pipe_loses_records_and_nothing_else() -> None:
     os.close(writing)
     assert process.stdout is not None
     os.close(reading)
-    assert told(process) == (0, 100)
+    assert logged(process) == (0, 100)
 
 
 def test_a_process_without_stderr_logs_nothing_and_lives() -> None:
@@ -136,7 +136,7 @@ def test_a_process_without_stderr_logs_nothing_and_lives() -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert told(process) == (0, 0)
+    assert logged(process) == (0, 0)
 
 
 def test_a_record_after_a_torn_one_has_a_line_of_its_own(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class PatchMoments:
         ranges: Tensor | None = None,
         geometry: Geometry,
     ) -> Tensor:
-        """Return what the first pass of ``vjp`` and ``jvp`` finds: [B, K, H, W] float64.
+        """Return the result of the first pass of ``vjp`` and ``jvp``: [B, K, H, W] float64.
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.

@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_its_journal(tmp_path: Path, sigma: tuple[float, ...]
         run()
 
 
-def told(folder: Path, *extra: str) -> list[str]:
+def options_of(folder: Path, *extra: str) -> list[str]:
     """The arguments of a small calibration."""
     text = f"{folder}/models/net --bank {folder}/models/_banks/squares.safetensors --samples 3"
     return [*f"{text} --steps 3 --windows 7,3,5 --device cpu --threads 1".split(), *extra]
@@ -117,7 +117,7 @@ def models(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, models: Path) -> None:
-    result = run("calibrate", *told(tmp_path))
+    result = run("calibrate", *options_of(tmp_path))
     assert result.exit_code == 0, result.output
     out = models / "net-els"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -140,7 +140,7 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert (shown.exit_code, "--search" in shown.output) == (0, True)
     again = tmp_path / "again" / "net-els"
     subprocess.run(
-        [sys.executable, "-c", SEPARATE, "calibrate", *told(tmp_path, "--out", str(again))],
+        [sys.executable, "-c", SEPARATE, "calibrate", *options_of(tmp_path, "--out", str(again))],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         check=True,
@@ -165,7 +165,7 @@ def test_windows_are_written_into_a_model_that_is_there_and_fits(
         (fits, ""),
     ):
         (folder / "model.yaml").write_text(content)
-        result = run("calibrate", *told(tmp_path, "--out", str(folder)))
+        result = run("calibrate", *options_of(tmp_path, "--out", str(folder)))
         assert (result.exit_code, expected in result.stderr) == (2 if expected else 0, True)
     assert (folder / "model.yaml").read_text() == fits
     assert ModelRepository(models).load("mine").info.window is not None
@@ -181,6 +181,6 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path, models: Pa
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
         (["--out", str(bundled_models() / "new")], "out: expected a folder outside the package"),
     ):
-        result = run("calibrate", *told(tmp_path), *extra)
+        result = run("calibrate", *options_of(tmp_path), *extra)
         assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
     assert not (models / "net-els").exists()

@@ -142,7 +142,7 @@ def _draw(folder: Path, found: Explanation, model: Model) -> list[str]:
 
 
 def _facts(found: Explanation) -> dict[str, Any]:
-    """Return what the terminal shows of an explanation."""
+    """Return the summary of an explanation for the terminal."""
     return {
         "entropy": float(found.entropy.mean()),
         "effective_sources": float(np.median(found.effective_sources)),

@@ -49,7 +49,7 @@ _DIMMED = 0.4
 
 @dataclass(frozen=True)
 class Taken:
-    """What one result took from one bank image.
+    """Part of one result that comes from one bank image.
 
     Attributes:
         image: Number in the bank.
@@ -72,7 +72,7 @@ class Taken:
 
 
 def taken_from(found: Explanation, index: int = 0) -> list[Taken]:
-    """Return what a result took from each bank image in ``found.images``, by falling share."""
+    """Return the parts of a result by bank image in ``found.images``, in order of falling share."""
     largest = found.sources[index, :, :, 0]
     clear = found.weights[index, :, :, 0] >= LEAST_WEIGHT
     taken = []

@@ -281,7 +281,7 @@ class NativeQuery:
         return self._pixels(mean).double(), product * self._jacobian_scale
 
     def evidence(self) -> Tensor:
-        """Return what the first pass finds, [2 + C, H, W] float64: see ``_posterior``."""
+        """Return the result of the first pass, [2 + C, H, W] float64: see ``_posterior``."""
         peak, total, mean = self._posterior()
         return torch.cat([peak.double()[None], total[None], mean])
 

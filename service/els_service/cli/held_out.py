@@ -137,7 +137,7 @@ def _choose(
 
 
 def _part(whole: Bank, images: int, is_default: bool) -> Bank:
-    """Return about so many images of a bank; says so where nobody asked for it."""
+    """Return about so many images of a bank; says so unless the number was given."""
     if images >= len(whole.images):
         return whole
     bank = part_of(whole, math.ceil(len(whole.images) / images))

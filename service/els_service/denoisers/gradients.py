@@ -62,7 +62,7 @@ class ReusesEvidence(Differentiable, Protocol):
     """A denoiser of a bank whose products take two passes, the first of which is reusable."""
 
     def evidence(self, query: Query) -> npt.NDArray[np.float64]:
-        """Return what the first pass finds: [B, K, H, W], with a K of the denoiser's own."""
+        """Return the result of the first pass: [B, K, H, W], with a K of the denoiser's own."""
         ...
 
     def product_from(

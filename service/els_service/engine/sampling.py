@@ -59,7 +59,7 @@ class SamplingRun:
         return query
 
     def advance(self, answer: Denoised | None) -> DenoiseCall | Step | None:
-        """Return what the sampler yields next; None at the end.
+        """Return the next call or step of the sampler; None at the end.
 
         Args:
             answer: answer to the previous denoise call; None after a step and at first.

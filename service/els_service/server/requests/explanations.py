@@ -34,7 +34,7 @@ _FIELD_BYTES = 3
 
 @dataclass(frozen=True)
 class Detail:
-    """What an explanation has beside the statistics of each pixel.
+    """Optional content of an explanation beside the statistics of each pixel.
 
     Attributes:
         top: number of sources of each pixel, 1 to ``MAX_SOURCES``.
