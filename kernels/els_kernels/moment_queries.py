@@ -42,7 +42,7 @@ class MomentQuery(ABC):
         """``evidence``, if it was computed before."""
 
     def evidence(self) -> Tensor:
-        """Return the result of the first pass, [C + 1, H, W]: mean and log Σ exp(logit), float64."""
+        """Return the first pass, [C + 1, H, W] float64: mean and log Σ exp(logit)."""
         mean, log_sum = self.posterior(*self.limits)
         return torch.cat([mean, log_sum[None]])
 
