@@ -241,7 +241,7 @@ class Server:
 
     def _report(self) -> None:
         models = self._engine.models
-        served = {entry.model for entry in models.newest()}
+        served = {version.model for version in models.newest()}
         self._health.report(ready=self._ready(), served=served, refused=models.faults)
 
     async def _load(self, models: ModelRepository) -> None:
