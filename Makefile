@@ -12,6 +12,8 @@ NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 PIP_INSTALL := pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
+# The tests' torch; another of the range in pyproject.toml: make install TORCH='torch==2.14.*'
+TORCH ?= torch==2.13.*
 # A pretrained denoiser of 43 MB, for one test.
 TERRAIN := .terrain/terrain.onnx
 
@@ -21,7 +23,7 @@ install: $(VENV)/.installed $(PEER)/.installed
 
 $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP_INSTALL) --editable '.[server,tracing,gpu,dev]'
+	$(BIN)/$(PIP_INSTALL) --editable '.[server,tracing,gpu,dev]' '$(TORCH)'
 	@$(BIN)/python -m els_kernels
 	touch $@
 
