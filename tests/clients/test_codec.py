@@ -168,3 +168,17 @@ def test_conditions_travel_and_none_are_left_out() -> None:
     assert list(request.conditioning.shape) == [1, 2, 3]
     assert np.frombuffer(request.unconditional.data, "<f4").tolist() == [1.0] * 6
     assert (request.guidance, request.return_decoded, request.return_x) == (2.0, True, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"explain_steps": [10**12]}, "explain_steps: expected an integer of at most 2147483647"),
+        ({"explain_steps": [2, 0]}, "explain_steps: expected an integer of at least 1, got 0"),
+        ({"explain_top": "3"}, "explain_top: expected an integer of at least 1, got '3'"),
+        ({"explain_images": 10**12}, "explain_images: expected an integer of at most 2147483647"),
+    ],
+)
+def test_a_number_that_no_request_can_have_is_named(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=text):
+        codec.encode_sample(model="fashion-els", steps=3, **options)

@@ -30,6 +30,7 @@ DOCUMENTS = {
     "plain": f"kind: analytic\nmachine: els\n{BANK}",
     "sized": f"kind: analytic\nmachine: els\n{BANK}sizes: {{height: [4, 20], width: [3, 40]}}\n",
     "folded": f"kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\n{BANK}",
+    "inside": f"kind: analytic\nmachine: els\npadding: inside\n{BANK}",
     "local": f"kind: analytic\nmachine: local\npadding: circular\nfold: uniform\n{BANK}",
 }
 SIGMA = [0.25, 4.0]
@@ -152,17 +153,17 @@ def test_the_limit_on_pixels_holds_for_every_size(client: Client) -> None:
     assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
-def test_models_with_a_fold_or_sizes_say_that_they_have_no_gradients_and_no_sources(
+def test_models_with_a_fold_sizes_or_padding_inside_say_that_they_have_no_gradients_and_no_sources(
     client: Client,
 ) -> None:
     x = images()
-    for model in ("folded", "sized", "local"):
+    for model in ("folded", "sized", "local", "inside"):
         for call in (
             lambda model=model: client.explain(x, model=model, sigma=SIGMA),
             lambda model=model: client.vjp(x, x, model=model, sigma=SIGMA),
             lambda model=model: client.jvp(x, x, model=model, sigma=SIGMA),
         ):
-            with pytest.raises(ElsError, match="a fold or sizes") as caught:
+            with pytest.raises(ElsError, match="a fold or sizes, or padding inside") as caught:
                 call()
             assert caught.value.code == "FAILED_PRECONDITION"
 

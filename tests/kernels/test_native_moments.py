@@ -133,3 +133,21 @@ def test_logits_fit_their_integers(s: float) -> None:
         # What is no source is never taken for one, and does not wrap around.
         assert logit + found.forbidden - highest - found.lowest >= -(2**31)
     assert highest + found.forbidden < found.lowest
+
+
+@pytest.mark.parametrize("size", [3.0, 1e4])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_query_far_from_the_bank_has_the_statistics_of_its_nearest_patches(
+    native: str, name: str, size: float
+) -> None:
+    # One unit of a logit is up to 2^30 bits here, which no weight may underflow or overflow by.
+    case = random_case(NAMES[name], (3, 2, 6, 5), [3], of_bytes=True)
+    case = replace(case, a=torch.ones(2), s=torch.tensor([1e-4, 2e-3]), x=size * case.x)
+    moments = PatchMoments(operator(case.bank, native), case.bank)
+    exact = PatchMoments(operator(case.bank, native), case.bank, implementation="torch")
+    (found, *products), (want, *_) = ask(case, moments, 1, top=1), ask(case, exact, 1, top=1)
+    assert torch.equal(found.sources, want.sources)
+    for ours, exactly in zip(found, want, strict=True):
+        assert (ours - exactly).abs().max() <= 1e-5
+    for product in products:
+        assert product.abs().max() <= 1e-4

@@ -259,19 +259,23 @@ def _explained(steps: Integers, top: int, images: int) -> dict[str, Any]:
     check_count("explain_top", top, least=1)
     check_count("explain_images", images, least=0)
     listed = _listed("explain_steps", steps, _INTEGERS)
+    for step in listed:
+        check_count("explain_steps", step, least=1)
     if not listed:
         return {}
     return {"explain_steps": listed, "explain_top": top, "explain_images": images}
 
 
 def check_count(field: str, number: object, *, least: int) -> None:
-    """Raise InvalidArgumentError unless a number is an integer of at least ``least``."""
+    """Raise InvalidArgumentError unless a number is an int32 of at least ``least``."""
     if (
         isinstance(number, bool)
         or not isinstance(number, int | np.integer)
-        or not least <= int(number) <= _MAX_INT32
+        or not least <= int(number)
     ):
-        _refuse(field, f"an integer of at least {least}", number)
+        _refuse(field, f"an integer of at least {least}", f"{number!r:.80}")
+    if int(number) > _MAX_INT32:
+        _refuse(field, f"an integer of at most {_MAX_INT32}", f"{number!r:.80}")
 
 
 def decode_tensor(tensor: pb.Tensor) -> Images:

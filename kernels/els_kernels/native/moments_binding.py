@@ -95,8 +95,12 @@ class Units(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Bits of one unit."""
-        return 2.0**-self.bits
+        """Bits of one unit, at most ``_DEAD``, as powers of two below 2^-127 are no float32.
+
+        A larger unit counts as that many bits: in float32 one unit below a maximum weighs nothing
+        either way.
+        """
+        return min(2.0**-self.bits, _DEAD)
 
     def of(self, bits: float) -> int:
         """Return the least number of units, at least 1, that are so many bits."""
@@ -225,9 +229,12 @@ class NativeQuery:
         pixels = min(window, height) * min(window, width)
         self.units = units(norm, key, pixels, a, s)
         self._scaled = (query * self.units.product).float().contiguous()
-        # The mean of a posterior whose prior is Gaussian: near enough to centre sums.
+        # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
+        # far beyond the pixels of the bank they would cancel.
         signal = a * a * moments.variance()
-        self._reference = (query * (signal / (signal + s * s) / a)).float().contiguous()
+        farthest = moments.key_norm(1, geometry)
+        reference = (query * (signal / (signal + s * s) / a)).clamp_(-farthest, farthest)
+        self._reference = reference.float().contiguous()
         self.known: Tensor | None = None
         """``evidence``, if it was computed before."""
 

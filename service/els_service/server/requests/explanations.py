@@ -67,7 +67,7 @@ def check_sources(served: ModelVersion, models: ModelRegistry, field: str = "") 
         raise InvalidArgumentError(field, expected, f"it for {served.model}")
     raise UnsupportedError(
         f"{served.model} has no sources to name, as it is no analytic model with a bank, or has a "
-        f"fold or sizes; models that have: {listed}"
+        f"fold or sizes, or padding inside; models that have: {listed}"
     )
 
 

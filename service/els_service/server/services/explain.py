@@ -162,7 +162,7 @@ class MomentService(DenoiserServiceServicer):
         if not served.info.has_gradients:
             raise UnsupportedError(
                 f"{served.model} has no gradients: a model of kind {served.info.kind} cannot be "
-                "differentiated, or not with a fold or sizes"
+                "differentiated, or not with a fold or sizes, or padding inside"
             )
         query, along = gradients.read_product(request, direction, field, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
