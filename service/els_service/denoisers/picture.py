@@ -140,6 +140,7 @@ class PictureDenoiser:
             sizes=SizeRange(sides, sides),
             scales=sizes,
             scale_steps=steps,
+            patch=patch,
             label_count=len(sizes),
             label_names=tuple(f"{h}x{w}" for h, w in sizes) if len(set(sizes)) > 1 else (),
             bank=BankInfo(bank.fingerprint, bank.pictures, bank.source, bank.licence),

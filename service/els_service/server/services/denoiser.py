@@ -197,6 +197,8 @@ def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:
         if request.return_denoised or last
         else None,
         alpha_bar=step.alpha_bar,
+        scale=step.scale,
+        scales=step.scales,
         decoded=None
         if step.decoded is None
         else tensors.encode_tensor(step.decoded, request.output_dtype),
