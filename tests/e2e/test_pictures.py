@@ -1,4 +1,4 @@
-"""New pictures from one picture through a running server: sizes, modes, bits, errors, resumption."""
+"""New pictures from one picture through a running server: sizes, modes, bits, errors, resume."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.support.processes import ServerProcess, serving
+from typer.testing import CliRunner
 
 from els_client import Client, InvalidArgumentError, Step
+from els_client.cli import app
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes
@@ -62,7 +64,8 @@ def test_a_model_describes_its_scales(client: Client) -> None:
     assert model.kind == "picture"
     assert model.scales == ((8, 10), (20, 24))
     assert model.label_names == ("8x10", "20x24")
-    assert (model.scale_steps, model.fold) == (4, pytest.approx(0.2))
+    assert model.scale_steps == 4
+    assert model.fold == pytest.approx(0.2)
 
 
 def test_the_server_draws_the_bits_of_the_library_and_streams_every_scale(
@@ -163,3 +166,30 @@ def test_a_mask_of_another_size_is_rejected_with_both_sizes(client: Client) -> N
         draw(client, start=start, mask=np.zeros((1, 1, 16, 21), np.float32))
     with pytest.raises(InvalidArgumentError, match="mask: expected values 0"):
         draw(client, start=start, mask=np.full((1, 1, *SIZE), 0.5, np.float32))
+
+
+def remix(target: str, *words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["remix", *words, "--target", target])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("mode", ["new", "tileable", "symmetric", "variation", "retarget"])
+def test_els_remix_writes_pictures_of_the_size_asked_for(
+    server: ServerProcess, models: Path, tmp_path: Path, mode: str
+) -> None:
+    out = tmp_path / "out.png"
+    words = ["--model", "hills", "--out", str(out), "--size", "120x10", "--mode", mode]
+    code, output = remix(server.target, str(models / "hills" / "photo.png"), *words)
+    assert code == 0, output
+    with Image.open(out) as picture:
+        assert picture.size == (120, 10)
+
+
+def test_els_remix_rejects_other_models_and_sizes(server: ServerProcess, models: Path) -> None:
+    photo = str(models / "hills" / "photo.png")
+    code, output = remix(server.target, photo, "--model", "flat")
+    assert code != 0
+    assert "expected a model of kind picture" in output
+    code, output = remix(server.target, photo, "--model", "hills", "--size", "12")
+    assert code != 0
+    assert "size: expected WIDTHxHEIGHT in pixels, got 12" in output

@@ -13,8 +13,6 @@ from els_service.denoisers.pyramids import PyramidPlan, Size, asked_sizes
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
 
-_ONLY_PYRAMID = ("tileable", "symmetric", "mask")
-
 
 def check_pyramid(
     request: pb.SampleRequest, info: DenoiserInfo, limits: Limits, size: Size
@@ -32,9 +30,13 @@ def check_pyramid(
         ResourceExhaustedError: There are too many steps.
     """
     if request.sampler != pb.SAMPLER_PYRAMID:
-        for name in _ONLY_PYRAMID:
-            if request.HasField(name) if name == "mask" else getattr(request, name):
-                raise InvalidArgumentError(name, "unset but for SAMPLER_PYRAMID", "set")
+        given = {
+            "tileable": request.tileable,
+            "symmetric": request.symmetric,
+            "mask": request.HasField("mask"),
+        }
+        for name in (name for name, is_set in given.items() if is_set):
+            raise InvalidArgumentError(name, "unset but for SAMPLER_PYRAMID", "set")
         return
     if not info.scales:
         expected = "another for a model without scales (those of kind picture have some)"
