@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from pydantic import BaseModel
 from tests.support import pretrained
 
@@ -26,7 +27,7 @@ from els_service.denoisers.networks import (
 )
 from els_service.repository import ModelRepository
 from els_service.repository.pretrained_specs import DiffusersSpec, LatentSpec, OnnxSpec
-from els_service.repository.specs import AnalyticSpec, GaussianSpec, WienerSpec
+from els_service.repository.specs import AnalyticSpec, GaussianSpec, PictureSpec, WienerSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _SECTION = re.compile(r"^## kind: (\w+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -50,6 +51,7 @@ def keys_of(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
 KEYS = {
     "analytic": set(keys_of(AnalyticSpec)),
     "gaussian": set(keys_of(GaussianSpec)),
+    "picture": set(keys_of(PictureSpec)),
     "wiener": set(keys_of(WienerSpec)),
     "network": {field.name for part in (NetworkConfig, Execution) for field in fields(part)}
     | {"data"},
@@ -104,6 +106,10 @@ def write_files(folder: Path, document: dict[str, Any]) -> None:
             for name, part in parts.items():
                 part.save_pretrained(folder / name, variant=document["variant"])
             pretrained.scheduler().save_pretrained(folder / "scheduler")
+        case "picture":
+            for name in document["pictures"]:
+                pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / name)
         case "onnx":
             (folder / document["file"]).write_bytes(onnx_graph(document))
 

@@ -9,7 +9,7 @@ import torch
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo
-from els_service.denoisers.samplers import SAMPLERS
+from els_service.denoisers.samplers import ALL_SAMPLERS
 from els_service.server.requests.sample import (
     SAMPLER_NAMES,
     check_sample,
@@ -23,7 +23,7 @@ INFO = DenoiserInfo("onnx", (1, 2, 3), trained_sigma=(0.1, 20.0))
 
 def test_every_sampler_of_the_contract_is_one_of_the_library() -> None:
     assert set(SAMPLER_NAMES) == {number for _, number in pb.Sampler.items()}
-    assert set(SAMPLER_NAMES.values()) == set(SAMPLERS)
+    assert set(SAMPLER_NAMES.values()) == set(ALL_SAMPLERS)
 
 
 def test_fields_that_are_unset_leave_today_s_options() -> None:

@@ -332,9 +332,10 @@ class Client:
                 - seed: 0 to 2**64 - 1, by default 0; the noise of image i depends only on (seed,
                 i),
                   in any batch.
-                - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released.
-                - sampler: "ddim", the default, "ddim_released", "ddpm", "heun", "euler" or
-                  "dpmpp_2m".
+                - steps: 1 to ``Limits.max_steps``, by default 20; at least 2 for ddim_released. For
+                  pyramid those of each scale, by default ``Model.scale_steps``.
+                - sampler: "ddim", the default, "ddim_released", "ddpm", "heun", "euler",
+                  "dpmpp_2m" or, for models of kind "picture", "pyramid".
                 - timesteps: "aligned", the default: the steps of this package; "folder": those of
                   the scheduler of a diffusers folder, for models with ``Model.scheduler``.
                 - times: Times of the steps instead of ``steps``, falling, 0 < t <= 1.
@@ -344,6 +345,10 @@ class Client:
                 - first_image: The images are ``first_image`` … ``first_image + count - 1`` of the
                   seed; by default 0.
                 - size: Height and width of the images, for models with ``Model.sizes``.
+                - tileable, symmetric: For pyramid: whether opposite edges meet, or the right half
+                  mirrors the left; by default False.
+                - mask: For pyramid: [1 or count, 1, H, W], 1 where pixels are drawn, 0 where those
+                  of ``start`` are kept.
                 - label: One for all images or one each; -1 means none.
                 - eta: Noise of each step of ddpm, 0 to 1; by default 1.
                 - churn: Total noise of heun and euler, S_churn of EDM; by default 0.

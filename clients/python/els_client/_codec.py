@@ -50,6 +50,7 @@ _SAMPLERS: dict[str, pb.Sampler.ValueType] = {
     "heun": pb.SAMPLER_HEUN,
     "euler": pb.SAMPLER_EULER,
     "dpmpp_2m": pb.SAMPLER_DPMPP_2M,
+    "pyramid": pb.SAMPLER_PYRAMID,
 }
 _TIMESTEPS: dict[str | None, pb.Timesteps.ValueType] = {
     None: pb.TIMESTEPS_UNSPECIFIED,
@@ -195,6 +196,9 @@ def encode_sample(
     churn_max_sigma: float | None = None,
     churn_noise: float | None = None,
     size: tuple[int, int] | None = None,
+    tileable: bool = False,
+    symmetric: bool = False,
+    mask: Pixels | None = None,
 ) -> pb.SampleRequest:
     """Return the request for ``count`` samples; None means the server's default."""
     if sampler not in _SAMPLERS:
@@ -217,7 +221,7 @@ def encode_sample(
     if times is not None and not listed:
         _refuse("times", "at least one", "none")
     if steps is None:
-        steps = 0 if listed else _STEPS
+        steps = 0 if listed or sampler == "pyramid" else _STEPS
     steps, first_image = _whole("steps", steps), _whole("first_image", first_image)
     return pb.SampleRequest(
         model=model,
@@ -250,6 +254,9 @@ def encode_sample(
         churn_noise=churn_noise,
         height=height,
         width=width,
+        tileable=tileable,
+        symmetric=symmetric,
+        mask=None if mask is None else encode_tensor(mask, "mask"),
     )
 
 
@@ -296,6 +303,8 @@ def decode_step(step: pb.SampleResponse) -> Step:
         _denoised=decode_tensor(step.denoised) if step.HasField("denoised") else None,
         _noise=decode_tensor(step.noise) if step.HasField("noise") else None,
         _decoded=decode_tensor(step.decoded) if step.HasField("decoded") else None,
+        scale=step.scale,
+        scales=max(1, step.scales),
     )
 
 
@@ -346,6 +355,8 @@ def decode_model(model: pb.Model) -> Model:
         has_sources=model.has_sources,
         fold=model.fold,
         sizes=_decode_sizes(model.sizes) if model.HasField("sizes") else None,
+        scales=tuple((scale.height, scale.width) for scale in model.scales),
+        scale_steps=model.scale_steps,
     )
 
 

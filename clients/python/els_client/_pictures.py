@@ -31,7 +31,9 @@ program on them."""
 _WRITTEN_FORMATS = (*READ_FORMATS, "JPEG2000", "PDF", "TGA")
 
 
-def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
+def read(
+    path: Path, shape: tuple[int, int, int], *, resize: bool, stretch: bool = False
+) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
     It is rotated by its EXIF orientation. Of a multi-picture JPEG file (MPO) the first picture is
@@ -41,6 +43,7 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
         path: Picture with 8 bits per channel, one frame, no transparency, at most ``MAX_PIXELS``.
         shape: Shape of the model's images.
         resize: Whether to crop to the model's aspect ratio about the centre and scale to fit.
+        stretch: Whether to scale without a crop instead, which changes proportions.
 
     Raises:
         InvalidArgumentError: Not such a picture, or of another size without ``resize``.
@@ -55,7 +58,8 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
         raise InvalidArgumentError(
             f"{got}, the model takes {width} × {height}: pass --resize to fit it"
         )
-    pixels = np.asarray(ImageOps.fit(picture, (width, height)))
+    size = width, height
+    pixels = np.asarray(picture.resize(size) if stretch else ImageOps.fit(picture, size))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
 
 

@@ -38,7 +38,9 @@ Images: TypeAlias = npt.NDArray[np.float32]
 Pixels: TypeAlias = npt.NDArray[np.floating[Any] | np.uint8] | SupportsArray | SupportsDLPack
 Levels: TypeAlias = float | Sequence[float] | npt.NDArray[np.floating[Any]] | SupportsArray
 Integers: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer[Any]] | SupportsArray
-Sampler: TypeAlias = Literal["ddim", "ddim_released", "ddpm", "heun", "euler", "dpmpp_2m"]
+Sampler: TypeAlias = Literal[
+    "ddim", "ddim_released", "ddpm", "heun", "euler", "dpmpp_2m", "pyramid"
+]
 Timesteps: TypeAlias = Literal["aligned", "folder"]
 Want: TypeAlias = Literal["x", "denoised", "noise", "decoded"]
 Conditions: TypeAlias = npt.NDArray[np.floating[Any]] | SupportsArray | SupportsDLPack
@@ -129,6 +131,9 @@ class SampleOptions(TypedDict, total=False):
     churn_max_sigma: float | None
     churn_noise: float | None
     size: tuple[int, int] | None
+    tileable: bool
+    symmetric: bool
+    mask: Pixels | None
 
 
 @dataclass
@@ -240,7 +245,8 @@ class Model:
 
     Attributes:
         name: Name in calls.
-        kind: "analytic", "gaussian", "wiener", "network", "diffusers", "onnx" or "latent".
+        kind: "analytic", "gaussian", "wiener", "network", "diffusers", "onnx", "latent" or
+            "picture".
         machine: "ideal", "local", "equivariant" or "els" for analytic models; for networks their
             architecture; otherwise empty.
         padding: "zeros", "circular", "valid" or "inside" for analytic models; otherwise empty.
@@ -271,6 +277,9 @@ class Model:
         has_sources: Whether ``explain`` is supported.
         fold: ρ with which whole mean patches overlap, 0.05 to infinity; 0: their centres alone.
         sizes: Heights and widths that it answers; None: its own only.
+        scales: (height, width) of the first picture at each scale, coarsest first, for models of
+            kind "picture", whose labels are the scales; otherwise empty.
+        scale_steps: Default steps of each scale for the sampler pyramid; 0 without scales.
     """
 
     name: str
@@ -300,6 +309,8 @@ class Model:
     has_sources: bool = False
     fold: float = 0.0
     sizes: Sizes | None = None
+    scales: tuple[tuple[int, int], ...] = ()
+    scale_steps: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -356,7 +367,10 @@ class Step:
     Attributes:
         index: From 1 to ``total``.
         total: Number of steps.
-        alpha_bar: ᾱ of ``x``; increases to 1.
+        alpha_bar: ᾱ of ``x``; increases to 1, by pyramid within each scale.
+        scale: Scale of ``x`` and ``denoised``, whose size is that of the scale; 0, the coarsest,
+            for other samplers than pyramid.
+        scales: Number of scales; 1 for other samplers.
     """
 
     index: int
@@ -367,6 +381,8 @@ class Step:
     _noise: Images | None = None
     _decoded: Images | None = None
     _explanation: Explanation | None = None
+    scale: int = 0
+    scales: int = 1
 
     @property
     def x(self) -> Images:

@@ -1,4 +1,4 @@
-"""``els-server run | probe | check | bank | train | calibrate | compare | token``."""
+"""``els-server run | probe | check | bank | picture | train | calibrate | compare | token``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from els_service.cli import bank, calibrate, compare, probe, train
+from els_service.cli import bank, calibrate, compare, picture, probe, train
 from els_service.cli.token import token
 from els_service.config import Settings, load_settings, unknown_variables
 from els_service.denoisers.files import check_temporary_folder
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(probe.app)
 app.add_typer(bank.app, name="bank")
+app.add_typer(picture.app, name="picture")
 app.add_typer(train.app)
 app.add_typer(calibrate.app)
 app.add_typer(compare.app)

@@ -292,6 +292,12 @@ class DenoiserInfo:
     """ρ of overlapping mean patches, see ``els_kernels.FoldedAttention``; 0: the centres alone."""
     sizes: SizeRange | None = None
     """Heights and widths of queries; None for those of ``shape`` alone."""
+    scales: tuple[tuple[int, int], ...] = ()
+    """Height and width of each scale of a picture, coarsest first: its labels; else empty."""
+    scale_steps: int = 0
+    """Default steps of each scale for the sampler ``pyramid``; 0 for models without scales."""
+    patch: int = 0
+    """Side of the patches of a model with scales; 0 for others, whose windows are in ``window``."""
     schedule: str = "cosine"
     """A key of ``SCHEDULES``, or ``timesteps`` with ``own_schedule``."""
     own_schedule: Schedule | None = None

@@ -53,6 +53,12 @@ def check_fold(machine: str, padding: str, fold: float, *, sized: bool) -> None:
         raise ValueError(f"sizes: {expected}, got some for {machine}")
 
 
+def logit_seconds(implementation: str, channels: int, taps: int) -> float:
+    """Return the predicted seconds of one thread for a logit and its part of the fold."""
+    fixed, channel, tap = _LOGIT_S.get(implementation, _LOGIT_S[_SLOWEST])
+    return fixed + channel * channels + tap * taps
+
+
 class FoldedDenoiser:
     """The machine ``els`` or ``local`` with a fold ρ, padding ``inside``, or queries of any size.
 
@@ -138,12 +144,11 @@ class FoldedDenoiser:
             return self._plain.predict_seconds(query)
         size = query.pixels.shape[2], query.pixels.shape[3]
         pixels = math.prod(self._info.shape)
-        fixed, channel, tap = _LOGIT_S.get(self._info.implementation, _LOGIT_S[_SLOWEST])
         seconds = 0.0
         for k, (lo, hi) in zip(self._windows(query).tolist(), self._ranges(query), strict=True):
             work = count_fold_work(self._geometry, size, self._size, k)
             taps = 1 if math.isinf(self._fold) else k
-            each = fixed + channel * self._info.shape[0] + tap * taps
+            each = logit_seconds(self._info.implementation, self._info.shape[0], taps)
             seconds += (hi - lo) * (each * work + _PIXEL_S * pixels)
         return len(query) * _IMAGE_S + seconds / torch.get_num_threads()
 

@@ -51,7 +51,7 @@ class SamplingRun:
         if requested:
             windows = np.where(windows > 0, windows, requested[0])
         level = NoiseLevel(call.level.a, call.level.s)
-        labels = self.labels.tolist()
+        labels = self.labels.tolist() if call.label is None else call.label
         query = make_query(call.x.float(), level, labels, windows.tolist(), self.conditions)
         query.guidance = self.guidance
         if call.unclipped:

@@ -21,7 +21,8 @@ class BankCache:
     """
 
     def __init__(self, implementation: str = "auto") -> None:
-        self._implementation = implementation
+        self.implementation = implementation
+        """Implementation of patch attention, as in ``PatchAttention``."""
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
         self._banks: WeakValueDictionary[FileState, Bank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
@@ -49,7 +50,7 @@ class BankCache:
             bank, attention = self._bank(state), self._attentions.get((state, device))
             if attention is None:
                 pixels = bank.pixels().to(device)
-                attention = PatchAttention(pixels, implementation=self._implementation)
+                attention = PatchAttention(pixels, implementation=self.implementation)
                 self._attentions[state, device] = attention
             return bank, attention
 
@@ -60,7 +61,7 @@ class BankCache:
             bank, fold = self._bank(state), self._folds.get((state, device))
             if fold is None:
                 pixels = bank.pixels().to(device)
-                fold = FoldedAttention(pixels, implementation=self._implementation)
+                fold = FoldedAttention(pixels, implementation=self.implementation)
                 self._folds[state, device] = fold
             return bank, fold
 

@@ -18,6 +18,7 @@ from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
 from els_service.repository.folders import WINDOWS_FILE, ModelFiles
+from els_service.repository.picture_models import load_picture_model
 from els_service.repository.pretrained_specs import (
     DiffusersSpec,
     LatentSpec,
@@ -27,6 +28,7 @@ from els_service.repository.pretrained_specs import (
 from els_service.repository.specs import (
     AnalyticSpec,
     GaussianSpec,
+    PictureSpec,
     SizesSpec,
     Spec,
     WienerSpec,
@@ -65,6 +67,8 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
                 _statistic(files, "mean", spec.mean),
                 _statistic(files, "variance", spec.variance),
             )
+        case PictureSpec():
+            return load_picture_model(spec, files, banks.implementation, device)
         case WienerSpec():
             return WienerDenoiser(banks.bank(files.find(spec.bank)))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():

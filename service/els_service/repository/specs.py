@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from els_service.denoisers.folded import MAX_SIDE
+from els_service.denoisers.folded import LEAST_FOLD, MAX_SIDE
+from els_service.denoisers.picture import MAX_PICTURE_SIDE
+from els_service.denoisers.pyramids import MAX_SCALES
 from els_service.repository.pretrained_specs import PretrainedSpec
 from els_service.yaml_files import validate
+
+MAX_PICTURES = 16
+"""Largest number of pictures of a model of kind ``picture``."""
 
 
 class _Spec(BaseModel):
@@ -51,6 +56,21 @@ class AnalyticSpec(_Spec):
     sizes: Literal["any"] | SizesSpec | None = None
 
 
+class PictureSpec(_Spec):
+    """The patches of a few pictures, at the scales of a pyramid."""
+
+    kind: Literal["picture"]
+    pictures: Annotated[list[str], Field(min_length=1, max_length=MAX_PICTURES)]
+    patch: Annotated[int, Field(ge=3, le=63)] = 9
+    scales: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_SCALES)] = "auto"
+    coarsest: Literal["auto"] | Annotated[int, Field(ge=3)] = "auto"
+    finest: Annotated[int, Field(ge=3, le=MAX_PICTURE_SIDE)] = 192
+    fold: Annotated[float, Field(ge=LEAST_FOLD)] | Literal["inf", "uniform"] = 0.2
+    steps: Annotated[int, Field(ge=2, le=1000)] = 10
+    source: str = ""
+    licence: str = ""
+
+
 class GaussianSpec(_Spec):
     """A Gaussian prior; ``mean`` and ``variance`` are a number, one per channel, or a file."""
 
@@ -73,7 +93,7 @@ class _NetworkSpec(BaseModel):
     kind: Literal["network"]
 
 
-Spec = AnalyticSpec | GaussianSpec | WienerSpec | PretrainedSpec
+Spec = AnalyticSpec | GaussianSpec | PictureSpec | WienerSpec | PretrainedSpec
 _SPEC: TypeAdapter[Spec | _NetworkSpec] = TypeAdapter(
     Annotated[Spec | _NetworkSpec, Field(discriminator="kind")]
 )

@@ -5,6 +5,7 @@
 | ``trajectory``  | what a sampler yields and takes: calls, steps, options                |
 | ``preserving``  | ``ddim``, ``ddim_released``, ``ddpm``: variance preserving             |
 | ``exploding``   | ``heun``, ``euler``, ``dpmpp_2m``: variance exploding                  |
+| ``pyramid``     | ``pyramid``: pictures, coarse to fine                                  |
 | ``registry``    | samplers by name, and the loop that drives one                        |
 """
 
@@ -12,6 +13,7 @@ from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.samplers.exploding import dpmpp_2m, euler, heun
 from els_service.denoisers.samplers.preserving import ddim, ddim_released, ddpm
 from els_service.denoisers.samplers.registry import (
+    ALL_SAMPLERS,
     SAMPLERS,
     Sampler,
     check_options,
@@ -31,6 +33,7 @@ from els_service.denoisers.samplers.trajectory import (
 )
 
 __all__ = [
+    "ALL_SAMPLERS",
     "SAMPLERS",
     "DenoiseCall",
     "FolderScheduler",

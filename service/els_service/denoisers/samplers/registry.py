@@ -22,6 +22,7 @@ from els_service.denoisers.noise import Noise, seeded_noise
 from els_service.denoisers.query_checks import largest_window
 from els_service.denoisers.samplers.exploding import dpmpp_2m, euler, heun
 from els_service.denoisers.samplers.preserving import ddim, ddim_released, ddpm
+from els_service.denoisers.samplers.pyramid import plan_of, pyramid, pyramid_steps
 from els_service.denoisers.samplers.trajectory import (
     MAX_SIGMA,
     DenoiseCall,
@@ -49,6 +50,9 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
     "dpmpp_2m": dpmpp_2m,
 }
+"""Samplers of any model; all images of a trajectory have one size."""
+ALL_SAMPLERS: dict[str, Sampler] = {**SAMPLERS, "pyramid": pyramid}
+"""With ``pyramid``, for models with ``DenoiserInfo.scales``."""
 MAX_CHURN_NOISE = 2.0
 """Karras et al. 2022 use 1 to 1.007; far more is no denoising problem."""
 
@@ -64,13 +68,19 @@ def options_for(info: DenoiserInfo, **chosen: Any) -> Options:
     return Options(schedule=info.levels, trained=(lowest, min(highest, MAX_SIGMA)), **chosen)
 
 
-def state_shape(sampler: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of ``Step.state`` for images [B, C, H, W]."""
+def state_shape(
+    sampler: str, shape: tuple[int, ...], options: Options | None = None
+) -> tuple[int, ...]:
+    """Return the shape of ``Step.state`` for images [B, C, H, W]; ``pyramid`` needs options."""
+    if sampler == "pyramid" and options is not None:
+        return shape[0], plan_of(options).numbers(shape[1])
     return (2 * shape[0], *shape[1:]) if sampler == "dpmpp_2m" else shape
 
 
 def steps_of(sampler: str, options: Options) -> int:
     """Return the number of steps of a trajectory."""
+    if sampler == "pyramid":
+        return pyramid_steps(options)
     return options.steps - (sampler == "ddim_released")
 
 
@@ -86,12 +96,15 @@ def check_options(sampler: str, options: Options) -> None:
     Raises:
         InvalidArgumentError: An option is out of range; names field, expected and got.
     """
-    least = 2 if sampler == "ddim_released" else 1
+    least = 2 if sampler in ("ddim_released", "pyramid") else 1
     if options.steps < least:
         raise InvalidArgumentError("steps", f"at least {least} for {sampler}", options.steps)
     if not 0 <= options.eta <= 1:
         raise InvalidArgumentError("eta", "0 <= eta <= 1", options.eta)
     _check_churn(options)
+    if sampler == "pyramid":
+        _check_pyramid(options)
+        return
     _check_times(sampler, options)
     if options.scheduler:
         options.scheduler.check(sampler, options.steps)
@@ -99,6 +112,17 @@ def check_options(sampler: str, options: Options) -> None:
             raise InvalidArgumentError("timesteps", "unset with times or start", "the folder's")
         if sampler == "ddpm" and options.eta != 1:
             raise InvalidArgumentError("eta", "1 or unset with the folder's timesteps", options.eta)
+
+
+def _check_pyramid(options: Options) -> None:
+    """Check that options have a plan, and nothing that ``pyramid`` does not read."""
+    plan_of(options)
+    if options.times:
+        raise InvalidArgumentError("times", "none for pyramid", list(options.times[:8]))
+    if not 0 < options.start_time <= 1:
+        raise InvalidArgumentError("start_time", "0 < start_time <= 1", options.start_time)
+    if options.scheduler:
+        raise InvalidArgumentError("timesteps", "unset for pyramid", "the folder's")
 
 
 def _check_churn(options: Options) -> None:
@@ -163,8 +187,11 @@ def sample(
     """
     options = options or options_for(denoiser.info)
     check_options(sampler, options)
-    noise = seeded_noise(seed, count, denoiser.info.shape, first)
-    trajectory = SAMPLERS[sampler](noise, options)
+    shape = denoiser.info.shape
+    if options.pyramid is not None:
+        shape = shape[0], *options.pyramid.sizes[-1]
+    noise = seeded_noise(seed, count, shape, first)
+    trajectory = ALL_SAMPLERS[sampler](noise, options)
     answer: Tensor | None = None
     while True:
         try:
@@ -176,7 +203,8 @@ def sample(
             yield event
         else:
             windows = windows_for(denoiser, event)
-            query = make_query(event.x.float(), event.level, labels, windows, conditions)
+            chosen = labels if event.label is None else event.label
+            query = make_query(event.x.float(), event.level, chosen, windows, conditions)
             if guidance != 1:
                 query.guidance = np.full(count, guidance)
             if event.unclipped:

@@ -17,6 +17,7 @@ from torch import Tensor
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import NoiseLevel, Schedule, cosine
+from els_service.denoisers.pyramids import PyramidPlan
 
 MAX_SIGMA = float(cosine(np.ones(1)).sigma[0])
 """Highest σ that the variance-exploding samplers start from: 80.2, that of the cosine schedule."""
@@ -33,6 +34,8 @@ class DenoiseCall:
     """Level for the window table; None means ``level``."""
     unclipped: bool = False
     """Whether a model that clips D to the range of its images returns it unclipped."""
+    label: int | None = None
+    """Label of all images: the scale of a pyramid; None for that of the request."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,10 @@ class Step:
     """Decoded images of ``x``, float32, at the last step of a latent model if requested."""
     explanations: tuple[Explanation, ...] = ()
     """Of each image, at the first call of the step, if requested."""
+    scale: int = 0
+    """Scale of ``x``, 0 the coarsest; sizes differ by scale."""
+    scales: int = 1
+    """Number of scales of the trajectory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +99,8 @@ class Options:
     """Time to which ``start`` is noised and where the steps begin, 0 < t ≤ 1."""
     scheduler: FolderScheduler | None = None
     """Takes the steps of a diffusers scheduler; None for those of this package."""
+    pyramid: PyramidPlan | None = None
+    """What ``pyramid`` draws, with ``steps`` at each scale; None for other samplers."""
 
     def level(self, i: int) -> NoiseLevel:
         """Return the level before the i-th step from the end: t = start_time·i/steps."""

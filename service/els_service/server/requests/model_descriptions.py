@@ -64,6 +64,8 @@ def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
         label_guidance=info.label_guidance,
         fold=info.fold,
         sizes=None if info.sizes is None else _encode_sizes(info.sizes),
+        scales=[pb.Scale(height=height, width=width) for height, width in info.scales],
+        scale_steps=info.scale_steps,
     )
 
 

@@ -101,9 +101,13 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         # Tokens of earlier releases, which have no other sizes and folds, remain valid.
         *((request.height, request.width) if request.height or request.width else ()),
         *((info.fold,) if info.fold else ()),
+        *((request.tileable, request.symmetric, info.scales) if info.scales else ()),
     )
     digest = hashlib.sha256(repr(drawn).encode())
-    for tensor in (request.conditioning, request.unconditional, request.start):
+    given = [request.conditioning, request.unconditional, request.start]
+    if request.HasField("mask"):
+        given.append(request.mask)
+    for tensor in given:
         digest.update(repr((tensor.dtype, list(tensor.shape))).encode())
         digest.update(tensor.data)
     return digest.digest()[:16]

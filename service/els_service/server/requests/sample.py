@@ -16,6 +16,7 @@ from els_service.denoisers.samplers import Options, check_options, options_for
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
 from els_service.server.requests.explanations import explanation_size, read_explained_steps
+from els_service.server.requests.pyramid import check_pyramid, plan_of_request, scale_steps
 
 SAMPLER_NAMES: dict[int, str] = {
     pb.SAMPLER_UNSPECIFIED: "ddim",
@@ -25,12 +26,13 @@ SAMPLER_NAMES: dict[int, str] = {
     pb.SAMPLER_HEUN: "heun",
     pb.SAMPLER_EULER: "euler",
     pb.SAMPLER_DPMPP_2M: "dpmpp_2m",
+    pb.SAMPLER_PYRAMID: "pyramid",
 }
 _CHURNED = (pb.SAMPLER_HEUN, pb.SAMPLER_EULER)
 _ChurnOption = Literal["churn_min_sigma", "churn_max_sigma", "churn_noise"]
 CHURN_OPTIONS: tuple[_ChurnOption, ...] = get_args(_ChurnOption)
-_STATE_BYTES = {pb.SAMPLER_DPMPP_2M: 16}
-"""Of each number of the images, in a resume token; 8 for other samplers."""
+_STATE_BYTES = {pb.SAMPLER_DPMPP_2M: 16, pb.SAMPLER_PYRAMID: 16}
+"""Of each number of the images, in a resume token, at most; 8 for other samplers."""
 
 
 def count_of(request: pb.SampleRequest) -> int:
@@ -71,9 +73,11 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
         raise ResourceExhaustedError("count", f"at most {limits.max_images}", count)
     if request.first_image < 0:
         raise InvalidArgumentError("first_image", "at least 0", request.first_image)
-    pixels = count * math.prod(image_shape_of(request, info))
+    image = image_shape_of(request, info)
+    pixels = count * math.prod(image)
     tensors.check_pixels("count", pixels, limits)
     _check_steps(request, limits)
+    check_pyramid(request, info, limits, (image[1], image[2]))
     _check_sampler(request)
     size = (2 + request.return_noise) * pixels * tensors.output_size(request.output_dtype)
     if request.return_resume_token:
@@ -96,8 +100,9 @@ def _check_steps(request: pb.SampleRequest, limits: Limits) -> None:
         raise ResourceExhaustedError("times", f"at most {limits.max_steps}", f"{times} values")
     if times and request.steps not in (0, times):
         raise InvalidArgumentError("steps", f"0 or {times}, as there are times", request.steps)
-    if not times and request.steps < 1:
-        raise InvalidArgumentError("steps", "at least 1", request.steps)
+    least = 0 if request.sampler == pb.SAMPLER_PYRAMID else 1
+    if not times and request.steps < least:
+        raise InvalidArgumentError("steps", f"at least {least}", request.steps)
     if request.steps > limits.max_steps:
         raise ResourceExhaustedError("steps", f"at most {limits.max_steps}", request.steps)
 
@@ -129,9 +134,11 @@ def options_of(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) ->
         return value if request.HasField(name) else default
 
     start = _start(request, info, limits)
+    _, height, width = image_shape_of(request, info)
+    plan = plan_of_request(request, info, limits, (height, width))
     options = options_for(
         info,
-        steps=len(request.times) or request.steps,
+        steps=scale_steps(request, info) if plan else len(request.times) or request.steps,
         eta=given("eta", 1.0),
         churn=request.churn,
         churn_min_sigma=given("churn_min_sigma", 0.0),
@@ -141,6 +148,7 @@ def options_of(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) ->
         start=start,
         start_time=_start_time(request),
         scheduler=_scheduler(request, info),
+        pyramid=plan,
     )
     check_options(SAMPLER_NAMES[request.sampler], options)
     return options
@@ -149,7 +157,8 @@ def options_of(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) ->
 def held_bytes_of(sampler: str, options: Options, state_shape: tuple[int, ...]) -> int:
     """Return the bytes that a trajectory holds of its start, and of the D of an earlier step."""
     start = 0 if options.start is None else options.start.nbytes
-    older = 8 * math.prod(state_shape) if sampler == "dpmpp_2m" else 0
+    # ``pyramid``: the finished scale, and the mask.
+    older = 8 * math.prod(state_shape) if sampler in ("dpmpp_2m", "pyramid") else 0
     return start + older
 
 
@@ -173,6 +182,8 @@ def _start_time(request: pb.SampleRequest) -> float:
         if request.times and request.start_time:
             raise InvalidArgumentError("start_time", "unset with times", request.start_time)
         return request.start_time or 1.0
+    if request.HasField("mask"):
+        return 1.0
     if request.HasField("start"):
         raise InvalidArgumentError("start_time", "0 < start_time <= 1, or times, with start", 0)
     if request.start_time:

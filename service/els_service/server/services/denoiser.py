@@ -13,7 +13,7 @@ from els_service.config import Limits
 from els_service.denoisers.base import Denoised, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
-    SAMPLERS,
+    ALL_SAMPLERS,
     Step,
     evaluations_of,
     state_shape,
@@ -128,10 +128,10 @@ class DenoiserService(MomentService):
         options = options_of(request, info, self._limits)
         image = image_shape_of(request, info)
         noise = seeded_noise(request.seed, count, image, request.first_image)
-        shape = state_shape(name, (count, *image))
+        shape = state_shape(name, (count, *image), options)
         resume = decode_token(request, served, shape, steps_of(name, options))
         run = SamplingRun(
-            SAMPLERS[name](noise, options, resume),
+            ALL_SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
             one_each("windows", tensors.decode_windows(request.windows), count, none=0),
             evaluations_of(name, options, resume),
@@ -197,6 +197,8 @@ def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:
         if request.return_denoised or last
         else None,
         alpha_bar=step.alpha_bar,
+        scale=step.scale,
+        scales=step.scales,
         decoded=None
         if step.decoded is None
         else tensors.encode_tensor(step.decoded, request.output_dtype),

@@ -1,0 +1,96 @@
+"""``els-server picture``: model folders that draw new pictures from a photograph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from els_service.errors import ElsError, InvalidArgumentError, LoadError
+
+_FAULT = 2
+
+app = typer.Typer(
+    help="Make models from a photograph.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep the command's name although there is one command."""
+
+
+@app.command()
+def add(
+    photo: Annotated[
+        list[Path], typer.Argument(metavar="PHOTO... NAME", help="Pictures, and the model's name.")
+    ],
+    models: Annotated[Path, typer.Option(help="Folder of models.")],
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels, odd.")] = 9,
+    finest: Annotated[
+        int, typer.Option(help="Long side of the finest scale; larger pictures are reduced.")
+    ] = 192,
+    source: Annotated[str, typer.Option(help="Origin. [default: names of the files]")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "",
+) -> None:
+    """Make the folder of a model of kind picture, and check that it loads.
+
+    Pictures must be 8-bit grey or RGB, with one frame and no transparency.
+    """
+    try:
+        if len(photo) < 2:
+            raise InvalidArgumentError("PHOTO NAME", "a picture and a name", photo[0])
+        *pictures, name = photo
+        keys: dict[str, int | str] = {"patch": patch, "finest": finest}
+        texts = {"source": source, "licence": licence}
+        keys.update({key: text for key, text in texts.items() if text})
+        typer.echo(_add(pictures, str(name), models, keys))
+    except (ElsError, OSError) as error:
+        typer.echo("error: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(_FAULT) from error
+
+
+def _add(pictures: list[Path], name: str, models: Path, keys: dict[str, int | str]) -> str:
+    """Make the folder, and return a description of the model; nothing is left of a failure.
+
+    Raises:
+        LoadError: A picture or a key is invalid, or the folder exists.
+        InvalidArgumentError: The name is none of a model.
+        OSError: The folder cannot be written.
+    """
+    # Local import: the engine takes a second.
+    from els_service.cli.speed import describe_speed
+    from els_service.repository import ModelRepository
+
+    if Path(name).name != name or name.startswith(("_", ".")) or not name.isprintable():
+        raise InvalidArgumentError("NAME", "a folder's name without / and leading _ or .", name)
+    folder = models / name
+    models.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise LoadError(folder, "expected no such model, found one") from error
+    try:
+        files = [_copied(picture, folder, index) for index, picture in enumerate(pictures)]
+        lines = {"kind": "picture", "pictures": files, **keys}
+        # JSON values are valid YAML.
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
+        (folder / "model.yaml").write_text(text)
+        denoiser = ModelRepository(models).load(name)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    scales = ", ".join(f"{height}x{width}" for height, width in denoiser.info.scales)
+    return f"{folder}: scales {scales}; {describe_speed(denoiser)}"
+
+
+def _copied(picture: Path, folder: Path, index: int) -> str:
+    """Copy a picture into a folder; return its name there."""
+    if not picture.is_file():
+        raise LoadError(picture, "expected a file, found none")
+    name = f"{index}{picture.suffix.lower()}" if (folder / picture.name).exists() else picture.name
+    shutil.copyfile(picture, folder / name)
+    return name

@@ -1,0 +1,132 @@
+"""Pyramids of pictures: sizes of the scales, and resampling between them.
+
+Scales are numbered from 0, the coarsest. Their sides grow by one ratio, about 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+COARSEST_PATCHES = 1.6
+"""Default short side of the coarsest scale, in patches: there a patch sees most of a picture."""
+MAX_SCALES = 8
+
+
+def fitted(size: Size, longest: int) -> Size:
+    """Return a size with its proportions and at most ``longest`` pixels on its long side."""
+    factor = min(1.0, longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def scale_count(finest: Size, coarsest: int) -> int:
+    """Return the number of scales whose ratio is nearest to 2, at most ``MAX_SCALES``."""
+    if min(finest) <= coarsest:
+        return 1
+    return min(MAX_SCALES, 1 + round(math.log2(min(finest) / coarsest)))
+
+
+def scale_sizes(finest: Size, coarsest: int, scales: int) -> tuple[Size, ...]:
+    """Return the size of each scale; the coarsest has ``coarsest`` pixels on its short side."""
+    if scales == 1:
+        return (finest,)
+    ratio = min(1.0, coarsest / min(finest)) ** (1 / (scales - 1))
+    return tuple(
+        (round(finest[0] * ratio**down), round(finest[1] * ratio**down))
+        for down in range(scales - 1, -1, -1)
+    )
+
+
+def asked_sizes(model: Sequence[Size], asked: Size, patch: int) -> tuple[Size, ...]:
+    """Return the size of each scale of a picture to draw.
+
+    Args:
+        model: sizes of the scales of the model.
+        asked: size at the finest scale.
+        patch: side of a patch; every scale holds one.
+    """
+    height, width = model[-1]
+    return tuple(
+        (max(patch, round(asked[0] * h / height)), max(patch, round(asked[1] * w / width)))
+        for h, w in model
+    )
+
+
+def resized(images: Tensor, size: Size) -> Tensor:
+    """Return images [B, C, H, W] resampled to a size: bicubic, averaging where it is smaller."""
+    if images.shape[2:] == size:
+        return images
+    return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def level_of(taken: int, steps: int) -> tuple[float, float]:
+    """Return (α, σ) before the step after ``taken`` steps of one scale; σ = 1 - α.
+
+    α rises linearly from 0, pure noise, to ``1 - LAST_SIGMA``.
+    """
+    alpha = (1 - LAST_SIGMA) * taken / max(1, steps - 1)
+    return alpha, 1 - alpha
+
+
+LAST_SIGMA = 1e-4
+"""σ of the last step of a scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class PyramidPlan:
+    """What the sampler ``pyramid`` draws.
+
+    Args:
+        sizes: size of each scale, the last that of the result.
+        patch: side of the model's patches.
+        tileable: whether opposite edges meet: patches lie on a torus.
+        symmetric: whether the right half mirrors the left.
+        mask: [1 or B, 1, H, W] float64: 1 where pixels are drawn, 0 where those of ``start`` are
+            kept; None to draw all.
+    """
+
+    sizes: tuple[Size, ...]
+    patch: int
+    tileable: bool = False
+    symmetric: bool = False
+    mask: Tensor | None = None
+
+    @property
+    def scales(self) -> int:
+        """Number of scales."""
+        return len(self.sizes)
+
+    def pixels(self, scale: int) -> int:
+        """Return height × width of a scale; 0 for the one before the first."""
+        return math.prod(self.sizes[scale]) if scale >= 0 else 0
+
+    def numbers(self, channels: int) -> int:
+        """Return the length of the state of one image: the finest scale, and the one before."""
+        return channels * (self.pixels(self.scales - 1) + self.pixels(self.scales - 2))
+
+
+def unpacked(state: Tensor, plan: PyramidPlan, scale: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Return x of a scale and the finished scale before, [B, C, H, W], of a state [B, N]."""
+    split = channels * plan.pixels(scale)
+    coarse = state[:, split : split + channels * plan.pixels(scale - 1)]
+    return (
+        state[:, :split].reshape(len(state), channels, *plan.sizes[scale]),
+        coarse.reshape(len(state), channels, *plan.sizes[max(0, scale - 1)])
+        if scale
+        else coarse.reshape(len(state), channels, 0, 0),
+    )
+
+
+def packed(x: Tensor, coarse: Tensor | None, plan: PyramidPlan) -> Tensor:
+    """Return the state [B, N] of x of a scale and of the finished scale before, padded by zeros."""
+    parts = [x.flatten(1), *([] if coarse is None else [coarse.flatten(1)])]
+    state = torch.cat(parts, dim=1)
+    return torch.nn.functional.pad(state, (0, plan.numbers(x.shape[1]) - state.shape[1]))

@@ -1,0 +1,197 @@
+"""The denoiser and the sampler of pictures, against matrix products over patches in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support import picture_reference
+from torch import Tensor
+
+from els_kernels import FoldedAttention
+from els_service.denoisers.base import concatenate, make_query
+from els_service.denoisers.levels import MAX_SIGMA, from_sigma
+from els_service.denoisers.noise import seeded_noise
+from els_service.denoisers.picture import PictureBank, PictureDenoiser, picture_bank
+from els_service.denoisers.pyramids import PyramidPlan, asked_sizes, scale_count, scale_sizes
+from els_service.denoisers.samplers import Options, Resume, Step, options_for, sample
+from els_service.denoisers.samplers.pyramid import pyramid
+from els_service.errors import InvalidArgumentError
+
+PATCH, RHO, STEPS = 5, 0.2, 6
+
+
+def picture(height: int = 20, width: int = 24, channels: int = 3) -> Tensor:
+    """A smooth picture: a hill of another colour and place in each channel, and stripes."""
+    row, col = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
+    hills = [
+        torch.exp(-4 * ((row - 0.3 * c) ** 2 + (col + 0.2 * c) ** 2)) - 0.4 for c in range(channels)
+    ]
+    stripes = 0.3 * torch.sin(9 * row + 5 * col)
+    return (torch.stack(hills) + stripes).clamp(-1, 1)
+
+
+def bank(*pictures: Tensor) -> PictureBank:
+    return picture_bank(pictures or (picture(),), coarsest=8, scales=2, source="hills")
+
+
+def denoiser(of: PictureBank | None = None, **options: Any) -> PictureDenoiser:
+    of = of or bank()
+    kernel = options.pop("kernel", "auto")
+    given = {"patch": PATCH, "fold": RHO, "steps": STEPS, **options}
+    return PictureDenoiser(FoldedAttention(of.images, implementation=kernel), of, **given)
+
+
+def options(model: PictureDenoiser, size: tuple[int, int], **chosen: Any) -> Options:
+    plan = {key: chosen.pop(key) for key in ("tileable", "symmetric", "mask") if key in chosen}
+    sizes = asked_sizes(model.info.scales, size, PATCH)
+    return options_for(model.info, steps=STEPS, pyramid=PyramidPlan(sizes, PATCH, **plan), **chosen)
+
+
+def draw(model: PictureDenoiser, size: tuple[int, int], **chosen: Any) -> list[Step]:
+    given = {key: chosen.pop(key) for key in ("count", "first", "seed") if key in chosen}
+    taken = sample(model, sampler="pyramid", options=options(model, size, **chosen), **given)
+    return list(taken)
+
+
+def test_a_pyramid_has_the_ratio_nearest_to_two_and_the_coarsest_side_asked_for() -> None:
+    assert scale_count((64, 96), 14) == 3
+    assert scale_sizes((64, 96), 14, 3) == ((14, 21), (30, 45), (64, 96))
+    assert scale_count((12, 96), 14) == 1
+    assert scale_sizes((12, 96), 14, 1) == ((12, 96),)
+    assert asked_sizes(((14, 21), (64, 96)), (64, 192), 9) == ((14, 42), (64, 192))
+    assert asked_sizes(((14, 21), (64, 96)), (9, 192), 9) == ((9, 42), (9, 192))
+
+
+@pytest.mark.parametrize("label", [-1, 0, 1])
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0, MAX_SIGMA])
+def test_the_answer_is_the_fold_of_the_mean_patches_of_a_scale(label: int, sigma: float) -> None:
+    of = bank(picture(), picture(11, 13))
+    model, images = denoiser(of), of.images
+    attended = {-1: images, 0: images[:2], 1: images[2:]}[label]
+    noise = torch.randn(3, 9, 17, generator=torch.Generator().manual_seed(0))
+    x = picture(9, 17) + sigma * noise
+    mean = model.denoise(make_query(x[None], from_sigma([sigma]), label)).mean[0].double()
+    expected = picture_reference.denoise(x, attended, 1.0, sigma, PATCH, RHO)
+    # At the highest level the logits of the formula still differ by 1e-6.
+    assert (mean - expected).norm() < 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("tileable", [False, True])
+@pytest.mark.parametrize("size", [(20, 24), (12, 40)])
+def test_steps_are_those_of_the_formulas_in_float64(size: tuple[int, int], tileable: bool) -> None:
+    model = denoiser()
+    steps = draw(model, size, seed=3, tileable=tileable)
+    sizes = asked_sizes(model.info.scales, size, PATCH)
+    images = bank().images
+    expected = picture_reference.draw(
+        [[images[0]], [images[1]]], sizes, seed=3, patch=PATCH, rho=RHO, steps=STEPS,
+        tileable=tileable,
+    )  # fmt: skip
+    assert len(steps) == len(expected) == 2 * STEPS
+    for step, x in zip(steps, expected, strict=True):
+        assert (step.x[0] - x).norm() < 1e-3 * x.norm(), step.index
+    assert [step.scale for step in steps] == [0] * STEPS + [1] * STEPS
+    assert steps[-1].x.shape == (1, 3, *size)
+
+
+def test_alpha_bar_rises_to_one_within_each_scale() -> None:
+    steps = draw(denoiser(), (20, 24))
+    for scale in range(2):
+        levels = [step.alpha_bar for step in steps if step.scale == scale]
+        assert levels == sorted(levels)
+        assert levels[-1] == 1
+    assert {step.scales for step in steps} == {2}
+
+
+def test_an_image_has_the_same_bits_alone_and_in_company() -> None:
+    model = denoiser()
+    together = draw(model, (20, 24), count=3, seed=5)[-1].x
+    for image in range(3):
+        alone = draw(model, (20, 24), first=image, seed=5)[-1].x
+        assert torch.equal(alone[0], together[image])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_levels_and_scales_mix_in_a_batch_without_changing_bits() -> None:
+    model = denoiser()
+    x = torch.randn(1, 3, 10, 11, generator=torch.Generator().manual_seed(1))
+    asked = [
+        make_query(x, from_sigma([sigma]), label)
+        for sigma, label in [(0.2, 0), (MAX_SIGMA, 1), (1.0, 1), (MAX_SIGMA, 0)]
+    ]
+    together = model.denoise(concatenate(asked)).pixels
+    for index, query in enumerate(asked):
+        np.testing.assert_array_equal(model.denoise(query).pixels[0], together[index])
+
+
+def resumed(model: PictureDenoiser, given: Options, step: Step, size: tuple[int, int]) -> Tensor:
+    noise = seeded_noise(7, 1, (3, *size))
+    trajectory = pyramid(noise, given, Resume(step.index, step.state))
+    answer, last = None, step
+    while True:
+        try:
+            event = trajectory.send(answer)
+        except StopIteration:
+            return last.x
+        if isinstance(event, Step):
+            answer, last = None, event
+        else:
+            query = make_query(event.x.float(), event.level, event.label or 0)
+            answer = model.denoise(query).mean.double()
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_trajectory_resumed_at_any_step_ends_in_the_same_bits(start: bool) -> None:
+    model, size = denoiser(), (14, 16)
+    chosen = {"start": picture(*size)[None].double(), "start_time": 0.6} if start else {}
+    steps = draw(model, size, seed=7, **chosen)
+    for step in steps[:-1]:
+        again = resumed(model, options(model, size, **chosen), step, size)
+        assert torch.equal(again, steps[-1].x), step.index
+
+
+def test_the_edges_of_a_tileable_picture_meet() -> None:
+    x = draw(denoiser(), (20, 24), seed=2, tileable=True)[-1].x[0]
+    for axis in (1, 2):
+        inside = x.diff(dim=axis).abs().mean(dim=(0, 3 - axis))
+        wrapped = (x.select(axis, 0) - x.select(axis, -1)).abs().mean()
+        assert wrapped <= inside.quantile(0.75)
+
+
+def test_a_symmetric_picture_equals_its_mirror_image() -> None:
+    for width in (24, 23):
+        x = draw(denoiser(), (20, width), seed=2, symmetric=True)[-1].x
+        assert torch.equal(x, x.flip(3))
+
+
+def test_pixels_that_a_mask_keeps_are_those_of_the_start() -> None:
+    start, mask = picture()[None].double(), torch.zeros(1, 1, 20, 24, dtype=torch.float64)
+    mask[..., 6:14, 8:17] = 1
+    x = draw(denoiser(), (20, 24), seed=1, start=start, mask=mask)[-1].x
+    kept = (mask == 0).expand_as(x)
+    assert torch.equal(x[kept], start[kept])
+    assert not torch.equal(x[~kept], start[~kept])
+
+
+def test_a_start_with_little_noise_keeps_the_picture_and_more_noise_changes_more() -> None:
+    start = picture()[None].double()
+    distances = [
+        (draw(denoiser(), (20, 24), seed=1, start=start, start_time=time)[-1].x - start).norm()
+        for time in (0.2, 1.0)
+    ]
+    assert distances[0] < 0.5 * distances[1]
+
+
+def test_a_picture_smaller_than_a_patch_is_rejected_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match="patch: expected at most 8, the shortest side"):
+        denoiser(patch=9)
+
+
+def test_times_are_rejected_for_a_pyramid() -> None:
+    with pytest.raises(InvalidArgumentError, match="times: expected none for pyramid"):
+        draw(denoiser(), (20, 24), times=(0.5,) * STEPS)

@@ -1,0 +1,195 @@
+"""New pictures from one picture through a running server: sizes, modes, bits, errors, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+from tests.support.processes import ServerProcess, serving
+from typer.testing import CliRunner
+
+from els_client import Client, InvalidArgumentError, Step
+from els_client.cli import app
+from els_proto.denoise.v1 import denoise_pb2 as pb
+from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_service.denoisers.pyramids import PyramidPlan, asked_sizes
+from els_service.denoisers.samplers import options_for, sample
+from els_service.repository import ModelRepository
+
+SIZE = (16, 22)
+DOCUMENT = "kind: picture\npictures: [photo.png]\npatch: 5\nfinest: 24\nsteps: 4\n"
+FLAT = "kind: gaussian\nshape: [3, 8, 8]\nmean: 0\nvariance: 0.1\n"
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    row, col = np.mgrid[0:20, 0:24]
+    waves = [np.sin(row / 3 + c) + np.cos(col / (2 + c)) for c in range(3)]
+    pixels = np.clip(np.stack(waves, -1) * 60 + 128, 0, 255).astype(np.uint8)
+    for name, document in (("hills", DOCUMENT), ("flat", FLAT)):
+        (root / name).mkdir()
+        (root / name / "model.yaml").write_text(document)
+    Image.fromarray(pixels).save(root / "hills" / "photo.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[ServerProcess]:
+    with serving("--models", models, "--threads", 1) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.target, timeout_s=60) as connected:
+        yield connected
+
+
+def draw(client: Client, **options: Any) -> list[Step]:
+    given = {"model": "hills", "sampler": "pyramid", "size": SIZE, **options}
+    return list(client.sample(**given))
+
+
+def test_a_model_describes_its_scales(client: Client) -> None:
+    model = client.model("hills")
+    assert model.kind == "picture"
+    assert model.scales == ((8, 10), (20, 24))
+    assert model.label_names == ("8x10", "20x24")
+    assert model.scale_steps == 4
+    assert model.fold == pytest.approx(0.2)
+
+
+def test_the_server_draws_the_bits_of_the_library_and_streams_every_scale(
+    client: Client, models: Path
+) -> None:
+    steps = draw(client, seed=3, count=2)
+    assert [(step.scale, step.scales) for step in steps] == [(0, 2)] * 4 + [(1, 2)] * 4
+    assert [step.index for step in steps] == list(range(1, 9))
+    model = ModelRepository(models).load("hills")
+    plan = PyramidPlan(asked_sizes(model.info.scales, SIZE, 5), 5)
+    chosen = options_for(model.info, steps=4, pyramid=plan)
+    expected = list(sample(model, sampler="pyramid", options=chosen, seed=3, count=2))
+    for step, own in zip(steps, expected, strict=True):
+        np.testing.assert_array_equal(step.x, own.x.float().numpy())
+        np.testing.assert_array_equal(step.denoised, own.denoised.float().numpy())
+    assert steps[-1].x.shape == (2, 3, *SIZE)
+
+
+def test_callers_at_once_get_the_bits_that_each_gets_alone(client: Client) -> None:
+    alone = [draw(client, seed=seed)[-1].x for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: draw(client, seed=seed)[-1].x, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_wide_tileable_and_symmetric_pictures_are_what_they_are_named(client: Client) -> None:
+    assert draw(client, size=(9, 50))[-1].x.shape == (1, 3, 9, 50)
+    tile = draw(client, tileable=True)[-1].x[0]
+    assert tile.shape == (3, *SIZE)
+    assert not np.array_equal(tile, draw(client)[-1].x[0])
+    mirrored = draw(client, symmetric=True)[-1].x
+    np.testing.assert_array_equal(mirrored, mirrored[..., ::-1])
+
+
+def test_a_mask_keeps_the_pixels_of_the_start(client: Client) -> None:
+    start = np.linspace(-0.9, 0.9, 3 * 16 * 22, dtype=np.float32).reshape(1, 3, *SIZE)
+    mask = np.zeros((1, 1, *SIZE), np.float32)
+    mask[..., 5:10, 6:15] = 1
+    x = draw(client, start=start, mask=mask)[-1].x
+    kept = np.broadcast_to(mask == 0, x.shape)
+    np.testing.assert_array_equal(x[kept], start[kept])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tileable": True}, {"start_time": 0.6}],
+    ids=["new", "tileable", "from a start"],
+)
+def test_a_token_of_any_step_goes_on_with_the_same_bits(
+    server: ServerProcess, options: dict[str, Any]
+) -> None:
+    if "start_time" in options:
+        pixels = np.zeros((1, 3, *SIZE), np.float32)
+        start = pb.Tensor(dtype=pb.DTYPE_F32, shape=pixels.shape, data=pixels.tobytes())
+        options = {**options, "start": start}
+    request = pb.SampleRequest(
+        model="hills", sampler=pb.SAMPLER_PYRAMID, height=SIZE[0], width=SIZE[1], seed=9,
+        return_x=True, return_denoised=True, return_resume_token=True, **options,
+    )  # fmt: skip
+    with grpc.insecure_channel(server.target) as channel:
+        stub = DenoiserServiceStub(channel)
+        whole = list(stub.Sample(request, timeout=60))
+        assert len(whole) == 7 if "start" in options else 8
+        for step in whole[:-1]:
+            request.resume_token = step.resume_token
+            rest = list(stub.Sample(request, timeout=60))
+            assert rest == whole[step.index :]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model": "flat", "size": None}, "sampler: expected another for a model without scales"),
+        ({"size": (4, 30)}, "height: expected 0, or 5 to"),
+        ({"size": (30, 5000)}, "width: expected 0, or 5 to"),
+        ({"size": (1030, 30), "tileable": True}, "height: expected at most 1024 with tileable"),
+        ({"label": 0}, "labels: expected none for SAMPLER_PYRAMID"),
+        ({"window": 3}, "windows: expected none for SAMPLER_PYRAMID"),
+        ({"want": ["noise"]}, "return_noise: expected false for SAMPLER_PYRAMID"),
+        ({"tileable": True, "symmetric": True}, "symmetric: expected false with tileable"),
+        ({"sampler": "ddim", "tileable": True}, "tileable: expected unset but for"),
+        ({"steps": 1}, "steps: expected at least 2 for pyramid"),
+        ({"mask": np.zeros((1, 1, *SIZE), np.float32)}, "mask: expected unset without start"),
+    ],
+)
+def test_a_wrong_field_is_rejected_by_name(
+    client: Client, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        draw(client, **options)
+    assert reason in str(caught.value)
+
+
+def test_a_mask_of_another_size_is_rejected_with_both_sizes(client: Client) -> None:
+    start = np.zeros((1, 3, *SIZE), np.float32)
+    with pytest.raises(InvalidArgumentError, match=r"mask.shape: expected \[1 or 1, 1, 16, 22\]"):
+        draw(client, start=start, mask=np.zeros((1, 1, 16, 21), np.float32))
+    with pytest.raises(InvalidArgumentError, match="mask: expected values 0"):
+        draw(client, start=start, mask=np.full((1, 1, *SIZE), 0.5, np.float32))
+
+
+def remix(target: str, *words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["remix", *words, "--target", target])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("mode", ["new", "tileable", "symmetric", "variation", "retarget"])
+def test_els_remix_writes_pictures_of_the_size_asked_for(
+    server: ServerProcess, models: Path, tmp_path: Path, mode: str
+) -> None:
+    out = tmp_path / "out.png"
+    words = ["--model", "hills", "--out", str(out), "--size", "120x10", "--mode", mode]
+    code, output = remix(server.target, str(models / "hills" / "photo.png"), *words)
+    assert code == 0, output
+    with Image.open(out) as picture:
+        assert picture.size == (120, 10)
+
+
+def test_els_remix_rejects_other_models_and_sizes(server: ServerProcess, models: Path) -> None:
+    photo = str(models / "hills" / "photo.png")
+    code, output = remix(server.target, photo, "--model", "flat")
+    assert code != 0
+    assert "expected a model of kind picture" in output
+    code, output = remix(server.target, photo, "--model", "hills", "--size", "12")
+    assert code != 0
+    assert "size: expected WIDTHxHEIGHT in pixels, got 12" in output

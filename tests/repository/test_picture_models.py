@@ -1,0 +1,176 @@
+"""Models of kind ``picture``: their files, keys and sizes, and the command that makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from els_service.cli.main import app
+from els_service.denoisers.base import make_query
+from els_service.denoisers.levels import from_sigma
+from els_service.errors import LoadError
+from els_service.repository import ModelRepository
+
+
+def photo(path: Path, height: int = 40, width: int = 60, mode: str = "RGB") -> Path:
+    row, col = np.mgrid[0:height, 0:width]
+    pixels = np.stack([row * 4 % 256, col * 3 % 256, (row + col) * 5 % 256], -1).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def model(
+    root: Path, keys: str = "", name: str = "model", size: tuple[int, int] = (40, 60)
+) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    photo(folder / "photo.png", *size)
+    (folder / "model.yaml").write_text(f"kind: picture\npictures: [photo.png]\n{keys}")
+    return folder
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(LoadError) as caught:
+        ModelRepository(root).load("model")
+    return str(caught.value)
+
+
+def test_a_picture_has_scales_from_its_patch_and_its_size(tmp_path: Path) -> None:
+    model(tmp_path, size=(400, 600))
+    info = ModelRepository(tmp_path).load("model").info
+    assert info.kind == "picture"
+    assert info.shape == (3, 128, 192)
+    assert info.scales == ((14, 21), (29, 44), (61, 92), (128, 192))
+    assert info.label_names == ("14x21", "29x44", "61x92", "128x192")
+    assert info.bank is not None
+    assert info.bank.source == "photo.png"
+    pixels = sum(height * width for height, width in info.scales)
+    assert info.memory_bytes == 4 * 7 * pixels
+
+
+def test_keys_choose_patch_scales_and_sizes(tmp_path: Path) -> None:
+    keys = "patch: 5\nscales: 2\ncoarsest: 10\nfinest: 30\nfold: uniform\nsteps: 4\n"
+    model(tmp_path, f"{keys}source: a street\nlicence: CC0\n")
+    info = ModelRepository(tmp_path).load("model").info
+    assert info.scales == ((10, 15), (20, 30))
+    assert (info.fold, info.scale_steps) == (np.inf, 4)
+    assert info.bank is not None
+    assert (info.bank.source, info.bank.licence) == ("a street", "CC0")
+
+
+def test_several_pictures_of_unequal_sizes_answer_together(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    photo(folder / "second.png", 30, 30)
+    document = "kind: picture\npictures: [photo.png, second.png]\npatch: 5\n"
+    (folder / "model.yaml").write_text(document)
+    both = ModelRepository(tmp_path).load("model")
+    assert both.info.bank is not None
+    assert both.info.bank.images == 2
+    x = np.zeros((1, 3, 9, 9), np.float32)
+    alone = model(tmp_path, "patch: 5\n", "alone")
+    one = ModelRepository(tmp_path).load(alone.name)
+    query = make_query(x, from_sigma([1.0]), 0)
+    assert not np.array_equal(both.denoise(query).pixels, one.denoise(query).pixels)
+
+
+def test_the_fingerprint_changes_with_the_picture(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    models = ModelRepository(tmp_path)
+    first = models.load("model").info.bank
+    before = models.fingerprint("model")
+    photo(folder / "photo.png", 41, 60)
+    second = models.load("model").info.bank
+    assert first is not None
+    assert second is not None
+    assert first.fingerprint != second.fingerprint
+    assert models.fingerprint("model") != before
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ("patch: 8\n", "patch: expected an odd number, got 8"),
+        ("patch: 1\n", "picture.patch"),
+        ("coarsest: 5\n", "coarsest: expected at least 9, the patch, got 5"),
+        ("fold: 0\n", "picture.fold"),
+        ("steps: 1\n", "picture.steps"),
+        ("finest: 8\n", "sides of at least 9 pixels, the patch, got 5 x 8"),
+        ("pictures: []\n", "picture.pictures"),
+        ("scales: 9\n", "picture.scales"),
+    ],
+)
+def test_a_key_out_of_range_is_refused_by_name(tmp_path: Path, keys: str, reason: str) -> None:
+    model(tmp_path, keys)
+    assert reason in refusal(tmp_path)
+
+
+def test_transparent_damaged_animated_and_absent_pictures_are_refused_by_name(
+    tmp_path: Path,
+) -> None:
+    folder = model(tmp_path)
+    whole = (folder / "photo.png").read_bytes()
+    for mode, reason in [("RGBA", "transparency"), ("CMYK", "mode CMYK"), ("P", "mode P")]:
+        suffix = "jpg" if mode == "CMYK" else "png"
+        document = f"kind: picture\npictures: [other.{suffix}]\n"
+        (folder / "model.yaml").write_text(document)
+        photo(folder / f"other.{suffix}", mode=mode)
+        text = refusal(tmp_path)
+        assert f"other.{suffix}" in text
+        assert reason in text
+    frames = [Image.fromarray(np.full((20, 20, 3), v, np.uint8)) for v in (0, 200)]
+    frames[0].save(folder / "other.png", save_all=True, append_images=frames[1:])
+    (folder / "model.yaml").write_text("kind: picture\npictures: [other.png]\n")
+    assert "expected one frame" in refusal(tmp_path)
+    (folder / "other.png").write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in refusal(tmp_path)
+    (folder / "other.png").unlink()
+    assert "expected a file, found none" in refusal(tmp_path)
+
+
+def test_grey_and_colour_pictures_are_not_mixed(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    photo(folder / "grey.png", mode="L")
+    (folder / "model.yaml").write_text("kind: picture\npictures: [photo.png, grey.png]\n")
+    assert "expected all grey or all RGB" in refusal(tmp_path)
+
+
+def test_a_picture_is_turned_by_its_exif_orientation(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(folder / "photo.png") as picture:
+        picture.save(folder / "photo.png", exif=exif)
+    assert ModelRepository(tmp_path).load("model").info.shape == (3, 60, 40)
+
+
+def add(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["picture", "add", *words])
+    return result.exit_code, result.output
+
+
+def test_picture_add_makes_a_model_that_loads(tmp_path: Path) -> None:
+    file, models = photo(tmp_path / "Street one.png"), tmp_path / "models"
+    code, output = add(str(file), "street", "--models", str(models), "--patch", "5")
+    assert code == 0, output
+    assert "scales 8x12, 18x27, 40x60" in output
+    assert ModelRepository(models).load("street").info.scale_steps == 10
+    code, output = add(str(file), "street", "--models", str(models))
+    assert code == 2
+    assert "expected no such model, found one" in output
+
+
+def test_picture_add_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    file, models = photo(tmp_path / "clear.png", mode="RGBA"), tmp_path / "models"
+    for words in ([str(file), "clear"], [str(tmp_path / "absent.png"), "clear"]):
+        code, output = add(*words, "--models", str(models))
+        assert code == 2
+        assert output.startswith("error: ")
+        assert not list(models.iterdir())
+    for name in ("../up", "_hidden", ".hidden"):
+        code, output = add(str(file), name, "--models", str(models))
+        assert code == 2
+        assert "NAME: expected" in output
