@@ -177,8 +177,9 @@ def test_an_image_of_another_size_has_no_distances_and_says_why() -> None:
 def test_a_measure_is_given_or_has_a_reason() -> None:
     sources, weights = random_sources(0)
     shares = np.array([0.2, 0.7, 0.1])
-    for count, args in ((3, ()), (3, (sources, weights, shares)), (60, ())):
-        found = report(image_of(1), bank_of(count), *args)
+    alone = report(image_of(1), bank_of(3))
+    explained = report(image_of(1), bank_of(3), sources, weights, shares)
+    for found in (alone, explained, report(image_of(1), bank_of(60))):
         assert {name for name in MEASURES if getattr(found, name) is None} == set(found.absent)
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from els_client._explanation import Explanation
+    from els_client._originality import Originality
 
 
 class SupportsArray(Protocol):
@@ -120,6 +121,7 @@ class SampleOptions(TypedDict, total=False):
     explain_steps: Integers
     explain_top: int
     explain_images: int
+    originality: bool | str
     timesteps: Timesteps | None
     start: Pixels | None
     start_time: float | None
@@ -367,6 +369,7 @@ class Step:
     _noise: Images | None = None
     _decoded: Images | None = None
     _explanation: Explanation | None = None
+    _originality: tuple[Originality, ...] = ()
 
     @property
     def x(self) -> Images:
@@ -415,6 +418,18 @@ class Step:
             hint = f"request it with explain_steps=[{self.index}]"
             raise AttributeError(f"this step has no explanation: {hint}")
         return self._explanation
+
+    @property
+    def originality(self) -> tuple[Originality, ...]:
+        """Report of each image of the last step, as ``Client.originality`` returns them.
+
+        Raises:
+            AttributeError: Not requested, or this is not the last step.
+        """
+        if not self._originality:
+            hint = "request them with originality=True; only the last step has them"
+            raise AttributeError(f"this step has no reports of originality: {hint}")
+        return self._originality
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"

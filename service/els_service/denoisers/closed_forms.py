@@ -173,6 +173,11 @@ class WienerDenoiser:
         """Description of the denoiser."""
         return self._info
 
+    @property
+    def bank(self) -> Bank:
+        """Images of the filter."""
+        return self._bank
+
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape or a label is wrong, or a window is given."""
         check_query(self._info, query)

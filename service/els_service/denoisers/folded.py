@@ -122,6 +122,11 @@ class FoldedDenoiser:
         """Description of the machine."""
         return self._info
 
+    @property
+    def bank(self) -> Bank:
+        """Images of the machine."""
+        return self._bank
+
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape, a label or a window is not supported."""
         check_query(self._info, query)

@@ -133,22 +133,24 @@ def report(
         wraps: whether images continue at the opposite border.
     """
     absent: dict[str, str] = {}
-    measures: dict[str, float | None] = {}
+    gap: float | None = None
+    carlini: float | None = None
     nearest, distances = np.empty(0, np.int64), np.empty(0, np.float32)
     if image.shape == bank.shape:
         every, tiled = distances_to(image, bank)
         nearest = np.argsort(every, kind="stable")[:NEIGHBOURS]
         distances = every[nearest]
-        measures["gap_ratio"] = gap_ratio(every)
-        measures["carlini_ratio"] = carlini_ratio(tiled)
-    for name, least in (("gap_ratio", GAP_IMAGES), ("carlini_ratio", CARLINI_IMAGES)):
+        gap = gap_ratio(every)
+        carlini = carlini_ratio(tiled)
+    ratios = (("gap_ratio", gap, GAP_IMAGES), ("carlini_ratio", carlini, CARLINI_IMAGES))
+    for name, ratio, least in ratios:
         if image.shape != bank.shape:
             absent[name] = f"needs a bank of images of its size, {_sides(image.shape)}"
-        elif measures[name] is None:
+        elif ratio is None:
             absent[name] = f"needs a bank of at least {least} images, this has {len(bank.images)}"
     if sources is None or weights is None or shares is None:
         absent |= dict.fromkeys(_SOURCE_MEASURES, "needs a model with sources")
-        return Report(nearest, distances, absent=absent, **measures)
+        return Report(nearest, distances, gap, carlini, absent=absent)
     found = sources_of(sources, weights, wraps=wraps)
     seam = seams(found)
     if seam is None:
@@ -156,7 +158,8 @@ def report(
     return Report(
         nearest,
         distances,
-        **measures,
+        gap,
+        carlini,
         largest_share=float(shares.max()),
         largest_image=int(shares.argmax()),
         sources_of_90=sources_of_90(shares),
@@ -222,7 +225,10 @@ def _tiles(shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     )
     count = int(column[-1]) + 1
     numbers = np.broadcast_to(row[:, None] * count + column, shape).reshape(-1)
-    return (numbers[:, None] == np.arange(numbers.max() + 1)).astype(np.float32)
+    tiles: npt.NDArray[np.float32] = (numbers[:, None] == np.arange(numbers.max() + 1)).astype(
+        np.float32
+    )
+    return tiles
 
 
 def _sides(shape: tuple[int, ...]) -> str:

@@ -1,0 +1,132 @@
+"""Measures how original samples of the bundled Fashion-MNIST models are, and writes a record.
+
+    python -m benchmarks.originality [--samples 100] [--figure FILE.png] [--out FILE.json]
+
+For each model, all against the bank of ``fashion-els``: the share of samples that are memorised
+(gap ratio below 1/3) and eidetic (Carlini ratio below 1), quartiles of every measure, and the time
+of the reports as a share of that of drawing. One process serves, labels 0 to 9 in turn, 20 steps of
+ddim. The figure has the histograms of the gap ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.service.servers import free_port, running
+from els_client import Client
+
+if TYPE_CHECKING:
+    from els_client import Originality
+
+BANK = "fashion-els"
+MODELS = ("fashion-ideal", "fashion-els", "fashion-local", "fashion-unet", "fashion-resnet")
+STEPS, LABELS = 20, 10
+MEASURES = (
+    *("gap_ratio", "carlini_ratio", "largest_share", "sources_of_90", "seams", "clear"),
+    *("largest_region", "in_place"),
+)
+_BATCH = 10
+_BINS = np.linspace(0, 1, 41)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print every row, then write the record and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=100, help="of each model")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="histograms to draw")
+    record.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    recorder = record.start("originality", options)
+    rows, ratios = [], {}
+    for row, found in measured(options.samples):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        ratios[row["model"]] = [one.gap_ratio for one in found if one.gap_ratio is not None]
+    print(f"record: {recorder.write(rows)}")
+    if options.figure:
+        draw(ratios, options.figure)
+
+
+def measured(samples: int) -> Iterator[tuple[dict[str, Any], list[Originality]]]:
+    """Yield a row and the reports of each model."""
+    port = free_port()
+    program = Path(sys.executable).with_name("els-server")
+    command = (program, "run", f"--port={port}", "--metrics-port=0")
+    with running(command, port), Client(f"127.0.0.1:{port}", timeout_s=3600) as client:
+        served = _when_ready(client)
+        for model in MODELS:
+            if model in served:
+                yield _row(client, model, samples)
+
+
+def _when_ready(client: Client) -> set[str]:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return {model.name for model in client.models()}
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _row(client: Client, model: str, samples: int) -> tuple[dict[str, Any], list[Originality]]:
+    found: list[Originality] = []
+    drawing = reporting = 0.0
+    for first in range(0, samples, _BATCH):
+        count = min(_BATCH, samples - first)
+        labels = [(first + i) % LABELS for i in range(count)]
+        began = time.perf_counter()
+        *_, last = client.sample(
+            model=model, count=count, first_image=first, label=labels, steps=STEPS, want=()
+        )
+        drawn = time.perf_counter()
+        found.extend(client.originality(last.x, model=BANK, label=labels))
+        drawing += drawn - began
+        reporting += time.perf_counter() - drawn
+    row: dict[str, Any] = {
+        "model": model,
+        "bank": BANK,
+        "bank_images": found[0].bank_images,
+        "samples": samples,
+        "memorised": sum(bool(one.memorised) for one in found) / samples,
+        "eidetic": sum(bool(one.eidetic) for one in found) / samples,
+        "copied": sum(bool(one.copied) for one in found) / samples,
+        "draw_s": drawing / samples,
+        "report_s": reporting / samples,
+        "report_share": reporting / drawing,
+    }
+    for name in MEASURES:
+        values = [value for one in found if (value := getattr(one, name)) is not None]
+        quartiles = np.quantile(values, [0.25, 0.5, 0.75]) if values else []
+        row |= {f"{name}_quartiles": [round(float(value), 4) for value in quartiles]}
+    return row, found
+
+
+def draw(ratios: dict[str, list[float]], path: Path) -> None:
+    """Write the histograms of the gap ratio, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 1.1 * len(ratios) + 0.8), layout="constrained")
+    axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (model, values) in zip(axes, ratios.items(), strict=True):
+        axis.hist(values, _BINS, color="#2f6f9f")
+        axis.axvline(1 / 3, color="#b03030", linewidth=1)
+        flagged = sum(value < 1 / 3 for value in values)
+        axis.set_title(f"{model}: {flagged} of {len(values)} memorised", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+    axes[-1].set_xlabel("distance of the nearest bank image / of the second nearest", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
