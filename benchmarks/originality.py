@@ -2,10 +2,11 @@
 
     python -m benchmarks.originality [--samples 100] [--figure FILE.png] [--out FILE.json]
 
-For each model, all against the bank of ``fashion-els``: the share of samples that are memorised
-(gap ratio below 1/3) and eidetic (Carlini ratio below 1), quartiles of every measure, and the time
-of the reports as a share of that of drawing. One process serves, labels 0 to 9 in turn, 20 steps of
-ddim. The figure has the histograms of the gap ratio.
+For each model, by its own sources or, if it has none, those of ``fashion-els``, whose bank is the
+same: the share of samples that are memorised (gap ratio below 1/3) and eidetic (Carlini ratio below
+1), quartiles of every measure, and the time of the reports as a share of that of drawing. One
+process serves, labels 0 to 9 in turn. The figure has the histograms of the gap
+ratio.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 BANK = "fashion-els"
 MODELS = ("fashion-ideal", "fashion-els", "fashion-local", "fashion-unet", "fashion-resnet")
-STEPS, LABELS = 20, 10
+LABELS = 10
 MEASURES = (
     *("gap_ratio", "carlini_ratio", "largest_share", "sources_of_90", "seams", "clear"),
     *("largest_region", "in_place"),
@@ -42,30 +43,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print every row, then write the record and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=100, help="of each model")
+    parser.add_argument("--steps", type=int, default=20, help="of ddim")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="in this order")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="histograms to draw")
     record.add_arguments(parser)
     options = parser.parse_args(arguments)
     recorder = record.start("originality", options)
-    rows, ratios = [], {}
-    for row, found in measured(options.samples):
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, list[float]] = {}
+    path = Path()
+    for row, found in measured(options.models, options.samples, options.steps):
         print(json.dumps(row), flush=True)
         rows.append(row)
         ratios[row["model"]] = [one.gap_ratio for one in found if one.gap_ratio is not None]
-    print(f"record: {recorder.write(rows)}")
-    if options.figure:
-        draw(ratios, options.figure)
+        # After each model: a run that is ended keeps what it measured.
+        path = recorder.write(rows)
+        if options.figure:
+            draw(ratios, options.figure)
+    print(f"record: {path}")
 
 
-def measured(samples: int) -> Iterator[tuple[dict[str, Any], list[Originality]]]:
+def measured(
+    models: Sequence[str], samples: int, steps: int
+) -> Iterator[tuple[dict[str, Any], list[Originality]]]:
     """Yield a row and the reports of each model."""
     port = free_port()
     program = Path(sys.executable).with_name("els-server")
     command = (program, "run", f"--port={port}", "--metrics-port=0")
     with running(command, port), Client(f"127.0.0.1:{port}", timeout_s=3600) as client:
         served = _when_ready(client)
-        for model in MODELS:
+        for model in models:
             if model in served:
-                yield _row(client, model, samples)
+                bank = BANK if client.model(model).bank is None else model
+                yield _row(client, model, bank, samples, steps)
 
 
 def _when_ready(client: Client) -> set[str]:
@@ -79,7 +89,9 @@ def _when_ready(client: Client) -> set[str]:
             time.sleep(0.2)
 
 
-def _row(client: Client, model: str, samples: int) -> tuple[dict[str, Any], list[Originality]]:
+def _row(
+    client: Client, model: str, bank: str, samples: int, steps: int
+) -> tuple[dict[str, Any], list[Originality]]:
     found: list[Originality] = []
     drawing = reporting = 0.0
     for first in range(0, samples, _BATCH):
@@ -87,17 +99,18 @@ def _row(client: Client, model: str, samples: int) -> tuple[dict[str, Any], list
         labels = [(first + i) % LABELS for i in range(count)]
         began = time.perf_counter()
         *_, last = client.sample(
-            model=model, count=count, first_image=first, label=labels, steps=STEPS, want=()
+            model=model, count=count, first_image=first, label=labels, steps=steps, want=()
         )
         drawn = time.perf_counter()
-        found.extend(client.originality(last.x, model=BANK, label=labels))
+        found.extend(client.originality(last.x, model=bank, label=labels))
         drawing += drawn - began
         reporting += time.perf_counter() - drawn
     row: dict[str, Any] = {
         "model": model,
-        "bank": BANK,
+        "bank": bank,
         "bank_images": found[0].bank_images,
         "samples": samples,
+        "steps": steps,
         "memorised": sum(bool(one.memorised) for one in found) / samples,
         "eidetic": sum(bool(one.eidetic) for one in found) / samples,
         "copied": sum(bool(one.copied) for one in found) / samples,

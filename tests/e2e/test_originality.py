@@ -54,7 +54,9 @@ def wanted(
         return [report(image, tiny_bank()) for image in x]
     a = level.get("alpha_bar", 1.0) ** 0.5
     at = from_alpha_bar([level["alpha_bar"]]) if level else from_sigma([0.1])
-    found = denoiser.explain(make_query(np.float32(a) * x, at, labels), 16)
+    largest = denoiser.info.max_window
+    windows = [min(11, largest)] if largest else []
+    found = denoiser.explain(make_query(np.float32(a) * x, at, labels, windows), 16)
     wraps = denoiser.info.padding == "circular"
     rows = zip(x, found.sources, found.weights, found.shares, strict=True)
     return [report(image, tiny_bank(), *sources, wraps=wraps) for image, *sources in rows]

@@ -293,8 +293,9 @@ class Client:
             x: Clean images, from whatever model or file.
             nearest: Bank images of least distance to return, 1 to 50.
             **options: As in ``denoise``, without conditioning. The noise level is that of the
-                explanation that gives the sources; without one it is sigma=0.1. Labels restrict the
-                sources, not the distances.
+                explanation that gives the sources; without one it is sigma=0.1. Without a window it
+                is 11, or the largest if that is less. Labels restrict the sources, not the
+                distances.
 
         Example:
             >>> (found,) = client.originality(image, model="fashion-els")
@@ -385,6 +386,8 @@ class Client:
                   always has. Only the first step has "noise", the initial state, and only the last
                   has "decoded", the images of a latent model.
                 - window: Odd side of the patch in pixels, one for all images or one each.
+                - window_scale: Scale of the windows of ``Model.window``, 0.1 to 10, at every level;
+                  not with ``window``.
                 - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
                 - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.

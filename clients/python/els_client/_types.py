@@ -122,6 +122,7 @@ class SampleOptions(TypedDict, total=False):
     explain_top: int
     explain_images: int
     originality: bool | str
+    window_scale: float | None
     timesteps: Timesteps | None
     start: Pixels | None
     start_time: float | None

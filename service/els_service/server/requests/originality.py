@@ -11,7 +11,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
-from els_service.denoisers.originality import DEFAULT_SIGMA, NEIGHBOURS, Originality
+from els_service.denoisers.originality import DEFAULT_SIGMA, DEFAULT_WINDOW, NEIGHBOURS, Originality
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, UnsupportedError
@@ -86,7 +86,8 @@ def read_originality(
         forms.black(shape),
         level,
         tensors.bounded("labels", request.labels, limits),
-        tensors.decode_windows(tensors.bounded("windows", request.windows, limits)),
+        tensors.decode_windows(tensors.bounded("windows", request.windows, limits))
+        or own_windows(info),
     )
     query.pixels = tensors.pixels_of(x.data, x.dtype, "x", shape)
     return query, nearest
@@ -110,16 +111,27 @@ def check_reported(
         expected = "false for a model whose samples are latents"
         raise InvalidArgumentError("return_originality", expected, "true")
     sizes = bank.sizes
-    if shape == bank.shape or (shape[0] == bank.shape[0] and sizes and shape[1:] in sizes):
+    if shape == bank.shape:
+        return
+    if sizes is not None and shape[0] == bank.shape[0] and (shape[1], shape[2]) in sizes:
         return
     field = "originality_model" if request.originality_model else "return_originality"
     expected = f"a bank of images {list(shape)}, the shape of the samples"
     raise InvalidArgumentError(field, expected, f"images {list(bank.shape)}")
 
 
-def report_query(pixels: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Query:
-    """Return the query for reports of images [B, C, H, W] at the default level."""
-    return make_query(pixels, from_sigma([DEFAULT_SIGMA]), labels.tolist())
+def report_query(
+    pixels: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], info: DenoiserInfo
+) -> Query:
+    """Return the query for reports of images [B, C, H, W] at the default level and window."""
+    return make_query(pixels, from_sigma([DEFAULT_SIGMA]), labels.tolist(), own_windows(info))
+
+
+def own_windows(info: DenoiserInfo) -> list[int]:
+    """Return the window that sources are found with; empty for a model without a choice."""
+    if not info.has_sources or not info.max_window:
+        return []
+    return [min(DEFAULT_WINDOW, info.max_window)]
 
 
 def report_size(nearest: int, info: DenoiserInfo) -> int:

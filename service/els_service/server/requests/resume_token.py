@@ -101,6 +101,7 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         # Tokens of earlier releases, which have no other sizes and folds, remain valid.
         *((request.height, request.width) if request.height or request.width else ()),
         *((info.fold,) if info.fold else ()),
+        *(("scaled", request.window_scale) if request.window_scale else ()),
     )
     digest = hashlib.sha256(repr(drawn).encode())
     for tensor in (request.conditioning, request.unconditional, request.start):

@@ -142,6 +142,7 @@ class DenoiserService(OriginalityService):
             decode_guidance(request, count),
             held_bytes_of(name, options, shape),
             image,
+            window_scale=request.window_scale or 1.0,
         )
         total, resumed = steps_of(name, options), resume.index if resume else 0
         run, detail = self._explaining(run, request, entry, resumed, total)

@@ -78,7 +78,7 @@ class OriginalityService(MomentService):
         same = info.label_count == entry.info.label_count
         labels = one_each("labels", request.labels if same else (), count, none=-1)
         if other.loaded is not None:
-            blank = report_query(np.zeros((count, *shape), np.float32), labels)
+            blank = report_query(np.zeros((count, *shape), np.float32), labels, info)
             other.loaded.derived["originality"].denoiser.check(blank)
         return Wanted(other, labels)
 
@@ -86,7 +86,7 @@ class OriginalityService(MomentService):
         self, step: Step, wanted: Wanted, scheduling: RequestContext
     ) -> list[pb.OriginalityResponse]:
         """Return the report of each image of the last step."""
-        query = report_query(step.x.float().numpy(), wanted.labels)
+        query = report_query(step.x.float().numpy(), wanted.labels, wanted.entry.info)
         size = held_report(wanted.entry.info)
         found: list[pb.OriginalityResponse] = []
         answers = self._engine.derive_each(wanted.entry, "originality", query, size, scheduling)
