@@ -74,7 +74,7 @@ def measured(
         served = _when_ready(client)
         for model in models:
             if model in served:
-                bank = BANK if client.model(model).bank is None else model
+                bank = model if client.model(model).has_originality else BANK
                 yield _row(client, model, bank, samples, steps)
 
 

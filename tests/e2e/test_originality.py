@@ -154,7 +154,9 @@ def test_bad_requests_say_what_is_wrong_and_harm_nothing(client: Client) -> None
     with pytest.raises(InvalidArgumentError, match=r"x: expected shape \[B, 1, 6, 5\], got"):
         client.originality(small, model="zeros")
     rgb = np.zeros((1, 3, 32, 32), np.float32)
-    with pytest.raises(ElsError, match=r"gaussian has no bank; models that have: .*zeros") as error:
+    with pytest.raises(
+        ElsError, match=r"gaussian has no bank images; models that have: .*zeros"
+    ) as error:
         client.originality(rgb, model="gaussian")
     assert error.value.code == "FAILED_PRECONDITION"
     with pytest.raises(InvalidArgumentError, match="nearest: expected 1 to 50, or 0, got 51"):

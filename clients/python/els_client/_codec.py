@@ -359,6 +359,7 @@ def decode_model(model: pb.Model) -> Model:
         label_guidance=model.label_guidance,
         has_gradients=model.has_gradients,
         has_sources=model.has_sources,
+        has_originality=model.has_originality,
         fold=model.fold,
         sizes=_decode_sizes(model.sizes) if model.HasField("sizes") else None,
     )

@@ -274,6 +274,7 @@ class Model:
         has_sources: Whether ``explain`` is supported.
         fold: ρ with which whole mean patches overlap, 0.05 to infinity; 0: their centres alone.
         sizes: Heights and widths that it answers; None: its own only.
+        has_originality: Whether ``originality`` is supported: it holds the images of its bank.
     """
 
     name: str
@@ -303,6 +304,7 @@ class Model:
     has_sources: bool = False
     fold: float = 0.0
     sizes: Sizes | None = None
+    has_originality: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -101,6 +101,7 @@ class AnalyticDenoiser:
             has_log_evidence=True,
             has_gradients=True,
             has_sources=True,
+            has_originality=True,
             implementation=attention.implementation,
             memory_bytes=bank_bytes(bank),
         )

@@ -164,6 +164,7 @@ class WienerDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            has_originality=True,
             has_gradients=True,
             memory_bytes=bank_bytes(bank) + _spectra_bytes(bank),
         )

@@ -112,6 +112,7 @@ class FoldedDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            has_originality=True,
             has_log_evidence=True,
             implementation=fold_attention.implementation,
             memory_bytes=bank_bytes(bank) + 4 * (copies - 1) * bank.images.size,

@@ -25,7 +25,7 @@ class Sources:
     """Sources of each pixel that count: those of at least half the largest weight.
 
     Attributes:
-        images: int64 [H, W, m], bank image; −1 where there are fewer.
+        images: int64 [H, W, m], bank image; −1 where there are fewer; m is the most of any pixel.
         rows: int64 [H, W, m], displacement of the source from the pixel; with ``wraps`` the
             remainder by H.
         columns: int64 [H, W, m], the same by columns.
@@ -46,6 +46,9 @@ def sources_of(
     height, width = weights.shape[:2]
     counted = (weights >= _EQUAL * weights[..., :1]) & (sources[..., 0] >= 0)
     clear = np.where(counted, weights, 0).sum(-1) >= _CLEAR
+    # Weights fall: those that count come first, and most images have few.
+    most = max(1, int(counted.any((0, 1)).sum()))
+    counted, sources = counted[..., :most], sources[:, :, :most]
     rows = sources[..., 1] - np.arange(height)[:, None, None]
     columns = sources[..., 2] - np.arange(width)[None, :, None]
     if wraps:
@@ -116,8 +119,6 @@ def _continued(found: Sources, axis: int) -> Iterator[tuple[int, int, Mask]]:
     before, after = zip(*(_neighbours(array, axis) for array in arrays), strict=True)
     number = found.images.shape[2]
     for j in range(number):
-        if not (before[0][..., j] >= 0).any():
-            break  # sources fall: no pixel has as many
         for k in range(number):
             same = before[0][..., j] >= 0
             for one, other in zip(before, after, strict=True):

@@ -55,14 +55,14 @@ def check_bank(entry: ModelVersion, models: ModelRegistry, field: str = "") -> N
         InvalidArgumentError: It has none, and the field asks for what needs one.
         UnsupportedError: It has none, and there is no field.
     """
-    if entry.info.bank is not None:
+    if entry.info.has_originality:
         return
-    able = [each.model for each in models.newest() if each.info.bank is not None]
+    able = [each.model for each in models.newest() if each.info.has_originality]
     more = ["…"] if len(able) > _LISTED else []
     listed = ", ".join([*able[:_LISTED], *more]) or "none is served"
     if field:
         raise InvalidArgumentError(field, f"a model with a bank ({listed})", entry.model)
-    raise UnsupportedError(f"{entry.model} has no bank; models that have: {listed}")
+    raise UnsupportedError(f"{entry.model} has no bank images; models that have: {listed}")
 
 
 def read_originality(
