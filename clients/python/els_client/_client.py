@@ -286,8 +286,8 @@ class Client:
         """Return how original each image is, measured against the bank of a model.
 
         Arguments and errors are those of ``denoise``; models without ``Model.has_originality``
-        raise an ``ElsError`` with code ``FAILED_PRECONDITION`` that lists the models that have it. Measures of
-        sources need ``Model.has_sources``.
+        raise an ``ElsError`` with code ``FAILED_PRECONDITION`` that lists the models that
+        have it. Measures of sources need ``Model.has_sources``.
 
         Args:
             x: Clean images, from whatever model or file.
