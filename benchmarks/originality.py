@@ -1,6 +1,6 @@
 """Measures how original samples of the bundled Fashion-MNIST models are, and writes a record.
 
-    python -m benchmarks.originality [--samples 100] [--figure FILE.png] [--out FILE.json]
+    python -m benchmarks.originality [--samples 100] [--figure FILE.png] [--sheet FILE.png]
 
 For each model, by its own sources or, if it has none, those of ``fashion-els``, whose bank is the
 same: the share of samples that are memorised (gap ratio below 1/3) and eidetic (Carlini ratio below
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ MEASURES = (
     *("largest_region", "in_place"),
 )
 _BATCH = 10
+_ELS = Path(sys.executable).with_name("els")
+_SWEPT = ("--seed=0", "--first-image=7", "--label=7", "--steps=10")
 _BINS = np.linspace(0, 1, 41)
 
 
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="of ddim")
     parser.add_argument("--models", nargs="+", default=MODELS, help="in this order")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="histograms to draw")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="els sweep of one seed")
     record.add_arguments(parser)
     options = parser.parse_args(arguments)
     recorder = record.start("originality", options)
@@ -61,21 +66,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.figure:
             draw(ratios, options.figure)
     print(f"record: {path}")
+    if options.sheet:
+        with _served() as (port, _):
+            target = f"--target=127.0.0.1:{port}"
+            subprocess.run([_ELS, target, "sweep", options.sheet, *_SWEPT], check=True)
 
 
 def measured(
     models: Sequence[str], samples: int, steps: int
 ) -> Iterator[tuple[dict[str, Any], list[Originality]]]:
     """Yield a row and the reports of each model."""
-    port = free_port()
-    program = Path(sys.executable).with_name("els-server")
-    command = (program, "run", f"--port={port}", "--metrics-port=0")
-    with running(command, port), Client(f"127.0.0.1:{port}", timeout_s=3600) as client:
+    with _served() as (_, client):
         served = _when_ready(client)
         for model in models:
             if model in served:
                 bank = model if client.model(model).has_originality else BANK
                 yield _row(client, model, bank, samples, steps)
+
+
+@contextmanager
+def _served() -> Iterator[tuple[int, Client]]:
+    """Yield the port of a server of the bundled models, and its client."""
+    port = free_port()
+    command = (_ELS.with_name("els-server"), "run", f"--port={port}", "--metrics-port=0")
+    with running(command, port), Client(f"127.0.0.1:{port}", timeout_s=3600) as client:
+        _when_ready(client)
+        yield port, client
 
 
 def _when_ready(client: Client) -> set[str]:
