@@ -127,7 +127,7 @@ def ask(
 
     async def call() -> Denoised:
         answer = engine.denoise(
-            engine.models.entry(model), query(*numbers), RequestContext(**context)
+            engine.models.find(model), query(*numbers), RequestContext(**context)
         )
         return answer if isinstance(answer, Denoised) else await answer
 
@@ -137,7 +137,7 @@ def ask(
 async def held(engine: Engine, recorder: Recorder) -> asyncio.Task[Denoised]:
     """Serve a recorder; return a call whose batch is computed until ``recorder.go`` is set."""
     engine.models.add("model", recorder)
-    loaded = engine.models.entry("model").loaded
+    loaded = engine.models.find("model").loaded
     assert loaded is not None
     loaded.costs = Steady()
     recorder.go.clear()

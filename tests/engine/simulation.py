@@ -170,7 +170,7 @@ class World:
 
     async def ask(self, *numbers: float, model: str = "model", **context: object) -> Denoised:
         given = RequestContext(**context)  # type: ignore[arg-type]  # the tests name its fields
-        answer = self.engine.denoise(self.engine.models.entry(model), query(*numbers), given)
+        answer = self.engine.denoise(self.engine.models.find(model), query(*numbers), given)
         return answer if isinstance(answer, Denoised) else await answer
 
     def is_idle(self) -> bool:

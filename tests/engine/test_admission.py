@@ -40,7 +40,7 @@ def served(scheduling: Scheduling, estimate_s: float = IMAGE_S) -> World:
 
 
 def lane_of(world: World) -> LoadedModel:
-    loaded = world.engine.models.entry("model").loaded
+    loaded = world.engine.models.find("model").loaded
     assert loaded is not None
     return loaded
 

@@ -51,11 +51,11 @@ async def test_products_that_share_batches_keep_the_bits_that_they_have_alone(
 ) -> None:
     denoiser = machine()
     engine.models.add("model", denoiser)
-    entry, x, g = engine.models.entry("model"), query(), direction()
+    served, x, g = engine.models.find("model"), query(), direction()
     want = denoiser.vjp(x, g)
     packed = with_direction(x, g)
-    parts = [engine.derive(entry, "vjp", packed[i : i + 1]) for i in range(COUNT)]
-    answers = await asyncio.gather(*parts, engine.derive(entry, "vjp", packed))
+    parts = [engine.derive(served, "vjp", packed[i : i + 1]) for i in range(COUNT)]
+    answers = await asyncio.gather(*parts, engine.derive(served, "vjp", packed))
     *alone, together = map(product_of, answers)
     assert np.array_equal(together.product, want.product)
     for i, answer in enumerate(alone):
@@ -66,13 +66,13 @@ async def test_products_that_share_batches_keep_the_bits_that_they_have_alone(
 async def test_products_from_evidence_keep_their_bits_in_batches(engine: Engine) -> None:
     denoiser = machine()
     engine.models.add("model", denoiser)
-    entry, x, g = engine.models.entry("model"), query(), direction()
-    evidence = evidence_of(await engine.derive(entry, "evidence", x))
+    served, x, g = engine.models.find("model"), query(), direction()
+    evidence = evidence_of(await engine.derive(served, "evidence", x))
     assert np.array_equal(evidence, denoiser.evidence(x))
     packed = with_evidence(with_direction(x, g), evidence)
-    parts = [engine.derive(entry, "jvp_again", packed[i : i + 1]) for i in range(COUNT)]
+    parts = [engine.derive(served, "jvp_again", packed[i : i + 1]) for i in range(COUNT)]
     *alone, together = map(
-        product_of, await asyncio.gather(*parts, engine.derive(entry, "jvp_again", packed))
+        product_of, await asyncio.gather(*parts, engine.derive(served, "jvp_again", packed))
     )
     want = denoiser.jvp(x, g)
     assert np.array_equal(together.product, want.product)
@@ -86,10 +86,10 @@ async def test_explanations_that_share_batches_keep_the_bits_that_they_have_alon
 ) -> None:
     denoiser = machine()
     engine.models.add("model", denoiser)
-    entry, want = engine.models.entry("model"), denoiser.explain(query(), 16)
+    served, want = engine.models.find("model"), denoiser.explain(query(), 16)
 
     async def explain() -> list[Denoised]:
-        return [found async for found in engine.derive_each(entry, "explain", query(), 0)]
+        return [found async for found in engine.derive_each(served, "explain", query(), 0)]
 
     for found in await asyncio.gather(explain(), explain()):
         for i, each in enumerate(found):
@@ -101,13 +101,13 @@ async def test_explanations_that_share_batches_keep_the_bits_that_they_have_alon
 
 async def test_an_explanation_holds_memory_until_its_reader_is_done(engine: Engine) -> None:
     engine.models.add("model", machine())
-    entry = engine.models.entry("model")
-    async with aclosing(engine.derive_each(entry, "explain", query(), 1000)) as answers:
+    served = engine.models.find("model")
+    async with aclosing(engine.derive_each(served, "explain", query(), 1000)) as answers:
         await anext(answers)
         assert engine.memory.used == query().nbytes + 1000
         # Between two images nothing is queued.
-        assert entry.loaded is not None
-        assert not entry.loaded.derived["explain"].queue
+        assert served.loaded is not None
+        assert not served.loaded.derived["explain"].queue
     assert engine.memory.used == 0
 
 
@@ -151,7 +151,7 @@ async def test_a_trajectory_whose_explanations_cannot_be_in_time_is_rejected(
 async def test_a_variance_is_queued_like_an_answer(engine: Engine) -> None:
     denoiser = machine()
     engine.models.add("model", denoiser)
-    answer = await engine.derive(engine.models.entry("model"), "variance", query())
+    answer = await engine.derive(engine.models.find("model"), "variance", query())
     assert np.array_equal(answer.pixels, denoiser.explain(query(), 3).variance)
 
 
@@ -160,7 +160,7 @@ async def test_a_product_that_cannot_be_in_time_is_rejected(engine: Engine) -> N
     packed = with_direction(query(), direction())
     with pytest.raises(DeadlineExceededError):
         await engine.derive(
-            engine.models.entry("model"), "jvp", packed, RequestContext(deadline=0.0)
+            engine.models.find("model"), "jvp", packed, RequestContext(deadline=0.0)
         )
     assert engine.memory.used == 0
 
@@ -169,9 +169,7 @@ async def test_a_product_of_a_wrong_shape_is_rejected(engine: Engine) -> None:
     engine.models.add("model", machine())
     wrong = make_query(random_images((1, 2, 3, 3)), from_sigma([1.0]))
     with pytest.raises(InvalidArgumentError, match="x: expected shape"):
-        await engine.derive(
-            engine.models.entry("model"), "vjp", with_direction(wrong, wrong.pixels)
-        )
+        await engine.derive(engine.models.find("model"), "vjp", with_direction(wrong, wrong.pixels))
 
 
 async def test_an_interrupted_engine_rejects_products(engine: Engine) -> None:
@@ -179,7 +177,7 @@ async def test_an_interrupted_engine_rejects_products(engine: Engine) -> None:
     engine.interrupt("the server drains")
     with pytest.raises(UnavailableError, match="the server drains"):
         await engine.derive(
-            engine.models.entry("model"), "vjp", with_direction(query(), direction())
+            engine.models.find("model"), "vjp", with_direction(query(), direction())
         )
 
 
@@ -188,7 +186,7 @@ async def test_products_are_observed_as_batches_of_their_model(
 ) -> None:
     engine.models.add("model", machine())
     packed = with_direction(query(), direction())
-    await engine.derive(engine.models.entry("model"), "vjp", packed)
+    await engine.derive(engine.models.find("model"), "vjp", packed)
     assert sum(observed.images) == COUNT
     names = {labels["model"] for name, labels, _ in engine.gauges() if name == "els_queue_items"}
     assert names == {"model"}
@@ -199,11 +197,11 @@ async def test_a_product_reloads_a_model_that_was_unloaded_to_save_memory(
 ) -> None:
     root = write_models(tmp_path / "models", {"zeros": DOCUMENTS["zeros"]})
     await engine.models.load_all(ModelRepository(root))
-    entry = engine.models.entry("zeros")
+    served = engine.models.find("zeros")
     x = np.random.default_rng(0).normal(size=(2, *BANK_SHAPE)).astype(np.float32)
     packed = with_direction(make_query(x, from_sigma([1.0])), x)
-    want = await engine.derive(entry, "jvp", packed)
-    entry.loaded = None
-    got = await engine.derive(entry, "jvp", packed)
+    want = await engine.derive(served, "jvp", packed)
+    served.loaded = None
+    got = await engine.derive(served, "jvp", packed)
     assert np.array_equal(got.pixels, want.pixels)
-    assert entry.loaded is not None
+    assert served.loaded is not None

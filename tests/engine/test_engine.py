@@ -71,7 +71,7 @@ async def test_trajectories_that_share_batches_keep_the_bits_that_they_have_alon
         return [step async for step in engine.sample("zeros", run)][-1].x
 
     together = await asyncio.gather(*(drawn(seed, 1 + seed % 5) for seed in range(12)))
-    loaded = engine.models.entry("zeros").loaded
+    loaded = engine.models.find("zeros").loaded
     assert loaded is not None
     for seed, got in enumerate(together):
         count = 1 + seed % 5
@@ -169,7 +169,7 @@ async def test_a_trajectory_that_cannot_be_in_time_is_refused_before_its_first_s
     engine.models.add("model", Recorder(0.2))
     for _ in range(3):
         await ask(engine, 1)
-    loaded = engine.models.entry("model").loaded
+    loaded = engine.models.find("model").loaded
     assert loaded is not None
     each = loaded.costs.seconds(0.2)
     run = run_of(Recorder().info.shape, options=Options(steps=1000))
@@ -246,7 +246,7 @@ async def test_statistics_count_queries_batches_and_images(engine: Engine) -> No
     await asyncio.gather(first, *others)
     with pytest.raises(ZeroDivisionError):
         await ask(engine, 9)
-    loaded = engine.models.entry("model").loaded
+    loaded = engine.models.find("model").loaded
     assert loaded is not None
     statistics = loaded.statistics.settle()
     assert (statistics.succeeded.count, statistics.failed.count) == (3, 1)

@@ -41,7 +41,7 @@ def write(root: Path, name: str, mean: float, version: str = "") -> None:
 async def mean(engine: Engine, name: str, version: str = "") -> float:
     """Return what a Gaussian without variance answers: its mean."""
     x = np.zeros((1, 1, 2, 2), np.float32)
-    answer = engine.denoise(engine.models.entry(name, version), make_query(x, from_sigma([1.0])))
+    answer = engine.denoise(engine.models.find(name, version), make_query(x, from_sigma([1.0])))
     answer = answer if isinstance(answer, Denoised) else await answer
     return float(answer.pixels[0, 0, 0, 0])
 
@@ -51,14 +51,14 @@ async def test_good_models_are_served_and_bad_ones_are_explained(
 ) -> None:
     root = write_models(tmp_path / "models", {**DOCUMENTS, "bad": "kind: magic\n", "worse": "["})
     await engine.models.load_all(ModelRepository(root))
-    assert [entry.model for entry in engine.models.newest()] == sorted(DOCUMENTS)
+    assert [served.model for served in engine.models.newest()] == sorted(DOCUMENTS)
     assert {name: error.path for name, error in engine.models.faults.items()} == {
         name: str(root / name / "model.yaml") for name in ("bad", "worse")
     }
     assert "zeros" in engine.models
     assert "bad" not in engine.models
     with pytest.raises(NotFoundError, match="bad failed to load"):
-        engine.models.entry("bad")
+        engine.models.find("bad")
     states = {state.model: state for state in await engine.models.index()}
     assert states["zeros"].state == "READY"
     assert states["bad"].state == "UNAVAILABLE"
@@ -77,7 +77,7 @@ async def test_a_model_that_fails_at_its_first_question_does_not_take_the_others
         repository, "load", lambda name, *rest: broken if name == "ideal" else load(name, *rest)
     )
     await engine.models.load_all(repository)
-    assert [entry.model for entry in engine.models.newest()] == ["zeros"]
+    assert [served.model for served in engine.models.newest()] == ["zeros"]
     assert "failed its warm-up" in str(engine.models.faults["ideal"])
 
 
@@ -100,10 +100,10 @@ async def test_a_model_asked_for_while_others_are_loaded_is_unavailable_then_not
     engine: Engine,
 ) -> None:
     with pytest.raises(UnavailableError, match="still being loaded"):
-        engine.models.entry("zeros")
+        engine.models.find("zeros")
     engine.models.starting = False
     with pytest.raises(NotFoundError, match="expected one of none, got 'zeros'"):
-        engine.models.entry("zeros")
+        engine.models.find("zeros")
 
 
 async def test_the_newest_version_answers_unless_another_is_named(
@@ -116,7 +116,7 @@ async def test_the_newest_version_answers_unless_another_is_named(
     assert await mean(engine, "model", "2") == 2
     for wrong in ("1", "two", "-2", "²"):
         with pytest.raises(NotFoundError, match="version of model: expected 2, 10, got"):
-            engine.models.entry("model", wrong)
+            engine.models.find("model", wrong)
 
 
 async def test_a_reload_takes_effect_between_two_queries_and_what_was_asked_is_answered(
@@ -124,12 +124,12 @@ async def test_a_reload_takes_effect_between_two_queries_and_what_was_asked_is_a
 ) -> None:
     write(tmp_path, "model", 1.0)
     await engine.models.load_all(ModelRepository(tmp_path))
-    old = engine.models.entry("model").loaded
+    old = engine.models.find("model").loaded
     write(tmp_path, "model", 5.0)
     assert await mean(engine, "model") == 1
     await engine.models.load("model")
     assert await mean(engine, "model") == 5
-    assert engine.models.entry("model").loaded is not old
+    assert engine.models.find("model").loaded is not old
 
 
 async def refused_reload(engine: Engine, folder: Path) -> None:
@@ -230,7 +230,7 @@ async def test_a_model_that_goes_while_the_root_is_read_is_passed_over(
     repository = ModelRepository(tmp_path)
     monkeypatch.setattr(repository, "names", lambda: ["gone", "there"])
     await engine.models.load_all(repository)
-    assert [entry.model for entry in engine.models.newest()] == ["there"]
+    assert [served.model for served in engine.models.newest()] == ["there"]
 
 
 async def test_a_made_up_name_is_not_found_while_its_load_looks_for_it(
@@ -241,7 +241,7 @@ async def test_a_made_up_name_is_not_found_while_its_load_looks_for_it(
     looking = asyncio.ensure_future(engine.models.load("made-up"))
     await asyncio.sleep(0)  # it has begun
     with pytest.raises(NotFoundError, match="made-up"):
-        engine.models.entry("made-up")
+        engine.models.find("made-up")
     with pytest.raises(NotFoundError):
         await looking
 
@@ -284,7 +284,7 @@ async def test_a_refused_model_whose_folder_is_removed_counts_as_refused_no_more
             await engine.models.load(name)
     assert engine.models.refused() == {"model": False}
     with pytest.raises(NotFoundError, match="expected one of model, got 'bad'"):
-        engine.models.entry("bad")
+        engine.models.find("bad")
 
 
 class Heavy(Recorder):
@@ -320,7 +320,7 @@ async def test_over_the_memory_budget_the_model_asked_longest_ago_sleeps_until_i
         index = {state.model: state for state in await engine.models.index()}
         assert index["c"].state == "READY"
         assert "until it is used" in index["c"].reason
-        assert engine.models.entry("c").info.kind == "heavy"
+        assert engine.models.find("c").info.kind == "heavy"
         several = await asyncio.gather(*(ask(engine, i, model="c") for i in range(5)))
         assert [values(answer) for answer in several] == [[2 * i] for i in range(5)]
         assert loads == ["a", "b", "c", "a", "c"]

@@ -231,7 +231,7 @@ async def test_a_query_that_does_not_fit_never_reaches_a_batch(engine: Engine) -
     engine.models.starting = False
     with pytest.raises(InvalidArgumentError, match="x: expected shape"):
         engine.denoise(
-            engine.models.entry("model"),
+            engine.models.find("model"),
             replace(query(1), pixels=np.zeros((1, 1, 5, 5), np.float32)),
         )
     with pytest.raises(NotFoundError, match="expected one of model, got 'other'"):
@@ -293,7 +293,7 @@ async def test_what_fails_at_once_is_counted_as_what_fails_in_a_batch(
         await ask(engine, 9)
     assert observed.reasons == ["faulted"]
     assert observed.waits == []
-    assert engine.models.entry("model").statistics.settle().failed.count == 1
+    assert engine.models.find("model").statistics.settle().failed.count == 1
 
 
 async def test_a_fresh_server_refuses_what_cannot_be_in_time_and_says_what_to_raise(
@@ -321,7 +321,7 @@ async def test_images_of_different_sizes_are_not_computed_together(engine: Engin
     recorder = AnySize()
     first = await held(engine, recorder)
     sizes = [(2, 3), (2, 3), (3, 2), (2, 3)]
-    entry, others = engine.models.entry("model"), []
+    entry, others = engine.models.find("model"), []
     for i, size in enumerate(sizes, start=1):
         x = np.full((1, 1, *size), i, np.float32)
         answer = engine.denoise(entry, make_query(x, from_sigma([1.0])))

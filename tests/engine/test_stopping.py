@@ -40,7 +40,7 @@ def tiled(engine: Engine) -> Tiled:
     tiled = Tiled()
     engine.models.add("model", tiled)
     engine.models.add("other", Recorder())
-    loaded = engine.models.entry("model").loaded
+    loaded = engine.models.find("model").loaded
     assert loaded is not None
     loaded.costs = Steady()
     return tiled
@@ -150,7 +150,7 @@ async def test_a_slow_answer_of_a_real_machine_is_stopped_and_the_device_free(
     # Nothing has been measured: this is not yet late enough to be refused at once.
     allowed = estimate / 2.2 if leaves == "expired" else WAIT_S
     context = RequestContext(deadline=time.monotonic() + allowed)
-    slow = engine.denoise(engine.models.entry("slow"), asked, context)
+    slow = engine.denoise(engine.models.find("slow"), asked, context)
     assert not isinstance(slow, Denoised)
     running = asyncio.ensure_future(slow)
     quick = ask(engine, 1, model="quick")

@@ -43,7 +43,7 @@ class OneModel:
     def __init__(self, info: DenoiserInfo, *, loaded: bool = True) -> None:
         self.info, self.loaded = info, loaded
 
-    def entry(self, name: str, version: str = "") -> ModelVersion:
+    def find(self, name: str, version: str = "") -> ModelVersion:
         model = LoadedModel(name, 1, {"cpu": StandIn(self.info)}, Scheduling())
         return ModelVersion(name, 1, self.info, model if self.loaded else None, Statistics())
 

@@ -83,7 +83,7 @@ class Engine:
 
     def denoise(
         self,
-        entry: ModelVersion,
+        served: ModelVersion,
         query: Query,
         context: RequestContext = _DEFAULT_CONTEXT,
         *,
@@ -92,7 +92,7 @@ class Engine:
         """Return the answer to a query, or its future if the query has to wait.
 
         Args:
-            entry: version of a model in ``models``.
+            served: version of a model in ``models``.
             query: noisy images.
             context: deadline, priority, caller.
             checked: whether the query passed ``Denoiser.check``; otherwise it is checked here.
@@ -103,9 +103,9 @@ class Engine:
             DeadlineExceededError: The answer would be late. The future may fail with it, too.
             UnavailableError: The engine was interrupted. The future may fail with it, too.
         """
-        loaded = self.models.mark_used(entry)
+        loaded = self.models.mark_used(served)
         if loaded is None:
-            return asyncio.ensure_future(self._reload_and_denoise(entry, query, context))
+            return asyncio.ensure_future(self._reload_and_denoise(served, query, context))
         # As ``_submit``, without its frame: every small call comes by.
         if self._ended:
             raise UnavailableError(self._ended)
@@ -113,7 +113,7 @@ class Engine:
             loaded.denoiser.check(query)
         return self._scheduler.submit(loaded, query, context)
 
-    async def loaded_entry(
+    async def find_loaded(
         self, name: str, version: str = "", context: RequestContext = _DEFAULT_CONTEXT
     ) -> ModelVersion:
         """Return a version in ``models`` that is loaded now; reloads an unloaded one.
@@ -124,15 +124,15 @@ class Engine:
             NotFoundError, QueueFullError, DeadlineExceededError, UnavailableError: As ``sample``.
             LoadError: It can no longer be loaded.
         """
-        while (entry := self.models.entry(name, version)).loaded is None:
-            size = _HELD * math.prod(entry.info.shape)
-            with self._requests.reserved(entry, size, context) as reservation:
-                await self._loaded(entry, context, reservation)
-        return entry
+        while (served := self.models.find(name, version)).loaded is None:
+            size = _HELD * math.prod(served.info.shape)
+            with self._requests.reserved(served, size, context) as reservation:
+                await self._loaded(served, context, reservation)
+        return served
 
     async def derive(
         self,
-        entry: ModelVersion,
+        served: ModelVersion,
         computation: Computation,
         query: Query,
         context: RequestContext = _DEFAULT_CONTEXT,
@@ -140,7 +140,7 @@ class Engine:
         """Return the answer of another computation than ``denoise``, queued as that is.
 
         Args:
-            entry: version of a model in ``models`` that supports it.
+            served: version of a model in ``models`` that supports it.
             computation: a key of ``LoadedModel.derived``.
             query: as the computation packs it; see ``derived``.
             context: deadline, priority, caller.
@@ -148,15 +148,15 @@ class Engine:
         Raises:
             ElsError: As ``denoise``.
         """
-        loaded = self.models.mark_used(entry)
+        loaded = self.models.mark_used(served)
         if loaded is None:
-            return await self._reload_and_denoise(entry, query, context, computation)
+            return await self._reload_and_denoise(served, query, context, computation)
         answer = self._submit(loaded.derived[computation], query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def derive_each(
         self,
-        entry: ModelVersion,
+        served: ModelVersion,
         computation: Computation,
         query: Query,
         answer_bytes: int,
@@ -168,7 +168,7 @@ class Engine:
         reserves memory for its whole life, and may be evicted between two images.
 
         Args:
-            entry: version of a model in ``models`` that supports the computation.
+            served: version of a model in ``models`` that supports the computation.
             computation: a key of ``LoadedModel.derived``.
             query: images.
             answer_bytes: size of the answer for one image.
@@ -178,9 +178,9 @@ class Engine:
             ElsError: As ``denoise``.
         """
         size = query.nbytes + answer_bytes
-        with self._requests.trajectory(entry, size, context) as reservation:
+        with self._requests.trajectory(served, size, context) as reservation:
             for index in range(len(query)):
-                loaded = await self._loaded(entry, context, reservation)
+                loaded = await self._loaded(served, context, reservation)
                 reservation.check()
                 one = query[index : index + 1]
                 answer = self._submit(loaded.derived[computation], one, context)
@@ -204,14 +204,14 @@ class Engine:
             NotFoundError, InvalidArgumentError, QueueFullError, DeadlineExceededError,
             UnavailableError: As ``denoise``.
         """
-        entry = self.models.entry(name, version)
-        numbers = math.prod(run.shape or entry.info.shape) * len(run.labels)
+        served = self.models.find(name, version)
+        numbers = math.prod(run.shape or served.info.shape) * len(run.labels)
         size = _HELD * numbers + run.held_bytes
         size += sum(condition.nbytes for condition in run.conditions)
         self._trajectories += 1
         try:
-            with self._requests.trajectory(entry, size, context) as reservation:
-                generator = self._steps(entry, run, context, reservation, numbers > _SMALL)
+            with self._requests.trajectory(served, size, context) as reservation:
+                generator = self._steps(served, run, context, reservation, numbers > _SMALL)
                 async with aclosing(generator) as steps:
                     async for step in steps:
                         yield step
@@ -220,13 +220,13 @@ class Engine:
 
     async def _steps(
         self,
-        entry: ModelVersion,
+        served: ModelVersion,
         run: SamplingRun,
         context: RequestContext,
         reservation: TrajectoryReservation,
         large: bool,
     ) -> AsyncGenerator[Step, None]:
-        loaded = await self._loaded(entry, context, reservation)
+        loaded = await self._loaded(served, context, reservation)
         answer: Denoised | None = None
         first: Query | None = None
         begun = False
@@ -289,11 +289,11 @@ class Engine:
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Yield the current value of each gauge: name, labels, value."""
-        for entry in self.models:
+        for served in self.models:
             # Read once, because this runs in another thread and the model may be unloaded.
-            loaded = entry.loaded
+            loaded = served.loaded
             if loaded is not None:
-                labels = {"model": entry.model}
+                labels = {"model": served.model}
                 for each in loaded.queues:
                     yield "els_queue_items", labels, len(each.queue)
                     yield "els_queue_cost_seconds", labels, each.waiting_s
@@ -337,35 +337,35 @@ class Engine:
 
     async def _reload_and_denoise(
         self,
-        entry: ModelVersion,
+        served: ModelVersion,
         query: Query,
         context: RequestContext,
         computation: Computation | None = None,
     ) -> Denoised:
         # Resolved now: the connection may be closed when the model is loaded.
         context = replace(context, caller=context.name())
-        with self._requests.reserved(entry, query.nbytes, context) as reservation:
-            loaded = await self._loaded(entry, context, reservation)
+        with self._requests.reserved(served, query.nbytes, context) as reservation:
+            loaded = await self._loaded(served, context, reservation)
         queue = loaded if computation is None else loaded.derived[computation]
         answer = self._submit(queue, query, context)
         return answer if isinstance(answer, Denoised) else await answer
 
     async def _loaded(
-        self, entry: ModelVersion, context: RequestContext, reservation: TrajectoryReservation
+        self, served: ModelVersion, context: RequestContext, reservation: TrajectoryReservation
     ) -> LoadedModel:
         """Return the loaded model of a version; reloads an unloaded one."""
-        loaded = self.models.mark_used(entry)
+        loaded = self.models.mark_used(served)
         if loaded is not None:
             return loaded
         timeout_s = None if math.isinf(context.deadline) else context.deadline - self._clock()
-        loading = asyncio.ensure_future(self.models.reload(entry))
+        loading = asyncio.ensure_future(self.models.reload(served))
         evicted = reservation.ending()
         try:
             await asyncio.wait((loading, evicted), timeout=timeout_s, return_when="FIRST_COMPLETED")
             if loading.done():
                 return loading.result()
             reservation.check()
-            text = f"{entry.model} was unloaded to save memory and is still being loaded"
+            text = f"{served.model} was unloaded to save memory and is still being loaded"
             raise DeadlineExceededError(text)
         finally:
             loading.cancel()

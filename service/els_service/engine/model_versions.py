@@ -37,20 +37,20 @@ class State:
     reason: str = ""
 
 
-def memory_of(entry: ModelVersion) -> object:
+def memory_of(served: ModelVersion) -> object:
     """Return the key of a version's memory: a bank, which others may share, or the version."""
-    info = entry.info
+    info = served.info
     # Other kinds were computed from their bank but do not hold it.
     if info.bank is None or info.kind != "analytic":
-        return entry
+        return served
     # Models of one bank hold the same copies of it if they hold as much.
     return info.bank.fingerprint, info.memory_bytes
 
 
-def by_memory(entries: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
+def by_memory(versions: Iterable[ModelVersion]) -> dict[object, list[ModelVersion]]:
     """Return the loaded versions by the key of their memory."""
     holders: dict[object, list[ModelVersion]] = {}
-    for entry in entries:
-        if entry.loaded is not None:
-            holders.setdefault(memory_of(entry), []).append(entry)
+    for served in versions:
+        if served.loaded is not None:
+            holders.setdefault(memory_of(served), []).append(served)
     return holders

@@ -70,7 +70,7 @@ class ModelRegistry:
     def __iter__(self) -> Iterator[ModelVersion]:
         """Yield all served versions, by name and number."""
         for _, versions in sorted(self._served.items()):
-            yield from (entry for _, entry in sorted(versions.items()))
+            yield from (served for _, served in sorted(versions.items()))
 
     def names(self) -> set[str]:
         """Return the names of models that are served or loading."""
@@ -78,9 +78,9 @@ class ModelRegistry:
 
     def newest(self) -> list[ModelVersion]:
         """Return the newest version of each model, by name."""
-        return [entry for _, entry in sorted(self._newest.items())]
+        return [served for _, served in sorted(self._newest.items())]
 
-    def entry(self, name: str, version: str = "") -> ModelVersion:
+    def find(self, name: str, version: str = "") -> ModelVersion:
         """Return a served version of a model, by default the newest.
 
         Raises:
@@ -107,34 +107,34 @@ class ModelRegistry:
         known = shortened(", ".join(sorted(self._served)) or "none")
         return NotFoundError(f"model: expected one of {known}, got {name[:100]!r}")
 
-    def mark_used(self, entry: ModelVersion) -> LoadedModel | None:
+    def mark_used(self, served: ModelVersion) -> LoadedModel | None:
         """Record the use of a version; return its loaded model, None if it is unloaded."""
         self._uses += 1
-        entry.used = self._uses
-        return entry.loaded
+        served.used = self._uses
+        return served.loaded
 
-    async def reload(self, entry: ModelVersion) -> LoadedModel:
+    async def reload(self, served: ModelVersion) -> LoadedModel:
         """Reload a version that was unloaded to save memory; return its loaded model.
 
         Raises:
             LoadError: It can no longer be loaded.
         """
-        if entry.loaded is not None:
-            return entry.loaded
-        task = self._reloads.get(entry)
+        if served.loaded is not None:
+            return served.loaded
+        task = self._reloads.get(served)
         if task is None:
-            task = self._reloads[entry] = asyncio.ensure_future(self._reload(entry))
-            task.add_done_callback(lambda _: self._reloads.pop(entry, None))
+            task = self._reloads[served] = asyncio.ensure_future(self._reload(served))
+            task.add_done_callback(lambda _: self._reloads.pop(served, None))
         # Shielded: a cancelled caller must not cancel the load that others wait for.
         return await asyncio.shield(task)
 
-    async def _reload(self, entry: ModelVersion) -> LoadedModel:
-        async with self._lock(entry.model):
-            fresh = await self._load_version(entry.model, entry.version)
+    async def _reload(self, served: ModelVersion) -> LoadedModel:
+        async with self._lock(served.model):
+            fresh = await self._load_version(served.model, served.version)
             assert fresh.loaded is not None
-            fresh.loaded.statistics = entry.statistics
-            entry.loaded, entry.info, entry.content = fresh.loaded, fresh.info, fresh.content
-            self._unload_least_used(entry)
+            fresh.loaded.statistics = served.statistics
+            served.loaded, served.info, served.content = fresh.loaded, fresh.info, fresh.content
+            self._unload_least_used(served)
         return fresh.loaded
 
     async def load_all(self, repository: ModelSource) -> None:
@@ -174,7 +174,7 @@ class ModelRegistry:
                 versions = await self._loader.run(name, partial(self._versions_on_disk, name))
                 # Not before: a name that the repository does not have is not being loaded.
                 self._loading.add(name)
-                entries = {version: await self._load_version(name, version) for version in versions}
+                fresh = {version: await self._load_version(name, version) for version in versions}
             except LoadError as error:
                 extra = {"model": shortened(name), "reason": str(error)}
                 _log.error("model refused", extra=extra)
@@ -188,9 +188,9 @@ class ModelRegistry:
                 raise
             finally:
                 self._loading.discard(name)
-            self._serve(name, entries)
-            for entry in entries.values():
-                self._unload_least_used(entry)
+            self._serve(name, fresh)
+            for served in fresh.values():
+                self._unload_least_used(served)
         _log.info("model loaded", extra={"model": name, "versions": versions})
 
     def unload(self, name: str) -> None:
@@ -239,9 +239,9 @@ class ModelRegistry:
         """End the loading thread; waits a few seconds for the current load."""
         self._loader.close()
 
-    def _serve(self, name: str, entries: dict[int, ModelVersion]) -> None:
-        self._served[name] = entries
-        self._newest[name] = entries[max(entries)]
+    def _serve(self, name: str, versions: dict[int, ModelVersion]) -> None:
+        self._served[name] = versions
+        self._newest[name] = versions[max(versions)]
         self.faults.pop(name, None)
         self._reasons.pop(name, None)
 
@@ -257,9 +257,9 @@ class ModelRegistry:
 
     def _states(self, name: str) -> Iterator[State]:
         if name in self._served:
-            for entry in self._served[name].values():
-                reason = "" if entry.loaded else "unloaded to save memory until it is used"
-                yield State(name, entry.version, "READY", reason)
+            for served in self._served[name].values():
+                reason = "" if served.loaded else "unloaded to save memory until it is used"
+                yield State(name, served.version, "READY", reason)
         elif name in self._loading:
             yield State(name, 1, "LOADING")
         else:
@@ -303,17 +303,19 @@ class ModelRegistry:
         held = sum(first.info.memory_bytes for first, *_ in holders.values())
         if held <= budget:
             return
-        by_use = sorted((entry for entry in self if entry.loaded), key=lambda entry: entry.used)
-        for entry in by_use:
+        by_use = sorted(
+            (served for served in self if served.loaded), key=lambda served: served.used
+        )
+        for served in by_use:
             if held <= budget:
                 return
-            if entry is not keep:
-                entry.loaded = None
-                sharing = holders[memory_of(entry)]
+            if served is not keep:
+                served.loaded = None
+                sharing = holders[memory_of(served)]
                 held -= sharing[0].info.memory_bytes
-                sharing.remove(entry)
+                sharing.remove(served)
                 held += sharing[0].info.memory_bytes if sharing else 0
-                extra = {"model": entry.model, "version": entry.version, "budget": budget}
+                extra = {"model": served.model, "version": served.version, "budget": budget}
                 _log.info("model unloaded to save memory", extra=extra)
 
     def _lock(self, name: str) -> asyncio.Lock:

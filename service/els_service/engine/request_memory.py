@@ -28,7 +28,7 @@ class RequestMemory:
 
     @contextmanager
     def reserved(
-        self, entry: ModelVersion, size: int, context: RequestContext
+        self, served: ModelVersion, size: int, context: RequestContext
     ) -> Iterator[TrajectoryReservation]:
         """Reserve ``size`` bytes within the context.
 
@@ -37,12 +37,12 @@ class RequestMemory:
         """
 
         def on_evicted() -> None:
-            self._observer.on_dropped(entry.model, "evicted")
-            entry.statistics.failed.add(0.0)
+            self._observer.on_dropped(served.model, "evicted")
+            served.statistics.failed.add(0.0)
 
         reservation = TrajectoryReservation(context.name(), on_evicted)
         parts = ((self._memory, float(size)),)
-        self._admission.reserve(entry.model, entry.statistics, reservation.held, parts)
+        self._admission.reserve(served.model, served.statistics, reservation.held, parts)
         try:
             yield reservation
         finally:
@@ -50,7 +50,7 @@ class RequestMemory:
 
     @contextmanager
     def trajectory(
-        self, entry: ModelVersion, size: int, context: RequestContext
+        self, served: ModelVersion, size: int, context: RequestContext
     ) -> Iterator[TrajectoryReservation]:
         """Reserve ``size`` bytes for a generator that a caller reads.
 
@@ -65,11 +65,11 @@ class RequestMemory:
         most = self._memory.budget.capacity
         own, everybody = unended[caller], unended.total()
         if (own and own + size > most) or (everybody and everybody + size > 2 * most):
-            self._observer.on_dropped(entry.model, "rejected_full")
+            self._observer.on_dropped(served.model, "rejected_full")
             raise self._memory.full(caller, size)
         unended[caller] += size
         try:
-            with self.reserved(entry, size, context) as reservation:
+            with self.reserved(served, size, context) as reservation:
                 yield reservation
         finally:
             unended[caller] -= size

@@ -64,34 +64,34 @@ class DenoiseMethod:
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
         model, version = request.model, request.version
-        entry = self._models.entry(model, version)
+        served = self._models.find(model, version)
         x = request.x
         data, shape = x.data, tuple(x.shape[: tensors.MAX_REPORTED])
         key = model, version, x.dtype, shape, request.output_dtype, request.return_log_evidence
-        form = self._forms.get(key, entry.info)
+        form = self._forms.get(key, served.info)
         if form is None:
-            form = self._form(request, len(data), entry)
+            form = self._form(request, len(data), served)
             if form.checked:  # otherwise it is validated again once the model is loaded
                 self._forms.put(key, form)
         elif len(data) != form.size:
             tensors.check_bytes(len(data), form.dtype, "x", shape)
-        level = tensors.decode_level(request.level, entry.info.levels, self._limits)
+        level = tensors.decode_level(request.level, served.info.levels, self._limits)
         if form.checked and len(level) in (1, shape[0]) and not _has_more(request):
             # The same as below, in a third of the time.
             pixels = tensors.pixels_of(data, form.dtype, "x", shape)
             query = Query(pixels, level.repeat(shape[0]), form.labels, form.windows, ())
-            return entry, form, query, True
+            return served, form, query, True
         query = make_query(
             forms.black(shape),
             level,
             tensors.bounded("labels", request.labels, self._limits),
             tensors.decode_windows(tensors.bounded("windows", request.windows, self._limits)),
-            decode_conditions(request, entry.info, shape[0]),
+            decode_conditions(request, served.info, shape[0]),
         )
         query.guidance = decode_guidance(request, shape[0])
-        checked = forms.check(entry, query)
+        checked = forms.check(served, query)
         query.pixels = tensors.pixels_of(data, form.dtype, "x", shape)
-        return entry, form, query, checked
+        return served, form, query, checked
 
     def write(
         self,
@@ -120,15 +120,15 @@ class DenoiseMethod:
         parts: list[Any] = [form.prefix, tensors.buffer_of(pixels, form.output_dtype)]
         return b"".join(parts)
 
-    def _form(self, request: tensors.Request, size: int, entry: ModelVersion) -> DenoiseForm:
-        info, limits, dtype = entry.info, self._limits, request.output_dtype
+    def _form(self, request: tensors.Request, size: int, served: ModelVersion) -> DenoiseForm:
+        info, limits, dtype = served.info, self._limits, request.output_dtype
         shape = tensors.decode_shape(request.x, size, "x", limits)
         evidence = request.return_log_evidence
         if evidence and not info.has_log_evidence:
             raise InvalidArgumentError("return_log_evidence", "false for this model", "true")
         response_size = tensors.answer_size(shape, dtype, evidence)
         tensors.check_answer_size("x.shape", response_size, limits)
-        checked, labels, windows = forms.defaults(shape, entry)
+        checked, labels, windows = forms.defaults(shape, served)
         prefix = b"" if evidence else self._prefix(shape, dtype)
         return DenoiseForm(
             *(info, checked, shape, labels, windows),

@@ -27,31 +27,31 @@ class EvidenceSeal:
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
 
-    def signed(self, entry: ModelVersion, query: Query, numbers: npt.NDArray[np.float64]) -> bytes:
+    def signed(self, served: ModelVersion, query: Query, numbers: npt.NDArray[np.float64]) -> bytes:
         """Return the bytes of evidence.
 
         Args:
-            entry: model of the query.
+            served: model of the query.
             query: noisy images.
             numbers: [B, K, H, W].
         """
         content = numbers.astype("<f8", copy=False).tobytes()
-        return content + self._signature(entry, query, content)
+        return content + self._signature(served, query, content)
 
     def verified(
-        self, entry: ModelVersion, query: Query, evidence: bytes
+        self, served: ModelVersion, query: Query, evidence: bytes
     ) -> npt.NDArray[np.float64] | None:
         """Return the numbers [B, K, H, W] of evidence; None if it was not signed for this query."""
         content, signature = evidence[:-SIGNATURE_BYTES], evidence[-SIGNATURE_BYTES:]
-        if not hmac.compare_digest(signature, self._signature(entry, query, content)):
+        if not hmac.compare_digest(signature, self._signature(served, query, content)):
             return None
         batch, _, height, width = query.pixels.shape
         return np.frombuffer(content, "<f8").reshape(batch, -1, height, width)
 
-    def _signature(self, entry: ModelVersion, query: Query, content: bytes) -> bytes:
-        info = entry.info
+    def _signature(self, served: ModelVersion, query: Query, content: bytes) -> bytes:
+        info = served.info
         described = (
-            *(entry.model, entry.version, entry.content, info.implementation),
+            *(served.model, served.version, served.content, info.implementation),
             *(info.machine, info.padding, info.bank.fingerprint if info.bank else ""),
             *(query.level.pairs, query.labels.tolist(), query.windows.tolist()),
             query.pixels.shape,

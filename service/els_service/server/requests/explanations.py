@@ -45,11 +45,11 @@ class Detail:
     images: int
 
 
-def check_sources(entry: ModelVersion, models: ModelRegistry, field: str = "") -> None:
+def check_sources(served: ModelVersion, models: ModelRegistry, field: str = "") -> None:
     """Check that a model has sources.
 
     Args:
-        entry: the model.
+        served: the model.
         models: registry; an error lists those of its models that have sources.
         field: of a request that is valid without it; empty for ``Explain``, which is not.
 
@@ -57,16 +57,16 @@ def check_sources(entry: ModelVersion, models: ModelRegistry, field: str = "") -
         InvalidArgumentError: It has none, and the field asks for what needs them.
         UnsupportedError: It has none, and there is no field.
     """
-    if entry.info.has_sources:
+    if served.info.has_sources:
         return
     able = [each.model for each in models.newest() if each.info.has_sources]
     more = ["…"] if len(able) > _LISTED else []
     listed = ", ".join([*able[:_LISTED], *more]) or "none is served"
     if field:
         expected = f"unset, or a model with sources ({listed})"
-        raise InvalidArgumentError(field, expected, f"it for {entry.model}")
+        raise InvalidArgumentError(field, expected, f"it for {served.model}")
     raise UnsupportedError(
-        f"{entry.model} has no sources to name, as it is no analytic model with a bank, or has a "
+        f"{served.model} has no sources to name, as it is no analytic model with a bank, or has a "
         f"fold or sizes; models that have: {listed}"
     )
 

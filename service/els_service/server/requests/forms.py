@@ -70,21 +70,21 @@ class FormCache(Generic[_F]):
         return form
 
 
-def defaults(shape: tuple[int, ...], entry: ModelVersion) -> tuple[bool, Integers, Integers]:
+def defaults(shape: tuple[int, ...], served: ModelVersion) -> tuple[bool, Integers, Integers]:
     """Return whether the model accepts queries of a shape, and their default labels and windows.
 
     Args:
         shape: of the pixels, [B, C, H, W].
-        entry: served version; an unloaded one returns False.
+        served: served version; an unloaded one returns False.
     """
     batch = shape[0]
     labels = one_each("labels", (), batch, none=-1)
     windows = one_each("windows", (), batch, none=0)
-    if entry.loaded is None:
+    if served.loaded is None:
         return False, labels, windows
     query = Query(black(shape), _ANY_LEVEL.repeat(batch), labels, windows, ())
     try:
-        entry.loaded.denoiser.check(query)
+        served.loaded.denoiser.check(query)
     except InvalidArgumentError:
         return False, labels, windows  # the engine raises it after the rest is decoded
     return True, labels, windows
@@ -109,13 +109,13 @@ def field_head(number: int, size: int) -> bytes:
     return bytes(encoded)
 
 
-def check(entry: ModelVersion, query: Query) -> bool:
+def check(served: ModelVersion, query: Query) -> bool:
     """Check a query by its model before its pixels are decoded; return whether it is loaded.
 
     Raises:
         InvalidArgumentError: The model rejects it.
     """
-    if entry.loaded is None:
+    if served.loaded is None:
         return False
-    entry.loaded.denoiser.check(query)
+    served.loaded.denoiser.check(query)
     return True

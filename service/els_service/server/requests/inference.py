@@ -96,15 +96,15 @@ class InferenceMethod:
             NotFoundError, UnavailableError: No such model.
             InvalidArgumentError, ResourceExhaustedError: A field is wrong, or exceeds a limit.
         """
-        entry = self._models.entry(request.model_name, request.model_version)
+        served = self._models.find(request.model_name, request.model_version)
         raw: Sequence[bytes] = request.raw_input_contents
         # A message may have millions of buffers; more than there are inputs are rejected below.
         raw = raw[:] if 0 < len(raw) <= len(INPUTS) else raw
         key = _key(request) if 0 < len(raw) == len(request.inputs) <= len(INPUTS) else None
-        form = None if key is None else self._forms.get(key, entry.info)
+        form = None if key is None else self._forms.get(key, served.info)
         if form is None:
-            inputs = decode_inputs(request, raw, entry.info)
-            form = self._form(request, inputs, entry)
+            inputs = decode_inputs(request, raw, served.info)
+            form = self._form(request, inputs, served)
             if key is not None and form.checked:
                 self._forms.put(key, form)
         else:
@@ -112,16 +112,16 @@ class InferenceMethod:
                 name: _buffer(name, data, INPUTS[name].layout, shape)
                 for (name, shape), data in zip(form.inputs.items(), raw, strict=True)
             }
-        query, checked = self._query(inputs, form, entry)
+        query, checked = self._query(inputs, form, served)
         # An ASCII id, which may have megabytes, is measured without a copy.
         name = request.id
         length = len(name) if name.isascii() else len(name.encode())
         tensors.check_answer_size("x.shape", form.size + length, self._limits)
         tensors.check_finite(query.pixels.reshape(-1), "x")
-        return entry, form, query, checked
+        return served, form, query, checked
 
     def _query(
-        self, inputs: Inputs, form: InferenceForm, entry: ModelVersion
+        self, inputs: Inputs, form: InferenceForm, served: ModelVersion
     ) -> tuple[Query, bool]:
         """Return the query of decoded inputs, and whether the model has checked it."""
         limits, x = self._limits, inputs["x"]
@@ -129,19 +129,19 @@ class InferenceMethod:
             level = from_sigma(_per_image("sigma", inputs, limits))
         else:
             sigma, alpha_bar, time = (_per_image(name, inputs, limits) for name in LEVELS)
-            level = tensors.one_level(sigma, alpha_bar, time, entry.info.levels)
+            level = tensors.one_level(sigma, alpha_bar, time, served.info.levels)
         if form.checked and form.level and len(level) in (1, len(x)):
             # The same as below, in a third of the time.
             return Query(x, level.repeat(len(x)), form.labels, form.windows, ()), True
         windows = tensors.decode_windows(_per_image("window", inputs, limits))
         labels = _per_image("label", inputs, limits)
         query = make_query(x, level, labels, windows)
-        return query, forms.check(entry, query)
+        return query, forms.check(served, query)
 
     def _form(
-        self, request: pb.ModelInferRequest, inputs: Inputs, entry: ModelVersion
+        self, request: pb.ModelInferRequest, inputs: Inputs, served: ModelVersion
     ) -> InferenceForm:
-        info, limits = entry.info, self._limits
+        info, limits = served.info, self._limits
         outputs = _requested_outputs(request, info)
         if "x" not in inputs:
             raise InvalidArgumentError("inputs", "x among them", sorted(inputs))
@@ -149,7 +149,7 @@ class InferenceMethod:
         tensors.check_shape(shape, "x", limits)
         tensors.check_pixels("x.shape", inputs["x"].size, limits)
         named = pb.ModelInferResponse(
-            model_name=request.model_name, model_version=str(entry.version)
+            model_name=request.model_name, model_version=str(served.version)
         )
         prefix: bytes = named.SerializeToString()
         response, sizes = pb.ModelInferResponse(), []
@@ -159,7 +159,7 @@ class InferenceMethod:
                 of_output = *of_output[:-2], *shape[2:]
             response.outputs.add(name=name, datatype=FP32.name, shape=of_output)
             sizes.append(math.prod(of_output) * FP32.layout.itemsize)
-        checked, labels, windows = forms.defaults(shape, entry)
+        checked, labels, windows = forms.defaults(shape, served)
         others = [name for name in inputs if name != "x"]
         return InferenceForm(
             *(info, checked, shape, labels, windows),

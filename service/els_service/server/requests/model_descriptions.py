@@ -11,14 +11,14 @@ from els_service.engine.model_versions import ModelVersion
 from els_service.engine.request_context import PRIORITIES
 
 
-def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
+def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
     """Return the description of a served version of a model."""
-    info = entry.info
+    info = served.info
     channels, height, width = info.shape
     bank, window = info.bank, info.window
     return pb.Model(
-        name=entry.model,
-        version=str(entry.version),
+        name=served.model,
+        version=str(served.version),
         kind=info.kind,
         machine=info.machine,
         padding=info.padding,
@@ -60,7 +60,7 @@ def encode_model(entry: ModelVersion, limits: Limits) -> pb.Model:
         if info.condition_width
         else None,
         decoded_shape=info.decoded_shape,
-        step_seconds=0.0 if entry.loaded is None else entry.loaded.step_s,
+        step_seconds=0.0 if served.loaded is None else served.loaded.step_s,
         scheduler=None if info.scheduler is None else _encode_scheduler(info.scheduler),
         label_guidance=info.label_guidance,
         fold=info.fold,

@@ -35,19 +35,19 @@ class Wanted:
     """Reports that a ``Sample`` request asks for.
 
     Attributes:
-        entry: model whose bank is used.
+        served: model whose bank is used.
         labels: of the images, [count], -1 for none: they restrict the sources.
     """
 
-    entry: ModelVersion
+    served: ModelVersion
     labels: npt.NDArray[np.int64]
 
 
-def check_bank(entry: ModelVersion, models: ModelRegistry, field: str = "") -> None:
+def check_bank(served: ModelVersion, models: ModelRegistry, field: str = "") -> None:
     """Check that a model has a bank.
 
     Args:
-        entry: the model.
+        served: the model.
         models: registry; an error lists those of its models that have a bank.
         field: of a request that is valid without it; empty for ``Originality``, which is not.
 
@@ -55,14 +55,14 @@ def check_bank(entry: ModelVersion, models: ModelRegistry, field: str = "") -> N
         InvalidArgumentError: It has none, and the field asks for what needs one.
         UnsupportedError: It has none, and there is no field.
     """
-    if entry.info.has_originality:
+    if served.info.has_originality:
         return
     able = [each.model for each in models.newest() if each.info.has_originality]
     more = ["…"] if len(able) > _LISTED else []
     listed = ", ".join([*able[:_LISTED], *more]) or "none is served"
     if field:
-        raise InvalidArgumentError(field, f"a model with a bank ({listed})", entry.model)
-    raise UnsupportedError(f"{entry.model} has no bank images; models that have: {listed}")
+        raise InvalidArgumentError(field, f"a model with a bank ({listed})", served.model)
+    raise UnsupportedError(f"{served.model} has no bank images; models that have: {listed}")
 
 
 def read_originality(

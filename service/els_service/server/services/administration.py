@@ -51,17 +51,17 @@ class Administration(GRPCInferenceServiceServicer):
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
         """Return the configuration of a model."""
-        entry = self._engine.models.entry(request.name, request.version)
-        return pb.ModelConfigResponse(config=_config(entry, self._limits))
+        served = self._engine.models.find(request.name, request.version)
+        return pb.ModelConfigResponse(config=_config(served, self._limits))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
         """Return the statistics of one model, or of all, since they were loaded."""
         models = self._engine.models
-        entries = [models.entry(request.name, request.version)] if request.name else list(models)
+        requested = [models.find(request.name, request.version)] if request.name else list(models)
         return pb.ModelStatisticsResponse(
-            model_stats=[_statistics(entry, entry.statistics.settle()) for entry in entries]
+            model_stats=[_statistics(served, served.statistics.settle()) for served in requested]
         )
 
     async def RepositoryIndex(
@@ -176,8 +176,8 @@ def _check_repository(name: str) -> None:
         raise InvalidArgumentError("repository_name", "none: the server has one repository", name)
 
 
-def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
-    info = entry.info
+def _config(served: ModelVersion, limits: Limits) -> pb.ModelConfig:
+    info = served.info
     described = {
         "machine": info.machine,
         "padding": info.padding,
@@ -190,7 +190,7 @@ def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
         "max_message_bytes": str(limits.max_message_bytes),
     }
     return pb.ModelConfig(
-        name=entry.model,
+        name=served.model,
         platform=platform_of(info),
         backend="els-denoise",
         # 0 means that shapes include the batch axis: without it a level would be a scalar, which
@@ -222,13 +222,13 @@ def _config(entry: ModelVersion, limits: Limits) -> pb.ModelConfig:
     )
 
 
-def _statistics(entry: ModelVersion, statistics: Statistics) -> pb.ModelStatistics:
+def _statistics(served: ModelVersion, statistics: Statistics) -> pb.ModelStatistics:
     batches = statistics.batches
     # Input and output are not measured; clients expect the same count for them.
     unmeasured = pb.StatisticDuration(count=statistics.computed.count)
     return pb.ModelStatistics(
-        name=entry.model,
-        version=str(entry.version),
+        name=served.model,
+        version=str(served.version),
         last_inference=round(statistics.last * 1e3),
         inference_count=sum(images * batch.count for images, batch in batches.items()),
         execution_count=sum(batch.count for batch in batches.values()),

@@ -66,20 +66,20 @@ class DenoiserService(OriginalityService):
 
     async def Denoise(self, request: pb.DenoiseRequest, context: Context) -> Response:
         """Return the expected clean images."""
-        entry, form, query, checked = self._denoise.read(request)
+        served, form, query, checked = self._denoise.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
         if request.return_variance:
-            return await self._with_variance(self._denoise, entry, form, query, scheduling)
-        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+            return await self._with_variance(self._denoise, served, form, query, scheduling)
+        denoised = self._engine.denoise(served, query, scheduling, checked=checked)
         if not isinstance(denoised, Denoised):
             denoised = await denoised
         return self._denoise.write(form, denoised.pixels, denoised)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> Response:
         """Return the scores."""
-        entry, form, query, checked = self._score.read(request)
+        served, form, query, checked = self._score.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        denoised = self._engine.denoise(served, query, scheduling, checked=checked)
         if not isinstance(denoised, Denoised):
             denoised = await denoised
         return self._score.write(form, score_array(query, denoised.pixels), denoised)
@@ -97,11 +97,11 @@ class DenoiserService(OriginalityService):
     ) -> Response | Awaitable[Response]:
         """Return the response to one request of a stream, or an awaitable of it."""
         check_message(request)
-        entry, form, query, checked = self._stream.read(request)
+        served, form, query, checked = self._stream.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
         if request.return_variance:
-            return self._with_variance(self._stream, entry, form, query, scheduling)
-        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+            return self._with_variance(self._stream, served, form, query, scheduling)
+        denoised = self._engine.denoise(served, query, scheduling, checked=checked)
         if isinstance(denoised, Denoised):
             return self._stream.write(form, denoised.pixels, denoised)
         return self._write_later(form, denoised)
@@ -114,24 +114,24 @@ class DenoiserService(OriginalityService):
         self, request: pb.SampleRequest, context: Context
     ) -> AsyncIterator[pb.SampleResponse]:
         """Yield the steps of a trajectory."""
-        entry = self._engine.models.entry(request.model, request.version)
-        check_sample(request, entry.info, self._limits)
+        served = self._engine.models.find(request.model, request.version)
+        check_sample(request, served.info, self._limits)
         scheduling = context_of(context, request.priority)
-        if entry.loaded is None:
+        if served.loaded is None:
             # Its files may have changed: the token is checked by the model that answers. The name
             # is taken now, as the connection may be closed when the model is loaded.
             scheduling = replace(scheduling, caller=scheduling.name())
-            entry = await self._engine.loaded_entry(request.model, request.version, scheduling)
-            check_sample(request, entry.info, self._limits)
-        wanted = await self._wanted_reports(request, entry, scheduling)
+            served = await self._engine.find_loaded(request.model, request.version, scheduling)
+            check_sample(request, served.info, self._limits)
+        wanted = await self._wanted_reports(request, served, scheduling)
         # A copy: a reload must not change what the tokens of this trajectory are bound to.
-        entry = replace(entry)
-        info, count, name = entry.info, count_of(request), SAMPLER_NAMES[request.sampler]
+        served = replace(served)
+        info, count, name = served.info, count_of(request), SAMPLER_NAMES[request.sampler]
         options = options_of(request, info, self._limits)
         image = image_shape_of(request, info)
         noise = seeded_noise(request.seed, count, image, request.first_image)
         shape = state_shape(name, (count, *image))
-        resume = decode_token(request, entry, shape, steps_of(name, options))
+        resume = decode_token(request, served, shape, steps_of(name, options))
         run = SamplingRun(
             SAMPLERS[name](noise, options, resume),
             one_each("labels", request.labels, count, none=-1),
@@ -145,7 +145,7 @@ class DenoiserService(OriginalityService):
             window_scale=request.window_scale or 1.0,
         )
         total, resumed = steps_of(name, options), resume.index if resume else 0
-        run, detail = self._explaining(run, request, entry, resumed, total)
+        run, detail = self._explaining(run, request, served, resumed, total)
         steps = self._engine.sample(request.model, run, scheduling, version=request.version)
         taken: Step | None = None
         try:
@@ -165,10 +165,10 @@ class DenoiserService(OriginalityService):
                     for index, found in enumerate(step.explanations):
                         message.explanations.append(await written(index, found, detail, info))
                     if request.return_resume_token and step.index < step.total:
-                        message.resume_token = _token(request, entry, step)
+                        message.resume_token = _token(request, served, step)
                     yield message
         except (UnavailableError, QueueFullError):
-            if token := _token(request, entry, taken):
+            if token := _token(request, served, taken):
                 yield pb.SampleResponse(resume_token=token)
             raise
 
@@ -177,20 +177,20 @@ class DenoiserService(OriginalityService):
     ) -> pb.ListModelsResponse:
         """Return a description of the newest version of each served model."""
         return pb.ListModelsResponse(
-            models=[encode_model(entry, self._limits) for entry in self._engine.models.newest()]
+            models=[encode_model(served, self._limits) for served in self._engine.models.newest()]
         )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return the description of one model."""
-        entry = self._engine.models.entry(request.name, request.version)
-        return pb.GetModelResponse(model=encode_model(entry, self._limits))
+        served = self._engine.models.find(request.name, request.version)
+        return pb.GetModelResponse(model=encode_model(served, self._limits))
 
 
-def _token(request: pb.SampleRequest, entry: ModelVersion, taken: Step | None) -> bytes:
+def _token(request: pb.SampleRequest, served: ModelVersion, taken: Step | None) -> bytes:
     """Return the resume token after a step; before the first, that of the request."""
     if taken is None:
         return request.resume_token
-    return encode_token(request, entry, taken.index, taken.state)
+    return encode_token(request, served, taken.index, taken.state)
 
 
 def _encode_step(step: Step, request: pb.SampleRequest) -> pb.SampleResponse:

@@ -78,24 +78,24 @@ class MomentService(DenoiserServiceServicer):
         self, request: pb.ExplainRequest, context: Context
     ) -> AsyncIterator[pb.ExplainResponse]:
         """Yield the explanation of each image; between two of them nothing is queued."""
-        entry = self._engine.models.entry(request.model, request.version)
-        check_sources(entry, self._engine.models)
-        query, detail = read_explain(request, entry.info, self._limits)
+        served = self._engine.models.find(request.model, request.version)
+        check_sources(served, self._engine.models)
+        query, detail = read_explain(request, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = held_explanation(entry.info)
-        answers = self._engine.derive_each(entry, "explain", query, size, scheduling)
+        size = held_explanation(served.info)
+        answers = self._engine.derive_each(served, "explain", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
             async for found in answers:
                 assert isinstance(found, Explanation)
-                yield await written(index, found, detail, entry.info)
+                yield await written(index, found, detail, served.info)
                 index += 1
 
     def _explaining(
         self,
         run: SamplingRun,
         request: pb.SampleRequest,
-        entry: ModelVersion,
+        served: ModelVersion,
         resumed: int,
         total: int,
     ) -> tuple[SamplingRun, Detail]:
@@ -104,25 +104,25 @@ class MomentService(DenoiserServiceServicer):
         Args:
             run: trajectory of the request.
             request: of ``Sample``.
-            entry: its model.
+            served: its model.
             resumed: steps that were taken before.
             total: steps in all.
         """
         steps, detail = read_explained_steps(request, self._limits)
         if not steps:
             return run, detail
-        check_sources(entry, self._engine.models, "explain_steps")
+        check_sources(served, self._engine.models, "explain_steps")
         if max(steps) > total:
             expected = f"at most {total}, the number of steps"
             raise InvalidArgumentError("explain_steps", expected, max(steps))
         left = frozenset(step for step in steps if step > resumed)
-        held = run.held_bytes + len(run.labels) * held_explanation(entry.info)
+        held = run.held_bytes + len(run.labels) * held_explanation(served.info)
         return replace(run, explain_steps=left, held_bytes=held), detail
 
     async def _with_variance(
         self,
         method: DenoiseMethod,
-        entry: ModelVersion,
+        served: ModelVersion,
         form: DenoiseForm,
         query: Query,
         scheduling: RequestContext,
@@ -131,12 +131,12 @@ class MomentService(DenoiserServiceServicer):
 
         D(x) is computed as without it, so that it has the same bits.
         """
-        check_sources(entry, self._engine.models, "return_variance")
+        check_sources(served, self._engine.models, "return_variance")
         size = tensors.answer_size(form.shape, form.output_dtype, form.log_evidence)
         size += 4 * math.prod(form.shape)
         tensors.check_answer_size("return_variance", size, self._limits)
-        denoised = self._engine.denoise(entry, query, scheduling)
-        second = self._engine.derive(entry, "variance", query, scheduling)
+        denoised = self._engine.denoise(served, query, scheduling)
+        second = self._engine.derive(served, "variance", query, scheduling)
         pending: list[asyncio.Future[Denoised]] = [asyncio.ensure_future(second)]
         if not isinstance(denoised, Denoised):
             pending.append(denoised)
@@ -158,39 +158,39 @@ class MomentService(DenoiserServiceServicer):
         context: Context,
     ) -> tuple[Product, bytes]:
         """Return the product, and the evidence that the request asks for and did not have."""
-        entry = self._engine.models.entry(request.model, request.version)
-        if not entry.info.has_gradients:
+        served = self._engine.models.find(request.model, request.version)
+        if not served.info.has_gradients:
             raise UnsupportedError(
-                f"{entry.model} has no gradients: a model of kind {entry.info.kind} cannot be "
+                f"{served.model} has no gradients: a model of kind {served.info.kind} cannot be "
                 "differentiated, or not with a fold or sizes"
             )
-        query, along = gradients.read_product(request, direction, field, entry.info, self._limits)
+        query, along = gradients.read_product(request, direction, field, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
         packed = with_direction(query, along)
-        if entry.info.has_sources and (request.evidence or request.return_evidence):
-            evidence, fresh = await self._evidence(request, entry, query, scheduling)
+        if served.info.has_sources and (request.evidence or request.return_evidence):
+            evidence, fresh = await self._evidence(request, served, query, scheduling)
             packed = with_evidence(packed, evidence)
-            answer = await self._engine.derive(entry, AGAIN[kind], packed, scheduling)
+            answer = await self._engine.derive(served, AGAIN[kind], packed, scheduling)
             return product_of(answer), fresh
-        return product_of(await self._engine.derive(entry, kind, packed, scheduling)), b""
+        return product_of(await self._engine.derive(served, kind, packed, scheduling)), b""
 
     async def _evidence(
         self,
         request: gradients.ProductRequest,
-        entry: ModelVersion,
+        served: ModelVersion,
         query: Query,
         scheduling: RequestContext,
     ) -> tuple[npt.NDArray[np.float64], bytes]:
         """Return the evidence of a query, and the bytes to return if it had to be computed."""
         if request.evidence:
             verified = self._seal.verified
-            known = await asyncio.to_thread(verified, entry, query, request.evidence)
+            known = await asyncio.to_thread(verified, served, query, request.evidence)
             if known is not None:
                 return known, b""
-        found = evidence_of(await self._engine.derive(entry, "evidence", query, scheduling))
+        found = evidence_of(await self._engine.derive(served, "evidence", query, scheduling))
         if not request.return_evidence:
             return found, b""
-        return found, await asyncio.to_thread(self._seal.signed, entry, query, found)
+        return found, await asyncio.to_thread(self._seal.signed, served, query, found)
 
 
 async def written(

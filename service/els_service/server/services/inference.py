@@ -68,7 +68,7 @@ class InferenceService(Administration):
     ) -> pb.ModelReadyResponse:
         """Return whether a model is served; false for an unknown one."""
         try:
-            self._engine.models.entry(request.name, request.version)
+            self._engine.models.find(request.name, request.version)
         except ElsError:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._ready())
@@ -83,12 +83,12 @@ class InferenceService(Administration):
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
         """Return the inputs and outputs of a model."""
-        entry = self._engine.models.entry(request.name, request.version)
+        served = self._engine.models.find(request.name, request.version)
         metadata = pb.ModelMetadataResponse.TensorMetadata
-        info = entry.info
+        info = served.info
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[str(entry.version)],
+            versions=[str(served.version)],
             platform=platform_of(info),
             inputs=[
                 metadata(name=name, datatype=INPUTS[name].name, shape=shape)
@@ -102,9 +102,9 @@ class InferenceService(Administration):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> Response:
         """Return the requested outputs, as raw contents."""
-        entry, form, query, checked = self._infer.read(request)
+        served, form, query, checked = self._infer.read(request)
         scheduling = context_of(context, priority_of(request), timeout_s_of(request))
-        denoised = self._engine.denoise(entry, query, scheduling, checked=checked)
+        denoised = self._engine.denoise(served, query, scheduling, checked=checked)
         if not isinstance(denoised, Denoised):
             denoised = await denoised
         contents = [_OUTPUTS[output](query, denoised) for output in form.outputs]

@@ -39,12 +39,12 @@ class OriginalityService(MomentService):
         self, request: pb.OriginalityRequest, context: Context
     ) -> AsyncIterator[pb.OriginalityResponse]:
         """Yield the report of each image; between two of them nothing is queued."""
-        entry = self._engine.models.entry(request.model, request.version)
-        check_bank(entry, self._engine.models)
-        query, nearest = read_originality(request, entry.info, self._limits)
+        served = self._engine.models.find(request.model, request.version)
+        check_bank(served, self._engine.models)
+        query, nearest = read_originality(request, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = held_report(entry.info)
-        answers = self._engine.derive_each(entry, "originality", query, size, scheduling)
+        size = held_report(served.info)
+        answers = self._engine.derive_each(served, "originality", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
             async for found in answers:
@@ -53,7 +53,7 @@ class OriginalityService(MomentService):
                 index += 1
 
     async def _wanted_reports(
-        self, request: pb.SampleRequest, entry: ModelVersion, scheduling: RequestContext
+        self, request: pb.SampleRequest, served: ModelVersion, scheduling: RequestContext
     ) -> Wanted | None:
         """Return the reports that a request asks for; None for none.
 
@@ -65,17 +65,17 @@ class OriginalityService(MomentService):
                 raise InvalidArgumentError("originality_model", expected, "it")
             return None
         field = "originality_model" if request.originality_model else "return_originality"
-        models, name = self._engine.models, request.originality_model or entry.model
-        other = models.entry(name) if request.originality_model else entry
+        models, name = self._engine.models, request.originality_model or served.model
+        other = models.find(name) if request.originality_model else served
         check_bank(other, models, field)
         if other.loaded is None:
-            other = await self._engine.loaded_entry(name, "", scheduling)
+            other = await self._engine.find_loaded(name, "", scheduling)
         info, count = other.info, count_of(request)
-        shape = image_shape_of(request, entry.info)
-        check_reported(request, entry.info, shape, info)
+        shape = image_shape_of(request, served.info)
+        check_reported(request, served.info, shape, info)
         size = count * report_size(DEFAULT_NEAREST, info)
         check_answer_size("return_originality", size, self._limits)
-        same = info.label_count == entry.info.label_count
+        same = info.label_count == served.info.label_count
         labels = one_each("labels", request.labels if same else (), count, none=-1)
         if other.loaded is not None:
             blank = report_query(np.zeros((count, *shape), np.float32), labels, info)
@@ -86,10 +86,10 @@ class OriginalityService(MomentService):
         self, step: Step, wanted: Wanted, scheduling: RequestContext
     ) -> list[pb.OriginalityResponse]:
         """Return the report of each image of the last step."""
-        query = report_query(step.x.float().numpy(), wanted.labels, wanted.entry.info)
-        size = held_report(wanted.entry.info)
+        query = report_query(step.x.float().numpy(), wanted.labels, wanted.served.info)
+        size = held_report(wanted.served.info)
         found: list[pb.OriginalityResponse] = []
-        answers = self._engine.derive_each(wanted.entry, "originality", query, size, scheduling)
+        answers = self._engine.derive_each(wanted.served, "originality", query, size, scheduling)
         async with contextlib.aclosing(answers):
             async for answer in answers:
                 assert isinstance(answer, Originality)
