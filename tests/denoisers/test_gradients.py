@@ -15,6 +15,7 @@ from els_service.denoisers.base import Denoiser, Query, concatenate, make_query
 from els_service.denoisers.explanations import Explainable
 from els_service.denoisers.gradients import Differentiable, Direction
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
+from els_service.denoisers.originality import HasBank
 from els_service.engine.batching import INLINE_S
 
 
@@ -34,6 +35,7 @@ def test_every_kind_has_products_and_says_so(denoiser: Denoiser) -> None:
     assert isinstance(denoiser, Differentiable)
     assert denoiser.info.has_gradients
     assert denoiser.info.has_sources == isinstance(denoiser, Explainable)
+    assert denoiser.info.has_originality == isinstance(denoiser, HasBank)
 
 
 def test_jvp_is_the_difference_of_denoised_images(denoiser: Denoiser) -> None:
@@ -108,6 +110,7 @@ def test_a_networks_products_are_adjoint_and_match_differences(architecture: str
     denoiser = networks.denoiser(networks.config(architecture))
     assert denoiser.info.has_gradients
     assert not denoiser.info.has_sources
+    assert not denoiser.info.has_originality
     shape = (3, *networks.SHAPE)
     query = make_query(random_images(shape, 1), from_sigma([0.3, 1.0, 3.0]), [0, 1, -1])
     g, u = (random_images(shape, seed).numpy() for seed in (7, 8))

@@ -15,7 +15,15 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 from tests.support import networks
-from tests.support.models_folder import DOCUMENTS, LABELS, RGB, SHAPE, WITH_EVIDENCE, write_models
+from tests.support.models_folder import (
+    DOCUMENTS,
+    LABELLED,
+    LABELS,
+    RGB,
+    SHAPE,
+    WITH_EVIDENCE,
+    write_models,
+)
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
@@ -140,6 +148,13 @@ def explanations(draw: st.DrawFn) -> Message:
     return pb.ExplainRequest(**_common(query), top=top, return_images=images)
 
 
+@st.composite
+def reports(draw: st.DrawFn) -> Message:
+    """Draw a request of Originality."""
+    query: Any = draw(queries(pb.ScoreRequest))
+    return pb.OriginalityRequest(**_common(query), nearest=draw(st.integers(0, 50)))
+
+
 def _common(query: Any) -> dict[str, Any]:
     names = ("model", "x", "level", "labels", "windows", "priority", "timeout_s", "version")
     return {name: getattr(query, name) for name in names}
@@ -178,6 +193,7 @@ def samples(draw: st.DrawFn) -> pb.SampleRequest:
         request.explain_steps.append(1)
         request.explain_top = draw(st.integers(0, 16))
         request.explain_images = draw(st.integers(0, 16))
+    request.return_originality = model in LABELLED and draw(st.booleans())
     if sampler == pb.SAMPLER_DDPM:
         request.eta = draw(st.floats(0, 1))
     if sampler in (pb.SAMPLER_HEUN, pb.SAMPLER_EULER):
@@ -239,6 +255,7 @@ _KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "Vjp": products(pb.VjpRequest, "cotangent"),
     "Jvp": products(pb.JvpRequest, "tangent"),
     "Explain": explanations(),
+    "Originality": reports(),
     "ModelInfer": inferences(),
     "GetModel": st.builds(pb.GetModelRequest, name=names),
     "ModelReady": st.builds(oip.ModelReadyRequest, name=names),

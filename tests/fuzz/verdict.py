@@ -78,7 +78,7 @@ def finish(call: Any, method: MethodDescriptor, since: float) -> Outcome:
     return Outcome(code, text, status, headers, answers, seconds)
 
 
-UNSUPPORTED = {"RepositoryModelLoad", "Explain", "Vjp", "Jvp"}
+UNSUPPORTED = {"RepositoryModelLoad", "Explain", "Originality", "Vjp", "Jvp"}
 """Methods that may fail for what a model is, not for what a request says."""
 
 

@@ -128,6 +128,13 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
             shape = (1, *request.x.shape[1:])
             yield explanation(index, shape, request.top, request.return_images)
 
+    def Originality(
+        self, request: pb.OriginalityRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.OriginalityResponse]:
+        self._enter(request, request.model, context)
+        for index in range(request.x.shape[0]):
+            yield originality(index, request.nearest)
+
     def Sample(
         self, request: pb.SampleRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.SampleResponse]:
@@ -157,6 +164,10 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
                 explanations=[
                     explanation(i, (1, *shape[1:]), request.explain_top, request.explain_images)
                     for i in range(request.count if index in request.explain_steps else 0)
+                ],
+                originality=[
+                    originality(i, 8)
+                    for i in range(request.count if last and request.return_originality else 0)
                 ],
             )
             if request.model == "endless":
@@ -213,6 +224,24 @@ class FakeDenoiser(pb_grpc.DenoiserServiceServicer):
 def evidence(request: pb.VjpRequest | pb.JvpRequest) -> bytes:
     """Return evidence if it is requested and not that of this server."""
     return b"evidence" if request.return_evidence and request.evidence != b"evidence" else b""
+
+
+def originality(index: int, nearest: int) -> pb.OriginalityResponse:
+    """Return the report of an image that is a copy of the bank image of its index, of 60."""
+    images = (np.arange(nearest) + index).astype("<i4")
+    distances = np.arange(nearest)
+    return pb.OriginalityResponse(
+        index=index,
+        nearest_images=images.tobytes(),
+        nearest_labels=(images % 2).astype("<i4").tobytes(),
+        distances=tensor(distances),
+        gap_ratio=0.0,
+        carlini_ratio=0.2,
+        absent={"seams": "needs two neighbouring pixels with few sources"},
+        largest_region=0.75,
+        bank_fingerprint="fingerprint",
+        bank_images=60,
+    )
 
 
 def explanation(index: int, shape: tuple[int, ...], top: int, images: int) -> pb.ExplainResponse:

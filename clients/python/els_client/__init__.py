@@ -8,6 +8,7 @@
 from els_client._async_client import AsyncClient
 from els_client._client import Client
 from els_client._explanation import Explanation
+from els_client._originality import Originality
 from els_client._repository import AsyncRepository, Repository
 from els_client._types import (
     Bank,
@@ -51,6 +52,7 @@ __all__ = [
     "Limits",
     "Model",
     "NotFoundError",
+    "Originality",
     "PermissionDeniedError",
     "Query",
     "Repository",

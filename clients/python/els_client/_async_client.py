@@ -21,6 +21,7 @@ from els_client._channel import (
     timeout_of,
 )
 from els_client._explanation import Explanation
+from els_client._originality import Originality, decode_originality, encode_originality
 from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -180,6 +181,22 @@ class AsyncClient:
         timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
         messages = await self._unary(explain, request, timeout_s)
         return moments.decode_explanation(messages, request.x.shape[0])
+
+    async def originality(
+        self, x: Pixels, *, nearest: int = 8, **options: Unpack[QueryOptions]
+    ) -> tuple[Originality, ...]:
+        """Like ``Client.originality``."""
+        query = Query(x, **options)
+        request = encode_originality(query, nearest)
+
+        async def compare(
+            request: pb.OriginalityRequest, **call: Any
+        ) -> list[pb.OriginalityResponse]:
+            return [message async for message in self._stub.Originality(request, **call)]
+
+        timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
+        messages = await self._unary(compare, request, timeout_s)
+        return decode_originality(messages, request.x.shape[0])
 
     @overload
     def denoise_many(

@@ -19,6 +19,7 @@ from els_client._channel import (
     timeout_of,
 )
 from els_client._explanation import Explanation
+from els_client._originality import Originality, decode_originality, encode_originality
 from els_client._repository import Repository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
@@ -279,6 +280,37 @@ class Client:
         messages = self._unary(explain, request, timeout_s)
         return moments.decode_explanation(messages, request.x.shape[0])
 
+    def originality(
+        self, x: Pixels, *, nearest: int = 8, **options: Unpack[QueryOptions]
+    ) -> tuple[Originality, ...]:
+        """Return how original each image is, measured against the bank of a model.
+
+        Arguments and errors are those of ``denoise``; models without ``Model.has_originality``
+        raise an ``ElsError`` with code ``FAILED_PRECONDITION`` that lists the models that
+        have it. Measures of sources need ``Model.has_sources``.
+
+        Args:
+            x: Clean images, from whatever model or file.
+            nearest: Bank images of least distance to return, 1 to 50.
+            **options: As in ``denoise``, without conditioning. The noise level is that of the
+                explanation that gives the sources; without one it is sigma=0.1. Without a window it
+                is 11, or the largest if that is less. Labels restrict the sources, not the
+                distances.
+
+        Example:
+            >>> (found,) = client.originality(image, model="fashion-els")
+            >>> found.memorised, found.gap_ratio, found.sources_of_90
+        """
+        query = Query(x, **options)
+        request = encode_originality(query, nearest)
+
+        def compare(request: pb.OriginalityRequest, **call: Any) -> list[pb.OriginalityResponse]:
+            return list(self._stub.Originality(request, **call))
+
+        timeout_s = timeout_of(query.timeout_s, self._sample_timeout_s)
+        messages = self._unary(compare, request, timeout_s)
+        return decode_originality(messages, request.x.shape[0])
+
     @overload
     def denoise_many(
         self,
@@ -359,12 +391,16 @@ class Client:
                   always has. Only the first step has "noise", the initial state, and only the last
                   has "decoded", the images of a latent model.
                 - window: Odd side of the patch in pixels, one for all images or one each.
+                - window_scale: Scale of the windows of ``Model.window``, 0.1 to 10, at every level;
+                  not with ``window``.
                 - conditioning, unconditional, guidance: As in ``denoise``, [1 or count, T, W].
                 - priority: 1 (highest) to ``Limits.priority_levels``; by default 2.
                 - version: Version of the model; by default the newest.
                 - explain_steps: Steps, from 1, that have ``explanation``; for models with
                   ``Model.has_sources``. Each takes as long as ``explain`` of all images.
                 - explain_top, explain_images: ``top`` and ``images`` of these explanations.
+                - originality: Whether the last step has ``originality``, reports against the bank
+                  of the model, or the name of a model whose bank is used instead.
                 - survive_breaks: Whether to resume after a broken connection as well; each step
                   then also has the state.
 

@@ -147,13 +147,20 @@ def _invalid_arguments() -> Iterator[None]:
 
 @_invalid_arguments()
 def encode_query(
-    request: type[_Query], query: Query, *, return_log_evidence: bool = False
+    request: type[_Query],
+    query: Query,
+    *,
+    return_log_evidence: bool = False,
+    level: pb.NoiseLevel | None = None,
 ) -> _Query:
-    """Return the request of ``query`` without its deadline, which is that of the call."""
+    """Return the request of ``query`` without its deadline, which is that of the call.
+
+    ``level`` takes the place of the query's.
+    """
     return request(
         model=query.model,
         x=encode_tensor(query.x),
-        level=encode_level(query.sigma, query.alpha_bar, query.time),
+        level=level or encode_level(query.sigma, query.alpha_bar, query.time),
         labels=_listed("label", query.label, _INTEGERS),
         windows=_listed("window", query.window, _INTEGERS),
         conditioning=_conditions("conditioning", query.conditioning),
@@ -187,6 +194,8 @@ def encode_sample(
     explain_steps: Integers = (),
     explain_top: int = 8,
     explain_images: int = 0,
+    originality: bool | str = False,
+    window_scale: float | None = None,
     timesteps: Timesteps | None = None,
     start: Pixels | None = None,
     start_time: float | None = None,
@@ -244,6 +253,9 @@ def encode_sample(
         version=version or "",
         return_resume_token=survive_breaks,
         **_explained(explain_steps, explain_top, explain_images),
+        return_originality=bool(originality),
+        window_scale=window_scale or 0.0,
+        originality_model=originality if isinstance(originality, str) else "",
         timesteps=_TIMESTEPS[timesteps],
         start=None if start is None else encode_tensor(start, "start"),
         start_time=start_time or 0.0,
@@ -258,6 +270,13 @@ def encode_sample(
         symmetric=symmetric,
         mask=None if mask is None else encode_tensor(mask, "mask"),
     )
+
+
+def check_plain(query: Query) -> None:
+    """Raise InvalidArgumentError if a query has a condition or guidance."""
+    for field in ("conditioning", "unconditional", "guidance"):
+        if getattr(query, field) is not None:
+            _refuse(field, "none, as no model that explains takes it", "one")
 
 
 def _explained(steps: Integers, top: int, images: int) -> dict[str, Any]:
@@ -353,6 +372,7 @@ def decode_model(model: pb.Model) -> Model:
         label_guidance=model.label_guidance,
         has_gradients=model.has_gradients,
         has_sources=model.has_sources,
+        has_originality=model.has_originality,
         fold=model.fold,
         sizes=_decode_sizes(model.sizes) if model.HasField("sizes") else None,
         scales=tuple((scale.height, scale.width) for scale in model.scales),

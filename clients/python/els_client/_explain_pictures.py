@@ -17,6 +17,8 @@ from els_client._types import Images
 Mask = npt.NDArray[np.bool_]
 Rgb = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
+Panel = tuple[Image.Image, str, str, Colour]
+"""Picture, title, detail, and colour of the title."""
 
 SHOWN = 8
 """Bank images on a sheet."""
@@ -151,6 +153,11 @@ def enlarged(pixels: Rgb) -> Image.Image:
     return _enlarged(Image.fromarray(pixels))
 
 
+def enlarged_picture(image: Images) -> Image.Image:
+    """Return an image [C, H, W] as a picture in RGB of about ``_SIDE``."""
+    return _enlarged(pictures.to_picture(image)).convert("RGB")
+
+
 def sheet(found: Explanation, index: int = 0, *, wraps: bool = False) -> Image.Image:
     """Return one picture of a result, its maps, and the bank images that it took most from.
 
@@ -163,7 +170,7 @@ def sheet(found: Explanation, index: int = 0, *, wraps: bool = False) -> Image.I
     for one, colour in reversed(list(zip(taken, PALETTE, strict=False))):
         picture = _outlined(picture, one.pixels, colour)
     largest = float(found.entropy[index].max())
-    panels = [
+    panels: list[Panel] = [
         (picture, "this picture", "", INK),
         (enlarged(mosaic(found, index)), "source images", "dark: no clear source", INK),
         (enlarged(displacement(found, index, wraps=wraps)), "displacement", "white: none", INK),
@@ -172,7 +179,7 @@ def sheet(found: Explanation, index: int = 0, *, wraps: bool = False) -> Image.I
     for one, colour in zip(taken, PALETTE, strict=False):
         title = f"{100 * one.share:.1f} % {one.label}".rstrip()
         panels.append((_region(one, colour), title, one.file or f"image {one.image}", colour))
-    return _arranged(panels)
+    return arranged(panels)
 
 
 def _region(one: Taken, colour: Colour) -> Image.Image:
@@ -183,7 +190,7 @@ def _region(one: Taken, colour: Colour) -> Image.Image:
     return _outlined(Image.composite(whole, dimmed, mask), one.places, colour)
 
 
-def _arranged(panels: Sequence[tuple[Image.Image, str, str, Colour]]) -> Image.Image:
+def arranged(panels: Sequence[Panel]) -> Image.Image:
     """Return panels of one size in rows, each above its two lines of text."""
     width, height = panels[0][0].size
     across, down = width + _GAP, height + 2 * _LINE + _GAP

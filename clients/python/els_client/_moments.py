@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from els_client import _codec as codec
 from els_client._explanation import Explanation
+from els_client._originality import decode_originality
 from els_client._types import Evidence, Images, Pixels, Query, Step
-from els_client.errors import InvalidArgumentError, Violation, error_of
+from els_client.errors import error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 _Product = TypeVar("_Product", pb.VjpRequest, pb.JvpRequest)
@@ -56,9 +57,7 @@ def encode_explain(query: Query, top: int, images: int) -> pb.ExplainRequest:
     # In the message 0 means 8.
     codec.check_count("top", top, least=1)
     codec.check_count("images", images, least=0)
-    for field in ("conditioning", "unconditional", "guidance"):
-        if getattr(query, field) is not None:
-            _refuse(field, "none, as no model that explains takes it", "one")
+    codec.check_plain(query)
     base = codec.encode_query(pb.DenoiseRequest, query)
     return pb.ExplainRequest(
         model=base.model,
@@ -110,8 +109,11 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
 
 
 def decode_step(message: pb.SampleResponse) -> Step:
-    """Return the step of a message, with its explanation if it has one."""
+    """Return the step of a message, with its explanation and reports if it has some."""
     step = codec.decode_step(message)
+    if message.originality:
+        reports = decode_originality(message.originality, len(message.originality))
+        step = replace(step, _originality=reports)
     if not message.explanations:
         return step
     explanation = decode_explanation(message.explanations, len(message.explanations))
@@ -124,8 +126,3 @@ def _together(messages: Sequence[pb.ExplainResponse], field: str) -> Images:
 
 def _integers(data: bytes) -> npt.NDArray[np.int64]:
     return np.frombuffer(data, "<i4").astype(np.int64)
-
-
-def _refuse(field: str, expected: str, got: object) -> None:
-    description = f"expected {expected}, got {got}"
-    raise InvalidArgumentError(f"{field}: {description}", [Violation(field, description)])

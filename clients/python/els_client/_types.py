@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from els_client._explanation import Explanation
+    from els_client._originality import Originality
 
 
 class SupportsArray(Protocol):
@@ -122,6 +123,8 @@ class SampleOptions(TypedDict, total=False):
     explain_steps: Integers
     explain_top: int
     explain_images: int
+    originality: bool | str
+    window_scale: float | None
     timesteps: Timesteps | None
     start: Pixels | None
     start_time: float | None
@@ -280,6 +283,7 @@ class Model:
         scales: (height, width) of the first picture at each scale, coarsest first, for models of
             kind "picture", whose labels are the scales; otherwise empty.
         scale_steps: Default steps of each scale for the sampler pyramid; 0 without scales.
+        has_originality: Whether ``originality`` is supported: it holds the images of its bank.
     """
 
     name: str
@@ -311,6 +315,7 @@ class Model:
     sizes: Sizes | None = None
     scales: tuple[tuple[int, int], ...] = ()
     scale_steps: int = 0
+    has_originality: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -383,6 +388,7 @@ class Step:
     _explanation: Explanation | None = None
     scale: int = 0
     scales: int = 1
+    _originality: tuple[Originality, ...] = ()
 
     @property
     def x(self) -> Images:
@@ -431,6 +437,18 @@ class Step:
             hint = f"request it with explain_steps=[{self.index}]"
             raise AttributeError(f"this step has no explanation: {hint}")
         return self._explanation
+
+    @property
+    def originality(self) -> tuple[Originality, ...]:
+        """Report of each image of the last step, as ``Client.originality`` returns them.
+
+        Raises:
+            AttributeError: Not requested, or this is not the last step.
+        """
+        if not self._originality:
+            hint = "request them with originality=True; only the last step has them"
+            raise AttributeError(f"this step has no reports of originality: {hint}")
+        return self._originality
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.total}, alpha_bar={self.alpha_bar:.4g})"

@@ -16,7 +16,9 @@ from els_client._bench_command import bench
 from els_client._explain_command import explain
 from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
+from els_client._originality_command import originality
 from els_client._remix_command import remix
+from els_client._sweep_command import sweep
 from els_client._types import Images, Sampler, Timesteps, Want
 from els_client.errors import InvalidArgumentError
 from els_proto.build_info import COMMIT
@@ -98,12 +100,17 @@ def _els(
             encrypted=tls, ca=ca, certificate=certificate, key=key, token_file=token_file
         )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
-    commands = ("models", "denoise", "score", "sample", "remix", "explain", "bench", "log-level")
+    commands = (
+        *("models", "denoise", "score", "sample", "remix", "explain", "originality", "sweep"),
+        *("bench", "log-level"),
+    )
     nested = {"repository": dict.fromkeys(("index", "load", "unload"), shared)}
     context.default_map = {**dict.fromkeys(commands, shared), **nested}
 
 
 app.command()(explain)
+app.command()(originality)
+app.command()(sweep)
 app.command()(bench)
 app.command()(remix)
 app.add_typer(repository, name="repository")

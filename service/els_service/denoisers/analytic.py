@@ -101,6 +101,7 @@ class AnalyticDenoiser:
             has_log_evidence=True,
             has_gradients=True,
             has_sources=True,
+            has_originality=True,
             implementation=attention.implementation,
             memory_bytes=bank_bytes(bank),
         )
@@ -109,6 +110,11 @@ class AnalyticDenoiser:
     def info(self) -> DenoiserInfo:
         """Description of the machine."""
         return self._info
+
+    @property
+    def bank(self) -> Bank:
+        """Images of the machine."""
+        return self._bank
 
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape, a label or a window is not supported."""

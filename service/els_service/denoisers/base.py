@@ -318,6 +318,8 @@ class DenoiserInfo:
     """Whether it is ``gradients.Differentiable``."""
     has_sources: bool = False
     """Whether it is ``explanations.Explainable``."""
+    has_originality: bool = False
+    """Whether it is ``originality.HasBank``: a network describes its bank, but does not have it."""
     implementation: str = ""
     memory_bytes: int = 0
     """Approximate resident size of weights or bank; models of one bank share it."""

@@ -164,6 +164,7 @@ class WienerDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            has_originality=True,
             has_gradients=True,
             memory_bytes=bank_bytes(bank) + _spectra_bytes(bank),
         )
@@ -172,6 +173,11 @@ class WienerDenoiser:
     def info(self) -> DenoiserInfo:
         """Description of the denoiser."""
         return self._info
+
+    @property
+    def bank(self) -> Bank:
+        """Images of the filter."""
+        return self._bank
 
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape or a label is wrong, or a window is given."""

@@ -118,6 +118,7 @@ class FoldedDenoiser:
             label_count=bank.label_count,
             label_names=bank.label_names,
             bank=bank_info(bank),
+            has_originality=True,
             has_log_evidence=True,
             implementation=fold_attention.implementation,
             memory_bytes=bank_bytes(bank) + 4 * (copies - 1) * bank.images.size,
@@ -127,6 +128,11 @@ class FoldedDenoiser:
     def info(self) -> DenoiserInfo:
         """Description of the machine."""
         return self._info
+
+    @property
+    def bank(self) -> Bank:
+        """Images of the machine."""
+        return self._bank
 
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape, a label or a window is not supported."""

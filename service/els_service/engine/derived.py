@@ -21,11 +21,18 @@ from els_service.denoisers.gradients import (
     Product,
     ReusesEvidence,
 )
+from els_service.denoisers.originality import HasBank, Originality, report
 
-Computation = Literal["vjp", "jvp", "explain", "variance", "evidence", "vjp_again", "jvp_again"]
+Computation = Literal[
+    "vjp", "jvp", "explain", "variance", "evidence", "vjp_again", "jvp_again", "originality"
+]
 COMPUTATIONS: tuple[Computation, ...] = get_args(Computation)
 AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
 """Product → its computation from evidence."""
+_DISTANCE_S = 1.2e-9
+"""Seconds for each pixel of a bank, whose distance from an image is computed (measured)."""
+_REPORT_S = 2e-3
+"""Seconds of the measures of sources (measured)."""
 
 
 def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
@@ -34,6 +41,8 @@ def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
         return ExplainerAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
     if computation == "variance":
         return VarianceAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
+    if computation == "originality":
+        return OriginalityAsDenoiser(denoiser) if isinstance(denoiser, HasBank) else None
     if computation == "evidence":
         return EvidenceAsDenoiser(denoiser) if isinstance(denoiser, ReusesEvidence) else None
     if computation == "vjp_again":
@@ -233,6 +242,49 @@ class VarianceAsDenoiser:
     def denoise(self, query: Query) -> Denoised:
         """Return the variance."""
         return Denoised(self._denoiser.variance(query), None)
+
+
+class OriginalityAsDenoiser:
+    """Denoiser whose result is an ``Originality``: reports of the images of a query.
+
+    The level is that of the explanation of each image. A query is one image, as for an explanation.
+
+    Args:
+        denoiser: denoiser with a bank; explains, unless the reports lack all measures of sources.
+    """
+
+    def __init__(self, denoiser: HasBank) -> None:
+        self._denoiser = denoiser
+
+    @property
+    def info(self) -> DenoiserInfo:
+        """Description of the denoiser."""
+        return self._denoiser.info
+
+    def check(self, query: Query) -> None:
+        """Raise InvalidArgumentError if the denoiser rejects the images."""
+        self._denoiser.check(query)
+
+    def predict_seconds(self, query: Query) -> float:
+        """Return the estimate of an explanation and of the distances."""
+        seconds = len(query) * (_REPORT_S + self._denoiser.bank.images.size * _DISTANCE_S)
+        if isinstance(self._denoiser, Explainable):
+            seconds += self._denoiser.predict_explain_seconds(query)
+        return seconds
+
+    def denoise(self, query: Query) -> Originality:
+        """Return the reports."""
+        bank, wraps = self._denoiser.bank, self.info.padding == "circular"
+        if not isinstance(self._denoiser, Explainable):
+            reports = [report(image, bank) for image in query.pixels]
+            return Originality(query.pixels, None, reports, bank)
+        # The images at the signal scale of their level, without noise.
+        a = query.level.a.astype(np.float32)[:, None, None, None]
+        noisy = query if (a == 1).all() else replace(query, pixels=a * query.pixels)
+        found = self._denoiser.explain(noisy, MAX_SOURCES)
+        rows = zip(query.pixels, found.sources, found.weights, found.shares, strict=True)
+        reports = [report(image, bank, *sources, wraps=wraps) for image, *sources in rows]
+        return Originality(found.pixels, None, reports, bank)
 
 
 def _split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:

@@ -31,6 +31,7 @@ class SamplingRun:
         explain_steps: indices of the steps whose first call is explained; the model has sources.
         held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
         shape: (C, H, W) of its images; None for that of the model.
+        window_scale: of the windows of the model's table.
     """
 
     trajectory: Trajectory
@@ -43,10 +44,11 @@ class SamplingRun:
     explain_steps: frozenset[int] = field(default=frozenset(), kw_only=True)
     held_bytes: int = 0
     shape: tuple[int, int, int] | None = None
+    window_scale: float = field(default=1.0, kw_only=True)
 
     def query(self, denoiser: Denoiser, call: DenoiseCall) -> Query:
         """Return the query of a denoise call."""
-        requested = windows_for(denoiser, call)
+        requested = windows_for(denoiser, call, self.window_scale)
         windows = self.windows
         if requested:
             windows = np.where(windows > 0, windows, requested[0])

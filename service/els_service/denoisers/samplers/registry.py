@@ -212,10 +212,19 @@ def sample(
             answer = denoiser.denoise(query).mean.double()
 
 
-def windows_for(denoiser: Denoiser, call: DenoiseCall) -> list[int]:
-    """Return the window that a sampler requests, or an empty list for the model's own."""
+def windows_for(denoiser: Denoiser, call: DenoiseCall, scale: float = 1.0) -> list[int]:
+    """Return the window that a sampler requests, or an empty list for the model's own.
+
+    Args:
+        denoiser: of the trajectory.
+        call: of the sampler.
+        scale: of the windows of the model's table.
+    """
     table = denoiser.info.window
-    if call.window_level is None or table is None:
+    if table is None or (call.window_level is None and scale == 1):
         return []
     largest = largest_window(denoiser.info, call.x.shape[2], call.x.shape[3])
-    return [min(int(table.at(call.window_level.sigma)[0]), largest)]
+    level = call.level if call.window_level is None else call.window_level
+    own = int(table.at(level.sigma)[0])
+    window = own if scale == 1 else 2 * math.floor(scale * own / 2) + 1
+    return [min(window, largest)]

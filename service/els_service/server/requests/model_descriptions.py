@@ -53,6 +53,7 @@ def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
         has_log_evidence=info.has_log_evidence,
         has_gradients=info.has_gradients,
         has_sources=info.has_sources,
+        has_originality=info.has_originality,
         implementation=info.implementation,
         memory_bytes=info.memory_bytes,
         conditioning=pb.Conditioning(max_rows=info.condition_rows, width=info.condition_width)

@@ -31,6 +31,7 @@ SAMPLER_NAMES: dict[int, str] = {
 _CHURNED = (pb.SAMPLER_HEUN, pb.SAMPLER_EULER)
 _ChurnOption = Literal["churn_min_sigma", "churn_max_sigma", "churn_noise"]
 CHURN_OPTIONS: tuple[_ChurnOption, ...] = get_args(_ChurnOption)
+_WINDOW_SCALES = (0.1, 10.0)
 _STATE_BYTES = {pb.SAMPLER_DPMPP_2M: 16, pb.SAMPLER_PYRAMID: 16}
 """Of each number of the images, in a resume token, at most; 8 for other samplers."""
 
@@ -79,6 +80,7 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
     _check_steps(request, limits)
     check_pyramid(request, info, limits, (image[1], image[2]))
     _check_sampler(request)
+    _check_window_scale(request, info)
     size = (2 + request.return_noise) * pixels * tensors.output_size(request.output_dtype)
     if request.return_resume_token:
         size += _STATE_BYTES.get(request.sampler, 8) * pixels
@@ -105,6 +107,19 @@ def _check_steps(request: pb.SampleRequest, limits: Limits) -> None:
         raise InvalidArgumentError("steps", f"at least {least}", request.steps)
     if request.steps > limits.max_steps:
         raise ResourceExhaustedError("steps", f"at most {limits.max_steps}", request.steps)
+
+
+def _check_window_scale(request: pb.SampleRequest, info: DenoiserInfo) -> None:
+    scale = request.window_scale
+    if scale == 0:
+        return
+    low, high = _WINDOW_SCALES
+    if not low <= scale <= high:
+        raise InvalidArgumentError("window_scale", f"{low:g} to {high:g}, or 0", scale)
+    if info.window is None:
+        raise InvalidArgumentError("window_scale", "0 for a model without windows", scale)
+    if request.windows:
+        raise InvalidArgumentError("window_scale", "0 with windows", scale)
 
 
 def _check_sampler(request: pb.SampleRequest) -> None:

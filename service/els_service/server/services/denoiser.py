@@ -36,7 +36,8 @@ from els_service.server.requests.sample import (
     image_shape_of,
     options_of,
 )
-from els_service.server.services.explain import MomentService, written
+from els_service.server.services.explain import written
+from els_service.server.services.originality import OriginalityService
 from els_service.server.services.streams import Window, in_order
 from els_service.server.transport.call_context import caller_of, context_of
 from els_service.server.transport.grpc_types import Context, Response
@@ -44,7 +45,7 @@ from els_service.server.transport.receiving import check_message
 from els_service.server.transport.tcp_info import shut_down
 
 
-class DenoiserService(MomentService):
+class DenoiserService(OriginalityService):
     """Methods of ``denoise.v1``.
 
     Args:
@@ -122,6 +123,7 @@ class DenoiserService(MomentService):
             scheduling = replace(scheduling, caller=scheduling.name())
             served = await self._engine.find_loaded(request.model, request.version, scheduling)
             check_sample(request, served.info, self._limits)
+        wanted = await self._wanted_reports(request, served, scheduling)
         # A copy: a reload must not change what the tokens of this trajectory are bound to.
         served = replace(served)
         info, count, name = served.info, count_of(request), SAMPLER_NAMES[request.sampler]
@@ -140,6 +142,7 @@ class DenoiserService(MomentService):
             decode_guidance(request, count),
             held_bytes_of(name, options, shape),
             image,
+            window_scale=request.window_scale or 1.0,
         )
         total, resumed = steps_of(name, options), resume.index if resume else 0
         run, detail = self._explaining(run, request, served, resumed, total)
@@ -148,12 +151,17 @@ class DenoiserService(MomentService):
         try:
             async with contextlib.aclosing(steps):
                 async for step in steps:
+                    reports: list[pb.OriginalityResponse] = []
+                    if wanted is not None and step.index == step.total:
+                        # Before the step counts as taken: if it fails, it can be resumed.
+                        reports = await self._reports(step, wanted, scheduling)
                     taken = step
                     message = _encode_step(step, request)
                     if step.index == 1 and request.return_noise:
                         start = await asyncio.to_thread(noise, 0)
                         encoded = tensors.encode_tensor(start.float(), request.output_dtype)
                         message.noise.CopyFrom(encoded)
+                    message.originality.extend(reports)
                     for index, found in enumerate(step.explanations):
                         message.explanations.append(await written(index, found, detail, info))
                     if request.return_resume_token and step.index < step.total:

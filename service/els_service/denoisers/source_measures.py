@@ -1,0 +1,136 @@
+"""Measures of the sources of an image's pixels: regions copied as a whole, seams between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+CONCENTRATION = 0.9
+"""Share of all sources that ``sources_of_90`` counts images for."""
+_EQUAL = 0.5
+"""Least weight of a source that counts as much as the largest, as a part of it."""
+_CLEAR = 0.5
+"""Least weight of the counted sources of a clear pixel together."""
+
+_Kind = TypeVar("_Kind", np.bool_, np.int64)
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """Sources of each pixel that count: those of at least half the largest weight.
+
+    Attributes:
+        images: int64 [H, W, m], bank image; −1 where there are fewer; m is the most of any pixel.
+        rows: int64 [H, W, m], displacement of the source from the pixel; with ``wraps`` the
+            remainder by H.
+        columns: int64 [H, W, m], the same by columns.
+        clear: [H, W], whether these weigh at least a half together. Flat regions are not clear, as
+            a large number of bank patches equals them.
+    """
+
+    images: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+    clear: Mask
+
+
+def sources_of(
+    sources: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], *, wraps: bool
+) -> Sources:
+    """Return the sources that count of [H, W, m, 3] with weights [H, W, m], falling."""
+    height, width = weights.shape[:2]
+    counted = (weights >= _EQUAL * weights[..., :1]) & (sources[..., 0] >= 0)
+    clear = np.where(counted, weights, 0).sum(-1) >= _CLEAR
+    # Weights fall: those that count come first, and most images have few.
+    most = max(1, int(counted.any((0, 1)).sum()))
+    counted, sources = counted[..., :most], sources[:, :, :most]
+    rows = sources[..., 1] - np.arange(height)[:, None, None]
+    columns = sources[..., 2] - np.arange(width)[None, :, None]
+    if wraps:
+        rows, columns = rows % height, columns % width
+    return Sources(np.where(counted, sources[..., 0], -1), rows, columns, clear)
+
+
+def agreeing(found: Sources, row: int, column: int, image: int | None = None) -> Mask:
+    """Return the pixels [H, W] with a source at a displacement, in one bank image or any."""
+    counted = found.images >= 0 if image is None else found.images == image
+    mask: Mask = (counted & (found.rows == row) & (found.columns == column)).any(-1)
+    return mask
+
+
+def seams(found: Sources) -> float | None:
+    """Return the share of neighbouring clear pixels whose sources do not agree.
+
+    Two pixels agree if a source of one continues a source of the other: the same bank image at the
+    same displacement. Neighbours share a side. None if no two neighbours are clear.
+    """
+    pairs, broken = 0, 0
+    for axis in (0, 1):
+        before, after = _neighbours(found.clear, axis)
+        both = before & after
+        agree = np.zeros(both.shape, np.bool_)
+        for _, _, same in _continued(found, axis):
+            agree |= same
+        pairs += int(both.sum())
+        broken += int((both & ~agree).sum())
+    return broken / pairs if pairs else None
+
+
+def largest_region(found: Sources) -> float:
+    """Return the share of the pixels in the largest connected region of one displacement.
+
+    All its pixels have a source in the same bank image at the same displacement.
+    """
+    numbers = np.arange(found.images.size).reshape(found.images.shape)
+    ends: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    for axis in (0, 1):
+        before, after = _neighbours(numbers, axis)
+        for j, k, same in _continued(found, axis):
+            ends.append((before[..., j][same], after[..., k][same]))
+    first, second = (np.concatenate(one) for one in zip(*ends, strict=True))
+    parts = _components(found.images.size, first, second)[found.images.reshape(-1) >= 0]
+    return int(np.bincount(parts).max()) / found.clear.size
+
+
+def _components(
+    count: int, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return the smallest number connected to each of ``count`` by the edges first – second."""
+    parents = np.arange(count)
+    while True:
+        one, other = parents[first], parents[second]
+        if np.array_equal(one, other):
+            return parents
+        lower = np.minimum(one, other)
+        np.minimum.at(parents, one, lower)
+        np.minimum.at(parents, other, lower)
+        while not np.array_equal(shorter := parents[parents], parents):
+            parents = shorter
+
+
+def _continued(found: Sources, axis: int) -> Iterator[tuple[int, int, Mask]]:
+    """Yield pairs of source numbers, and which pixels' j-th continues in the neighbour's k-th."""
+    arrays = (found.images, found.rows, found.columns)
+    before, after = zip(*(_neighbours(array, axis) for array in arrays), strict=True)
+    number = found.images.shape[2]
+    for j in range(number):
+        for k in range(number):
+            same = before[0][..., j] >= 0
+            for one, other in zip(before, after, strict=True):
+                same &= one[..., j] == other[..., k]
+            if same.any():
+                yield j, k, same
+
+
+def _neighbours(
+    array: npt.NDArray[_Kind], axis: int
+) -> tuple[npt.NDArray[_Kind], npt.NDArray[_Kind]]:
+    """Return the views of all pixels with a neighbour below or on the right, and of these."""
+    if axis == 0:
+        return array[:-1], array[1:]
+    return array[:, :-1], array[:, 1:]
