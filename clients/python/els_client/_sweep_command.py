@@ -23,7 +23,7 @@ from els_client._types import Images, Model
 
 _STEPS = 20
 _ETAS = (0.5, 1.0)
-_CHURNS = (0.0, 10.0, 40.0)
+_CHURNS = (0.5, 2.0, 4.0)
 _SCALES = (0.5, 0.75, 1.5)
 _CAUTION: drawing.Colour = (255, 166, 43)
 
@@ -90,7 +90,7 @@ def settings_of(model: Model) -> list[Setting]:
         settings.append(Setting(title, {"sampler": "heun", "churn": churn}))
     if model.window is not None and max(model.window.k, default=1) > 1:
         for scale in _SCALES:
-            settings.append(Setting(f"ddim, windows × {scale:g}", {"window_scale": scale}))
+            settings.append(Setting(f"ddim, windows x {scale:g}", {"window_scale": scale}))
     return settings
 
 
