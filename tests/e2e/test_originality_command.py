@@ -55,15 +55,15 @@ def test_a_sweep_is_one_sheet_of_all_settings(server: ServerProcess, client: Cli
     assert titles[0] == "ddim"
     assert len(titles) == 9
     *_, last = client.sample(
-        model="zeros", seed=2, steps=3, sampler="heun", churn=10, originality=True
+        model="zeros", seed=2, steps=3, sampler="heun", churn=2, originality=True
     )
-    churned = answer["pictures"][titles.index("heun, churn 10")]
+    churned = answer["pictures"][titles.index("heun, churn 2")]
     assert churned["gap_ratio"] == last.originality[0].gap_ratio
     with Image.open("sheet.png") as sheet:
         assert len(np.unique(np.asarray(sheet))) > 10
         assert sheet.width > 600
     shown = els(server, *args)
-    assert "ddim, windows × 1.5" in shown.stdout
+    assert "ddim, windows x 1.5" in shown.stdout
     assert "wrote sheet.png" in shown.stdout
 
 

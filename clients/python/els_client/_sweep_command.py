@@ -23,7 +23,7 @@ from els_client._types import Images, Model
 
 _STEPS = 20
 _ETAS = (0.5, 1.0)
-_CHURNS = (0.5, 2.0, 4.0)
+_CHURNS = (0.0, 2.0, 4.0)
 _SCALES = (0.5, 0.75, 1.5)
 _CAUTION: drawing.Colour = (255, 166, 43)
 
