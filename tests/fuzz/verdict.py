@@ -141,6 +141,12 @@ def judge_answers(request: Message, answers: list[Any]) -> None:
             assert [answer.index for answer in answers] == list(range(request.x.shape[0]))
             for answer in answers:
                 _check_explanation(answer, request.x.shape, request.top, request.return_images)
+        case pb.OriginalityRequest():
+            assert [answer.index for answer in answers] == list(range(request.x.shape[0]))
+            for answer in answers:
+                count = len(answer.nearest_images) // 4
+                assert 1 <= count <= (request.nearest or 8)
+                _check_tensor(answer.distances, [count], pb.DTYPE_F32)
         case oip.ModelInferRequest():
             _check_inference(request, answers[0])
         case _:
