@@ -240,3 +240,13 @@ def test_shares_name_the_largest_source() -> None:
     assert found.in_place == pytest.approx(
         np.mean([any(k[1:] == (0, 0) for k in s) for s in brute_sets(sources, weights).values()])
     )
+
+
+def test_pixels_of_which_no_two_agree_are_regions_of_their_own() -> None:
+    sources = np.zeros((2, 3, 1, 3), np.int64)
+    sources[..., 0, 0] = np.arange(6).reshape(2, 3)
+    found = sources_of(sources, np.ones((2, 3, 1), np.float32), wraps=False)
+    assert largest_region(found) == pytest.approx(1 / 6)
+    assert seams(found) == 1
+    none = sources_of(np.full_like(sources, -1), np.zeros((2, 3, 1), np.float32), wraps=False)
+    assert largest_region(none) == 0

@@ -87,14 +87,15 @@ def largest_region(found: Sources) -> float:
     All its pixels have a source in the same bank image at the same displacement.
     """
     numbers = np.arange(found.images.size).reshape(found.images.shape)
-    ends: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    alone = np.empty(0, np.int64)
+    ends = [(alone, alone)]
     for axis in (0, 1):
         before, after = _neighbours(numbers, axis)
         for j, k, same in _continued(found, axis):
             ends.append((before[..., j][same], after[..., k][same]))
     first, second = (np.concatenate(one) for one in zip(*ends, strict=True))
     parts = _components(found.images.size, first, second)[found.images.reshape(-1) >= 0]
-    return int(np.bincount(parts).max()) / found.clear.size
+    return int(np.bincount(parts).max(initial=0)) / found.clear.size
 
 
 def _components(
