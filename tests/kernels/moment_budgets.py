@@ -32,7 +32,7 @@ class Budgets(NamedTuple):
 
 
 def budgets(moments: PatchMoments, case: Case, b: int, reference: ReferencePosterior) -> Budgets:
-    """Return what errors of logits and of sums may change, to any order of the former.
+    """Return the largest effect of errors of logits and sums, to any order of the former.
 
     If no logit is wrong by more than δ, a weight is between w/R and w·R, R = e^(2δ), and as weights
     add up to one, at least 1 − R·(what the others have).

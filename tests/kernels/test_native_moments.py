@@ -1,4 +1,4 @@
-"""What is the native moments' own, for every instruction set that this processor has."""
+"""Properties of the native moments alone, for every instruction set of this processor."""
 
 from __future__ import annotations
 

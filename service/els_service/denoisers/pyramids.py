@@ -82,7 +82,7 @@ LAST_SIGMA = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class PyramidPlan:
-    """What the sampler ``pyramid`` draws.
+    """Options of the sampler ``pyramid``.
 
     Args:
         sizes: size of each scale, the last that of the result.

@@ -100,7 +100,7 @@ class Options:
     scheduler: FolderScheduler | None = None
     """Takes the steps of a diffusers scheduler; None for those of this package."""
     pyramid: PyramidPlan | None = None
-    """What ``pyramid`` draws, with ``steps`` at each scale; None for other samplers."""
+    """Options of ``pyramid``, with ``steps`` at each scale; None for other samplers."""
 
     def level(self, i: int) -> NoiseLevel:
         """Return the level before the i-th step from the end: t = start_time·i/steps."""
