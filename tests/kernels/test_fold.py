@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import missing
+from tests.kernels.conftest import variant
 from tests.kernels.fold_cases import (
     FOLD_NAMES,
     FOLD_VARIANTS,
@@ -37,14 +36,11 @@ ELS = [name for name in FOLD_NAMES if name.startswith("els")]
 PAIRS = list(product(LEVELS, FOLDS))
 
 
-def variants() -> Iterator[Any]:
-    for name in FOLD_VARIANTS:
-        reason = missing(name)
-        skip = pytest.mark.skipif(reason is not None, reason=str(reason))
-        yield pytest.param(name, marks=skip)
+def variants(kind: str = "") -> list[Any]:
+    return [variant(name) for name in FOLD_VARIANTS if name.startswith(kind)]
 
 
-@pytest.fixture(params=list(variants()))
+@pytest.fixture(params=variants())
 def fold_variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -155,12 +151,12 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(fold_variant: str, na
             assert torch.equal(alone.log_evidence[0], batch.log_evidence[index])
 
 
+# Not torch: a matmul library partitions its work by the number of threads.
+@pytest.mark.parametrize("native", variants("native"))
 @pytest.mark.parametrize("name", ["els-inside", "els-zeros", "local-circular"])
-def test_native_has_the_same_bits_for_any_number_of_threads(fold_variant: str, name: str) -> None:
-    if fold_variant == "torch":
-        pytest.skip("a matmul library partitions its work by the number of threads")
+def test_native_has_the_same_bits_for_any_number_of_threads(native: str, name: str) -> None:
     case = fold_case(FOLD_NAMES[name], (9, 8), random_bank((40, 1, 9, 8)), 5, cyclic_pairs(3))
-    attention, before, answers = case.operator(fold_variant), torch.get_num_threads(), []
+    attention, before, answers = case.operator(native), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
