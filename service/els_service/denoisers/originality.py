@@ -33,7 +33,7 @@ ALPHA = 0.5
 """α of the Carlini ratio."""
 DEFAULT_SIGMA = 0.1
 """Noise level of the explanation of a report, about that of the last of 20 steps of a sample."""
-DEFAULT_WINDOW = 11
+DEFAULT_WINDOW = 13
 """Window of that explanation, for machines with windows: so large that few patches of a bank are
 equal, and as large as in the middle of a sample. Smaller ones take longer."""
 _GRID = 4
