@@ -157,9 +157,10 @@ def _row(
 ) -> tuple[dict[str, Any], list[Originality]]:
     found: list[Originality] = []
     drawing = reporting = 0.0
+    labelled = client.model(model).label_count > 0
     for first in range(0, samples, _BATCH):
         count = min(_BATCH, samples - first)
-        labels = [(first + i) % LABELS for i in range(count)]
+        labels = [(first + i) % LABELS for i in range(count)] if labelled else None
         began = time.perf_counter()
         *_, last = client.sample(
             model=model, count=count, first_image=first, label=labels, steps=steps, want=()
