@@ -140,7 +140,8 @@ def test_levels_and_scales_mix_in_a_batch_without_changing_bits() -> None:
 
 def finished(model: PictureDenoiser, trajectory: Trajectory) -> list[Step]:
     """The steps of a trajectory that the model answers."""
-    answer, steps = None, []
+    answer: Tensor | None = None
+    steps: list[Step] = []
     while True:
         try:
             event = trajectory.send(answer)

@@ -146,6 +146,11 @@ class PyramidPlan:
         """Number of scales."""
         return len(self.sizes)
 
+    @property
+    def border(self) -> int:
+        """Pixels of the border in which a tileable picture repeats in a query; otherwise 0."""
+        return self.patch - 1 if self.tileable else 0
+
     def resized(self, images: Tensor, size: Size) -> Tensor:
         """Return images [B, C, H, W] resampled to a size, on the torus if tileable."""
         return resized_on_torus(images, size) if self.tileable else resized(images, size)

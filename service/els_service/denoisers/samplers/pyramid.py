@@ -130,7 +130,7 @@ def _denoised(
     x: Tensor, plan: PyramidPlan, scale: int, alpha: float, sigma: float
 ) -> Generator[DenoiseCall | Step, Tensor | None, Tensor]:
     """Return D of x: on the torus for a tileable picture, mirrored for a symmetric one."""
-    border = plan.patch - 1 if plan.tileable else 0
+    border = plan.border
     around = wrapped(x, border, border) if border else x
     # At α = 0 the model has a level at which its posterior is uniform.
     scales = (alpha, sigma) if alpha else (sigma / MAX_SIGMA, sigma)
