@@ -11,8 +11,8 @@ import typer
 from els_client import _options as options
 from els_client import _pictures as pictures
 from els_client import _terminal as terminal
+from els_client._models import Model
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
-from els_client._types import Model
 from els_client.errors import InvalidArgumentError
 
 Mode = Literal["new", "tileable", "symmetric", "variation", "retarget"]
