@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from els_client._denoise_methods import DenoiseMethods
 from els_client._explain_methods import ExplainMethods
+from els_client._remix_methods import RemixMethods
 from els_client._repository import Repository
-from els_client._sample_methods import SampleMethods
 
 
-class Client(DenoiseMethods, ExplainMethods, SampleMethods):
+class Client(DenoiseMethods, ExplainMethods, RemixMethods):
     """A blocking client of one server, or of all servers behind a name.
 
     Thread-safe. Calls are distributed round robin over all healthy servers; if there is none, they

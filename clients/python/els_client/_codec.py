@@ -54,7 +54,7 @@ def conditions(field: str, given: Conditions | None) -> pb.Tensor | None:
     return None if given is None else _tensor(field, given, "[1 or B, T, W]", _FLOATS)
 
 
-def _array(field: str, given: Any) -> npt.NDArray[Any]:
+def array_of(field: str, given: Any) -> npt.NDArray[Any]:
     """Return a numpy array of any library's; lists and scalars are rejected.
 
     Tensors of torch are detached and copied from their device; bfloat16, which numpy has not,
@@ -85,7 +85,7 @@ def _tensor(
     shape: str,
     dtypes: Collection[type[np.generic]],
 ) -> pb.Tensor:
-    x = _array(field, given)
+    x = array_of(field, given)
     if x.ndim != shape.count(",") + 1:
         refuse(field, f"shape {shape}", f"shape {list(x.shape)}")
     if x.dtype.type not in dtypes:
@@ -179,7 +179,7 @@ def listed(field: str, values: Levels | Integers | None, kinds: str) -> list[Any
         return []
     if isinstance(values, list | tuple):
         values = [getattr(value, "detach", lambda value=value: value)() for value in values]
-    array = _array(field, values) if hasattr(values, "__array__") else np.asarray(values)
+    array = array_of(field, values) if hasattr(values, "__array__") else np.asarray(values)
     # One value an image often has further axes, so that it broadcasts: [B, 1] or [B, 1, 1, 1].
     if array.ndim > 1 and array.size != array.shape[0]:
         refuse(field, "one value or a list of them", f"shape {list(array.shape)}")
