@@ -121,6 +121,8 @@ def _port_of(server: subprocess.Popen[bytes], log: IO[bytes]) -> int:
     """
     assert server.stdout is not None
     alarm = threading.Timer(_START_S, server.kill)
+    # A signal may come before it is cancelled: then the process does not wait for it.
+    alarm.daemon = True
     alarm.start()
     try:
         line = server.stdout.readline()

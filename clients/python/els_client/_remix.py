@@ -12,6 +12,7 @@ from els_client import _codec as codec
 from els_client._models import Model
 from els_client._remix_inputs import Picture, Size, mask_of, pixels_of, resized, resized_mask
 from els_client._sample_codec import encode_sample
+from els_client._types import Want
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 Mode: TypeAlias = Literal[
@@ -113,6 +114,7 @@ def encode_remix(
         strength = _MODES[mode].strength
     elif not 0 < strength <= 1:
         codec.refuse("strength", "0 < strength <= 1", strength)
+    want: tuple[Want, ...] = ("denoised",) if previews else ()
     return encode_sample(
         model=model,
         version=version,
@@ -122,7 +124,7 @@ def encode_remix(
         seed=seed,
         first_image=first_image,
         steps=steps,
-        want=("denoised",) if previews else (),
+        want=want,
         start=begin,
         start_time=strength if begin is not None else None,
         mask=drawn,
