@@ -64,6 +64,8 @@ class FakePictures(FakeDenoiser):
     ) -> Iterator[pb.ExplainResponse]:
         self._enter(request, request.model, context)
         for index in range(request.x.shape[0]):
-            answer = explanation(0, (1, *request.x.shape[1:]), request.top, request.return_images)
+            # The photograph at its finest scale.
+            shape = (1, *request.x.shape[1:])
+            answer = explanation(1, shape, request.top, request.return_images)
             answer.index = index
             yield answer

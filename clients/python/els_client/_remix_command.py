@@ -24,7 +24,7 @@ from els_client._client import Client
 from els_client._models import Model
 from els_client._options import AsJson, Timeout
 from els_client._remix import Mode
-from els_client._remix_inputs import Size, pixels_of, resized
+from els_client._remix_inputs import Size
 from els_client._types import Images
 from els_client.errors import InvalidArgumentError
 
@@ -128,7 +128,7 @@ def remix(
             files.write(step.x, frames)
             if explain:
                 progress.update(bar, description="finding the sources")
-                sheet = drawing.sources_sheet(step.x, *_sources(client, described, step.x, shown))
+                sheet = drawing.sources_sheet(step.x, *_sources(client, described, step.x))
                 pictures.save(sheet, files.sources)
     facts = {"model": described.name, "mode": mode, "count": count, "seed": seed}
     seconds = {"start": ready - began, "draw": drawn - ready, "all": clock.perf_counter() - began}
@@ -242,16 +242,23 @@ def _model(client: Client, name: str | None) -> Model:
 
 
 def _sources(
-    client: Client, model: Model, results: Images, photo: Image.Image
+    client: Client, model: Model, results: Images
 ) -> tuple[npt.NDArray[np.int64], list[Images]]:
-    """Return the source of each pixel [B, H, W, 3], and the photograph that it is a place of."""
+    """Return the source of each pixel, and the photographs of the finest scale that have some.
+
+    Sources [B, H, W, 3] are the index of such a photograph, row and column; photographs [C, h, w].
+    """
     finest = len(model.scales) - 1
-    found = client.explain(results, model=model.name, sigma=_SOURCE_SIGMA, label=finest, top=1)
+    every = model.bank.images if model.bank else 1
+    found = client.explain(
+        results, model=model.name, sigma=_SOURCE_SIGMA, label=finest, top=1, images=every
+    )
+    known = {number: image for images in found.images for number, image in images.items()}
     places = found.sources[:, :, :, 0].copy()
-    places[..., 0] -= places[..., 0].min()
-    size = model.scales[finest]
-    pixels = resized(pixels_of("photo", photo, model.channels), size)
-    return places, [pixels.astype(np.float32) / 127.5 - 1]
+    places[..., 0] = -1
+    for index, number in enumerate(sorted(known)):
+        places[found.sources[:, :, :, 0, 0] == number, 0] = index
+    return places, [known[number] for number in sorted(known)]
 
 
 def _report(as_json: bool, files: _Files, facts: dict[str, Any], seconds: dict[str, float]) -> None:
