@@ -33,7 +33,8 @@ $(PEER)/.installed:
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python clients/examples/demo.py --out demo.png --sources demo-sources.png
+	$(BIN)/python clients/examples/demo.py --out demo.png --sources demo-sources.png \
+		--remix demo-remix.png
 
 lint: install
 	$(NICE) $(BIN)/ruff check .
@@ -219,4 +220,4 @@ image-test: install image-bases
 
 clean:
 	rm -rf $(VENV) $(PEER) $(CLIENTS) $(KDIFFUSION) $(DEPLOY) $(POLICY) .terrain proto/python
-	rm -f demo.png demo-sources.png
+	rm -f demo.png demo-sources.png demo-remix.png

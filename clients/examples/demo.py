@@ -1,8 +1,9 @@
 """Starts a server, samples one image of each label and plots its trajectory from noise.
 
-A second picture shows which bank images one more sample was made of, as ``els explain`` does.
+A second picture shows which bank images one more sample was made of, as ``els explain`` does. A
+third has new pictures of the world of one photograph, which ``els remix`` draws without training.
 
-Usage: python clients/examples/demo.py --out demo.png --sources demo-sources.png
+Usage: python clients/examples/demo.py --out demo.png --sources sources.png --remix remix.png
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from els_client import Client, ElsError
 
 SERVER = (Path(sys.executable).with_name("els-server"), "run", "--port=0", "--metrics-port=0")
 ELS = Path(sys.executable).with_name("els")
+# Launch site by SpaceX, public domain; its number of pictures is that of the strip.
+PHOTO = Path(__file__).with_name("rocket.png")
+REMIXED = 3
+REMIX = (ELS, "remix", PHOTO, "--size=96x64", f"--count={REMIXED}", "--seed=1", "--json")
 SERVER_LIFE_S = 600
+PARTS = ("server start", "sampling", "drawing", "explaining", "remixing")
 STEPS = 20
 # The eighth row of the first picture.
 EXPLAINED = ("--model=fashion-els", "--seed=0", "--first-image=7", "--label=7", "--step=16")
@@ -47,6 +53,9 @@ def main() -> None:
     parser.add_argument(
         "--sources", type=Path, default=Path("demo-sources.png"), help="second picture to write"
     )
+    parser.add_argument(
+        "--remix", type=Path, default=Path("demo-remix.png"), help="third picture to write"
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     times = [time.perf_counter()]
@@ -60,13 +69,14 @@ def main() -> None:
             times.append(time.perf_counter())
             explain(port, arguments.sources)
             times.append(time.perf_counter())
+        remix(arguments.remix)
+        times.append(time.perf_counter())
     except (ElsError, OSError, RuntimeError) as error:
         sys.exit(f"demo: {error}")
-    for part, (began, ended) in zip(
-        ("server start", "sampling", "drawing", "explaining"), pairwise(times), strict=True
-    ):
+    for part, (began, ended) in zip(PARTS, pairwise(times), strict=True):
         print(f"{part:<14}{ended - began:5.1f} s")
-    print(f"{'pictures':<14}{out.resolve()}\n{'':<14}{arguments.sources.resolve()}")
+    for name, path in (("pictures", out), ("", arguments.sources), ("", arguments.remix)):
+        print(f"{name:<14}{path.resolve()}")
 
 
 @contextmanager
@@ -135,6 +145,27 @@ def explain(port: int, out: Path) -> None:
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         shutil.copyfile(Path(folder, "sheet.png"), out)
+
+
+def remix(out: Path) -> None:
+    """Write the photograph beside new pictures of its world, which a server of its own draws.
+
+    Raises:
+        RuntimeError: The command failed; the text is the end of its log.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*map(str, REMIX), f"--out={folder}/new.png"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        files = [PHOTO, *json.loads(done.stdout)["each"]]
+        pictures = [Image.open(file).convert("RGB") for file in files]
+    width, height = (ZOOM * side for side in pictures[0].size)
+    strip = Image.new("RGB", (len(files) * (width + GAP) - GAP, height), PAPER)
+    for column, picture in enumerate(pictures):
+        tile = picture.resize((width, height), Image.Resampling.NEAREST)
+        strip.paste(tile, (column * (width + GAP), 0))
+    strip.save(out)
 
 
 def draw(names: Sequence[str], columns: Sequence[Column]) -> Image.Image:

@@ -10,6 +10,7 @@ import torch
 
 from els_client import InvalidArgumentError, Query
 from els_client import _codec as codec
+from els_client._sample_codec import encode_sample
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 1, 2, 2)
@@ -102,7 +103,7 @@ def test_tensors_of_one_number_are_numbers() -> None:
         name: torch.tensor(number)
         for name, number in (("seed", 7), ("count", 2), ("steps", 3), ("first_image", 5))
     }
-    request = codec.encode_sample(model="m", **given)
+    request = encode_sample(model="m", **given)
     assert (request.seed, request.count, request.steps, request.first_image) == (7, 2, 3, 5)
     with pytest.raises(InvalidArgumentError, match=r"seed: expected an integer, got 1\.5"):
-        codec.encode_sample(model="m", seed=1.5)  # type: ignore[arg-type]  # what is tested
+        encode_sample(model="m", seed=1.5)  # type: ignore[arg-type]  # what is tested

@@ -7,6 +7,7 @@ import pytest
 
 from els_client import ElsError, InvalidArgumentError, Query
 from els_client import _codec as codec
+from els_client._sample_codec import encode_sample
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
 SAMPLE: dict[str, Any] = {
@@ -92,17 +93,17 @@ def test_a_level_is_one_number_or_a_list() -> None:
 )
 def test_what_the_wire_cannot_say_is_refused(name: str, value: object, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        codec.encode_sample(**SAMPLE | {name: value})
+        encode_sample(**SAMPLE | {name: value})
 
 
 def test_eta_of_nothing_is_left_to_the_server_and_of_zero_is_sent() -> None:
-    assert codec.encode_sample(**SAMPLE).HasField("eta")
-    assert not codec.encode_sample(**SAMPLE | {"eta": None}).HasField("eta")
-    assert not codec.encode_sample(model="m", sampler="ddpm").HasField("eta")
+    assert encode_sample(**SAMPLE).HasField("eta")
+    assert not encode_sample(**SAMPLE | {"eta": None}).HasField("eta")
+    assert not encode_sample(model="m", sampler="ddpm").HasField("eta")
 
 
 def test_the_largest_seed_and_an_empty_list_of_labels_are_legal() -> None:
-    request = codec.encode_sample(**SAMPLE | {"seed": 2**64 - 1, "label": []})
+    request = encode_sample(**SAMPLE | {"seed": 2**64 - 1, "label": []})
     assert request.seed == 2**64 - 1
     assert not request.labels
 
@@ -155,7 +156,7 @@ def test_conditions_that_cannot_be_sent_are_refused_by_field(
     with pytest.raises(InvalidArgumentError, match=message):
         codec.encode_query(pb.ScoreRequest, query)
     with pytest.raises(InvalidArgumentError, match=message):
-        codec.encode_sample(**SAMPLE | options)
+        encode_sample(**SAMPLE | options)
 
 
 def test_conditions_travel_and_none_are_left_out() -> None:
@@ -164,7 +165,7 @@ def test_conditions_travel_and_none_are_left_out() -> None:
     assert not bare.HasField("conditioning")
     assert not bare.HasField("unconditional")
     given = {"conditioning": CONDITION, "unconditional": CONDITION + 1, "guidance": 2}
-    request = codec.encode_sample(**SAMPLE | given | {"want": ("decoded",)})
+    request = encode_sample(**SAMPLE | given | {"want": ("decoded",)})
     assert list(request.conditioning.shape) == [1, 2, 3]
     assert np.frombuffer(request.unconditional.data, "<f4").tolist() == [1.0] * 6
     assert (request.guidance, request.return_decoded, request.return_x) == (2.0, True, False)
@@ -181,4 +182,4 @@ def test_conditions_travel_and_none_are_left_out() -> None:
 )
 def test_a_number_that_no_request_can_have_is_named(options: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidArgumentError, match=text):
-        codec.encode_sample(model="fashion-els", steps=3, **options)
+        encode_sample(model="fashion-els", steps=3, **options)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from clients.examples import demo
 from PIL import Image
+from tests.support.fake_pictures import FakePictures
+from tests.support.fake_server import served
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
@@ -21,9 +23,12 @@ with served(FakeDenoiser()) as target:
 def run(monkeypatch: pytest.MonkeyPatch, script: str, out: Path) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(demo, "SERVER", (sys.executable, "-c", script))
-    sources = out.with_name("sources.png")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), "--sources", str(sources)])
-    demo.main()
+    files = ["--sources", str(out.with_name("sources.png"))]
+    files += ["--remix", str(out.with_name("remix.png"))]
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(out), *files])
+    with served(FakePictures()) as target:
+        monkeypatch.setattr(demo, "REMIX", (*demo.REMIX, f"--target={target}"))
+        demo.main()
 
 
 def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
@@ -37,9 +42,14 @@ def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
     with Image.open(tmp_path / "sources.png") as sheet:
         # One bank image below the maps, in columns of four.
         assert sheet.width > sheet.height > 0
+    with Image.open(tmp_path / "remix.png") as strip, Image.open(demo.PHOTO) as photo:
+        # The photograph, and the new pictures beside it.
+        assert strip.width == (1 + demo.REMIXED) * (demo.ZOOM * photo.width + demo.GAP) - demo.GAP
+        first = strip.crop((0, 0, demo.ZOOM * photo.width, strip.height))
+        assert first.resize(photo.size, Image.Resampling.NEAREST).tobytes() == photo.tobytes()
     printed = capfd.readouterr().out
     assert str(out) in printed
-    assert all(part in printed for part in ("server start", "sampling", "drawing", "explaining"))
+    assert all(part in printed for part in demo.PARTS)
 
 
 def test_a_server_that_does_not_start_ends_the_demo_with_its_last_words(

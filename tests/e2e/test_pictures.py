@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,11 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
-from tests.support.processes import ServerProcess, serving
+from tests.support.processes import ServerProcess, run, serving
 from typer.testing import CliRunner
 
-from els_client import Client, InvalidArgumentError, Step
+from els_client import AsyncClient, Client, InvalidArgumentError, Step
+from els_client._remix import RemixOptions
 from els_client.cli import app
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
@@ -173,7 +175,7 @@ def remix(target: str, *words: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize("mode", ["new", "tileable", "symmetric", "variation", "retarget"])
+@pytest.mark.parametrize("mode", ["new", "tileable", "symmetric", "variation", "wider"])
 def test_els_remix_writes_pictures_of_the_size_asked_for(
     server: ServerProcess, models: Path, tmp_path: Path, mode: str
 ) -> None:
@@ -185,11 +187,60 @@ def test_els_remix_writes_pictures_of_the_size_asked_for(
         assert picture.size == (120, 10)
 
 
-def test_els_remix_rejects_other_models_and_sizes(server: ServerProcess, models: Path) -> None:
+def test_els_remix_rejects_other_models_and_finds_the_one_that_there_is(
+    server: ServerProcess, models: Path, tmp_path: Path
+) -> None:
     photo = str(models / "hills" / "photo.png")
     code, output = remix(server.target, photo, "--model", "flat")
-    assert code != 0
-    assert "expected a model of kind picture" in output
-    code, output = remix(server.target, photo, "--model", "hills", "--size", "12")
-    assert code != 0
-    assert "size: expected WIDTHxHEIGHT in pixels, got 12" in output
+    assert code == 2
+    assert "expected one of kind picture" in output
+    words = ("--size", "8x8", "--json", "--out", str(tmp_path / "out.png"))
+    code, output = remix(server.target, photo, *words)
+    assert code == 0
+    assert json.loads(output)["model"] == "hills"
+
+
+def test_els_remix_serves_a_photograph_itself(models: Path, tmp_path: Path) -> None:
+    out, gif = tmp_path / "out.png", tmp_path / "steps.gif"
+    photo = str(models / "hills" / "photo.png")
+    words = ("--size", "24x20", "--patch", "5", "--steps", "3", "--seed", "3", "--gif", str(gif))
+    done = run("els", "remix", photo, "--out", str(out), *words, ELS_TOKENS="/none")
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as picture, Image.open(gif) as frames:
+        assert picture.size == (24, 20)
+        # Small frames are enlarged. Steps of two scales; frames that are alike are one.
+        assert frames.size == (96, 80)
+        assert 4 <= getattr(frames, "n_frames", 1) <= 6
+    model = ModelRepository(models).load("hills")
+    plan = PyramidPlan(asked_sizes(model.info.scales, (20, 24), 5), 5)
+    chosen = options_for(model.info, steps=3, pyramid=plan)
+    *_, last = sample(model, sampler="pyramid", options=chosen, seed=3, count=1)
+    drawn = np.clip(np.rint((last.x[0].float().numpy() + 1) * 127.5), 0, 255)
+    with Image.open(out) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), drawn.transpose(1, 2, 0))
+
+
+def test_a_remix_keeps_what_its_mode_promises(client: Client, models: Path) -> None:
+    with Image.open(models / "hills" / "photo.png") as file:
+        photo = np.asarray(file)
+    mask = np.zeros(photo.shape[:2], bool)
+    mask[6:12, 8:16] = True
+    damaged = np.where(mask[..., None], 0, photo).astype(np.uint8)
+    inpainted = client.remix(damaged, model="hills", mode="inpaint", mask=mask)[0]
+    shown = np.rint((inpainted + 1) * 127.5).transpose(1, 2, 0)
+    np.testing.assert_array_equal(shown[~mask], photo[~mask])
+    # No pixel of the photograph is black: the damage is gone.
+    assert photo.max(-1).min() > 30
+    assert shown[mask].max(-1).min() > 30
+    edited = client.remix(photo, model="hills", mode="edit", start=photo, strength=0.2)
+    varied = client.remix(photo, model="hills", mode="variation", strength=0.9)
+    own = photo.transpose(2, 0, 1) / 127.5 - 1
+    assert abs(edited - own).mean() < abs(varied - own).mean()
+    assert client.remix(photo, model="hills", mode="taller").shape == (1, 3, 30, 24)
+
+
+async def test_both_clients_draw_the_same_pictures(server: ServerProcess, client: Client) -> None:
+    options: RemixOptions = {"model": "hills", "size": SIZE, "seed": 5, "count": 2}
+    async with AsyncClient(server.target) as other:
+        images = await other.remix(**options)
+    np.testing.assert_array_equal(images, client.remix(**options))

@@ -8,23 +8,21 @@
 from els_client._async_client import AsyncClient
 from els_client._client import Client
 from els_client._explanation import Explanation
-from els_client._originality import Originality
-from els_client._repository import AsyncRepository, Repository
-from els_client._types import (
+from els_client._models import (
     Bank,
     Conditioning,
-    Evidence,
     FolderScheduler,
     Limits,
     Model,
-    Query,
     RepositoryModel,
     Sizes,
     Statistics,
-    Step,
-    Tls,
     WindowTable,
 )
+from els_client._originality import Originality
+from els_client._repository import AsyncRepository, Repository
+from els_client._step import Step
+from els_client._types import Evidence, Query, Tls
 from els_client.errors import (
     DeadlineExceededError,
     ElsError,

@@ -21,20 +21,24 @@ from els_client._channel import (
     timeout_of,
 )
 from els_client._explanation import Explanation
+from els_client._model_codec import decode_model
+from els_client._models import Model
 from els_client._originality import Originality, decode_originality, encode_originality
+from els_client._remix import RemixOptions, encode_remix
+from els_client._remix_inputs import Picture
 from els_client._repository import AsyncRepository
 from els_client._retries import RetryState, Trajectory
 from els_client._route import Route
+from els_client._sample_codec import encode_sample
+from els_client._step import Step
 from els_client._stream import Call, PendingQueries, check_in_flight
 from els_client._types import (
     Evidence,
     Images,
-    Model,
     Pixels,
     Query,
     QueryOptions,
     SampleOptions,
-    Step,
     Tls,
 )
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError
@@ -98,12 +102,12 @@ class AsyncClient:
     async def models(self) -> list[Model]:
         """Like ``Client.models``."""
         response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
-        return [codec.decode_model(model) for model in response.models]
+        return [decode_model(model) for model in response.models]
 
     async def model(self, name: str, *, version: str | None = None) -> Model:
         """Like ``Client.model``."""
         request = pb.GetModelRequest(name=name, version=version or "")
-        return codec.decode_model((await self._unary(self._stub.GetModel, request)).model)
+        return decode_model((await self._unary(self._stub.GetModel, request)).model)
 
     async def denoise(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Like ``Client.denoise``."""
@@ -239,7 +243,45 @@ class AsyncClient:
         immediately inside ``async with contextlib.aclosing(client.sample(...)) as steps``.
         """
         timeout_s = timeout_of(timeout_s, self._sample_timeout_s)
-        return self._steps(codec.encode_sample(**options), timeout_s)
+        return self._steps(encode_sample(**options), timeout_s)
+
+    async def remix(
+        self,
+        picture: Picture | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RemixOptions],
+    ) -> Images:
+        """Like ``Client.remix``."""
+        steps = self._remix(picture, timeout_s, options, previews=False)
+        async with aclosing(steps):
+            *_, last = [step async for step in steps]
+        return last.x
+
+    def remix_steps(
+        self,
+        picture: Picture | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RemixOptions],
+    ) -> AsyncGenerator[Step, None]:
+        """Draw like ``Client.remix_steps``; iterate with ``async for``, which raises its errors."""
+        return self._remix(picture, timeout_s, options, previews=True)
+
+    async def _remix(
+        self,
+        picture: Picture | None,
+        timeout_s: float | None,
+        options: RemixOptions,
+        *,
+        previews: bool,
+    ) -> AsyncGenerator[Step, None]:
+        described = await self.model(options["model"], version=options.get("version"))
+        request = encode_remix(described, picture, previews=previews, **options)
+        steps = self._steps(request, timeout_of(timeout_s, self._sample_timeout_s))
+        async with aclosing(steps):
+            async for step in steps:
+                yield step
 
     async def _operate(self, method: str, request: Any) -> Any:
         call = getattr(self._inference, method)

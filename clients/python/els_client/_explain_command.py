@@ -20,8 +20,9 @@ from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._client import Client
 from els_client._explanation import Explanation
+from els_client._models import Model
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
-from els_client._types import Model, Sampler
+from els_client._types import Sampler
 from els_client.errors import InvalidArgumentError
 
 _STEPS = 20

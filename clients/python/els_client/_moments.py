@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from els_client import _codec as codec
+from els_client import _sample_codec as sample_codec
 from els_client._explanation import Explanation
 from els_client._originality import decode_originality
-from els_client._types import Evidence, Images, Pixels, Query, Step
+from els_client._step import Step
+from els_client._types import Evidence, Images, Pixels, Query
 from els_client.errors import error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
@@ -110,7 +112,7 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
 
 def decode_step(message: pb.SampleResponse) -> Step:
     """Return the step of a message, with its explanation and reports if it has some."""
-    step = codec.decode_step(message)
+    step = sample_codec.decode_step(message)
     if message.originality:
         reports = decode_originality(message.originality, len(message.originality))
         step = replace(step, _originality=reports)

@@ -25,42 +25,64 @@ MAX_PIXELS = 1 << 26
 """Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 _OPAQUE = 255
 _TIFF_BITS = 258  # the tag BitsPerSample
+_ORIENTATION = 0x0112  # the EXIF tag
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations whose height and width change places."""
 READ_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats whose depth is known: Pillow cuts others, such as JPEG 2000, to 8 bits, or runs another
 program on them."""
 _WRITTEN_FORMATS = (*READ_FORMATS, "JPEG2000", "PDF", "TGA")
 
 
-def read(
-    path: Path, shape: tuple[int, int, int], *, resize: bool, stretch: bool = False
-) -> npt.NDArray[np.uint8]:
+def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
-    It is rotated by its EXIF orientation. Of a multi-picture JPEG file (MPO) the first picture is
-    read.
-
     Args:
-        path: Picture with 8 bits per channel, one frame, no transparency, at most ``MAX_PIXELS``.
+        path: Picture, as in ``opened``.
         shape: Shape of the model's images.
         resize: Whether to crop to the model's aspect ratio about the centre and scale to fit.
-        stretch: Whether to scale without a crop instead, which changes proportions.
 
     Raises:
         InvalidArgumentError: Not such a picture, or of another size without ``resize``.
     """
     channels, height, width = shape
     check_channels(channels)
-    with _refusing(path), _opened(path) as source:
-        _check(path, source)
-        picture = ImageOps.exif_transpose(source).convert(_MODES[channels])
+    picture = opened(path).convert(_MODES[channels])
     if picture.size != (width, height) and not resize:
         got = f"{path} has {picture.width} × {picture.height} pixels"
         raise InvalidArgumentError(
             f"{got}, the model takes {width} × {height}: pass --resize to fit it"
         )
-    size = width, height
-    pixels = np.asarray(picture.resize(size) if stretch else ImageOps.fit(picture, size))
+    pixels = np.asarray(ImageOps.fit(picture, (width, height)))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
+
+
+def opened(path: Path) -> Image.Image:
+    """Return a picture in grey or RGB, rotated by its EXIF orientation.
+
+    Of a multi-picture JPEG file (MPO) the first picture is read.
+
+    Args:
+        path: Picture with 8 bits per channel, one frame, no transparency, at most ``MAX_PIXELS``.
+
+    Raises:
+        InvalidArgumentError: Not such a picture.
+    """
+    with _refusing(path), _opened(path) as source:
+        _check(path, source)
+        grey = source.mode in ("1", "L", "LA")
+        return ImageOps.exif_transpose(source).convert("L" if grey else "RGB")
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return height and width of a picture as it is shown, from its header alone.
+
+    Raises:
+        InvalidArgumentError: Not a picture, or one with more than ``MAX_PIXELS``.
+    """
+    with _refusing(path), _opened(path) as source:
+        turned = source.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        return source.size if turned else source.size[::-1]
 
 
 @contextmanager

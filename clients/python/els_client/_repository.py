@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeAlias
 
-from els_client._types import RepositoryModel, Statistics
+from els_client._models import RepositoryModel, Statistics
 from els_proto.inference import grpc_service_pb2 as pb
 
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]

@@ -7,7 +7,7 @@ import random
 import time
 
 from els_client import _moments as moments
-from els_client._types import Step
+from els_client._step import Step
 from els_client.errors import ElsError, ResourceExhaustedError, UnavailableError, error_of
 from els_proto.denoise.v1 import denoise_pb2 as pb
 

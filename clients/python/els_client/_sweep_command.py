@@ -16,10 +16,11 @@ from els_client import _options as options
 from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._client import Client
+from els_client._models import Model
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._originality import Originality
 from els_client._originality_command import facts_of, verdict
-from els_client._types import Images, Model
+from els_client._types import Images
 
 _STEPS = 20
 _ETAS = (0.5, 1.0)

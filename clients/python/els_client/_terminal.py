@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.table import Column, Table
 
-from els_client._types import Model, RepositoryModel, Statistics
+from els_client._models import Model, RepositoryModel, Statistics
 
 _MODEL_COLUMNS = (
     *("name", "machine", "padding", "image", "labels", "window", "bank", "step", "20 steps"),

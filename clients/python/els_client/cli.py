@@ -101,11 +101,20 @@ def _els(
         )
     shared = {"target": target, "model": model, "timeout": timeout, "as_json": as_json}
     commands = (
-        *("models", "denoise", "score", "sample", "remix", "explain", "originality", "sweep"),
+        *("models", "denoise", "score", "sample", "explain", "originality", "sweep"),
         *("bench", "log-level"),
     )
+    # Without a target it starts a server, and without a model it takes the only one.
+    chosen = {name: value for name, value in shared.items() if _is_given(context, name)}
     nested = {"repository": dict.fromkeys(("index", "load", "unload"), shared)}
-    context.default_map = {**dict.fromkeys(commands, shared), **nested}
+    context.default_map = {**dict.fromkeys(commands, shared), "remix": chosen, **nested}
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line or in the environment."""
+    source = context.get_parameter_source(name)
+    # By name: versions of typer bring the class from different packages.
+    return source is not None and source.name != "DEFAULT"
 
 
 app.command()(explain)
