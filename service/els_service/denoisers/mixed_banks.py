@@ -188,6 +188,19 @@ def make_mixed_bank(
     )
 
 
+def one_size(bank: AnyBank, user: str) -> Bank:
+    """Return a bank whose images have one size.
+
+    Raises:
+        InvalidArgumentError: They have several; names ``user``, what needs one.
+    """
+    if isinstance(bank, Bank):
+        return bank
+    (low, high), (wide_low, wide_high) = bank.sides
+    got = f"heights from {low} to {high} and widths from {wide_low} to {wide_high}"
+    raise InvalidArgumentError("bank", f"images of one size for {user}", got)
+
+
 def load_any_bank(path: str | os.PathLike[str]) -> AnyBank:
     """Return the bank in a file, of images of one size or of several; raises as ``load_bank``."""
     return read_bank(path, _any_from)
