@@ -191,12 +191,22 @@ def extend(image: Tensor, window: int, geometry: Geometry) -> Tensor:
 
 
 def grouped(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return images [C, H, W] in order, those of one size in a row stacked: [[N, C, H, W], …]."""
+    """Return images [C, H, W] in order, those of one size in a row stacked: [[N, C, H, W], …].
+
+    Groups [N, C, H, W] among them, and images alone in their group, are not copied.
+    """
     runs: list[int] = []
     for index, image in enumerate(images):
-        fresh = index == 0 or image.shape != images[index - 1].shape
+        fresh = index == 0 or image.ndim == 4 or image.shape != images[index - 1].shape
         runs.append(runs[-1] + fresh if runs else 0)
-    return [torch.stack([images[i] for i in members]) for members in group_by(runs).values()]
+    return [_stacked([images[i] for i in members]) for members in group_by(runs).values()]
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    if len(images) > 1:
+        return torch.stack(images)
+    (image,) = images
+    return image if image.ndim == 4 else image[None]
 
 
 def count_fold_pairs(

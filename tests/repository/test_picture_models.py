@@ -49,7 +49,7 @@ def test_a_picture_has_scales_from_its_patch_and_its_size(tmp_path: Path) -> Non
     assert info.bank is not None
     assert info.bank.source == "photo.png"
     pixels = sum(height * width for height, width in info.scales)
-    assert info.memory_bytes == 4 * 7 * pixels
+    assert info.memory_bytes == 4 * 3 * pixels
 
 
 def test_keys_choose_patch_scales_and_sizes(tmp_path: Path) -> None:

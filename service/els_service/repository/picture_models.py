@@ -46,9 +46,8 @@ def load_picture_model(
         licence=spec.licence,
     )
     # A picture file has no memory of its own once its scales are made.
-    attention = FoldedAttention(
-        [image.to(device) for image in bank.images], implementation=implementation
-    )
+    groups = [group.to(device) for group in bank.groups]
+    attention = FoldedAttention(groups, implementation=implementation)
     rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
     return PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
 

@@ -105,6 +105,13 @@ inline std::size_t striped(const FoldCell& cell, int x) {
   return std::size_t(x % cell.vectors) * kLanes + x / cell.vectors;
 }
 
+// One number of the images of a source, less the centre of its channel.
+inline float centred(const FoldCell& cell, const FoldSource& source, int channel, std::int64_t at) {
+  if (cell.values != nullptr)
+    return cell.values[256 * channel + static_cast<const std::uint8_t*>(source.images)[at]];
+  return static_cast<const float*>(source.images)[at] - cell.centre[channel];
+}
+
 // Write an image's crop, and the bias of each of its patches, into base and base_bias.
 inline void load_image(const FoldCell& cell, const FoldSource& source, std::int64_t image,
                        FoldScratch& scratch) {
@@ -116,15 +123,16 @@ inline void load_image(const FoldCell& cell, const FoldSource& source, std::int6
   double* norms = scratch.norms;  // [rows][cols]
   double* line = norms + std::size_t(cell.key_rows) * cell.vectors * kLanes;
   for (int i = 0; i < rows * cols; ++i) norms[i] = 0.0;
-  const float* pixels = source.images + image * cell.channels * source.height * source.width;
-  for (int c = 0; c < cell.channels; ++c, pixels += source.height * source.width)
+  const std::int64_t pixels = std::int64_t(source.height) * source.width;
+  std::int64_t first = image * cell.channels * pixels;  // of the channel
+  for (int c = 0; c < cell.channels; ++c, first += pixels)
     for (int i = 0; i < rows; ++i) {
       if (source.rows[i] < 0) continue;
-      const float* from = pixels + source.rows[i] * source.width;
+      const std::int64_t line = first + std::int64_t(source.rows[i]) * source.width;
       float* to = scratch.base + c * plane + (i + kMostRows) * row;
       for (int j = 0; j < cols; ++j) {
         if (source.cols[j] < 0) continue;
-        const float value = from[source.cols[j]];
+        const float value = centred(cell, source, c, line + source.cols[j]);
         const int v = j % cell.vectors, lane = j / cell.vectors;
         to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = value;
         norms[i * cols + j] += double(value) * value;

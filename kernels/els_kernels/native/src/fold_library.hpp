@@ -20,6 +20,8 @@ struct ElsFoldCall {
   const float* row_taps;   // [rows][window]
   const float* col_taps;   // [window], or with table_taps [cols][window]
   const float* col_scale;  // [cols]
+  const float* centre;     // [C]
+  const float* values;     // [C][256], or null; see FoldCell
   double* log_z;  // [patch rows][patch cols], in bits
   double* fold;   // [C][rows][cols]
   els::Control* control;
@@ -59,7 +61,7 @@ FoldPlan plan_fold(const ElsFoldCall& call, int lanes) {
   plan.cell = {call.channels, call.rows, call.cols, call.window, call.same_rows != 0,
                call.same_cols != 0, vectors, key_rows, nullptr, call.bias, float(call.scale),
                float(call.dead), call.row_taps, call.col_taps, nullptr, call.table_taps != 0,
-               call.uniform_taps != 0};
+               call.uniform_taps != 0, call.centre, call.values};
   plan.query = allocate<float>(plan.values());
   std::fill_n(plan.query.get(), plan.values(), 0.0f);
   for (std::size_t line = 0; line < std::size_t(call.channels) * call.rows; ++line)

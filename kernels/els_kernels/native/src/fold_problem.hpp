@@ -13,7 +13,7 @@ namespace els {
 
 // Images of one size; a crop of each is what patches are taken from.
 struct FoldSource {
-  const float* images;  // [N][C][height][width], centred
+  const void* images;   // [N][C][height][width]: float, or with FoldCell::values bytes
   std::int64_t lo, hi;  // those that are attended to
   std::int32_t height, width;
   std::int32_t crop_rows, crop_cols;
@@ -36,6 +36,8 @@ struct FoldCell {
   const float* col_taps;             // [window], or with table_taps [window][vectors] vectors
   const float* col_scale;            // [vectors] vectors
   bool table_taps, uniform_taps;
+  const float* centre;  // [C]: of the bank, which is stored as it is
+  const float* values;  // [C][256]: pixel of each byte, less the centre; null for floats
 
   int patch_rows() const { return rows - window + 1; }
   int patch_cols() const { return cols - window + 1; }
