@@ -73,4 +73,50 @@ struct FoldNormaliser {
   const float* rest;          // what is left of it, in bits, negated; -1e30 where there is no patch
 };
 
+// Passes over the sources. The first finds the normalisers that the others need.
+enum class FoldPass : std::int32_t { kNormalise = 0, kStatistics = 1, kTotals = 2, kProduct = 3 };
+
+// The sources of largest weight of every pixel, of one thread: a thread meets sources in the order of
+// their codes, so that of equal weights the one of smaller code is listed first.
+struct FoldRanking {
+  int top;
+  float* least;         // [rows][vectors] vectors: the last of a list; infinite where there is no pixel
+  float* weights;       // [rows][vectors · lanes][top], falling, from 0
+  std::int64_t* codes;  // the same: image << 32 | displacement of columns << 16 | of rows, from the first
+};
+
+// What the other passes need. Only rows [first_row, last_row) of the crop are answered.
+struct FoldMoments {
+  FoldNormaliser z;
+  int first_row, last_row;
+  const float* reference;  // [C][rows][vectors] vectors: values are measured from here
+  const float* reach;      // statistics: [patch_rows][vectors] vectors, what a patch counts in a share
+  const float* direction;  // [C][rows][vectors] vectors; totals, product, as are the next
+  const float* offset;     // [rows][vectors] vectors: inner product of direction and reference
+  FoldTaps inner;          // of a patch's scalar
+  FoldTaps outer;          // product
+  const float* mean;       // product: [patch_rows][vectors] vectors, mean of a patch's scalars
+};
+
+// Results, added to what is there. With e = value - reference, π = weights w filtered by the fold, and a
+// patch's scalar c = (inner products of direction and e, filtered by the inner taps):
+//
+//     statistics  [rows][vectors][2 + 2C] vectors  Σ π, Σ π·log₂ π, then for each channel Σ π·e, Σ π·e²
+//     totals      [rows][vectors][1 + C] vectors   Σ π, Σ π·e; and scalars: Σ w, Σ w·c of each patch
+//     product     [rows][vectors][C] vectors       Σ z·e, z = w·(c - mean) filtered by the outer taps
+//
+// Rows are those that are answered.
+struct FoldMomentSums {
+  double* planes;
+  double* scalars;       // [patch_rows][vectors][2] vectors
+  double* share;         // statistics: Σ w·reach
+  FoldRanking* ranking;  // statistics; may be null
+};
+
+constexpr int fold_planes(FoldPass pass, int channels) {
+  return pass == FoldPass::kStatistics ? 2 + 2 * channels
+         : pass == FoldPass::kTotals   ? 1 + channels
+                                       : channels;
+}
+
 }  // namespace els
