@@ -55,12 +55,12 @@ def load_picture_model(
     model = PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
     if spec.sources is None:
         return model
-    scales = [bank.images[slice(*bank.of(label))] for label in range(len(bank.sizes))]
-    subset = patch_subset(scales, patch=spec.patch, sources=spec.sources, seed=spec.seed)
+    whole = [bank.images[slice(*bank.of(label))] for label in range(len(bank.sizes))]
+    subset = patch_subset(whole, patch=spec.patch, sources=spec.sources, seed=spec.seed)
     part = FoldedAttention([im.to(device) for im in subset.images], implementation=implementation)
     name = f"sources {spec.sources} seed {spec.seed}"
     return SubsetDenoiser(
-        model, all_patches(scales), subset, part, patch=spec.patch, fold=rho, name=name
+        model, all_patches(whole), subset, part, patch=spec.patch, fold=rho, name=name
     )
 
 
