@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.denoisers.test_picture import PATCH, RHO, STEPS, bank, denoiser, picture
+from tests.denoisers.test_picture import PATCH, RHO, bank, denoiser, picture
 from tests.support import picture_reference
 
 from els_kernels import FoldedAttention
