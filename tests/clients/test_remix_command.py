@@ -88,7 +88,7 @@ def test_a_server_of_the_photograph_is_started_and_gone_afterwards(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["out"], report["mode"]) == ("remix.png", "new")
-    assert report["seconds"]["all"] >= report["seconds"]["draw"] >= 0
+    assert report["seconds"] >= report["start_seconds"] + report["draw_seconds"] > 0
     with Image.open("remix.png") as picture:
         assert picture.size == (12, 8)
     _, _, document = server_and_folder()
@@ -214,6 +214,23 @@ def test_wrong_options_are_rejected_with_a_reason(
     target: str, words: list[str], reason: str
 ) -> None:
     result = remix("--target", target, *words)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--mode", "inpaint"], "mask: expected one for mode inpaint, got none"),
+        (["--strength", "0.5"], "strength: expected none for mode new"),
+        (["--model", "street"], "model: expected none without --target"),
+    ],
+)
+def test_wrong_options_are_rejected_before_a_server_is_started(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], reason: str
+) -> None:
+    start_with(monkeypatch, "raise SystemExit(9)")
+    result = remix(*words)
     assert result.exit_code == 2
     assert reason in result.stderr
 
