@@ -143,7 +143,8 @@ $(TYPESCRIPT)/node_modules/.installed: $(TYPESCRIPT)/package-lock.json
 	touch $@
 
 # What tests use where it is installed; without one of them they are skipped.
-test-tools: $(DEPLOY)/.installed prometheus compilers client-environments typescript $(TERRAIN)
+test-tools: $(DEPLOY)/.installed prometheus compilers client-environments locust typescript \
+	$(TERRAIN)
 
 # The oldest and the newest packages that the client may be installed with.
 CLIENTS := .venv-client-oldest .venv-client-newest
@@ -169,6 +170,19 @@ $(KDIFFUSION)/.installed: pyproject.toml tests/support/client_requirements.py | 
 	$(PYTHON) -m venv --clear $(@D)
 	$(BIN)/python -m tests.support.client_requirements newest > $(@D)/requirements.txt
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt k-diffusion 'setuptools<81'
+	touch $@
+
+# Locust patches what imports it and brings a web server, so not in the environment of development.
+LOCUST := .venv-locust
+
+.PHONY: locust
+
+locust: $(LOCUST)/.installed
+
+$(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(PYTHON) -m tests.support.client_requirements locust > $(@D)/requirements.txt
+	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
 	touch $@
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py

@@ -53,7 +53,7 @@ class Recorder:
             The file.
         """
         now = datetime.now(UTC)
-        path = self.out or RESULTS / f"{now:%Y-%m-%d}-{self.name}.json"
+        path = self._path(now)
         record = {
             "benchmark": self.name,
             "date": now.isoformat(timespec="seconds"),
@@ -64,6 +64,16 @@ class Recorder:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         return path
+
+    def earlier(self) -> list[dict[str, Any]]:
+        """Return the rows of an earlier run of this day on this machine at this commit."""
+        path = self._path(datetime.now(UTC))
+        record = json.loads(path.read_text()) if path.exists() else {}
+        same = (record.get("commit"), record.get("machine")) == (self.commit, machine())
+        return list(record["rows"]) if same else []
+
+    def _path(self, now: datetime) -> Path:
+        return self.out or RESULTS / f"{now:%Y-%m-%d}-{self.name}.json"
 
 
 def start(name: str, options: argparse.Namespace) -> Recorder:

@@ -65,6 +65,7 @@ GOALS: tuple[tuple[str, str, float], ...] = (
     ("stream", "denoise", 1.4),
     ("stream_new", "denoise_new", 1.6),
     ("stream", "bare_stream", 0.0),
+    ("bare_stream", "bare_denoise", 0.0),
 )
 """Rate, the rate that it is compared with, and the minimum ratio; 0 for no goal.
 

@@ -60,12 +60,12 @@ def image_ranges(ranges: Tensor | None, batch: int, images: int) -> list[tuple[i
     return limits
 
 
-def is_images(images: object) -> TypeGuard[Tensor]:
-    """Return whether an object is a strided float32 tensor [N, C, H, W]."""
+def is_images(images: object, dtype: torch.dtype = torch.float32) -> TypeGuard[Tensor]:
+    """Return whether an object is a strided tensor [N, C, H, W] of a type."""
     return (
         isinstance(images, Tensor)
         and images.ndim == 4
-        and images.dtype == torch.float32
+        and images.dtype == dtype
         and images.layout == torch.strided
     )
 

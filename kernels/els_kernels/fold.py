@@ -28,7 +28,7 @@ from els_kernels.fold_arguments import bank_groups, bank_limits, folds
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
 from els_kernels.native import NativeFold, instruction_sets
 from els_kernels.reference_fold import FoldReference
-from els_kernels.torch_fold import TiledFold
+from els_kernels.torch_fold import TiledFold, decoded
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +77,10 @@ class FoldedAttention:
         """Prepare a bank.
 
         Args:
-            bank: [N, C, H, W] float32, finite, N ≥ 1, or a sequence of images [C, H, W] of equal C;
-                images of one size in a row are stored together, so that none needs padding.
+            bank: [N, C, H, W], N ≥ 1; or, for several sizes, a sequence of images [C, H, W] or
+                groups [N, C, H, W] of equal C, so that none needs padding. Finite float32, or uint8
+                v for v/127.5 − 1. It is kept as it is: a tensor and groups are not copied, and must
+                not be changed.
             implementation: a key of ``FOLD_IMPLEMENTATIONS``, or ``auto``, which logs its choice.
 
         Raises:
@@ -102,7 +104,7 @@ class FoldedAttention:
     def _centre_alone(self) -> PatchAttention:
         """The operator for ρ = 0; prepared when first needed, as it keeps a copy of the bank."""
         (bank,) = self._groups
-        return PatchAttention(bank, implementation=self.implementation)
+        return PatchAttention(decoded(bank), implementation=self.implementation)
 
     @torch.no_grad()
     def __call__(

@@ -20,6 +20,7 @@ from els_kernels.arguments import (
 )
 from els_kernels.fold_plan import grouped
 from els_kernels.geometry import Geometry, max_window
+from els_kernels.torch_fold import decoded
 
 LEAST_FOLD = 0.05
 """Smallest ρ apart from 0."""
@@ -30,18 +31,23 @@ def bank_groups(bank: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(bank, Tensor):
         groups = [bank]
     else:
-        expected = "bank: expected float32 images [C, H, W] of equal C, at least one"
+        expected = (
+            "bank: expected float32 images [C, H, W] or groups of them [N, C, H, W], or uint8, all "
+            "of equal C, at least one"
+        )
         for image in bank:
-            if not isinstance(image, Tensor) or image.ndim != 3:
+            if not isinstance(image, Tensor) or image.ndim not in (3, 4):
                 raise ValueError(f"{expected}, got {describe(image)}")
-        if len({(image.shape[0], image.dtype, image.device) for image in bank}) != 1:
+        kinds = {(image.ndim, image.shape[-3], image.dtype, image.device) for image in bank}
+        if len(kinds) != 1:
             got = ", ".join(describe(image) for image in bank) or "none"
             raise ValueError(f"{expected}, got {got}")
         groups = grouped(bank)
     for group in groups:
-        if not is_images(group) or 0 in group.shape:
+        if not (is_images(group) or is_images(group, torch.uint8)) or 0 in group.shape:
             raise ValueError(
-                f"bank: expected float32 [N, C, H, W], none of them 0, got {describe(group)}"
+                "bank: expected float32 [N, C, H, W], none of them 0, or uint8, got "
+                f"{describe(group)}"
             )
     # Native code reads the memory, which lacks the sign of a lazily negated view.
     return [group.resolve_neg().contiguous() for group in groups]
@@ -103,9 +109,16 @@ def bank_limits(groups: Sequence[Tensor]) -> BankLimits:
         images=sum(map(len, groups)),
         channels=groups[0].shape[1],
         sizes=frozenset((group.shape[2], group.shape[3]) for group in groups),
-        largest=max(max(magnitudes("bank", group)) for group in groups),
+        largest=max(_largest(group) for group in groups),
         device=groups[0].device,
     )
+
+
+def _largest(group: Tensor) -> float:
+    """Return the largest |pixel| of stored images; raise ValueError if one is not finite."""
+    if group.dtype != torch.uint8:
+        return max(magnitudes("bank", group))
+    return float(decoded(torch.stack(group.aminmax())).abs().max())
 
 
 def folds(fold: Tensor, batch: int) -> list[float]:

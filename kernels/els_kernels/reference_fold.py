@@ -24,7 +24,7 @@ class FoldReference:
     """Brute force: O(places of the query · places of the bank · k²C) work."""
 
     def __init__(self, groups: Sequence[Tensor]) -> None:
-        self._images = [image.double() for group in groups for image in group]
+        self._images = [image for group in groups for image in _pixels(group)]
 
     def __call__(
         self,
@@ -51,6 +51,11 @@ class FoldReference:
         row = torch.arange(height).clamp(rows[0], rows[-1]) - rows[0]
         col = torch.arange(width).clamp(cols[0], cols[-1]) - cols[0]
         return mean.float(), grid[row][:, col].float()
+
+
+def _pixels(group: Tensor) -> Tensor:
+    """Return images in float64; uint8 v means v/127.5 - 1, rounded to float32 as banks are."""
+    return (group.float() / 127.5 - 1 if group.dtype == torch.uint8 else group).double()
 
 
 def _query_centres(height: int, width: int, window: int, geometry: Geometry) -> Tensor:

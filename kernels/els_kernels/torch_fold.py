@@ -34,11 +34,11 @@ _TILE = 1 << 20
 
 
 class TiledFold:
-    """A bank centred in float32, as groups of images of one size."""
+    """A bank as it is stored, as groups of images of one size; centred tile by tile."""
 
     def __init__(self, groups: Sequence[Tensor]) -> None:
         self._centre = bank_centre(groups)
-        self._groups = [group - self._centre.float() for group in groups]
+        self._groups = list(groups)
 
     def __call__(
         self,
@@ -56,7 +56,7 @@ class TiledFold:
             query = x.double() - a * self._centre
             mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
             for cell in cells(height, width, window, geometry):
-                planes = _Planes(cell, query, a, s, within(self._groups, limits))
+                planes = _Planes(cell, query, a, s, within(self._groups, limits), self._centre)
                 log_z = planes.normaliser()
                 crop = planes.fold(log_z, *(
                     axis.taps(length, fold, geometry)
@@ -67,11 +67,31 @@ class TiledFold:
             return (mean + self._centre).float(), extend(evidence, window, geometry).float()
 
 
+def decoded(images: Tensor) -> Tensor:
+    """Return stored images as float32; uint8 v means v/127.5 − 1."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
+def centred(images: Tensor, centre: Tensor) -> Tensor:
+    """Return stored images [N, C, H, W] less the centre [C, 1, 1], as float32."""
+    return decoded(images) - centre.float()
+
+
 def bank_centre(groups: Sequence[Tensor]) -> Tensor:
     """Return the mean of each channel over all images, [C, 1, 1] float64."""
-    total = torch.stack([g.sum((0, 2, 3), dtype=torch.float64) for g in groups]).sum(0)
+    total = torch.stack([_channel_sums(group) for group in groups]).sum(0)
     pixels = sum(g.shape[0] * g.shape[2] * g.shape[3] for g in groups)
     return (total / pixels)[:, None, None]
+
+
+def _channel_sums(group: Tensor) -> Tensor:
+    """Return the sums over images [N, C, H, W], [C] float64; needs no decoded copy of them."""
+    if group.dtype != torch.uint8:
+        return group.sum((0, 2, 3), dtype=torch.float64)
+    values = decoded(torch.arange(256, dtype=torch.uint8, device=group.device)).double()
+    channels = group.unbind(1)
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in channels]
+    return torch.stack([(count * values).sum() for count in counts])
 
 
 def within(groups: Sequence[Tensor], limits: tuple[int, int]) -> list[Tensor]:
@@ -102,8 +122,16 @@ class _Tile(NamedTuple):
 class _Planes:
     """One cell of one query."""
 
-    def __init__(self, cell: Cell, query: Tensor, a: float, s: float, groups: list[Tensor]) -> None:
-        self._cell, self._groups = cell, groups
+    def __init__(
+        self,
+        cell: Cell,
+        query: Tensor,
+        a: float,
+        s: float,
+        groups: list[Tensor],
+        centre: Tensor,
+    ) -> None:
+        self._cell, self._groups, self._centre = cell, groups, centre
         self._k = cell.rows.window
         crop = cell.query(query)
         self.energy = box_sums(crop.square().sum(0), self._k) / (2 * s * s)
@@ -120,7 +148,8 @@ class _Planes:
         together = max(1, _TILE // (min(step, shifts) * self._scaled.shape[1] * self._ring))
         for group in self._groups:
             for first in range(0, len(group), together):
-                keys = self._cell.keys(group[first : first + together]).double()
+                images = centred(group[first : first + together], self._centre)
+                keys = self._cell.keys(images).double()
                 bias = box_sums(keys.square().sum(1), self._k) * self._bias
                 places = bias.shape[1]
                 low, high = (0, 1) if rows.same else (1 - rows.places, places)

@@ -2,28 +2,28 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
+from tests.support.environments import SOURCES, python_with
 from tests.support.fake_server import FakeDenoiser
 
 ROOT = Path(__file__).parents[2]
 
 
-# An extra that brings a web server along: development does without it. To import it here would
-# patch this process.
-@pytest.mark.skipif(
-    find_spec("locust") is None, reason="needs locust: pip install 'els-denoise[locust]'"
-)
 def test_locust_counts_the_calls_of_its_users(target: str, fake: FakeDenoiser) -> None:
     script = "from locust.main import main; main()"
     options = ("--headless", "-u", "2", "-r", "2", "-t", "2s", "--json", "--host", target)
     done = subprocess.run(
-        [sys.executable, "-c", script, "-f", "clients/examples/locustfile.py", *options],
+        [
+            python_with("locust", "locust"),
+            "-c",
+            script,
+            "-f",
+            "clients/examples/locustfile.py",
+            *options,
+        ],
         cwd=ROOT,
-        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+        env={"PYTHONPATH": SOURCES},
         capture_output=True,
         text=True,
         timeout=60,

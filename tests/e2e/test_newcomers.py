@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
+from tests.support.environments import SOURCES, python_with
 from tests.support.processes import ServerProcess, serving
 
 from els_client import Client
@@ -66,24 +65,13 @@ def test_own_photographs_become_a_model_that_denoises_them(tmp_path: Path) -> No
     assert (tmp_path / "drawn.png").exists()
 
 
-def environment_of_k_diffusion() -> Path:
-    """Return the Python that has it: this one, or that of ``make k-diffusion``."""
-    if importlib.util.find_spec("k_diffusion"):
-        return Path(sys.executable)
-    python = ROOT / ".venv-k-diffusion" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("needs k-diffusion: make k-diffusion")
-    return python
-
-
 def test_k_diffusion_draws_with_a_served_model(server: ServerProcess, tmp_path: Path) -> None:
-    python = environment_of_k_diffusion()
+    python = python_with("k_diffusion", "k-diffusion")
     out = tmp_path / "drawn.npy"
     arguments = ("--target", server.target, "--model", "zeros", "--steps", 8, "--out", out)
     command = [python, EXAMPLES / "k_diffusion_sampling.py", "--label", 1, *arguments]
-    path = os.pathsep.join(map(str, (ROOT / "proto" / "python", ROOT / "clients" / "python")))
     words = [str(word) for word in command]
-    subprocess.run(words, check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    subprocess.run(words, check=True, timeout=120, env={**os.environ, "PYTHONPATH": SOURCES})
     drawn = np.load(out)
     assert drawn.shape == (4, 1, 6, 5)
     assert np.abs(drawn).max() <= 1.01

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 import grpc
 import numpy as np
 import pytest
+from tests.support.environments import SOURCES, python_with
 from tests.support.models_folder import SHAPE
 from tests.support.processes import ServerProcess, environment, run
 
@@ -92,17 +91,14 @@ def test_a_sampler_s_name_alone_draws_the_same_picture_by_the_command_line(
     assert out.read_bytes() == want.read_bytes()
 
 
-@pytest.mark.skipif(
-    find_spec("locust") is None, reason="needs locust: pip install 'els-denoise[locust]'"
-)
 def test_a_sampler_s_name_alone_draws_the_same_bits_by_locust(
     server: ServerProcess, of_the_library: Callable[[str], np.ndarray], tmp_path: Path
 ) -> None:
     out = tmp_path / "drawn.npy"
     # In a process of its own: locust patches the one that imports it.
     done = subprocess.run(
-        [sys.executable, "-c", LOCUST, server.target, "ddpm", out],
-        env=environment(PYTHONPATH=":".join(filter(None, sys.path))),
+        [python_with("locust", "locust"), "-c", LOCUST, server.target, "ddpm", out],
+        env=environment(PYTHONPATH=SOURCES),
         capture_output=True,
         text=True,
         timeout=60,

@@ -100,6 +100,12 @@ def any_implementation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session", params=[variant(name) for name in VARIANTS if name != "triton"])
+def on_cpu(request: pytest.FixtureRequest) -> str:
+    """Every variant but that of a GPU, whose launches show no progress."""
+    return str(request.param)
+
+
 @pytest.fixture(params=list(NAMES))
 def geometry(request: pytest.FixtureRequest) -> Geometry:
     return NAMES[request.param]

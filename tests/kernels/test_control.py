@@ -15,18 +15,11 @@ SHAPE = (5, 1, 4, 5)
 PROMPT_S = 2.0
 
 
-def judged_by(variant: str) -> str:
-    """Return the variant, or skip: launches on a GPU show nothing."""
-    if variant == "triton":
-        pytest.skip("a launch on a GPU shows no progress")
-    return variant
-
-
 def test_progress_grows_and_the_bits_are_those_of_an_unwatched_computation(
-    any_implementation: str, geometry: Geometry
+    on_cpu: str, geometry: Geometry
 ) -> None:
     case = random_case(geometry, SHAPE)
-    attention = operator(case.bank, judged_by(any_implementation))
+    attention = operator(case.bank, on_cpu)
     alone = case.ask(attention)
     with Control() as control:
         watched = case.ask(attention)
@@ -36,10 +29,10 @@ def test_progress_grows_and_the_bits_are_those_of_an_unwatched_computation(
 
 
 def test_a_computation_that_was_stopped_has_no_answer_and_the_next_one_has(
-    any_implementation: str, geometry: Geometry
+    on_cpu: str, geometry: Geometry
 ) -> None:
     case = random_case(geometry, SHAPE)
-    attention = operator(case.bank, judged_by(any_implementation))
+    attention = operator(case.bank, on_cpu)
     expected = case.ask(attention)
     control = Control()
     control.stop()

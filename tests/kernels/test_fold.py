@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import missing
+from tests.kernels.conftest import variant
 from tests.kernels.fold_cases import (
     FOLD_NAMES,
     FOLD_VARIANTS,
@@ -37,14 +36,11 @@ ELS = [name for name in FOLD_NAMES if name.startswith("els")]
 PAIRS = list(product(LEVELS, FOLDS))
 
 
-def variants() -> Iterator[Any]:
-    for name in FOLD_VARIANTS:
-        reason = missing(name)
-        skip = pytest.mark.skipif(reason is not None, reason=str(reason))
-        yield pytest.param(name, marks=skip)
+def variants(kind: str = "") -> list[Any]:
+    return [variant(name) for name in FOLD_VARIANTS if name.startswith(kind)]
 
 
-@pytest.fixture(params=list(variants()))
+@pytest.fixture(params=variants())
 def fold_variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -95,6 +91,42 @@ def test_a_bank_of_images_of_different_sizes_equals_the_reference(
     case = fold_case(FOLD_NAMES[name], (6, 7), bank, 5, cyclic_pairs(0))
     case = FoldCase(**{**vars(case), "ranges": torch.tensor([[0, 5], [1, 4], [2, 3]] * 2)})
     assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
+
+
+@pytest.mark.parametrize("name", ["els-zeros", "els-circular", "els-inside", "local-zeros"])
+def test_a_bank_of_bytes_has_the_bits_of_the_same_bank_in_float32(
+    fold_variant: str, name: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randint(0, 256, (5, 3, 6, 7), dtype=torch.uint8, generator=generator)
+    case = fold_case(FOLD_NAMES[name], (6, 7), bank.float() / 127.5 - 1, 3, cyclic_pairs(2))
+    got = FoldCase(**{**vars(case), "bank": bank}).attend(fold_variant)
+    want = case.attend(fold_variant)
+    assert torch.equal(got.mean, want.mean)
+    assert torch.equal(got.log_evidence, want.log_evidence)
+    assert_fold_within_budget(case, got, case.reference())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
+    fold_variant: str, dtype: torch.dtype
+) -> None:
+    sizes = [(2, 5, 8), (1, 9, 6), (3, 5, 8)]
+    generator = torch.Generator().manual_seed(1)
+    groups = [
+        torch.randint(0, 2, (count, 2, *size), generator=generator).to(dtype)
+        for count, *size in sizes
+    ]
+    case = fold_case(FOLD_NAMES["els-zeros"], (6, 7), groups[0][:1].float(), 3, cyclic_pairs(1))
+    case = FoldCase(**{**vars(case), "ranges": torch.tensor([[0, 6], [1, 4], [2, 3]] * 2)})
+    together = FoldCase(**{**vars(case), "bank": groups}).operator(fold_variant)
+    alone = FoldCase(**{**vars(case), "bank": [image for group in groups for image in group]})
+    got, want = case.ask(together), alone.attend(fold_variant)
+    assert torch.equal(got.mean, want.mean)
+    assert torch.equal(got.log_evidence, want.log_evidence)
+    held = [group.data_ptr() for group in together._groups]
+    assert held == [group.data_ptr() for group in groups]
+    assert held == [group.data_ptr() for group in vars(together._attend)["_groups"]]
 
 
 @pytest.mark.parametrize(("name", "window"), [("els-inside", 7), ("els-zeros", 7)])
@@ -155,12 +187,12 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(fold_variant: str, na
             assert torch.equal(alone.log_evidence[0], batch.log_evidence[index])
 
 
+# Not torch: a matmul library partitions its work by the number of threads.
+@pytest.mark.parametrize("native", variants("native"))
 @pytest.mark.parametrize("name", ["els-inside", "els-zeros", "local-circular"])
-def test_native_has_the_same_bits_for_any_number_of_threads(fold_variant: str, name: str) -> None:
-    if fold_variant == "torch":
-        pytest.skip("a matmul library partitions its work by the number of threads")
+def test_native_has_the_same_bits_for_any_number_of_threads(native: str, name: str) -> None:
     case = fold_case(FOLD_NAMES[name], (9, 8), random_bank((40, 1, 9, 8)), 5, cyclic_pairs(3))
-    attention, before, answers = case.operator(fold_variant), torch.get_num_threads(), []
+    attention, before, answers = case.operator(native), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -277,6 +309,8 @@ def test_an_illegal_argument_is_rejected_with_expected_and_got(
         ([BANK[0], BANK[0, :1]], "bank: expected float32 images .*of equal C"),
         ([BANK[0], BANK], "bank: expected float32 images"),
         ([BANK[0].double()], "bank: expected float32 .* got torch.float64"),
+        ([BANK[0], (127 * BANK[0]).byte()], "bank: expected float32 images .* got .*torch.uint8"),
+        ([BANK, BANK[:0]], r"bank: expected float32 \[N, C, H, W\], none of them 0, or uint8, got"),
         (BANK[:0], r"bank: expected float32 \[N, C, H, W\], none of them 0"),
         ([BANK[0] + math.inf], "bank: expected finite pixels, got inf"),
     ],

@@ -241,7 +241,7 @@ def test_models_of_one_bank_share_it(root: Path, monkeypatch: pytest.MonkeyPatch
         loaded.append(path)
         return load_bank(path)
 
-    monkeypatch.setattr(bank_cache, "load_bank", recorded)
+    monkeypatch.setattr(bank_cache, "load_any_bank", recorded)
     for name in ("a", "b", "c"):
         write(root, ELS if name != "c" else f"kind: wiener\n{BANK}", name)
     (root / "alias.safetensors").symlink_to(root / "_banks" / "tiny.safetensors")

@@ -1,6 +1,8 @@
 """Prints the oldest or newest requirements that ``pyproject.toml`` allows the client.
 
-    python -m tests.support.client_requirements oldest > oldest.txt
+    python -m tests.support.client_requirements oldest|newest|EXTRA > requirements.txt
+
+An extra's are the newest with those of the extra.
 
 ``make client-environments`` installs both, and ``tests/e2e/test_client_versions.py`` runs the
 client in them. Needs the standard library alone, so that they are installed beside ``.venv``.
@@ -18,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 def client_requirements(which: str) -> list[str]:
     """Return the client's requirements, pinned to their lower bounds if ``oldest``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [_oldest(one) if which == "oldest" else one for one in project["dependencies"]]
+    if which == "oldest":
+        return [_oldest(one) for one in project["dependencies"]]
+    extra = [] if which == "newest" else project["optional-dependencies"][which]
+    return [*project["dependencies"], *extra]
 
 
 def _oldest(requirement: str) -> str:

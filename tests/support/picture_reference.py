@@ -34,6 +34,22 @@ def resized(image: Tensor, size: Size) -> Tensor:
     return interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]
 
 
+def repeated(image: Tensor, size: Size) -> Tensor:
+    """Resampled as one of many copies on all sides."""
+    larger = resized(image.repeat(1, 3, 3), (3 * size[0], 3 * size[1]))
+    return larger[:, size[0] : 2 * size[0], size[1] : 2 * size[1]]
+
+
+def smooth_edges(image: Tensor) -> Tensor:
+    """Rolled so that the neighbours that differ least are its edges."""
+    for axis in (1, 2):
+        inside = image.diff(dim=axis).abs().mean(dim=(0, 3 - axis))
+        edge = (image.select(axis, 0) - image.select(axis, -1)).abs().mean()
+        if inside.min() < edge:
+            image = image.roll(-int(inside.argmin()) - 1, axis)
+    return image
+
+
 def draw(
     scales: Sequence[Sequence[Tensor]],
     sizes: Sequence[Size],
@@ -55,6 +71,8 @@ def draw(
         alphas = torch.linspace(0, 1 - 1e-4, steps, dtype=torch.float64).tolist()
         for step, alpha in enumerate(alphas):
             sigma = 1 - alpha
+            if tileable and step == steps - 1:
+                x = smooth_edges(x)
             around = x
             if tileable:
                 # On the torus every patch is inside a picture that is repeated on all sides.
@@ -68,8 +86,9 @@ def draw(
                 states.append(x)
                 break
             if coarse is not None:
-                down = resized(resized(x_hat, sizes[scale - 1]), size)
-                x_hat = resized(coarse, size) + x_hat - down
+                resample = repeated if tileable else resized
+                down = resample(resample(x_hat, sizes[scale - 1]), size)
+                x_hat = resample(coarse, size) + x_hat - down
             x = alphas[step + 1] * x_hat + (1 - alphas[step + 1]) * epsilon
             states.append(x / math.hypot(alphas[step + 1], 1 - alphas[step + 1]))
         coarse = x

@@ -32,7 +32,7 @@ class Explanation:
         label_names: Empty, or one name for each label.
         bank_fingerprint: SHA-256 of the bank, hexadecimal, as in ``Model.bank``.
         images: For each of B results the requested bank images of largest share, by falling share:
-            number in the bank → float32 [C, H, W].
+            number in the bank → float32 [C, H, W], each of its own size if ``Bank.sizes``.
         file_names: Number in the bank → name of the file that the image was read from; empty if the
             bank does not know it. At most the 4,096 images of largest share of each result.
     """

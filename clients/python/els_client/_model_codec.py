@@ -43,7 +43,13 @@ def decode_model(model: pb.Model) -> Model:
             limits.priority_levels,
             limits.max_in_flight_bytes,
         ),
-        bank=Bank(bank.fingerprint, bank.images, bank.source, bank.licence)
+        bank=Bank(
+            bank.fingerprint,
+            bank.images,
+            bank.source,
+            bank.licence,
+            _decode_sizes(bank.sizes) if bank.HasField("sizes") else None,
+        )
         if model.HasField("bank")
         else None,
         batch_invariant=model.batch_invariant,

@@ -35,6 +35,8 @@ class Bank:
     images: int
     source: str
     licence: str
+    sizes: Sizes | None = None
+    """Of the images, if they have several sizes; else all have the shape of the model."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class FolderScheduler:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of images that a model answers: smallest and largest side of each axis."""
+    """Sizes of images: smallest and largest side of each axis."""
 
     height: tuple[int, int]
     width: tuple[int, int]

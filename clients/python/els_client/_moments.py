@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -91,8 +91,7 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
         row[numbers] = codec.decode_tensor(message.shares)
         if message.share_labels:
             labels[numbers] = _integers(message.share_labels)
-        pixels = codec.decode_tensor(message.images) if message.HasField("images") else ()
-        images.append(dict(zip(numbers.tolist(), pixels, strict=False)))
+        images.append(dict(zip(numbers.tolist(), _bank_images(message), strict=False)))
         file_names.update(zip(numbers.tolist(), message.file_names, strict=False))
     return Explanation(
         denoised=_together(messages, "denoised"),
@@ -120,6 +119,13 @@ def decode_step(message: pb.SampleResponse) -> Step:
         return step
     explanation = decode_explanation(message.explanations, len(message.explanations))
     return replace(step, _explanation=explanation)
+
+
+def _bank_images(message: pb.ExplainResponse) -> Iterable[Images]:
+    """Return the bank images of a message, [C, H, W] each; of a mixed bank each of its own size."""
+    if message.sized_images:
+        return [codec.decode_tensor(one)[0] for one in message.sized_images]
+    return codec.decode_tensor(message.images) if message.HasField("images") else ()
 
 
 def _together(messages: Sequence[pb.ExplainResponse], field: str) -> Images:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from els_kernels.control import ComputationStoppedError, Control, checkpoint, current
+from els_kernels.control import Control, checkpoint, current
 from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
 from els_kernels.geometry import Geometry
-from els_kernels.native.binding import NO_MEMORY, STOPPED, _library, instruction_sets, run_apart
-from els_kernels.torch_fold import bank_centre, box_sums
+from els_kernels.native.binding import _library, instruction_sets, run_apart
+from els_kernels.torch_fold import bank_centre, box_sums, centred
 
 _LOG2E = math.log2(math.e)
 _MOST_BITS = 20
@@ -72,13 +72,45 @@ class _Call(ctypes.Structure):
         ("row_taps", ctypes.c_void_p),
         ("col_taps", ctypes.c_void_p),
         ("col_scale", ctypes.c_void_p),
+        ("centre", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
         ("log_z", ctypes.c_void_p),
         ("fold", ctypes.c_void_p),
         ("control", ctypes.c_void_p),
     )
 
 
-class _Units(NamedTuple):
+class FoldPixels(NamedTuple):
+    """How stored pixels are read: less the centre of the bank."""
+
+    centre: Tensor
+    """[C] float32."""
+    values: Tensor | None
+    """[C, 256] float32: pixel of each byte, less the centre; None for a bank in float32."""
+
+    @classmethod
+    def of(cls, centre: Tensor, dtype: torch.dtype) -> FoldPixels:
+        """Return those of a bank with a centre [C, 1, 1] float64."""
+        values = None
+        if dtype == torch.uint8:
+            every = torch.arange(256, dtype=torch.uint8).expand(1, len(centre), 1, 256)
+            values = centred(every, centre)[0, :, 0].contiguous()
+        return cls(centre.flatten().float().contiguous(), values)
+
+
+class _Images(NamedTuple):
+    """Images of one size that are attended to, and their crops."""
+
+    group: Tensor
+    """[N, C, H, W]."""
+    begin: int
+    end: int
+    rows: Tensor
+    """int32: row of the image in each row of a crop; -1 outside it."""
+    cols: Tensor
+
+
+class FoldUnits(NamedTuple):
     """How logits of a cell are written as integers."""
 
     bits: int
@@ -88,16 +120,22 @@ class _Units(NamedTuple):
     """Units of a key's squared norm."""
     lowest: float
     """Units below every logit."""
+    error: float
+    """Bits that a logit may be wrong by."""
 
 
 class NativeFold:
-    """A bank centred in float32, as groups of images of one size."""
+    """A bank as it is stored, as groups of images of one size.
+
+    Pixels are decoded and centred where they are read, once for some displacements of an image: the
+    bank needs no second copy.
+    """
 
     def __init__(self, groups: Sequence[Tensor], *, instruction_set: str | None = None) -> None:
         """Prepare a bank.
 
         Args:
-            groups: [N, C, H, W] float32 on the CPU, of one size each.
+            groups: [N, C, H, W] on the CPU, of one size each, float32, or uint8 v for v/127.5 − 1.
             instruction_set: one of ``instruction_sets()``; None for the best.
 
         Raises:
@@ -113,7 +151,8 @@ class NativeFold:
             raise ValueError(f"instruction_set: expected one of {', '.join(known)}, got {name!r}")
         self._kernel = known.index(name)
         self._centre = bank_centre(groups)
-        self._groups = [(group - self._centre.float()).contiguous() for group in groups]
+        self._groups = list(groups)
+        self._pixels = FoldPixels.of(self._centre, groups[0].dtype)
         self._norms: dict[tuple[object, ...], float] = {}
 
     def __call__(
@@ -140,9 +179,10 @@ class NativeFold:
                 crop = cell.query(query)
                 squares = box_sums(crop.square().sum(0), window)
                 key = self._largest_norm(cell, (index, window, geometry))
-                units = _units(math.sqrt(float(squares.max())), key, a, s)
+                units = fold_units(math.sqrt(float(squares.max())), key, window * window, a, s)
                 taps = cell.rows.taps(height, fold, geometry).float()
-                call = _FoldCall(self._kernel, cell, crop, units, taps, self._sources(cell, limits))
+                sources = self._sources(cell, limits)
+                call = _FoldCall(self._kernel, cell, crop, units, taps, sources, self._pixels)
                 call.set_col_taps(cell.cols, width, fold, geometry)
                 log_z, folded = call.run()
                 cell.scatter(folded, mean)
@@ -157,34 +197,58 @@ class NativeFold:
                 together = max(1, _TILE // group[0].numel())
                 for first in range(0, len(group), together):
                     checkpoint()
-                    keys = cell.keys(group[first : first + together]).double()
+                    images = centred(group[first : first + together], self._centre)
+                    keys = cell.keys(images).double()
                     sums = box_sums(keys.square().sum(1), cell.rows.window)
                     largest = max(largest, float(sums.max()))
             self._norms[name] = math.sqrt(largest)
         return self._norms[name]
 
-    def _sources(self, cell: Cell, limits: tuple[int, int]) -> list[tuple[Tensor, ...]]:
-        """Return images, their range, and rows and columns of their crops, of each group."""
+    def _sources(self, cell: Cell, limits: tuple[int, int]) -> list[_Images]:
+        """Return the images of each group that are attended to, and where their crops are."""
         lo, hi = limits
-        sources: list[tuple[Tensor, ...]] = []
+        # A bank may have thousands of groups, of few heights and widths.
+        rows: dict[int, Tensor] = {}
+        cols: dict[int, Tensor] = {}
+        sources: list[_Images] = []
         for group in self._groups:
-            ends = torch.tensor([max(0, lo), min(len(group), hi)])
-            if ends[0] < ends[1]:
-                rows = cell.rows.keys(group.shape[2]).int()
-                sources.append((group, ends, rows, cell.cols.keys(group.shape[3]).int()))
+            begin, end = max(0, lo), min(len(group), hi)
+            if begin < end:
+                height, width = group.shape[2:]
+                if height not in rows:
+                    rows[height] = cell.rows.keys(height).int()
+                if width not in cols:
+                    cols[width] = cell.cols.keys(width).int()
+                sources.append(_Images(group, begin, end, rows[height], cols[width]))
             lo, hi = lo - len(group), hi - len(group)
         return sources
 
 
-def _units(query: float, key: float, a: float, s: float) -> _Units:
-    """Return the units in which logits of patches of these norms fit 31 bits."""
+def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> FoldUnits:
+    """Return the units in which logits of patches of these norms fit 31 bits.
+
+    Args:
+        query: largest norm of a centred patch of the query.
+        key: largest norm of a centred patch of the bank.
+        pixels: of a patch.
+        a: signal scale.
+        s: noise scale.
+    """
     per_product = a / s / s * _LOG2E
     per_norm = -(a / s) * (a / s) * _LOG2E / 2
     spread = (query / s + a / s * key) ** 2 * _LOG2E / 2 + _SPARE
     bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
     lowest = per_norm * key * key - per_product * query * key
     unit = 2.0**bits
-    return _Units(bits, per_product * unit, per_norm * unit, math.floor(lowest * unit) - 1.0)
+    # Products and norm are rounded to units, products to floats before.
+    rounding = pixels / 2 + 1 - 2.0**-24 * lowest * unit
+    return FoldUnits(
+        bits,
+        per_product * unit,
+        per_norm * unit,
+        math.floor(lowest * unit) - 1.0,
+        rounding / unit,
+    )
 
 
 class _FoldCall:
@@ -195,26 +259,27 @@ class _FoldCall:
         kernel: int,
         cell: Cell,
         crop: Tensor,
-        units: _Units,
+        units: FoldUnits,
         row_taps: Tensor,
-        sources: list[tuple[Tensor, ...]],
+        sources: list[_Images],
+        pixels: FoldPixels,
     ) -> None:
         channels, rows, cols = crop.shape
         places = cell.rows.places, cell.cols.places
         self._control = current() or Control()
         self._query = (crop * units.product).float().contiguous()
         self._row_taps = row_taps.contiguous()
-        self._sources = sources
+        self._sources, self._pixels = sources, pixels
         self._log_z = crop.new_empty(places)
         self._fold = torch.empty_like(crop)
         table = (_Source * len(sources))()
-        for source, (images, ends, key_rows, key_cols) in zip(table, sources, strict=True):
-            source.images, (source.lo, source.hi) = images.data_ptr(), ends.tolist()
-            source.height, source.width = images.shape[2:]
-            source.crop_rows, source.crop_cols = len(key_rows), len(key_cols)
-            source.rows, source.cols = key_rows.data_ptr(), key_cols.data_ptr()
+        for source, part in zip(table, sources, strict=True):
+            source.images, source.lo, source.hi = part.group.data_ptr(), part.begin, part.end
+            source.height, source.width = part.group.shape[2:]
+            source.crop_rows, source.crop_cols = len(part.rows), len(part.cols)
+            source.rows, source.cols = part.rows.data_ptr(), part.cols.data_ptr()
         self._table = table
-        images_of = (int(ends[1] - ends[0]) * len(r) * len(c) for _, ends, r, c in sources)
+        places_of = ((one.end - one.begin) * len(one.rows) * len(one.cols) for one in sources)
         self._call = _Call(
             kernel=kernel,
             threads=torch.get_num_threads(),
@@ -230,8 +295,10 @@ class _FoldCall:
             bias=units.bias,
             scale=2.0**-units.bits,
             lowest=units.lowest,
-            dead=_PRECISION + math.log2(sum(images_of)),
+            dead=_PRECISION + math.log2(sum(places_of)),
             row_taps=self._row_taps.data_ptr(),
+            centre=pixels.centre.data_ptr(),
+            values=None if pixels.values is None else pixels.values.data_ptr(),
             log_z=self._log_z.data_ptr(),
             fold=self._fold.data_ptr(),
             control=self._control.address,
@@ -239,16 +306,7 @@ class _FoldCall:
 
     def set_col_taps(self, axis: Axis, length: int, fold: float, geometry: Geometry) -> None:
         """Set the weights along columns: k of them for all columns, or k for each."""
-        table = axis.taps(length, fold, geometry)
-        if fold < _LEAST_PLAIN and axis.window > 1:
-            self._col_taps, self._col_scale = table.float(), torch.ones(len(table))
-        else:
-            r = axis.window // 2
-            distance = (torch.arange(axis.window).double() - r).square() / max(r, 1) ** 2
-            taps = torch.exp(-distance / (2 * fold * fold)) if r else torch.ones(1).double()
-            best = table.argmax(1)
-            self._col_taps = taps.float()
-            self._col_scale = (table.amax(1) / taps[best]).float()
+        self._col_taps, self._col_scale = column_taps(axis, length, fold, geometry)
         self._call.table_taps = self._col_taps.ndim == 2
         self._call.uniform_taps = fold == math.inf
         self._call.col_taps = self._col_taps.data_ptr()
@@ -256,9 +314,16 @@ class _FoldCall:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return log₂ of the normaliser of each patch [Q, P] and the folded mean [C, X, Y]."""
-        status = run_apart(_library().els_fold, self._call, self._control, self)
-        if status == STOPPED:
-            raise ComputationStoppedError("native: stopped between two tiles")
-        if status == NO_MEMORY:
-            raise MemoryError("native: no memory for the partial results of a fold")
+        run_apart(_library().els_fold, self._call, self._control, self, "a fold")
         return self._log_z, self._fold
+
+
+def column_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return taps [k] of all columns and a scale of each [Y]; or taps [Y, k] and scales of 1."""
+    table = axis.taps(length, fold, geometry)
+    if fold < _LEAST_PLAIN and axis.window > 1:
+        return table.float(), torch.ones(len(table))
+    r = axis.window // 2
+    distance = (torch.arange(axis.window).double() - r).square() / max(r, 1) ** 2
+    taps = torch.exp(-distance / (2 * fold * fold)) if r else torch.ones(1).double()
+    return taps.float(), (table.amax(1) / taps[table.argmax(1)]).float()

@@ -16,8 +16,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from els_service.cli.progress import Progress
-from els_service.denoisers.bank_sources import FORMATS, read_source
-from els_service.denoisers.banks import Bank, load_bank, save_bank
+from els_service.denoisers.bank_sources import FORMATS, read_pictures, read_source
+from els_service.denoisers.banks import save_bank
+from els_service.denoisers.mixed_banks import AnyBank, MixedBank, load_any_bank
 from els_service.errors import ElsError, InvalidArgumentError
 
 _SHOWN = 10
@@ -53,6 +54,9 @@ def build(
     crop: Annotated[
         bool, typer.Option(help="Keep proportions: cut about the centre before --resize.")
     ] = False,
+    keep_sizes: Annotated[
+        bool, typer.Option(help="Keep the size of each picture, for models with sizes.")
+    ] = False,
     source_name: Annotated[
         str | None, typer.Option(help="Origin of the images. [default: name of SOURCE]")
     ] = None,
@@ -70,18 +74,20 @@ def build(
     with _one_line_errors(), Progress(f"Reading {source}", every_s=5.0, quiet_s=5.0) as progress:
         if out.suffix != ".safetensors":
             raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
-        bank = read_source(
-            source,
-            format=format,
-            labels=labels,
-            label_names=_split_names(label_names),
-            limit=limit,
-            per_label=per_label,
-            resize=None if resize is None else _parse_size(resize),
-            crop=crop,
-            skipped=(lambda error: skipped.append(str(error))) if skip_unreadable else None,
-            progress=lambda done, total: progress(done, total, f"{done} of {total} images"),
-        )
+        common: dict[str, Any] = {
+            "format": format,
+            "label_names": _split_names(label_names),
+            "limit": limit,
+            "per_label": per_label,
+            "skipped": (lambda error: skipped.append(str(error))) if skip_unreadable else None,
+            "progress": lambda done, total: progress(done, total, f"{done} of {total} images"),
+        }
+        size = None if resize is None else _parse_size(resize)
+        if keep_sizes:
+            _check_none_of({"labels": labels, "resize": resize, "crop": crop or None})
+            bank = read_pictures(source, **common)
+        else:
+            bank = read_source(source, labels=labels, resize=size, crop=crop, **common)
         bank = dataclasses.replace(
             bank, source=source_name or source.resolve().name, licence=licence
         )
@@ -89,7 +95,7 @@ def build(
     _print_table(out, bank)
     if skip_unreadable:
         _report_skipped(skipped)
-    if bank.images.dtype == np.float32 and bank.images.min() >= 0:
+    if bank.dtype == np.float32 and bank.images.min() >= 0:
         hint = "no pixel is below 0, but pixels are from -1 to 1: if black is 0, write 2·x - 1"
         typer.echo(f"hint: {hint}", err=True)
     # Local import: the engine takes a second.
@@ -99,6 +105,13 @@ def build(
     typer.echo(
         "windows, once a model.yaml names the bank: els-server calibrate --held-out MODEL_FOLDER"
     )
+
+
+def _check_none_of(options: dict[str, Any]) -> None:
+    """Raise InvalidArgumentError if an option was given that does not go with keep_sizes."""
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidArgumentError(name, "none with --keep-sizes", value)
 
 
 def _report_skipped(skipped: list[str]) -> None:
@@ -116,14 +129,14 @@ def info(
 ) -> None:
     """Describe a bank: sizes, labels, source, licence and fingerprint."""
     with _one_line_errors():
-        bank = load_bank(file)
+        bank = load_any_bank(file)
     if as_json:
         typer.echo(json.dumps(_describe(bank), ensure_ascii=False))
     else:
         _print_table(file, bank)
 
 
-def _describe(bank: Bank) -> dict[str, Any]:
+def _describe(bank: AnyBank) -> dict[str, Any]:
     # No counts for absent labels: a file may have a single huge label.
     labels, counts = np.unique(bank.labels, return_counts=True)
     entries = [
@@ -131,9 +144,10 @@ def _describe(bank: Bank) -> dict[str, Any]:
         for label, count in zip(labels, counts, strict=True)
     ]
     return {
-        "images": len(bank.images),
+        "images": len(bank),
         "shape": bank.shape,
-        "dtype": bank.images.dtype.name,
+        **({"sizes": _sizes(bank)} if isinstance(bank, MixedBank) else {}),
+        "dtype": bank.dtype.name,
         "labels": entries if bank.label_count else [],
         "source": bank.source,
         "licence": bank.licence,
@@ -142,17 +156,34 @@ def _describe(bank: Bank) -> dict[str, Any]:
     }
 
 
-def _name(bank: Bank, label: int) -> str | None:
+def _sizes(bank: MixedBank) -> dict[str, Any]:
+    """Return the ranges of height and width, and the most frequent sizes with their counts."""
+    height, width = bank.sides
+    sizes, counts = np.unique(bank.extents, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:_SHOWN]
+    most = [
+        {"height": int(sizes[i, 0]), "width": int(sizes[i, 1]), "images": int(counts[i])}
+        for i in order
+    ]
+    return {"height": height, "width": width, "different": len(sizes), "most": most}
+
+
+def _name(bank: AnyBank, label: int) -> str | None:
     return bank.label_names[label] if bank.label_names else None
 
 
-def _print_table(file: Path, bank: Bank) -> None:
+def _print_table(file: Path, bank: AnyBank) -> None:
     facts = _describe(bank)
     labels = [
         " × ".join((f"{entry['label']} {entry['name'] or ''}".rstrip(), str(entry["images"])))
         for entry in facts["labels"]
     ]
     facts |= {"shape": " × ".join(map(str, bank.shape)), "labels": "\n".join(labels)}
+    if isinstance(bank, MixedBank):
+        (low, high), (wide_low, wide_high) = bank.sides
+        different = facts["sizes"]["different"]
+        span = f"heights {low} to {high}, widths {wide_low} to {wide_high}"
+        facts["sizes"] = f"{different} different, {span}; shape is the most frequent"
     table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in {"file": file, **facts}.items():
         # Text, because a string would be parsed as markup.

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from els_kernels import GEOMETRIES, max_window
 from els_service.cli.progress import Progress
-from els_service.denoisers.banks import Bank, load_bank
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.mixed_banks import load_any_bank, one_size
 from els_service.denoisers.windows import default_windows
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.held_out import (
@@ -111,7 +112,7 @@ def _choose(
     if spec.machine in ("ideal", "equivariant") or geometry is None:
         got = f"{spec.machine} with {spec.padding}"
         raise LoadError(path, f"machine: expected els or local, which have a window, got {got}")
-    whole = load_bank(model / spec.bank)
+    whole = one_size(load_any_bank(model / spec.bank), "calibration by held-out images")
     bank = _part(whole, images or affordable(whole, geometry, how, windows), images is None)
     progress: dict[str, Progress] = {}
     with ExitStack() as bars:

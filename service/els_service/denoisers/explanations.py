@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.mixed_banks import AnyBank
 
 
 @dataclass(eq=False, slots=True)  # immutable by convention; see base.Condition
@@ -26,7 +26,7 @@ class Explanation(Denoised):
     """[B, H, W, m], falling."""
     shares: npt.NDArray[np.float64]
     """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
-    bank: Bank
+    bank: AnyBank
     """Images of the sources, with labels and file names; never copied."""
 
     def __getitem__(self, images: slice) -> Explanation:

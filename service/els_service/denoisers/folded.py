@@ -17,7 +17,8 @@ from els_service.denoisers.base import (
     Query,
     SizeRange,
 )
-from els_service.denoisers.query_checks import check_query, largest_window
+from els_service.denoisers.mixed_banks import AnyBank, one_size
+from els_service.denoisers.query_checks import check_query, largest_window, odd
 from els_service.denoisers.windows import WindowTable, default_windows
 from els_service.errors import InvalidArgumentError
 
@@ -53,6 +54,26 @@ def check_fold(machine: str, padding: str, fold: float, *, sized: bool) -> None:
         raise ValueError(f"sizes: {expected}, got some for {machine}")
 
 
+def check_images(bank: AnyBank, machine: str, *, sized: bool) -> None:
+    """Check that a machine takes the images of a bank.
+
+    Raises:
+        ValueError: They have several sizes, and the machine needs one, or has no ``sizes``.
+    """
+    if machine != "els":
+        one_size(bank, f"machine {machine}")
+    if not (isinstance(bank, Bank) or sized):
+        expected = "expected any, or ranges, as the bank has images of several sizes"
+        raise ValueError(f"sizes: {expected}, got none")
+
+
+def fold_of(bank: AnyBank, device: str, implementation: str = "auto") -> FoldedAttention:
+    """Return the fold of a bank; on the CPU it holds the memory of the bank, and no copy."""
+    groups = (group if group.flags.writeable else group.copy() for group in bank.groups)
+    images = [torch.from_numpy(group).to(device) for group in groups]
+    return FoldedAttention(images, implementation=implementation)
+
+
 def logit_seconds(implementation: str, channels: int, taps: int) -> float:
     """Return the predicted seconds of one thread for a logit and its part of the fold."""
     fixed, channel, tap = _LOGIT_S.get(implementation, _LOGIT_S[_SLOWEST])
@@ -66,7 +87,7 @@ class FoldedDenoiser:
 
     Args:
         fold_attention: fold of the bank; shared by all models with that bank.
-        bank: the images.
+        bank: the images; of several sizes for ``els`` with ``sizes`` alone.
         machine: ``els`` or ``local``.
         padding: of a key of ``FOLD_GEOMETRIES``.
         fold: ρ: 0, or from 0.05 to infinity.
@@ -76,13 +97,14 @@ class FoldedDenoiser:
         plain: with ρ = 0, the same machine for queries of the bank's size.
 
     Raises:
-        ValueError: Unknown machine and padding, or ρ or a window out of range.
+        ValueError: Unknown machine and padding, ρ or a window out of range, or images of several
+            sizes where one is needed.
     """
 
     def __init__(
         self,
         fold_attention: FoldedAttention,
-        bank: Bank,
+        bank: AnyBank,
         *,
         machine: str,
         padding: str,
@@ -93,19 +115,24 @@ class FoldedDenoiser:
         plain: AnalyticDenoiser | None = None,
     ) -> None:
         check_fold(machine, padding, fold, sized=sizes is not None)
+        check_images(bank, machine, sized=sizes is not None)
         self._attention, self._bank, self._fold, self._plain = fold_attention, bank, fold, plain
         self._geometry = FOLD_GEOMETRIES[machine, padding]
         self._size = bank.shape[1], bank.shape[2]
+        self._typical: dict[tuple[int, int], tuple[int, int]] = {}
+        """Range of bank images → mean height and largest width, which determine their cost."""
         self._clip = clip or window is None
-        largest = max_window(self._geometry, *self._size)
+        info = bank_info(bank)
+        if info.sizes is None:
+            largest = max_window(self._geometry, *self._size)
+        else:
+            largest = odd(info.sizes.least)
         table = window or default_windows()
         if self._clip:
             table = table.clipped(largest)
         if max(table.k) > largest:
             raise ValueError(f"window: expected at most {largest} here, got {max(table.k)}")
         self._window = table
-        # The bank in float32 and its centred copy; and that of the plain machine.
-        copies = 2 if plain is None else 3
         self._info = DenoiserInfo(
             kind="analytic",
             shape=bank.shape,
@@ -117,11 +144,12 @@ class FoldedDenoiser:
             sizes=sizes,
             label_count=bank.label_count,
             label_names=bank.label_names,
-            bank=bank_info(bank),
+            bank=info,
             has_originality=True,
             has_log_evidence=True,
             implementation=fold_attention.implementation,
-            memory_bytes=bank_bytes(bank) + 4 * (copies - 1) * bank.images.size,
+            # The fold needs no copy of the bank, the plain machine one in float32.
+            memory_bytes=bank_bytes(bank, copies=0 if plain is None else 1),
         )
 
     @property
@@ -130,7 +158,7 @@ class FoldedDenoiser:
         return self._info
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> AnyBank:
         """Images of the machine."""
         return self._bank
 
@@ -149,13 +177,14 @@ class FoldedDenoiser:
         if self._plain is not None and self._is_plain(query):
             return self._plain.predict_seconds(query)
         size = query.pixels.shape[2], query.pixels.shape[3]
-        pixels = math.prod(self._info.shape)
+        channels = self._info.shape[0]
         seconds = 0.0
         for k, (lo, hi) in zip(self._windows(query).tolist(), self._ranges(query), strict=True):
-            work = count_fold_work(self._geometry, size, self._size, k)
+            image = self._typical_size(lo, hi)
+            work = count_fold_work(self._geometry, size, image, k)
             taps = 1 if math.isinf(self._fold) else k
-            each = logit_seconds(self._info.implementation, self._info.shape[0], taps)
-            seconds += (hi - lo) * (each * work + _PIXEL_S * pixels)
+            each = logit_seconds(self._info.implementation, channels, taps)
+            seconds += (hi - lo) * (each * work + _PIXEL_S * channels * math.prod(image))
         return len(query) * _IMAGE_S + seconds / torch.get_num_threads()
 
     def denoise(self, query: Query) -> Denoised:
@@ -172,6 +201,16 @@ class FoldedDenoiser:
             geometry=self._geometry,
         )
         return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu().numpy())
+
+    def _typical_size(self, lo: int, hi: int) -> tuple[int, int]:
+        """Return the size of an image that costs as much as those of a range do in the mean.
+
+        Rows of all images are on a ring as long as the widest.
+        """
+        if (lo, hi) not in self._typical:
+            extents = self._bank.extents[lo:hi]
+            self._typical[lo, hi] = round(float(extents[:, 0].mean())), int(extents[:, 1].max())
+        return self._typical[lo, hi]
 
     def _is_plain(self, query: Query) -> bool:
         return query.pixels.shape[2:] == self._size

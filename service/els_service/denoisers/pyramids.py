@@ -67,6 +67,48 @@ def resized(images: Tensor, size: Size) -> Tensor:
     return interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
 
 
+def resized_on_torus(images: Tensor, size: Size) -> Tensor:
+    """Return images [B, C, H, W] that repeat on all sides, resampled as by ``resized``."""
+    axes = [_margins(old, new) for old, new in zip(images.shape[2:], size, strict=True)]
+    (row, new_row), (col, new_col) = axes
+    larger = size[0] + 2 * new_row, size[1] + 2 * new_col
+    wide = resized(wrapped(images, row, col), larger)
+    return wide[..., new_row : new_row + size[0], new_col : new_col + size[1]]
+
+
+def _margins(old: int, new: int) -> tuple[int, int]:
+    """Return how many pixels of an axis to repeat on either side, and how many those become.
+
+    Enough for the filter, which reaches two of the larger pixels; and a whole number of both.
+    """
+    shared = math.gcd(old, new)
+    reach = 3 * max(1.0, old / new)
+    count = math.ceil(reach * shared / old)
+    return count * old // shared, count * new // shared
+
+
+def wrapped(images: Tensor, rows: int, cols: int) -> Tensor:
+    """Return images with a border in which they repeat, even if they are narrower than that."""
+    row = torch.arange(-rows, images.shape[2] + rows) % images.shape[2]
+    col = torch.arange(-cols, images.shape[3] + cols) % images.shape[3]
+    return images[:, :, row][..., col]
+
+
+def with_smooth_edges(images: Tensor) -> Tensor:
+    """Return images [B, C, H, W] that repeat on all sides, rolled so that their edges are smooth.
+
+    The neighbouring rows that differ least, on average over pixels, become the edges; and columns.
+    """
+    rolled = []
+    for image in images:
+        for axis in (1, 2):
+            # Entry i: the step to i from its neighbour; that to 0 is from the other edge.
+            steps = (image - image.roll(1, axis)).abs().mean(dim=(0, 3 - axis))
+            image = image.roll(-int(steps.argmin()), axis)
+        rolled.append(image)
+    return torch.stack(rolled)
+
+
 def level_of(taken: int, steps: int) -> tuple[float, float]:
     """Return (α, σ) before the step after ``taken`` steps of one scale; σ = 1 - α.
 
@@ -103,6 +145,15 @@ class PyramidPlan:
     def scales(self) -> int:
         """Number of scales."""
         return len(self.sizes)
+
+    @property
+    def border(self) -> int:
+        """Pixels of the border in which a tileable picture repeats in a query; otherwise 0."""
+        return self.patch - 1 if self.tileable else 0
+
+    def resized(self, images: Tensor, size: Size) -> Tensor:
+        """Return images [B, C, H, W] resampled to a size, on the torus if tileable."""
+        return resized_on_torus(images, size) if self.tileable else resized(images, size)
 
     def pixels(self, scale: int) -> int:
         """Return height × width of a scale; 0 for the one before the first."""

@@ -62,7 +62,12 @@ def largest_window(info: DenoiserInfo, height: int, width: int) -> int:
     """Return the largest window of queries [B, C, ``height``, ``width``]; 0 if there are none."""
     if not info.max_window or (height, width) == info.shape[1:]:
         return info.max_window
-    side = min(height, width, *info.shape[1:])
+    of_bank = None if info.bank is None else info.bank.sizes
+    return odd(min(height, width, *(info.shape[1:] if of_bank is None else (of_bank.least,))))
+
+
+def odd(side: int) -> int:
+    """Return the largest odd number up to ``side``."""
     return side - (side + 1) % 2
 
 

@@ -67,18 +67,18 @@ class Admission:
         *,
         decodes: bool,
     ) -> None:
-        """Admit a trajectory by its first query: reserves the time of one step for its whole life.
+        """Admit a trajectory by its longest query: reserves the time of a step for its whole life.
 
         Args:
             loaded: model of the trajectory.
-            query: its first query; later ones take about as long.
+            query: the one that takes longest.
             context: deadline, priority and caller.
             reservation: reservation of the trajectory.
             decodes: whether its final latents are decoded.
 
         Raises:
             QueueFullError: A budget is full and the caller has its share of it.
-            DeadlineExceededError: The first answer would be late.
+            DeadlineExceededError: The answer to it would be late.
         """
         estimate = loaded.denoiser.predict_seconds(query)
         if estimate >= INLINE_S or loaded.running:

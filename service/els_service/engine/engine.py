@@ -248,8 +248,9 @@ class Engine:
                 self._check_ended()
                 loaded.denoiser.check(query)
                 run.check_time(loaded, query, context.deadline, self._clock())
+                longest = run.longest(loaded.denoiser, query)
                 self._scheduler.admission.enter(
-                    loaded, query, context, reservation.held, decodes=run.decode
+                    loaded, longest, context, reservation.held, decodes=run.decode
                 )
                 begun = True
             answer = await self._step(loaded, query, context, reservation)

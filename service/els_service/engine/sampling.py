@@ -32,6 +32,9 @@ class SamplingRun:
         held_bytes: memory of the trajectory beside state, answer and message: a start, an older D.
         shape: (C, H, W) of its images; None for that of the model.
         window_scale: of the windows of the model's table.
+        expected: queries that take as long as those of the trajectory, from its first step if it
+            were not resumed, each with the number of calls in a row that it stands for; empty if
+            all calls take as long as the first. Their pixels are not read.
     """
 
     trajectory: Trajectory
@@ -45,6 +48,7 @@ class SamplingRun:
     held_bytes: int = 0
     shape: tuple[int, int, int] | None = None
     window_scale: float = field(default=1.0, kw_only=True)
+    expected: tuple[tuple[Query, int], ...] = field(default=(), kw_only=True)
 
     def query(self, denoiser: Denoiser, call: DenoiseCall) -> Query:
         """Return the query of a denoise call."""
@@ -85,23 +89,56 @@ class SamplingRun:
         Raises:
             DeadlineExceededError: It would be late by prediction.
         """
-        self._check_times(loaded, query, self.evaluations, "evaluates", deadline - now, now)
+        left = self._left(query)
+        _check_times(loaded, left, "evaluates", deadline - now, now)
         if self.explain_steps:
-            times = len(self.explain_steps) * len(query)
-            explainer = loaded.derived["explain"]
-            self._check_times(explainer, query[:1], times, "explains", deadline - now, now)
+            explained = self._explained(query)
+            _check_times(loaded.derived["explain"], explained, "explains", deadline - now, now)
 
-    @staticmethod
-    def _check_times(
-        loaded: LoadedModel, query: Query, times: int, verb: str, slack: float, now: float
-    ) -> None:
-        """Check that so many computations of a query can end within ``slack`` seconds."""
-        estimate = loaded.denoiser.predict_seconds(query)
-        each = loaded.costs.seconds(estimate)
-        if times * each <= slack:
-            return
-        if loaded.costs.may_reject(times * estimate, slack, now):
-            raise DeadlineExceededError(
-                f"the trajectory {verb} {loaded.model} {times} times, "
-                f"{each:.3g} s each by prediction: {times * each:.3g} s; {allows(slack)}"
-            )
+    def longest(self, denoiser: Denoiser, query: Query) -> Query:
+        """Return the query that takes longest of those that are left.
+
+        Args:
+            denoiser: of the trajectory.
+            query: its first query.
+        """
+        return max((each for each, _ in self._left(query)), key=denoiser.predict_seconds)
+
+    def _left(self, query: Query) -> list[tuple[Query, int]]:
+        """Return the queries of the calls that are left, with their numbers."""
+        if not self.expected:
+            return [(query, self.evaluations)]
+        left, found = self.evaluations, []
+        for each, times in reversed(self.expected):
+            if left > 0:
+                found.append((each, min(left, times)))
+                left -= times
+        return found[::-1]
+
+    def _explained(self, query: Query) -> list[tuple[Query, int]]:
+        """Return one image of the queries of the explained steps, with their numbers."""
+        if not self.expected:
+            return [(query[:1], len(self.explain_steps) * len(query))]
+        found, first = [], 1
+        for each, times in self.expected:
+            steps = sum(first <= step < first + times for step in self.explain_steps)
+            if steps:
+                found.append((each[:1], steps * len(each)))
+            first += times
+        return found
+
+
+def _check_times(
+    loaded: LoadedModel, queries: list[tuple[Query, int]], verb: str, slack: float, now: float
+) -> None:
+    """Check that computations of queries, so many of each, can end within ``slack`` seconds."""
+    estimates = [(loaded.denoiser.predict_seconds(query), times) for query, times in queries]
+    total = sum(times * loaded.costs.seconds(estimate) for estimate, times in estimates)
+    if total <= slack:
+        return
+    if loaded.costs.may_reject(sum(times * one for one, times in estimates), slack, now):
+        times = sum(times for _, times in estimates)
+        raise DeadlineExceededError(
+            f"the trajectory {verb} {loaded.model} {times} times, "
+            f"{total / times:.3g} s each by prediction: {total:.3g} s; {allows(slack)}"
+        )

@@ -7,7 +7,9 @@ from threading import Lock
 from weakref import WeakValueDictionary
 
 from els_kernels import FoldedAttention, PatchAttention
-from els_service.denoisers.banks import Bank, load_bank
+from els_service.denoisers.banks import Bank
+from els_service.denoisers.folded import fold_of
+from els_service.denoisers.mixed_banks import AnyBank, load_any_bank, one_size
 from els_service.repository.folders import FileState, file_state
 
 
@@ -24,7 +26,7 @@ class BankCache:
         self.implementation = implementation
         """Implementation of patch attention, as in ``PatchAttention``."""
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
-        self._banks: WeakValueDictionary[FileState, Bank] = WeakValueDictionary()
+        self._banks: WeakValueDictionary[FileState, AnyBank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
@@ -32,7 +34,7 @@ class BankCache:
             WeakValueDictionary()
         )
 
-    def bank(self, path: Path) -> Bank:
+    def bank(self, path: Path) -> AnyBank:
         """Return the bank of a file.
 
         Raises:
@@ -44,32 +46,35 @@ class BankCache:
             return self._bank(state)
 
     def attention(self, path: Path, device: str) -> tuple[Bank, PatchAttention]:
-        """Return the bank of a file and its patch attention on a device; raises as ``bank``."""
+        """Return the bank of a file and its patch attention on a device; raises as ``bank``.
+
+        Raises InvalidArgumentError for a bank of images of several sizes.
+        """
         state = file_state(path)
         with self._lock(state):
-            bank, attention = self._bank(state), self._attentions.get((state, device))
+            bank = one_size(self._bank(state), "patch attention")
+            attention = self._attentions.get((state, device))
             if attention is None:
                 pixels = bank.pixels().to(device)
                 attention = PatchAttention(pixels, implementation=self.implementation)
                 self._attentions[state, device] = attention
             return bank, attention
 
-    def fold(self, path: Path, device: str) -> tuple[Bank, FoldedAttention]:
+    def fold(self, path: Path, device: str) -> tuple[AnyBank, FoldedAttention]:
         """Return the bank of a file and its fold on a device; raises as ``bank``."""
         state = file_state(path)
         with self._lock(state):
             bank, fold = self._bank(state), self._folds.get((state, device))
             if fold is None:
-                pixels = bank.pixels().to(device)
-                fold = FoldedAttention(pixels, implementation=self.implementation)
+                fold = fold_of(bank, device, self.implementation)
                 self._folds[state, device] = fold
             return bank, fold
 
     def _lock(self, state: FileState) -> Lock:
         return self._locks.setdefault(state, Lock())
 
-    def _bank(self, state: FileState) -> Bank:
+    def _bank(self, state: FileState) -> AnyBank:
         bank = self._banks.get(state)
         if bank is None:
-            bank = self._banks[state] = load_bank(state[0])
+            bank = self._banks[state] = load_any_bank(state[0])
         return bank

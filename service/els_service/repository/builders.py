@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, SizeRange
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold
+from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
+from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
@@ -70,7 +72,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
         case PictureSpec():
             return load_picture_model(spec, files, banks.implementation, device)
         case WienerSpec():
-            return WienerDenoiser(banks.bank(files.find(spec.bank)))
+            return WienerDenoiser(one_size(banks.bank(files.find(spec.bank)), "kind wiener"))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
             return load_pretrained(spec, files, device)
 
@@ -84,14 +86,20 @@ def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: s
         "window": _window(files, spec.window),
         "clip": isinstance(spec.window, str),
     }
-    rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
-    if rho == 0 and spec.sizes is None and spec.padding != "inside":
-        bank, attention = banks.attention(path, device)
-        return AnalyticDenoiser(attention, bank, **common)
-    check_fold(spec.machine, spec.padding, rho, sized=spec.sizes is not None)
+    rho, sized = (
+        math.inf if isinstance(spec.fold, str) else float(spec.fold),
+        spec.sizes is not None,
+    )
+    bank = banks.bank(path)
+    if rho == 0 and spec.padding != "inside" and not sized:
+        check_images(bank, spec.machine, sized=False)
+        one, attention = banks.attention(path, device)
+        return AnalyticDenoiser(attention, one, **common)
+    check_fold(spec.machine, spec.padding, rho, sized=sized)
+    check_images(bank, spec.machine, sized=sized)
     bank, fold = banks.fold(path, device)
     plain = None
-    if rho == 0 and spec.padding != "inside":
+    if rho == 0 and spec.padding != "inside" and isinstance(bank, Bank):
         # Queries of the bank's size keep the bits that they have without ``sizes``.
         plain = AnalyticDenoiser(banks.attention(path, device)[1], bank, **common)
     return FoldedDenoiser(

@@ -7,197 +7,15 @@
 // V and S are integers, so that running sums are exact; see fold_problem.hpp for units and layout.
 #pragma once
 
-#include "fold_problem.hpp"
-#include "scratch.hpp"
-#include "units.hpp"
+#include "fold_image.hpp"
 
 namespace {
 
-using els::FoldCell;
 using els::FoldNormaliser;
-using els::FoldSource;
 using els::FoldSums;
-using els::FoldUnit;
+using els::FoldTaps;
 
-constexpr int kMostRows = 4;          // displacements that a pass works on together, at most
-constexpr float kNoPatch = -1e30f;    // added to the logit of what is no patch
 constexpr float kFoldHeadroom = 10.0f;  // bits by which a logit may exceed the running maximum
-
-// The column to the right of, or to the left of, the last or first vector of a row.
-template <class V>
-[[gnu::always_inline]] inline V next_lane(V v) {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return (V)_mm512_alignr_epi32((__m512i)v, (__m512i)v, 1);
-#elif defined(__AVX2__)
-  return (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
-#else
-  return __builtin_shufflevector(v, v, 1, 2, 3, 0);
-#endif
-}
-template <class V>
-[[gnu::always_inline]] inline V last_lane(V v) {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return (V)_mm512_alignr_epi32((__m512i)v, (__m512i)v, 15);
-#elif defined(__AVX2__)
-  return (V)_mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6));
-#else
-  return __builtin_shufflevector(v, v, 3, 0, 1, 2);
-#endif
-}
-
-// A thread's working memory.
-struct FoldScratch {
-  float* base;            // [C][padded][vectors][2] vectors: an image, its lanes twice
-  std::int32_t* base_bias;  // [key_rows][vectors][2] vectors
-  float* keys;            // [C][padded][vectors] vectors: the image moved by a displacement
-  std::int32_t* bias;     // [key_rows][vectors] vectors
-  float* mask;            // [vectors] vectors
-  std::int32_t* ring;     // [kMostRows][window][vectors] vectors: products of the last rows
-  std::int32_t* columns;  // [kMostRows][vectors + window] vectors: V, continued past its end
-  float* logits;          // [vectors] vectors
-  float* weights;         // [kMostRows][window][vectors] vectors: of the last rows
-  float* reach;           // [window + vectors] vectors: weights filtered along columns
-  float* sums;            // [patch_rows][vectors] vectors, or the fold: [C][rows][vectors]
-  std::int32_t* flushed;  // [patch_rows][vectors] vectors
-  double* norms;          // [key_rows + 1][columns]
-  bool* live;             // [kMostRows][window]: whether a slot of the ring of weights holds any
-  float* taps;            // [window]: of the rows of weights that reach a row
-  const float** lines;    // [window]: where these are
-  std::size_t bytes = 0;
-
-  FoldScratch(const FoldCell& cell, char* memory) {
-    auto take = [&](std::size_t size) {
-      char* at = memory == nullptr ? nullptr : memory + bytes;
-      // A cache line more each time, so that their rows do not share the sets of the cache.
-      bytes += (size + 63) / 64 * 64 + 64;
-      return at;
-    };
-    const std::size_t row = std::size_t(cell.vectors) * kLanes * sizeof(float);
-    const std::size_t vec = kLanes * sizeof(float), k = cell.window;
-    const std::size_t padded = cell.key_rows + 2 * kMostRows;
-    const std::size_t most = cell.rows > cell.key_rows ? cell.rows : cell.key_rows;
-    base = reinterpret_cast<float*>(take(2 * cell.channels * padded * row));
-    base_bias = reinterpret_cast<std::int32_t*>(take(2 * cell.key_rows * row));
-    keys = reinterpret_cast<float*>(take(cell.channels * padded * row));
-    bias = reinterpret_cast<std::int32_t*>(take(cell.key_rows * row));
-    mask = reinterpret_cast<float*>(take(row));
-    ring = reinterpret_cast<std::int32_t*>(take(kMostRows * k * row));
-    columns = reinterpret_cast<std::int32_t*>(take(kMostRows * (row + k * vec)));
-    logits = reinterpret_cast<float*>(take(row));
-    weights = reinterpret_cast<float*>(take(kMostRows * k * row));
-    reach = reinterpret_cast<float*>(take(row + k * vec));
-    sums = reinterpret_cast<float*>(take(cell.channels * most * row));
-    flushed = reinterpret_cast<std::int32_t*>(take(cell.rows * row));
-    norms = reinterpret_cast<double*>(take((cell.key_rows + 1) * row * 2));
-    live = reinterpret_cast<bool*>(take(kMostRows * k));
-    taps = reinterpret_cast<float*>(take(k * sizeof(float)));
-    lines = reinterpret_cast<const float**>(take(k * sizeof(float*)));
-  }
-};
-
-// The image that a thread works on, moved by one displacement.
-struct FoldKeys {
-  int crop_rows, patch_rows, patch_cols;
-  std::size_t plane, row;  // floats
-};
-
-inline std::size_t striped(const FoldCell& cell, int x) {
-  return std::size_t(x % cell.vectors) * kLanes + x / cell.vectors;
-}
-
-// Write an image's crop, and the bias of each of its patches, into base and base_bias.
-inline void load_image(const FoldCell& cell, const FoldSource& source, std::int64_t image,
-                       FoldScratch& scratch) {
-  const int rows = source.crop_rows, cols = source.crop_cols, k = cell.window;
-  const std::size_t row = std::size_t(2) * cell.vectors * kLanes;
-  const std::size_t plane = (cell.key_rows + 2 * kMostRows) * row;
-  std::memset(scratch.base, 0, cell.channels * plane * sizeof(float));
-  std::memset(scratch.base_bias, 0, cell.key_rows * row * sizeof(std::int32_t));
-  double* norms = scratch.norms;  // [rows][cols]
-  double* line = norms + std::size_t(cell.key_rows) * cell.vectors * kLanes;
-  for (int i = 0; i < rows * cols; ++i) norms[i] = 0.0;
-  const float* pixels = source.images + image * cell.channels * source.height * source.width;
-  for (int c = 0; c < cell.channels; ++c, pixels += source.height * source.width)
-    for (int i = 0; i < rows; ++i) {
-      if (source.rows[i] < 0) continue;
-      const float* from = pixels + source.rows[i] * source.width;
-      float* to = scratch.base + c * plane + (i + kMostRows) * row;
-      for (int j = 0; j < cols; ++j) {
-        if (source.cols[j] < 0) continue;
-        const float value = from[source.cols[j]];
-        const int v = j % cell.vectors, lane = j / cell.vectors;
-        to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = value;
-        norms[i * cols + j] += double(value) * value;
-      }
-    }
-  for (int j = 0; j < cols; ++j) line[j] = 0.0;
-  for (int i = 0; i < rows; ++i) {
-    // Sums of float squares in double precision: what running sums lose is far below one unit.
-    for (int j = 0; j < cols; ++j) {
-      line[j] += norms[i * cols + j];
-      if (i >= k) line[j] -= norms[(i - k) * cols + j];
-    }
-    if (i < k - 1) continue;
-    std::int32_t* to = scratch.base_bias + (i - k + 1) * row;
-    double sum = 0.0;
-    for (int j = 0; j < cols; ++j) {
-      sum += line[j];
-      if (j >= k) sum -= line[j - k];
-      if (j < k - 1) continue;
-      const int u = j - k + 1, v = u % cell.vectors, lane = u / cell.vectors;
-      const double units = sum * cell.bias;
-      const auto bias = std::int32_t(std::uint32_t(std::int64_t(units < 0 ? units - 0.5 : units + 0.5)));
-      to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = bias;
-    }
-  }
-}
-
-// Rotate base by dx columns into keys and bias, and mask what is no patch.
-inline FoldKeys move_image(const FoldCell& cell, const FoldSource& source, int dx,
-                           FoldScratch& scratch) {
-  const int K = cell.vectors, lanes = dx / K, shift = dx % K;
-  const std::size_t row = std::size_t(K) * kLanes;
-  const int padded = cell.key_rows + 2 * kMostRows;
-  const int last = source.crop_rows + 2 * kMostRows;
-  for (int v = 0; v < K; ++v) {
-    const int from = v + shift < K ? v + shift : v + shift - K;
-    const int lane = (lanes + (v + shift >= K)) % kLanes;
-    const std::size_t at = std::size_t(2) * from * kLanes + lane, to = std::size_t(v) * kLanes;
-    for (int c = 0; c < cell.channels; ++c)
-      for (int i = 0; i < last; ++i) {
-        const std::size_t line = std::size_t(c) * padded + i;
-        std::memcpy(scratch.keys + line * row + to, scratch.base + 2 * line * row + at,
-                    kLanes * sizeof(float));
-      }
-    for (int i = 0; i <= source.crop_rows - cell.window; ++i)
-      std::memcpy(scratch.bias + i * row + to, scratch.base_bias + 2 * i * row + at,
-                  kLanes * sizeof(float));
-    for (int lane_ = 0; lane_ < kLanes; ++lane_) {
-      const int q = lane_ * K + v, u = (q + dx) % (K * kLanes);
-      const bool valid = q < cell.patch_cols() && u <= source.crop_cols - cell.window;
-      scratch.mask[to + lane_] = valid ? 0.0f : kNoPatch;
-    }
-  }
-  return {source.crop_rows, source.crop_rows - cell.window + 1, source.crop_cols - cell.window + 1,
-          padded * row, row};
-}
-
-// A block of `N` vertical displacements from dy on: which query patches each has keys for.
-template <int N>
-struct FoldBlock {
-  int dy, first, last;
-  int from[N], to[N];
-
-  FoldBlock(const FoldCell& cell, const FoldKeys& keys, int dy_, int end) : dy(dy_) {
-    first = cell.patch_rows(), last = 0;
-    for (int d = 0; d < N; ++d) {
-      from[d] = most(0, -dy - d);
-      to[d] = dy + d < end ? least(cell.patch_rows(), keys.patch_rows - dy - d) : from[d];
-      if (from[d] < to[d]) first = least(first, from[d]), last = most(last, to[d]);
-    }
-  }
-  bool has(int d, int i) const { return i >= from[d] && i < to[d]; }
-};
 
 // V += products of query row t - products of the row that left, for each displacement.
 template <int C, int N>
@@ -291,9 +109,9 @@ template <bool kRest>
 }
 
 template <int C, int N>
-[[gnu::noinline]] void normalise_block(const FoldCell& cell, const FoldKeys& keys, int dy, int end,
+[[gnu::noinline]] void normalise_block(const FoldCell& cell, const FoldKeys& keys, int dy,
                                        std::int32_t* peak, FoldScratch& scratch) {
-  const FoldBlock<N> block(cell, keys, dy, end);
+  const FoldBlock<N> block(cell, keys, dy);
   if (block.first >= block.last) return;
   const int K = cell.vectors, k = cell.window;
   const std::size_t length = (K + k) * kLanes;
@@ -354,40 +172,64 @@ template <class Tap, class Line, class Out>
   }
 }
 
-// Call out(v, weight) with the weights that reach row p, filtered by the taps of both axes.
+// Call out(v, sum) with the sums of a row over columns, its taps to the left or, `ahead`, to the right.
+// The row is continued there by window - 1 vectors.
+template <bool kAhead, class Out>
+[[gnu::always_inline]] inline void filter_columns(const FoldCell& cell, const FoldTaps& taps,
+                                                  const float* row, Out out) {
+  const int K = cell.vectors, k = cell.window;
+  const float* cols = taps.cols;
+  auto line = [=](int o) { return row + (kAhead ? o : -o) * kLanes; };
+  if (taps.table)
+    return filter(K, k, [=](int o, int v) { return load(cols + (std::size_t(o) * K + v) * kLanes); },
+                  line, out);
+  if (!taps.uniform)
+    return filter(K, k, [=](int o, int) { return splat(cols[o]); }, line, out);
+  // The sum restarts in each row, and weights are not negative: nothing cancels.
+  const float* first = kAhead ? row : row - (k - 1) * kLanes;
+  Vec sum = {};
+  for (int o = 0; o < k - 1; ++o) sum += load(first + o * kLanes);
+  for (int v = 0; v < K; ++v) {
+    sum += load(first + (v + k - 1) * kLanes);
+    out(v, sum);
+    sum -= load(first + v * kLanes);
+  }
+}
+
+// Call out(v, weight) with the weights that reach a row, filtered by the taps of both axes: `count`
+// rows of weights are in scratch.lines, and their taps in scratch.taps.
 template <class Out>
-[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, int taps, FoldScratch& scratch,
-                                              Out out) {
+[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, const FoldTaps& taps, int count,
+                                              FoldScratch& scratch, Out out) {
   const int K = cell.vectors, k = cell.window;
   float* reach = scratch.reach + (k - 1) * kLanes;
   const float* row_taps = scratch.taps;
   const float* const* lines = scratch.lines;
-  filter(K, taps, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
+  filter(K, count, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
          [=](int v, Vec sum) { store(reach + v * kLanes, sum); });
   for (int j = 1; j < k; ++j)
     store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
-  const float* col_taps = cell.col_taps;
-  auto line = [=](int o) { return reach - o * kLanes; };
-  if (cell.table_taps)
-    return filter(K, k,
-                  [=](int o, int v) { return load(col_taps + (std::size_t(o) * K + v) * kLanes); },
-                  line, out);
-  if (!cell.uniform_taps)
-    return filter(K, k, [=](int o, int) { return splat(col_taps[o]); }, line, out);
-  // Weights are not negative, and the sum restarts in each row: nothing cancels.
-  Vec sum = {};
-  for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
-  for (int v = 0; v < K; ++v) {
-    sum += load(reach + v * kLanes);
-    out(v, sum);
-    sum -= load(reach + (v - k + 1) * kLanes);
-  }
+  filter_columns<false>(cell, taps, reach, out);
+}
+
+// Gather the rows of the ring of weights that reach row i, from `slot` back; returns their number.
+[[gnu::always_inline]] inline int gather_rows(const FoldCell& cell, const FoldTaps& taps, int i, int d,
+                                              int slot, FoldScratch& scratch) {
+  const int k = cell.window;
+  const std::size_t row = std::size_t(cell.vectors) * kLanes;
+  int count = 0;
+  for (int o = 0, s = slot; o < k; ++o, s = s > 0 ? s - 1 : k - 1)
+    if (scratch.live[d * k + s]) {
+      scratch.taps[count] = taps.rows[i * k + o];
+      scratch.lines[count++] = scratch.weights + (d * k + s) * row;
+    }
+  return count;
 }
 
 template <int C, int N>
-[[gnu::noinline]] void accumulate_block(const FoldCell& cell, const FoldKeys& keys, int dy, int end,
+[[gnu::noinline]] void accumulate_block(const FoldCell& cell, const FoldKeys& keys, int dy,
                                         const FoldNormaliser& z, FoldScratch& scratch) {
-  const FoldBlock<N> block(cell, keys, dy, end);
+  const FoldBlock<N> block(cell, keys, dy);
   if (block.first >= block.last) return;
   const int K = cell.vectors, k = cell.window, channels = C > 0 ? C : cell.channels;
   const std::size_t row = keys.row, length = (K + k) * kLanes, ring = k * row;
@@ -416,16 +258,11 @@ template <int C, int N>
         }
       }
       if (i - last_live[d] >= k) continue;
-      int taps = 0;
-      for (int o = 0, s = slot; o < k; ++o, s = s > 0 ? s - 1 : k - 1)
-        if (scratch.live[d * k + s]) {
-          scratch.taps[taps] = cell.row_taps[i * k + o];
-          scratch.lines[taps++] = scratch.weights + d * ring + s * row;
-        }
+      const int count = gather_rows(cell, cell.taps, i, d, slot, scratch);
       const float* near = scratch.keys + (i + dy + d + kMostRows) * row;
       const std::size_t near_plane = keys.plane;
       float* out = scratch.sums + i * row;
-      filter_row(cell, taps, scratch, [=](int v, Vec weight) {
+      filter_row(cell, cell.taps, count, scratch, [=](int v, Vec weight) {
         for (int c = 0; c < channels; ++c) {
           float* place = out + c * plane + v * kLanes;
           store(place, load(place) + weight * load(near + c * near_plane + v * kLanes));
@@ -435,28 +272,19 @@ template <int C, int N>
   }
 }
 
-// Call work(dy, end) for each block of N vertical displacements, until the control is stopped.
-template <class Work>
-void for_each_block(const FoldCell& cell, const FoldKeys& keys, int count, Control& control,
-                    Work work) {
-  const int low = cell.same_rows ? 0 : 1 - cell.patch_rows();
-  const int high = cell.same_rows ? 1 : keys.patch_rows;
-  for (int dy = low; dy < high && advance(control); dy += count) work(dy, high);
-}
-
 template <int C>
 void fold_normalise_unit(const FoldCell& cell, const FoldKeys& keys, Control& control,
                          FoldSums sums, FoldScratch& scratch) {
   const std::size_t count = cell.patch_rows() * keys.row;
   std::memset(scratch.sums, 0, count * sizeof(float));
   std::memcpy(scratch.flushed, sums.peak, count * sizeof(std::int32_t));
-  if (cell.same_rows)
-    for_each_block(cell, keys, 1, control, [&](int dy, int end) {
-      normalise_block<C, 1>(cell, keys, dy, end, sums.peak, scratch);
+  if (keys.last_row - keys.first_row == 1)
+    for_each_block(keys, 1, control, [&](int dy) {
+      normalise_block<C, 1>(cell, keys, dy, sums.peak, scratch);
     });
   else
-    for_each_block(cell, keys, 4, control, [&](int dy, int end) {
-      normalise_block<C, 4>(cell, keys, dy, end, sums.peak, scratch);
+    for_each_block(keys, 4, control, [&](int dy) {
+      normalise_block<C, 4>(cell, keys, dy, sums.peak, scratch);
     });
   for (std::size_t i = 0; i < count; ++i) {
     const auto raised = std::uint32_t(sums.peak[i]) - std::uint32_t(scratch.flushed[i]);
@@ -470,34 +298,26 @@ void fold_accumulate_unit(const FoldCell& cell, const FoldKeys& keys, Control& c
                           const FoldNormaliser& z, double* fold, FoldScratch& scratch) {
   const std::size_t count = std::size_t(cell.rows) * keys.row;
   std::memset(scratch.sums, 0, cell.channels * count * sizeof(float));
-  if (cell.same_rows)
-    for_each_block(cell, keys, 1, control, [&](int dy, int end) {
-      accumulate_block<C, 1>(cell, keys, dy, end, z, scratch);
+  if (keys.last_row - keys.first_row == 1)
+    for_each_block(keys, 1, control, [&](int dy) {
+      accumulate_block<C, 1>(cell, keys, dy, z, scratch);
     });
   else
-    for_each_block(cell, keys, 2, control, [&](int dy, int end) {
-      accumulate_block<C, 2>(cell, keys, dy, end, z, scratch);
+    for_each_block(keys, 2, control, [&](int dy) {
+      accumulate_block<C, 2>(cell, keys, dy, z, scratch);
     });
   for (std::size_t i = 0; i < cell.channels * count; ++i)
     fold[i] += double(scratch.sums[i]) * cell.col_scale[i % keys.row];
 }
 
-std::size_t fold_scratch_bytes(const FoldCell& cell) { return FoldScratch(cell, nullptr).bytes; }
-
-// Call work(keys) for every displacement of a unit.
-template <class Work>
-void for_each_shift(const FoldCell& cell, const FoldUnit& unit, Control& control,
-                    FoldScratch& scratch, Work work) {
-  const FlushToZero flush_to_zero;
-  load_image(cell, *unit.source, unit.image, scratch);
-  for (int dx = unit.first; dx < unit.last && !is_stopped(control); ++dx)
-    work(move_image(cell, *unit.source, dx, scratch));
+std::size_t fold_scratch_bytes(const FoldCell& cell) {
+  return FoldScratch(cell, cell.channels, nullptr).bytes;
 }
 
 void fold_normalise(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
                     FoldSums sums) {
-  FoldScratch scratch(cell, memory);
-  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys) {
+  FoldScratch scratch(cell, cell.channels, memory);
+  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
     switch (cell.channels) {
       case 1: return fold_normalise_unit<1>(cell, keys, control, sums, scratch);
       case 3: return fold_normalise_unit<3>(cell, keys, control, sums, scratch);
@@ -508,8 +328,8 @@ void fold_normalise(const FoldCell& cell, const FoldUnit& unit, Control& control
 
 void fold_accumulate(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
                      const FoldNormaliser& z, double* fold) {
-  FoldScratch scratch(cell, memory);
-  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys) {
+  FoldScratch scratch(cell, cell.channels, memory);
+  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
     switch (cell.channels) {
       case 1: return fold_accumulate_unit<1>(cell, keys, control, z, fold, scratch);
       case 3: return fold_accumulate_unit<3>(cell, keys, control, z, fold, scratch);

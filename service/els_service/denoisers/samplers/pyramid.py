@@ -22,8 +22,9 @@ from els_service.denoisers.pyramids import (
     Size,
     level_of,
     packed,
-    resized,
     unpacked,
+    with_smooth_edges,
+    wrapped,
 )
 from els_service.denoisers.samplers.trajectory import (
     DenoiseCall,
@@ -39,7 +40,8 @@ def pyramid(noise: Noise, options: Options, resume: Resume | None = None) -> Tra
     """DDIM at each scale of a picture, coarse to fine (single-picture diffusion).
 
     Before the last step of a scale, D keeps only its difference from its own coarse version, added
-    to the finished coarser scale: D ← up(c) + D - up(down(D)).
+    to the finished coarser scale: D ← up(c) + D - up(down(D)). A tileable picture is resampled on
+    the torus, and before the last step of a scale rolled so that its edges lie where it is smooth.
 
     Raises:
         ValueError: The options have no plan.
@@ -62,11 +64,13 @@ def pyramid(noise: Noise, options: Options, resume: Resume | None = None) -> Tra
             x = _begin(noise, options, plan, scale, taken)
         while taken < options.steps:
             (alpha, sigma), last = level_of(taken, options.steps), taken == options.steps - 1
+            if last and plan.tileable and options.start is None:
+                x = with_smooth_edges(x)
             x_hat = yield from _denoised(x, plan, scale, alpha, sigma)
             epsilon = (x - alpha * x_hat) / sigma
             if coarse is not None and not last:
-                size = plan.sizes[scale]
-                x_hat = x_hat + resized(coarse - resized(x_hat, plan.sizes[scale - 1]), size)
+                down = plan.resized(x_hat, plan.sizes[scale - 1])
+                x_hat = x_hat + plan.resized(coarse - down, plan.sizes[scale])
             x_hat = _known(x_hat, options, plan, scale)
             taken, done = taken + 1, done + 1
             alpha, sigma = (1.0, 0.0) if last else level_of(taken, options.steps)
@@ -119,15 +123,15 @@ def _begin(noise: Noise, options: Options, plan: PyramidPlan, scale: int, taken:
     if not taken or options.start is None:
         return x
     alpha, sigma = level_of(taken, options.steps)
-    return alpha * resized(options.start, size) + sigma * x
+    return alpha * plan.resized(options.start, size) + sigma * x
 
 
 def _denoised(
     x: Tensor, plan: PyramidPlan, scale: int, alpha: float, sigma: float
 ) -> Generator[DenoiseCall | Step, Tensor | None, Tensor]:
     """Return D of x: on the torus for a tileable picture, mirrored for a symmetric one."""
-    border = plan.patch - 1 if plan.tileable else 0
-    around = _wrapped(x, border) if border else x
+    border = plan.border
+    around = wrapped(x, border, border) if border else x
     # At α = 0 the model has a level at which its posterior is uniform.
     scales = (alpha, sigma) if alpha else (sigma / MAX_SIGMA, sigma)
     level = NoiseLevel(np.array([scales[0]]), np.array([scales[1]]))
@@ -135,13 +139,6 @@ def _denoised(
     if border:
         x_hat = x_hat[..., border:-border, border:-border]
     return _mirrored(x_hat, plan)
-
-
-def _wrapped(x: Tensor, border: int) -> Tensor:
-    """Return x with a border in which it repeats, even if it is narrower than that."""
-    rows = torch.arange(-border, x.shape[2] + border) % x.shape[2]
-    cols = torch.arange(-border, x.shape[3] + border) % x.shape[3]
-    return x[:, :, rows][..., cols]
 
 
 def _mirrored(x: Tensor, plan: PyramidPlan) -> Tensor:
@@ -158,17 +155,16 @@ def _known(x_hat: Tensor, options: Options, plan: PyramidPlan, scale: int) -> Te
         return x_hat
     size = plan.sizes[scale]
     # A coarse pixel is kept if it is of kept pixels alone.
-    drawn = _coarse_mask(plan.mask, size)
-    return torch.where(drawn, x_hat, resized(options.start, size))
+    drawn = _coarse_mask(plan.mask, size, plan)
+    return torch.where(drawn, x_hat, plan.resized(options.start, size))
 
 
-def _coarse_mask(mask: Tensor, size: Size) -> Tensor:
+def _coarse_mask(mask: Tensor, size: Size, plan: PyramidPlan) -> Tensor:
     """Return which pixels of a scale hold a pixel that is drawn, bool [B, 1, h, w]."""
     if mask.shape[2:] == size:
         return mask > 0
     height, width = mask.shape[2:]
     rows, cols = -(-height // size[0]), -(-width // size[1])
-    grown = torch.nn.functional.max_pool2d(
-        pad(mask, (cols, cols, rows, rows)), (2 * rows + 1, 2 * cols + 1), stride=1
-    )
-    return resized(grown, size) > 0.5
+    around = wrapped(mask, rows, cols) if plan.tileable else pad(mask, (cols, cols, rows, rows))
+    grown = torch.nn.functional.max_pool2d(around, (2 * rows + 1, 2 * cols + 1), stride=1)
+    return plan.resized(grown, size) > 0.5

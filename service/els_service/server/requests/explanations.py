@@ -14,6 +14,7 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.explanations import Explanation
+from els_service.denoisers.mixed_banks import MixedBank
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
@@ -127,8 +128,11 @@ def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -
     if bank is not None and bank.longest_name is not None:
         names += min(images, MAX_NAMES) * (bank.longest_name + _FIELD_BYTES)
     # Denoised image and variance, entropy, weights and sources; bank images; share and label.
-    pixels = 2 * channels + 1 + 4 * detail.top + channels * detail.images
-    return 4 * height * width * pixels + 12 * images + names
+    pixels = height * width * (2 * channels + 1 + 4 * detail.top)
+    bank_pixels = info.shape[1] * info.shape[2]
+    if bank is not None:
+        bank_pixels = max(bank_pixels, bank.most_pixels)
+    return 4 * (pixels + channels * detail.images * bank_pixels) + 12 * images + names
 
 
 def held_explanation(info: DenoiserInfo) -> int:
@@ -171,8 +175,12 @@ def write_explanation(
         label_names=info.label_names if index == 0 else (),
         file_names=[bank.file_names[i] for i in names] if bank.file_names else (),
     )
-    if detail.images:
-        tensors.write_tensor(message.images, bank.pixels_of(order[: detail.images]))
+    shown = order[: detail.images]
+    if isinstance(bank, MixedBank):
+        for image in shown:
+            tensors.write_tensor(message.sized_images.add(), bank.image(int(image))[None])
+    elif detail.images:
+        tensors.write_tensor(message.images, bank.pixels_of(shown))
     return message
 
 

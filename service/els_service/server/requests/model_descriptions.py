@@ -48,6 +48,7 @@ def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
             images=bank.images,
             source=bank.source,
             licence=bank.licence,
+            sizes=None if bank.sizes is None else _encode_sizes(bank.sizes),
         ),
         batch_invariant=info.batch_invariant,
         has_log_evidence=info.has_log_evidence,

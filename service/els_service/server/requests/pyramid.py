@@ -8,8 +8,11 @@ from torch import Tensor
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import DenoiserInfo
+from els_service.denoisers.base import DenoiserInfo, Query, make_query
+from els_service.denoisers.levels import MAX_SIGMA, from_sigma
 from els_service.denoisers.pyramids import PyramidPlan, Size, asked_sizes
+from els_service.denoisers.samplers import Options
+from els_service.denoisers.samplers.pyramid import skipped_steps
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests import tensors
 
@@ -90,6 +93,28 @@ def plan_of_request(
         symmetric=request.symmetric,
         mask=_mask(request, limits, size),
     )
+
+
+def expected_queries(options: Options, channels: int, count: int) -> tuple[tuple[Query, int], ...]:
+    """Return queries like those of each scale, without memory, and how many there are of each.
+
+    Args:
+        options: of a request; without a plan there are none.
+        channels: of its images.
+        count: number of its images.
+    """
+    if options.pyramid is None:
+        return ()
+    found = []
+    for scale, size in enumerate(options.pyramid.sizes):
+        skipped = skipped_steps(options) if scale == 0 else 0
+        border = 2 * options.pyramid.border
+        shape = count, channels, size[0] + border, size[1] + border
+        pixels = np.broadcast_to(np.float32(0), shape)
+        for level, times in ((MAX_SIGMA, int(not skipped)), (1.0, options.steps - max(1, skipped))):
+            if times:
+                found.append((make_query(pixels, from_sigma([level]), scale), times))
+    return tuple(found)
 
 
 def _mask(request: pb.SampleRequest, limits: Limits, size: Size) -> Tensor | None:

@@ -27,6 +27,7 @@ from els_service.server.requests import tensors
 from els_service.server.requests.conditioning import decode_conditions, decode_guidance
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
 from els_service.server.requests.model_descriptions import encode_model
+from els_service.server.requests.pyramid import expected_queries
 from els_service.server.requests.resume_token import decode_token, encode_token
 from els_service.server.requests.sample import (
     SAMPLER_NAMES,
@@ -143,6 +144,7 @@ class DenoiserService(OriginalityService):
             held_bytes_of(name, options, shape),
             image,
             window_scale=request.window_scale or 1.0,
+            expected=expected_queries(options, info.shape[0], count),
         )
         total, resumed = steps_of(name, options), resume.index if resume else 0
         run, detail = self._explaining(run, request, served, resumed, total)

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.engine.budget import Budget, Holding
 from els_service.errors import ElsError, QueueFullError, UnavailableError
-from els_service.server.transport.call_context import check_cancelled
 from els_service.server.transport.grpc_types import Response
 from els_service.server.transport.status import status_of
 
@@ -71,7 +70,8 @@ class Window:
     def leave(self, size: int) -> None:
         """Release the bytes and places of a request that held ``size`` bytes."""
         self._held -= size
-        self._fits(self._held)
+        if self._holding is not None:
+            self._fits(self._held)
         for _ in range(_places(size)):
             self._places.release()
 
@@ -157,7 +157,6 @@ async def _read(
         # Before reading: each request that was read gets a response, whenever reading ends.
         await window.enter()
         async for request in requests:
-            check_cancelled()
             # Before computing: a request that exceeds the budget is not computed.
             size = _held(request)
             try:

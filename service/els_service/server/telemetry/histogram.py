@@ -45,6 +45,14 @@ class Histogram:
         if len(self._pending) >= PENDING:
             self.read()
 
+    def extend(self, values: Iterable[float]) -> None:
+        """Add several values."""
+        counts, bounds = self._counts, self.bounds
+        with self._lock:
+            for value in values:
+                counts[bisect_left(bounds, value)] += 1
+                self._total += value
+
     def read(self) -> tuple[list[int], float]:
         """Return the number of values in each bucket, and the sum of all values."""
         pending, counts, bounds = self._pending, self._counts, self.bounds

@@ -147,12 +147,15 @@ class _Batches:
 
     def settle(self) -> _Batches:
         """Count the pending batches; return the histograms."""
+        batches = []
         with suppress(IndexError):  # another thread may settle at the same time
             while True:
-                seconds, images, cost = self._pending.popleft()
-                self.compute.observe(seconds)
-                self.images.observe(images)
-                self.cost.observe(cost)
+                batches.append(self._pending.popleft())
+        if batches:
+            for histogram, values in zip(
+                (self.compute, self.images, self.cost), zip(*batches, strict=True), strict=True
+            ):
+                histogram.extend(values)
         return self
 
 

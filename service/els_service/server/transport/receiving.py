@@ -73,7 +73,7 @@ class Receiver:
         return len(self._late.awaited)
 
     def begin(self, context: Context, token: str | None, reject: Reject) -> None:
-        """Register the message of a unary call; ``read`` includes it.
+        """Register the message of a unary call, which has ``receive_s`` to arrive.
 
         Args:
             context: of the call.
@@ -113,9 +113,10 @@ class Receiver:
         Raises:
             grpc.aio.AbortError: The message was rejected, and the call has ended.
         """
-        self.begin(context, token, reject)
         late = self._late
         late.awaited[context] = token, reject, limit_s, late.scans, peer
+        if late.timer is None:
+            late.schedule()
         size = 0
         try:
             message = await context.read()
