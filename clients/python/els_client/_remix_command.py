@@ -75,6 +75,10 @@ def remix(
         int | None,
         typer.Option(help="Side of a patch in pixels, odd: larger ones keep more. By default 9."),
     ] = None,
+    sources: Annotated[
+        int | None,
+        typer.Option(help="At most so many patches of a scale, for large pictures.", min=1),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
     gif: Annotated[Path | None, typer.Option(help="GIF of the steps of all scales.")] = None,
     explain: Annotated[
@@ -114,8 +118,9 @@ def remix(
         shown = pictures.opened(photo)
         inputs = ("strength", "mask", "start")
         check_mode(mode, {"picture", *(name for name in inputs if chosen[name] is not None)})
-        _check_server(target, model, patch)
-        keys = _keys(shown, photo, chosen["size"], patch)
+        own = {"patch": patch, "sources": sources}
+        _check_server(target, model, own, explain=explain)
+        keys = _keys(shown, photo, chosen["size"], own)
         bar = progress.add_task("starting a server" if target is None else "asking", total=None)
         with _connected(context, target, timeout, shown, keys) as client:
             ready = clock.perf_counter()
@@ -199,21 +204,26 @@ def _size(text: str | None) -> Size | None:
     return int(sides[1]), int(sides[0])
 
 
-def _check_server(target: str | None, model: str | None, patch: int | None) -> None:
+def _check_server(
+    target: str | None, model: str | None, keys: dict[str, int | None], *, explain: bool
+) -> None:
     """Check that options go with a server that is started, or with another."""
     if target is None and model is not None:
         raise InvalidArgumentError("model: expected none without --target, as a server is started")
-    if target is not None and patch is not None:
-        raise InvalidArgumentError("patch: expected none with --target, whose model has its own")
+    for name, value in keys.items():
+        if target is not None and value is not None:
+            expected = "expected none with --target, whose model has its own"
+            raise InvalidArgumentError(f"{name}: {expected}")
+    if explain and keys["sources"] is not None:
+        raise InvalidArgumentError("sources: expected none with --explain, which needs all patches")
 
 
 def _keys(
-    photo: Image.Image, path: Path, size: Size | None, patch: int | None
+    photo: Image.Image, path: Path, size: Size | None, own: dict[str, int | None]
 ) -> dict[str, int | str]:
     """Return the keys of a model whose finest scale fits into the size of the pictures."""
     keys: dict[str, int | str] = {"source": path.name}
-    if patch is not None:
-        keys["patch"] = patch
+    keys |= {name: value for name, value in own.items() if value is not None}
     if size is not None:
         factor = min(1.0, size[0] / photo.height, size[1] / photo.width)
         keys["finest"] = max(1, round(factor * max(photo.size)))
