@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from els_client._remix import RemixOptions
 from els_client.cli import app
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_proto.inference import grpc_service_pb2 as oip
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes
 from els_service.denoisers.samplers import options_for, sample
 from els_service.repository import ModelRepository
@@ -168,6 +171,22 @@ def test_a_mask_of_another_size_is_rejected_with_both_sizes(client: Client) -> N
         draw(client, start=start, mask=np.zeros((1, 1, 16, 21), np.float32))
     with pytest.raises(InvalidArgumentError, match="mask: expected values 0"):
         draw(client, start=start, mask=np.full((1, 1, *SIZE), 0.5, np.float32))
+
+
+def test_a_damaged_picture_is_refused_by_name_and_other_models_serve_on(
+    server: ServerProcess, client: Client, models: Path
+) -> None:
+    before = draw(client)[-1].x
+    shutil.copytree(models / "hills", models / "cut")
+    whole = (models / "hills" / "photo.png").read_bytes()
+    (models / "cut" / "photo.png").write_bytes(whole[: len(whole) // 2])
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match=r"photo\.png: cannot be read") as caught:
+            stub.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="cut"), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    np.testing.assert_array_equal(draw(client)[-1].x, before)
+    assert [model.name for model in client.models()] == ["flat", "hills"]
 
 
 def remix(target: str, *words: str) -> tuple[int, str]:
