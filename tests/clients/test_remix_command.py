@@ -208,6 +208,7 @@ def test_sources_are_drawn_beside_the_result(target: str) -> None:
         (["--patch", "5"], "patch: expected none with --target"),
         (["--sources", "70"], "sources: expected none with --target"),
         (["--model", "rgb"], "model: expected one of kind picture"),
+        (["--model", "part", "--explain"], "explain: part has no sources to name"),
         (["--mode", "wider", "--size", "8x8"], "size: expected wider proportions"),
     ],
 )
