@@ -193,8 +193,8 @@ def test_sources_are_drawn_beside_the_result(target: str) -> None:
         pixels = np.asarray(sheet)
     # Each pixel came from its own place: the mosaic is the colours of the photograph itself.
     scale = 192 // 12
-    left = drawing._MARGIN + 12 * scale + drawing._GAP
-    mosaic = pixels[drawing._MARGIN :, left:][: 8 * scale : scale, : 12 * scale : scale]
+    left = drawing.MARGIN + 12 * scale + drawing.GAP
+    mosaic = pixels[drawing.MARGIN :, left:][: 8 * scale : scale, : 12 * scale : scale]
     rows, cols = np.indices((8, 12))
     np.testing.assert_array_equal(mosaic, drawing.coordinate_colours(rows, cols, (8, 12)))
 
