@@ -43,3 +43,11 @@ def test_a_photograph_without_the_licence_is_rejected() -> None:
     assert max(gallery.photo_of(free).size) == gallery.LONG_SIDE
     with pytest.raises(ValueError, match="moon: expected the licence CC0"):
         gallery.photo_of(replace(free, name="moon", licence="CC0"))
+
+
+def test_seconds_are_the_least_of_runs_with_the_same_settings() -> None:
+    row = {"patch": 9, "seconds": {"new": 2.0, "wider": 3.0}}
+    slower = {"patch": 9, "seconds": {"new": 4.0, "wider": 1.0}}
+    assert gallery.fastest(row, slower)["seconds"] == {"new": 2.0, "wider": 1.0}
+    assert gallery.fastest(None, slower) == slower
+    assert gallery.fastest({**row, "patch": 15}, slower) == slower

@@ -193,8 +193,8 @@ def test_sources_are_drawn_beside_the_result(target: str) -> None:
         pixels = np.asarray(sheet)
     # Each pixel came from its own place: the mosaic is the colours of the photograph itself.
     scale = 192 // 12
-    left = drawing._MARGIN + 12 * scale + drawing._GAP
-    mosaic = pixels[drawing._MARGIN :, left:][: 8 * scale : scale, : 12 * scale : scale]
+    left = drawing.MARGIN + 12 * scale + drawing.GAP
+    mosaic = pixels[drawing.MARGIN :, left:][: 8 * scale : scale, : 12 * scale : scale]
     rows, cols = np.indices((8, 12))
     np.testing.assert_array_equal(mosaic, drawing.coordinate_colours(rows, cols, (8, 12)))
 
@@ -208,6 +208,7 @@ def test_sources_are_drawn_beside_the_result(target: str) -> None:
         (["--patch", "5"], "patch: expected none with --target"),
         (["--sources", "70"], "sources: expected none with --target"),
         (["--model", "rgb"], "model: expected one of kind picture"),
+        (["--model", "part", "--explain"], "explain: part has no sources to name"),
         (["--mode", "wider", "--size", "8x8"], "size: expected wider proportions"),
     ],
 )

@@ -18,9 +18,14 @@ STREET = pb.Model(
     width=12,
     scales=[pb.Scale(height=4, width=6), pb.Scale(height=8, width=12)],
     scale_steps=3,
+    has_sources=True,
     sizes=pb.Sizes(min_height=3, max_height=128, min_width=3, max_width=128),
     limits=pb.Limits(max_images=4, max_steps=40, max_pixels=100_000, priority_levels=4),
 )
+PART = pb.Model()
+"""The same model without sources, as with a part of its patches."""
+PART.CopyFrom(STREET)
+PART.name, PART.has_sources = "part", False
 
 
 class FakePictures(FakeDenoiser):
@@ -34,7 +39,7 @@ class FakePictures(FakeDenoiser):
     def GetModel(
         self, request: pb.GetModelRequest, context: grpc.ServicerContext
     ) -> pb.GetModelResponse:
-        known = {**MODELS, STREET.name: STREET, "photo": STREET}
+        known = {**MODELS, STREET.name: STREET, "photo": STREET, PART.name: PART}
         if request.name in known:
             return pb.GetModelResponse(model=known[request.name])
         return super().GetModel(request, context)

@@ -125,6 +125,8 @@ def remix(
         with _connected(context, target, timeout, shown, keys) as client:
             ready = clock.perf_counter()
             described = _model(client, embedded.NAME if target is None else model)
+            if explain and not described.has_sources:
+                raise InvalidArgumentError(f"explain: {described.name} has no sources to name")
             frames: list[Images] = []
             for step in client.remix_steps(shown, model=described.name, **chosen):
                 text = f"drawing, scale {step.scale + 1} of {step.scales}"

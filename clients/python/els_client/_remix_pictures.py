@@ -12,7 +12,9 @@ from els_client import _pictures as pictures
 from els_client._explain_pictures import FAINT, INK, PAPER, Rgb
 from els_client._types import Images
 
-_GAP, _MARGIN, _CAPTION = 12, 14, 34
+GAP, MARGIN = 12, 14
+"""Pixels between the pictures of a sheet, and around them."""
+_CAPTION = 34
 _CORNERS = np.array(
     [[(0.13, 0.20, 0.72), (0.10, 0.80, 0.86)], [(0.93, 0.23, 0.25), (0.99, 0.90, 0.22)]]
 )
@@ -108,22 +110,22 @@ def _table(rows: Sequence[Sequence[tuple[Image.Image, str, str]]]) -> Image.Imag
         for row in rows
     ]
     widths = [max(column[0].width for column in columns) for columns in zip(*tiles, strict=True)]
-    heights = [max(tile[0].height for tile in row) + _CAPTION + _GAP for row in tiles]
-    size = sum(widths) + _GAP * (len(widths) - 1) + 2 * _MARGIN, sum(heights) + 2 * _MARGIN - _GAP
+    heights = [max(tile[0].height for tile in row) + _CAPTION + GAP for row in tiles]
+    size = sum(widths) + GAP * (len(widths) - 1) + 2 * MARGIN, sum(heights) + 2 * MARGIN - GAP
     sheet = Image.new("RGB", size, PAPER)
     pen, large, small = (
         ImageDraw.Draw(sheet),
         ImageFont.load_default(_TOP),
         ImageFont.load_default(_DETAIL),
     )
-    top = _MARGIN
+    top = MARGIN
     for row, height in zip(tiles, heights, strict=True):
-        left = _MARGIN
+        left = MARGIN
         for (picture, title, detail), width in zip(row, widths, strict=True):
             sheet.paste(picture, (left, top))
             below = top + picture.height
             pen.text((left, below + 3), title, INK, large)
             pen.text((left, below + 19), detail, FAINT, small)
-            left += width + _GAP
+            left += width + GAP
         top += height
     return sheet
