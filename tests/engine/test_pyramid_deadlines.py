@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from els_service.denoisers.picture import PictureDenoiser, picture_bank
 from els_service.denoisers.pyramids import PyramidPlan
 from els_service.denoisers.samplers import Options, Resume, Step, evaluations_of
 from els_service.denoisers.samplers.pyramid import pyramid
+from els_service.engine.costs import CostModel
 from els_service.engine.engine import Engine
 from els_service.engine.request_context import RequestContext
 from els_service.engine.sampling import SamplingRun
@@ -97,6 +99,23 @@ async def test_a_hopeless_deadline_is_rejected_by_the_cost_of_all_scales(engine:
     text = await refusal(engine, run_of(options(), resumed), 0.2)
     assert "evaluates model 3 times, 0.192 s each by prediction: 0.576 s" in text
     assert recorder.batches == []
+
+
+def test_explained_steps_count_with_the_sizes_of_their_scales() -> None:
+    class Explainer(Priced):
+        def predict_seconds(self, query: Query) -> float:
+            return 10 * super().predict_seconds(query)
+
+    loaded: Any = SimpleNamespace(model="model", denoiser=Priced(), costs=CostModel())
+    explainer = SimpleNamespace(model="model", denoiser=Explainer(), costs=CostModel())
+    loaded.derived = {"explain": explainer}
+    run = run_of(options(), explain_steps=frozenset({2, 6, 8}))
+    first = run.expected[0][0]
+    # One step of 48 and two of 192 pixels.
+    refused = r"explains model 3 times, 1\.44 s each by prediction: 4\.32 s"
+    with pytest.raises(DeadlineExceededError, match=refused):
+        run.check_time(loaded, first, deadline=1.0, now=0.0)
+    run.check_time(loaded, first, deadline=5.0, now=0.0)
 
 
 @pytest.mark.alone
