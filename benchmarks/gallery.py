@@ -261,8 +261,8 @@ New pictures from one photograph each, without training: [models of kind
 `picture`](models.md#kind-picture) and the sampler [`pyramid`](sampling.md#pictures). From left to
 right: the photograph, two new pictures, a wider one ({wider} times), and four copies of a tileable
 picture. Pixels are enlarged twice, those of the tiles are not. Other settings than patch and seed
-are the defaults: 10 steps a scale, fold 0.2, and for wider strength 0.2. Seeds are the first that
-were tried but for three tiles, whose seed 1 drew little but the background.
+are the defaults: 10 steps a scale, fold 0.2, and for wider strength 0.2. Crops,
+patches and some seeds were chosen after a look; times are the least of a few runs.
 
 What is drawn is made of parts of the photograph, which keep their size and direction; what belongs
 together beyond a patch is not known. Larger patches keep more: fine textures need them. With patch
