@@ -38,7 +38,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_index_renders_the_readme_with_its_pictures(page: str) -> None:
     pictures = re.findall(r'<img[^>]* src="([^"]*)"', page)
     raw = HOME.replace("github.com", "raw.githubusercontent.com") + "/main/"
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     assert all(one.startswith(raw) for one in pictures)
     assert all((ROOT / one.removeprefix(raw)).is_file() for one in pictures)
     assert "<table>" in page
