@@ -116,7 +116,7 @@ class FoldedMoments:
             raise ValueError(
                 f"implementation: expected auto or one of {known}, got {implementation!r}"
             )
-        self._attention, self.implementation = attention, implementation
+        self.attention, self.implementation = attention, implementation
         with torch.autocast(attention.device.type, enabled=False):
             self._moments = FOLD_MOMENT_IMPLEMENTATIONS[implementation](attention.groups)
 
@@ -152,10 +152,10 @@ class FoldedMoments:
         """
         if not 1 <= top <= MAX_SOURCES:
             raise ValueError(f"top: expected 1 to {MAX_SOURCES}, got {top}")
-        queries = self._attention.validate(
+        queries = self.attention.validate(
             x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
         )
-        with torch.no_grad(), torch.autocast(self._attention.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
             parts = [self._moments.statistics(*query, top, shares) for query in queries]
             return PosteriorStatistics(*map(torch.stack, zip(*parts, strict=True)))
 
@@ -186,7 +186,7 @@ class FoldedMoments:
         Raises:
             ValueError, ComputationStoppedError: As ``statistics``.
         """
-        queries = self._attention.validate(
+        queries = self.attention.validate(
             x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
         )
         check_direction("cotangent", cotangent, x)
@@ -219,7 +219,7 @@ class FoldedMoments:
         Raises:
             ValueError, ComputationStoppedError: As ``statistics``.
         """
-        queries = self._attention.validate(
+        queries = self.attention.validate(
             x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
         )
         check_direction("tangent", tangent, x)
@@ -231,7 +231,7 @@ class FoldedMoments:
         queries: Sequence[FoldQuery],
         directions: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), torch.autocast(self._attention.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
             answers = [
                 multiply(query.x, direction, *query[1:])
                 for query, direction in zip(queries, directions.resolve_neg(), strict=True)
