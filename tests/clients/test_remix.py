@@ -69,7 +69,7 @@ async def test_a_retargeted_photograph_is_stretched_to_the_size(
 ) -> None:
     sent = await request(twin, fake, PIXELS, mode=mode)
     assert (sent.height, sent.width) == size
-    assert sent.start_time == pytest.approx(0.6)
+    assert sent.start_time == pytest.approx(0.2)
     expected = np.asarray(Image.fromarray(PIXELS).resize(size[::-1]))
     np.testing.assert_array_equal(values(sent.start)[0], expected.transpose(2, 0, 1))
 

@@ -40,6 +40,9 @@ METHODS: list[MethodDescriptor] = [method for service in SERVICES for method in 
 SPARE = "spare"
 """The one model that good requests unload; it has ``gaussian``'s shape."""
 NETWORK = "network"
+HILLS = "hills"
+"""The one model of pictures: two scales, 7x8 and 14x16."""
+_HILLS = "kind: picture\npictures: [hills.ppm]\npatch: 3\ncoarsest: 7\nscales: 2\nsteps: 2\n"
 NAMES = [*DOCUMENTS, NETWORK, SPARE]
 _SIZES = {pb.DTYPE_F32: 4, pb.DTYPE_F16: 2, pb.DTYPE_BF16: 2, pb.DTYPE_U8: 1}
 _LEVELS = {"sigma": (1e-4, 1e6), "alpha_bar": (1e-11, 0.99999), "time": (1e-3, 1.0)}
@@ -52,6 +55,9 @@ def write_world(root: Path) -> Path:
     own = {SPARE: DOCUMENTS["gaussian"], "canary": DOCUMENTS["circular"]}
     write_models(root, DOCUMENTS | own)
     networks.write_folder(root / NETWORK, networks.config())
+    (root / HILLS).mkdir()
+    (root / HILLS / "model.yaml").write_text(_HILLS)
+    (root / HILLS / "hills.ppm").write_bytes(b"P6 16 14 255\n" + bytes(range(224)) * 3)
     return root
 
 
@@ -207,6 +213,40 @@ def samples(draw: st.DrawFn) -> pb.SampleRequest:
         request.resume_token = encode_token(
             request, _entries()[model], index, torch.from_numpy(state)
         )
+    return request
+
+
+@st.composite
+def pyramids(draw: st.DrawFn) -> pb.SampleRequest:
+    """Draw a request of Sample for a picture: any size and mode."""
+    count, size = draw(st.integers(0, 2)), draw(st.sampled_from([(0, 0), (3, 3), (9, 21)]))
+    tileable = draw(st.booleans())
+    request = pb.SampleRequest(
+        model=HILLS,
+        sampler=pb.SAMPLER_PYRAMID,
+        count=count,
+        steps=draw(st.sampled_from([0, 2, 3])),
+        height=size[0],
+        width=size[1],
+        seed=draw(st.integers(0, 2**64 - 1)),
+        tileable=tileable,
+        symmetric=not tileable and draw(st.booleans()),
+        return_x=draw(st.booleans()),
+        return_denoised=draw(st.booleans()),
+        return_resume_token=draw(st.booleans()),
+        output_dtype=pb.DType.ValueType(draw(st.integers(0, 3))),
+    )
+    if draw(st.booleans()):
+        images, plane = draw(st.sampled_from([1, count or 1])), (size[0] or 14, size[1] or 16)
+        data = _pixels(draw, (images, 3, *plane)).astype("<f4").tobytes()
+        shape = (images, 3, *plane)
+        request.start.CopyFrom(pb.Tensor(dtype=pb.DTYPE_F32, shape=shape, data=data))
+        if draw(st.booleans()):
+            mask = np.random.default_rng(0).integers(0, 2, (images, 1, *plane)).astype("<f4")
+            kept = pb.Tensor(dtype=pb.DTYPE_F32, shape=mask.shape, data=mask.tobytes())
+            request.mask.CopyFrom(kept)
+        else:
+            request.start_time = draw(st.floats(0.01, 1))
     return request
 
 

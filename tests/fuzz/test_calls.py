@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fuzz.good import METHODS, good
+from tests.fuzz.good import METHODS, good, pyramids
 from tests.fuzz.mutations import near
 from tests.fuzz.verdict import MOST_BYTES, ask, full_name, judge, parses
 from tests.support.bad_inferences import fp32, infer
@@ -23,6 +23,7 @@ from tests.support.processes import ServerProcess
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
 UNARY = [method for method in METHODS if not method.client_streaming]
+SAMPLE = next(method for method in METHODS if method.name == "Sample")
 HEAVY = {"Denoise", "Score", "Sample", "ModelInfer"}
 EXAMPLES = {True: 120, False: 40}
 
@@ -40,6 +41,23 @@ def test_any_request_is_answered_as_the_contract_says(
             assert outcome.code == "INVALID_ARGUMENT"
 
     check()
+
+
+@examples(60)
+@given(data=near(pyramids()))
+def test_any_request_for_a_picture_is_answered_as_the_contract_says(
+    channel: grpc.Channel, data: bytes
+) -> None:
+    judge(SAMPLE, data, ask(channel, SAMPLE, data))
+
+
+@examples(10)
+@given(request=pyramids())
+def test_a_good_request_for_a_picture_is_answered(channel: grpc.Channel, request: Any) -> None:
+    data = request.SerializeToString()
+    outcome = ask(channel, SAMPLE, data)
+    assert outcome.code == "OK", outcome.text
+    judge(SAMPLE, data, outcome)
 
 
 @pytest.mark.parametrize("method", UNARY, ids=full_name)

@@ -101,6 +101,8 @@ def test_the_fingerprint_changes_with_the_picture(tmp_path: Path) -> None:
         ("finest: 8\n", "sides of at least 9 pixels, the patch, got 5 x 8"),
         ("pictures: []\n", "picture.pictures"),
         ("scales: 9\n", "picture.scales"),
+        ("sources: 0\n", "picture.sources"),
+        ("seed: -1\n", "picture.seed"),
     ],
 )
 def test_a_key_out_of_range_is_refused_by_name(tmp_path: Path, keys: str, reason: str) -> None:
@@ -161,6 +163,24 @@ def test_picture_add_makes_a_model_that_loads(tmp_path: Path) -> None:
     code, output = add(str(file), "street", "--models", str(models))
     assert code == 2
     assert "expected no such model, found one" in output
+
+
+def test_a_part_of_the_patches_is_a_model_of_its_own_whose_error_is_printed(tmp_path: Path) -> None:
+    file, models = photo(tmp_path / "street.png"), tmp_path / "models"
+    words = [str(file), "--models", str(models), "--patch", "5"]
+    code, output = add(*words[:1], "all", *words[1:])
+    assert code == 0, output
+    assert "differs" not in output
+    code, output = add(*words[:1], "part", *words[1:], "--sources", "700", "--seed", "3")
+    assert code == 0, output
+    # 32, 322 and 2016 patches; two strips of 560 would be more than 700.
+    assert "32, 322, 560 patches of its scales: D differs from that of all patches by" in output
+    assert "% of its norm at α = 0.25, 0.5, 0.75" in output
+    whole, part = (ModelRepository(models).load(name).info for name in ("all", "part"))
+    assert whole.bank is not None
+    assert part.bank is not None
+    assert whole.bank.fingerprint != part.bank.fingerprint
+    assert whole.scales == part.scales
 
 
 def test_picture_add_leaves_nothing_of_a_failure(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ class _Needs:
     strength: float | None = None
 
 
-_RETARGET = _Needs(("picture",), ("strength",), 0.6)
+_RETARGET = _Needs(("picture",), ("strength",), 0.2)
 _MODES: dict[str, _Needs] = {
     "new": _Needs(),
     "wider": _RETARGET,
     "taller": _RETARGET,
     "tileable": _Needs(),
     "symmetric": _Needs(),
-    "variation": _RETARGET,
+    "variation": _Needs(("picture",), ("strength",), 0.6),
     "inpaint": _Needs(("picture", "mask"), ("strength",)),
     "edit": _Needs(("start",), ("strength", "mask"), 0.5),
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
+
+if TYPE_CHECKING:
+    from els_service.denoisers.base import Denoiser
 
 _FAULT = 2
 
@@ -33,12 +36,17 @@ def add(
     finest: Annotated[
         int, typer.Option(help="Long side of the finest scale; larger pictures are reduced.")
     ] = 192,
+    sources: Annotated[
+        int | None, typer.Option(help="At most so many patches of each scale. [default: all]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the patches that --sources chooses.")] = 0,
     source: Annotated[str, typer.Option(help="Origin. [default: names of the files]")] = "",
     licence: Annotated[str, typer.Option(help="Licence of the pictures.")] = "",
 ) -> None:
     """Make the folder of a model of kind picture, and check that it loads.
 
-    Pictures must be 8-bit grey or RGB, with one frame and no transparency.
+    Pictures must be 8-bit grey or RGB, with one frame and no transparency. With --sources it prints
+    how far the answers are from those of all patches.
     """
     try:
         if len(photo) < 2:
@@ -46,6 +54,8 @@ def add(
         *pictures, name = photo
         keys: dict[str, int | str] = {"patch": patch, "finest": finest}
         texts = {"source": source, "licence": licence}
+        if sources is not None:
+            keys |= {"sources": sources, "seed": seed}
         keys.update({key: text for key, text in texts.items() if text})
         typer.echo(_add(pictures, str(name), models, keys))
     except (ElsError, OSError) as error:
@@ -84,7 +94,22 @@ def _add(pictures: list[Path], name: str, models: Path, keys: dict[str, int | st
         shutil.rmtree(folder)
         raise
     scales = ", ".join(f"{height}x{width}" for height, width in denoiser.info.scales)
-    return f"{folder}: scales {scales}; {describe_speed(denoiser)}"
+    return f"{folder}: scales {scales}; {describe_speed(denoiser)}{_describe_subset(denoiser)}"
+
+
+def _describe_subset(denoiser: Denoiser) -> str:
+    """Return the error of a part of the patches against all of them, as text, if it is a part."""
+    from els_service.denoisers.picture_subset import PROBED, SubsetDenoiser
+
+    if not isinstance(denoiser, SubsetDenoiser):
+        return ""
+    errors = ", ".join(f"{100 * error:.2g} %" for error in denoiser.errors())
+    alphas = ", ".join(f"{alpha:g}" for alpha in PROBED)
+    counts = ", ".join(map(str, denoiser.counts))
+    return (
+        f"; {counts} patches of its scales: D differs from that of all patches by {errors} of its "
+        f"norm at α = {alphas}"
+    )
 
 
 def _copied(picture: Path, folder: Path, index: int) -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from els_kernels import FoldedAttention
+from els_service.denoisers.base import Denoiser
 from els_service.denoisers.picture import PictureDenoiser, check_pictures, picture_bank
+from els_service.denoisers.picture_subset import SubsetDenoiser, all_patches, patch_subset
 from els_service.denoisers.pictures import read_picture
 from els_service.denoisers.pyramids import COARSEST_PATCHES, fitted, resized, scale_count
 from els_service.repository.folders import ModelFiles
@@ -18,7 +20,7 @@ from els_service.repository.specs import PictureSpec
 
 def load_picture_model(
     spec: PictureSpec, files: ModelFiles, implementation: str, device: str
-) -> PictureDenoiser:
+) -> Denoiser:
     """Return the denoiser of a document of kind ``picture``.
 
     Raises:
@@ -49,7 +51,16 @@ def load_picture_model(
     groups = [group.to(device) for group in bank.groups]
     attention = FoldedAttention(groups, implementation=implementation)
     rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
-    return PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
+    model = PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
+    if spec.sources is None:
+        return model
+    whole = [bank.images[slice(*bank.of(label))] for label in range(len(bank.sizes))]
+    subset = patch_subset(whole, patch=spec.patch, sources=spec.sources, seed=spec.seed)
+    part = FoldedAttention([im.to(device) for im in subset.images], implementation=implementation)
+    name = f"sources {spec.sources} seed {spec.seed}"
+    return SubsetDenoiser(
+        model, all_patches(whole), subset, part, patch=spec.patch, fold=rho, name=name
+    )
 
 
 def read_finest(file: Path, longest: int) -> Tensor:

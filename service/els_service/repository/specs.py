@@ -67,6 +67,8 @@ class PictureSpec(_Spec):
     finest: Annotated[int, Field(ge=3, le=MAX_PICTURE_SIDE)] = 192
     fold: Annotated[float, Field(ge=LEAST_FOLD)] | Literal["inf", "uniform"] = 0.2
     steps: Annotated[int, Field(ge=2, le=1000)] = 10
+    sources: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     source: str = ""
     licence: str = ""
 
