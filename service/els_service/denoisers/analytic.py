@@ -20,7 +20,7 @@ from els_service.denoisers.base import (
     Integers,
     Query,
 )
-from els_service.denoisers.explanations import Explanation
+from els_service.denoisers.explanations import Explanation, explanation
 from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.windows import WindowTable, default_windows
@@ -100,6 +100,7 @@ class AnalyticDenoiser:
             bank=bank_info(bank),
             has_log_evidence=True,
             has_gradients=True,
+            reuses_evidence=True,
             has_sources=True,
             has_originality=True,
             implementation=attention.implementation,
@@ -193,16 +194,7 @@ class AnalyticDenoiser:
         found = self._moments.statistics(
             query.x.to(self._attention.device), **self._arguments(query), top=top
         )
-        return Explanation(
-            found.mean.cpu().numpy(),
-            None,
-            found.variance.cpu().numpy(),
-            found.entropy.cpu().numpy(),
-            found.sources.cpu().numpy(),
-            found.weights.cpu().numpy(),
-            found.shares.cpu().numpy(),
-            self._bank,
-        )
+        return explanation(found, self._bank)
 
     def variance(self, query: Query) -> npt.NDArray[np.float32]:
         """Return the posterior variance of each pixel, [B, C, H, W]."""

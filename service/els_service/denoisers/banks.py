@@ -80,6 +80,15 @@ class Bank:
         """The largest label plus one; 0 for an unlabelled bank."""
         return int(self.labels[-1]) + 1
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of all images together."""
+        return int(self.images.size)
+
+    def of_shape(self, shape: tuple[int, ...]) -> tuple[Bank, NDArray[np.int64]] | None:
+        """Return this bank and the numbers of its images; None if they have another shape."""
+        return (self, np.arange(len(self.images))) if shape == self.shape else None
+
     def label_range(self, label: int) -> tuple[int, int]:
         """Return the half-open range of the images of one label; −1 means all, (0, N).
 

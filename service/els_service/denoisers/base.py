@@ -257,6 +257,8 @@ class BankInfo:
     licence: str
     longest_name: int | None = None
     """Bytes of the longest name of an image's file; None if the names are not known."""
+    size: tuple[int, int] | None = None
+    """Largest height and largest width of its images; None if all have the model's shape."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,8 @@ class DenoiserInfo:
     has_log_evidence: bool = False
     has_gradients: bool = False
     """Whether it is ``gradients.Differentiable``."""
+    reuses_evidence: bool = False
+    """Whether it is ``gradients.ReusesEvidence``."""
     has_sources: bool = False
     """Whether it is ``explanations.Explainable``."""
     has_originality: bool = False

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from els_kernels import checkpoint
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
+from els_service.denoisers.explanations import SourceBank
 from els_service.denoisers.source_measures import (
     CONCENTRATION,
     agreeing,
@@ -91,7 +92,7 @@ class Originality(Denoised):
     """Reports of images, and their bank."""
 
     reports: list[Report]
-    bank: Bank
+    bank: SourceBank
 
     def __getitem__(self, images: slice) -> Originality:
         return Originality(self.pixels[images], None, self.reports[images], self.bank)
@@ -107,7 +108,7 @@ class HasBank(Protocol):
         ...
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> SourceBank:
         """Images of the denoiser."""
         ...
 
@@ -118,7 +119,7 @@ class HasBank(Protocol):
 
 def report(
     image: npt.NDArray[np.float32],
-    bank: Bank,
+    bank: SourceBank,
     sources: npt.NDArray[np.int64] | None = None,
     weights: npt.NDArray[np.float32] | None = None,
     shares: npt.NDArray[np.float64] | None = None,
@@ -139,22 +140,25 @@ def report(
     gap: float | None = None
     carlini: float | None = None
     nearest, distances = np.empty(0, np.int64), np.empty(0, np.float32)
-    if image.shape == bank.shape:
-        every, tiled = distances_to(image, bank)
-        nearest = np.argsort(every, kind="stable")[:NEIGHBOURS]
-        distances = every[nearest]
+    alike = bank.of_shape(image.shape)
+    if alike is not None:
+        every, tiled = distances_to(image, alike[0])
+        order = np.argsort(every, kind="stable")[:NEIGHBOURS]
+        nearest, distances = alike[1][order], every[order]
         gap = gap_ratio(every)
         carlini = carlini_ratio(tiled)
     ratios = (("gap_ratio", gap, GAP_IMAGES), ("carlini_ratio", carlini, CARLINI_IMAGES))
     for name, ratio, least in ratios:
-        if image.shape != bank.shape:
+        if alike is None:
             absent[name] = f"needs a bank of images of its size, {_sides(image.shape)}"
         elif ratio is None:
-            absent[name] = f"needs a bank of at least {least} images, this has {len(bank.images)}"
+            got = len(alike[1])
+            absent[name] = f"needs a bank of at least {least} images, this has {got}"
     if sources is None or weights is None or shares is None:
         absent |= dict.fromkeys(_SOURCE_MEASURES, "needs a model with sources")
         return Report(nearest, distances, gap, carlini, absent=absent)
-    found = sources_of(sources, weights, wraps=wraps)
+    size = bank.shape[1:] if isinstance(bank, Bank) else None
+    found = sources_of(sources, weights, wraps=wraps, size=size)
     seam = seams(found)
     if seam is None:
         absent["seams"] = "needs two neighbouring pixels with few sources"

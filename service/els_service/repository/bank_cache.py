@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
 
-from els_kernels import FoldedAttention, PatchAttention
+from els_kernels import FoldedAttention, FoldedMoments, PatchAttention
 from els_service.denoisers.banks import Bank, load_bank
 from els_service.repository.folders import FileState, file_state
 
@@ -28,7 +28,7 @@ class BankCache:
         self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
-        self._folds: WeakValueDictionary[tuple[FileState, str], FoldedAttention] = (
+        self._folds: WeakValueDictionary[tuple[FileState, str], FoldedMoments] = (
             WeakValueDictionary()
         )
 
@@ -54,15 +54,15 @@ class BankCache:
                 self._attentions[state, device] = attention
             return bank, attention
 
-    def fold(self, path: Path, device: str) -> tuple[Bank, FoldedAttention]:
-        """Return the bank of a file and its fold on a device; raises as ``bank``."""
+    def fold(self, path: Path, device: str) -> tuple[Bank, FoldedMoments]:
+        """Return the bank of a file, and its fold's moments on a device; raises as ``bank``."""
         state = file_state(path)
         with self._lock(state):
             bank, fold = self._bank(state), self._folds.get((state, device))
             if fold is None:
                 pixels = bank.pixels().to(device)
-                fold = FoldedAttention(pixels, implementation=self.implementation)
-                self._folds[state, device] = fold
+                attention = FoldedAttention(pixels, implementation=self.implementation)
+                fold = self._folds[state, device] = FoldedMoments(attention)
             return bank, fold
 
     def _lock(self, state: FileState) -> Lock:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from els_kernels import FoldedAttention
-from els_service.denoisers.picture import PictureDenoiser, check_pictures, picture_bank
+from els_service.denoisers.file_names import printable_name
+from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture_banks import check_pictures, picture_bank
 from els_service.denoisers.pictures import read_picture
 from els_service.denoisers.pyramids import COARSEST_PATCHES, fitted, resized, scale_count
 from els_service.repository.folders import ModelFiles
@@ -44,6 +46,7 @@ def load_picture_model(
         scales=scales,
         source=spec.source or ", ".join(Path(name).name for name in spec.pictures),
         licence=spec.licence,
+        names=[printable_name(Path(name), Path(name).parent) for name in spec.pictures],
     )
     # A picture file has no memory of its own once its scales are made.
     attention = FoldedAttention(

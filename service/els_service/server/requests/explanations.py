@@ -66,8 +66,8 @@ def check_sources(served: ModelVersion, models: ModelRegistry, field: str = "") 
         expected = f"unset, or a model with sources ({listed})"
         raise InvalidArgumentError(field, expected, f"it for {served.model}")
     raise UnsupportedError(
-        f"{served.model} has no sources to name, as it is no analytic model with a bank, or has a "
-        f"fold or sizes, or padding inside; models that have: {listed}"
+        f"{served.model} has no sources to name, as it is neither an analytic model with a bank "
+        f"nor one of pictures; models that have: {listed}"
     )
 
 
@@ -121,23 +121,28 @@ def read_explained_steps(
 def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -> int:
     """Return the most bytes of the explanation of one image [C, H, W]."""
     channels, height, width = shape
-    bank = info.bank
-    images = 0 if bank is None else min(bank.images, MAX_SHARES)
+    bank, images = info.bank, min(_source_images(info), MAX_SHARES)
+    tall, wide = (height, width) if bank is None or bank.size is None else bank.size
     names = sum(len(name.encode()) + _FIELD_BYTES for name in info.label_names)
     if bank is not None and bank.longest_name is not None:
         names += min(images, MAX_NAMES) * (bank.longest_name + _FIELD_BYTES)
     # Denoised image and variance, entropy, weights and sources; bank images; share and label.
-    pixels = 2 * channels + 1 + 4 * detail.top + channels * detail.images
-    return 4 * height * width * pixels + 12 * images + names
+    pixels = 4 * height * width * (2 * channels + 1 + 4 * detail.top)
+    return pixels + 4 * tall * wide * channels * detail.images + 12 * images + names
 
 
-def held_explanation(info: DenoiserInfo) -> int:
-    """Return the bytes that a computed explanation of one image and its message hold."""
-    channels, height, width = info.shape
-    images = 0 if info.bank is None else info.bank.images
+def _source_images(info: DenoiserInfo) -> int:
+    """Return the number of images that have shares: those of every scale of a picture."""
+    return 0 if info.bank is None else info.bank.images * max(1, len(info.scales))
+
+
+def held_explanation(info: DenoiserInfo, shape: Sequence[int]) -> int:
+    """Return the bytes that a computed explanation of an image [C, H, W] and its message hold."""
+    channels, height, width = shape
+    images = _source_images(info)
     # Arrays of a message, sources of seven words (three of them int64), float64 shares.
     arrays = 4 * height * width * (2 * channels + 1 + 7 * MAX_SOURCES) + 8 * images
-    return arrays + explanation_size(info.shape, Detail(MAX_SOURCES, MAX_IMAGES), info)
+    return arrays + explanation_size(shape, Detail(MAX_SOURCES, MAX_IMAGES), info)
 
 
 def write_explanation(
