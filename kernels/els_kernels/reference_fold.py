@@ -8,7 +8,7 @@ and the fold by adding each mean patch, offset by offset.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def _logits(
     queries: Tensor,
     centres: Tensor,
     x: Tensor,
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     level: tuple[float, float, int],
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:

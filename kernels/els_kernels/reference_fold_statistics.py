@@ -19,6 +19,7 @@ from els_kernels.reference_fold import (
     _logits,
     _offsets,
     _patches,
+    _pixels,
     _query_centres,
     _sources,
 )
@@ -30,7 +31,7 @@ class ReferenceFoldPosterior:
 
     Args:
         x: [C, H, W].
-        bank: images [C, h, w] that are attended to.
+        bank: images [C, h, w] that are attended to, float32 or uint8 v for v/127.5 − 1.
         a: signal scale.
         s: noise scale.
         window: odd.
@@ -119,7 +120,7 @@ class ReferenceFoldPosterior:
         """Return Σ π (v − D)², [C, H, W]."""
         mean, total = self.mean().flatten(1), torch.zeros_like(self.x).double().flatten(1)
         for image, weights in zip(self.bank, self.weights(), strict=True):
-            gaps = image.double().flatten(1)[:, None] - mean[:, :, None]
+            gaps = _pixels(image).flatten(1)[:, None] - mean[:, :, None]
             total += (weights * gaps.square()).sum(2)
         return total.view_as(self.x)
 
@@ -140,5 +141,4 @@ class ReferenceFoldPosterior:
         centres = self._centres()
         queries = _patches(x, centres, self.window, self.geometry.padding != "zeros")
         level = self.a, self.s, self.window
-        images = [image.double() for image in self.bank]
-        return _logits(queries, centres, x, images, level, self.geometry)
+        return _logits(queries, centres, x, map(_pixels, self.bank), level, self.geometry)

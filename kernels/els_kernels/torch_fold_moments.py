@@ -29,11 +29,11 @@ from els_kernels.fold_pairs import (
 from els_kernels.fold_plan import cells
 from els_kernels.geometry import Geometry
 from els_kernels.ranking import Ranking
-from els_kernels.torch_fold import bank_centre, within
+from els_kernels.torch_fold import bank_centre, decoded, within
 
 
 class TiledFoldMoments:
-    """A bank as groups of images of one size; keeps no copy of it."""
+    """A bank as it is stored, as groups of images of one size; centred tile by tile."""
 
     def __init__(self, groups: Sequence[Tensor]) -> None:
         self._groups, self._centre = groups, bank_centre(groups)
@@ -130,7 +130,7 @@ class TiledFoldMoments:
             together = min(_together(query, group.shape[2:]) for query in queries)
             for start in range(0, len(group), together):
                 tile = group[start : start + together]
-                yield first + start, tile.double() - self._centre
+                yield first + start, decoded(tile).double() - self._centre
             first += len(group)
 
 

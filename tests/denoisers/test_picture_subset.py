@@ -11,7 +11,7 @@ from tests.support import picture_reference
 from els_kernels import FoldedAttention
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import MAX_SIGMA, NoiseLevel, from_sigma
-from els_service.denoisers.picture import PictureBank
+from els_service.denoisers.picture_banks import PictureBank
 from els_service.denoisers.picture_subset import (
     PROBED,
     PatchSubset,
@@ -24,7 +24,7 @@ WHOLE = bank(picture(40, 44), picture(33, 44))
 
 
 def scales_of(whole: PictureBank) -> list[tuple[torch.Tensor, ...]]:
-    return [whole.images[slice(*whole.of(label))] for label in range(len(whole.sizes))]
+    return [whole.images[slice(*whole.label_range(label))] for label in range(len(whole.sizes))]
 
 
 def subset_of(sources: int, seed: int = 0) -> PatchSubset:
