@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els_kernels import FOLD_GEOMETRIES, FoldedAttention, FoldedMoments, count_fold_work
+from els_kernels import (
+    FOLD_GEOMETRIES,
+    FoldedAttention,
+    FoldedMoments,
+    PosteriorStatistics,
+    count_fold_work,
+)
 from els_service.denoisers.analytic import bank_bytes, bank_info
 from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, SizeRange
 from els_service.denoisers.explanations import Explanation, explanation
@@ -45,7 +51,72 @@ _LARGE = {"native": 0.45}
 """Seconds of a logit in rows of pictures, relative to the short rows of a bank (measured)."""
 
 
-class PictureDenoiser:
+class FoldOfPictures:
+    """Fold of images of every scale, with variance and Jacobian products.
+
+    Args:
+        attention: the fold.
+        ranges: scale, or -1 for all → range of its images.
+        patch: side of a patch.
+        fold: ρ.
+    """
+
+    def __init__(
+        self,
+        attention: FoldedAttention,
+        ranges: Callable[[int], tuple[int, int]],
+        *,
+        patch: int,
+        fold: float,
+    ) -> None:
+        self._attention, self._moments = attention, FoldedMoments(attention)
+        self._ranges, self._patch, self._fold = ranges, patch, fold
+
+    def _attend(self, query: Query, images: Integers) -> npt.NDArray[np.float32]:
+        """Return D of some images of a query, [n, C, H, W]."""
+        arguments = {
+            name: value if name == "geometry" else value[images]
+            for name, value in self._arguments(query).items()
+        }
+        x = query.x[torch.from_numpy(images)].to(self._attention.device)
+        means: npt.NDArray[np.float32] = self._attention(x, **arguments).mean.cpu().numpy()
+        return means
+
+    def _statistics(self, query: Query, top: int, *, shares: bool = True) -> PosteriorStatistics:
+        x = query.x.to(self._attention.device)
+        return self._moments.statistics(x, **self._arguments(query), top=top, shares=shares)
+
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        found = self._statistics(query, 1, shares=False)
+        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
+        return variance
+
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg, exactly."""
+        return fold_product(self._moments, "vjp", query, cotangent, self._arguments(query))
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u, exactly."""
+        return fold_product(self._moments, "jvp", query, tangent, self._arguments(query))
+
+    def _arguments(self, query: Query) -> dict[str, Any]:
+        """Return the arguments of the fold other than x."""
+        return {
+            "a": torch.tensor(query.level.a),
+            "s": torch.tensor(query.level.s),
+            "window": torch.full((len(query),), self._patch),
+            "fold": torch.full((len(query),), self._fold, dtype=torch.float64),
+            "ranges": torch.tensor([self._ranges(label) for label in query.labels.tolist()]),
+            "geometry": _GEOMETRY,
+        }
+
+    def _attended(self, query: Query) -> Integers:
+        """Return the images whose posterior is not uniform."""
+        return np.flatnonzero(query.level.sigma < _UNIFORM)
+
+
+class PictureDenoiser(FoldOfPictures):
     """The ELS machine of a few pictures, with patches wholly inside, for queries of any size.
 
     At the highest level, σ = 1e6, the posterior is uniform over all patches: D is the fold of their
@@ -72,8 +143,8 @@ class PictureDenoiser:
         if patch > least:
             expected = f"at most {least}, the shortest side of the coarsest scale"
             raise ValueError(f"patch: expected {expected}, got {patch}")
-        self._attention, self._moments = attention, FoldedMoments(attention)
-        self._bank, self._patch, self._fold = bank, patch, fold
+        super().__init__(attention, bank.label_range, patch=patch, fold=fold)
+        self._bank = bank
         self._uniform: dict[int, Tensor] = {}
         """Scale → mean patch, [C, P, P] float64."""
         sides = (patch, MAX_PICTURE_SIDE + 2 * (patch - 1))
@@ -146,58 +217,18 @@ class PictureDenoiser:
 
         Unlike ``denoise``, that of a uniform posterior is computed like any other.
         """
-        x = query.x.to(self._attention.device)
-        found = self._moments.statistics(x, **self._arguments(query), top=top)
-        return explanation(found, self._bank)
-
-    def variance(self, query: Query) -> npt.NDArray[np.float32]:
-        """Return the posterior variance of each pixel, [B, C, H, W]."""
-        x = query.x.to(self._attention.device)
-        found = self._moments.statistics(x, **self._arguments(query), top=1, shares=False)
-        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
-        return variance
-
-    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
-        """Return D(x) and Jᵀg, exactly."""
-        return fold_product(self._moments, "vjp", query, cotangent, self._arguments(query))
-
-    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
-        """Return D(x) and J u, exactly."""
-        return fold_product(self._moments, "jvp", query, tangent, self._arguments(query))
-
-    def _arguments(self, query: Query) -> dict[str, Any]:
-        """Return the arguments of the fold other than x."""
-        return {
-            "a": torch.tensor(query.level.a),
-            "s": torch.tensor(query.level.s),
-            "window": torch.full((len(query),), self._patch),
-            "fold": torch.full((len(query),), self._fold, dtype=torch.float64),
-            "ranges": torch.tensor(
-                [self._bank.label_range(label) for label in query.labels.tolist()]
-            ),
-            "geometry": _GEOMETRY,
-        }
+        return explanation(self._statistics(query, top), self._bank)
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means, without evidence."""
         attended = self._attended(query)
         means = np.empty_like(query.pixels)
         if len(attended):
-            arguments = {
-                name: value if name == "geometry" else value[attended]
-                for name, value in self._arguments(query).items()
-            }
-            x = query.x[torch.from_numpy(attended)].to(self._attention.device)
-            posterior = self._attention(x, **arguments)
-            means[attended] = posterior.mean.cpu().numpy()
+            means[attended] = self._attend(query, attended)
         for index in sorted(set(range(len(query))) - set(attended.tolist())):
             size = query.pixels.shape[2], query.pixels.shape[3]
             means[index] = self._mean_everywhere(int(query.labels[index]), size).numpy()
         return Denoised(means, None)
-
-    def _attended(self, query: Query) -> Integers:
-        """Return the images whose posterior is not uniform."""
-        return np.flatnonzero(query.level.sigma < _UNIFORM)
 
     def _mean_everywhere(self, label: int, size: Size) -> Tensor:
         """Return D [C, H, W] float32 of the uniform posterior: the fold of one mean patch."""

@@ -34,6 +34,7 @@ class PictureBank(Labelled):
         source: origin of the pictures.
         licence: licence of the pictures.
         names: of the files of the pictures; empty if they are not known.
+        part: name of the patches that answer, for the fingerprint; empty for all.
     """
 
     groups: tuple[npt.NDArray[np.float32], ...]
@@ -41,6 +42,7 @@ class PictureBank(Labelled):
     source: str = ""
     licence: str = ""
     names: tuple[str, ...] = ()
+    part: str = ""
 
     @cached_property
     def images(self) -> tuple[Tensor, ...]:
@@ -85,12 +87,13 @@ class PictureBank(Labelled):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of sizes and pixels."""
+        """SHA-256 (hex) of sizes and pixels, and of the part that answers."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(repr(tuple(image.shape)).encode())
             digest.update(image.numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        found = digest.hexdigest()
+        return hashlib.sha256(f"{found} {self.part}".encode()).hexdigest() if self.part else found
 
     def image(self, index: int) -> npt.NDArray[np.float32]:
         """Return a copy of one image, float32 [C, h, w]."""
