@@ -84,16 +84,16 @@ def test_a_server_of_the_photograph_is_started_and_gone_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start_with(monkeypatch, program())
-    result = remix("--size", "12x8", "--patch", "5", "--json")
+    result = remix("--size", "12x8", "--patch", "5", "--sources", "70", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["out"], report["mode"]) == ("remix.png", "new")
-    assert report["seconds"]["all"] >= report["seconds"]["draw"] >= 0
+    assert report["seconds"] >= report["start_seconds"] + report["draw_seconds"] > 0
     with Image.open("remix.png") as picture:
         assert picture.size == (12, 8)
     _, _, document = server_and_folder()
     expected = {"kind": "picture", "pictures": ["photo.ppm"]}
-    assert document == {**expected, "source": "photo.png", "patch": 5, "finest": 12}
+    assert document == {**expected, "source": "photo.png", "patch": 5, "sources": 70, "finest": 12}
     check_gone()
 
 
@@ -206,6 +206,7 @@ def test_sources_are_drawn_beside_the_result(target: str) -> None:
         (["--gif", "steps.png"], "gif: expected a name that ends in .gif"),
         (["--out", "new.txt"], "new.txt: expected a name such as out.png"),
         (["--patch", "5"], "patch: expected none with --target"),
+        (["--sources", "70"], "sources: expected none with --target"),
         (["--model", "rgb"], "model: expected one of kind picture"),
         (["--mode", "wider", "--size", "8x8"], "size: expected wider proportions"),
     ],
@@ -214,6 +215,24 @@ def test_wrong_options_are_rejected_with_a_reason(
     target: str, words: list[str], reason: str
 ) -> None:
     result = remix("--target", target, *words)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--mode", "inpaint"], "mask: expected one for mode inpaint, got none"),
+        (["--strength", "0.5"], "strength: expected none for mode new"),
+        (["--model", "street"], "model: expected none without --target"),
+        (["--explain", "--sources", "70"], "sources: expected none with --explain"),
+    ],
+)
+def test_wrong_options_are_rejected_before_a_server_is_started(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], reason: str
+) -> None:
+    start_with(monkeypatch, "raise SystemExit(9)")
+    result = remix(*words)
     assert result.exit_code == 2
     assert reason in result.stderr
 

@@ -85,7 +85,8 @@ def test_a_model_publishes_its_fold_and_its_sizes(client: Client) -> None:
     assert folded.batch_invariant
     assert folded.has_sources
     assert sized.has_gradients
-    assert folded.memory_bytes > plain.memory_bytes
+    # A fold and its moments keep the bank as it is, patch attention a float32 copy, too.
+    assert folded.memory_bytes < plain.memory_bytes
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,8 @@ from els_kernels import FOLD_GEOMETRIES
 from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
+from els_proto.inference import grpc_service_pb2 as oip
+from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from els_service.denoisers.picture import PictureDenoiser
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes
 from els_service.denoisers.samplers import options_for, sample
@@ -258,7 +261,7 @@ def test_the_picture_itself_is_one_region_in_place_and_a_part_of_it_is_one_that_
     assert copied.nearest.tolist() == [1]
     assert copied.distances.tolist() == [0]
     assert copied.gap_ratio is None
-    assert copied.absent["gap_ratio"] == "needs a bank of at least 2 images, this has 1"
+    assert copied.absent["gap_ratio"] == "needs a bank of at least 2 images of its size, this has 1"
     assert (copied.largest_image, copied.in_place, copied.largest_region) == (1, 1, 1)
     (part,) = client.originality(picture[None, :, 2:14, 3:], model="hills")
     assert part.largest_region == pytest.approx(1)
@@ -280,6 +283,22 @@ def test_els_explain_draws_a_picture_and_its_sources(server: ServerProcess, tmp_
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert 0 < json.loads(result.output)["largest_region"] < 1
+
+
+def test_a_damaged_picture_is_refused_by_name_and_other_models_serve_on(
+    server: ServerProcess, client: Client, models: Path
+) -> None:
+    before = draw(client)[-1].x
+    shutil.copytree(models / "hills", models / "cut")
+    whole = (models / "hills" / "photo.png").read_bytes()
+    (models / "cut" / "photo.png").write_bytes(whole[: len(whole) // 2])
+    with grpc.insecure_channel(server.target) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match=r"photo\.png: cannot be read") as caught:
+            stub.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="cut"), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    np.testing.assert_array_equal(draw(client)[-1].x, before)
+    assert [model.name for model in client.models()] == ["flat", "hills"]
 
 
 def remix(target: str, *words: str) -> tuple[int, str]:

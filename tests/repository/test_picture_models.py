@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.pictures import DEEP
 from typer.testing import CliRunner
 
 from els_service.cli.main import app
@@ -49,7 +52,8 @@ def test_a_picture_has_scales_from_its_patch_and_its_size(tmp_path: Path) -> Non
     assert info.bank is not None
     assert info.bank.source == "photo.png"
     pixels = sum(height * width for height, width in info.scales)
-    assert info.memory_bytes == 4 * 3 * pixels
+    names = FileNames.of(["photo.png"] * 4)
+    assert info.memory_bytes == 4 * 3 * pixels + names.nbytes
 
 
 def test_keys_choose_patch_scales_and_sizes(tmp_path: Path) -> None:
@@ -181,6 +185,64 @@ def test_a_part_of_the_patches_is_a_model_of_its_own_whose_error_is_printed(tmp_
     assert part.bank is not None
     assert whole.bank.fingerprint != part.bank.fingerprint
     assert whole.scales == part.scales
+
+
+def frames(suffix: str) -> bytes:
+    """Two frames."""
+    pictures = [Image.fromarray(np.full((20, 20, 3), v, np.uint8)) for v in (0, 200)]
+    out = BytesIO()
+    pictures[0].save(out, suffix, save_all=True, append_images=pictures[1:])
+    return out.getvalue()
+
+
+def encoded(picture: Image.Image, suffix: str, keep: float = 1.0, **options: Any) -> bytes:
+    """The bytes of a picture's file, or a part of them."""
+    out = BytesIO()
+    picture.save(out, suffix, **options)
+    return out.getvalue()[: round(keep * len(out.getvalue()))]
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+PALETTE = NOISE.quantize(8)
+CLEAR = Image.fromarray(np.full((40, 60, 4), 100, np.uint8))
+BAD = {
+    "cmyk.jpg": (
+        encoded(NOISE.convert("CMYK"), "jpeg"),
+        "mode CMYK, expected L (8-bit grey) or RGB",
+    ),
+    "colour-16.png": (DEEP["rgb.png"], "expected 8 bits a channel, got 16"),
+    "grey-16.png": (encoded(Image.fromarray(np.zeros((40, 60), np.uint16)), "png"), "mode I;16"),
+    "moving.webp": (frames("webp"), "expected one frame: save the one that is meant"),
+    "moving.gif": (frames("gif"), "cannot identify image; expected one of BMP, JPEG, PNG"),
+    "palette.png": (encoded(PALETTE, "png"), "mode P, expected L (8-bit grey) or RGB"),
+    "palette-alpha.png": (encoded(PALETTE, "png", transparency=1), "mode P, expected L"),
+    "alpha.webp": (encoded(CLEAR, "webp"), "mode RGBA, expected L"),
+    "cut.jpg": (encoded(NOISE, "jpeg", 0.6), "cannot be read: "),
+    "cut.png": (encoded(NOISE, "png", 0.6), "cannot be read: "),
+    "cut.webp": (encoded(NOISE, "webp", 0.6), "cannot be read: "),
+    "empty.png": (b"", "cannot be read: "),
+    "huge.ppm": (b"P6 9000 9000 255\n", "expected at most 67108864 pixels, got 81000000"),
+    "vast.ppm": (b"P6 90000 90000 255\n", "expected at most 67108864 pixels, got more"),
+    "small.png": (
+        encoded(NOISE.crop((0, 0, 60, 8)), "png"),
+        "sides of at least 9 pixels, the patch, got 8 x 60",
+    ),
+}
+"""Name of a file → its content, and what its refusal says."""
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_picture_that_is_no_plain_photograph_is_refused_by_name(
+    tmp_path: Path, name: str
+) -> None:
+    content, reason = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    code, output = add(str(tmp_path / name), "street", "--models", str(tmp_path / "models"))
+    assert code == 2
+    assert output.startswith("error: ")
+    assert reason in output
+    assert name in output or name == "small.png"
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_picture_add_leaves_nothing_of_a_failure(tmp_path: Path) -> None:

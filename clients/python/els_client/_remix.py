@@ -106,7 +106,7 @@ def encode_remix(
         expected = "one of kind picture (els-server picture add PHOTO NAME)"
         codec.refuse("model", expected, f"{described.name} of kind {described.kind}")
     inputs = {"picture": picture, "mask": mask, "start": start, "strength": strength}
-    _check_mode(mode, {name for name, value in inputs.items() if value is not None})
+    check_mode(mode, {name for name, value in inputs.items() if value is not None})
     height_width = _size(described, mode, size)
     _check_limits(described, height_width, codec.whole("count", count), steps)
     begin, drawn = _begin(described.channels, height_width, mode, picture, start, mask)
@@ -134,8 +134,16 @@ def encode_remix(
     )
 
 
-def _check_mode(mode: str, given: set[str]) -> None:
-    """Check that a mode has the inputs that it needs, and no others but the photograph."""
+def check_mode(mode: str, given: set[str]) -> None:
+    """Check that a mode has the inputs that it needs, and no others but the photograph.
+
+    Args:
+        mode: Name of the mode.
+        given: Those of picture, mask, start and strength that there are.
+
+    Raises:
+        InvalidArgumentError: One is missing or does not go with the mode, or no mode has the name.
+    """
     if mode not in _MODES:
         codec.refuse("mode", f"one of {', '.join(get_args(Mode))}", repr(mode))
     needs = _MODES[mode]

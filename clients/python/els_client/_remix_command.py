@@ -23,7 +23,7 @@ from els_client import _terminal as terminal
 from els_client._client import Client
 from els_client._models import Model
 from els_client._options import AsJson, Timeout
-from els_client._remix import Mode
+from els_client._remix import Mode, check_mode
 from els_client._remix_inputs import Size
 from els_client._types import Images
 from els_client.errors import InvalidArgumentError
@@ -75,6 +75,10 @@ def remix(
         int | None,
         typer.Option(help="Side of a patch in pixels, odd: larger ones keep more. By default 9."),
     ] = None,
+    sources: Annotated[
+        int | None,
+        typer.Option(help="At most so many patches of a scale, for large pictures.", min=1),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.", min=0)] = 0,
     gif: Annotated[Path | None, typer.Option(help="GIF of the steps of all scales.")] = None,
     explain: Annotated[
@@ -101,23 +105,26 @@ def remix(
     began = clock.perf_counter()
     with options.failures(), terminal.progress() as progress:
         files = _Files.of(out, gif, count, explain=explain)
-        height_width = _size(size)
-        shown = pictures.opened(photo)
-        inputs: dict[str, Any] = {
+        chosen: dict[str, Any] = {
+            "mode": mode,
+            "size": _size(size),
+            "strength": strength,
             "mask": None if mask is None else pictures.opened(mask),
             "start": None if start is None else pictures.opened(start),
+            "count": count,
+            "seed": seed,
+            "steps": steps,
         }
-        keys = _keys(shown, photo, height_width, patch)
+        shown = pictures.opened(photo)
+        inputs = ("strength", "mask", "start")
+        check_mode(mode, {"picture", *(name for name in inputs if chosen[name] is not None)})
+        own = {"patch": patch, "sources": sources}
+        _check_server(target, model, own, explain=explain)
+        keys = _keys(shown, photo, chosen["size"], own)
         bar = progress.add_task("starting a server" if target is None else "asking", total=None)
-        if target is not None and patch is not None:
-            raise InvalidArgumentError(
-                "patch: expected none with --target, whose model has its own"
-            )
         with _connected(context, target, timeout, shown, keys) as client:
             ready = clock.perf_counter()
             described = _model(client, embedded.NAME if target is None else model)
-            chosen: dict[str, Any] = {"mode": mode, "size": height_width, "count": count}
-            chosen |= {"seed": seed, "steps": steps, "strength": strength, **inputs}
             frames: list[Images] = []
             for step in client.remix_steps(shown, model=described.name, **chosen):
                 text = f"drawing, scale {step.scale + 1} of {step.scales}"
@@ -131,8 +138,12 @@ def remix(
                 sheet = drawing.sources_sheet(step.x, *_sources(client, described, step.x))
                 pictures.save(sheet, files.sources)
     facts = {"model": described.name, "mode": mode, "count": count, "seed": seed}
-    seconds = {"start": ready - began, "draw": drawn - ready, "all": clock.perf_counter() - began}
-    _report(as_json, files, facts, {name: round(value, 3) for name, value in seconds.items()})
+    seconds = {
+        "start_seconds": ready - began,
+        "draw_seconds": drawn - ready,
+        "seconds": clock.perf_counter() - began,
+    }
+    _report(as_json, files, facts, seconds)
 
 
 @dataclass(frozen=True)
@@ -193,13 +204,26 @@ def _size(text: str | None) -> Size | None:
     return int(sides[1]), int(sides[0])
 
 
+def _check_server(
+    target: str | None, model: str | None, keys: dict[str, int | None], *, explain: bool
+) -> None:
+    """Check that options go with a server that is started, or with another."""
+    if target is None and model is not None:
+        raise InvalidArgumentError("model: expected none without --target, as a server is started")
+    for name, value in keys.items():
+        if target is not None and value is not None:
+            expected = "expected none with --target, whose model has its own"
+            raise InvalidArgumentError(f"{name}: {expected}")
+    if explain and keys["sources"] is not None:
+        raise InvalidArgumentError("sources: expected none with --explain, which needs all patches")
+
+
 def _keys(
-    photo: Image.Image, path: Path, size: Size | None, patch: int | None
+    photo: Image.Image, path: Path, size: Size | None, own: dict[str, int | None]
 ) -> dict[str, int | str]:
     """Return the keys of a model whose finest scale fits into the size of the pictures."""
     keys: dict[str, int | str] = {"source": path.name}
-    if patch is not None:
-        keys["patch"] = patch
+    keys |= {name: value for name, value in own.items() if value is not None}
     if size is not None:
         factor = min(1.0, size[0] / photo.height, size[1] / photo.width)
         keys["finest"] = max(1, round(factor * max(photo.size)))
@@ -264,8 +288,10 @@ def _sources(
 def _report(as_json: bool, files: _Files, facts: dict[str, Any], seconds: dict[str, float]) -> None:
     """Print the written files, and seconds of the parts."""
     if as_json:
-        typer.echo(json.dumps({**files.paths, **facts, "seconds": seconds}))
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        typer.echo(json.dumps({**files.paths, **facts, **rounded}))
         return
     listed = [path for value in files.paths.values() for path in np.atleast_1d(value)]
-    parts = f"{seconds['start']:.1f} s to connect, {seconds['draw']:.1f} s to draw"
-    typer.echo(f"wrote {', '.join(listed)} in {seconds['all']:.1f} s ({parts})")
+    start, draw, every = seconds.values()
+    parts = f"{start:.1f} s until the server was ready, {draw:.1f} s to draw"
+    typer.echo(f"wrote {', '.join(listed)} in {every:.1f} s ({parts})")

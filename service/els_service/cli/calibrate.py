@@ -23,6 +23,7 @@ from els_service.cli.experiments import (
 from els_service.cli.progress import Progress
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
 from els_service.experiments.comparison.calibration import SEARCHES
+from els_service.experiments.comparison.folds import parse_folds
 from els_service.experiments.comparison.sampling import check_seed
 from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
 from els_service.repository import WINDOWS_FILE
@@ -68,6 +69,10 @@ Search = Annotated[
         parser=one_of("search", SEARCHES), help="all: all windows; climb: 3 times faster."
     ),
 ]
+Folds = Annotated[
+    str | None,
+    typer.Option(metavar="RHO[,RHO]", help="Folds to try beside none, such as 0.2,0.5,inf."),
+]
 Windows = Annotated[
     str | None,
     typer.Option(metavar="K[,K]", help="Odd candidates. [default: from 3 to the side]"),
@@ -86,6 +91,7 @@ def calibrate(
     seed: Seed = CalibrationSettings.seed,
     search: Search = CalibrationSettings.search,
     windows: Windows = None,
+    folds: Folds = None,
     bank_limit: BankLimit = None,
     models: Models = None,
     device: Device = "auto",
@@ -93,8 +99,9 @@ def calibrate(
 ) -> None:
     """Find the windows by noise level for which a machine's score is closest to a network's.
 
-    Writes windows.yaml and calibration.json to an analytic model folder. The same command resumes
-    an interrupted run. Without a network: --held-out MODEL_FOLDER, with a --help of its own.
+    Writes windows.yaml and calibration.json to an analytic model folder; with --folds also
+    folds.yaml, window and fold by level. The same command resumes an interrupted run. Without a
+    network: --held-out MODEL_FOLDER, with a --help of its own.
     """
     check_seed(seed)
     settings = CalibrationSettings(
@@ -104,6 +111,7 @@ def calibrate(
         seed=seed,
         search=search,
         windows=positive_integers("windows", windows),
+        folds=parse_folds(folds),
     )
     torch_device = prepare_device(device, threads)
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)

@@ -38,7 +38,8 @@ Network = Annotated[str, typer.Option(metavar="NAME", help="A served model or a 
 Machines = Annotated[
     str,
     typer.Option(
-        help="els, local, ideal, equivariant, with the network's padding; or MACHINE-PADDING."
+        help="els, local, ideal, equivariant, with the network's padding; or MACHINE-PADDING; "
+        "els+fold has the folds of `calibrate --folds`."
     ),
 ]
 Windows = Annotated[
@@ -124,7 +125,9 @@ def compare(
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)
     table = find_windows(trained, windows)
     info = trained.denoiser.info
-    built = build_machines(names, images, info, windows=table.table, device=torch_device)
+    built = build_machines(
+        names, images, info, windows=table.table, folds=table.folds, device=torch_device
+    )
     with ExitStack() as bars:
         record = run_comparison(
             Subjects(network=trained, bank=images, windows=table, machines=built),

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
+from els_service.denoisers.base import Denoiser
 from els_service.denoisers.files import write_atomically
+from els_service.denoisers.fold_levels import FoldTable, as_text
 from els_service.denoisers.networks.folder import MODEL_FILE
 from els_service.errors import InvalidArgumentError, LoadError
 from els_service.experiments.comparison.calibration import (
@@ -24,6 +25,7 @@ from els_service.experiments.comparison.calibration import (
     calibrate,
     trajectory,
 )
+from els_service.experiments.comparison.folds import best_folds, described, folded_machines
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
     RECORD_FILE,
@@ -31,7 +33,7 @@ from els_service.experiments.comparison.subjects import (
     build_machines,
     describe_bank,
 )
-from els_service.repository import WINDOWS_FILE, bundled_models, model_folder
+from els_service.repository import FOLDS_FILE, WINDOWS_FILE, bundled_models, model_folder
 from els_service.yaml_files import read_yaml
 
 _JOURNAL = "calibration-journal.json"
@@ -53,6 +55,8 @@ class CalibrationSettings:
     """One of ``SEARCHES``."""
     windows: tuple[int, ...] | None = None
     """Odd candidates; None for all from 3 to the image's smaller side."""
+    folds: tuple[float, ...] = ()
+    """Folds ρ that are tried beside none, from 0.05 to infinity."""
 
 
 def calibrate_folder(
@@ -97,24 +101,46 @@ def calibrate_folder(
         "padding": machine.info.padding,
         **{name: getattr(settings, name) for name in ("samples", "steps", "seed", "search")},
         "windows": list(windows),
+        **({"folds": [as_text(rho) for rho in settings.folds]} if settings.folds else {}),
     }
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / _JOURNAL, description)
     how = SampleSpec(settings.seed, settings.steps, "ddim", info.label_count)
     labels = how.labels(0, settings.samples)
-    found = calibrate(
-        machine,
-        trajectory(network.denoiser, how, settings.samples),
-        labels,
-        windows,
-        journal,
-        search=settings.search,
-        report=_reporter(progress, windows, settings.steps),
-    )
+    machines: dict[float, Denoiser] = {
+        0.0: machine,
+        **folded_machines(machine, bank, settings.folds, device),
+    }
+    points = trajectory(network.denoiser, how, settings.samples)
+    tables: dict[float, Calibration] = {}
+    journals = {rho: _journal(journal, rho) for rho in machines}
+    for rho, each in machines.items():
+        tables[rho] = calibrate(
+            each,
+            points,
+            labels,
+            windows,
+            journals[rho],
+            search=settings.search,
+            report=_reporter(progress, windows, settings.steps),
+        )
     progress(1, 1)
-    _write(out, machine, bank_file, found, _record(description, found, labels, command))
-    journal.file.unlink()
+    found = tables[0.0]
+    record = _record(description, found, labels, command)
+    best = best_folds(tables) if settings.folds else None
+    if best is not None:
+        record["folds"] = described(best, tables)
+    _write(out, machine, bank_file, found, record, best)
+    for written in journals.values():
+        written.file.unlink()
     return out, found
+
+
+def _journal(plain: Journal, rho: float) -> Journal:
+    """Return the journal of a machine with a fold, beside that of the machine without."""
+    if rho == 0:
+        return plain
+    return Journal(plain.file.with_name(f"calibration-journal-{as_text(rho)}.json"), plain.settings)
 
 
 def _reporter(
@@ -125,7 +151,7 @@ def _reporter(
     )
 
 
-def _candidates(requested: tuple[int, ...] | None, machine: AnalyticDenoiser) -> tuple[int, ...]:
+def _candidates(requested: tuple[int, ...] | None, machine: Denoiser) -> tuple[int, ...]:
     """Return the odd windows to try; by default from 3 to the image's smaller side."""
     largest = machine.info.max_window
     if not largest:
@@ -144,7 +170,7 @@ def _beside(network: Network, machine: str) -> Path:
     return model.with_name(f"{model.name}-{machine}")
 
 
-def _check_folder(out: Path, machine: AnalyticDenoiser) -> None:
+def _check_folder(out: Path, machine: Denoiser) -> None:
     """Check that a folder is empty or has the model that is calibrated.
 
     Raises:
@@ -183,11 +209,19 @@ def _record(
 
 
 def _write(
-    out: Path, machine: AnalyticDenoiser, bank: Path, found: Calibration, record: dict[str, Any]
+    out: Path,
+    machine: Denoiser,
+    bank: Path,
+    found: Calibration,
+    record: dict[str, Any],
+    folds: FoldTable | None,
 ) -> None:
-    """Write table and record, and a model if there is none and it can be served."""
+    """Write tables and record, and a model if there is none and it can be served."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
     write_atomically(out / WINDOWS_FILE, _text(table))
+    if folds is not None:
+        columns = {"sigma": list(folds.sigma), "k": list(folds.k), "rho": list(folds.rho)}
+        write_atomically(out / FOLDS_FILE, _text(columns))
     # Last, because it identifies the network of the windows.
     write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     if (out / MODEL_FILE).exists():
@@ -199,7 +233,8 @@ def _write(
     where = os.path.relpath(bank.resolve(), out.resolve())
     info = machine.info
     model = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
-    write_atomically(out / MODEL_FILE, _text(model | {"bank": where, "window": "auto"}))
+    model |= {"bank": where, "window": "auto", **({} if folds is None else {"fold": "auto"})}
+    write_atomically(out / MODEL_FILE, _text(model))
 
 
 def _text(document: Mapping[str, Any]) -> bytes:

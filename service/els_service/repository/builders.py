@@ -14,12 +14,13 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, SizeRange
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.fold_levels import LevelFoldDenoiser
 from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
 from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
-from els_service.repository.folders import WINDOWS_FILE, ModelFiles
+from els_service.repository.folders import FOLDS_FILE, WINDOWS_FILE, ModelFiles
 from els_service.repository.picture_models import load_picture_model
 from els_service.repository.pretrained_specs import (
     DiffusersSpec,
@@ -36,7 +37,7 @@ from els_service.repository.specs import (
     WienerSpec,
     WindowSpec,
 )
-from els_service.repository.window_files import read_windows
+from els_service.repository.window_files import read_folds, read_windows
 
 _MAX_NUMBERS = 1 << 29
 """Maximum numbers of an image: what the largest legal message holds."""
@@ -79,6 +80,16 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
 
 def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
     """Return a machine: with a fold where its document asks for what only that answers."""
+    if spec.fold == "auto":
+        table = read_folds(files.find(FOLDS_FILE))
+        windows = WindowSpec(sigma=list(table.sigma), k=list(table.k))
+        machines = {
+            rho: _analytic(
+                spec.model_copy(update={"fold": rho, "window": windows}), files, banks, device
+            )
+            for rho in sorted(set(table.rho))
+        }
+        return LevelFoldDenoiser(machines, table)
     path = files.find(spec.bank)
     common: dict[str, Any] = {
         "machine": spec.machine,

@@ -52,7 +52,7 @@ class AnalyticSpec(_Spec):
     padding: Literal["zeros", "circular", "valid", "inside"] = "zeros"
     bank: str
     window: int | Literal["auto", "fashion-mnist-resnet"] | WindowSpec = "auto"
-    fold: float | Literal["inf", "uniform"] = 0.0
+    fold: float | Literal["inf", "uniform", "auto"] = 0.0
     sizes: Literal["any"] | SizesSpec | None = None
 
 

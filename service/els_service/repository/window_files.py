@@ -1,10 +1,11 @@
-"""Tables of windows in model folders: ``{sigma: [...], k: [...]}``."""
+"""Tables in model folders: windows ``{sigma: […], k: […]}``, and folds with ``rho`` beside."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from els_service.denoisers.fold_levels import FoldTable
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import LoadError
 from els_service.yaml_files import read_yaml
@@ -16,10 +17,7 @@ def read_windows(path: Path) -> WindowTable:
     Raises:
         LoadError: The file cannot be read, or is not a table of odd windows by increasing level.
     """
-    content = read_yaml(path)
-    if not isinstance(content, dict) or set(content) != {"sigma", "k"}:
-        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise LoadError(path, f"expected windows, a mapping of sigma and k, got {got or 'nothing'}")
+    content = _mapping(path, "windows", ("sigma", "k"))
     if not _is_list_of(content["sigma"], (int, float)):
         raise LoadError(path, f"expected windows: sigma: a list of numbers, got {content['sigma']}")
     if not _is_list_of(content["k"], int):
@@ -28,6 +26,33 @@ def read_windows(path: Path) -> WindowTable:
         return WindowTable(tuple(map(float, content["sigma"])), tuple(content["k"]))
     except (ValueError, OverflowError) as error:
         raise LoadError(path, f"expected windows: {error}") from error
+
+
+def read_folds(path: Path) -> FoldTable:
+    """Return the table of windows and folds of a file.
+
+    Raises:
+        LoadError: The file cannot be read, or is no such table.
+    """
+    content = _mapping(path, "folds", ("sigma", "k", "rho"))
+    for name, kind in (("sigma", (int, float)), ("k", (int,)), ("rho", (int, float))):
+        if not _is_list_of(content[name], kind):
+            raise LoadError(path, f"expected folds: {name}: numbers, got {content[name]}")
+    sigma, rho = (tuple(map(float, content[name])) for name in ("sigma", "rho"))
+    try:
+        return FoldTable(sigma, tuple(content["k"]), rho)
+    except (ValueError, OverflowError) as error:
+        raise LoadError(path, f"expected folds: {error}") from error
+
+
+def _mapping(path: Path, what: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the content of a file with these keys."""
+    content = read_yaml(path)
+    if not isinstance(content, dict) or set(content) != set(names):
+        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        keys = ", ".join(names[:-1]) + f" and {names[-1]}"
+        raise LoadError(path, f"expected {what}, a mapping of {keys}, got {got or 'nothing'}")
+    return content
 
 
 def _is_list_of(value: Any, kind: type | tuple[type, ...]) -> bool:

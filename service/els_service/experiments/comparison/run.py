@@ -13,6 +13,7 @@ from torch import Tensor
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.files import write_atomically
+from els_service.denoisers.fold_levels import LevelFoldDenoiser, as_text
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, check_options
 from els_service.errors import InvalidArgumentError
@@ -160,6 +161,9 @@ def describe_machine(machine: Denoiser) -> dict[str, Any]:
     described: dict[str, Any] = {"machine": info.machine, "padding": info.padding}
     if info.window is not None:
         described["windows"] = {"sigma": list(info.window.sigma), "k": list(info.window.k)}
+    if isinstance(machine, LevelFoldDenoiser):
+        table = machine.table
+        described["folds"] = {"sigma": list(table.sigma), "rho": list(map(as_text, table.rho))}
     return described
 
 

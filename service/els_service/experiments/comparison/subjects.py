@@ -16,20 +16,25 @@ from els_kernels import GEOMETRIES, PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
+from els_service.denoisers.fold_levels import FoldTable
 from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import InvalidArgumentError, LoadError
+from els_service.experiments.comparison.folds import leveled_machine
 from els_service.experiments.training import load_training_data
 from els_service.repository import (
+    FOLDS_FILE,
     WINDOWS_FILE,
     bundled_models,
     load_network_folder,
     model_folder,
     newest_version,
+    read_folds,
     read_windows,
 )
 
 RECORD_FILE = "calibration.json"
+_FOLD = "+fold"
 MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
 
 
@@ -160,30 +165,43 @@ def build_machines(
     info: DenoiserInfo,
     *,
     windows: WindowTable | None = None,
+    folds: FoldTable | None = None,
     device: str = "cpu",
-) -> dict[str, AnalyticDenoiser]:
+) -> dict[str, Denoiser]:
     """Return machines by name, with the padding of the network unless the name has another.
 
     Args:
-        names: keys of ``MACHINES``, or MACHINE-PADDING, such as ``els-valid``.
+        names: keys of ``MACHINES``, or MACHINE-PADDING, such as ``els-valid``; also with
+            +fold.
         bank: images of all machines.
         info: description of the network.
         windows: by noise level, clipped to the maximum; None for the default ones.
+        folds: windows and folds of machines with +fold.
         device: device of the bank.
 
     Raises:
-        InvalidArgumentError: A name is unknown or given twice.
+        InvalidArgumentError: A name is unknown or given twice, or there are no folds for it.
     """
     if not names or len(set(names)) < len(names):
         raise InvalidArgumentError("machines", "at least one, each once", ", ".join(names))
-    chosen = {name: _machine(name, info.padding or "zeros") for name in names}
+    own = info.padding or "zeros"
+    chosen = {name: _machine(name.removesuffix(_FOLD), own) for name in names}
     attention = PatchAttention(bank.pixels().to(device))
-    return {
-        name: AnalyticDenoiser(
-            attention, bank, machine=machine, padding=padding, window=windows, clip=True
+    machines: dict[str, Denoiser] = {}
+    for name, (machine, padding) in chosen.items():
+        table = windows
+        if name.endswith(_FOLD):
+            if folds is None:
+                expected = f"a folder of windows with {FOLDS_FILE}, from calibrate --folds"
+                raise InvalidArgumentError("windows", expected, f"none for {name}")
+            table = folds.windows
+        plain = AnalyticDenoiser(
+            attention, bank, machine=machine, padding=padding, window=table, clip=True
         )
-        for name, (machine, padding) in chosen.items()
-    }
+        machines[name] = plain
+        if folds is not None and name.endswith(_FOLD):
+            machines[name] = leveled_machine(plain, bank, folds, device)
+    return machines
 
 
 def _machine(name: str, padding: str) -> tuple[str, str]:
@@ -196,10 +214,11 @@ def _machine(name: str, padding: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Windows:
-    """A table of windows, None for the default one, and its origin."""
+    """A table of windows, None for the default one, its origin, and the folds beside it."""
 
     table: WindowTable | None
     source: str
+    folds: FoldTable | None = None
 
 
 def find_windows(network: Network, requested: str = "calibrated") -> Windows:
@@ -257,4 +276,6 @@ def _is_of(record: Path, network: Network) -> bool:
 
 
 def _from_file(path: Path) -> Windows:
-    return Windows(read_windows(path), f"{path.resolve().parent.name}/{path.name}")
+    folds = path.with_name(FOLDS_FILE)
+    source = f"{path.resolve().parent.name}/{path.name}"
+    return Windows(read_windows(path), source, read_folds(folds) if folds.exists() else None)
