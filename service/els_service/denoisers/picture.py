@@ -21,7 +21,6 @@ from els_service.denoisers.explanations import Explanation, explanation
 from els_service.denoisers.folded import (
     LogitSeconds,
     explain_seconds,
-    fold_copies,
     fold_product,
     logit_seconds,
     product_seconds,
@@ -102,8 +101,8 @@ class PictureDenoiser:
             has_sources=True,
             has_originality=True,
             implementation=attention.implementation,
-            # Pixels, their centred copies, and the biases of the patches.
-            memory_bytes=4 * (fold_copies(self._moments) * channels + 1) * pixels,
+            # Pixels, their centred copy, and the biases of the patches.
+            memory_bytes=4 * (2 * channels + 1) * pixels,
         )
 
     @property
