@@ -231,8 +231,8 @@ def test_queries_of_the_banks_size_have_the_sources_of_the_model_without_sizes(
     plain, sized = (client.explain(x, model=name, sigma=SIGMA) for name in ("plain", "sized"))
     assert np.array_equal(plain.sources, sized.sources)
     assert np.array_equal(plain.weights, sized.weights)
-    products = [client.vjp(x, g, model=name, sigma=SIGMA)[1] for name in ("plain", "sized")]
-    assert np.array_equal(*products)
+    first, second = (client.vjp(x, g, model=name, sigma=SIGMA)[1] for name in ("plain", "sized"))
+    assert np.array_equal(first, second)
 
 
 def test_products_of_many_sizes_at_once_have_the_bits_that_they_have_alone(client: Client) -> None:
@@ -257,6 +257,7 @@ async def test_a_step_of_a_sample_of_another_size_is_explained_and_reported(twin
     (report,) = steps[-1].originality
     assert report.gap_ratio is None
     assert report.absent["gap_ratio"] == "needs a bank of images of its size, 1×9×14"
+    assert report.largest_region is not None
     assert 0 < report.largest_region <= 1
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from els_service.cli.main import app
 from els_service.denoisers.base import make_query
+from els_service.denoisers.file_names import FileNames
 from els_service.denoisers.levels import from_sigma
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository

@@ -37,9 +37,9 @@ _LOGIT_S = {"native": (4e-9, 2e-10, 7e-11), "torch": (2.5e-8, 4e-9, 2e-10)}
 """Seconds of one thread for a logit: fixed, for each channel, and for each pixel of the window's
 side (measured). The cost model corrects them."""
 _SLOWEST = "torch"
-_EXPLAIN, _PRODUCT = {"torch": (1.8, 0.0)}, {"torch": (1.3, 0.0)}
-"""Time of an explanation and of a Jacobian product: multiples of a fold, and seconds of one thread
-for a logit beside them (measured)."""
+_EXPLAIN, _PRODUCT = {"native": 1.5, "torch": 1.8}, {"native": 2.4, "torch": 1.3}
+"""Time of an explanation and of a Jacobian product, in multiples of a fold (measured, at the
+noisiest level)."""
 LogitSeconds = Callable[[str, int, int], float]
 """Implementation, channels and side of the window → seconds of one thread for a logit."""
 _IMAGE_S = 1e-3
@@ -93,14 +93,14 @@ def logit_seconds(implementation: str, channels: int, taps: int) -> float:
 
 def explain_seconds(implementation: str, channels: int, taps: int) -> float:
     """Return the predicted seconds of one thread for a logit of an explanation."""
-    factor, fixed = _EXPLAIN.get(implementation, _EXPLAIN[_SLOWEST])
-    return factor * logit_seconds(implementation, channels, taps) + fixed
+    factor = _EXPLAIN.get(implementation, _EXPLAIN[_SLOWEST])
+    return factor * logit_seconds(implementation, channels, taps)
 
 
 def product_seconds(implementation: str, channels: int, taps: int) -> float:
     """Return the predicted seconds of one thread for a logit of a Jacobian product."""
-    factor, fixed = _PRODUCT.get(implementation, _PRODUCT[_SLOWEST])
-    return factor * logit_seconds(implementation, channels, taps) + fixed
+    factor = _PRODUCT.get(implementation, _PRODUCT[_SLOWEST])
+    return factor * logit_seconds(implementation, channels, taps)
 
 
 def fold_product(
