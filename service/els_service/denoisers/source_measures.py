@@ -62,12 +62,10 @@ def sources_of(
     counted, sources = counted[..., :most], sources[:, :, :most]
     rows = sources[..., 1] - np.arange(height)[:, None, None]
     columns = sources[..., 2] - np.arange(width)[None, :, None]
-    if wraps and extents is None:
-        rows, columns = rows % height, columns % width
-    elif wraps:
+    if wraps:
         # Where there are fewer sources the image is −1, and does not count.
-        tall, wide = np.moveaxis(extents[sources[..., 0]], -1, 0)
-        rows, columns = rows % tall, columns % wide
+        sides = np.array([height, width]) if extents is None else extents[sources[..., 0]]
+        rows, columns = rows % sides[..., 0], columns % sides[..., 1]
     return Sources(np.where(counted, sources[..., 0], -1), rows, columns, clear)
 
 
