@@ -250,7 +250,7 @@ class NativeFoldQuery:
         sums = self._planes(TOTALS, 1 + channels, inputs, numbers=flags)
         inputs["mean"] = (scalars[1] / scalars[0]).float()
         if self._jacobian_scale > _SCALE:
-            self._passes.run(TOTALS, self._taps() | inputs, answered=False, **flags)
+            self._passes.run(TOTALS, self._taps() | inputs, flags, answered=False)
             inputs["mean_rest"] = (scalars[1] / scalars[0]).float()
         product = self._planes(
             PRODUCT,
@@ -274,7 +274,7 @@ class NativeFoldQuery:
         """Return the sums of a pass, [count, H, W] float64: see ``FoldMomentSums``."""
         sums = torch.empty(count, self._rows.length, self._cols.length, dtype=torch.float64)
         given = self._taps() | inputs | tensors | {"planes": sums}
-        self._passes.run(kind, given, table_taps=self._col_taps.ndim == 2, **numbers)
+        self._passes.run(kind, given, numbers | {"table_taps": int(self._col_taps.ndim == 2)})
         return sums
 
     def _taps(self) -> dict[str, Tensor]:

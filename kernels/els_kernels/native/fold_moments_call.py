@@ -152,20 +152,25 @@ class FoldPasses:
             for own, line in zip(owners, (self._rows, self._cols), strict=True)
         ]
         given = {"row_classes": classes[0], "col_classes": self._padded(classes[1])}
-        self.run(NORMALISE, given | {"whole": whole, "rest": rest})
+        self.run(NORMALISE, given | {"whole": whole, "rest": rest}, {})
         rows, cols = owners
         return {name: found[rows][:, cols] for name, found in (("whole", whole), ("rest", rest))}
 
     def run(
-        self, kind: int, tensors: dict[str, Tensor], *, answered: bool = True, **numbers: int
+        self,
+        kind: int,
+        tensors: dict[str, Tensor],
+        numbers: dict[str, int],
+        *,
+        answered: bool = True,
     ) -> None:
         """Run a pass; results are written into the tensors, which are contiguous.
 
         Args:
             kind: of pass.
             tensors: fields of ``ElsFoldMomentsCall`` that point to inputs and results.
-            answered: whether sums of pixels are wanted, and not those of patches alone.
             numbers: other fields.
+            answered: whether sums of pixels are wanted, and not those of patches alone.
 
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
