@@ -24,6 +24,7 @@ from torch import Tensor
 from els_kernels.fold import FoldedAttention, FoldQuery
 from els_kernels.geometry import Geometry
 from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, check_direction
+from els_kernels.native import NativeFoldMoments
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class FoldMomentImplementation(Protocol):
 
 FOLD_MOMENT_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldMomentImplementation]] = {
     "torch": TiledFoldMoments,
+    "native": NativeFoldMoments,
 }
 
 
