@@ -15,7 +15,8 @@ from els_kernels import FoldedAttention
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import MAX_SIGMA, NoiseLevel
 from els_service.denoisers.noise import seeded_noise
-from els_service.denoisers.picture import PictureBank, PictureDenoiser, picture_bank
+from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture_banks import PictureBank, picture_bank
 from els_service.denoisers.pyramids import (
     COARSEST_PATCHES,
     PyramidPlan,
@@ -61,7 +62,7 @@ class Case:
 
     def problem(self, query: Query) -> Problem:
         """Return the matmul form of a query of one image with a label."""
-        first, _ = self.bank.of(int(query.labels[0]))
+        first, _ = self.bank.label_range(int(query.labels[0]))
         a, s = float(query.level.a[0]), float(query.level.s[0])
         return Problem(self.bank.images[first][None], query.x, a, s, self.patch, FOLD)
 

@@ -13,7 +13,7 @@ from els_service.denoisers.levels import from_sigma, from_time
 from els_service.denoisers.windows import WindowTable, default_windows
 from els_service.errors import InvalidArgumentError
 
-ANALYTIC = [kind for kind in KINDS if "-" in kind]
+ANALYTIC = ["-".join(name) for name in GEOMETRIES]
 WINDOWED = ["local-zeros", "local-circular", "els-zeros", "els-circular", "els-valid"]
 LEVELS = from_time([0.05, 0.3, 0.6, 1.0])
 

@@ -11,11 +11,11 @@ import torch
 from tests.support.comparing import SHAPE, pretended, squares, write_bank
 from typer.testing import CliRunner
 
-from els_kernels import FoldedAttention
+from els_kernels import FoldedMoments
 from els_service.cli.main import app
 from els_service.denoisers.base import DenoiserInfo, make_query
 from els_service.denoisers.fold_levels import FoldTable, LevelFoldDenoiser
-from els_service.denoisers.folded import FoldedDenoiser
+from els_service.denoisers.folded import FoldedDenoiser, fold_of
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
@@ -45,9 +45,9 @@ def test_a_table_out_of_range_is_rejected(rho: tuple[float, ...], reason: str) -
 
 def folded(rho: float, table: WindowTable) -> FoldedDenoiser:
     bank = squares()
-    attention = FoldedAttention(bank.pixels())
+    moments = FoldedMoments(fold_of(bank, "cpu"))
     return FoldedDenoiser(
-        attention, bank, machine="els", padding="zeros", fold=rho, window=table, clip=True
+        moments, bank, machine="els", padding="zeros", fold=rho, window=table, clip=True
     )
 
 

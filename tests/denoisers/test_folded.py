@@ -14,6 +14,7 @@ from els_kernels import (
     ComputationStoppedError,
     Control,
     FoldedAttention,
+    FoldedMoments,
     PatchAttention,
 )
 from els_kernels.reference_fold import FoldReference
@@ -39,7 +40,7 @@ SAME = (7, 6)
 def machine(name: str = "els", padding: str = "inside", **options: Any) -> FoldedDenoiser:
     attention = FoldedAttention(BANK.pixels(), implementation=options.pop("kernel", "auto"))
     given = {"window": TABLE, "fold": 0.2, **options}
-    return FoldedDenoiser(attention, BANK, machine=name, padding=padding, **given)
+    return FoldedDenoiser(FoldedMoments(attention), BANK, machine=name, padding=padding, **given)
 
 
 def query(size: tuple[int, int] = SAME, seed: int = 1) -> Query:

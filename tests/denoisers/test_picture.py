@@ -16,7 +16,8 @@ from els_kernels import FoldedAttention
 from els_service.denoisers.base import concatenate, make_query
 from els_service.denoisers.levels import MAX_SIGMA, from_sigma
 from els_service.denoisers.noise import seeded_noise
-from els_service.denoisers.picture import PictureBank, PictureDenoiser, picture_bank
+from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture_banks import PictureBank, picture_bank
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes, scale_count, scale_sizes
 from els_service.denoisers.samplers import (
     Options,

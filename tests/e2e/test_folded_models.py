@@ -17,9 +17,10 @@ from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client, ElsError, InvalidArgumentError, Sizes
+from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError, Sizes
 from els_kernels import FOLD_GEOMETRIES
 from els_kernels.reference_fold import FoldReference
+from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
 from els_proto.denoise.v1 import denoise_pb2
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as pb
@@ -82,9 +83,10 @@ def test_a_model_publishes_its_fold_and_its_sizes(client: Client) -> None:
     assert folded.padding == "inside"
     assert folded.shape == SHAPE
     assert folded.batch_invariant
-    assert not folded.has_sources
-    assert not sized.has_gradients
-    assert folded.memory_bytes > plain.memory_bytes
+    assert folded.has_sources
+    assert sized.has_gradients
+    # A fold and its moments keep the bank as it is, patch attention a float32 copy, too.
+    assert folded.memory_bytes < plain.memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -153,19 +155,119 @@ def test_the_limit_on_pixels_holds_for_every_size(client: Client) -> None:
     assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
-def test_models_with_a_fold_sizes_or_padding_inside_say_that_they_have_no_gradients_and_no_sources(
+SOURCES = [
+    ("folded", SHAPE[1:]),
+    ("folded", LARGE),
+    ("sized", LARGE),
+    ("sized", (4, 3)),
+    ("inside", SHAPE[1:]),
+    ("local", SHAPE[1:]),
+]
+"""Models with queries of sizes that they answer."""
+
+
+def references(client: Client, name: str, x: np.ndarray[Any, Any]) -> list[ReferenceFoldPosterior]:
+    """Return the specification of each image."""
+    model, bank = client.model(name), list(tiny_bank().pixels())
+    geometry = FOLD_GEOMETRIES[model.machine, model.padding]
+    return [
+        ReferenceFoldPosterior(image, bank, 1.0, sigma, 3, model.fold, geometry)
+        for image, sigma in zip(torch.from_numpy(x), SIGMA, strict=True)
+    ]
+
+
+def close(got: np.ndarray[Any, Any], want: torch.Tensor, slack: float = 1e-5) -> bool:
+    return bool(np.abs(got - want.numpy()).max() <= slack * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize(("model", "size"), SOURCES)
+def test_an_explanation_is_that_of_brute_force(
+    client: Client, model: str, size: tuple[int, int]
+) -> None:
+    x = images(size)
+    found = client.explain(x, model=model, sigma=SIGMA, top=16, images=2)
+    assert found.sources.shape == (2, *size, 16, 3)
+    assert found.shares.sum(1) == pytest.approx(np.ones(2), abs=1e-6)
+    assert [pixels.shape for pixels in found.images[1].values()] == [SHAPE] * 2
+    for b, reference in enumerate(references(client, model, x)):
+        assert close(found.denoised[b], reference.mean())
+        assert close(found.variance[b], reference.variance())
+        assert close(found.entropy[b], reference.entropy(), 1e-4)
+        assert close(found.shares[b], reference.shares())
+        every = torch.stack(reference.weights(), 1)
+        largest = every.flatten(1).sort(descending=True).values[:, :16]
+        given = found.weights[b].reshape(len(largest), 16)[:, : largest.shape[1]]
+        assert close(given, largest)
+        for place, sources in enumerate(found.sources[b].reshape(len(largest), 16, 3)):
+            image, row, col = sources[0].tolist()
+            weight = float(every[place, image, row * SHAPE[2] + col])
+            assert given[place, 0] == pytest.approx(weight, abs=1e-5)
+
+
+@pytest.mark.parametrize(("model", "size"), SOURCES)
+def test_products_and_variance_are_those_of_brute_force(
+    client: Client, model: str, size: tuple[int, int]
+) -> None:
+    x, g = images(size), images(size, 2)
+    options: dict[str, Any] = {"model": model, "sigma": SIGMA}
+    evidence = Evidence()
+    denoised, pulled = client.vjp(x, g, evidence=evidence, **options)
+    same, pushed = client.jvp(x, g, **options)
+    assert np.array_equal(denoised, same)
+    assert not evidence.data
+    plain, variance = client.denoise_with_variance(x, **options)
+    assert np.array_equal(plain, client.denoise(x, **options))
+    for b, reference in enumerate(references(client, model, x)):
+        assert close(denoised[b], reference.mean())
+        assert close(pulled[b], reference.vjp(torch.from_numpy(g[b])), 1e-4)
+        assert close(pushed[b], reference.jvp(torch.from_numpy(g[b])), 1e-4)
+        assert close(variance[b], reference.variance())
+
+
+def test_queries_of_the_banks_size_have_the_sources_of_the_model_without_sizes(
     client: Client,
 ) -> None:
-    x = images()
-    for model in ("folded", "sized", "local", "inside"):
-        for call in (
-            lambda model=model: client.explain(x, model=model, sigma=SIGMA),
-            lambda model=model: client.vjp(x, x, model=model, sigma=SIGMA),
-            lambda model=model: client.jvp(x, x, model=model, sigma=SIGMA),
-        ):
-            with pytest.raises(ElsError, match="a fold or sizes, or padding inside") as caught:
-                call()
-            assert caught.value.code == "FAILED_PRECONDITION"
+    x, g = images(), images(seed=2)
+    plain, sized = (client.explain(x, model=name, sigma=SIGMA) for name in ("plain", "sized"))
+    assert np.array_equal(plain.sources, sized.sources)
+    assert np.array_equal(plain.weights, sized.weights)
+    first, second = (client.vjp(x, g, model=name, sigma=SIGMA)[1] for name in ("plain", "sized"))
+    assert np.array_equal(first, second)
+
+
+def test_products_of_many_sizes_at_once_have_the_bits_that_they_have_alone(client: Client) -> None:
+    asked = [images(size, seed) for seed, size in enumerate([LARGE, (4, 3), SHAPE[1:], LARGE] * 2)]
+
+    def product(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return client.vjp(x, x, model="folded", sigma=SIGMA)[1]
+
+    alone = list(map(product, asked))
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(product, asked))
+    for one, same in zip(alone, together, strict=True):
+        assert np.array_equal(one, same)
+
+
+async def test_a_step_of_a_sample_of_another_size_is_explained_and_reported(twin: Twin) -> None:
+    options: dict[str, Any] = {"model": "folded", "steps": 3, "size": LARGE}
+    steps = await twin.steps(explain_steps=[3], explain_top=2, originality=True, **options)
+    found = steps[-1].explanation
+    assert found.sources.shape == (1, *LARGE, 2, 3)
+    assert np.abs(found.denoised - steps[-1].denoised).max() <= 1e-5
+    (report,) = steps[-1].originality
+    assert report.gap_ratio is None
+    assert report.absent["gap_ratio"] == "needs a bank of images of its size, 1×9×14"
+    assert report.largest_region is not None
+    assert 0 < report.largest_region <= 1
+
+
+async def test_an_image_of_the_bank_is_one_region_at_its_place(twin: Twin) -> None:
+    x = tiny_bank().pixels()[4:5].numpy()
+    for model in ("folded", "inside", "local"):
+        (found,) = await twin.call("originality", x, model=model, nearest=1)
+        assert found.nearest.tolist() == [4]
+        assert (found.largest_image, found.memorised) == (4, True)
+        assert found.in_place == pytest.approx(1)
 
 
 async def test_a_sample_has_the_size_that_is_asked_for(twin: Twin, client: Client) -> None:

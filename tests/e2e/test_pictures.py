@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tests.support.processes import ServerProcess, run, serving
 from typer.testing import CliRunner
@@ -19,10 +20,13 @@ from typer.testing import CliRunner
 from els_client import AsyncClient, Client, InvalidArgumentError, Step
 from els_client._remix import RemixOptions
 from els_client.cli import app
+from els_kernels import FOLD_GEOMETRIES
+from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as oip
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from els_service.denoisers.picture import PictureDenoiser
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes
 from els_service.denoisers.samplers import options_for, sample
 from els_service.repository import ModelRepository
@@ -171,6 +175,114 @@ def test_a_mask_of_another_size_is_rejected_with_both_sizes(client: Client) -> N
         draw(client, start=start, mask=np.zeros((1, 1, 16, 21), np.float32))
     with pytest.raises(InvalidArgumentError, match="mask: expected values 0"):
         draw(client, start=start, mask=np.full((1, 1, *SIZE), 0.5, np.float32))
+
+
+def reference(
+    models: Path, x: np.ndarray[Any, Any], sigma: float, scale: int
+) -> ReferenceFoldPosterior:
+    """Return the specification of the answer for an image, from the picture at a scale."""
+    model = ModelRepository(models).load("hills")
+    assert isinstance(model, PictureDenoiser)
+    image, rho = model.bank.images[scale], model.info.fold
+    geometry = FOLD_GEOMETRIES["els", "inside"]
+    return ReferenceFoldPosterior(torch.from_numpy(x), [image], 1.0, sigma, 5, rho, geometry)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(0, (9, 7)), (1, (7, 11))])
+def test_sources_are_pixels_of_the_picture_at_the_scale_of_the_label(
+    client: Client, models: Path, scale: int, size: tuple[int, int]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(1, 3, *size)).astype(np.float32)
+    options: dict[str, Any] = {"model": "hills", "sigma": 0.5, "label": scale}
+    found = client.explain(x, top=4, images=2, **options)
+    want, model = reference(models, x[0], 0.5, scale), client.model("hills")
+    (weights,) = want.weights()
+    assert np.abs(found.denoised[0] - want.mean().numpy()).max() <= 1e-5
+    assert np.abs(found.variance[0] - want.variance().numpy()).max() <= 1e-5
+    assert np.abs(found.entropy[0] - want.entropy().numpy()).max() <= 1e-4
+    largest = weights.sort(descending=True).values[:, :4].reshape(*size, 4).numpy()
+    assert np.abs(found.weights[0] - largest).max() <= 1e-5
+    assert set(found.sources[..., 0].ravel()) == {scale}
+    assert np.eye(2)[scale].tolist() == found.shares[0].round(6).tolist()
+    assert found.labels[scale] == scale
+    assert found.label_names == model.label_names
+    assert found.file_names == {scale: "photo.png"}
+    ((image, pixels),) = found.images[0].items()
+    assert (image, pixels.shape) == (scale, (3, *model.scales[scale]))
+    row, col = found.sources[0, 3, 2, 0, 1:].tolist()
+    assert float(weights[3 * size[1] + 2, row * pixels.shape[2] + col]) == pytest.approx(
+        float(found.weights[0, 3, 2, 0]), abs=1e-5
+    )
+
+
+def test_products_and_variance_of_a_picture_are_those_of_brute_force(
+    client: Client, models: Path
+) -> None:
+    x, g = np.random.default_rng(1).normal(size=(2, 1, 3, 8, 9)).astype(np.float32)
+    options: dict[str, Any] = {"model": "hills", "sigma": 0.5, "label": 1}
+    want, along = reference(models, x[0], 0.5, 1), torch.from_numpy(g[0])
+    _, pulled = client.vjp(x, g, **options)
+    _, pushed = client.jvp(x, g, **options)
+    _, variance = client.denoise_with_variance(x, **options)
+    for got, exact in (
+        (pulled, want.vjp(along)),
+        (pushed, want.jvp(along)),
+        (variance, want.variance()),
+    ):
+        assert np.abs(got[0] - exact.numpy()).max() <= 1e-4 * float(exact.abs().max())
+
+
+def test_the_model_says_that_it_has_sources_gradients_and_reports(client: Client) -> None:
+    model = client.model("hills")
+    assert (model.has_sources, model.has_gradients) == (True, True)
+
+
+def test_steps_of_every_scale_are_explained_and_change_no_image(client: Client) -> None:
+    plain, steps = draw(client, seed=3), draw(client, seed=3, explain_steps=[4, 8])
+    for step, same in zip(steps, plain, strict=True):
+        np.testing.assert_array_equal(step.x, same.x)
+    for index, scale in ((4, 0), (8, 1)):
+        found = steps[index - 1].explanation
+        assert found.sources.shape[1:3] == steps[index - 1].x.shape[2:]
+        assert found.shares[0].tolist() == pytest.approx(np.eye(2)[scale].tolist())
+    # The last step of a scale lands on D itself.
+    assert np.abs(steps[7].explanation.denoised - steps[7].x).max() <= 1e-5
+    with pytest.raises(InvalidArgumentError, match="explain_steps: expected none with tileable"):
+        draw(client, tileable=True, explain_steps=[1])
+
+
+def test_the_picture_itself_is_one_region_in_place_and_a_part_of_it_is_one_that_moved(
+    client: Client, models: Path
+) -> None:
+    model = ModelRepository(models).load("hills")
+    assert isinstance(model, PictureDenoiser)
+    picture = model.bank.images[1].numpy()
+    (copied,) = client.originality(picture[None], model="hills")
+    assert copied.nearest.tolist() == [1]
+    assert copied.distances.tolist() == [0]
+    assert copied.gap_ratio is None
+    assert copied.absent["gap_ratio"] == "needs a bank of at least 2 images of its size, this has 1"
+    assert (copied.largest_image, copied.in_place, copied.largest_region) == (1, 1, 1)
+    (part,) = client.originality(picture[None, :, 2:14, 3:], model="hills")
+    assert part.largest_region == pytest.approx(1)
+    assert part.in_place == 0
+    (drawn,) = draw(client, seed=3, originality=True)[-1].originality
+    assert drawn.largest_region is not None
+    assert drawn.largest_region < 1
+
+
+def test_els_explain_draws_a_picture_and_its_sources(server: ServerProcess, tmp_path: Path) -> None:
+    words = ["explain", "--seed", "0", "--model", "hills", "--out", str(tmp_path / "why")]
+    result = CliRunner().invoke(app, [*words, "--target", server.target, "--json"])
+    assert result.exit_code == 0, result.output
+    (image,) = json.loads(result.output)["bank_images"]
+    assert (image["label"], image["file"]) == ("20x24", "photo.png")
+    with Image.open(tmp_path / "why" / "sheet.png") as sheet:
+        assert min(sheet.size) > 100
+    words = ["originality", "--seed", "0", "--model", "hills", "--target", server.target, "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert 0 < json.loads(result.output)["largest_region"] < 1
 
 
 def test_a_damaged_picture_is_refused_by_name_and_other_models_serve_on(

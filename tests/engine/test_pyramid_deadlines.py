@@ -14,7 +14,8 @@ from tests.engine.conftest import Recorder
 from els_kernels import FoldedAttention
 from els_service.denoisers.base import DenoiserInfo, Query, SizeRange
 from els_service.denoisers.noise import seeded_noise
-from els_service.denoisers.picture import PictureDenoiser, picture_bank
+from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture_banks import picture_bank
 from els_service.denoisers.pyramids import PyramidPlan
 from els_service.denoisers.samplers import Options, Resume, Step, evaluations_of
 from els_service.denoisers.samplers.pyramid import pyramid

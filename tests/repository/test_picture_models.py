@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from els_service.cli.main import app
 from els_service.denoisers.base import make_query
+from els_service.denoisers.file_names import FileNames
 from els_service.denoisers.levels import from_sigma
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository
@@ -52,7 +53,8 @@ def test_a_picture_has_scales_from_its_patch_and_its_size(tmp_path: Path) -> Non
     assert info.bank is not None
     assert info.bank.source == "photo.png"
     pixels = sum(height * width for height, width in info.scales)
-    assert info.memory_bytes == 4 * 3 * pixels
+    names = FileNames.of(["photo.png"] * 4)
+    assert info.memory_bytes == 4 * 3 * pixels + names.nbytes
 
 
 def test_keys_choose_patch_scales_and_sizes(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def explain(
     steps: Annotated[
         int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
     ] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; by default ddim.")] = None,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="Sampler; by default ddim, pyramid for pictures.")
+    ] = None,
     step: Annotated[
         int | None, typer.Option(help="Step to explain; by default the last.", min=1)
     ] = None,
@@ -83,7 +85,7 @@ def explain(
             found = client.explain(x, images=drawing.SHOWN, **level, **common)
         else:
             _check_none("--seed", level)
-            found = _sampled(client, common, **drawn)
+            found = _sampled(client, described, common, **drawn)
         written = _draw(out, found, described)
     facts = {"out": str(out), "files": written, "model": model, **_facts(found)}
     _report(as_json, facts, clock.perf_counter() - began)
@@ -99,6 +101,7 @@ def _check_none(field: str, others: dict[str, Any]) -> None:
 
 def _sampled(
     client: Client,
+    described: Model,
     common: dict[str, Any],
     *,
     seed: int | None,
@@ -111,7 +114,11 @@ def _sampled(
     if seed is None:
         raise InvalidArgumentError("IN.png: expected a picture or --seed, got neither")
     count, kind = steps or _STEPS, sampler or "ddim"
-    explained = step or count - (kind == "ddim_released")
+    if described.scales and sampler in (None, "pyramid"):
+        # Steps of each scale.
+        count, kind = steps or described.scale_steps, "pyramid"
+    last = count * len(described.scales) if kind == "pyramid" else count
+    explained = step or last - (kind == "ddim_released")
     way = client.sample(
         seed=seed,
         first_image=first_image or 0,

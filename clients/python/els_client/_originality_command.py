@@ -50,7 +50,9 @@ def originality(
     steps: Annotated[
         int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
     ] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="Sampler; by default ddim.")] = None,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="Sampler; by default ddim, pyramid for pictures.")
+    ] = None,
     bank: Annotated[
         str | None,
         typer.Option(help="Model whose bank is used; by default --model.", metavar="MODEL"),
@@ -83,12 +85,14 @@ def originality(
             if seed is None:
                 raise InvalidArgumentError("IN.png: expected a picture or --seed, got neither")
             _check_none("--seed", {"sigma": sigma})
+            if sampler is None:
+                sampler = "pyramid" if client.model(model).scales else "ddim"
             *_, last = client.sample(
                 model=model,
                 seed=seed,
                 first_image=first_image or 0,
                 steps=steps,
-                sampler=sampler or "ddim",
+                sampler=sampler,
                 label=label,
                 want=(),
                 originality=bank or True,

@@ -20,6 +20,8 @@ from els_kernels.native.fold_lines import plane
 from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses
 from els_kernels.torch_fold import bank_centre, box_sums, decoded
 
+_SCALE = 500.0
+"""a/s² from which the mean of a patch's scalars, wrong by 6e-8 of them in float32, is refined."""
 _TILE = 1 << 20
 """Numbers of bank images that are centred together."""
 
@@ -73,7 +75,7 @@ class NativeFoldMoments:
             MemoryError: The partial results do not fit in memory.
         """
         with torch.device("cpu"):
-            query = FoldQuery(self, x, a, s, window, limits, fold, geometry)
+            query = NativeFoldQuery(self, x, a, s, window, limits, fold, geometry)
             return query.statistics(top, shares)
 
     def vjp(
@@ -93,7 +95,7 @@ class NativeFoldMoments:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            return FoldQuery(self, x, a, s, window, limits, fold, geometry).vjp(cotangent)
+            return NativeFoldQuery(self, x, a, s, window, limits, fold, geometry).vjp(cotangent)
 
     def jvp(
         self,
@@ -112,7 +114,7 @@ class NativeFoldMoments:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            return FoldQuery(self, x, a, s, window, limits, fold, geometry).jvp(tangent)
+            return NativeFoldQuery(self, x, a, s, window, limits, fold, geometry).jvp(tangent)
 
     def units(self, x: Tensor, a: float, s: float, window: int, geometry: Geometry) -> FoldUnits:
         """Return the units of the logits of a query [C, H, W]."""
@@ -148,7 +150,7 @@ class NativeFoldMoments:
                 yield decoded(group[first : first + together]).double() - self.centre
 
 
-class FoldQuery:
+class NativeFoldQuery:
     """One query image: its crop, its taps, and the passes over the bank that it needs."""
 
     def __init__(
@@ -233,21 +235,27 @@ class FoldQuery:
         """Return D(x) and the product of the direction, with taps of rows and columns."""
         channels = len(direction)
         direction = direction.float().contiguous()
-        scalars = torch.empty(2, self._rows.axis.places, self._cols.axis.places).double()
+        patches = self._rows.axis.places, self._cols.axis.places
+        scalars = torch.empty(2, *patches, dtype=torch.float64)
         inputs = self._passes.normalisers() | {
             "direction": direction,
             "offset": (direction.double() * self._reference).sum(0).float(),
             "inner_rows": inner[0].contiguous(),
             "inner_cols": inner[1].contiguous(),
+            "mean": torch.zeros(patches),
+            "mean_rest": torch.zeros(patches),
+            "scalars": scalars,
         }
         flags = _flags("inner", inner[1])
-        sums = self._planes(TOTALS, 1 + channels, inputs, scalars=scalars, numbers=flags)
-        mean = (scalars[1] / scalars[0]).float()
+        sums = self._planes(TOTALS, 1 + channels, inputs, numbers=flags)
+        inputs["mean"] = (scalars[1] / scalars[0]).float()
+        if self._jacobian_scale > _SCALE:
+            self._passes.run(TOTALS, self._taps() | inputs, flags, answered=False)
+            inputs["mean_rest"] = (scalars[1] / scalars[0]).float()
         product = self._planes(
             PRODUCT,
             channels,
             inputs,
-            mean=mean,
             outer_rows=outer[0].contiguous(),
             outer_cols=outer[1].contiguous(),
             numbers=flags | _flags("outer", outer[1]),
@@ -265,18 +273,17 @@ class FoldQuery:
     ) -> Tensor:
         """Return the sums of a pass, [count, H, W] float64: see ``FoldMomentSums``."""
         sums = torch.empty(count, self._rows.length, self._cols.length, dtype=torch.float64)
-        given = (
-            inputs
-            | tensors
-            | {
-                "row_taps": self._row_taps.float(),
-                "col_taps": self._col_taps,
-                "reference": self._reference,
-                "planes": sums,
-            }
-        )
-        self._passes.run(kind, given, table_taps=self._col_taps.ndim == 2, **numbers)
+        given = self._taps() | inputs | tensors | {"planes": sums}
+        self._passes.run(kind, given, numbers | {"table_taps": int(self._col_taps.ndim == 2)})
         return sums
+
+    def _taps(self) -> dict[str, Tensor]:
+        """Return what all passes but the first need."""
+        return {
+            "row_taps": self._row_taps.float(),
+            "col_taps": self._col_taps,
+            "reference": self._reference,
+        }
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         """Return what each patch counts in a mean over the pixels: [Q] and [P] float64."""

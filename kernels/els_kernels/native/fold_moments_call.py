@@ -88,6 +88,7 @@ class _Call(ctypes.Structure):
         ("direction", ctypes.c_void_p),
         ("offset", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
+        ("mean_rest", ctypes.c_void_p),
         ("planes", ctypes.c_void_p),
         ("scalars", ctypes.c_void_p),
         ("shares", ctypes.c_void_p),
@@ -155,17 +156,25 @@ class FoldPasses:
             for own, line in zip(owners, (self._rows, self._cols), strict=True)
         ]
         given = {"row_classes": classes[0], "col_classes": self._padded(classes[1])}
-        self.run(NORMALISE, given | {"whole": whole, "rest": rest})
+        self.run(NORMALISE, given | {"whole": whole, "rest": rest}, {})
         rows, cols = owners
         return {name: found[rows][:, cols] for name, found in (("whole", whole), ("rest", rest))}
 
-    def run(self, kind: int, tensors: dict[str, Tensor], **numbers: int) -> None:
+    def run(
+        self,
+        kind: int,
+        tensors: dict[str, Tensor],
+        numbers: dict[str, int],
+        *,
+        answered: bool = True,
+    ) -> None:
         """Run a pass; results are written into the tensors, which are contiguous.
 
         Args:
             kind: of pass.
             tensors: fields of ``ElsFoldMomentsCall`` that point to inputs and results.
             numbers: other fields.
+            answered: whether sums of pixels are wanted, and not those of patches alone.
 
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
@@ -185,7 +194,7 @@ class FoldPasses:
             window=self._rows.axis.window,
             ring=self._ring,
             first_row=self._rows.image.start,
-            last_row=self._rows.image.stop,
+            last_row=self._rows.image.stop if answered else self._rows.image.start,
             first_col=self._cols.image.start,
             last_col=self._cols.image.stop,
             sources=ctypes.addressof(table),

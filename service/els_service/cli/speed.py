@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from els_kernels import PatchAttention
+from els_kernels import FoldedMoments, PatchAttention
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo, SizeRange
@@ -77,7 +77,7 @@ def describe_bank_speed(bank: AnyBank) -> str:
 def _describe_mixed(bank: MixedBank) -> str:
     sides = (1, MAX_SIDE)
     machine = FoldedDenoiser(
-        fold_of(bank, "cpu"),
+        FoldedMoments(fold_of(bank, "cpu")),
         bank,
         machine="els",
         padding="zeros",

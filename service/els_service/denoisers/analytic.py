@@ -21,10 +21,10 @@ from els_service.denoisers.base import (
     Query,
     SizeRange,
 )
-from els_service.denoisers.explanations import Explanation
+from els_service.denoisers.explanations import Explanation, explanation
 from els_service.denoisers.gradients import Direction, Product
-from els_service.denoisers.mixed_banks import AnyBank
 from els_service.denoisers.query_checks import check_query
+from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import WindowTable, default_windows
 
 _PER_THREAD = {"reference": 2e6, "torch": 1e8}
@@ -102,6 +102,7 @@ class AnalyticDenoiser:
             bank=bank_info(bank),
             has_log_evidence=True,
             has_gradients=True,
+            reuses_evidence=True,
             has_sources=True,
             has_originality=True,
             implementation=attention.implementation,
@@ -195,16 +196,7 @@ class AnalyticDenoiser:
         found = self._moments.statistics(
             query.x.to(self._attention.device), **self._arguments(query), top=top
         )
-        return Explanation(
-            found.mean.cpu().numpy(),
-            None,
-            found.variance.cpu().numpy(),
-            found.entropy.cpu().numpy(),
-            found.sources.cpu().numpy(),
-            found.weights.cpu().numpy(),
-            found.shares.cpu().numpy(),
-            self._bank,
-        )
+        return explanation(found, self._bank)
 
     def variance(self, query: Query) -> npt.NDArray[np.float32]:
         """Return the posterior variance of each pixel, [B, C, H, W]."""
@@ -269,16 +261,18 @@ def _speed(implementation: str) -> float:
     return _PER_THREAD[implementation] * torch.get_num_threads()
 
 
-def bank_info(bank: AnyBank) -> BankInfo:
+def bank_info(bank: SourceBank) -> BankInfo:
     """Return the public description of a bank."""
     longest = None if bank.file_names is None else bank.file_names.longest
     common = bank.fingerprint, len(bank), bank.source, bank.licence, longest
-    if isinstance(bank, Bank):
+    (low, wide_low), (high, wide_high) = bank.extents.min(0).tolist(), bank.extents.max(0).tolist()
+    if (low, wide_low) == (high, wide_high):
         return BankInfo(*common)
-    return BankInfo(*common, SizeRange(*bank.sides), int(bank.extents.prod(1).max()))
+    sizes = SizeRange((low, high), (wide_low, wide_high))
+    return BankInfo(*common, sizes, int(bank.extents.prod(1).max()))
 
 
-def bank_bytes(bank: AnyBank, *, copies: int = 1) -> int:
+def bank_bytes(bank: SourceBank, *, copies: int = 1) -> int:
     """Return the memory of a bank: images, their float32 copies for computation, file names."""
     names = 0 if bank.file_names is None else bank.file_names.nbytes
-    return bank.images.nbytes + 4 * copies * bank.size + names
+    return sum(group.nbytes for group in bank.groups) + 4 * copies * bank.size + names

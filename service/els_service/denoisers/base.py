@@ -325,6 +325,8 @@ class DenoiserInfo:
     has_log_evidence: bool = False
     has_gradients: bool = False
     """Whether it is ``gradients.Differentiable``."""
+    reuses_evidence: bool = False
+    """Whether it is ``gradients.ReusesEvidence``."""
     has_sources: bool = False
     """Whether it is ``explanations.Explainable``."""
     has_originality: bool = False

@@ -8,8 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from els_kernels import PosteriorStatistics
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.mixed_banks import AnyBank
+from els_service.denoisers.source_banks import SourceBank
 
 
 @dataclass(eq=False, slots=True)  # immutable by convention; see base.Condition
@@ -26,7 +27,7 @@ class Explanation(Denoised):
     """[B, H, W, m], falling."""
     shares: npt.NDArray[np.float64]
     """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
-    bank: AnyBank
+    bank: SourceBank
     """Images of the sources, with labels and file names; never copied."""
 
     def __getitem__(self, images: slice) -> Explanation:
@@ -41,6 +42,20 @@ class Explanation(Denoised):
             self.shares[images],
             self.bank,
         )
+
+
+def explanation(found: PosteriorStatistics, bank: SourceBank) -> Explanation:
+    """Return the explanation, without evidence, of statistics of the posterior over a bank."""
+    return Explanation(
+        found.mean.cpu().numpy(),
+        None,
+        found.variance.cpu().numpy(),
+        found.entropy.cpu().numpy(),
+        found.sources.cpu().numpy(),
+        found.weights.cpu().numpy(),
+        found.shares.cpu().numpy(),
+        bank,
+    )
 
 
 @runtime_checkable

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work, max_window
+from els_kernels import FOLD_GEOMETRIES, FoldedAttention, FoldedMoments, count_fold_work, max_window
 from els_service.denoisers.analytic import AnalyticDenoiser, bank_bytes, bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import (
@@ -17,8 +20,11 @@ from els_service.denoisers.base import (
     Query,
     SizeRange,
 )
-from els_service.denoisers.mixed_banks import AnyBank, one_size
+from els_service.denoisers.explanations import Explanation, explanation
+from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.query_checks import check_query, largest_window, odd
+from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import WindowTable, default_windows
 from els_service.errors import InvalidArgumentError
 
@@ -31,6 +37,11 @@ _LOGIT_S = {"native": (4e-9, 2e-10, 7e-11), "torch": (2.5e-8, 4e-9, 2e-10)}
 """Seconds of one thread for a logit: fixed, for each channel, and for each pixel of the window's
 side (measured). The cost model corrects them."""
 _SLOWEST = "torch"
+_EXPLAIN, _PRODUCT = {"native": 1.5, "torch": 1.8}, {"native": 2.4, "torch": 1.3}
+"""Time of an explanation and of a Jacobian product, in multiples of a fold (measured, at the
+noisiest level)."""
+LogitSeconds = Callable[[str, int, int], float]
+"""Implementation, channels and side of the window → seconds of one thread for a logit."""
 _IMAGE_S = 1e-3
 """Seconds of a query image beside its logits (measured)."""
 _PIXEL_S = 3e-8
@@ -54,7 +65,7 @@ def check_fold(machine: str, padding: str, fold: float, *, sized: bool) -> None:
         raise ValueError(f"sizes: {expected}, got some for {machine}")
 
 
-def check_images(bank: AnyBank, machine: str, *, sized: bool) -> None:
+def check_images(bank: SourceBank, machine: str, *, sized: bool) -> None:
     """Check that a machine takes the images of a bank.
 
     Raises:
@@ -67,7 +78,7 @@ def check_images(bank: AnyBank, machine: str, *, sized: bool) -> None:
         raise ValueError(f"sizes: {expected}, got none")
 
 
-def fold_of(bank: AnyBank, device: str, implementation: str = "auto") -> FoldedAttention:
+def fold_of(bank: SourceBank, device: str, implementation: str = "auto") -> FoldedAttention:
     """Return the fold of a bank; on the CPU it holds the memory of the bank, and no copy."""
     groups = (group if group.flags.writeable else group.copy() for group in bank.groups)
     images = [torch.from_numpy(group).to(device) for group in groups]
@@ -80,13 +91,47 @@ def logit_seconds(implementation: str, channels: int, taps: int) -> float:
     return fixed + channel * channels + tap * taps
 
 
+def explain_seconds(implementation: str, channels: int, taps: int) -> float:
+    """Return the predicted seconds of one thread for a logit of an explanation."""
+    factor = _EXPLAIN.get(implementation, _EXPLAIN[_SLOWEST])
+    return factor * logit_seconds(implementation, channels, taps)
+
+
+def product_seconds(implementation: str, channels: int, taps: int) -> float:
+    """Return the predicted seconds of one thread for a logit of a Jacobian product."""
+    factor = _PRODUCT.get(implementation, _PRODUCT[_SLOWEST])
+    return factor * logit_seconds(implementation, channels, taps)
+
+
+def fold_product(
+    moments: FoldedMoments,
+    kind: Direction,
+    query: Query,
+    along: npt.NDArray[np.float32],
+    arguments: dict[str, Any],
+) -> Product:
+    """Return D(x) and a Jacobian product of a fold.
+
+    Args:
+        moments: of the fold.
+        kind: which product.
+        query: noisy images.
+        along: cotangent or tangent, [B, C, H, W].
+        arguments: of the fold other than x.
+    """
+    multiply = moments.vjp if kind == "vjp" else moments.jvp
+    device = moments.attention.device
+    mean, product = multiply(query.x.to(device), torch.tensor(along).to(device), **arguments)
+    return Product(mean.cpu().numpy(), product.cpu().numpy())
+
+
 class FoldedDenoiser:
     """The machine ``els`` or ``local`` with a fold ρ, padding ``inside``, or queries of any size.
 
-    It has neither Jacobian products nor sources.
+    Its sources are pixels of the bank: each is weighed by all patches that join it to a pixel.
 
     Args:
-        fold_attention: fold of the bank; shared by all models with that bank.
+        moments: moments of the fold of the bank; shared by all models with that bank.
         bank: the images; of several sizes for ``els`` with ``sizes`` alone.
         machine: ``els`` or ``local``.
         padding: of a key of ``FOLD_GEOMETRIES``.
@@ -103,8 +148,8 @@ class FoldedDenoiser:
 
     def __init__(
         self,
-        fold_attention: FoldedAttention,
-        bank: AnyBank,
+        moments: FoldedMoments,
+        bank: SourceBank,
         *,
         machine: str,
         padding: str,
@@ -116,7 +161,8 @@ class FoldedDenoiser:
     ) -> None:
         check_fold(machine, padding, fold, sized=sizes is not None)
         check_images(bank, machine, sized=sizes is not None)
-        self._attention, self._bank, self._fold, self._plain = fold_attention, bank, fold, plain
+        self._attention, self._moments = moments.attention, moments
+        self._bank, self._fold, self._plain = bank, fold, plain
         self._geometry = FOLD_GEOMETRIES[machine, padding]
         self._size = bank.shape[1], bank.shape[2]
         self._typical: dict[tuple[int, int], tuple[int, int]] = {}
@@ -147,8 +193,10 @@ class FoldedDenoiser:
             bank=info,
             has_originality=True,
             has_log_evidence=True,
-            implementation=fold_attention.implementation,
-            # The fold needs no copy of the bank, the plain machine one in float32.
+            has_gradients=True,
+            has_sources=True,
+            implementation=self._attention.implementation,
+            # The fold and its moments need no copy of the bank, the plain machine one in float32.
             memory_bytes=bank_bytes(bank, copies=0 if plain is None else 1),
         )
 
@@ -158,7 +206,7 @@ class FoldedDenoiser:
         return self._info
 
     @property
-    def bank(self) -> AnyBank:
+    def bank(self) -> SourceBank:
         """Images of the machine."""
         return self._bank
 
@@ -176,6 +224,21 @@ class FoldedDenoiser:
         """Return a rough estimate from the number of logits and the number of torch's threads."""
         if self._plain is not None and self._is_plain(query):
             return self._plain.predict_seconds(query)
+        return self._seconds(query, logit_seconds, self._info.implementation)
+
+    def predict_explain_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of logits."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.predict_explain_seconds(query)
+        return self._seconds(query, explain_seconds, self._moments.implementation)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a rough estimate from the number of logits."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.predict_product_seconds(query, direction)
+        return self._seconds(query, product_seconds, self._moments.implementation)
+
+    def _seconds(self, query: Query, each: LogitSeconds, implementation: str) -> float:
         size = query.pixels.shape[2], query.pixels.shape[3]
         channels = self._info.shape[0]
         seconds = 0.0
@@ -183,24 +246,56 @@ class FoldedDenoiser:
             image = self._typical_size(lo, hi)
             work = count_fold_work(self._geometry, size, image, k)
             taps = 1 if math.isinf(self._fold) else k
-            each = logit_seconds(self._info.implementation, channels, taps)
-            seconds += (hi - lo) * (each * work + _PIXEL_S * channels * math.prod(image))
+            logit = each(implementation, channels, taps)
+            seconds += (hi - lo) * (logit * work + _PIXEL_S * channels * math.prod(image))
         return len(query) * _IMAGE_S + seconds / torch.get_num_threads()
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means and log evidences."""
         if self._plain is not None and self._is_plain(query):
             return self._plain.denoise(query)
-        posterior = self._attention(
-            query.x.to(self._attention.device),
-            a=torch.tensor(query.level.a),
-            s=torch.tensor(query.level.s),
-            window=torch.from_numpy(self._windows(query)),
-            fold=torch.full((len(query),), self._fold, dtype=torch.float64),
-            ranges=torch.tensor(self._ranges(query)),
-            geometry=self._geometry,
-        )
+        posterior = self._attention(query.x.to(self._attention.device), **self._arguments(query))
         return Denoised(posterior.mean.cpu().numpy(), posterior.log_evidence.cpu().numpy())
+
+    def explain(self, query: Query, top: int) -> Explanation:
+        """Return the statistics with the ``top`` sources of every pixel, without evidence."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.explain(query, top)
+        x = query.x.to(self._attention.device)
+        found = self._moments.statistics(x, **self._arguments(query), top=top)
+        return explanation(found, self._bank)
+
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.variance(query)
+        x = query.x.to(self._attention.device)
+        found = self._moments.statistics(x, **self._arguments(query), top=1, shares=False)
+        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
+        return variance
+
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg, exactly."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.vjp(query, cotangent)
+        return fold_product(self._moments, "vjp", query, cotangent, self._arguments(query))
+
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u, exactly."""
+        if self._plain is not None and self._is_plain(query):
+            return self._plain.jvp(query, tangent)
+        return fold_product(self._moments, "jvp", query, tangent, self._arguments(query))
+
+    def _arguments(self, query: Query) -> dict[str, Any]:
+        """Return the arguments of the fold other than x."""
+        return {
+            "a": torch.tensor(query.level.a),
+            "s": torch.tensor(query.level.s),
+            "window": torch.from_numpy(self._windows(query)),
+            "fold": torch.full((len(query),), self._fold, dtype=torch.float64),
+            "ranges": torch.tensor(self._ranges(query)),
+            "geometry": self._geometry,
+        }
 
     def _typical_size(self, lo: int, hi: int) -> tuple[int, int]:
         """Return the size of an image that costs as much as those of a range do in the mean.

@@ -31,6 +31,7 @@ from els_service.denoisers.banks import (
     provenance_of,
 )
 from els_service.denoisers.file_names import FileNames
+from els_service.denoisers.source_banks import SourceBank
 from els_service.errors import InvalidArgumentError
 
 
@@ -188,7 +189,7 @@ def make_mixed_bank(
     )
 
 
-def one_size(bank: AnyBank, user: str) -> Bank:
+def one_size(bank: SourceBank, user: str) -> Bank:
     """Return a bank whose images have one size.
 
     Raises:
@@ -196,7 +197,7 @@ def one_size(bank: AnyBank, user: str) -> Bank:
     """
     if isinstance(bank, Bank):
         return bank
-    (low, high), (wide_low, wide_high) = bank.sides
+    (low, wide_low), (high, wide_high) = bank.extents.min(0), bank.extents.max(0)
     got = f"heights from {low} to {high} and widths from {wide_low} to {wide_high}"
     raise InvalidArgumentError("bank", f"images of one size for {user}", got)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from els_kernels import checkpoint
 from els_service.denoisers.banks import pixels_from
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.mixed_banks import AnyBank
+from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.source_measures import (
     CONCENTRATION,
     agreeing,
@@ -92,7 +92,7 @@ class Originality(Denoised):
     """Reports of images, and their bank."""
 
     reports: list[Report]
-    bank: AnyBank
+    bank: SourceBank
 
     def __getitem__(self, images: slice) -> Originality:
         return Originality(self.pixels[images], None, self.reports[images], self.bank)
@@ -108,7 +108,7 @@ class HasBank(Protocol):
         ...
 
     @property
-    def bank(self) -> AnyBank:
+    def bank(self) -> SourceBank:
         """Images of the denoiser."""
         ...
 
@@ -119,7 +119,7 @@ class HasBank(Protocol):
 
 def report(
     image: npt.NDArray[np.float32],
-    bank: AnyBank,
+    bank: SourceBank,
     sources: npt.NDArray[np.int64] | None = None,
     weights: npt.NDArray[np.float32] | None = None,
     shares: npt.NDArray[np.float64] | None = None,
@@ -156,7 +156,7 @@ def report(
     if sources is None or weights is None or shares is None:
         absent |= dict.fromkeys(_SOURCE_MEASURES, "needs a model with sources")
         return Report(nearest, distances, gap, carlini, absent=absent)
-    found = sources_of(sources, weights, wraps=wraps)
+    found = sources_of(sources, weights, wraps=wraps, extents=bank.extents)
     seam = seams(found)
     if seam is None:
         absent["seams"] = "needs two neighbouring pixels with few sources"
@@ -177,7 +177,7 @@ def report(
 
 
 def distances_to(
-    image: npt.NDArray[np.float32], bank: AnyBank
+    image: npt.NDArray[np.float32], bank: SourceBank
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return the images of a bank that have the shape of an image, and its distances from them.
 

@@ -5,24 +5,40 @@ Its labels are the scales of a pyramid, so that the pictures of one scale answer
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work, grouped
-from els_service.denoisers.base import BankInfo, Denoised, DenoiserInfo, Integers, Query, SizeRange
-from els_service.denoisers.folded import logit_seconds
+from els_kernels import (
+    FOLD_GEOMETRIES,
+    FoldedAttention,
+    FoldedMoments,
+    PosteriorStatistics,
+    count_fold_work,
+)
+from els_service.denoisers.analytic import bank_bytes, bank_info
+from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query, SizeRange
+from els_service.denoisers.explanations import Explanation, explanation
+from els_service.denoisers.folded import (
+    LogitSeconds,
+    explain_seconds,
+    fold_product,
+    logit_seconds,
+    product_seconds,
+)
+from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.levels import MAX_SIGMA
-from els_service.denoisers.pyramids import Size, resized, scale_sizes
+from els_service.denoisers.picture_banks import PictureBank
+from els_service.denoisers.pyramids import Size
 from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.windows import WindowTable
-from els_service.errors import InvalidArgumentError
 
 MAX_PICTURE_SIDE = 1024
 """Largest height and width of queries, without the border of a tileable picture."""
@@ -35,83 +51,79 @@ _LARGE = {"native": 0.45}
 """Seconds of a logit in rows of pictures, relative to the short rows of a bank (measured)."""
 
 
-@dataclass(frozen=True, eq=False)
-class PictureBank:
-    """Pictures at every scale, float32 [C, h, w] in [-1, 1]; those of one scale in a row.
+class FoldOfPictures:
+    """Fold of images of every scale, with variance and Jacobian products.
 
     Args:
-        groups: [N, C, h, w], images of one size in a row: of scale 0, the coarsest, then of scale
-            1, and so on.
-        pictures: number of pictures, at least 1.
-        source: origin of the pictures.
-        licence: licence of the pictures.
+        attention: the fold.
+        ranges: scale, or -1 for all → range of its images.
+        patch: side of a patch.
+        fold: ρ.
     """
 
-    groups: tuple[Tensor, ...]
-    pictures: int
-    source: str = ""
-    licence: str = ""
+    def __init__(
+        self,
+        attention: FoldedAttention,
+        ranges: Callable[[int], tuple[int, int]],
+        *,
+        patch: int,
+        fold: float,
+    ) -> None:
+        self._attention, self._moments = attention, FoldedMoments(attention)
+        self._ranges, self._patch, self._fold = ranges, patch, fold
 
-    @property
-    def images(self) -> tuple[Tensor, ...]:
-        """Every image in order, [C, h, w]; views."""
-        return tuple(image for group in self.groups for image in group)
+    def _attend(self, query: Query, images: Integers) -> npt.NDArray[np.float32]:
+        """Return D of some images of a query, [n, C, H, W]."""
+        arguments = {
+            name: value if name == "geometry" else value[images]
+            for name, value in self._arguments(query).items()
+        }
+        x = query.x[torch.from_numpy(images)].to(self._attention.device)
+        means: npt.NDArray[np.float32] = self._attention(x, **arguments).mean.cpu().numpy()
+        return means
 
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        """Size of the first picture at each scale, coarsest first."""
-        return tuple((im.shape[1], im.shape[2]) for im in self.images[:: self.pictures])
+    def _statistics(self, query: Query, top: int, *, shares: bool = True) -> PosteriorStatistics:
+        x = query.x.to(self._attention.device)
+        return self._moments.statistics(x, **self._arguments(query), top=top, shares=shares)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of sizes and pixels."""
-        digest = hashlib.sha256()
-        for image in self.images:
-            digest.update(repr(tuple(image.shape)).encode())
-            digest.update(image.numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+    def variance(self, query: Query) -> npt.NDArray[np.float32]:
+        """Return the posterior variance of each pixel, [B, C, H, W]."""
+        found = self._statistics(query, 1, shares=False)
+        variance: npt.NDArray[np.float32] = found.variance.cpu().numpy()
+        return variance
 
-    def of(self, label: int) -> tuple[int, int]:
-        """Return the range of images of a scale; -1 means all scales."""
-        if label < 0:
-            return 0, len(self.images)
-        return label * self.pictures, (label + 1) * self.pictures
+    def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and Jᵀg, exactly."""
+        return fold_product(self._moments, "vjp", query, cotangent, self._arguments(query))
 
+    def jvp(self, query: Query, tangent: npt.NDArray[np.float32]) -> Product:
+        """Return D(x) and J u, exactly."""
+        return fold_product(self._moments, "jvp", query, tangent, self._arguments(query))
 
-def picture_bank(
-    pictures: Sequence[Tensor],
-    *,
-    coarsest: int,
-    scales: int,
-    source: str = "",
-    licence: str = "",
-) -> PictureBank:
-    """Return pictures at every scale.
+    def _arguments(self, query: Query) -> dict[str, Any]:
+        """Return the arguments of the fold other than x."""
+        return {
+            "a": torch.tensor(query.level.a),
+            "s": torch.tensor(query.level.s),
+            "window": torch.full((len(query),), self._patch),
+            "fold": torch.full((len(query),), self._fold, dtype=torch.float64),
+            "ranges": torch.tensor([self._ranges(label) for label in query.labels.tolist()]),
+            "geometry": _GEOMETRY,
+        }
 
-    Args:
-        pictures: [C, H, W] in [-1, 1], of equal C, at the finest scale.
-        coarsest: short side of the coarsest scale, in pixels.
-        scales: number of scales.
-        source: origin of the pictures.
-        licence: licence of the pictures.
-    """
-    grids = [
-        [
-            # Bicubic resampling may leave the range.
-            resized(picture.double()[None], size)[0].clamp(-1, 1).float().contiguous()
-            for size in scale_sizes((picture.shape[1], picture.shape[2]), coarsest, scales)
-        ]
-        for picture in pictures
-    ]
-    images = list(itertools.chain.from_iterable(zip(*grids, strict=True)))
-    return PictureBank(tuple(grouped(images)), len(pictures), source, licence)
+    def _attended(self, query: Query) -> Integers:
+        """Return the images whose posterior is not uniform."""
+        return np.flatnonzero(query.level.sigma < _UNIFORM)
 
 
-class PictureDenoiser:
+class PictureDenoiser(FoldOfPictures):
     """The ELS machine of a few pictures, with patches wholly inside, for queries of any size.
 
     At the highest level, σ = 1e6, the posterior is uniform over all patches: D is the fold of their
     mean.
+
+    A source is a pixel of a picture at the scale of the query's label, not of the whole picture:
+    image ``scale · pictures + picture``, with row and column at that scale.
 
     Args:
         attention: fold of ``bank.groups``.
@@ -131,30 +143,31 @@ class PictureDenoiser:
         if patch > least:
             expected = f"at most {least}, the shortest side of the coarsest scale"
             raise ValueError(f"patch: expected {expected}, got {patch}")
-        self._attention, self._bank, self._patch, self._fold = attention, bank, patch, fold
+        super().__init__(attention, bank.label_range, patch=patch, fold=fold)
+        self._bank = bank
         self._uniform: dict[int, Tensor] = {}
         """Scale → mean patch, [C, P, P] float64."""
         sides = (patch, MAX_PICTURE_SIDE + 2 * (patch - 1))
-        sizes = bank.sizes
-        pixels = sum(image[0].numel() for image in bank.images)
-        channels = bank.images[0].shape[0]
         self._info = DenoiserInfo(
             kind="picture",
-            shape=(channels, *sizes[-1]),
+            shape=bank.shape,
             machine="els",
             padding="inside",
             window=WindowTable.constant(patch),
             fold=fold,
             sizes=SizeRange(sides, sides),
-            scales=sizes,
+            scales=bank.sizes,
             scale_steps=steps,
             patch=patch,
-            label_count=len(sizes),
-            label_names=tuple(f"{h}x{w}" for h, w in sizes) if len(set(sizes)) > 1 else (),
-            bank=BankInfo(bank.fingerprint, bank.pictures, bank.source, bank.licence),
+            label_count=bank.label_count,
+            label_names=bank.label_names,
+            bank=replace(bank_info(bank), images=bank.pictures),
+            has_gradients=True,
+            has_sources=True,
+            has_originality=True,
             implementation=attention.implementation,
             # The fold holds the pixels of the bank, and no copy.
-            memory_bytes=4 * channels * pixels,
+            memory_bytes=bank_bytes(bank, copies=0),
         )
 
     @property
@@ -162,54 +175,66 @@ class PictureDenoiser:
         """Description of the denoiser."""
         return self._info
 
+    @property
+    def bank(self) -> PictureBank:
+        """The pictures at every scale."""
+        return self._bank
+
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape or a label is not supported."""
         check_query(self._info, query)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""
+        attended = self._attended(query).tolist()
+        return self._seconds(query, attended, logit_seconds, self._info.implementation)
+
+    def predict_explain_seconds(self, query: Query) -> float:
+        """Return a rough estimate from the number of logits."""
+        kind = self._moments.implementation
+        return self._seconds(query, range(len(query)), explain_seconds, kind)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return a rough estimate from the number of logits."""
+        kind = self._moments.implementation
+        return self._seconds(query, range(len(query)), product_seconds, kind)
+
+    def _seconds(
+        self, query: Query, images: Sequence[int], each: LogitSeconds, implementation: str
+    ) -> float:
         size = query.pixels.shape[2], query.pixels.shape[3]
         taps = 1 if math.isinf(self._fold) else self._patch
-        implementation = self._info.implementation
-        each = logit_seconds(implementation, self._info.shape[0], taps)
-        each *= _LARGE.get(implementation, 1.0)
         work = sum(
             count_fold_work(_GEOMETRY, size, (image.shape[1], image.shape[2]), self._patch)
-            for index in self._attended(query).tolist()
-            for image in self._bank.images[slice(*self._bank.of(int(query.labels[index])))]
+            for index in images
+            for image in self._bank.images[slice(*self._bank.label_range(int(query.labels[index])))]
         )
-        return len(query) * _IMAGE_S + each * work / torch.get_num_threads()
+        logit = each(implementation, self._info.shape[0], taps) * _LARGE.get(implementation, 1.0)
+        return len(query) * _IMAGE_S + logit * work / torch.get_num_threads()
+
+    def explain(self, query: Query, top: int) -> Explanation:
+        """Return the statistics with the ``top`` sources of every pixel.
+
+        Unlike ``denoise``, that of a uniform posterior is computed like any other.
+        """
+        return explanation(self._statistics(query, top), self._bank)
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means, without evidence."""
         attended = self._attended(query)
         means = np.empty_like(query.pixels)
         if len(attended):
-            labels = query.labels[attended].tolist()
-            posterior = self._attention(
-                query.x[torch.from_numpy(attended)].to(self._attention.device),
-                a=torch.tensor(query.level.a)[attended],
-                s=torch.tensor(query.level.s)[attended],
-                window=torch.full((len(attended),), self._patch),
-                fold=torch.full((len(attended),), self._fold, dtype=torch.float64),
-                ranges=torch.tensor([self._bank.of(label) for label in labels]),
-                geometry=_GEOMETRY,
-            )
-            means[attended] = posterior.mean.cpu().numpy()
+            means[attended] = self._attend(query, attended)
         for index in sorted(set(range(len(query))) - set(attended.tolist())):
             size = query.pixels.shape[2], query.pixels.shape[3]
             means[index] = self._mean_everywhere(int(query.labels[index]), size).numpy()
         return Denoised(means, None)
 
-    def _attended(self, query: Query) -> Integers:
-        """Return the images whose posterior is not uniform."""
-        return np.flatnonzero(query.level.sigma < _UNIFORM)
-
     def _mean_everywhere(self, label: int, size: Size) -> Tensor:
         """Return D [C, H, W] float32 of the uniform posterior: the fold of one mean patch."""
         if label not in self._uniform:
             self._uniform[label] = mean_patch(
-                self._bank.images[slice(*self._bank.of(label))], self._patch
+                self._bank.images[slice(*self._bank.label_range(label))], self._patch
             )
         rows, cols = (fold_taps(length, self._patch, self._fold) for length in size)
         return torch.einsum("xo,cop,yp->cxy", rows, self._uniform[label], cols).float()
@@ -238,21 +263,3 @@ def fold_taps(length: int, patch: int, fold: float) -> Tensor:
     offset = torch.linspace(-1, 1, patch, dtype=torch.float64) if patch > 1 else torch.zeros(1)
     log_weight = (-(offset.double() ** 2) / (2 * fold**2)).expand(length, patch)
     return log_weight.masked_fill(~inside, -math.inf).softmax(1)
-
-
-def check_pictures(pictures: Sequence[Tensor], patch: int) -> None:
-    """Check that pictures have equal channels, and hold a patch.
-
-    Raises:
-        InvalidArgumentError: One has not, or does not.
-    """
-    channels = {picture.shape[0] for picture in pictures}
-    if len(channels) > 1:
-        raise InvalidArgumentError(
-            "pictures", "all grey or all RGB", f"{sorted(channels)} channels"
-        )
-    for picture in pictures:
-        height, width = picture.shape[1:]
-        if min(height, width) < patch:
-            expected = f"sides of at least {patch} pixels, the patch"
-            raise InvalidArgumentError("pictures", expected, f"{height} x {width}")

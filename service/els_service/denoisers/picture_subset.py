@@ -7,9 +7,7 @@ queries, so that a model remains one denoiser with one fingerprint.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,29 +17,36 @@ from torch import Tensor
 
 from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
-from els_service.denoisers.levels import MAX_SIGMA, NoiseLevel
+from els_service.denoisers.explanations import Explanation, explanation
+from els_service.denoisers.gradients import Direction
+from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.noise import seeded_noise, standard_normal
-from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture import FoldOfPictures, PictureDenoiser
+from els_service.denoisers.picture_banks import PictureBank
 from els_service.denoisers.pyramids import Size
 
 _GEOMETRY = FOLD_GEOMETRIES["els", "inside"]
 _STRIP = 2
 """Rows of patches of a strip, in patches: sums over rows begin anew in each."""
-_UNIFORM = MAX_SIGMA * (1 - 1e-9)
-"""Lowest s/a at which the posterior is uniform."""
 _PROBE = 48
 """Longest side of the query of which the error is measured."""
 PROBED = (0.25, 0.5, 0.75)
 """α at which the error is measured, σ = 1 - α."""
 
 
+_Rows = tuple[int, int, int]
+"""Picture of a scale, its first row, and the row after the last."""
+
+
 @dataclass(frozen=True, eq=False)
 class PatchSubset:
-    """Parts of the pictures of each scale, float32 [C, h, w], those of one scale in a row."""
+    """Rows of the pictures of each scale, float32 [C, h, w], those of one scale in a row."""
 
     images: tuple[Tensor, ...]
     ranges: tuple[tuple[int, int], ...]
     """Range of the images of each scale."""
+    origins: tuple[tuple[int, int], ...]
+    """Number of the picture that an image is of, among those of all scales, and its first row."""
 
     def of(self, label: int) -> tuple[int, int]:
         """Return the range of images of a scale; -1 means all scales."""
@@ -54,8 +59,7 @@ class PatchSubset:
 
 def all_patches(scales: Sequence[Sequence[Tensor]]) -> PatchSubset:
     """Return the pictures [C, h, w] of each scale, whole."""
-    ends = [0, *itertools.accumulate(map(len, scales))]
-    return PatchSubset(tuple(itertools.chain(*scales)), tuple(itertools.pairwise(ends)))
+    return _parts_of(scales, [[(i, 0, im.shape[1]) for i, im in enumerate(s)] for s in scales])
 
 
 def patch_subset(
@@ -69,20 +73,39 @@ def patch_subset(
         sources: number of patches, at least 1.
         seed: 0 ≤ seed < 2⁶⁴.
     """
-    return all_patches(
+    return _parts_of(
+        scales,
         [
-            pictures
+            [(index, 0, picture.shape[1]) for index, picture in enumerate(pictures)]
             if _patches(pictures, patch) <= sources
             else _strips(pictures, patch, sources, (seed, scale))
             for scale, pictures in enumerate(scales)
-        ]
+        ],
     )
+
+
+def _parts_of(scales: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[_Rows]]) -> PatchSubset:
+    """Return the rows of pictures of each scale."""
+    images: list[Tensor] = []
+    origins: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
+    before = 0
+    for pictures, parts in zip(scales, rows, strict=True):
+        ranges.append((len(images), len(images) + len(parts)))
+        for index, first, end in parts:
+            images.append(pictures[index][:, first:end].contiguous())
+            origins.append((before + index, first))
+        before += len(pictures)
+    return PatchSubset(tuple(images), tuple(ranges), tuple(origins))
 
 
 def _strips(
     pictures: Sequence[Tensor], patch: int, sources: int, key: tuple[int, int]
-) -> list[Tensor]:
-    """Return strips of pictures; neighbours are joined, as their patches overlap."""
+) -> list[_Rows]:
+    """Return strips of pictures; neighbours are joined, as their patches overlap.
+
+    Two strips share no pixel.
+    """
     places = [
         (index, row, min(row + _STRIP * patch, picture.shape[1] - patch + 1))
         for index, picture in enumerate(pictures)
@@ -103,7 +126,7 @@ def _strips(
             joined[-1] = (index, joined[-1][1], end)
         else:
             joined.append((index, row, end))
-    return [pictures[i][:, row : end + patch - 1].contiguous() for i, row, end in joined]
+    return [(index, row, end + patch - 1) for index, row, end in joined]
 
 
 def _patches(images: Sequence[Tensor], patch: int) -> int:
@@ -111,10 +134,12 @@ def _patches(images: Sequence[Tensor], patch: int) -> int:
     return sum((im.shape[1] - patch + 1) * (im.shape[2] - patch + 1) for im in images)
 
 
-class SubsetDenoiser:
-    """A picture denoiser whose bank is a part of the patches; it has no sources or gradients.
+class SubsetDenoiser(FoldOfPictures):
+    """A picture denoiser whose bank is a part of the patches.
 
-    At the highest level, where the posterior is uniform, it answers as all patches do.
+    At the highest level, where the posterior is uniform, it answers as all patches do. Explanations
+    and Jacobian products are those of the part at every level; a source is a pixel of the picture,
+    as in ``exact``.
 
     Args:
         exact: denoiser of all patches.
@@ -137,16 +162,16 @@ class SubsetDenoiser:
         fold: float,
         name: str,
     ) -> None:
-        self._exact, self._whole, self._subset, self._attention = exact, whole, subset, attention
-        self._patch, self._fold = patch, fold
+        super().__init__(attention, subset.of, patch=patch, fold=fold)
+        self._exact, self._whole, self._subset = exact, whole, subset
+        self._bank = replace(exact.bank, part=name)
+        # The last is that of a source that is missing, −1.
+        self._origins = torch.tensor([*subset.origins, (-1, 0)])
         info = exact.info
         assert info.bank is not None
-        digest = hashlib.sha256(f"{info.bank.fingerprint} {name}".encode()).hexdigest()
         self._info = replace(
             info,
-            bank=replace(info.bank, fingerprint=digest),
-            has_gradients=False,
-            has_sources=False,
+            bank=replace(info.bank, fingerprint=self._bank.fingerprint),
             memory_bytes=info.memory_bytes + 8 * sum(im.numel() for im in subset.images),
         )
 
@@ -154,6 +179,11 @@ class SubsetDenoiser:
     def info(self) -> DenoiserInfo:
         """Description of the denoiser."""
         return self._info
+
+    @property
+    def bank(self) -> PictureBank:
+        """The whole pictures at every scale."""
+        return self._bank
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -167,9 +197,20 @@ class SubsetDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return the estimate for all patches, reduced as the number of logits is."""
+        return self._reduced(query, self._exact.predict_seconds)
+
+    def predict_explain_seconds(self, query: Query) -> float:
+        """Return the estimate for all patches, reduced as the number of logits is."""
+        return self._reduced(query, self._exact.predict_explain_seconds)
+
+    def predict_product_seconds(self, query: Query, direction: Direction) -> float:
+        """Return the estimate for all patches, reduced as the number of logits is."""
+        return self._reduced(query, lambda one: self._exact.predict_product_seconds(one, direction))
+
+    def _reduced(self, query: Query, predict: Callable[[Query], float]) -> float:
         size = query.pixels.shape[2], query.pixels.shape[3]
         return sum(
-            self._exact.predict_seconds(query[slice(index, index + 1)]) * self._share(label, size)
+            predict(query[slice(index, index + 1)]) * self._share(label, size)
             for index, label in enumerate(query.labels.tolist())
         )
 
@@ -181,24 +222,24 @@ class SubsetDenoiser:
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means, without evidence."""
-        uniform = query.level.sigma >= _UNIFORM
+        others = self._attended(query)
         means = np.empty_like(query.pixels)
-        for index in np.flatnonzero(uniform).tolist():
+        for index in sorted(set(range(len(query))) - set(others.tolist())):
             one = query[slice(index, index + 1)]
             means[index] = self._exact.denoise(one).pixels[0]
-        (others,) = np.nonzero(~uniform)
         if len(others):
-            posterior = self._attention(
-                query.x[torch.from_numpy(others)].to(self._attention.device),
-                a=torch.tensor(query.level.a)[others],
-                s=torch.tensor(query.level.s)[others],
-                window=torch.full((len(others),), self._patch),
-                fold=torch.full((len(others),), self._fold, dtype=torch.float64),
-                ranges=torch.tensor([self._subset.of(k) for k in query.labels[others].tolist()]),
-                geometry=_GEOMETRY,
-            )
-            means[others] = posterior.mean.cpu().numpy()
+            means[others] = self._attend(query, others)
         return Denoised(means, None)
+
+    def explain(self, query: Query, top: int) -> Explanation:
+        """Return the statistics with the ``top`` sources of every pixel."""
+        found = self._statistics(query, top)
+        origins = self._origins.to(found.sources.device)
+        image, row = origins[found.sources[..., 0]].unbind(-1)
+        sources = torch.stack([image, found.sources[..., 1] + row, found.sources[..., 2]], -1)
+        shares = found.shares.new_zeros(len(query), len(self._bank))
+        shares.index_add_(1, origins[:-1, 0], found.shares)
+        return explanation(found._replace(sources=sources, shares=shares), self._bank)
 
     def errors(self) -> list[float]:
         """Return ‖D - D of all patches‖ / ‖D of all patches‖ at each α of ``PROBED``.

@@ -27,7 +27,7 @@ class Sources:
     Attributes:
         images: int64 [H, W, m], bank image; −1 where there are fewer; m is the most of any pixel.
         rows: int64 [H, W, m], displacement of the source from the pixel; with ``wraps`` the
-            remainder by H.
+            remainder by the height of the bank image.
         columns: int64 [H, W, m], the same by columns.
         clear: [H, W], whether these weigh at least a half together. Flat regions are not clear, as
             a large number of bank patches equals them.
@@ -40,9 +40,20 @@ class Sources:
 
 
 def sources_of(
-    sources: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], *, wraps: bool
+    sources: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+    *,
+    wraps: bool,
+    extents: npt.NDArray[np.int64] | None = None,
 ) -> Sources:
-    """Return the sources that count of [H, W, m, 3] with weights [H, W, m], falling."""
+    """Return the sources that count.
+
+    Args:
+        sources: [H, W, m, 3].
+        weights: [H, W, m], falling.
+        wraps: whether bank images continue at the opposite border.
+        extents: [N, 2], height and width of each bank image; None for those of the image.
+    """
     height, width = weights.shape[:2]
     counted = (weights >= _EQUAL * weights[..., :1]) & (sources[..., 0] >= 0)
     clear = np.where(counted, weights, 0).sum(-1) >= _CLEAR
@@ -52,7 +63,9 @@ def sources_of(
     rows = sources[..., 1] - np.arange(height)[:, None, None]
     columns = sources[..., 2] - np.arange(width)[None, :, None]
     if wraps:
-        rows, columns = rows % height, columns % width
+        # Where there are fewer sources the image is −1, and does not count.
+        sides = np.array([height, width]) if extents is None else extents[sources[..., 0]]
+        rows, columns = rows % sides[..., 0], columns % sides[..., 1]
     return Sources(np.where(counted, sources[..., 0], -1), rows, columns, clear)
 
 

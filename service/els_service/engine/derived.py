@@ -248,6 +248,7 @@ class OriginalityAsDenoiser:
     """Denoiser whose result is an ``Originality``: reports of the images of a query.
 
     The level is that of the explanation of each image. A query is one image, as for an explanation.
+    An image without a label is explained by the finest scale of a model of pictures.
 
     Args:
         denoiser: denoiser with a bank; explains, unless the reports lack all measures of sources.
@@ -269,7 +270,7 @@ class OriginalityAsDenoiser:
         """Return the estimate of an explanation and of the distances."""
         seconds = len(query) * (_REPORT_S + self._denoiser.bank.size * _DISTANCE_S)
         if isinstance(self._denoiser, Explainable):
-            seconds += self._denoiser.predict_explain_seconds(query)
+            seconds += self._denoiser.predict_explain_seconds(self._at_a_scale(query))
         return seconds
 
     def denoise(self, query: Query) -> Originality:
@@ -281,10 +282,17 @@ class OriginalityAsDenoiser:
         # The images at the signal scale of their level, without noise.
         a = query.level.a.astype(np.float32)[:, None, None, None]
         noisy = query if (a == 1).all() else replace(query, pixels=a * query.pixels)
-        found = self._denoiser.explain(noisy, MAX_SOURCES)
+        found = self._denoiser.explain(self._at_a_scale(noisy), MAX_SOURCES)
         rows = zip(query.pixels, found.sources, found.weights, found.shares, strict=True)
         reports = [report(image, bank, *sources, wraps=wraps) for image, *sources in rows]
         return Originality(found.pixels, None, reports, bank)
+
+    def _at_a_scale(self, query: Query) -> Query:
+        scales = self.info.scales
+        if not scales:
+            return query
+        # Coarser scales would compete with the pixels that an image may be copied from.
+        return replace(query, labels=np.where(query.labels < 0, len(scales) - 1, query.labels))
 
 
 def _split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:

@@ -6,10 +6,11 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
 
-from els_kernels import FoldedAttention, PatchAttention
+from els_kernels import FoldedMoments, PatchAttention
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.folded import fold_of
-from els_service.denoisers.mixed_banks import AnyBank, load_any_bank, one_size
+from els_service.denoisers.mixed_banks import load_any_bank, one_size
+from els_service.denoisers.source_banks import SourceBank
 from els_service.repository.folders import FileState, file_state
 
 
@@ -26,15 +27,15 @@ class BankCache:
         self.implementation = implementation
         """Implementation of patch attention, as in ``PatchAttention``."""
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
-        self._banks: WeakValueDictionary[FileState, AnyBank] = WeakValueDictionary()
+        self._banks: WeakValueDictionary[FileState, SourceBank] = WeakValueDictionary()
         self._attentions: WeakValueDictionary[tuple[FileState, str], PatchAttention] = (
             WeakValueDictionary()
         )
-        self._folds: WeakValueDictionary[tuple[FileState, str], FoldedAttention] = (
+        self._folds: WeakValueDictionary[tuple[FileState, str], FoldedMoments] = (
             WeakValueDictionary()
         )
 
-    def bank(self, path: Path) -> AnyBank:
+    def bank(self, path: Path) -> SourceBank:
         """Return the bank of a file.
 
         Raises:
@@ -60,20 +61,20 @@ class BankCache:
                 self._attentions[state, device] = attention
             return bank, attention
 
-    def fold(self, path: Path, device: str) -> tuple[AnyBank, FoldedAttention]:
-        """Return the bank of a file and its fold on a device; raises as ``bank``."""
+    def fold(self, path: Path, device: str) -> tuple[SourceBank, FoldedMoments]:
+        """Return the bank of a file, and its fold's moments on a device; raises as ``bank``."""
         state = file_state(path)
         with self._lock(state):
             bank, fold = self._bank(state), self._folds.get((state, device))
             if fold is None:
-                fold = fold_of(bank, device, self.implementation)
+                fold = FoldedMoments(fold_of(bank, device, self.implementation))
                 self._folds[state, device] = fold
             return bank, fold
 
     def _lock(self, state: FileState) -> Lock:
         return self._locks.setdefault(state, Lock())
 
-    def _bank(self, state: FileState) -> AnyBank:
+    def _bank(self, state: FileState) -> SourceBank:
         bank = self._banks.get(state)
         if bank is None:
             bank = self._banks[state] = load_any_bank(state[0])

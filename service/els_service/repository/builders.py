@@ -108,13 +108,13 @@ def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: s
         return AnalyticDenoiser(attention, one, **common)
     check_fold(spec.machine, spec.padding, rho, sized=sized)
     check_images(bank, spec.machine, sized=sized)
-    bank, fold = banks.fold(path, device)
+    bank, moments = banks.fold(path, device)
     plain = None
     if rho == 0 and spec.padding != "inside" and isinstance(bank, Bank):
         # Queries of the bank's size keep the bits that they have without ``sizes``.
         plain = AnalyticDenoiser(banks.attention(path, device)[1], bank, **common)
     return FoldedDenoiser(
-        fold, bank, **common, fold=rho, sizes=_sizes(spec.sizes, bank.shape), plain=plain
+        moments, bank, **common, fold=rho, sizes=_sizes(spec.sizes, bank.shape), plain=plain
     )
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from els_kernels import FoldedAttention
 from els_service.denoisers.base import Denoiser
-from els_service.denoisers.picture import PictureDenoiser, check_pictures, picture_bank
+from els_service.denoisers.file_names import printable_name
+from els_service.denoisers.folded import fold_of
+from els_service.denoisers.picture import PictureDenoiser
+from els_service.denoisers.picture_banks import check_pictures, picture_bank
 from els_service.denoisers.picture_subset import SubsetDenoiser, all_patches, patch_subset
 from els_service.denoisers.pictures import read_picture
 from els_service.denoisers.pyramids import COARSEST_PATCHES, fitted, resized, scale_count
@@ -46,15 +49,15 @@ def load_picture_model(
         scales=scales,
         source=spec.source or ", ".join(Path(name).name for name in spec.pictures),
         licence=spec.licence,
+        names=[printable_name(Path(name), Path(name).parent) for name in spec.pictures],
     )
     # A picture file has no memory of its own once its scales are made.
-    groups = [group.to(device) for group in bank.groups]
-    attention = FoldedAttention(groups, implementation=implementation)
+    attention = fold_of(bank, device, implementation)
     rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
     model = PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
     if spec.sources is None:
         return model
-    whole = [bank.images[slice(*bank.of(label))] for label in range(len(bank.sizes))]
+    whole = [bank.images[slice(*bank.label_range(label))] for label in range(len(bank.sizes))]
     subset = patch_subset(whole, patch=spec.patch, sources=spec.sources, seed=spec.seed)
     part = FoldedAttention([im.to(device) for im in subset.images], implementation=implementation)
     name = f"sources {spec.sources} seed {spec.seed}"

@@ -22,7 +22,7 @@ struct FoldMomentScratch : FoldScratch {
   float* inner;     // [kMomentRows][window][vectors] vectors: ⟨direction, e⟩ of rows of pixels
   float* along;     // [vectors + window] vectors: the same, filtered along rows
   float* scalars;   // [vectors] vectors
-  float* filtered;  // [vectors] vectors
+  float* filtered;  // [kMomentRows][vectors] vectors
   float* totals;    // [patch_rows][vectors][2] vectors
 
   FoldMomentScratch(const FoldCell& cell, FoldPass pass, char* memory)
@@ -31,7 +31,7 @@ struct FoldMomentScratch : FoldScratch {
     inner = take<float>(memory, kMomentRows * cell.window * row);
     along = take<float>(memory, row + std::size_t(cell.window) * kLanes * sizeof(float));
     scalars = take<float>(memory, row);
-    filtered = take<float>(memory, row);
+    filtered = take<float>(memory, kMomentRows * row);
     totals = take<float>(memory, pass == FoldPass::kTotals ? 2 * cell.patch_rows() * row : 0);
   }
 };
@@ -112,48 +112,72 @@ template <FoldPass P>
     const std::size_t at = std::size_t(v) * kLanes;
     Vec weight = exp2(load(scratch.logits + at));
     if (P == FoldPass::kStatistics) share += weight * load(task.moments.reach + i * row + at);
-    if (P == FoldPass::kTotals) {
-      float* total = scratch.totals + 2 * (i * row + at);
-      store(total, load(total) + weight);
-      store(total + kLanes, load(total + kLanes) + weight * load(scratch.scalars + at));
+    if (P != FoldPass::kStatistics) {
+      const Vec scalar = load(scratch.scalars + at) - load(task.moments.mean + i * row + at) -
+                         load(task.moments.mean_rest + i * row + at);
+      if (P == FoldPass::kTotals) {
+        float* total = scratch.totals + 2 * (i * row + at);
+        store(total, load(total) + weight);
+        store(total + kLanes, load(total + kLanes) + weight * scalar);
+      } else {
+        weight *= scalar;
+      }
     }
-    if (P == FoldPass::kProduct)
-      weight *= load(scratch.scalars + at) - load(task.moments.mean + i * row + at);
     store(to + at, weight);
   }
   if (P == FoldPass::kStatistics) *task.share += double(lane_sum(share));
 }
 
-// Add a row of filtered weights to the sums of pixel row i, whose sources are in row `near`.
-template <FoldPass P, int C>
-[[gnu::always_inline]] inline void add_sources(const FoldMomentTask& task, int i, const float* near,
-                                               std::int64_t code) {
+// Add filtered weights to the sums of pixel row i, for `D` displacements from dy + first on: what is
+// dear here is to load and store the sums.
+template <FoldPass P, int C, int D>
+[[gnu::always_inline]] inline void add_sources(const FoldMomentTask& task, int dy, int first, int i) {
   const FoldCell& cell = task.cell;
   const int K = cell.vectors, channels = C > 0 ? C : cell.channels;
   const int planes = els::fold_planes(P, channels);
   const std::size_t row = task.keys.row, plane = cell.rows * row;
-  const std::size_t first = (i - task.moments.first_row) * row;
+  const std::size_t place = (i - task.moments.first_row) * row;
   const float* reference = task.moments.reference + i * row;
-  const float* filtered = task.scratch.filtered;
-  float* out = task.scratch.sums + first * planes;
+  const float* filtered = task.scratch.filtered + first * row;
+  const float* near = task.scratch.keys + (i + dy + first + kMostRows) * row;
+  float* sums = task.scratch.sums + place * planes;
   const FoldRanking* ranking = P == FoldPass::kStatistics ? task.ranking : nullptr;
-  for (int v = 0; v < K; ++v, out += planes * kLanes) {
+  for (int v = 0; v < K; ++v) {
     const std::size_t at = std::size_t(v) * kLanes;
-    const Vec weight = load(filtered + at);
-    float* sums = out;
-    if (P != FoldPass::kProduct) store(sums, load(sums) + weight), sums += kLanes;
+    Vec weight[D];
+#pragma GCC unroll 2
+    for (int d = 0; d < D; ++d) weight[d] = load(filtered + d * row + at);
+    if (ranking != nullptr) {
+#pragma GCC unroll 2
+      for (int d = 0; d < D; ++d)
+        if (__builtin_expect(any_above(weight[d] - load(ranking->least + place + at), 0.0f), 0))
+          rank_sources(*ranking, place + at, filtered + d * row + at, task.code + dy + first + d);
+    }
+    if (P != FoldPass::kProduct) {
+      store(sums, load(sums) + (D == 2 ? weight[0] + weight[D - 1] : weight[0]));
+      sums += kLanes;
+    }
     if (P == FoldPass::kStatistics) {
-      if (ranking != nullptr &&
-          __builtin_expect(any_above(weight - load(ranking->least + first + at), 0.0f), 0))
-        rank_sources(*ranking, first + at, filtered + at, code);
-      store(sums, load(sums) + weight * log2(weight)), sums += kLanes;
+      Vec surprise = load(sums);
+#pragma GCC unroll 2
+      for (int d = 0; d < D; ++d) surprise += weight[d] * log2(weight[d]);
+      store(sums, surprise);
+      sums += kLanes;
     }
     for (int c = 0; c < channels; ++c) {
-      const Vec e = load(near + c * task.keys.plane + at) - load(reference + c * plane + at);
-      const Vec weighted = weight * e;
-      store(sums, load(sums) + weighted), sums += kLanes;
-      if (P == FoldPass::kStatistics)
-        store(sums, load(sums) + weighted * e), sums += kLanes;
+      const Vec origin = load(reference + c * plane + at);
+      Vec first_moment = load(sums), second = {};
+      if (P == FoldPass::kStatistics) second = load(sums + kLanes);
+#pragma GCC unroll 2
+      for (int d = 0; d < D; ++d) {
+        const Vec e = load(near + c * task.keys.plane + d * row + at) - origin;
+        const Vec weighted = weight[d] * e;
+        first_moment += weighted;
+        if (P == FoldPass::kStatistics) second += weighted * e;
+      }
+      store(sums, first_moment);
+      sums += kLanes;
+      if (P == FoldPass::kStatistics) store(sums, second), sums += kLanes;
     }
   }
 }
@@ -177,6 +201,7 @@ template <FoldPass P, int C, int N>
     if (t < block.last + k - 1) advance_products<C, N>(cell, task.keys, dy, t, slot, scratch);
     const int i = t - k + 1;
     if (i < block.first) continue;
+    bool reached[N] = {};
     for (int d = 0; d < N; ++d) {
       scratch.live[d * k + slot] = false;
       if (block.has(d, i)) {
@@ -193,11 +218,17 @@ template <FoldPass P, int C, int N>
       }
       if (i - last_live[d] >= k || i < moments.first_row || i >= moments.last_row) continue;
       const int count = gather_rows(cell, taps, i, d, slot, scratch);
-      float* filtered = scratch.filtered;
+      float* filtered = scratch.filtered + d * row;
       filter_row(cell, taps, count, scratch,
                  [=](int v, Vec weight) { store(filtered + v * kLanes, weight); });
-      add_sources<P, C>(task, i, scratch.keys + (i + dy + d + kMostRows) * row,
-                        task.code + dy + d);
+      reached[d] = true;
+    }
+    for (int d = 0; d < N; d += 2) {
+      const bool one = reached[d], other = d + 1 < N && reached[least(d + 1, N - 1)];
+      if (one && other)
+        add_sources<P, C, 2>(task, dy, d, i);
+      else if (one || other)
+        add_sources<P, C, 1>(task, dy, one ? d : d + 1, i);
     }
   }
 }

@@ -11,7 +11,7 @@ struct ElsFoldMomentsCall {
   std::int32_t pass;
   std::int32_t channels, rows, cols, window;
   std::int32_t ring;  // columns, whole vectors
-  std::int32_t first_row, last_row, first_col, last_col;  // of the crop: the image
+  std::int32_t first_row, last_row, first_col, last_col;  // of the crop: what is answered
   std::int32_t table_taps, inner_table, inner_uniform, outer_table, outer_uniform;
   std::int32_t top;  // sources of a pixel that are listed; 0 for none
   const els::FoldSource* sources;
@@ -27,7 +27,7 @@ struct ElsFoldMomentsCall {
   const float *row_taps, *col_taps, *inner_rows, *inner_cols, *outer_rows, *outer_cols;
   std::int32_t* whole;  // [patch rows][patch cols], as is the next: result of the first pass
   float* rest;
-  const float *reference, *reach, *direction, *offset, *mean;  // see FoldMoments, not striped
+  const float *reference, *reach, *direction, *offset, *mean, *mean_rest;  // see FoldMoments
   double* planes;   // results: [planes][image rows][image cols], see FoldMomentSums
   double* scalars;  // [2][patch rows][patch cols]
   double* shares;   // of the images that are attended to
@@ -77,10 +77,10 @@ FoldMoments plan_moments(const ElsFoldMomentsCall& call, int lanes, FoldPlan& pl
   moments.direction = plan.striped(call.direction, all_rows, call.cols);
   moments.offset = plan.striped(call.offset, rows, call.cols);
   moments.inner = taps(call.inner_rows, call.inner_cols, call.inner_table != 0, call.inner_uniform != 0);
-  if (pass == FoldPass::kProduct) {
+  moments.mean = plan.striped(call.mean, patch_rows, patch_cols);
+  moments.mean_rest = plan.striped(call.mean_rest, patch_rows, patch_cols);
+  if (pass == FoldPass::kProduct)
     moments.outer = taps(call.outer_rows, call.outer_cols, call.outer_table != 0, call.outer_uniform != 0);
-    moments.mean = plan.striped(call.mean, patch_rows, patch_cols);
-  }
   return moments;
 }
 

@@ -96,14 +96,16 @@ struct FoldMoments {
   const float* offset;     // [rows][vectors] vectors: inner product of direction and reference
   FoldTaps inner;          // of a patch's scalar
   FoldTaps outer;          // product
-  const float* mean;       // product: [patch_rows][vectors] vectors, mean of a patch's scalars
+  // [patch_rows][vectors] vectors, subtracted from a patch's scalars one after the other: their mean, as
+  // the sum of two numbers, as a product may be 1e8 times what is left of them.
+  const float *mean, *mean_rest;
 };
 
 // Results, added to what is there. With e = value - reference, π = weights w filtered by the fold, and a
 // patch's scalar c = (inner products of direction and e, filtered by the inner taps):
 //
 //     statistics  [rows][vectors][2 + 2C] vectors  Σ π, Σ π·log₂ π, then for each channel Σ π·e, Σ π·e²
-//     totals      [rows][vectors][1 + C] vectors   Σ π, Σ π·e; and scalars: Σ w, Σ w·c of each patch
+//     totals      [rows][vectors][1 + C] vectors   Σ π, Σ π·e; and of each patch Σ w, Σ w·(c - mean)
 //     product     [rows][vectors][C] vectors       Σ z·e, z = w·(c - mean) filtered by the outer taps
 //
 // Rows are those that are answered.

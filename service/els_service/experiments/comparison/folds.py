@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from els_kernels import FoldedAttention
+from els_kernels import FoldedMoments
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.fold_levels import FoldTable, LevelFoldDenoiser
-from els_service.denoisers.folded import FoldedDenoiser, check_fold
+from els_service.denoisers.folded import FoldedDenoiser, check_fold, fold_of
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.comparison.calibration import Calibration
 
@@ -56,10 +56,10 @@ def folded_machines(
             raise InvalidArgumentError("folds", "none for this machine", error) from None
     if not folds:
         return {}
-    attention = FoldedAttention(bank.pixels().to(device))
+    moments = FoldedMoments(fold_of(bank, device))
     return {
         rho: FoldedDenoiser(
-            attention,
+            moments,
             bank,
             machine=machine,
             padding=padding,

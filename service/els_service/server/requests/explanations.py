@@ -14,7 +14,6 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.explanations import Explanation
-from els_service.denoisers.mixed_banks import MixedBank
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError, UnsupportedError
@@ -67,8 +66,8 @@ def check_sources(served: ModelVersion, models: ModelRegistry, field: str = "") 
         expected = f"unset, or a model with sources ({listed})"
         raise InvalidArgumentError(field, expected, f"it for {served.model}")
     raise UnsupportedError(
-        f"{served.model} has no sources to name, as it is no analytic model with a bank, or has a "
-        f"fold or sizes, or padding inside; models that have: {listed}"
+        f"{served.model} has no sources to name, as it is neither an analytic model with a bank "
+        f"nor one of pictures; models that have: {listed}"
     )
 
 
@@ -122,8 +121,7 @@ def read_explained_steps(
 def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -> int:
     """Return the most bytes of the explanation of one image [C, H, W]."""
     channels, height, width = shape
-    bank = info.bank
-    images = 0 if bank is None else min(bank.images, MAX_SHARES)
+    bank, images = info.bank, min(_source_images(info), MAX_SHARES)
     names = sum(len(name.encode()) + _FIELD_BYTES for name in info.label_names)
     if bank is not None and bank.longest_name is not None:
         names += min(images, MAX_NAMES) * (bank.longest_name + _FIELD_BYTES)
@@ -135,13 +133,18 @@ def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -
     return 4 * (pixels + channels * detail.images * bank_pixels) + 12 * images + names
 
 
-def held_explanation(info: DenoiserInfo) -> int:
-    """Return the bytes that a computed explanation of one image and its message hold."""
-    channels, height, width = info.shape
-    images = 0 if info.bank is None else info.bank.images
+def _source_images(info: DenoiserInfo) -> int:
+    """Return the number of images that have shares: those of every scale of a picture."""
+    return 0 if info.bank is None else info.bank.images * max(1, len(info.scales))
+
+
+def held_explanation(info: DenoiserInfo, shape: Sequence[int]) -> int:
+    """Return the bytes that a computed explanation of an image [C, H, W] and its message hold."""
+    channels, height, width = shape
+    images = _source_images(info)
     # Arrays of a message, sources of seven words (three of them int64), float64 shares.
     arrays = 4 * height * width * (2 * channels + 1 + 7 * MAX_SOURCES) + 8 * images
-    return arrays + explanation_size(info.shape, Detail(MAX_SOURCES, MAX_IMAGES), info)
+    return arrays + explanation_size(shape, Detail(MAX_SOURCES, MAX_IMAGES), info)
 
 
 def write_explanation(
@@ -175,12 +178,12 @@ def write_explanation(
         label_names=info.label_names if index == 0 else (),
         file_names=[bank.file_names[i] for i in names] if bank.file_names else (),
     )
-    shown = order[: detail.images]
-    if isinstance(bank, MixedBank):
-        for image in shown:
-            tensors.write_tensor(message.sized_images.add(), bank.image(int(image))[None])
-    elif detail.images:
-        tensors.write_tensor(message.images, bank.pixels_of(shown))
+    shown = [bank.image(image) for image in order[: detail.images].tolist()]
+    if info.bank is not None and info.bank.sizes is not None:
+        for pixels in shown:
+            tensors.write_tensor(message.sized_images.add(), pixels[None])
+    elif shown:
+        tensors.write_tensor(message.images, np.stack(shown))
     return message
 
 

@@ -48,7 +48,7 @@ def read_product(
     if direction.dtype == pb.DTYPE_U8:
         raise InvalidArgumentError(f"{field}.dtype", "a floating-point type", "DTYPE_U8")
     size = 2 * math.prod(shape) * tensors.output_size(request.output_dtype)
-    if request.return_evidence and info.has_sources:
+    if request.return_evidence and info.reuses_evidence:
         size += _EVIDENCE_BYTES * (1 + shape[1]) * math.prod(shape) // shape[1]
     tensors.check_answer_size("x.shape", size, limits)
     query = make_query(

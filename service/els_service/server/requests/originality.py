@@ -12,6 +12,7 @@ from els_service.config import Limits
 from els_service.denoisers.base import DenoiserInfo, Query, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.originality import DEFAULT_SIGMA, DEFAULT_WINDOW, NEIGHBOURS, Originality
+from els_service.denoisers.query_checks import largest_window
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, UnsupportedError
@@ -87,7 +88,7 @@ def read_originality(
         level,
         tensors.bounded("labels", request.labels, limits),
         tensors.decode_windows(tensors.bounded("windows", request.windows, limits))
-        or own_windows(info),
+        or own_windows(info, shape),
     )
     query.pixels = tensors.pixels_of(x.data, x.dtype, "x", shape)
     return query, nearest
@@ -124,14 +125,15 @@ def report_query(
     pixels: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], info: DenoiserInfo
 ) -> Query:
     """Return the query for reports of images [B, C, H, W] at the default level and window."""
-    return make_query(pixels, from_sigma([DEFAULT_SIGMA]), labels.tolist(), own_windows(info))
+    windows = own_windows(info, pixels.shape)
+    return make_query(pixels, from_sigma([DEFAULT_SIGMA]), labels.tolist(), windows)
 
 
-def own_windows(info: DenoiserInfo) -> list[int]:
-    """Return the window that sources are found with; empty for a model without a choice."""
+def own_windows(info: DenoiserInfo, shape: tuple[int, ...]) -> list[int]:
+    """Return the window that sources of images [B, C, H, W] are found with; empty without one."""
     if not info.has_sources or not info.max_window:
         return []
-    return [min(DEFAULT_WINDOW, info.max_window)]
+    return [max(1, min(DEFAULT_WINDOW, largest_window(info, shape[2], shape[3])))]
 
 
 def report_size(nearest: int, info: DenoiserInfo) -> int:
@@ -140,10 +142,10 @@ def report_size(nearest: int, info: DenoiserInfo) -> int:
     return _MEASURE_BYTES + nearest * (_NEAREST_BYTES + (longest or 0))
 
 
-def held_report(info: DenoiserInfo) -> int:
-    """Return the bytes that the computed report of one image holds."""
-    images = 0 if info.bank is None else info.bank.images
-    channels, height, width = info.shape
+def held_report(info: DenoiserInfo, shape: tuple[int, ...]) -> int:
+    """Return the bytes that the computed report of one image [C, H, W] holds."""
+    images = 0 if info.bank is None else info.bank.images * max(1, len(info.scales))
+    channels, height, width = shape
     # Distances and shares of the bank's images; image, D(x), and sources of a few numbers a pixel.
     return 24 * images + 4 * height * width * (2 * channels + 200) + report_size(NEIGHBOURS, info)
 

@@ -52,6 +52,9 @@ def check_pyramid(
         raise InvalidArgumentError("return_noise", expected, "true")
     if request.tileable and request.symmetric:
         raise InvalidArgumentError("symmetric", "false with tileable", "true")
+    if request.tileable and request.explain_steps:
+        # D is that of a picture with a border, each of whose pixels has sources of its own.
+        raise InvalidArgumentError("explain_steps", "none with tileable", "some")
     total = scale_steps(request, info) * len(info.scales)
     if total > limits.max_steps:
         expected = f"at most {limits.max_steps // len(info.scales)} for each scale"

@@ -92,7 +92,7 @@ def check_sample(request: pb.SampleRequest, info: DenoiserInfo, limits: Limits) 
         size += decoded * tensors.output_size(request.output_dtype)
     explained, detail = read_explained_steps(request, limits)
     if explained:
-        size += count * explanation_size(info.shape, detail, info)
+        size += count * explanation_size(image, detail, info)
     tensors.check_answer_size("count", size, limits)
 
 

@@ -82,7 +82,7 @@ class MomentService(DenoiserServiceServicer):
         check_sources(served, self._engine.models)
         query, detail = read_explain(request, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = held_explanation(served.info)
+        size = held_explanation(served.info, query.pixels.shape[1:])
         answers = self._engine.derive_each(served, "explain", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
@@ -116,7 +116,8 @@ class MomentService(DenoiserServiceServicer):
             expected = f"at most {total}, the number of steps"
             raise InvalidArgumentError("explain_steps", expected, max(steps))
         left = frozenset(step for step in steps if step > resumed)
-        held = run.held_bytes + len(run.labels) * held_explanation(served.info)
+        each = held_explanation(served.info, run.shape or served.info.shape)
+        held = run.held_bytes + len(run.labels) * each
         return replace(run, explain_steps=left, held_bytes=held), detail
 
     async def _with_variance(
@@ -162,12 +163,12 @@ class MomentService(DenoiserServiceServicer):
         if not served.info.has_gradients:
             raise UnsupportedError(
                 f"{served.model} has no gradients: a model of kind {served.info.kind} cannot be "
-                "differentiated, or not with a fold or sizes, or padding inside"
+                "differentiated"
             )
         query, along = gradients.read_product(request, direction, field, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
         packed = with_direction(query, along)
-        if served.info.has_sources and (request.evidence or request.return_evidence):
+        if served.info.reuses_evidence and (request.evidence or request.return_evidence):
             evidence, fresh = await self._evidence(request, served, query, scheduling)
             packed = with_evidence(packed, evidence)
             answer = await self._engine.derive(served, AGAIN[kind], packed, scheduling)

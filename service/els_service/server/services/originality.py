@@ -43,7 +43,7 @@ class OriginalityService(MomentService):
         check_bank(served, self._engine.models)
         query, nearest = read_originality(request, served.info, self._limits)
         scheduling = context_of(context, request.priority, request.timeout_s)
-        size = held_report(served.info)
+        size = held_report(served.info, query.pixels.shape[1:])
         answers = self._engine.derive_each(served, "originality", query, size, scheduling)
         index = 0
         async with contextlib.aclosing(answers):
@@ -87,7 +87,7 @@ class OriginalityService(MomentService):
     ) -> list[pb.OriginalityResponse]:
         """Return the report of each image of the last step."""
         query = report_query(step.x.float().numpy(), wanted.labels, wanted.served.info)
-        size = held_report(wanted.served.info)
+        size = held_report(wanted.served.info, query.pixels.shape[1:])
         found: list[pb.OriginalityResponse] = []
         answers = self._engine.derive_each(wanted.served, "originality", query, size, scheduling)
         async with contextlib.aclosing(answers):
