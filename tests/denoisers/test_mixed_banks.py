@@ -60,7 +60,24 @@ def test_groups_are_views_of_the_images_of_one_size_in_a_row() -> None:
     bank = mixed()
     assert [group.shape for group in bank.groups] == [(1, 2, 4, 1), (1, 2, 1, 5), (2, 2, 2, 3)]
     assert all(np.shares_memory(group, bank.images) for group in bank.groups)
-    assert (bank.size, bank.channels, bank.sides) == (bank.images.size, 2, ((1, 4), (1, 5)))
+    assert (bank.numbers, bank.channels, bank.sides) == (42, 2, ((1, 4), (1, 5)))
+
+
+def test_images_of_one_shape_are_a_bank_and_others_are_padded_below_and_on_the_right() -> None:
+    bank = mixed()
+    found = bank.of_shape((2, 2, 3))
+    assert found is not None
+    alike, numbers = found
+    assert numbers.tolist() == [2, 3]
+    np.testing.assert_array_equal(alike.pixels(), np.stack([bank.image(2), bank.image(3)]))
+    assert bank.of_shape((1, 2, 3)) is bank.of_shape((2, 3, 2)) is None
+    padded = bank.pixels_of(np.array([1, 0]))
+    assert padded.shape == (2, 2, 4, 5)
+    np.testing.assert_array_equal(padded[0, :, :1], bank.image(1))
+    np.testing.assert_array_equal(padded[1, :, :, :1], bank.image(0))
+    assert (padded[0, :, 1:] == -1).all()
+    assert (padded[1, :, :, 1:] == -1).all()
+    assert bank.pixels_of(np.array([], np.int64)).shape == (0, 2, 1, 1)
 
 
 def test_its_shape_is_the_most_frequent_size_and_of_equally_frequent_ones_the_largest() -> None:

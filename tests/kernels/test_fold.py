@@ -130,7 +130,8 @@ def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
     assert torch.equal(got.log_evidence, want.log_evidence)
     held = [group.data_ptr() for group in together._groups]
     assert held == [group.data_ptr() for group in groups]
-    assert held == [group.data_ptr() for group in together._attend._groups]
+    kernel: Any = together._attend
+    assert held == [group.data_ptr() for group in kernel._groups]
 
 
 @pytest.mark.parametrize(("name", "window"), [("els-inside", 7), ("els-zeros", 7)])

@@ -223,9 +223,7 @@ def encode_sample(
         _refuse("timesteps", "'aligned' or 'folder'", repr(timesteps))
     if start_time is not None and start_time == 0:  # In the message 0 means none.
         _refuse("start_time", "0 < start_time <= 1", start_time)
-    if size is not None and not all(side >= 1 for side in size):  # In the message 0 means own.
-        _refuse("size", "positive height and width", size)
-    height, width = size or (0, 0)
+    height, width = _sides(size)
     listed = _listed("times", times, _REALS)
     if times is not None and not listed:
         _refuse("times", "at least one", "none")
@@ -270,6 +268,16 @@ def encode_sample(
         symmetric=symmetric,
         mask=None if mask is None else encode_tensor(mask, "mask"),
     )
+
+
+def _sides(size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return height and width; 0, the model's own, for None."""
+    if size is None:
+        return 0, 0
+    sides = [_whole("size", side) for side in size]
+    if len(sides) != 2 or not all(1 <= side < 2**31 for side in sides):
+        _refuse("size", "positive height and width", f"{size!r:.80}")
+    return sides[0], sides[1]
 
 
 def check_plain(query: Query) -> None:

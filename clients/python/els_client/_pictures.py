@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from els_client._types import Images
+from els_client._types import Images, Sizes
 from els_client.errors import InvalidArgumentError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -32,7 +32,12 @@ _WRITTEN_FORMATS = (*READ_FORMATS, "JPEG2000", "PDF", "TGA")
 
 
 def read(
-    path: Path, shape: tuple[int, int, int], *, resize: bool, stretch: bool = False
+    path: Path,
+    shape: tuple[int, int, int],
+    *,
+    resize: bool,
+    stretch: bool = False,
+    sizes: Sizes | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
@@ -44,6 +49,7 @@ def read(
         shape: Shape of the model's images.
         resize: Whether to crop to the model's aspect ratio about the centre and scale to fit.
         stretch: Whether to scale without a crop instead, which changes proportions.
+        sizes: Sizes that the model answers; such a picture keeps its size without ``resize``.
 
     Raises:
         InvalidArgumentError: Not such a picture, or of another size without ``resize``.
@@ -53,6 +59,8 @@ def read(
     with _refusing(path), _opened(path) as source:
         _check(path, source)
         picture = ImageOps.exif_transpose(source).convert(_MODES[channels])
+    if sizes is not None and not resize and (picture.height, picture.width) in sizes:
+        width, height = picture.size
     if picture.size != (width, height) and not resize:
         got = f"{path} has {picture.width} × {picture.height} pixels"
         raise InvalidArgumentError(

@@ -275,10 +275,11 @@ def bank_info(bank: AnyBank) -> BankInfo:
     common = bank.fingerprint, len(bank), bank.source, bank.licence, longest
     if isinstance(bank, Bank):
         return BankInfo(*common)
-    return BankInfo(*common, SizeRange(*bank.sides), int(bank.extents.prod(1).max()))
+    height, width = bank.sides
+    return BankInfo(*common, (height[1], width[1]), SizeRange(height, width))
 
 
 def bank_bytes(bank: AnyBank, *, copies: int = 1) -> int:
     """Return the memory of a bank: images, their float32 copies for computation, file names."""
     names = 0 if bank.file_names is None else bank.file_names.nbytes
-    return bank.images.nbytes + 4 * copies * bank.size + names
+    return bank.images.nbytes + 4 * copies * bank.numbers + names

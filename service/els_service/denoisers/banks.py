@@ -119,9 +119,13 @@ class Bank(Labelled):
         return self.images.dtype
 
     @property
-    def size(self) -> int:
-        """Numbers of all images together: N·C·H·W."""
-        return self.images.size
+    def numbers(self) -> int:
+        """Numbers of all images together."""
+        return int(self.images.size)
+
+    def of_shape(self, shape: tuple[int, ...]) -> tuple[Bank, NDArray[np.int64]] | None:
+        """Return this bank and the numbers of its images; None if they have another shape."""
+        return (self, np.arange(len(self.images))) if shape == self.shape else None
 
     @property
     def groups(self) -> list[NDArray[Any]]:

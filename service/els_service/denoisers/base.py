@@ -257,10 +257,10 @@ class BankInfo:
     licence: str
     longest_name: int | None = None
     """Bytes of the longest name of an image's file; None if the names are not known."""
+    size: tuple[int, int] | None = None
+    """Largest height and largest width of its images; None if all have the model's shape."""
     sizes: SizeRange | None = None
-    """Heights and widths of the images, if they have several sizes."""
-    most_pixels: int = 0
-    """H·W of the largest image, if they have several sizes."""
+    """Heights and widths of its images; None if all have the model's shape."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,46 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.mixed_banks import AnyBank
+from els_service.denoisers.file_names import FileNames
+
+
+class SourceBank(Protocol):
+    """Images that sources are pixels of."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the images."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Label of each image, [N]; −1 for none."""
+        ...
+
+    @property
+    def label_count(self) -> int:
+        """The largest label plus one; 0 without labels."""
+        ...
+
+    @property
+    def file_names(self) -> FileNames | None:
+        """Name of each image's file; None if they are not known."""
+        ...
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of all images together."""
+        ...
+
+    def pixels_of(self, images: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return some images, [n, C, h, w], smaller ones padded by −1 below and on the right."""
+        ...
+
+    def of_shape(self, shape: tuple[int, ...]) -> tuple[Bank, npt.NDArray[np.int64]] | None:
+        """Return the images of a shape [C, H, W] as a bank, and their numbers; None for none."""
+        ...
 
 
 @dataclass(eq=False, slots=True)  # immutable by convention; see base.Condition
@@ -26,7 +64,7 @@ class Explanation(Denoised):
     """[B, H, W, m], falling."""
     shares: npt.NDArray[np.float64]
     """[B, N]: mean over the pixels of each bank image's weight; sums to one."""
-    bank: AnyBank
+    bank: SourceBank
     """Images of the sources, with labels and file names; never copied."""
 
     def __getitem__(self, images: slice) -> Explanation:

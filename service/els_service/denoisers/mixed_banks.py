@@ -106,9 +106,30 @@ class MixedBank(Labelled):
         return self.images.dtype
 
     @property
-    def size(self) -> int:
-        """Numbers of all images together: Σ C·H·W."""
-        return self.images.size
+    def numbers(self) -> int:
+        """Numbers of all images together."""
+        return int(self.images.size)
+
+    def of_shape(self, shape: tuple[int, ...]) -> tuple[Bank, NDArray[np.int64]] | None:
+        """Return the images of a shape [C, H, W] as a bank, and their numbers; None for none."""
+        alike = (self.extents == np.array(shape[1:])).all(1) & (shape[0] == self.channels)
+        numbers = np.flatnonzero(alike)
+        if not len(numbers):
+            return None
+        images = np.concatenate([self._stored(index, index + 1) for index in numbers.tolist()])
+        return Bank(images, self.labels[numbers]), numbers
+
+    def pixels_of(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return some images, float32 [n, C, h, w] of the largest height and width of them.
+
+        Smaller ones are padded by −1 below and on the right, so that places are their own.
+        """
+        height, width = self.extents[images].max(0, initial=1).tolist()
+        pixels = np.full((len(images), self.channels, height, width), -1, np.float32)
+        for index, padded in zip(images.tolist(), pixels, strict=True):
+            image = self.image(index)
+            padded[:, : image.shape[1], : image.shape[2]] = image
+        return pixels
 
     @property
     def groups(self) -> list[NDArray[Any]]:

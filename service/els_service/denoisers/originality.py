@@ -11,15 +11,15 @@ itself at a low noise level, whatever model drew it. Terms and thresholds:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from els_kernels import checkpoint
-from els_service.denoisers.banks import pixels_from
+from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query
-from els_service.denoisers.mixed_banks import AnyBank
+from els_service.denoisers.explanations import SourceBank
 from els_service.denoisers.source_measures import (
     CONCENTRATION,
     agreeing,
@@ -92,7 +92,7 @@ class Originality(Denoised):
     """Reports of images, and their bank."""
 
     reports: list[Report]
-    bank: AnyBank
+    bank: SourceBank
 
     def __getitem__(self, images: slice) -> Originality:
         return Originality(self.pixels[images], None, self.reports[images], self.bank)
@@ -108,7 +108,7 @@ class HasBank(Protocol):
         ...
 
     @property
-    def bank(self) -> AnyBank:
+    def bank(self) -> SourceBank:
         """Images of the denoiser."""
         ...
 
@@ -119,7 +119,7 @@ class HasBank(Protocol):
 
 def report(
     image: npt.NDArray[np.float32],
-    bank: AnyBank,
+    bank: SourceBank,
     sources: npt.NDArray[np.int64] | None = None,
     weights: npt.NDArray[np.float32] | None = None,
     shares: npt.NDArray[np.float64] | None = None,
@@ -139,20 +139,21 @@ def report(
     absent: dict[str, str] = {}
     gap: float | None = None
     carlini: float | None = None
-    same, every, tiled = distances_to(image, bank)
-    order = np.argsort(every, kind="stable")[:NEIGHBOURS]
-    nearest, distances = same[order], every[order]
-    if len(same):
+    nearest, distances = np.empty(0, np.int64), np.empty(0, np.float32)
+    alike = bank.of_shape(image.shape)
+    if alike is not None:
+        every, tiled = distances_to(image, alike[0])
+        order = np.argsort(every, kind="stable")[:NEIGHBOURS]
+        nearest, distances = alike[1][order], every[order]
         gap = gap_ratio(every)
         carlini = carlini_ratio(tiled)
     ratios = (("gap_ratio", gap, GAP_IMAGES), ("carlini_ratio", carlini, CARLINI_IMAGES))
     for name, ratio, least in ratios:
-        if not len(same):
+        if alike is None:
             absent[name] = f"needs a bank of images of its size, {_sides(image.shape)}"
         elif ratio is None:
-            of_size = "" if len(same) == len(bank) else " of its size"
-            needs = f"needs a bank of at least {least} images{of_size}"
-            absent[name] = f"{needs}, this has {len(same)}"
+            got = len(alike[1])
+            absent[name] = f"needs a bank of at least {least} images, this has {got}"
     if sources is None or weights is None or shares is None:
         absent |= dict.fromkeys(_SOURCE_MEASURES, "needs a model with sources")
         return Report(nearest, distances, gap, carlini, absent=absent)
@@ -177,48 +178,24 @@ def report(
 
 
 def distances_to(
-    image: npt.NDArray[np.float32], bank: AnyBank
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return the images of a bank that have the shape of an image, and its distances from them.
+    image: npt.NDArray[np.float32], bank: Bank
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the distances of an image [C, H, W] from all of a bank's, whole and tiled, [N] each.
 
     The tiled distance is the largest distance of two tiles at the same place of a 4 × 4 grid.
     Differences are squared, never expanded: near copies keep their precision.
-
-    Args:
-        image: [C, H, W].
-        bank: the images.
-
-    Returns:
-        Numbers of these images in the bank, and the distances from them, whole and tiled; [n] each.
     """
-    numbers: list[npt.NDArray[np.int64]] = []
-    squares: list[npt.NDArray[np.float32]] = []
-    first = 0
-    for group in bank.groups:
-        if group.shape[1:] == image.shape:
-            numbers.append(np.arange(first, first + len(group)))
-            squares.append(_tile_squares(image, group))
-        first += len(group)
-    if not numbers:
-        return np.empty(0, np.int64), *np.empty((2, 0), np.float32)
-    found = np.concatenate(squares)
-    return np.concatenate(numbers), np.sqrt(found.sum(1)), np.sqrt(found.max(1))
-
-
-def _tile_squares(
-    image: npt.NDArray[np.float32], group: npt.NDArray[Any]
-) -> npt.NDArray[np.float32]:
-    """Return the squared distances of each tile from those of stored images, [n, tiles]."""
-    flat, tiles = image.reshape(-1), _tiles(image.shape)
-    squares = np.empty((len(group), tiles.shape[1]), np.float32)
+    flat = image.reshape(-1)
+    tiles = _tiles(bank.shape)
+    squares = np.empty((len(bank.images), tiles.shape[1]), np.float32)
     step = max(1, _BLOCK_BYTES // (4 * len(flat)))
     for first in range(0, len(squares), step):
         checkpoint()
-        block = pixels_from(group[first : first + step]).reshape(-1, len(flat))
+        block = bank.pixels_of(slice(first, first + step)).reshape(-1, len(flat))
         block -= flat
         block *= block
         np.matmul(block, tiles, out=squares[first : first + step])
-    return squares
+    return np.sqrt(squares.sum(1)), np.sqrt(squares.max(1))
 
 
 def gap_ratio(distances: npt.NDArray[np.float32]) -> float | None:
@@ -245,7 +222,7 @@ def sources_of_90(shares: npt.NDArray[np.float64]) -> int:
     return int(np.searchsorted(rising, (CONCENTRATION - 1e-9) * rising[-1])) + 1
 
 
-def _tiles(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _tiles(shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """Return [C·H·W, tiles]: 1 where a pixel is in a tile."""
     _, height, width = shape
     row, column = (

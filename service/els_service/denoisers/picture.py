@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work, grouped
+from els_kernels import FOLD_GEOMETRIES, FoldedAttention, count_fold_work
 from els_service.denoisers.base import BankInfo, Denoised, DenoiserInfo, Integers, Query, SizeRange
 from els_service.denoisers.folded import logit_seconds
 from els_service.denoisers.levels import MAX_SIGMA
@@ -38,22 +38,16 @@ class PictureBank:
     """Pictures at every scale, float32 [C, h, w] in [-1, 1]; those of one scale in a row.
 
     Args:
-        groups: [N, C, h, w], images of one size in a row: of scale 0, the coarsest, then of scale
-            1, and so on.
+        images: of scale 0, the coarsest, then of scale 1, and so on.
         pictures: number of pictures, at least 1.
         source: origin of the pictures.
         licence: licence of the pictures.
     """
 
-    groups: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
     pictures: int
     source: str = ""
     licence: str = ""
-
-    @property
-    def images(self) -> tuple[Tensor, ...]:
-        """Every image in order, [C, h, w]; views."""
-        return tuple(image for group in self.groups for image in group)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -101,8 +95,8 @@ def picture_bank(
         ]
         for picture in pictures
     ]
-    images = list(itertools.chain.from_iterable(zip(*grids, strict=True)))
-    return PictureBank(tuple(grouped(images)), len(pictures), source, licence)
+    images = tuple(itertools.chain.from_iterable(zip(*grids, strict=True)))
+    return PictureBank(images, len(pictures), source, licence)
 
 
 class PictureDenoiser:
@@ -112,7 +106,7 @@ class PictureDenoiser:
     mean.
 
     Args:
-        attention: fold of ``bank.groups``.
+        attention: fold of ``bank.images``.
         bank: the pictures at every scale.
         patch: side of a patch, odd; at most every side of the bank.
         fold: ρ, from 0.05 to infinity.

@@ -267,7 +267,7 @@ class OriginalityAsDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return the estimate of an explanation and of the distances."""
-        seconds = len(query) * (_REPORT_S + self._denoiser.bank.size * _DISTANCE_S)
+        seconds = len(query) * (_REPORT_S + self._denoiser.bank.numbers * _DISTANCE_S)
         if isinstance(self._denoiser, Explainable):
             seconds += self._denoiser.predict_explain_seconds(query)
         return seconds

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from els_kernels import FoldedAttention
+from els_kernels import FoldedAttention, grouped
 from els_service.denoisers.picture import PictureDenoiser, check_pictures, picture_bank
 from els_service.denoisers.pictures import read_picture
 from els_service.denoisers.pyramids import COARSEST_PATCHES, fitted, resized, scale_count
@@ -46,8 +47,11 @@ def load_picture_model(
         licence=spec.licence,
     )
     # A picture file has no memory of its own once its scales are made.
-    groups = [group.to(device) for group in bank.groups]
+    groups = grouped([image.to(device) for image in bank.images])
     attention = FoldedAttention(groups, implementation=implementation)
+    if attention.device.type == "cpu":
+        # Views: pictures of one size are stacked for the fold, and held once.
+        bank = replace(bank, images=tuple(image for group in groups for image in group))
     rho = math.inf if isinstance(spec.fold, str) else float(spec.fold)
     return PictureDenoiser(attention, bank, patch=spec.patch, fold=rho, steps=spec.steps)
 

@@ -124,15 +124,13 @@ def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -
     channels, height, width = shape
     bank = info.bank
     images = 0 if bank is None else min(bank.images, MAX_SHARES)
+    tall, wide = (height, width) if bank is None or bank.size is None else bank.size
     names = sum(len(name.encode()) + _FIELD_BYTES for name in info.label_names)
     if bank is not None and bank.longest_name is not None:
         names += min(images, MAX_NAMES) * (bank.longest_name + _FIELD_BYTES)
     # Denoised image and variance, entropy, weights and sources; bank images; share and label.
-    pixels = height * width * (2 * channels + 1 + 4 * detail.top)
-    bank_pixels = info.shape[1] * info.shape[2]
-    if bank is not None:
-        bank_pixels = max(bank_pixels, bank.most_pixels)
-    return 4 * (pixels + channels * detail.images * bank_pixels) + 12 * images + names
+    pixels = 4 * height * width * (2 * channels + 1 + 4 * detail.top)
+    return pixels + 4 * tall * wide * channels * detail.images + 12 * images + names
 
 
 def held_explanation(info: DenoiserInfo) -> int:
