@@ -17,6 +17,7 @@ from safetensors.numpy import save as encode_safetensors
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
 from els_service.denoisers.mixed_banks import MixedBank, load_any_bank, make_mixed_bank
 from els_service.errors import InvalidArgumentError, LoadError
+from els_service.experiments.training import load_training_data
 
 SIZES = [(2, 3), (4, 1), (2, 3), (1, 5)]
 NAMES = ["wide.png", "tall.png", "a/wide.png", "row.png"]
@@ -278,6 +279,9 @@ def test_an_altered_file_is_always_refused_with_the_name_of_a_field(
 
 
 def test_where_images_of_one_size_are_needed_a_mixed_bank_is_refused_by_name(file: Path) -> None:
-    expected = "extents: expected none, as images of one size are needed here, got images of sev"
-    with pytest.raises(LoadError, match=rf"mixed\.safetensors: not a bank: {expected}"):
+    expected = "extents: expected images of one size, got several sizes"
+    with pytest.raises(LoadError, match=rf"mixed\.safetensors: {expected}"):
         load_bank(file)
+    expected = "bank: expected images of one size for training, got heights from 1 to 4"
+    with pytest.raises(InvalidArgumentError, match=expected):
+        load_training_data([file])

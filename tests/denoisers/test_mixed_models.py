@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.memory import array_bytes
 
 from els_kernels import FOLD_GEOMETRIES
 from els_kernels.reference_fold import FoldReference
+from els_service.cli.speed import describe_sizes
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import Denoiser, SizeRange, make_query
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
@@ -84,6 +86,13 @@ def test_the_model_has_the_shape_of_the_most_images_and_windows_up_to_the_shorte
         model.check(large)
     model.check(make_query(large.pixels, large.level, windows=5))
     assert model.denoise(make_query(large.pixels, large.level)).pixels.shape == (1, 2, 30, 30)
+
+
+def test_check_lists_the_sizes_of_a_mixed_bank_and_nothing_for_others() -> None:
+    info = machine(mixed()).info
+    assert describe_sizes(info) == "; a bank of heights 5 to 9 and widths 6 to 11"
+    assert info.bank is not None
+    assert describe_sizes(replace(info, bank=replace(info.bank, sizes=None))) == ""
 
 
 def test_the_estimate_is_about_that_of_the_same_images_one_by_one() -> None:
