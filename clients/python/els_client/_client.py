@@ -376,8 +376,7 @@ class Client:
                 - start_time: Time at which the steps begin with ``start``, 0 < start_time <= 1.
                 - first_image: The images are ``first_image`` … ``first_image + count - 1`` of the
                   seed; by default 0.
-                - size: Height and width of the images, within ``Model.sizes``; by default the
-                  model's own. Other models reject another size than theirs.
+                - size: Height and width of the images, for models with ``Model.sizes``.
                 - tileable, symmetric: For pyramid: whether opposite edges meet, or the right half
                   mirrors the left; by default False.
                 - mask: For pyramid: [1 or count, 1, H, W], 1 where pixels are drawn, 0 where those

@@ -105,37 +105,11 @@ inline std::size_t striped(const FoldCell& cell, int x) {
   return std::size_t(x % cell.vectors) * kLanes + x / cell.vectors;
 }
 
-// The place of a column in a striped row whose vectors are there twice; counted, as a division takes
-// longer than all else that is done with a pixel.
-struct DoubledPlace {
-  int vectors, at = 0, vector = 0;
-  void next() {
-    at += 2 * kLanes;
-    if (++vector == vectors) vector = 0, at += 1 - 2 * kLanes * vectors;
-  }
-};
-
-// Call out(j, place, pixel) for the columns j of a row of a crop that are inside the image.
-template <class Pixel, class Out>
-[[gnu::always_inline]] inline void for_each_pixel(const FoldCell& cell, const FoldSource& source,
-                                                  Pixel pixel, Out out) {
-  DoubledPlace place{cell.vectors};
-  for (int j = 0; j < source.crop_cols; ++j, place.next())
-    if (source.cols[j] >= 0) out(j, place.at, pixel(source.cols[j]));
-}
-
-// Call out(j, place, pixel) for a row that begins at `first`; pixels are less the centre.
-template <class Out>
-[[gnu::always_inline]] inline void read_row(const FoldCell& cell, const FoldSource& source,
-                                            int channel, std::int64_t first, Out out) {
-  if (cell.values != nullptr) {
-    const float* values = cell.values + 256 * channel;
-    const auto* bytes = static_cast<const std::uint8_t*>(source.images) + first;
-    return for_each_pixel(cell, source, [=](int x) { return values[bytes[x]]; }, out);
-  }
-  const float centre = cell.centre[channel];
-  const auto* floats = static_cast<const float*>(source.images) + first;
-  for_each_pixel(cell, source, [=](int x) { return floats[x] - centre; }, out);
+// One number of the images of a source, less the centre of its channel.
+inline float centred(const FoldCell& cell, const FoldSource& source, int channel, std::int64_t at) {
+  if (cell.values != nullptr)
+    return cell.values[256 * channel + static_cast<const std::uint8_t*>(source.images)[at]];
+  return static_cast<const float*>(source.images)[at] - cell.centre[channel];
 }
 
 // Write an image's crop, and the bias of each of its patches, into base and base_bias.
@@ -154,13 +128,15 @@ inline void load_image(const FoldCell& cell, const FoldSource& source, std::int6
   for (int c = 0; c < cell.channels; ++c, first += pixels)
     for (int i = 0; i < rows; ++i) {
       if (source.rows[i] < 0) continue;
-      const std::int64_t start = first + std::int64_t(source.rows[i]) * source.width;
+      const std::int64_t line = first + std::int64_t(source.rows[i]) * source.width;
       float* to = scratch.base + c * plane + (i + kMostRows) * row;
-      double* squares = norms + i * cols;
-      read_row(cell, source, c, start, [=](int j, int place, float value) {
-        to[place] = to[place + kLanes] = value;
-        squares[j] += double(value) * value;
-      });
+      for (int j = 0; j < cols; ++j) {
+        if (source.cols[j] < 0) continue;
+        const float value = centred(cell, source, c, line + source.cols[j]);
+        const int v = j % cell.vectors, lane = j / cell.vectors;
+        to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = value;
+        norms[i * cols + j] += double(value) * value;
+      }
     }
   for (int j = 0; j < cols; ++j) line[j] = 0.0;
   for (int i = 0; i < rows; ++i) {
@@ -172,15 +148,14 @@ inline void load_image(const FoldCell& cell, const FoldSource& source, std::int6
     if (i < k - 1) continue;
     std::int32_t* to = scratch.base_bias + (i - k + 1) * row;
     double sum = 0.0;
-    DoubledPlace place{cell.vectors};
     for (int j = 0; j < cols; ++j) {
       sum += line[j];
       if (j >= k) sum -= line[j - k];
       if (j < k - 1) continue;
+      const int u = j - k + 1, v = u % cell.vectors, lane = u / cell.vectors;
       const double units = sum * cell.bias;
       const auto bias = std::int32_t(std::uint32_t(std::int64_t(units < 0 ? units - 0.5 : units + 0.5)));
-      to[place.at] = to[place.at + kLanes] = bias;
-      place.next();
+      to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = bias;
     }
   }
 }
