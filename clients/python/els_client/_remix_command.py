@@ -91,5 +91,7 @@ def _size(text: str | None, model: Model) -> tuple[int, int]:
     """Return height and width of ``WxH``; those of the model for None."""
     if text is None:
         return model.height, model.width
-    width, height = options.sides(text, "WIDTHxHEIGHT")
-    return height, width
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise InvalidArgumentError(f"size: expected WIDTHxHEIGHT in pixels, got {text}")
+    return int(sides[1]), int(sides[0])
