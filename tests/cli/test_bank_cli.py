@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from els_service.cli.bank import app
 from els_service.cli.speed import describe_bank_speed
 from els_service.denoisers.banks import load_bank, make_bank
+from els_service.denoisers.mixed_banks import MixedBank, load_any_bank
 
 GREY = np.arange(6 * 4 * 5, dtype=np.uint8).reshape(6, 4, 5)
 LABELS = np.array([1, 0, 1, 3, 0, 1])
@@ -192,6 +193,95 @@ def test_pictures_that_cannot_be_read_are_skipped_and_counted_where_asked(pictur
 def test_skipping_is_for_folders_of_pictures(source: Path) -> None:
     refused = run("build", source, source.with_name("bank.safetensors"), "--skip-unreadable")
     assert_refused(refused, "skip_unreadable: expected a folder of pictures")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of two labels with pictures of three sizes."""
+    folder = tmp_path / "photographs"
+    sizes = {"hills/a.png": (8, 5), "hills/b.png": (5, 8), "sea/c.png": (8, 5), "sea/d.png": (6, 6)}
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (len(name), 2, 3)).save(folder / name)
+    return folder
+
+
+def test_pictures_keep_their_sizes_labels_and_names_where_asked(photographs: Path) -> None:
+    out = photographs.with_name("bank.safetensors")
+    refused = run("build", photographs, out)
+    assert_refused(refused, "b.png: of size and channels (8, 5, 3)")
+    result = run("build", photographs, out, "--keep-sizes", "--licence", "CC0")
+    assert result.exit_code == 0, result.output
+    assert "3 different, heights 5 to 8, widths 5 to 8" in result.stdout
+    assert "a model.yaml of this bank has machine: els and sizes: any" in result.stdout
+    assert "calibrate" not in result.stdout
+    assert "an ELS machine with sizes over all 4 images, for images of 5×8, about:" in result.stdout
+    bank = load_any_bank(out)
+    assert isinstance(bank, MixedBank)
+    assert bank.extents.tolist() == [[5, 8], [8, 5], [5, 8], [6, 6]]
+    assert (bank.label_names, bank.licence) == (("hills", "sea"), "CC0")
+    assert list(bank.file_names or ()) == ["hills/a.png", "hills/b.png", "sea/c.png", "sea/d.png"]
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert facts["sizes"] == {
+        "height": [5, 8],
+        "width": [5, 8],
+        "different": 3,
+        "most": [
+            {"height": 5, "width": 8, "images": 2},
+            {"height": 6, "width": 6, "images": 1},
+            {"height": 8, "width": 5, "images": 1},
+        ],
+    }
+    assert (facts["images"], facts["shape"], facts["file_names"]) == (4, [3, 5, 8], 4)
+
+
+def test_pictures_that_keep_one_size_make_the_bank_that_is_built_without(pictures: Path) -> None:
+    options = ("--skip-unreadable", "--limit", 2)
+    ways = [pictures.with_name(f"{name}.safetensors") for name in ("kept", "plain")]
+    assert run("build", pictures, ways[0], "--keep-sizes", *options).exit_code == 0
+    assert run("build", pictures, ways[1], *options).exit_code == 0
+    assert ways[0].read_bytes() == ways[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resize", "4"], "resize: expected none with --keep-sizes, got 4"),
+        (["--crop"], "crop: expected none with --keep-sizes"),
+        (["--labels", "x"], "labels: expected none with --keep-sizes"),
+        (["--limit", "0"], "limit: expected at least 1, got 0"),
+        (["--per-label", "0"], "per_label: expected at least 1, got 0"),
+        (["--label-names", "x"], "label_names: expected 2 names, got 1"),
+    ],
+)
+def test_options_that_do_not_go_with_keeping_sizes_are_refused(
+    photographs: Path, options: list[str], message: str
+) -> None:
+    out = photographs.with_name("bank.safetensors")
+    assert_refused(run("build", photographs, out, "--keep-sizes", *options), message)
+    assert not out.exists()
+
+
+def test_arrays_and_mixed_channels_keep_no_sizes(source: Path, photographs: Path) -> None:
+    out = photographs.with_name("bank.safetensors")
+    refused = run("build", source, out, "--keep-sizes")
+    assert_refused(refused, "keep_sizes: expected a folder of pictures, as arrays have images of")
+    Image.new("L", (5, 4)).save(photographs / "sea" / "grey.png")
+    refused = run("build", photographs, out, "--keep-sizes")
+    assert_refused(refused, "grey.png: of channels 1, but")
+
+
+def test_calibration_by_held_out_images_refuses_a_mixed_bank_by_name(photographs: Path) -> None:
+    run("build", photographs, photographs.parent / "_banks" / "b.safetensors", "--keep-sizes")
+    (folder := photographs.parent / "model").mkdir()
+    document = "kind: analytic\nmachine: els\nsizes: any\nbank: ../_banks/b.safetensors\n"
+    (folder / "model.yaml").write_text(document)
+    from els_service.cli.main import app as server
+
+    result = CliRunner().invoke(server, ["calibrate", "--held-out", str(folder), "--dry-run"])
+    assert result.exit_code == 2
+    expected = "bank: expected images of one size for calibration by held-out images"
+    assert expected in " ".join(result.stderr.split())
 
 
 @pytest.mark.slow

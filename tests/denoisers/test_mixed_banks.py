@@ -17,6 +17,7 @@ from safetensors.numpy import save as encode_safetensors
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
 from els_service.denoisers.mixed_banks import MixedBank, load_any_bank, make_mixed_bank
 from els_service.errors import InvalidArgumentError, LoadError
+from els_service.experiments.training import load_training_data
 
 SIZES = [(2, 3), (4, 1), (2, 3), (1, 5)]
 NAMES = ["wide.png", "tall.png", "a/wide.png", "row.png"]
@@ -60,7 +61,7 @@ def test_groups_are_views_of_the_images_of_one_size_in_a_row() -> None:
     bank = mixed()
     assert [group.shape for group in bank.groups] == [(1, 2, 4, 1), (1, 2, 1, 5), (2, 2, 2, 3)]
     assert all(np.shares_memory(group, bank.images) for group in bank.groups)
-    assert (bank.size, bank.channels, bank.sides) == (bank.images.size, 2, ((1, 4), (1, 5)))
+    assert (bank.size, bank.channels, bank.sides) == (42, 2, ((1, 4), (1, 5)))
 
 
 def test_its_shape_is_the_most_frequent_size_and_of_equally_frequent_ones_the_largest() -> None:
@@ -261,6 +262,9 @@ def test_an_altered_file_is_always_refused_with_the_name_of_a_field(
 
 
 def test_where_images_of_one_size_are_needed_a_mixed_bank_is_refused_by_name(file: Path) -> None:
-    expected = "extents: expected none, as images of one size are needed here, got images of sev"
-    with pytest.raises(LoadError, match=rf"mixed\.safetensors: not a bank: {expected}"):
+    expected = "extents: expected images of one size, got several sizes"
+    with pytest.raises(LoadError, match=rf"mixed\.safetensors: {expected}"):
         load_bank(file)
+    expected = "bank: expected images of one size for training, got heights from 1 to 4"
+    with pytest.raises(InvalidArgumentError, match=expected):
+        load_training_data([file])

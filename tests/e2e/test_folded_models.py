@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.support.bad_inferences import fp32, infer
 from tests.support.models_folder import SHAPE, tiny_bank, write_models
 from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 from tests.support.twin import Twin
+from typer.testing import CliRunner, Result
 
-from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError, Sizes
+from els_client import (
+    AsyncClient,
+    Bank,
+    Client,
+    ElsError,
+    Evidence,
+    InvalidArgumentError,
+    Sizes,
+)
+from els_client.cli import app
 from els_kernels import FOLD_GEOMETRIES
 from els_kernels.reference_fold import FoldReference
 from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
@@ -25,6 +38,8 @@ from els_proto.denoise.v1 import denoise_pb2
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from els_service.denoisers.banks import save_bank
+from els_service.denoisers.mixed_banks import AnyBank, make_mixed_bank
 
 BANK = "bank: ../_banks/tiny.safetensors\nwindow: 3\n"
 DOCUMENTS = {
@@ -33,7 +48,10 @@ DOCUMENTS = {
     "folded": f"kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\n{BANK}",
     "inside": f"kind: analytic\nmachine: els\npadding: inside\n{BANK}",
     "local": f"kind: analytic\nmachine: local\npadding: circular\nfold: uniform\n{BANK}",
+    "mixed": "kind: analytic\nmachine: els\nbank: ../_banks/mixed.safetensors\nwindow: 3\n"
+    "fold: 0.5\nsizes: any\n",
 }
+MIXED = [(5, 8), (7, 4), (5, 8), (4, 4)]
 SIGMA = [0.25, 4.0]
 LARGE = (9, 14)
 MAX_PIXELS = 2000
@@ -42,6 +60,7 @@ MAX_PIXELS = 2000
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     models = write_models(tmp_path_factory.mktemp("folded") / "models", DOCUMENTS)
+    save_bank(mixed_bank(), models / "_banks" / "mixed.safetensors")
     limits = {"ELS_MAX_PIXELS": str(MAX_PIXELS)}
     with serving("--models", models, "--threads", 1, **limits) as process:
         yield process
@@ -58,6 +77,12 @@ async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIt
     twin = Twin(request.param(server.target))
     yield twin
     await twin.close()
+
+
+def mixed_bank() -> AnyBank:
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (1, *size), np.uint8) for size in MIXED]
+    return make_mixed_bank(pictures, [1, 0, 0, 1], label_names=("sea", "hills"))
 
 
 def images(size: tuple[int, ...] = SHAPE[1:], seed: int = 1) -> np.ndarray[Any, Any]:
@@ -85,8 +110,91 @@ def test_a_model_publishes_its_fold_and_its_sizes(client: Client) -> None:
     assert folded.batch_invariant
     assert folded.has_sources
     assert sized.has_gradients
-    # A fold and its moments keep the bank as it is, patch attention a float32 copy, too.
-    assert folded.memory_bytes < plain.memory_bytes
+    # The fold computes with the stored bytes, the plain machine with a copy in float32.
+    assert 5 * folded.memory_bytes == plain.memory_bytes
+
+
+def test_a_model_of_images_of_several_sizes_publishes_them_and_answers_any(
+    client: Client,
+) -> None:
+    model = client.model("mixed")
+    assert model.bank is not None
+    assert (model.bank.images, model.bank.sizes) == (4, Sizes((4, 7), (4, 8)))
+    assert client.model("folded").bank == dataclasses.replace(model_bank(client), sizes=None)
+    assert (model.shape, model.sizes) == ((1, 5, 8), Sizes((1, 4096), (1, 4096)))
+    assert model.window is not None
+    assert model.window.max_k == 3
+    bank, x = mixed_bank(), images(LARGE)
+    reference = FoldReference([torch.from_numpy(group) for group in bank.groups])
+    got = client.denoise(x, model="mixed", sigma=SIGMA, label=[-1, 1])
+    geometry = FOLD_GEOMETRIES["els", "zeros"]
+    for b, limits in enumerate([(0, 4), (2, 4)]):
+        want, _ = reference(torch.from_numpy(x[b]), 1.0, SIGMA[b], 3, limits, 0.5, geometry)
+        assert np.abs(got[b] - want.numpy()).max() <= 1e-5
+    *_, own = client.sample(model="mixed", steps=2, label=1)
+    assert own.x.shape == (1, 1, 5, 8)
+
+
+def model_bank(client: Client) -> Bank:
+    bank = client.model("folded").bank
+    assert bank is not None
+    return bank
+
+
+def els(server: ServerProcess, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["sample", "--target", server.target, *arguments])
+
+
+def test_the_command_samples_the_size_that_is_asked_for(
+    server: ServerProcess, client: Client, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    common = ("--steps", "2", "--out", str(out))
+    result = els(server, "--model", "mixed", "--size", "9x14", *common)
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as picture:
+        shown = np.asarray(picture)
+    *_, last = client.sample(model="mixed", steps=2, size=LARGE)
+    factor = shown.shape[0] // 9
+    assert shown.shape[:2] == (9 * factor, 14 * factor)
+    want = np.rint((last.x[0, 0] + 1) * 127.5).clip(0, 255)
+    assert np.abs(shown[::factor, ::factor].astype(float) - want).max() <= 1
+    Image.new("L", (14, 9)).save(start := tmp_path / "start.png")
+    begun = ("--start", str(start), "--start-time", "0.5")
+    assert els(server, "--model", "mixed", "--size", "9X14", *begun, *common).exit_code == 0
+    denoised = ("denoise", str(start), str(out), "--sigma", "1", "--target", server.target)
+    assert CliRunner().invoke(app, [*denoised, "--model", "mixed"]).exit_code == 0
+    with Image.open(out) as picture:
+        assert picture.size == (14, 9)
+    refused = CliRunner().invoke(app, [*denoised, "--model", "plain"])
+    assert "the model takes 5 × 6: pass --resize" in " ".join(refused.stderr.split())
+    # The own size of a model without sizes is legal.
+    assert els(server, "--model", "plain", "--size", "6x5", *common).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--model", "plain", "--size", "9x14"),
+            "size: expected none, as plain has 6x5 alone, got 9x14",
+        ),
+        (("--model", "sized", "--size", "3x9"), "height: expected 0, or 4 to 20, got 3"),
+        (("--model", "sized", "--size", "0x9"), "size: expected positive height and width"),
+        (("--model", "sized", "--size", "9"), "size: expected HEIGHTxWIDTH in pixels, got 9"),
+        (("--model", "sized", "--size", "9x9x9"), "size: expected HEIGHTxWIDTH in pixels"),
+        (("--model", "sized", "--size", "-9x9"), "size: expected HEIGHTxWIDTH in pixels"),
+        (("--model", "sized", "--size", "²x9"), "size: expected HEIGHTxWIDTH in pixels"),
+        (("--model", "sized", "--size", f"{'9' * 30}x9"), "size: expected HEIGHTxWIDTH in pixels"),
+    ],
+)
+def test_a_size_that_the_command_cannot_sample_is_refused(
+    server: ServerProcess, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = els(server, *arguments, "--steps", "2", "--out", str(tmp_path / "out.png"))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -295,6 +403,9 @@ async def test_a_sample_has_the_size_that_is_asked_for(twin: Twin, client: Clien
             r"start.shape: expected \[1 or 2, 1, 9, 14\], got \[2, 1, 6, 5\]",
         ),
         ({"model": "sized", "size": (0, 3)}, "size: expected positive height and width"),
+        ({"model": "sized", "size": (2**70, 3)}, "size: expected positive height and width"),
+        ({"model": "sized", "size": (3,)}, "size: expected positive height and width"),
+        ({"model": "sized", "size": (3.5, 4)}, "size: expected an integer, got 3.5"),
     ],
 )
 def test_a_sample_of_another_size_is_rejected(

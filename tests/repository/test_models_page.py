@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tests.support import pretrained
 
 from els_service.denoisers.banks import make_bank, save_bank
+from els_service.denoisers.mixed_banks import make_mixed_bank
 from els_service.denoisers.networks import (
     Execution,
     NetworkConfig,
@@ -116,10 +117,12 @@ def write_files(folder: Path, document: dict[str, Any]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A models root with the bank of the examples."""
+    """A models root with the banks of the examples."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 1, 28, 28)).astype(np.uint8)
     (tmp_path / "_banks").mkdir()
     save_bank(make_bank(pixels, np.arange(6) % 3), tmp_path / "_banks" / "clothes.safetensors")
+    several = [pixels[0], pixels[1, :, :20], pixels[2, :, :, :24]]
+    save_bank(make_mixed_bank(several), tmp_path / "_banks" / "photographs.safetensors")
     return tmp_path
 
 

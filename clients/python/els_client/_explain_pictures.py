@@ -191,8 +191,9 @@ def _region(one: Taken, colour: Colour) -> Image.Image:
 
 
 def arranged(panels: Sequence[Panel]) -> Image.Image:
-    """Return panels in rows, each above its two lines of text; smaller ones are centred."""
-    width, height = np.max([panel.size for panel, *_ in panels], axis=0).tolist()
+    """Return panels in rows, each above its two lines of text."""
+    sizes = [panel.size for panel, *_ in panels]
+    width, height = (max(sides) for sides in zip(*sizes, strict=True))
     across, down = width + _GAP, height + 2 * _LINE + _GAP
     rows = -(-len(panels) // _COLUMNS)
     size = (_COLUMNS * across - _GAP + 2 * _MARGIN, rows * down - _GAP + 2 * _MARGIN)
@@ -201,7 +202,7 @@ def arranged(panels: Sequence[Panel]) -> Image.Image:
     for number, (panel, title, detail, colour) in enumerate(panels):
         row, column = divmod(number, _COLUMNS)
         left, top = _MARGIN + column * across, _MARGIN + row * down
-        sheet.paste(panel, (left + (width - panel.width) // 2, top + (height - panel.height) // 2))
+        sheet.paste(panel, (left + (width - panel.width) // 2, top))
         middle, below = left + width / 2, top + height
         pen.text((middle, below + 4), _fitted(title, large, width), colour, large, anchor="ma")
         pen.text((middle, below + 21), _fitted(detail, small, width), FAINT, small, anchor="ma")

@@ -79,6 +79,11 @@ class Sizes:
     height: tuple[int, int]
     width: tuple[int, int]
 
+    def __contains__(self, size: tuple[int, int]) -> bool:
+        """Return whether images of a height and width are among them."""
+        (low, high), (wide_low, wide_high) = self.height, self.width
+        return low <= size[0] <= high and wide_low <= size[1] <= wide_high
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -23,6 +23,8 @@ from els_client.errors import (
     UnavailableError,
 )
 
+_MOST_DIGITS = 9
+"""Of a side in pixels: more do not fit a message."""
 TARGET = "127.0.0.1:50051"
 MODEL = "fashion-els"
 
@@ -90,3 +92,13 @@ def failures() -> Iterator[None]:
     except (ElsError, OSError) as error:
         typer.echo(f"els: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(_EXIT_CODES.get(type(error), 1)) from None
+
+
+def sides(text: str, form: str) -> tuple[int, int]:
+    """Return both numbers of ``64x96``; raises InvalidArgumentError with the ``form`` expected."""
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(
+        side.isascii() and side.isdigit() and len(side) <= _MOST_DIGITS for side in numbers
+    ):
+        raise InvalidArgumentError(f"size: expected {form} in pixels, got {text}")
+    return int(numbers[0]), int(numbers[1])

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from els_client._models import Sizes
 from els_client._types import Images
 from els_client.errors import InvalidArgumentError
 
@@ -34,13 +35,16 @@ program on them."""
 _WRITTEN_FORMATS = (*READ_FORMATS, "JPEG2000", "PDF", "TGA")
 
 
-def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
+def read(
+    path: Path, shape: tuple[int, int, int], *, resize: bool, sizes: Sizes | None = None
+) -> npt.NDArray[np.uint8]:
     """Return the picture as uint8 [1, C, H, W], grey or RGB as ``shape`` (C, H, W) asks.
 
     Args:
         path: Picture, as in ``opened``.
         shape: Shape of the model's images.
         resize: Whether to crop to the model's aspect ratio about the centre and scale to fit.
+        sizes: Sizes that the model answers; such a picture keeps its size without ``resize``.
 
     Raises:
         InvalidArgumentError: Not such a picture, or of another size without ``resize``.
@@ -48,6 +52,8 @@ def read(path: Path, shape: tuple[int, int, int], *, resize: bool) -> npt.NDArra
     channels, height, width = shape
     check_channels(channels)
     picture = opened(path).convert(_MODES[channels])
+    if sizes is not None and not resize and (picture.height, picture.width) in sizes:
+        width, height = picture.size
     if picture.size != (width, height) and not resize:
         got = f"{path} has {picture.width} × {picture.height} pixels"
         raise InvalidArgumentError(

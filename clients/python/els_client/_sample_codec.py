@@ -86,9 +86,7 @@ def encode_sample(
         codec.refuse("timesteps", "'aligned' or 'folder'", repr(timesteps))
     if start_time is not None and start_time == 0:  # In the message 0 means none.
         codec.refuse("start_time", "0 < start_time <= 1", start_time)
-    if size is not None and not all(side >= 1 for side in size):  # In the message 0 means own.
-        codec.refuse("size", "positive height and width", size)
-    height, width = size or (0, 0)
+    height, width = _sides(size)
     listed = codec.listed("times", times, codec.REALS)
     if times is not None and not listed:
         codec.refuse("times", "at least one", "none")
@@ -161,3 +159,13 @@ def decode_step(step: pb.SampleResponse) -> Step:
         scale=step.scale,
         scales=max(1, step.scales),
     )
+
+
+def _sides(size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return height and width; 0, the model's own, for None."""
+    if size is None:
+        return 0, 0
+    sides = [codec.whole("size", side) for side in size]
+    if len(sides) != 2 or not all(1 <= side < 2**31 for side in sides):
+        codec.refuse("size", "positive height and width", f"{size!r:.80}")
+    return sides[0], sides[1]

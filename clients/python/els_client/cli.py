@@ -14,6 +14,7 @@ from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._bench_command import bench
 from els_client._explain_command import explain
+from els_client._models import Model
 from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._originality_command import originality
@@ -167,7 +168,8 @@ def denoise(
         terminal.waiting(f"calling {model}"),
     ):
         pictures.check_target(out)
-        x = pictures.read(source, client.model(model).shape, resize=resize)
+        served = client.model(model)
+        x = pictures.read(source, served.shape, resize=resize, sizes=served.sizes)
         answer = client.denoise(x, model=model, **level, label=label, window=window)
         pictures.write(out, answer[0])
     terminal.report(as_json, began, out, model=model)
@@ -201,7 +203,8 @@ def score(
         terminal.waiting(f"calling {model}"),
     ):
         pictures.check_target(out, also=".npy")
-        x = pictures.read(source, client.model(model).shape, resize=resize)
+        served = client.model(model)
+        x = pictures.read(source, served.shape, resize=resize, sizes=served.sizes)
         answer = client.score(x, model=model, **level, label=label, window=window)
         pictures.write_score(out, answer)
     terminal.report(as_json, began, out, model=model, largest=float(abs(answer).max()))
@@ -221,6 +224,12 @@ def sample(
     label: Annotated[
         list[str] | None,
         typer.Option(help="One for all or one each: repeat it, or use commas.", metavar="N"),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="HEIGHTxWIDTH, for a model that has sizes; by default the model's.", metavar="HxW"
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
@@ -279,6 +288,7 @@ def sample(
         given = None if conditioning is None else pictures.read_numbers(conditioning)
         without = None if unconditional is None else pictures.read_numbers(unconditional)
         served = client.model(model)
+        shape = _shape(size, served)
         decoded = served.decoded_shape is not None
         pictures.check_channels((served.decoded_shape or served.shape)[0])
         if decoded and gif:
@@ -287,11 +297,12 @@ def sample(
         bar = progress.add_task(f"{model}: {count} samples", total=steps)
         begin = None
         if start is not None:
-            begin = pictures.read(start, served.shape, resize=resize)
+            begin = pictures.read(start, shape, resize=resize)
         for step in client.sample(
             model=model,
             count=count,
             seed=seed,
+            size=None if size is None else shape[1:],
             steps=steps,
             sampler=sampler,
             label=labels,
@@ -317,6 +328,17 @@ def sample(
         if gif:
             pictures.write_gif(gif, states)
     terminal.report(as_json, began, out, gif, model=model, count=count, seed=seed)
+
+
+def _shape(size: str | None, model: Model) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images to sample."""
+    if size is None:
+        return model.shape
+    height, width = options.sides(size, "HEIGHTxWIDTH")
+    if model.sizes is None and (height, width) != model.shape[1:]:
+        expected = f"expected none, as {model.name} has {model.height}x{model.width} alone"
+        raise InvalidArgumentError(f"size: {expected}, got {size}")
+    return model.channels, height, width
 
 
 def _integers(texts: list[str] | None) -> list[int]:

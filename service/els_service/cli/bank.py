@@ -102,6 +102,9 @@ def build(
     from els_service.cli.speed import describe_bank_speed
 
     typer.echo(describe_bank_speed(bank))
+    if isinstance(bank, MixedBank):
+        typer.echo("a model.yaml of this bank has machine: els and sizes: any, or ranges")
+        return
     typer.echo(
         "windows, once a model.yaml names the bank: els-server calibrate --held-out MODEL_FOLDER"
     )

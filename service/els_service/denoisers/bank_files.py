@@ -104,6 +104,8 @@ def read_bank(path: str | os.PathLike[str], construct: Callable[[BankContent], _
         bank = construct(content)
         _check_unmodified(bank.content, content.fingerprint, data)
         return bank
+    except LoadError:
+        raise
     except OSError as error:
         raise LoadError(path, error.strerror or str(error)) from error
     except KeyError as error:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from els_service.denoisers.bank_files import BankContent, fingerprint_of, read_bank, save_bank
 from els_service.denoisers.file_names import FileNames
-from els_service.errors import InvalidArgumentError
+from els_service.errors import InvalidArgumentError, LoadError
 
 __all__ = ["UNLABELLED", "Bank", "load_bank", "make_bank", "pixels_from", "save_bank"]
 
@@ -120,8 +120,8 @@ class Bank(Labelled):
 
     @property
     def size(self) -> int:
-        """Numbers of all images together: N·C·H·W."""
-        return self.images.size
+        """Numbers of all images together."""
+        return int(self.images.size)
 
     @property
     def groups(self) -> list[NDArray[Any]]:
@@ -200,14 +200,17 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
         LoadError: the file is missing, truncated, modified, of another format or version, does
             not contain a valid bank, or has images of several sizes; names the file and the reason.
     """
-    return read_bank(path, bank_from)
+
+    def construct(content: BankContent) -> Bank:
+        if "extents" in content.arrays:
+            raise LoadError(path, "extents: expected images of one size, got several sizes")
+        return bank_from(content)
+
+    return read_bank(path, construct)
 
 
 def bank_from(content: BankContent) -> Bank:
     """Return the bank of the content of a file of version 1 or 2; raises as ``read_bank`` says."""
-    if "extents" in content.arrays:
-        expected = "expected none, as images of one size are needed here"
-        raise ValueError(f"extents: {expected}, got images of several sizes")
     arrays = content.arrays
     return Bank(arrays["images"], arrays["labels"], *provenance_of(content))
 

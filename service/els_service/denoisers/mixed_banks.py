@@ -108,8 +108,8 @@ class MixedBank(Labelled):
 
     @property
     def size(self) -> int:
-        """Numbers of all images together: Σ C·H·W."""
-        return self.images.size
+        """Numbers of all images together."""
+        return int(self.images.size)
 
     @property
     def groups(self) -> list[NDArray[Any]]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from els_service.denoisers.bank_sources import read_source
-from els_service.denoisers.banks import UNLABELLED, Bank, load_bank, make_bank
+from els_service.denoisers.banks import UNLABELLED, Bank, make_bank
 from els_service.denoisers.levels import cosine
+from els_service.denoisers.mixed_banks import load_any_bank, one_size
 from els_service.denoisers.networks.parametrisation import parametrise
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.training.settings import TrainingSettings
@@ -72,7 +73,7 @@ def _read(
     elif resize is not None or limit is not None:
         raise InvalidArgumentError("data", "a data set where it is resized or cut", path)
     else:
-        bank = load_bank(path)
+        bank = one_size(load_any_bank(path), "training")
     return dataclasses.replace(bank, source=bank.source or path.resolve().name)
 
 
