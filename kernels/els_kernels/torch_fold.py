@@ -34,11 +34,12 @@ _TILE = 1 << 20
 
 
 class TiledFold:
-    """A bank centred in float32, as groups of images of one size."""
+    """A bank centred in float32, or as it is, as groups of images of one size."""
 
-    def __init__(self, groups: Sequence[Tensor]) -> None:
-        self._centre = bank_centre(groups)
-        self._groups = [group - self._centre.float() for group in groups]
+    def __init__(self, groups: Sequence[Tensor], *, centred: bool = True) -> None:
+        centre = bank_centre(groups)
+        self._centre = centre if centred else torch.zeros_like(centre)
+        self._groups = [group - centre.float() for group in groups] if centred else list(groups)
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """ctypes binding of the fold: levels, taps and units here, sweeps in C++.
 
-Logits are integers in units of 2^-bits, modulo 2^32: as many bits as keep the difference of any two
+Logits are integers in units of 2^-bits, modulo 2^32: as fine as keeps the difference of any two
 logits of a patch below 2^31. Box sums of integers are exact, whatever the size of a logit.
 """
 
@@ -18,10 +18,11 @@ from els_kernels.control import ComputationStoppedError, Control, checkpoint, cu
 from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
 from els_kernels.geometry import Geometry
 from els_kernels.native.binding import NO_MEMORY, STOPPED, _library, instruction_sets, run_apart
-from els_kernels.torch_fold import bank_centre, box_sums
+from els_kernels.native.far_queries import MOST_ERROR, is_far
+from els_kernels.torch_fold import TiledFold, bank_centre, box_sums
 
 _LOG2E = math.log2(math.e)
-_MOST_BITS = 20
+_MOST_BITS = 20.0
 _SPARE = 100.0
 """Bits of a logit for the headroom of running maxima, and for rounding."""
 _PRECISION = 20
@@ -81,13 +82,16 @@ class _Call(ctypes.Structure):
 class _Units(NamedTuple):
     """How logits of a cell are written as integers."""
 
-    bits: int
+    bits: float
+    """log₂ of the units of a bit."""
     product: float
     """Units of a product of centred pixels of query and key."""
     bias: float
     """Units of a key's squared norm."""
     lowest: float
     """Units below every logit."""
+    error: float
+    """Nats that a logit may be wrong by."""
 
 
 class NativeFold:
@@ -115,6 +119,9 @@ class NativeFold:
         self._centre = bank_centre(groups)
         self._groups = [(group - self._centre.float()).contiguous() for group in groups]
         self._norms: dict[tuple[object, ...], float] = {}
+        self._largest = max(abs(float(end)) for group in self._groups for end in group.aminmax())
+        # Neither centred nor copied.
+        self._exact = TiledFold(groups, centred=False)
 
     def __call__(
         self,
@@ -128,6 +135,9 @@ class NativeFold:
     ) -> tuple[Tensor, Tensor]:
         """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W].
 
+        An image far from the bank is computed in float64 where integers do not resolve its logits:
+        see ``far_queries``.
+
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
@@ -136,11 +146,14 @@ class NativeFold:
         with torch.device("cpu"):
             query = x.double() - a * self._centre
             mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
+            far = is_far(float(query.abs().amax()), self._largest, a, s)
             for index, cell in enumerate(cells(height, width, window, geometry)):
                 crop = cell.query(query)
                 squares = box_sums(crop.square().sum(0), window)
                 key = self._largest_norm(cell, (index, window, geometry))
-                units = _units(math.sqrt(float(squares.max())), key, a, s)
+                units = _units(math.sqrt(float(squares.max())), key, window, a, s)
+                if far and units.error > MOST_ERROR:
+                    return self._exact(x, a, s, window, limits, fold, geometry)
                 taps = cell.rows.taps(height, fold, geometry).float()
                 call = _FoldCall(self._kernel, cell, crop, units, taps, self._sources(cell, limits))
                 call.set_col_taps(cell.cols, width, fold, geometry)
@@ -176,15 +189,25 @@ class NativeFold:
         return sources
 
 
-def _units(query: float, key: float, a: float, s: float) -> _Units:
+def _units(query: float, key: float, window: int, a: float, s: float) -> _Units:
     """Return the units in which logits of patches of these norms fit 31 bits."""
     per_product = a / s / s * _LOG2E
     per_norm = -(a / s) * (a / s) * _LOG2E / 2
-    spread = (query / s + a / s * key) ** 2 * _LOG2E / 2 + _SPARE
-    bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
+    # A logit is a product of at most 2qk bits minus k², for keys of any norm up to k.
+    root = math.sqrt(_LOG2E / 2)
+    q, k = query / s * root, a / s * key * root
+    highest = q * q if q < k else 2 * q * k - k * k
+    spread = highest + 2 * q * k + k * k + _SPARE
+    bits = min(_MOST_BITS, 31 - math.log2(spread))
     lowest = per_norm * key * key - per_product * query * key
     unit = 2.0**bits
-    return _Units(bits, per_product * unit, per_norm * unit, math.floor(lowest * unit) - 1.0)
+    return _Units(
+        bits,
+        per_product * unit,
+        per_norm * unit,
+        math.floor(lowest * unit) - 1.0,
+        (window * window / 2 + 1) / unit / _LOG2E,
+    )
 
 
 class _FoldCall:
