@@ -8,6 +8,7 @@ posterior.mean, posterior.log_evidence                # [B, C, H, W], [B, H, W]
 from els_kernels.attention import IMPLEMENTATIONS, PatchAttention
 from els_kernels.control import ComputationStoppedError, Control, checkpoint
 from els_kernels.fold import FOLD_GEOMETRIES, FOLD_IMPLEMENTATIONS, FoldedAttention
+from els_kernels.fold_moments import FOLD_MOMENT_IMPLEMENTATIONS, FoldedMoments
 from els_kernels.fold_plan import count_fold_pairs, count_fold_work
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior, count_pairs, max_window
 from els_kernels.moments import MAX_SOURCES, PatchMoments, PosteriorStatistics, Removal
@@ -15,12 +16,14 @@ from els_kernels.moments import MAX_SOURCES, PatchMoments, PosteriorStatistics, 
 __all__ = [
     "FOLD_GEOMETRIES",
     "FOLD_IMPLEMENTATIONS",
+    "FOLD_MOMENT_IMPLEMENTATIONS",
     "GEOMETRIES",
     "IMPLEMENTATIONS",
     "MAX_SOURCES",
     "ComputationStoppedError",
     "Control",
     "FoldedAttention",
+    "FoldedMoments",
     "Geometry",
     "PatchAttention",
     "PatchMoments",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,20 @@ FOLD_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldImplementation]
 }
 
 
+class FoldQuery(NamedTuple):
+    """Validated arguments of one image."""
+
+    x: Tensor
+    """[C, H, W] float32."""
+    a: float
+    s: float
+    window: int
+    limits: tuple[int, int]
+    """Half-open range of bank images."""
+    fold: float
+    geometry: Geometry
+
+
 class FoldedAttention:
     """Patch attention whose answer is the overlap of whole mean patches.
 
@@ -97,6 +111,11 @@ class FoldedAttention:
         self.implementation = implementation
         with torch.autocast(self.device.type, enabled=False):
             self._attend = FOLD_IMPLEMENTATIONS[implementation](self._groups)
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """Images of the bank in order, those of one size in a row together: [[N, C, H, W], …]."""
+        return self._groups
 
     @cached_property
     def _centre_alone(self) -> PatchAttention:
@@ -137,18 +156,14 @@ class FoldedAttention:
             ValueError: an argument is invalid; names it, expected and got.
             ComputationStoppedError: the current ``Control`` was stopped (CPU only).
         """
-        if geometry not in FOLD_GEOMETRIES.values():
-            raise ValueError(f"geometry: expected one of FOLD_GEOMETRIES, got {geometry!r}")
-        self._limits.check_query(x, geometry)
+        queries = self.validate(
+            x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
+        )
         x = x.resolve_neg()
-        levels = self._limits.levels(x, a, s)
-        windows = self._limits.windows(window, x, geometry)
-        ranges_ = self._limits.ranges(ranges, len(x))
-        rho = folds(fold, len(x))
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         same_size = self._limits.sizes == {(x.shape[2], x.shape[3])}
         plain = same_size and geometry.padding != "inside" and len(self._groups) == 1
-        alone = [b for b in range(len(x)) if plain and rho[b] == 0]
+        alone = [b for b, query in enumerate(queries) if plain and query.fold == 0]
         if alone:
             answer.mean[alone], answer.log_evidence[alone] = self._centre_alone(
                 x[alone], a=a[alone], s=s[alone], window=window[alone],
@@ -156,10 +171,40 @@ class FoldedAttention:
             )  # fmt: skip
         with torch.autocast(self.device.type, enabled=False):
             for b in sorted(set(range(len(x))) - set(alone)):
-                answer.mean[b], answer.log_evidence[b] = self._attend(
-                    x[b], *levels[b], windows[b], ranges_[b], rho[b], geometry
-                )
+                answer.mean[b], answer.log_evidence[b] = self._attend(*queries[b])
         return answer
+
+    @torch.no_grad()
+    def validate(
+        self,
+        x: Tensor,
+        *,
+        a: Tensor,
+        s: Tensor,
+        window: Tensor,
+        fold: Tensor,
+        ranges: Tensor | None = None,
+        geometry: Geometry,
+    ) -> list[FoldQuery]:
+        """Return the validated arguments of each image.
+
+        Args: As ``__call__``.
+
+        Raises:
+            ValueError: An argument is invalid; names it, expected and got.
+        """
+        if geometry not in FOLD_GEOMETRIES.values():
+            raise ValueError(f"geometry: expected one of FOLD_GEOMETRIES, got {geometry!r}")
+        self._limits.check_query(x, geometry)
+        x = x.resolve_neg()
+        levels = self._limits.levels(x, a, s)
+        windows = self._limits.windows(window, x, geometry)
+        limits = self._limits.ranges(ranges, len(x))
+        rho = folds(fold, len(x))
+        return [
+            FoldQuery(x[b], *levels[b], windows[b], limits[b], rho[b], geometry)
+            for b in range(len(x))
+        ]
 
 
 def fastest_fold(device: torch.device) -> str:

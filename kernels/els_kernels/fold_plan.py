@@ -26,7 +26,7 @@ from torch import Tensor
 
 from els_kernels.geometry import Geometry, group_by
 
-_OUTSIDE = -1
+OUTSIDE = -1
 """Index of a row or column of a crop that is outside the image: zero."""
 
 
@@ -56,7 +56,7 @@ class Axis:
         such patch. Over all cells the entries of a place of the image sum to 1.
         """
         start = torch.arange(len(self.query))[:, None] - torch.arange(self.window)
-        here = (start >= 0) & (start < self.places) & (self.query[:, None] != _OUTSIDE)
+        here = (start >= 0) & (start < self.places) & (self.query[:, None] != OUTSIDE)
         factors = _factors(length, self.window, fold, geometry)[self.query]
         return factors * here
 
@@ -80,15 +80,15 @@ class Cell:
     def scatter(self, values: Tensor, out: Tensor) -> None:
         """Add values of the crop [C, X, Y] to the places of the image [C, H, W] they belong to."""
         rows, cols = self.rows.query, self.cols.query
-        values = values[:, rows != _OUTSIDE][:, :, cols != _OUTSIDE]
-        rows, cols = rows[rows != _OUTSIDE], cols[cols != _OUTSIDE]
+        values = values[:, rows != OUTSIDE][:, :, cols != OUTSIDE]
+        rows, cols = rows[rows != OUTSIDE], cols[cols != OUTSIDE]
         tall = values.new_zeros(len(values), out.shape[1], len(cols)).index_add_(1, rows, values)
         out.index_add_(2, cols, tall)
 
 
 def _crop(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     crop = images[..., rows.clamp(min=0), :][..., cols.clamp(min=0)]
-    inside = (rows != _OUTSIDE)[:, None] & (cols != _OUTSIDE)
+    inside = (rows != OUTSIDE)[:, None] & (cols != OUTSIDE)
     return crop if bool(inside.all()) else crop * inside
 
 
@@ -134,7 +134,7 @@ def _wrapped(r: int) -> Callable[[int], Tensor]:
 
 def _margin(start: int, stop: int, length: int) -> Tensor:
     places = torch.arange(start, stop)
-    return torch.where((places >= 0) & (places < length), places, _OUTSIDE)
+    return torch.where((places >= 0) & (places < length), places, OUTSIDE)
 
 
 def _margin_of(r: int, start: int, stop: int | None) -> Callable[[int], Tensor]:

@@ -362,17 +362,22 @@ class PatchMoments:
             raise ValueError("evidence: expected finite numbers, got others")
 
     def _directions(self, name: str, direction: Tensor, x: Tensor) -> Tensor:
-        if not isinstance(direction, Tensor) or direction.shape != x.shape:
-            got = list(direction.shape) if isinstance(direction, Tensor) else type(direction)
-            raise ValueError(f"{name}: expected the shape of x, {list(x.shape)}, got {got}")
-        if direction.dtype != torch.float32 or direction.device != x.device:
-            raise ValueError(
-                f"{name}: expected torch.float32 on {x.device}, "
-                f"got {direction.dtype} on {direction.device}"
-            )
-        if not direction.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got others")
+        check_direction(name, direction, x)
         return direction.double()
+
+
+def check_direction(name: str, direction: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless a direction is finite float32 of the shape and device of x."""
+    if not isinstance(direction, Tensor) or direction.shape != x.shape:
+        got = list(direction.shape) if isinstance(direction, Tensor) else type(direction)
+        raise ValueError(f"{name}: expected the shape of x, {list(x.shape)}, got {got}")
+    if direction.dtype != torch.float32 or direction.device != x.device:
+        raise ValueError(
+            f"{name}: expected torch.float32 on {x.device}, "
+            f"got {direction.dtype} on {direction.device}"
+        )
+    if not direction.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got others")
 
 
 def _stacked(answers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,37 @@ class Ranking:
         sources = torch.stack(
             [image, row[:, None].expand_as(image), col[:, None].expand_as(image)], -1
         )
+        self._merge(place, found, sources)
+
+    def add_rows(
+        self, weights: Tensor, rows: slice, shift: int, columns: int | None, first: int
+    ) -> None:
+        """Add pairs of some rows of pixels with what is ``shift`` rows below.
+
+        Args:
+            weights: [R, W, n·w], final; n images by w columns.
+            rows: of the pixels.
+            shift: row of a source minus row of a pixel.
+            columns: w; None for the pixel's own column alone.
+            first: index in the bank of the first of the n images.
+        """
+        width = self._shape[1]
+        places = torch.arange(rows.start * width, rows.stop * width, device=weights.device)
+        flat = weights.flatten(0, 1)
+        reach = flat.amax(-1) > self._weights[places, -1]
+        if not reach.any():
+            return
+        place = places[reach]
+        found, index = flat[reach].topk(min(self._top, flat.shape[1]))
+        row = (place // width + shift)[:, None].expand_as(index)
+        if columns is None:
+            image, col = index, (place % width)[:, None].expand_as(index)
+        else:
+            image, col = index // columns, index % columns
+        self._merge(place, found, torch.stack([image + first, row, col], -1))
+
+    def _merge(self, place: Tensor, found: Tensor, sources: Tensor) -> None:
+        """Merge weights [P, ·] with sources [P, ·, 3] into the lists of some places [P]."""
         merged = torch.cat([self._weights[place], found], 1)
         listed = torch.cat([self._sources[place], sources], 1)
         # Stable: of equal weights the earlier stays first.

@@ -90,6 +90,19 @@ def _attend(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """Return mean patches [Q, C, k²] and log evidence [Q]."""
+    logits, keys = _logits(queries, centres, x, images, level, geometry)
+    return torch.einsum("qj,jco->qco", logits.softmax(1), keys), logits.logsumexp(1)
+
+
+def _logits(
+    queries: Tensor,
+    centres: Tensor,
+    x: Tensor,
+    images: Sequence[Tensor],
+    level: tuple[float, float, int],
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Return logits [Q, J] of all patches of the bank, and these patches [J, C, k²]."""
     a, s, window = level
     keys, logits = [], []
     for image in images:
@@ -100,10 +113,7 @@ def _attend(
         allowed = _allowed(centres, x, places, image, window, geometry)
         logits.append((-distances / (2 * s * s)).masked_fill(~allowed, -math.inf))
         keys.append(patches)
-    joined = torch.cat(logits, dim=1)
-    weights = joined.softmax(1)
-    means = torch.einsum("qj,jco->qco", weights, torch.cat(keys))
-    return means, joined.logsumexp(1)
+    return torch.cat(logits, dim=1), torch.cat(keys)
 
 
 def _allowed(

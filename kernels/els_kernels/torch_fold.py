@@ -144,8 +144,8 @@ class _Planes:
         products = self._scaled[0, crop] * near[:, 0]
         for c in range(1, len(self._scaled)):
             products.addcmul_(self._scaled[c, crop], near[:, c])
-        box_rows = _band(crop.stop - crop.start, self._k).to(products)
-        box_cols = _band(self._ring, self._k)[: self._cell.cols.places].to(products)
+        box_rows = box_matrix(crop.stop - crop.start, self._k).to(products)
+        box_cols = box_matrix(self._ring, self._k)[: self._cell.cols.places].to(products)
         logits = box_rows @ (products @ box_cols.T)
         logits += bias[:, first + dy : last + dy, :, : self._cell.cols.places].transpose(1, 2)
         return _Tile(rows, crop, near, logits)
@@ -167,8 +167,8 @@ class _Planes:
     def fold(self, log_z: Tensor, row_taps: Tensor, col_taps: Tensor) -> Tensor:
         """Return the folded mean of the crop [C, X, Y], relative to the centre of the bank."""
         out = torch.zeros_like(self._scaled)
-        rows = _taps_matrix(row_taps, self._cell.rows.places)
-        cols = _taps_matrix(col_taps, self._cell.cols.places)
+        rows = taps_matrix(row_taps, self._cell.rows.places)
+        cols = taps_matrix(col_taps, self._cell.cols.places)
         cols = pad(cols, (0, 0, 0, self._ring - len(cols)))
         for tile in self._tiles():
             weights = (tile.logits - log_z[tile.rows]).exp2_()
@@ -180,18 +180,18 @@ class _Planes:
 
 def box_sums(images: Tensor, window: int) -> Tensor:
     """Return the sums of [..., X, Y] over every patch, [..., X - k + 1, Y - k + 1]."""
-    rows, cols = (_band(length, window).to(images) for length in images.shape[-2:])
+    rows, cols = (box_matrix(length, window).to(images) for length in images.shape[-2:])
     return rows @ images @ cols.T
 
 
-def _band(length: int, window: int) -> Tensor:
+def box_matrix(length: int, window: int) -> Tensor:
     """Return the 0/1 matrix that sums every patch of an axis, [length - k + 1, length] float64."""
     distance = torch.arange(length) - torch.arange(length)[:, None]
     matrix = ((distance >= 0) & (distance < window)).double()
     return matrix[: length - window + 1]
 
 
-def _taps_matrix(taps: Tensor, places: int) -> Tensor:
+def taps_matrix(taps: Tensor, places: int) -> Tensor:
     """Return [X, places]: the weight of row p in the patch that starts at row i."""
     size, window = taps.shape
     offset = torch.arange(size)[:, None] - torch.arange(places)

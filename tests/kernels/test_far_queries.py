@@ -79,7 +79,7 @@ def test_a_far_query_has_the_statistics_and_products_of_its_nearest_patches(name
 
 @pytest.mark.parametrize("name", FOLD_NAMES)
 def test_a_far_query_has_the_fold_of_its_nearest_patches(name: str) -> None:
-    case = far_case(name)
+    case = far_case(name)[[0, 2, 4, 8]]
     assert case.window is not None
     for rho in (0.2, math.inf):
         fold = torch.full((len(case),), rho)
@@ -94,7 +94,7 @@ def test_a_far_query_has_the_same_bits_alone_and_in_any_batch(name: str) -> None
     attention = operator(case.bank, NATIVE)
     moments = PatchMoments(attention, case.bank)
     together, statistics = case.ask(attention), ask(case, moments)
-    for b in (0, 4, 8):
+    for b in (0, 8):
         alone = case[[b]]
         assert torch.equal(alone.ask(attention).mean[0], together.mean[b])
         for one, all_ in zip(ask(alone, moments)[:4], statistics[:4], strict=True):

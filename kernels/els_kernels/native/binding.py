@@ -85,6 +85,8 @@ def _library() -> ctypes.CDLL:
     library.els_moments.restype = ctypes.c_int32
     library.els_fold.argtypes = [ctypes.c_void_p]
     library.els_fold.restype = ctypes.c_int32
+    library.els_fold_moments.argtypes = [ctypes.c_void_p]
+    library.els_fold_moments.restype = ctypes.c_int32
     return library
 
 
@@ -255,21 +257,41 @@ class Native:
         )
         # Keeps the buffers alive until the library returns.
         alive = (self, x, scales, windows, limits, answer)
-        status = run_apart(_library().els_attend, call, control, alive)
-        if status == STOPPED:
-            raise ComputationStoppedError("native: stopped between two tiles")
-        if status == NO_MEMORY:
-            raise MemoryError("native: no memory for the partial results of this batch")
+        run_apart(_library().els_attend, call, control, alive, "this batch")
         return answer
 
 
 def run_apart(
+    function: Callable[[object], int],
+    call: ctypes.Structure,
+    control: Control,
+    alive: object,
+    task: str,
+) -> None:
+    """Call a library function; Ctrl-C ends it after running tiles.
+
+    Args:
+        function: returns 0, ``NO_MEMORY`` or ``STOPPED``.
+        call: its argument.
+        control: of the call.
+        alive: what the buffers of the call belong to.
+        task: what the call computes, for errors.
+
+    Raises:
+        ComputationStoppedError: The control was stopped.
+        MemoryError: The partial results do not fit in memory.
+    """
+    status = _status(function, call, control, alive)
+    if status == STOPPED:
+        raise ComputationStoppedError("native: stopped between two tiles")
+    if status == NO_MEMORY:
+        raise MemoryError(f"native: no memory for the partial results of {task}")
+
+
+def _status(
     function: Callable[[object], int], call: ctypes.Structure, control: Control, alive: object
 ) -> int:
-    """Return the status of a call of a library function; Ctrl-C ends it after running tiles.
-
-    Signals reach Python in the main thread alone, and only while that is not inside the library.
-    """
+    # Signals reach Python in the main thread alone, and only while that is not inside the library.
     if threading.current_thread() is not threading.main_thread():
         return int(function(ctypes.byref(call)))
     said: list[int] = []

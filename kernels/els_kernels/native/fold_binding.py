@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from els_kernels.control import ComputationStoppedError, Control, checkpoint, current
+from els_kernels.control import Control, checkpoint, current
 from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
 from els_kernels.geometry import Geometry
-from els_kernels.native.binding import NO_MEMORY, STOPPED, _library, instruction_sets, run_apart
+from els_kernels.native.binding import _library, instruction_sets, run_apart
 from els_kernels.native.far_queries import MOST_ERROR, is_far
 from els_kernels.torch_fold import TiledFold, bank_centre, box_sums
 
@@ -79,7 +79,7 @@ class _Call(ctypes.Structure):
     )
 
 
-class _Units(NamedTuple):
+class FoldUnits(NamedTuple):
     """How logits of a cell are written as integers."""
 
     bits: float
@@ -91,7 +91,7 @@ class _Units(NamedTuple):
     lowest: float
     """Units below every logit."""
     error: float
-    """Nats that a logit may be wrong by."""
+    """Bits that a logit may be wrong by."""
 
 
 class NativeFold:
@@ -151,8 +151,8 @@ class NativeFold:
                 crop = cell.query(query)
                 squares = box_sums(crop.square().sum(0), window)
                 key = self._largest_norm(cell, (index, window, geometry))
-                units = _units(math.sqrt(float(squares.max())), key, window, a, s)
-                if far and units.error > MOST_ERROR:
+                units = fold_units(math.sqrt(float(squares.max())), key, window * window, a, s)
+                if far and units.error * math.log(2) > MOST_ERROR:
                     return self._exact(x, a, s, window, limits, fold, geometry)
                 taps = cell.rows.taps(height, fold, geometry).float()
                 call = _FoldCall(self._kernel, cell, crop, units, taps, self._sources(cell, limits))
@@ -189,8 +189,16 @@ class NativeFold:
         return sources
 
 
-def _units(query: float, key: float, window: int, a: float, s: float) -> _Units:
-    """Return the units in which logits of patches of these norms fit 31 bits."""
+def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> FoldUnits:
+    """Return the units in which logits of patches of these norms fit 31 bits.
+
+    Args:
+        query: largest norm of a centred patch of the query.
+        key: largest norm of a centred patch of the bank.
+        pixels: of a patch.
+        a: signal scale.
+        s: noise scale.
+    """
     per_product = a / s / s * _LOG2E
     per_norm = -(a / s) * (a / s) * _LOG2E / 2
     # A logit is a product of at most 2qk bits minus k², for keys of any norm up to k.
@@ -201,12 +209,14 @@ def _units(query: float, key: float, window: int, a: float, s: float) -> _Units:
     bits = min(_MOST_BITS, 31 - math.log2(spread))
     lowest = per_norm * key * key - per_product * query * key
     unit = 2.0**bits
-    return _Units(
+    # Products and norm are rounded to units, products to floats before.
+    rounding = pixels / 2 + 1 - 2.0**-24 * lowest * unit
+    return FoldUnits(
         bits,
         per_product * unit,
         per_norm * unit,
         math.floor(lowest * unit) - 1.0,
-        (window * window / 2 + 1) / unit / _LOG2E,
+        rounding / unit,
     )
 
 
@@ -218,7 +228,7 @@ class _FoldCall:
         kernel: int,
         cell: Cell,
         crop: Tensor,
-        units: _Units,
+        units: FoldUnits,
         row_taps: Tensor,
         sources: list[tuple[Tensor, ...]],
     ) -> None:
@@ -262,16 +272,7 @@ class _FoldCall:
 
     def set_col_taps(self, axis: Axis, length: int, fold: float, geometry: Geometry) -> None:
         """Set the weights along columns: k of them for all columns, or k for each."""
-        table = axis.taps(length, fold, geometry)
-        if fold < _LEAST_PLAIN and axis.window > 1:
-            self._col_taps, self._col_scale = table.float(), torch.ones(len(table))
-        else:
-            r = axis.window // 2
-            distance = (torch.arange(axis.window).double() - r).square() / max(r, 1) ** 2
-            taps = torch.exp(-distance / (2 * fold * fold)) if r else torch.ones(1).double()
-            best = table.argmax(1)
-            self._col_taps = taps.float()
-            self._col_scale = (table.amax(1) / taps[best]).float()
+        self._col_taps, self._col_scale = column_taps(axis, length, fold, geometry)
         self._call.table_taps = self._col_taps.ndim == 2
         self._call.uniform_taps = fold == math.inf
         self._call.col_taps = self._col_taps.data_ptr()
@@ -279,9 +280,16 @@ class _FoldCall:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return log₂ of the normaliser of each patch [Q, P] and the folded mean [C, X, Y]."""
-        status = run_apart(_library().els_fold, self._call, self._control, self)
-        if status == STOPPED:
-            raise ComputationStoppedError("native: stopped between two tiles")
-        if status == NO_MEMORY:
-            raise MemoryError("native: no memory for the partial results of a fold")
+        run_apart(_library().els_fold, self._call, self._control, self, "a fold")
         return self._log_z, self._fold
+
+
+def column_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return taps [k] of all columns and a scale of each [Y]; or taps [Y, k] and scales of 1."""
+    table = axis.taps(length, fold, geometry)
+    if fold < _LEAST_PLAIN and axis.window > 1:
+        return table.float(), torch.ones(len(table))
+    r = axis.window // 2
+    distance = (torch.arange(axis.window).double() - r).square() / max(r, 1) ** 2
+    taps = torch.exp(-distance / (2 * fold * fold)) if r else torch.ones(1).double()
+    return taps.float(), (table.amax(1) / taps[table.argmax(1)]).float()

@@ -14,17 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from els_kernels.control import ComputationStoppedError, Control, current
+from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, band
-from els_kernels.native.binding import (
-    _PADDING,
-    _SOURCES,
-    NO_MEMORY,
-    STOPPED,
-    Native,
-    _library,
-    run_apart,
-)
+from els_kernels.native.binding import _PADDING, _SOURCES, Native, _library, run_apart
 from els_kernels.native.far_queries import MOST_ERROR, is_far
 
 _LOG2E = math.log2(math.e)
@@ -387,9 +379,5 @@ class NativeQuery:
             **{name: value.data_ptr() for name, value in inputs.items()},
         )
         alive = (self, peaks, sums, logits, origins, inputs)
-        status = run_apart(_library().els_moments, call, control, alive)
-        if status == STOPPED:
-            raise ComputationStoppedError("native: stopped between two tiles")
-        if status == NO_MEMORY:
-            raise MemoryError("native: no memory for the partial results of a query")
+        run_apart(_library().els_moments, call, control, alive, "a query")
         return peaks, sums, (logits, origins)

@@ -10,14 +10,17 @@
 
 namespace {
 
+using els::FoldNormaliser;
+using els::FoldSums;
+
 // Rows in a row whose weights count, from which the next is expected to count, too: its weights are
 // computed along with its logits.
 constexpr int kDenseRows = 2;
 
 template <int C, int N>
-[[gnu::noinline]] void normalise_block(const FoldCell& cell, const FoldKeys& keys, int dy, int end,
+[[gnu::noinline]] void normalise_block(const FoldCell& cell, const FoldKeys& keys, int dy,
                                        std::int32_t* peak, FoldScratch& scratch) {
-  const FoldBlock<N> block(cell, keys, dy, end);
+  const FoldBlock<N> block(cell, keys, dy);
   if (block.first >= block.last) return;
   const int K = cell.vectors, k = cell.window;
   const std::size_t length = (K + k) * kLanes;
@@ -118,7 +121,7 @@ void add_pixels(const FoldLines& from, const FoldTarget& target, int p, int coun
     for (int o = 0; o < k; ++o) {
       const float* line = lines[r + k - 1 - o];
       if (line == from.scratch.zeros) continue;
-      from.scratch.taps[taps] = cell.row_taps[std::size_t(p + r) * k + o];
+      from.scratch.taps[taps] = cell.taps.rows[std::size_t(p + r) * k + o];
       from.scratch.lines[taps++] = line;
     }
     if (taps > 0) add_row_of_pixels<C>(cell, one, taps, from.scratch);
@@ -138,7 +141,7 @@ template <int C>
   }
   const float *in = from.line(p), *out = from.line(p - k);
   // A patch that starts so many rows above p is one of the image.
-  const Vec tap = splat(cell.row_taps[std::size_t(p) * k + least(p, k - 1)]);
+  const Vec tap = splat(cell.taps.rows[std::size_t(p) * k + least(p, k - 1)]);
   for (int v = 0; v < cell.vectors; ++v) {
     const std::size_t at = std::size_t(v) * kLanes;
     const Vec sum = load(from.running + at) + (load(in + at) - load(out + at));
@@ -148,10 +151,10 @@ template <int C>
 }
 
 template <int C, int N>
-[[gnu::noinline]] void accumulate_block(const FoldCell& cell, const FoldKeys& keys, int dy, int end,
+[[gnu::noinline]] void accumulate_block(const FoldCell& cell, const FoldKeys& keys, int dy,
                                         const FoldNormaliser& z, FoldScratch& scratch) {
   static_assert(N <= 2, "one or two displacements at a time");
-  const FoldBlock<N> block(cell, keys, dy, end);
+  const FoldBlock<N> block(cell, keys, dy);
   if (block.first >= block.last) return;
   const int k = cell.window, slots = k + kGroup - 1;
   const std::size_t row = keys.row, length = (cell.vectors + k) * kLanes;
@@ -198,26 +201,17 @@ template <int C, int N>
       }
       lines[d].live[place] = live;
       if (live) {
-        filter_columns(cell, scratch, lines[d].weights + place * row);
+        filter_weights(cell, scratch, lines[d].weights + place * row);
         lines[d].last_live = i;
       }
-      if (cell.uniform_taps) add_uniform<C>(lines[d], target(d, i), i);
+      if (cell.taps.uniform) add_uniform<C>(lines[d], target(d, i), i);
     }
     place = place + 1 < slots ? place + 1 : 0;
     const int count = (i - block.first) % kGroup + 1;
-    if (cell.uniform_taps || (count < kGroup && i + 1 < stop)) continue;
+    if (cell.taps.uniform || (count < kGroup && i + 1 < stop)) continue;
     for (int d = 0; d < N; ++d)
       add_pixels<C>(lines[d], target(d, i + 1 - count), i + 1 - count, count);
   }
-}
-
-// Call work(dy, end) for each block of N vertical displacements, until the control is stopped.
-template <class Work>
-void for_each_block(const FoldCell& cell, const FoldKeys& keys, int count, Control& control,
-                    Work work) {
-  const int low = cell.same_rows ? 0 : 1 - cell.patch_rows();
-  const int high = cell.same_rows ? 1 : keys.patch_rows;
-  for (int dy = low; dy < high && advance(control); dy += count) work(dy, high);
 }
 
 template <int C>
@@ -226,13 +220,13 @@ void fold_normalise_unit(const FoldCell& cell, const FoldKeys& keys, Control& co
   const std::size_t count = cell.patch_rows() * keys.row;
   std::memset(scratch.sums, 0, count * sizeof(float));
   std::memcpy(scratch.flushed, sums.peak, count * sizeof(std::int32_t));
-  if (cell.same_rows)
-    for_each_block(cell, keys, 1, control, [&](int dy, int end) {
-      normalise_block<C, 1>(cell, keys, dy, end, sums.peak, scratch);
+  if (keys.last_row - keys.first_row == 1)
+    for_each_block(keys, 1, control, [&](int dy) {
+      normalise_block<C, 1>(cell, keys, dy, sums.peak, scratch);
     });
   else
-    for_each_block(cell, keys, 4, control, [&](int dy, int end) {
-      normalise_block<C, 4>(cell, keys, dy, end, sums.peak, scratch);
+    for_each_block(keys, 4, control, [&](int dy) {
+      normalise_block<C, 4>(cell, keys, dy, sums.peak, scratch);
     });
   for (std::size_t i = 0; i < count; ++i) {
     const auto raised = std::uint32_t(sums.peak[i]) - std::uint32_t(scratch.flushed[i]);
@@ -246,34 +240,26 @@ void fold_accumulate_unit(const FoldCell& cell, const FoldKeys& keys, Control& c
                           const FoldNormaliser& z, double* fold, FoldScratch& scratch) {
   const std::size_t count = std::size_t(cell.rows) * keys.row;
   std::memset(scratch.sums, 0, cell.channels * count * sizeof(float));
-  if (cell.same_rows)
-    for_each_block(cell, keys, 1, control, [&](int dy, int end) {
-      accumulate_block<C, 1>(cell, keys, dy, end, z, scratch);
+  if (keys.last_row - keys.first_row == 1)
+    for_each_block(keys, 1, control, [&](int dy) {
+      accumulate_block<C, 1>(cell, keys, dy, z, scratch);
     });
   else
-    for_each_block(cell, keys, 2, control, [&](int dy, int end) {
-      accumulate_block<C, 2>(cell, keys, dy, end, z, scratch);
+    for_each_block(keys, 2, control, [&](int dy) {
+      accumulate_block<C, 2>(cell, keys, dy, z, scratch);
     });
   for (std::size_t i = 0; i < cell.channels * count; ++i)
     fold[i] += double(scratch.sums[i]) * cell.col_scale[i % keys.row];
 }
 
-std::size_t fold_scratch_bytes(const FoldCell& cell) { return FoldScratch(cell, nullptr).bytes; }
-
-// Call work(keys) for every displacement of a unit.
-template <class Work>
-void for_each_shift(const FoldCell& cell, const FoldUnit& unit, Control& control,
-                    FoldScratch& scratch, Work work) {
-  const FlushToZero flush_to_zero;
-  load_image(cell, *unit.source, unit.image, scratch);
-  for (int dx = unit.first; dx < unit.last && !is_stopped(control); ++dx)
-    work(move_image(cell, *unit.source, dx, scratch));
+std::size_t fold_scratch_bytes(const FoldCell& cell) {
+  return FoldScratch(cell, cell.channels, nullptr).bytes;
 }
 
 void fold_normalise(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
                     FoldSums sums) {
-  FoldScratch scratch(cell, memory);
-  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys) {
+  FoldScratch scratch(cell, cell.channels, memory);
+  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
     switch (cell.channels) {
       case 1: return fold_normalise_unit<1>(cell, keys, control, sums, scratch);
       case 3: return fold_normalise_unit<3>(cell, keys, control, sums, scratch);
@@ -284,8 +270,8 @@ void fold_normalise(const FoldCell& cell, const FoldUnit& unit, Control& control
 
 void fold_accumulate(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
                      const FoldNormaliser& z, double* fold) {
-  FoldScratch scratch(cell, memory);
-  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys) {
+  FoldScratch scratch(cell, cell.channels, memory);
+  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
     switch (cell.channels) {
       case 1: return fold_accumulate_unit<1>(cell, keys, control, z, fold, scratch);
       case 3: return fold_accumulate_unit<3>(cell, keys, control, z, fold, scratch);

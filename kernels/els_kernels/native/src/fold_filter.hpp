@@ -1,9 +1,11 @@
-// Filters of a fold: weights along columns, then along rows, and the pixels that they meet.
+// Filters of a fold: weights along columns and along rows, and the pixels that they meet.
 #pragma once
 
 #include "fold_sums.hpp"
 
 namespace {
+
+using els::FoldTaps;
 
 // Call out(v, Σ_o tap(o, v)·line(o)[v]) for `N` vectors from v on: as many independent sums.
 template <int N, class Tap, class Line, class Out>
@@ -35,6 +37,60 @@ template <class Tap, class Line, class Out>
     }
     v += count;
   }
+}
+
+// Call out(v, sum) with the sums of a row over columns, its taps to the left or, `ahead`, to the right.
+// The row is continued there by window - 1 vectors.
+template <bool kAhead, class Out>
+[[gnu::always_inline]] inline void filter_columns(const FoldCell& cell, const FoldTaps& taps,
+                                                  const float* row, Out out) {
+  const int K = cell.vectors, k = cell.window;
+  const float* cols = taps.cols;
+  auto line = [=](int o) { return row + (kAhead ? o : -o) * kLanes; };
+  if (taps.table)
+    return filter(K, k, [=](int o, int v) { return load(cols + (std::size_t(o) * K + v) * kLanes); },
+                  line, out);
+  if (!taps.uniform)
+    return filter(K, k, [=](int o, int) { return splat(cols[o]); }, line, out);
+  // The sum restarts in each row, and weights are not negative: nothing cancels.
+  const float* first = kAhead ? row : row - (k - 1) * kLanes;
+  Vec sum = {};
+  for (int o = 0; o < k - 1; ++o) sum += load(first + o * kLanes);
+  for (int v = 0; v < K; ++v) {
+    sum += load(first + (v + k - 1) * kLanes);
+    out(v, sum);
+    sum -= load(first + v * kLanes);
+  }
+}
+
+// Call out(v, weight) with the weights that reach a row, filtered by the taps of both axes: `count`
+// rows of weights are in scratch.lines, and their taps in scratch.taps.
+template <class Out>
+[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, const FoldTaps& taps, int count,
+                                              FoldScratch& scratch, Out out) {
+  const int K = cell.vectors, k = cell.window;
+  float* reach = scratch.reach + (k - 1) * kLanes;
+  const float* row_taps = scratch.taps;
+  const float* const* lines = scratch.lines;
+  filter(K, count, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
+         [=](int v, Vec sum) { store(reach + v * kLanes, sum); });
+  for (int j = 1; j < k; ++j)
+    store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
+  filter_columns<false>(cell, taps, reach, out);
+}
+
+// Gather the rows of the ring of weights that reach row i, from `slot` back; returns their number.
+[[gnu::always_inline]] inline int gather_rows(const FoldCell& cell, const FoldTaps& taps, int i, int d,
+                                              int slot, FoldScratch& scratch) {
+  const int k = cell.window;
+  const std::size_t row = std::size_t(cell.vectors) * kLanes;
+  int count = 0;
+  for (int o = 0, s = slot; o < k; ++o, s = s > 0 ? s - 1 : k - 1)
+    if (scratch.live[d * k + s]) {
+      scratch.taps[count] = taps.rows[i * k + o];
+      scratch.lines[count++] = scratch.weights + (d * k + s) * row;
+    }
+  return count;
 }
 
 // to[v] = Σ_o taps[o]·from[v - o] for `N` vectors from v on, two taps at a time: each vector is
@@ -82,27 +138,15 @@ template <int N>
 }
 
 // The weights of a row, which start at scratch.reach + (k - 1) vectors, filtered along columns.
-inline void filter_columns(const FoldCell& cell, const FoldScratch& scratch, float* to) {
+inline void filter_weights(const FoldCell& cell, const FoldScratch& scratch, float* to) {
   const int K = cell.vectors, k = cell.window;
   float* reach = scratch.reach + (k - 1) * kLanes;
   for (int j = 1; j < k; ++j)
     store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
-  if (cell.table_taps) {
-    const float* taps = cell.col_taps;
-    return filter(
-        K, k, [=](int o, int v) { return load(taps + (std::size_t(o) * K + v) * kLanes); },
-        [=](int o) { return reach - o * kLanes; },
-        [=](int v, Vec sum) { store(to + v * kLanes, sum); });
-  }
-  if (!cell.uniform_taps) return filter_taps(K, k, cell.col_taps, reach, to);
-  // Weights are not negative, and the sum restarts in each row: nothing cancels.
-  Vec sum = {};
-  for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
-  for (int v = 0; v < K; ++v) {
-    sum += load(reach + v * kLanes);
-    store(to + v * kLanes, sum);
-    sum -= load(reach + (v - k + 1) * kLanes);
-  }
+  if (!cell.taps.table && !cell.taps.uniform)
+    return filter_taps(K, k, cell.taps.cols, reach, to);
+  filter_columns<false>(cell, cell.taps, reach,
+                        [=](int v, Vec sum) { store(to + v * kLanes, sum); });
 }
 
 // Rows of pixels that the weights of one displacement reach, and where their keys are.
@@ -131,7 +175,7 @@ template <int C, int W>
   const std::size_t at = std::size_t(v) * kLanes;
   const float* taps[kGroup];  // of line 0
 #pragma GCC unroll 4
-  for (int r = 0; r < kGroup; ++r) taps[r] = cell.row_taps + std::size_t(p + r) * k + k - 1 + r;
+  for (int r = 0; r < kGroup; ++r) taps[r] = cell.taps.rows + std::size_t(p + r) * k + k - 1 + r;
   Vec sum[kGroup][W] = {};
   auto add = [&](int j, int first, int last) __attribute__((always_inline)) {
     const float* line = lines[j] + at;
@@ -165,36 +209,6 @@ template <int C>
   int v = 0;
   for (; v + 2 <= cell.vectors; v += 2) filter_group_at<C, 2>(cell, target, lines, p, v);
   if (v < cell.vectors) filter_group_at<C, 1>(cell, target, lines, p, v);
-}
-
-// Call out(v, weight) with the weights that reach row p, filtered by the taps of both axes.
-template <class Out>
-[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, int taps, FoldScratch& scratch,
-                                              Out out) {
-  const int K = cell.vectors, k = cell.window;
-  float* reach = scratch.reach + (k - 1) * kLanes;
-  const float* row_taps = scratch.taps;
-  const float* const* lines = scratch.lines;
-  filter(K, taps, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
-         [=](int v, Vec sum) { store(reach + v * kLanes, sum); });
-  for (int j = 1; j < k; ++j)
-    store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
-  const float* col_taps = cell.col_taps;
-  auto line = [=](int o) { return reach - o * kLanes; };
-  if (cell.table_taps)
-    return filter(K, k,
-                  [=](int o, int v) { return load(col_taps + (std::size_t(o) * K + v) * kLanes); },
-                  line, out);
-  if (!cell.uniform_taps)
-    return filter(K, k, [=](int o, int) { return splat(col_taps[o]); }, line, out);
-  // Weights are not negative, and the sum restarts in each row: nothing cancels.
-  Vec sum = {};
-  for (int o = 1; o < k; ++o) sum += load(reach - o * kLanes);
-  for (int v = 0; v < K; ++v) {
-    sum += load(reach + v * kLanes);
-    out(v, sum);
-    sum -= load(reach + (v - k + 1) * kLanes);
-  }
 }
 
 // Add one row of pixels, which `taps` rows of filtered weights reach.

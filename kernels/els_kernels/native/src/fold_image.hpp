@@ -1,5 +1,4 @@
-// Images of a fold: a thread's working memory, and the image that it works on, moved by a
-// displacement. See fold_problem.hpp for units and layout.
+// An image of a fold's bank in the layout of the kernel, moved by displacements; see fold_problem.hpp.
 #pragma once
 
 #include "fold_problem.hpp"
@@ -9,9 +8,7 @@
 namespace {
 
 using els::FoldCell;
-using els::FoldNormaliser;
 using els::FoldSource;
-using els::FoldSums;
 using els::FoldUnit;
 
 constexpr int kMostRows = 4;        // displacements that a pass works on together, at most
@@ -40,96 +37,106 @@ template <class V>
 #endif
 }
 
-// A thread's working memory.
+// A thread's working memory. Rows of keys, before they are moved, have `lanes` numbers in the place of
+// a vector: as many columns as there are keys.
 struct FoldScratch {
-  float* base;            // [C][padded][vectors][2] vectors: an image, its lanes twice
-  std::int32_t* base_bias;  // [key_rows][vectors][2] vectors
-  float* keys;            // [C][padded][vectors] vectors: the image moved by a displacement
-  std::int32_t* bias;     // [key_rows][vectors] vectors
-  float* mask;            // [vectors] vectors
-  std::int32_t* ring;     // [kMostRows][window][vectors] vectors: products of the last rows
-  std::int32_t* columns;  // [kMostRows][vectors + window] vectors: sums of V before each column
-  float* logits;          // [vectors] vectors
-  float* weights;         // [kMostRows][window + kGroup][vectors] vectors: of the last rows
-  float* reach;           // [window + vectors] vectors: weights filtered along columns
-  float* sums;            // [patch_rows][vectors] vectors, or the fold: [C][rows][vectors]
-  std::int32_t* flushed;  // [patch_rows][vectors] vectors
-  double* norms;          // [key_rows + 1][columns]
-  float* running;         // [kMostRows][vectors] vectors: sums of the last rows' weights
-  float* zeros;           // [vectors] vectors
-  bool* live;             // [kMostRows][window + kGroup]: whether a slot of weights holds any
-  float* taps;            // [window + kGroup]: of the rows of weights that reach a row
-  const float** lines;    // [2][window + kGroup]: where these are
+  float* base;              // [C][padded][vectors][lanes]: an image
+  std::int32_t* base_bias;  // [key_rows][vectors][lanes]
+  float* keys;              // [C][padded][vectors] vectors: the image moved by a displacement
+  std::int32_t* bias;       // [key_rows][vectors] vectors
+  float* mask;              // [vectors] vectors
+  std::int32_t* ring;       // [kMostRows][window][vectors] vectors: products of the last rows
+  std::int32_t* columns;    // [kMostRows][vectors + window] vectors: sums of V before each column
+  float* logits;            // [vectors] vectors
+  float* weights;           // [kMostRows][window + kGroup][vectors] vectors: of the last rows
+  float* reach;             // [window + vectors] vectors: weights filtered along columns
+  float* sums;              // [patch_rows][vectors] vectors, or planes of them: [planes][rows][vectors]
+  std::int32_t* flushed;    // [patch_rows][vectors] vectors
+  double* norms;            // [key_rows + 2][key_cols]
+  float* running;           // [kMostRows][vectors] vectors: sums of the last rows of weights
+  float* zeros;             // [vectors] vectors
+  bool* live;               // [kMostRows][window + kGroup]: whether a slot of weights holds any
+  float* taps;              // [window + kGroup]: of the rows of weights that reach a row
+  const float** lines;      // [2][window + kGroup]: where these are
   std::size_t bytes = 0;
 
-  FoldScratch(const FoldCell& cell, char* memory) {
-    auto take = [&](std::size_t size) {
-      char* at = memory == nullptr ? nullptr : memory + bytes;
-      // A cache line more each time, so that their rows do not share the sets of the cache.
-      bytes += (size + 63) / 64 * 64 + 64;
-      return at;
-    };
+  FoldScratch(const FoldCell& cell, int planes, char* memory) {
     const std::size_t row = std::size_t(cell.vectors) * kLanes * sizeof(float);
     const std::size_t vec = kLanes * sizeof(float), k = cell.window;
     const std::size_t padded = cell.key_rows + 2 * kMostRows;
     const std::size_t most = cell.rows > cell.key_rows ? cell.rows : cell.key_rows;
-    base = reinterpret_cast<float*>(take(2 * cell.channels * padded * row));
-    base_bias = reinterpret_cast<std::int32_t*>(take(2 * cell.key_rows * row));
-    keys = reinterpret_cast<float*>(take(cell.channels * padded * row));
-    bias = reinterpret_cast<std::int32_t*>(take(cell.key_rows * row));
-    mask = reinterpret_cast<float*>(take(row));
-    ring = reinterpret_cast<std::int32_t*>(take(kMostRows * k * row));
-    columns = reinterpret_cast<std::int32_t*>(take(kMostRows * (row + k * vec)));
-    logits = reinterpret_cast<float*>(take(row));
-    weights = reinterpret_cast<float*>(take(kMostRows * (k + kGroup) * row));
-    reach = reinterpret_cast<float*>(take(row + k * vec));
-    sums = reinterpret_cast<float*>(take(cell.channels * most * row));
-    flushed = reinterpret_cast<std::int32_t*>(take(cell.rows * row));
-    norms = reinterpret_cast<double*>(take((cell.key_rows + 1) * row * 2));
-    running = reinterpret_cast<float*>(take(kMostRows * row));
-    zeros = reinterpret_cast<float*>(take(row));
-    live = reinterpret_cast<bool*>(take(kMostRows * (k + kGroup)));
-    taps = reinterpret_cast<float*>(take((k + kGroup) * sizeof(float)));
-    lines = reinterpret_cast<const float**>(take(2 * (k + kGroup) * sizeof(float*)));
+    const std::size_t line = cell.key_cols * sizeof(float);
+    base = take<float>(memory, cell.channels * padded * line);
+    base_bias = take<std::int32_t>(memory, cell.key_rows * line);
+    keys = take<float>(memory, cell.channels * padded * row);
+    bias = take<std::int32_t>(memory, cell.key_rows * row);
+    mask = take<float>(memory, row);
+    ring = take<std::int32_t>(memory, kMostRows * k * row);
+    columns = take<std::int32_t>(memory, kMostRows * (row + k * vec));
+    logits = take<float>(memory, row);
+    weights = take<float>(memory, kMostRows * (k + kGroup) * row);
+    reach = take<float>(memory, row + k * vec);
+    sums = take<float>(memory, planes * most * row);
+    flushed = take<std::int32_t>(memory, cell.rows * row);
+    norms = take<double>(memory, (cell.key_rows + 2) * line * 2);
+    running = take<float>(memory, kMostRows * row);
+    zeros = take<float>(memory, row);
+    live = take<bool>(memory, kMostRows * (k + kGroup));
+    taps = take<float>(memory, (k + kGroup) * sizeof(float));
+    lines = take<const float*>(memory, 2 * (k + kGroup) * sizeof(float*));
+  }
+
+ protected:
+  // Cut from `memory`; from null only to learn how many bytes it takes. A cache line more each time, so
+  // that their rows do not share the sets of the cache.
+  template <class T>
+  T* take(char* memory, std::size_t size) {
+    char* at = memory == nullptr ? nullptr : memory + bytes;
+    bytes += (size + 63) / 64 * 64 + 64;
+    return reinterpret_cast<T*>(at);
   }
 };
 
 // The image that a thread works on, moved by one displacement.
 struct FoldKeys {
-  int crop_rows, patch_rows, patch_cols;
-  std::size_t plane, row;  // floats
+  int patch_rows, first_row, last_row;
+  const std::int32_t* classes;  // of rows
+  std::size_t plane, row;       // floats
 };
 
-inline std::size_t striped(const FoldCell& cell, int x) {
-  return std::size_t(x % cell.vectors) * kLanes + x / cell.vectors;
+// Write columns 0 … count of a line to their lanes; the others are 0.
+template <class From, class To>
+inline void stripe(const FoldCell& cell, const From* line, int count, To* to) {
+  const int K = cell.vectors, lanes = cell.key_cols / K;
+  for (int lane = 0; lane < lanes; ++lane, line += K) {
+    const int here = most(0, least(K, count - lane * K));
+    for (int v = 0; v < here; ++v) to[std::size_t(v) * lanes + lane] = To(line[v]);
+    for (int v = here; v < K; ++v) to[std::size_t(v) * lanes + lane] = To(0);
+  }
 }
 
-// Write an image's crop, and the bias of each of its patches, into base and base_bias.
+// Write an image's lines, and the bias of each of its patches, into base and base_bias.
 inline void load_image(const FoldCell& cell, const FoldSource& source, std::int64_t image,
                        FoldScratch& scratch) {
   const int rows = source.crop_rows, cols = source.crop_cols, k = cell.window;
-  const std::size_t row = std::size_t(2) * cell.vectors * kLanes;
-  const std::size_t plane = (cell.key_rows + 2 * kMostRows) * row;
+  const std::size_t row = cell.key_cols, plane = (cell.key_rows + 2 * kMostRows) * row;
   std::memset(scratch.base, 0, cell.channels * plane * sizeof(float));
-  std::memset(scratch.base_bias, 0, cell.key_rows * row * sizeof(std::int32_t));
-  std::memset(scratch.zeros, 0, row / 2 * sizeof(float));
+  std::memset(scratch.zeros, 0, std::size_t(cell.vectors) * kLanes * sizeof(float));
   double* norms = scratch.norms;  // [rows][cols]
-  double* line = norms + std::size_t(cell.key_rows) * cell.vectors * kLanes;
-  for (int i = 0; i < rows * cols; ++i) norms[i] = 0.0;
-  const float* pixels = source.images + image * cell.channels * source.height * source.width;
-  for (int c = 0; c < cell.channels; ++c, pixels += source.height * source.width)
+  double* line = norms + cell.key_rows * row;
+  float* pixels = reinterpret_cast<float*>(line);
+  std::memset(norms, 0, std::size_t(rows) * cols * sizeof(double));
+  const float* plane_of = source.images + image * cell.channels * source.height * source.width;
+  for (int c = 0; c < cell.channels; ++c, plane_of += source.height * source.width)
     for (int i = 0; i < rows; ++i) {
       if (source.rows[i] < 0) continue;
-      const float* from = pixels + source.rows[i] * source.width;
-      float* to = scratch.base + c * plane + (i + kMostRows) * row;
-      for (int j = 0; j < cols; ++j) {
-        if (source.cols[j] < 0) continue;
-        const float value = from[source.cols[j]];
-        const int v = j % cell.vectors, lane = j / cell.vectors;
-        to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = value;
-        norms[i * cols + j] += double(value) * value;
-      }
+      const float* from = plane_of + source.rows[i] * source.width;
+      for (int j = 0; j < cols; ++j)
+        pixels[j] = source.cols[j] < 0 ? 0.0f : from[source.cols[j]] - cell.centre[c];
+      for (int j = 0; j < cols; ++j) norms[i * cols + j] += double(pixels[j]) * pixels[j];
+      stripe(cell, pixels, cols, scratch.base + c * plane + (i + kMostRows) * row);
     }
+  double* bias = line + row;
   for (int j = 0; j < cols; ++j) line[j] = 0.0;
   for (int i = 0; i < rows; ++i) {
     // Sums of float squares in double precision: what running sums lose is far below one unit.
@@ -138,65 +145,85 @@ inline void load_image(const FoldCell& cell, const FoldSource& source, std::int6
       if (i >= k) line[j] -= norms[(i - k) * cols + j];
     }
     if (i < k - 1) continue;
-    std::int32_t* to = scratch.base_bias + (i - k + 1) * row;
     double sum = 0.0;
     for (int j = 0; j < cols; ++j) {
       sum += line[j];
       if (j >= k) sum -= line[j - k];
-      if (j < k - 1) continue;
-      const int u = j - k + 1, v = u % cell.vectors, lane = u / cell.vectors;
       const double units = sum * cell.bias;
-      const auto bias = std::int32_t(std::uint32_t(std::int64_t(units < 0 ? units - 0.5 : units + 0.5)));
-      to[2 * v * kLanes + lane] = to[(2 * v + 1) * kLanes + lane] = bias;
+      if (j >= k - 1)
+        bias[j - k + 1] =
+            std::int32_t(std::uint32_t(std::int64_t(units < 0 ? units - 0.5 : units + 0.5)));
     }
+    stripe(cell, bias, cols - k + 1, scratch.base_bias + (i - k + 1) * row);
   }
 }
 
-// Rotate base by dx columns into keys and bias, and mask what is no patch.
+// Move base by dx columns into keys and bias, and mask what is no pair of patches.
 inline FoldKeys move_image(const FoldCell& cell, const FoldSource& source, int dx,
                            FoldScratch& scratch) {
-  const int K = cell.vectors, lanes = dx / K, shift = dx % K;
-  const std::size_t row = std::size_t(K) * kLanes;
-  const int padded = cell.key_rows + 2 * kMostRows;
-  const int last = source.crop_rows + 2 * kMostRows;
+  const int K = cell.vectors, lanes = cell.key_cols / K, shift = dx % K;
+  const std::size_t row = std::size_t(K) * kLanes, line = cell.key_cols;
+  const int padded = cell.key_rows + 2 * kMostRows, last = source.crop_rows + 2 * kMostRows;
+  const int patch_rows = source.crop_rows - cell.window + 1;
+  const int patch_cols = source.crop_cols - cell.window + 1;
   for (int v = 0; v < K; ++v) {
-    const int from = v + shift < K ? v + shift : v + shift - K;
-    const int lane = (lanes + (v + shift >= K)) % kLanes;
-    const std::size_t at = std::size_t(2) * from * kLanes + lane, to = std::size_t(v) * kLanes;
+    const bool wraps = v + shift >= K;
+    const int from = wraps ? v + shift - K : v + shift;
+    const std::size_t at = std::size_t(from) * lanes + dx / K + wraps, to = std::size_t(v) * kLanes;
     for (int c = 0; c < cell.channels; ++c)
       for (int i = 0; i < last; ++i) {
-        const std::size_t line = std::size_t(c) * padded + i;
-        std::memcpy(scratch.keys + line * row + to, scratch.base + 2 * line * row + at,
+        const std::size_t n = std::size_t(c) * padded + i;
+        std::memcpy(scratch.keys + n * row + to, scratch.base + n * line + at,
                     kLanes * sizeof(float));
       }
-    for (int i = 0; i <= source.crop_rows - cell.window; ++i)
-      std::memcpy(scratch.bias + i * row + to, scratch.base_bias + 2 * i * row + at,
+    for (int i = 0; i < patch_rows; ++i)
+      std::memcpy(scratch.bias + i * row + to, scratch.base_bias + i * line + at,
                   kLanes * sizeof(float));
-    for (int lane_ = 0; lane_ < kLanes; ++lane_) {
-      const int q = lane_ * K + v, u = (q + dx) % (K * kLanes);
-      const bool valid = q < cell.patch_cols() && u <= source.crop_cols - cell.window;
-      scratch.mask[to + lane_] = valid ? 0.0f : kNoPatch;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int q = lane * K + v, u = q + dx;
+      const bool pair = u < patch_cols && cell.col_classes[q] == source.col_classes[u];
+      scratch.mask[to + lane] = pair ? 0.0f : kNoPatch;
     }
   }
-  return {source.crop_rows, source.crop_rows - cell.window + 1, source.crop_cols - cell.window + 1,
-          padded * row, row};
+  return {patch_rows, source.first_row, source.last_row, source.row_classes, padded * row, row};
 }
 
 // A block of `N` vertical displacements from dy on: which query patches each has keys for.
 template <int N>
 struct FoldBlock {
-  int dy, first, last;
+  const std::int32_t *query, *keys;
+  int first, last;
   int from[N], to[N];
 
-  FoldBlock(const FoldCell& cell, const FoldKeys& keys, int dy_, int end) : dy(dy_) {
+  FoldBlock(const FoldCell& cell, const FoldKeys& image, int dy)
+      : query(cell.row_classes), keys(image.classes + dy) {
     first = cell.patch_rows(), last = 0;
     for (int d = 0; d < N; ++d) {
       from[d] = most(0, -dy - d);
-      to[d] = dy + d < end ? least(cell.patch_rows(), keys.patch_rows - dy - d) : from[d];
+      to[d] = dy + d < image.last_row ? least(cell.patch_rows(), image.patch_rows - dy - d) : 0;
+      while (from[d] < to[d] && !pairs(d, from[d])) ++from[d];
+      while (from[d] < to[d] && !pairs(d, to[d] - 1)) --to[d];
       if (from[d] < to[d]) first = least(first, from[d]), last = most(last, to[d]);
     }
   }
-  bool has(int d, int i) const { return i >= from[d] && i < to[d]; }
+  bool pairs(int d, int i) const { return query[i] == keys[i + d]; }
+  bool has(int d, int i) const { return i >= from[d] && i < to[d] && pairs(d, i); }
 };
+
+// Call work(dy) for each block of `count` vertical displacements, until the control is stopped.
+template <class Work>
+void for_each_block(const FoldKeys& keys, int count, Control& control, Work work) {
+  for (int dy = keys.first_row; dy < keys.last_row && advance(control); dy += count) work(dy);
+}
+
+// Call work(keys, dx) for every displacement of a unit.
+template <class Work>
+void for_each_shift(const FoldCell& cell, const FoldUnit& unit, Control& control,
+                    FoldScratch& scratch, Work work) {
+  const FlushToZero flush_to_zero;
+  load_image(cell, *unit.source, unit.image, scratch);
+  for (int dx = unit.first; dx < unit.last && !is_stopped(control); ++dx)
+    work(move_image(cell, *unit.source, dx, scratch), dx);
+}
 
 }  // namespace

@@ -1,17 +1,27 @@
-// The planner of a fold: one query crop, split into tasks whose results are merged in order, so that
-// they do not depend on the number of threads. Included by library.cpp.
+// The planner of a fold: one query crop, and crops of the bank in which every patch fits. Included by
+// library.cpp.
 #pragma once
 
-#include "fold_problem.hpp"
+#include "fold_plan.hpp"
 
 extern "C" {
+
+// Images of one size; a crop of each is what patches are taken from.
+struct ElsFoldSource {
+  const float* images;  // [N][C][height][width], centred
+  std::int64_t lo, hi;  // those that are attended to
+  std::int32_t height, width;
+  std::int32_t crop_rows, crop_cols;
+  const std::int32_t* rows;  // [crop_rows]: row of the image, or -1 for zeros
+  const std::int32_t* cols;  // [crop_cols]
+};
 
 // Arguments from fold_binding.py: the same fields in the same order.
 struct ElsFoldCall {
   std::int32_t kernel, threads;
   std::int32_t channels, rows, cols, window;
   std::int32_t same_rows, same_cols, table_taps, uniform_taps;
-  const els::FoldSource* sources;
+  const ElsFoldSource* sources;
   std::int64_t sources_count;
   const float* query;  // [C][rows][cols], in units
   double bias, scale;  // see FoldCell
@@ -30,153 +40,74 @@ namespace {
 
 using namespace els;
 
-constexpr int kMostFoldTasks = 32, kLeastFoldTasks = 4;
-constexpr std::size_t kLeastSeeded = 8;  // tasks from which their maxima are started together
-constexpr std::size_t kFoldBytes = std::size_t(24) << 20;  // of partial results
+// A source whose columns are on a ring, twice: its displacements are the rotations of the ring.
+FoldSource ring_source(const ElsFoldCall& call, const ElsFoldSource& source, int ring,
+                       FoldPlan& plan) {
+  const int k = call.window, patch_rows = call.rows - k + 1;
+  const int key_rows = source.crop_rows - k + 1, shifts = call.same_cols ? 1 : ring;
+  std::vector<std::int32_t> cols(ring + shifts), classes(ring + shifts - k + 1);
+  for (int t = 0; t < ring + shifts; ++t)
+    cols[t] = t % ring < source.crop_cols ? source.cols[t % ring] : -1;
+  for (std::size_t t = 0; t < classes.size(); ++t)
+    classes[t] = int(t) % ring <= source.crop_cols - k ? 0 : -2;
+  plan.lines.push_back(std::move(cols));
+  plan.lines.push_back(std::move(classes));
+  plan.lines.emplace_back(key_rows, 0);
+  const auto lines = plan.lines.end();
+  return {source.images, source.lo, source.hi, 0, source.height, source.width, source.crop_rows,
+          ring + shifts, source.rows, lines[-3].data(), lines[-1].data(), lines[-2].data(),
+          call.same_rows ? 0 : 1 - patch_rows, call.same_rows ? 1 : key_rows, shifts};
+}
 
-struct FoldPlan {
-  FoldCell cell;
-  Buffer<float> query, col_taps, col_scale;
-  std::vector<std::vector<FoldUnit>> tasks;
-  std::size_t row;  // floats of a striped row
-
-  std::size_t patches() const { return cell.patch_rows() * row; }
-  std::size_t values() const { return cell.channels * cell.rows * row; }
-  std::size_t at(int x) const {
-    return std::size_t(x % cell.vectors) * (row / cell.vectors) + x / cell.vectors;
-  }
-};
-
-FoldPlan plan_fold(const ElsFoldCall& call, int lanes) {
-  int ring = call.cols, key_rows = 0;
-  for (std::int64_t i = 0; i < call.sources_count; ++i) {
+void plan_fold(const ElsFoldCall& call, int lanes, FoldPlan& plan) {
+  const int k = call.window;
+  int ring = call.cols;
+  for (std::int64_t i = 0; i < call.sources_count; ++i)
     ring = std::max(ring, int(call.sources[i].crop_cols));
-    key_rows = std::max(key_rows, int(call.sources[i].crop_rows));
-  }
-  const int vectors = (ring + lanes - 1) / lanes;
-  FoldPlan plan{};
-  plan.row = std::size_t(vectors) * lanes;
-  plan.cell = {call.channels, call.rows, call.cols, call.window, call.same_rows != 0,
-               call.same_cols != 0, vectors, key_rows, nullptr, call.bias, float(call.scale),
-               float(call.dead), call.row_taps, call.col_taps, nullptr, call.table_taps != 0,
-               call.uniform_taps != 0};
-  plan.query = allocate<float>(plan.values());
-  std::fill_n(plan.query.get(), plan.values(), 0.0f);
-  for (std::size_t line = 0; line < std::size_t(call.channels) * call.rows; ++line)
-    for (int x = 0; x < call.cols; ++x)
-      plan.query[line * plan.row + plan.at(x)] = call.query[line * call.cols + x];
-  plan.col_scale = allocate<float>(plan.row);
-  std::fill_n(plan.col_scale.get(), plan.row, 0.0f);
-  for (int x = 0; x < call.cols; ++x) plan.col_scale[plan.at(x)] = call.col_scale[x];
-  if (call.table_taps != 0) {
-    plan.col_taps = allocate<float>(call.window * plan.row);
-    std::fill_n(plan.col_taps.get(), call.window * plan.row, 0.0f);
-    for (int x = 0; x < call.cols; ++x)
-      for (int o = 0; o < call.window; ++o)
-        plan.col_taps[o * plan.row + plan.at(x)] = call.col_taps[x * call.window + o];
-    plan.cell.col_taps = plan.col_taps.get();
-  }
-  plan.cell.query = plan.query.get();
-  plan.cell.col_scale = plan.col_scale.get();
-  return plan;
-}
-
-// Split images × horizontal displacements into equal runs; their number depends on shapes only.
-void split_fold(const ElsFoldCall& call, FoldPlan& plan) {
-  const std::int64_t shifts = plan.cell.same_cols ? 1 : std::int64_t(plan.row);
-  std::int64_t units = 0;
+  ring = (ring + lanes - 1) / lanes * lanes;
   for (std::int64_t i = 0; i < call.sources_count; ++i)
-    units += (call.sources[i].hi - call.sources[i].lo) * shifts;
-  const std::size_t bytes = plan.values() * sizeof(double) + plan.patches() * 12;
-  const int most = int(std::min<std::size_t>(kMostFoldTasks, kFoldBytes / bytes));
-  const std::int64_t count = std::min<std::int64_t>(units, std::max(kLeastFoldTasks, most));
-  plan.tasks.resize(count);
-  std::int64_t index = 0;  // of the first unit of an image
-  for (std::int64_t i = 0; i < call.sources_count; ++i)
-    for (std::int64_t n = call.sources[i].lo; n < call.sources[i].hi; ++n, index += shifts)
-      for (std::int64_t dx = 0; dx < shifts;) {
-        const std::int64_t task = (index + dx) * count / units;
-        const std::int64_t end = ((task + 1) * units + count - 1) / count - index;
-        const std::int64_t last = std::min(shifts, std::max(dx + 1, end));
-        plan.tasks[task].push_back({call.sources + i, n, int(dx), int(last)});
-        dx = last;
-      }
-}
-
-// log₂ of the normaliser of each patch, from the sums of all tasks.
-void merge_fold(const ElsFoldCall& call, const FoldPlan& plan, const std::int32_t* peaks,
-                const double* totals, std::int32_t* whole, float* rest) {
-  const std::size_t patches = plan.patches();
-  const auto lowest = std::uint32_t(std::int64_t(call.lowest));
-  std::fill_n(whole, patches, 0);
-  std::fill_n(rest, patches, -1e30f);
-  for (int i = 0; i < plan.cell.patch_rows(); ++i)
-    for (int j = 0; j < plan.cell.patch_cols(); ++j) {
-      const std::size_t q = i * plan.row + plan.at(j);
-      std::uint32_t top = 0;
-      for (std::size_t t = 0; t < plan.tasks.size(); ++t)
-        if (totals[t * patches + q] > 0)
-          top = std::max(top, std::uint32_t(peaks[t * patches + q]) - lowest);
-      double total = 0;
-      for (std::size_t t = 0; t < plan.tasks.size(); ++t) {
-        const double below = double(top) - double(std::uint32_t(peaks[t * patches + q]) - lowest);
-        if (totals[t * patches + q] > 0)
-          total += totals[t * patches + q] * std::exp2(-below * call.scale);
-      }
-      const double units = call.lowest + double(top) + std::log2(total) / call.scale;
-      const double down = std::floor(units);
-      whole[q] = std::int32_t(std::uint32_t(std::int64_t(down)));
-      rest[q] = float((down - units) * call.scale);
-      call.log_z[i * plan.cell.patch_cols() + j] = units * call.scale;
-    }
-}
-
-// Start the maxima of all tasks at those of one displacement: to raise a maximum costs as much as
-// a hundred logits. The same for any number of threads, as all results must be.
-void seed_peaks(const ElsFoldCall& call, const FoldPlan& plan, const Kernel& kernel, char* scratch,
-                std::int32_t* peaks, double* totals) {
-  const std::size_t count = plan.tasks.size(), patches = plan.patches();
-  if (count < kLeastSeeded) return;
-  FoldUnit unit = plan.tasks[0].front();
-  unit.last = unit.first + 1;
-  kernel.fold_normalise(plan.cell, unit, *call.control, scratch, {peaks, totals});
-  std::fill_n(totals, patches, 0.0);
-  for (std::size_t t = 1; t < count; ++t) std::copy_n(peaks, patches, peaks + t * patches);
+    plan.sources.push_back(ring_source(call, call.sources[i], ring, plan));
+  plan.scale = call.scale, plan.lowest = call.lowest;
+  plan.threads = call.threads, plan.control = call.control;
+  FoldCell& cell = plan.cell;
+  cell.channels = call.channels, cell.rows = call.rows, cell.cols = call.cols, cell.window = k;
+  cell.bias = call.bias, cell.scale = float(call.scale), cell.dead = float(call.dead);
+  measure_fold(plan, ring, lanes);
+  plan.lines.emplace_back(cell.patch_rows(), 0);
+  cell.row_classes = plan.lines.back().data();
+  plan.lines.emplace_back(ring, -1);
+  std::fill_n(plan.lines.back().begin(), cell.patch_cols(), 0);
+  cell.col_classes = plan.lines.back().data();
+  plan.kept.push_back(allocate<float>(call.channels));
+  std::fill_n(plan.kept.back().get(), call.channels, 0.0f);
+  cell.centre = plan.kept.back().get();
+  cell.query = plan.striped(call.query, std::size_t(call.channels) * call.rows, call.cols);
+  cell.col_scale = plan.striped(call.col_scale, 1, call.cols);
+  cell.taps = {call.row_taps, plan.striped_taps(call.col_taps, call.cols, call.table_taps != 0),
+               call.table_taps != 0, call.uniform_taps != 0};
 }
 
 void fold(const ElsFoldCall& call, const Kernel& kernel) {
-  FoldPlan plan = plan_fold(call, kernel.lanes);
-  split_fold(call, plan);
-  const std::size_t count = plan.tasks.size(), patches = plan.patches(), values = plan.values();
-  const int threads = std::max(1, std::min(int(call.threads), int(count)));
-  std::vector<Buffer<char>> scratch;
-  for (int i = 0; i < threads; ++i)
-    scratch.push_back(allocate<char>(kernel.fold_scratch_bytes(plan.cell)));
+  FoldPlan plan;
+  plan_fold(call, kernel.lanes, plan);
+  const std::size_t patches = plan.patches(), values = call.channels * plan.values();
+  split_fold(plan, values * sizeof(double) + patches * 12);
+  const std::size_t count = plan.tasks.size();
   const auto whole = allocate<std::int32_t>(patches);
   const auto rest = allocate<float>(patches);
-  {
-    const auto peaks = allocate<std::int32_t>(count * patches);
-    const auto totals = allocate<double>(count * patches);
-    std::fill_n(peaks.get(), count * patches,
-                std::int32_t(std::uint32_t(std::int64_t(call.lowest))));
-    std::fill_n(totals.get(), count * patches, 0.0);
-    seed_peaks(call, plan, kernel, scratch[0].get(), peaks.get(), totals.get());
-    for_each(count, threads, *call.control, [&](int worker, std::size_t t) {
-      for (const FoldUnit& unit : plan.tasks[t])
-        if (!is_stopped(*call.control))
-          kernel.fold_normalise(plan.cell, unit, *call.control, scratch[worker].get(),
-                                {peaks.get() + t * patches, totals.get() + t * patches});
-    });
-    if (is_stopped(*call.control)) return;
-    merge_fold(call, plan, peaks.get(), totals.get(), whole.get(), rest.get());
-  }
+  std::fill_n(whole.get(), patches, 0);
+  std::fill_n(rest.get(), patches, -1e30f);
+  normalise_fold(plan, kernel, [&](int i, int j, std::size_t q, double units) {
+    split_normaliser(units, plan.scale, whole[q], rest[q]);
+    call.log_z[i * plan.cell.patch_cols() + j] = units * plan.scale;
+  });
+  if (is_stopped(*call.control)) return;
+  const auto scratch = plan.scratch(kernel.fold_scratch_bytes(plan.cell));
   const auto folds = allocate<double>(count * values);
   std::fill_n(folds.get(), count * values, 0.0);
-  for_each(count, threads, *call.control, [&](int worker, std::size_t t) {
-    for (const FoldUnit& unit : plan.tasks[t])
-      if (!is_stopped(*call.control))
-        kernel.fold_accumulate(plan.cell, unit, *call.control, scratch[worker].get(),
-                               {whole.get(), rest.get()}, folds.get() + t * values);
+  for_each_unit(plan, [&](int worker, std::size_t t, const FoldUnit& unit) {
+    kernel.fold_accumulate(plan.cell, unit, *call.control, scratch[worker].get(),
+                           {whole.get(), rest.get()}, folds.get() + t * values);
   });
   for (std::size_t line = 0; line < std::size_t(call.channels) * call.rows; ++line)
     for (int x = 0; x < call.cols; ++x) {

@@ -1,5 +1,5 @@
 // The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
-#include "fold.hpp"
+#include "fold_moments.hpp"
 #include "moments.hpp"
 #include "whole.hpp"
 
@@ -56,4 +56,4 @@ const els::Kernel ELS_KERNEL = {
     ELS_KERNEL_NAME, kLanes,  pack,
     scratch_floats,  attend,  moment_scratch_floats,
     moments,         fold_scratch_bytes, fold_normalise,
-    fold_accumulate};
+    fold_accumulate, fold_moment_scratch_bytes, fold_moments};

@@ -117,6 +117,7 @@ Tasks plan_tasks(const Bank& bank, const Geometry& geometry, int window, std::in
 }  // namespace
 
 #include "fold_library.hpp"
+#include "fold_moments_library.hpp"
 #include "moments_library.hpp"
 
 namespace {
@@ -336,6 +337,16 @@ std::int32_t els_moments(const ElsMomentsCall* call) {
 std::int32_t els_fold(const ElsFoldCall* call) {
   try {
     fold(*call, *kernels()[call->kernel]);
+    return is_stopped(*call->control) ? 2 : 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The same for a pass of moments of a fold.
+std::int32_t els_fold_moments(const ElsFoldMomentsCall* call) {
+  try {
+    fold_moments(*call, *kernels()[call->kernel]);
     return is_stopped(*call->control) ? 2 : 0;
   } catch (const std::bad_alloc&) {
     return 1;

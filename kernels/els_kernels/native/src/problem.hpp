@@ -62,6 +62,9 @@ struct FoldCell;
 struct FoldUnit;
 struct FoldSums;
 struct FoldNormaliser;
+struct FoldMoments;
+struct FoldMomentSums;
+enum class FoldPass : std::int32_t;
 
 struct Kernel {
   const char* name;
@@ -80,6 +83,9 @@ struct Kernel {
   void (*fold_normalise)(const FoldCell&, const FoldUnit&, Control&, char* scratch, FoldSums);
   void (*fold_accumulate)(const FoldCell&, const FoldUnit&, Control&, char* scratch,
                           const FoldNormaliser&, double* fold);
+  std::size_t (*fold_moment_scratch_bytes)(const FoldCell&, FoldPass);
+  void (*fold_moments)(const FoldCell&, FoldPass, const FoldUnit&, Control&, char* scratch,
+                       const FoldMoments&, FoldMomentSums);
 };
 
 }  // namespace els

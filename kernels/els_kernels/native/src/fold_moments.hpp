@@ -1,0 +1,261 @@
+// Moments of a fold: the sweeps of fold.hpp with other sums.
+//
+// The posterior of a pixel is the plane A of weights, filtered by the taps of the fold, so that each pair
+// of a pixel and a source is met once and its sums are those of any posterior. A Jacobian product has a
+// scalar c for each pair of patches, the plane ⟨direction, φ⟩ filtered over the patch, and what is
+// filtered then are the weights w·(c - mean of c): for Jᵀ the first filter is the fold and the second
+// the box, for J the other way round.
+#pragma once
+
+#include "fold.hpp"
+
+namespace {
+
+using els::FoldMoments;
+using els::FoldMomentSums;
+using els::FoldPass;
+using els::FoldRanking;
+
+constexpr int kMomentRows = 2;  // displacements worked on together
+
+struct FoldMomentScratch : FoldScratch {
+  float* inner;     // [kMomentRows][window][vectors] vectors: ⟨direction, e⟩ of rows of pixels
+  float* along;     // [vectors + window] vectors: the same, filtered along rows
+  float* scalars;   // [vectors] vectors
+  float* filtered;  // [vectors] vectors
+  float* totals;    // [patch_rows][vectors][2] vectors
+
+  FoldMomentScratch(const FoldCell& cell, FoldPass pass, char* memory)
+      : FoldScratch(cell, els::fold_planes(pass, cell.channels), memory) {
+    const std::size_t row = std::size_t(cell.vectors) * kLanes * sizeof(float);
+    inner = take<float>(memory, kMomentRows * cell.window * row);
+    along = take<float>(memory, row + std::size_t(cell.window) * kLanes * sizeof(float));
+    scalars = take<float>(memory, row);
+    filtered = take<float>(memory, row);
+    totals = take<float>(memory, pass == FoldPass::kTotals ? 2 * cell.patch_rows() * row : 0);
+  }
+};
+
+// Where a block of displacements is, and what it adds to.
+struct FoldMomentTask {
+  const FoldCell& cell;
+  const FoldKeys& keys;
+  const FoldMoments& moments;
+  FoldMomentScratch& scratch;
+  FoldRanking* ranking;
+  std::int64_t code;  // of displacement 0 of rows, see FoldRanking
+  double* share;
+};
+
+// Insert the sources of a vector that exceed the least of their pixels' lists. Rare.
+[[gnu::noinline, gnu::cold]] inline void rank_sources(const FoldRanking& ranking, std::size_t place,
+                                                      const float* weights, std::int64_t code) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const float weight = weights[lane];
+    if (!(weight > ranking.least[place + lane])) continue;
+    float* listed = ranking.weights + (place + lane) * ranking.top;
+    std::int64_t* codes = ranking.codes + (place + lane) * ranking.top;
+    int at = ranking.top - 1;
+    for (; at > 0 && listed[at - 1] < weight; --at)
+      listed[at] = listed[at - 1], codes[at] = codes[at - 1];
+    listed[at] = weight, codes[at] = code;
+    ranking.least[place + lane] = listed[ranking.top - 1];
+  }
+}
+
+// The scalars of row i of patches, for displacement `d` of a block; rows of pixels from `known` on are
+// not in the ring yet.
+template <int C>
+[[gnu::noinline]] void scalar_row(const FoldMomentTask& task, int dy, int d, int i, int& known) {
+  const FoldCell& cell = task.cell;
+  FoldMomentScratch& scratch = task.scratch;
+  const int K = cell.vectors, k = cell.window, channels = C > 0 ? C : cell.channels;
+  const std::size_t row = task.keys.row, plane = cell.rows * row;
+  float* ring = scratch.inner + d * k * row;
+  for (int t = most(known, i); t < i + k; ++t) {
+    const float* direction = task.moments.direction + t * row;
+    const float* offset = task.moments.offset + t * row;
+    const float* near = scratch.keys + (t + dy + d + kMostRows) * row;
+    float* to = ring + t % k * row;
+    for (int v = 0; v < K; ++v) {
+      const std::size_t at = std::size_t(v) * kLanes;
+      Vec sum = -load(offset + at);
+      for (int c = 0; c < channels; ++c)
+        sum += load(direction + c * plane + at) * load(near + c * task.keys.plane + at);
+      store(to + at, sum);
+    }
+  }
+  known = i + k;
+  const FoldTaps& taps = task.moments.inner;
+  for (int o = 0; o < k; ++o) {
+    scratch.lines[o] = ring + (i + o) % k * row;
+    scratch.taps[o] = taps.rows[(i + o) * k + o];
+  }
+  const float* row_taps = scratch.taps;
+  const float* const* lines = scratch.lines;
+  float* along = scratch.along;
+  filter(K, k, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
+         [=](int v, Vec sum) { store(along + v * kLanes, sum); });
+  for (int v = 0; v < k - 1; ++v)
+    store(along + (K + v) * kLanes, next_lane(load(along + v * kLanes)));
+  float* scalars = scratch.scalars;
+  filter_columns<true>(cell, taps, along, [=](int v, Vec sum) { store(scalars + v * kLanes, sum); });
+}
+
+// Weights of row i of patches from their logits, into `to`, and the sums of the patches.
+template <FoldPass P>
+[[gnu::always_inline]] inline void weigh_row(const FoldMomentTask& task, int i, float* to) {
+  FoldMomentScratch& scratch = task.scratch;
+  const std::size_t row = task.keys.row;
+  Vec share = {};
+  for (int v = 0; v < task.cell.vectors; ++v) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    Vec weight = exp2(load(scratch.logits + at));
+    if (P == FoldPass::kStatistics) share += weight * load(task.moments.reach + i * row + at);
+    if (P == FoldPass::kTotals) {
+      float* total = scratch.totals + 2 * (i * row + at);
+      store(total, load(total) + weight);
+      store(total + kLanes, load(total + kLanes) + weight * load(scratch.scalars + at));
+    }
+    if (P == FoldPass::kProduct)
+      weight *= load(scratch.scalars + at) - load(task.moments.mean + i * row + at);
+    store(to + at, weight);
+  }
+  if (P == FoldPass::kStatistics) *task.share += double(lane_sum(share));
+}
+
+// Add a row of filtered weights to the sums of pixel row i, whose sources are in row `near`.
+template <FoldPass P, int C>
+[[gnu::always_inline]] inline void add_sources(const FoldMomentTask& task, int i, const float* near,
+                                               std::int64_t code) {
+  const FoldCell& cell = task.cell;
+  const int K = cell.vectors, channels = C > 0 ? C : cell.channels;
+  const int planes = els::fold_planes(P, channels);
+  const std::size_t row = task.keys.row, plane = cell.rows * row;
+  const std::size_t first = (i - task.moments.first_row) * row;
+  const float* reference = task.moments.reference + i * row;
+  const float* filtered = task.scratch.filtered;
+  float* out = task.scratch.sums + first * planes;
+  const FoldRanking* ranking = P == FoldPass::kStatistics ? task.ranking : nullptr;
+  for (int v = 0; v < K; ++v, out += planes * kLanes) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    const Vec weight = load(filtered + at);
+    float* sums = out;
+    if (P != FoldPass::kProduct) store(sums, load(sums) + weight), sums += kLanes;
+    if (P == FoldPass::kStatistics) {
+      if (ranking != nullptr &&
+          __builtin_expect(any_above(weight - load(ranking->least + first + at), 0.0f), 0))
+        rank_sources(*ranking, first + at, filtered + at, code);
+      store(sums, load(sums) + weight * log2(weight)), sums += kLanes;
+    }
+    for (int c = 0; c < channels; ++c) {
+      const Vec e = load(near + c * task.keys.plane + at) - load(reference + c * plane + at);
+      const Vec weighted = weight * e;
+      store(sums, load(sums) + weighted), sums += kLanes;
+      if (P == FoldPass::kStatistics)
+        store(sums, load(sums) + weighted * e), sums += kLanes;
+    }
+  }
+}
+
+template <FoldPass P, int C, int N>
+[[gnu::noinline]] void moment_block(const FoldMomentTask& task, int dy) {
+  const FoldCell& cell = task.cell;
+  const FoldMoments& moments = task.moments;
+  FoldMomentScratch& scratch = task.scratch;
+  const FoldBlock<N> block(cell, task.keys, dy);
+  if (block.first >= block.last) return;
+  const int K = cell.vectors, k = cell.window;
+  const std::size_t row = task.keys.row, length = (K + k) * kLanes;
+  const FoldTaps& taps = P == FoldPass::kProduct ? moments.outer : cell.taps;
+  start_block(cell, N, scratch);
+  int last_live[N], known[N];
+  for (int d = 0; d < N; ++d) last_live[d] = -k - 1, known[d] = 0;
+  std::memset(scratch.live, 0, N * k);
+  for (int t = block.first, slot = 0; t < block.last + 2 * (k - 1);
+       ++t, slot = slot + 1 < k ? slot + 1 : 0) {
+    if (t < block.last + k - 1) advance_products<C, N>(cell, task.keys, dy, t, slot, scratch);
+    const int i = t - k + 1;
+    if (i < block.first) continue;
+    for (int d = 0; d < N; ++d) {
+      scratch.live[d * k + slot] = false;
+      if (block.has(d, i)) {
+        const Vec top = row_logits<true>(cell, scratch.columns + d * length,
+                                         scratch.bias + (i + dy + d) * row,
+                                         moments.z.whole + i * row, moments.z.rest + i * row,
+                                         scratch);
+        if (any_above(top, -cell.dead)) {
+          if (P != FoldPass::kStatistics) scalar_row<C>(task, dy, d, i, known[d]);
+          weigh_row<P>(task, i, scratch.weights + (d * k + slot) * row);
+          scratch.live[d * k + slot] = true;
+          last_live[d] = i;
+        }
+      }
+      if (i - last_live[d] >= k || i < moments.first_row || i >= moments.last_row) continue;
+      const int count = gather_rows(cell, taps, i, d, slot, scratch);
+      float* filtered = scratch.filtered;
+      filter_row(cell, taps, count, scratch,
+                 [=](int v, Vec weight) { store(filtered + v * kLanes, weight); });
+      add_sources<P, C>(task, i, scratch.keys + (i + dy + d + kMostRows) * row,
+                        task.code + dy + d);
+    }
+  }
+}
+
+// Add float sums to sums in double precision, and clear them.
+inline void flush_sums(std::size_t count, float* sums, double* out) {
+  for (std::size_t i = 0; i < count; ++i) out[i] += double(sums[i]), sums[i] = 0.0f;
+}
+
+template <FoldPass P, int C>
+void fold_moments_of(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
+                     const FoldMoments& moments, FoldMomentSums out) {
+  FoldMomentScratch scratch(cell, P, memory);
+  const std::size_t row = std::size_t(cell.vectors) * kLanes;
+  const std::size_t planes = els::fold_planes(P, cell.channels);
+  const std::size_t count = (moments.last_row - moments.first_row) * planes * row;
+  const std::size_t patches = P == FoldPass::kTotals ? 2 * cell.patch_rows() * row : 0;
+  std::memset(scratch.sums, 0, count * sizeof(float));
+  std::memset(scratch.totals, 0, patches * sizeof(float));
+  const std::int64_t image = (unit.source->first + unit.image) << 32;
+  for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int dx) {
+    const std::int64_t code = image + (std::int64_t(dx) << 16) - keys.first_row;
+    const FoldMomentTask task = {cell, keys, moments, scratch, out.ranking, code, out.share};
+    if (keys.last_row - keys.first_row == 1)
+      for_each_block(keys, 1, control, [&](int dy) { moment_block<P, C, 1>(task, dy); });
+    else
+      for_each_block(keys, kMomentRows, control,
+                     [&](int dy) { moment_block<P, C, kMomentRows>(task, dy); });
+    flush_sums(count, scratch.sums, out.planes);
+    flush_sums(patches, scratch.totals, out.scalars);
+  });
+}
+
+std::size_t fold_moment_scratch_bytes(const FoldCell& cell, FoldPass pass) {
+  return FoldMomentScratch(cell, pass, nullptr).bytes;
+}
+
+template <FoldPass P>
+void fold_moments_by_channels(const FoldCell& cell, const FoldUnit& unit, Control& control,
+                              char* memory, const FoldMoments& moments, FoldMomentSums out) {
+  switch (cell.channels) {
+    case 1: return fold_moments_of<P, 1>(cell, unit, control, memory, moments, out);
+    case 3: return fold_moments_of<P, 3>(cell, unit, control, memory, moments, out);
+    default: return fold_moments_of<P, 0>(cell, unit, control, memory, moments, out);
+  }
+}
+
+void fold_moments(const FoldCell& cell, FoldPass pass, const FoldUnit& unit, Control& control,
+                  char* memory, const FoldMoments& moments, FoldMomentSums out) {
+  switch (pass) {
+    case FoldPass::kNormalise: return;
+    case FoldPass::kStatistics:
+      return fold_moments_by_channels<FoldPass::kStatistics>(cell, unit, control, memory, moments, out);
+    case FoldPass::kTotals:
+      return fold_moments_by_channels<FoldPass::kTotals>(cell, unit, control, memory, moments, out);
+    case FoldPass::kProduct:
+      return fold_moments_by_channels<FoldPass::kProduct>(cell, unit, control, memory, moments, out);
+  }
+}
+
+}  // namespace
