@@ -320,10 +320,11 @@ class PatchMoments:
             images, scales, noises, windows, limits, geometry = self._attention.validate(
                 x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
             )
-            for query in zip(images, scales, noises, windows, limits, strict=True):
-                found = native.query(*query, geometry)
+            for image, scale, noise, side, ends in zip(
+                images, scales, noises, windows, limits, strict=True
+            ):
+                found = native.query(image, scale, noise, side, ends, geometry)
                 if found.is_unresolved:
-                    image, scale, noise, side, ends = query
                     queries.append(FarQuery(image, scale, noise, self._bank, ends, side, geometry))
                 else:
                     queries.append(found)

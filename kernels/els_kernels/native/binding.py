@@ -174,9 +174,13 @@ class Native:
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         near = [b for b in range(len(x)) if b not in far]
         if near:
-            a_, s_, window_, ranges_ = ([v[b] for b in near] for v in (a, s, window, ranges))
             answer.mean[near], answer.log_evidence[near] = self._attend(
-                x[near], a_, s_, window_, ranges_, geometry
+                x[near],
+                [a[b] for b in near],
+                [s[b] for b in near],
+                [window[b] for b in near],
+                [ranges[b] for b in near],
+                geometry,
             )
         for b in far:
             answer.mean[b], answer.log_evidence[b] = exact_posterior(

@@ -208,7 +208,7 @@ def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> Fol
     spread = highest + 2 * q * k + k * k + _SPARE
     bits = min(_MOST_BITS, 31 - math.log2(spread))
     lowest = per_norm * key * key - per_product * query * key
-    unit = 2.0**bits
+    unit = math.exp2(bits)
     # Products and norm are rounded to units, products to floats before.
     rounding = pixels / 2 + 1 - 2.0**-24 * lowest * unit
     return FoldUnits(
@@ -261,7 +261,7 @@ class _FoldCall:
             sources_count=len(sources),
             query=self._query.data_ptr(),
             bias=units.bias,
-            scale=2.0**-units.bits,
+            scale=math.exp2(-units.bits),
             lowest=units.lowest,
             dead=_PRECISION + math.log2(sum(images_of)),
             row_taps=self._row_taps.data_ptr(),

@@ -94,11 +94,11 @@ class Units(NamedTuple):
         A larger unit counts as that many bits: in float32 one unit below a maximum weighs nothing
         either way.
         """
-        return min(2.0**-self.bits, _DEAD)
+        return min(math.exp2(-self.bits), _DEAD)
 
     def of(self, bits: float) -> int:
         """Return the least number of units, at least 1, that are so many bits."""
-        return max(1, math.ceil(bits * 2.0**self.bits))
+        return max(1, math.ceil(bits * math.exp2(self.bits)))
 
 
 def units(
@@ -125,7 +125,7 @@ def units(
     forbidden = lowest - most - _SPARE
     spread = 1.01 * (highest - least - forbidden) + _SPARE
     bits = min(_MOST_BITS, 31 - math.log2(spread))
-    unit = 2.0**bits
+    unit = math.exp2(bits)
     # Products and norm are rounded to units, products to floats before.
     rounding = pixels / 2 + 1 + 2.0**-24 * (2 * q * k + k * k) * unit
     return Units(
@@ -367,7 +367,7 @@ class NativeQuery:
             forbidden=int(units.forbidden - units.lowest),
             headroom=units.of(_HEADROOM) - 1,
             dead=-units.of(_DEAD),
-            least=-max(1, math.floor(_LEAST * 2.0**units.bits)),
+            least=-max(1, math.floor(_LEAST * math.exp2(units.bits))),
             units=self._scaled.data_ptr(),
             reference=self._reference.data_ptr(),
             final_peak=peaks.data_ptr(),
