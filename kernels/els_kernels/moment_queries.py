@@ -174,6 +174,21 @@ class PatchQuery(MomentQuery):
         )
 
 
+class FarQuery(PatchQuery):
+    """Query that native logits do not resolve; its evidence has the shape of native evidence."""
+
+    def evidence(self) -> Tensor:
+        """Return the first pass, [C + 2, H, W] float64: mean, log Σ exp(logit) and zeros."""
+        known = super().evidence()
+        return torch.cat([known, torch.zeros_like(known[:1])])
+
+    def first_pass(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and log Σ exp(logit) of all images."""
+        if self.known is None:
+            return self.posterior(*self.limits)
+        return self.known[:-2], self.known[-2]
+
+
 class WholeQuery(MomentQuery):
     """Query of a machine whose window is the whole image: one posterior for all pixels."""
 

@@ -7,7 +7,8 @@ For a place with weights w over sources with patches φ and centres v, D = Σ w 
 
 Two implementations. ``torch`` is float64 (``moment_queries``): a logit at s = 1e-4 is of size 1e8,
 and a Jacobian divides by σ². ``native`` (``native/moments_binding``) has integer logits, and serves
-the machines with windows on a CPU. No pair is stored.
+the machines with windows on a CPU, but for queries far from the bank at low noise
+(``native/far_queries``). No pair is stored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from els_kernels import whole_moments
 from els_kernels.attention import PatchAttention
 from els_kernels.displacements import sweep_steps
 from els_kernels.geometry import Geometry
-from els_kernels.moment_queries import MomentQuery, PatchQuery, WholeQuery
+from els_kernels.moment_queries import FarQuery, MomentQuery, PatchQuery, WholeQuery
 from els_kernels.native import Native, NativeMoments
 from els_kernels.native.moments_binding import NativeQuery
 
@@ -319,10 +320,14 @@ class PatchMoments:
             images, scales, noises, windows, limits, geometry = self._attention.validate(
                 x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
             )
-            queries += [
-                native.query(*query, geometry)
-                for query in zip(images, scales, noises, windows, limits, strict=True)
-            ]
+            for image, scale, noise, side, ends in zip(
+                images, scales, noises, windows, limits, strict=True
+            ):
+                found = native.query(image, scale, noise, side, ends, geometry)
+                if found.is_unresolved:
+                    queries.append(FarQuery(image, scale, noise, self._bank, ends, side, geometry))
+                else:
+                    queries.append(found)
         if evidence is not None:
             self._check_evidence(evidence, x, geometry)
             for query, known in zip(queries, evidence, strict=True):

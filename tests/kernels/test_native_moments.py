@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.fold.matmul import picture
 from tests.kernels.cases import NAMES, VARIANTS, Case, operator, random_bank, random_case
 from tests.kernels.conftest import variant
 from torch import Tensor
@@ -86,6 +87,21 @@ def test_it_equals_the_float64_form_where_work_is_split(native: str, name: str) 
         for product, exact_product in zip(got[1:], want[1:], strict=True):
             error = (product[b] - exact_product[b]).abs().max()
             assert error <= (1e-4 + slack) * exact_product[b].abs().max()
+
+
+def test_logits_use_every_unit_that_fits_so_that_products_are_right_to_1e_4(native: str) -> None:
+    # Units that were a power of two of a bit, and held logits that no source has: 1.3e-4.
+    bank = torch.cat([picture(16, 16, 500 + seed) for seed in range(4)])
+    generator = torch.Generator().manual_seed(5)
+    noise, along = torch.randn(2, *bank[:1].shape, generator=generator)
+    a = math.sqrt(1 - 0.1**2)
+    x = a * bank[:1].flip(3) + 0.1 * noise
+    options: dict[str, Any] = {"a": torch.tensor([a]), "s": torch.tensor([0.1])}
+    options |= {"window": torch.tensor([9]), "geometry": GEOMETRIES["els", "valid"]}
+    attention = operator(bank, native)
+    want = PatchMoments(attention, bank, implementation="torch").vjp(x, along, **options)[1]
+    got = PatchMoments(attention, bank).vjp(x, along, **options)[1]
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 @pytest.mark.parametrize("s", [1.0, 1e-2, 1e-4])

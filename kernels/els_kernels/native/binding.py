@@ -17,6 +17,7 @@ from torch import Tensor
 
 from els_kernels.control import ComputationStoppedError, Control, current
 from els_kernels.geometry import Geometry, Posterior
+from els_kernels.native.far_queries import MOST_ERROR, exact_posterior, float_error, is_far
 
 LIBRARY = Path(__file__).with_name("libels_native.so")
 
@@ -146,6 +147,8 @@ class Native:
             *bank.shape,
             self.packed.data_ptr(),
         )
+        self.largest = max(abs(float(end)) for end in self.packed.aminmax())
+        """Largest |pixel| of the centred bank."""
 
     def __call__(
         self,
@@ -158,10 +161,76 @@ class Native:
     ) -> Posterior:
         """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
 
+        Those of queries far from the bank are computed in float64 where float32 does not resolve
+        their logits: see ``far_queries``.
+
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
         """
+        far = self._unresolved(x, a, s, window, geometry)
+        if not far:
+            return self._attend(x, a, s, window, ranges, geometry)
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        near = [b for b in range(len(x)) if b not in far]
+        if near:
+            answer.mean[near], answer.log_evidence[near] = self._attend(
+                x[near],
+                [a[b] for b in near],
+                [s[b] for b in near],
+                [window[b] for b in near],
+                [ranges[b] for b in near],
+                geometry,
+            )
+        for b in far:
+            answer.mean[b], answer.log_evidence[b] = exact_posterior(
+                self.images, x[b], a[b], s[b], window[b], ranges[b], geometry
+            )
+        return answer
+
+    def images(self, first: int, last: int) -> Tensor:
+        """Return images ``first`` to ``last`` - 1 of the bank, [n, C, H, W] float64.
+
+        Exact for bytes v as v/127.5 - 1; else but for the rounding of the centred bank.
+        """
+        lanes = self.packed.shape[-1]
+        tiles = self.packed[first // lanes : -(-last // lanes)]
+        start = first % lanes
+        centred = tiles.movedim(4, 1).flatten(0, 1)[start : start + last - first]
+        images = centred.double() + self.centre.float().double()[:, None, None]
+        decoded = ((images + 1) * 127.5).round_().float().div_(127.5).sub_(1).double()
+        return decoded if (decoded - images).abs().amax() <= 2.0**-22 else images
+
+    def _unresolved(
+        self, x: Tensor, a: list[float], s: list[float], window: list[int], geometry: Geometry
+    ) -> list[int]:
+        """Return the images [B] that are far from the bank and have too coarse logits."""
+        found = []
+        offset = float(self.centre.abs().amax())
+        channels, height, width = self.shape[1:]
+        for b, ends in enumerate(torch.stack(x.flatten(1).aminmax(dim=1), dim=1).tolist()):
+            size = max(map(abs, ends))
+            # Most queries are near by the first bound, which costs least.
+            if not is_far(size + a[b] * offset, self.largest, a[b], s[b]):
+                continue
+            size = float((x[b].double() - a[b] * self.centre[:, None, None]).abs().amax())
+            sides = (height, width) if geometry.whole else (window[b], window[b])
+            depth = channels * min(sides[0], height) * min(sides[1], width)
+            error = float_error(size, self.largest, depth, a[b], s[b])
+            if is_far(size, self.largest, a[b], s[b]) and error > MOST_ERROR:
+                found.append(b)
+        return found
+
+    def _attend(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors that the library computes."""
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         scales = torch.tensor([a, s], dtype=torch.float64, device="cpu")

@@ -1,6 +1,6 @@
 """ctypes binding of the fold: levels, taps and units here, sweeps in C++.
 
-Logits are integers in units of 2^-bits, modulo 2^32: as many bits as keep the difference of any two
+Logits are integers in units of 2^-bits, modulo 2^32: as fine as keeps the difference of any two
 logits of a patch below 2^31. Box sums of integers are exact, whatever the size of a logit.
 """
 
@@ -18,10 +18,11 @@ from els_kernels.control import Control, checkpoint, current
 from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
 from els_kernels.geometry import Geometry
 from els_kernels.native.binding import _library, instruction_sets, run_apart
-from els_kernels.torch_fold import bank_centre, box_sums, centred
+from els_kernels.native.far_queries import MOST_ERROR, is_far
+from els_kernels.torch_fold import TiledFold, bank_centre, box_sums, centred
 
 _LOG2E = math.log2(math.e)
-_MOST_BITS = 20
+_MOST_BITS = 20.0
 _SPARE = 100.0
 """Bits of a logit for the headroom of running maxima, and for rounding."""
 _PRECISION = 20
@@ -113,7 +114,8 @@ class _Images(NamedTuple):
 class FoldUnits(NamedTuple):
     """How logits of a cell are written as integers."""
 
-    bits: int
+    bits: float
+    """log₂ of the units of a bit."""
     product: float
     """Units of a product of centred pixels of query and key."""
     bias: float
@@ -154,6 +156,8 @@ class NativeFold:
         self._groups = list(groups)
         self._pixels = FoldPixels.of(self._centre, groups[0].dtype)
         self._norms: dict[tuple[object, ...], float] = {}
+        self._largest = max(_largest(group, self._centre) for group in groups)
+        self._exact = TiledFold(groups)
 
     def __call__(
         self,
@@ -167,6 +171,9 @@ class NativeFold:
     ) -> tuple[Tensor, Tensor]:
         """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W].
 
+        An image far from the bank is computed in float64 where integers do not resolve its logits:
+        see ``far_queries``.
+
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
@@ -175,11 +182,14 @@ class NativeFold:
         with torch.device("cpu"):
             query = x.double() - a * self._centre
             mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
+            far = is_far(float(query.abs().amax()), self._largest, a, s)
             for index, cell in enumerate(cells(height, width, window, geometry)):
                 crop = cell.query(query)
                 squares = box_sums(crop.square().sum(0), window)
                 key = self._largest_norm(cell, (index, window, geometry))
                 units = fold_units(math.sqrt(float(squares.max())), key, window * window, a, s)
+                if far and units.error * math.log(2) > MOST_ERROR:
+                    return self._exact(x, a, s, window, limits, fold, geometry)
                 taps = cell.rows.taps(height, fold, geometry).float()
                 sources = self._sources(cell, limits)
                 call = _FoldCall(self._kernel, cell, crop, units, taps, sources, self._pixels)
@@ -224,6 +234,12 @@ class NativeFold:
         return sources
 
 
+def _largest(group: Tensor, centre: Tensor) -> float:
+    """Return the largest |pixel| of stored images [N, C, H, W], from the centre of the bank."""
+    ends = torch.stack([group.amin((0, 2, 3)), group.amax((0, 2, 3))])
+    return float(centred(ends[..., None, None], centre).abs().max())
+
+
 def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> FoldUnits:
     """Return the units in which logits of patches of these norms fit 31 bits.
 
@@ -236,10 +252,14 @@ def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> Fol
     """
     per_product = a / s / s * _LOG2E
     per_norm = -(a / s) * (a / s) * _LOG2E / 2
-    spread = (query / s + a / s * key) ** 2 * _LOG2E / 2 + _SPARE
-    bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
+    # A logit is a product of at most 2qk bits minus k², for keys of any norm up to k.
+    root = math.sqrt(_LOG2E / 2)
+    q, k = query / s * root, a / s * key * root
+    highest = q * q if q < k else 2 * q * k - k * k
+    spread = highest + 2 * q * k + k * k + _SPARE
+    bits = min(_MOST_BITS, 31 - math.log2(spread))
     lowest = per_norm * key * key - per_product * query * key
-    unit = 2.0**bits
+    unit = math.exp2(bits)
     # Products and norm are rounded to units, products to floats before.
     rounding = pixels / 2 + 1 - 2.0**-24 * lowest * unit
     return FoldUnits(
@@ -293,7 +313,7 @@ class _FoldCall:
             sources_count=len(sources),
             query=self._query.data_ptr(),
             bias=units.bias,
-            scale=2.0**-units.bits,
+            scale=math.exp2(-units.bits),
             lowest=units.lowest,
             dead=_PRECISION + math.log2(sum(places_of)),
             row_taps=self._row_taps.data_ptr(),

@@ -200,7 +200,7 @@ class FoldPasses:
             sources=ctypes.addressof(table),
             sources_count=len(table),
             bias=self._units.bias,
-            scale=2.0**-self._units.bits,
+            scale=math.exp2(-self._units.bits),
             lowest=self._units.lowest,
             dead=self._dead,
             control=control.address,

@@ -1,6 +1,6 @@
 """ctypes binding of posterior moments: units and normalisers here, sweeps in C++.
 
-Logits are integers in units of 2^-bits of a bit, as many bits as keep the difference of any two
+Logits are integers in units of 2^-bits of a bit, as many as keep the difference of any two
 logits of a patch below 2^31: sums over a window are exact, and equal patches have equal logits at
 any level. What a logit is wrong by is rounding of its products, ``Units.error``.
 """
@@ -17,12 +17,13 @@ from torch import Tensor
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, band
 from els_kernels.native.binding import _PADDING, _SOURCES, Native, _library, run_apart
+from els_kernels.native.far_queries import MOST_ERROR, is_far
 
 _LOG2E = math.log2(math.e)
-_MOST_BITS = 20
-_HEADROOM, _DEAD, _LEAST, _SPARE = 40.0, 64.0, 127.0, 320.0
+_MOST_BITS = 20.0
+_HEADROOM, _DEAD, _LEAST, _SPARE = 40.0, 64.0, 126.4, 320.0
 """Bits: that a logit may exceed a running maximum; below it from which weights do not count; below
-it at which they are 0; beside the logits that the integers have to hold."""
+it at which they are no normal float, so 0; beside the logits that the integers have to hold."""
 _TILE = 1 << 20
 """Numbers of bank images whose norms are computed together."""
 _STATISTICS, _SHARES, _TANGENT, _COTANGENT = range(4)
@@ -73,7 +74,8 @@ class _Call(ctypes.Structure):
 class Units(NamedTuple):
     """How the logits of a query are written as integers."""
 
-    bits: int
+    bits: float
+    """log₂ of the units of a bit, of which as many are used as fit."""
     product: float
     """Units of a product of centred pixels of query and key."""
     norm: float
@@ -92,14 +94,16 @@ class Units(NamedTuple):
         A larger unit counts as that many bits: in float32 one unit below a maximum weighs nothing
         either way.
         """
-        return min(2.0**-self.bits, _DEAD)
+        return min(math.exp2(-self.bits), _DEAD)
 
     def of(self, bits: float) -> int:
         """Return the least number of units, at least 1, that are so many bits."""
-        return max(1, math.ceil(bits * 2.0**self.bits))
+        return max(1, math.ceil(bits * math.exp2(self.bits)))
 
 
-def units(query: float, key: float, pixels: int, a: float, s: float) -> Units:
+def units(
+    query: float, key: float, pixels: int, a: float, s: float, *, same: bool = False
+) -> Units:
     """Return the units in which logits of patches of these norms fit 31 bits.
 
     Args:
@@ -108,18 +112,20 @@ def units(query: float, key: float, pixels: int, a: float, s: float) -> Units:
         pixels: of a patch.
         a: signal scale.
         s: noise scale.
+        same: whether sources are the same place: what is no source has any logit, else any product.
     """
     per_product = a / s / s * _LOG2E
     per_norm = -(a / s) * (a / s) * _LOG2E / 2
-    # A logit is a product of at most 2qk bits minus k². What is no source has any such product, or
-    # with sources of the same place any logit.
+    # A logit is a product of at most 2qk bits minus k², for keys of any norm up to k.
     root = math.sqrt(_LOG2E / 2)
     q, k = query / s * root, a / s * key * root
+    highest = q * q if q < k else 2 * q * k - k * k
     lowest = -(2 * q * k + k * k)
-    forbidden = -(q * q + 4 * q * k + k * k) - _SPARE
-    spread = 1.01 * (q * q - lowest - forbidden + 2 * q * k) + _SPARE
-    bits = min(_MOST_BITS, math.floor(31 - math.log2(spread)))
-    unit = 2.0**bits
+    most, least = (highest, lowest) if same else (2 * q * k, -2 * q * k)
+    forbidden = lowest - most - _SPARE
+    spread = 1.01 * (highest - least - forbidden) + _SPARE
+    bits = min(_MOST_BITS, 31 - math.log2(spread))
+    unit = math.exp2(bits)
     # Products and norm are rounded to units, products to floats before.
     rounding = pixels / 2 + 1 + 2.0**-24 * (2 * q * k + k * k) * unit
     return Units(
@@ -127,7 +133,7 @@ def units(query: float, key: float, pixels: int, a: float, s: float) -> Units:
         per_product * unit,
         per_norm * unit,
         math.floor(lowest * unit - 2 * rounding) - 1.0,
-        math.floor(forbidden * unit - 2 * rounding) - 1.0,
+        math.floor(forbidden * unit - 4 * rounding) - 2.0,
         rounding / unit,
     )
 
@@ -219,7 +225,11 @@ class NativeQuery:
         key = moments.key_norm(window, geometry)
         height, width = x.shape[1:]
         pixels = min(window, height) * min(window, width)
-        self.units = units(norm, key, pixels, a, s)
+        same = geometry.sources == "same"
+        self.units = units(norm, key, pixels, a, s, same=same)
+        far = is_far(float(query.abs().amax()), self._native.largest, a, s)
+        self.is_unresolved = far and self.units.error * math.log(2) > MOST_ERROR
+        """Whether the query is far from the bank and needs float64: see ``far_queries``."""
         self._scaled = (query * self.units.product).float().contiguous()
         # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
         # far beyond the pixels of the bank they would cancel.
@@ -357,7 +367,7 @@ class NativeQuery:
             forbidden=int(units.forbidden - units.lowest),
             headroom=units.of(_HEADROOM) - 1,
             dead=-units.of(_DEAD),
-            least=-max(1, math.floor(_LEAST * 2.0**units.bits)),
+            least=-max(1, math.floor(_LEAST * math.exp2(units.bits))),
             units=self._scaled.data_ptr(),
             reference=self._reference.data_ptr(),
             final_peak=peaks.data_ptr(),

@@ -1,112 +1,21 @@
 // Patch attention with a fold: box sums of products for each displacement, and weights filtered by
 // the taps of the fold for each displacement, so that no mean patch is formed.
 //
-//     g(v) = Σ_c x_c(v)·φ_c(v + δ)     V += g(new row) - g(old row)     S += V(right) - V(left)
-//     A(p) = Σ_q taps(p - q)·2^(S + bias - log Z)(q)                    D(p) += A(p)·φ(p + δ)
-//
-// V and S are integers, so that running sums are exact; see fold_problem.hpp for units and layout.
+//     S(q) = Σ_{v in q} g(v)                            fold_sums.hpp; integers, so that sums are exact
+//     A(p) = Σ_q taps(p - q)·2^(S + bias - log Z)(q)    fold_filter.hpp
+//     D(p) += A(p)·φ(p + δ)
 #pragma once
 
-#include "fold_image.hpp"
+#include "fold_filter.hpp"
 
 namespace {
 
 using els::FoldNormaliser;
 using els::FoldSums;
-using els::FoldTaps;
 
-constexpr float kFoldHeadroom = 10.0f;  // bits by which a logit may exceed the running maximum
-
-// V += products of query row t - products of the row that left, for each displacement.
-template <int C, int N>
-[[gnu::always_inline]] inline void advance_products(const FoldCell& cell, const FoldKeys& keys,
-                                                    int dy, int t, int slot, FoldScratch& scratch) {
-  const int K = cell.vectors, channels = C > 0 ? C : cell.channels;
-  const std::size_t row = keys.row, plane = std::size_t(cell.rows) * row;
-  const std::size_t length = (K + cell.window) * kLanes, ring = cell.window * row;
-  const float* query = cell.query + t * row;
-  const float* near = scratch.keys + (t + dy + kMostRows) * row;
-  std::int32_t* old = scratch.ring + slot * row;
-  std::int32_t* V = scratch.columns;
-  for (int v = 0; v < K; ++v) {
-    const std::size_t at = std::size_t(v) * kLanes;
-    Vec g[N] = {};
-    for (int c = 0; c < channels; ++c) {
-      const Vec x = load(query + c * plane + at);
-#pragma GCC unroll 4
-      for (int d = 0; d < N; ++d) g[d] += x * load(near + c * keys.plane + d * row + at);
-    }
-#pragma GCC unroll 4
-    for (int d = 0; d < N; ++d) {
-      const Units product = nearest(g[d]);
-      std::int32_t* place = old + d * ring + at;
-      store_units(V + d * length + at, load_units(V + d * length + at) + product - load_units(place));
-      store_units(place, product);
-    }
-  }
-#pragma GCC unroll 4
-  for (int d = 0; d < N; ++d) {
-    std::int32_t* line = V + d * length;
-    for (int v = 0; v < cell.window - 1; ++v)
-      store_units(line + (K + v) * kLanes, next_lane(load_units(line + v * kLanes)));
-  }
-}
-
-inline void start_block(const FoldCell& cell, int count, FoldScratch& scratch) {
-  const std::size_t row = std::size_t(cell.vectors) * kLanes;
-  std::memset(scratch.ring, 0, count * cell.window * row * sizeof(std::int32_t));
-  std::memset(scratch.columns, 0,
-              count * (row + std::size_t(cell.window) * kLanes) * sizeof(std::int32_t));
-}
-
-// Logits of a row of patches relative to `peak`, in bits, into scratch.logits; returns their
-// maximum in each lane.
-template <bool kRest>
-[[gnu::always_inline]] inline Vec row_logits(const FoldCell& cell, const std::int32_t* V,
-                                             const std::int32_t* bias, const std::int32_t* peak,
-                                             const float* rest, const FoldScratch& scratch) {
-  const int K = cell.vectors, k = cell.window;
-  const Vec scale = splat(cell.scale);
-  Units even = {}, odd = {};
-  int o = 0;
-  for (; o + 2 <= k; o += 2) {
-    even += load_units(V + o * kLanes);
-    odd += load_units(V + (o + 1) * kLanes);
-  }
-  if (o < k) even += load_units(V + o * kLanes);
-  Units S = even + odd;
-  Vec top = splat(kNoPatch);
-  for (int v = 0; v < K; ++v) {
-    const std::size_t at = std::size_t(v) * kLanes;
-    const Units units = S + (load_units(bias + at) - load_units(peak + at));
-    Vec logit = to_float(units) * scale + load(scratch.mask + at);
-    if (kRest) logit += load(rest + at);
-    store(scratch.logits + at, logit);
-    top = larger(top, logit);
-    S += load_units(V + at + k * kLanes) - load_units(V + at);
-  }
-  return top;
-}
-
-// Raise the maxima that a row of logits exceeds by more than the headroom, as integers: a maximum
-// rounded to a float would be wrong by as much as a logit. Logits have to be computed again. Rare.
-[[gnu::noinline, gnu::cold]] inline void raise_peaks(const FoldCell& cell, const std::int32_t* V,
-                                                     const std::int32_t* bias, std::int32_t* peak,
-                                                     float* total, const float* logits) {
-  Units S = {};
-  for (int o = 0; o < cell.window; ++o) S += load_units(V + o * kLanes);
-  for (int v = 0; v < cell.vectors; ++v) {
-    const std::size_t at = std::size_t(v) * kLanes;
-    const Units units = S + (load_units(bias + at) - load_units(peak + at));
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(logits[at + lane] > kFoldHeadroom)) continue;
-      peak[at + lane] = std::int32_t(std::uint32_t(peak[at + lane]) + units[lane]);
-      const float bits = float(std::int32_t(units[lane])) * cell.scale;
-      total[at + lane] = bits > 126.0f ? 0.0f : total[at + lane] * float(__builtin_exp2(-bits));
-    }
-    S += load_units(V + at + cell.window * kLanes) - load_units(V + at);
-  }
-}
+// Rows in a row whose weights count, from which the next is expected to count, too: its weights are
+// computed along with its logits.
+constexpr int kDenseRows = 2;
 
 template <int C, int N>
 [[gnu::noinline]] void normalise_block(const FoldCell& cell, const FoldKeys& keys, int dy,
@@ -115,6 +24,8 @@ template <int C, int N>
   if (block.first >= block.last) return;
   const int K = cell.vectors, k = cell.window;
   const std::size_t length = (K + k) * kLanes;
+  const Vec scale = splat(cell.scale);
+  int streak[N] = {};
   start_block(cell, N, scratch);
   for (int t = block.first, slot = 0; t < block.last + k - 1; ++t, slot = slot + 1 < k ? slot + 1 : 0) {
     advance_products<C, N>(cell, keys, dy, t, slot, scratch);
@@ -124,151 +35,182 @@ template <int C, int N>
     float* total = scratch.sums + i * keys.row;
     for (int d = 0; d < N; ++d) {
       if (!block.has(d, i)) continue;
-      const std::int32_t* V = scratch.columns + d * length;
+      const std::int32_t* before = scratch.columns + d * length;
       const std::int32_t* bias = scratch.bias + (i + dy + d) * keys.row;
-      const Vec top = row_logits<false>(cell, V, bias, row_peak, nullptr, scratch);
-      if (!any_above(top, -cell.dead)) continue;
+      if (streak[d] >= kDenseRows) {
+        Vec top = splat(kNoPatch);
+        window_sums(cell, before, [&](int v, Units S) __attribute__((always_inline)) {
+          const std::size_t at = std::size_t(v) * kLanes;
+          const Units units = S + (load_units(bias + at) - load_units(row_peak + at));
+          const Vec logit = to_float(units) * scale + load(scratch.mask + at);
+          store(total + at, load(total + at) + fold_exp2(logit));
+          top = larger(top, logit);
+        });
+        if (__builtin_expect(any_above(top, kDenseHeadroom), 0))
+          raise_peaks<true>(cell, before, bias, row_peak, total, scratch);
+        if (!any_above(top, -cell.dead)) streak[d] = 0;
+        continue;
+      }
+      const Vec top = row_logits<false>(cell, before, bias, row_peak, nullptr, scratch);
+      streak[d] = any_above(top, -cell.dead) ? streak[d] + 1 : 0;
+      if (streak[d] == 0) continue;
       if (__builtin_expect(any_above(top, kFoldHeadroom), 0)) {
-        raise_peaks(cell, V, bias, row_peak, total, scratch.logits);
-        row_logits<false>(cell, V, bias, row_peak, nullptr, scratch);
+        raise_peaks<false>(cell, before, bias, row_peak, total, scratch);
+        row_logits<false>(cell, before, bias, row_peak, nullptr, scratch);
       }
       for (int v = 0; v < K; ++v) {
         const std::size_t at = std::size_t(v) * kLanes;
-        store(total + at, load(total + at) + exp2(load(scratch.logits + at)));
+        store(total + at, load(total + at) + fold_exp2(load(scratch.logits + at)));
       }
     }
   }
 }
 
-// Call out(v, Σ_o tap(o, v)·line(o)[v]) for `N` vectors from v on: as many independent sums.
-template <int N, class Tap, class Line, class Out>
-[[gnu::always_inline]] inline void filter_block(int v, int taps, Tap tap, Line line, Out out) {
-  Vec sum[N] = {};
-  for (int o = 0; o < taps; ++o) {
-    const float* from = line(o) + v * kLanes;
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) sum[i] += tap(o, v + i) * load(from + i * kLanes);
+// Weights of a row of patches into `to`; returns their maximum in each lane as a logit.
+[[gnu::always_inline]] inline Vec row_weights(const FoldCell& cell, const std::int32_t* before,
+                                              const std::int32_t* bias, const std::int32_t* whole,
+                                              const float* rest, const float* mask, float* to) {
+  const Vec scale = splat(cell.scale);
+  Vec top = splat(kNoPatch);
+  window_sums(cell, before, [&](int v, Units S) __attribute__((always_inline)) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    const Units units = S + (load_units(bias + at) - load_units(whole + at));
+    const Vec logit = to_float(units) * scale + (load(mask + at) + load(rest + at));
+    store(to + at, fold_exp2(logit));
+    top = larger(top, logit);
+  });
+  return top;
+}
+
+// The last rows of filtered weights of one displacement, a ring of window + kGroup - 1.
+struct FoldLines {
+  const FoldCell& cell;
+  FoldScratch& scratch;
+  int first;         // row of weights that is in slot 0
+  float* weights;    // [slots][vectors] vectors
+  bool* live;        // [slots]
+  float* running;    // sums of the last rows, for uniform taps
+  int last_live;     // row of the last weights that count
+
+  int slots() const { return cell.window + kGroup - 1; }
+  std::size_t row() const { return std::size_t(cell.vectors) * kLanes; }
+  // Weights of a row, or zeros.
+  const float* line(int i) const {
+    if (i < first) return scratch.zeros;
+    const int slot = (i - first) % slots();
+    return live[slot] ? weights + slot * row() : scratch.zeros;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) out(v + i, sum[i]);
-}
+};
 
-// The same for all vectors of a row, in blocks of at most 8 and of nearly equal size: a sum has to
-// wait for its last addition, eight of them do not.
-template <class Tap, class Line, class Out>
-[[gnu::always_inline]] inline void filter(int K, int taps, Tap tap, Line line, Out out) {
-  for (int v = 0, blocks = (K + 7) / 8; blocks > 0; --blocks) {
-    const int count = (K - v + blocks - 1) / blocks;
-    switch (count) {
-      case 8: filter_block<8>(v, taps, tap, line, out); break;
-      case 7: filter_block<7>(v, taps, tap, line, out); break;
-      case 6: filter_block<6>(v, taps, tap, line, out); break;
-      case 5: filter_block<5>(v, taps, tap, line, out); break;
-      case 4: filter_block<4>(v, taps, tap, line, out); break;
-      default:
-        for (int i = 0; i < count; ++i) filter_block<1>(v + i, taps, tap, line, out);
-    }
-    v += count;
-  }
-}
-
-// Call out(v, sum) with the sums of a row over columns, its taps to the left or, `ahead`, to the right.
-// The row is continued there by window - 1 vectors.
-template <bool kAhead, class Out>
-[[gnu::always_inline]] inline void filter_columns(const FoldCell& cell, const FoldTaps& taps,
-                                                  const float* row, Out out) {
-  const int K = cell.vectors, k = cell.window;
-  const float* cols = taps.cols;
-  auto line = [=](int o) { return row + (kAhead ? o : -o) * kLanes; };
-  if (taps.table)
-    return filter(K, k, [=](int o, int v) { return load(cols + (std::size_t(o) * K + v) * kLanes); },
-                  line, out);
-  if (!taps.uniform)
-    return filter(K, k, [=](int o, int) { return splat(cols[o]); }, line, out);
-  // The sum restarts in each row, and weights are not negative: nothing cancels.
-  const float* first = kAhead ? row : row - (k - 1) * kLanes;
-  Vec sum = {};
-  for (int o = 0; o < k - 1; ++o) sum += load(first + o * kLanes);
-  for (int v = 0; v < K; ++v) {
-    sum += load(first + (v + k - 1) * kLanes);
-    out(v, sum);
-    sum -= load(first + v * kLanes);
-  }
-}
-
-// Call out(v, weight) with the weights that reach a row, filtered by the taps of both axes: `count`
-// rows of weights are in scratch.lines, and their taps in scratch.taps.
-template <class Out>
-[[gnu::always_inline]] inline void filter_row(const FoldCell& cell, const FoldTaps& taps, int count,
-                                              FoldScratch& scratch, Out out) {
-  const int K = cell.vectors, k = cell.window;
-  float* reach = scratch.reach + (k - 1) * kLanes;
-  const float* row_taps = scratch.taps;
-  const float* const* lines = scratch.lines;
-  filter(K, count, [=](int o, int) { return splat(row_taps[o]); }, [=](int o) { return lines[o]; },
-         [=](int v, Vec sum) { store(reach + v * kLanes, sum); });
-  for (int j = 1; j < k; ++j)
-    store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
-  filter_columns<false>(cell, taps, reach, out);
-}
-
-// Gather the rows of the ring of weights that reach row i, from `slot` back; returns their number.
-[[gnu::always_inline]] inline int gather_rows(const FoldCell& cell, const FoldTaps& taps, int i, int d,
-                                              int slot, FoldScratch& scratch) {
+// Add `count` rows of pixels from p on.
+template <int C>
+void add_pixels(const FoldLines& from, const FoldTarget& target, int p, int count) {
+  const FoldCell& cell = from.cell;
   const int k = cell.window;
-  const std::size_t row = std::size_t(cell.vectors) * kLanes;
-  int count = 0;
-  for (int o = 0, s = slot; o < k; ++o, s = s > 0 ? s - 1 : k - 1)
-    if (scratch.live[d * k + s]) {
-      scratch.taps[count] = taps.rows[i * k + o];
-      scratch.lines[count++] = scratch.weights + (d * k + s) * row;
+  if (p - from.last_live >= k) return;
+  const float** lines = from.scratch.lines + k + kGroup;
+  int live = 0;
+  for (int j = 0; j < k - 1 + count; ++j) {
+    lines[j] = from.line(p - k + 1 + j);
+    live += lines[j] != from.scratch.zeros;
+  }
+  if (count == kGroup && k >= 3 && 2 * live >= k) return filter_group<C>(cell, target, lines, p);
+  FoldTarget one = target;
+  for (int r = 0; r < count; ++r, one.sums += target.row, one.keys += target.row) {
+    int taps = 0;
+    for (int o = 0; o < k; ++o) {
+      const float* line = lines[r + k - 1 - o];
+      if (line == from.scratch.zeros) continue;
+      from.scratch.taps[taps] = cell.taps.rows[std::size_t(p + r) * k + o];
+      from.scratch.lines[taps++] = line;
     }
-  return count;
+    if (taps > 0) add_row_of_pixels<C>(cell, one, taps, from.scratch);
+  }
+}
+
+// The same for one row and uniform taps: a running sum of the rows that reach it. What rounding
+// leaves in it is small beside weights of the last rows.
+template <int C>
+[[gnu::noinline]] void add_uniform(const FoldLines& from, const FoldTarget& target, int p) {
+  const FoldCell& cell = from.cell;
+  const int k = cell.window;
+  if (p - from.last_live > k) return;
+  if (p - from.last_live == k) {
+    std::memset(from.running, 0, from.row() * sizeof(float));
+    return;
+  }
+  const float *in = from.line(p), *out = from.line(p - k);
+  // A patch that starts so many rows above p is one of the image.
+  const Vec tap = splat(cell.taps.rows[std::size_t(p) * k + least(p, k - 1)]);
+  for (int v = 0; v < cell.vectors; ++v) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    const Vec sum = load(from.running + at) + (load(in + at) - load(out + at));
+    store(from.running + at, sum);
+    add_keys<C>(cell, target, at, sum * tap);
+  }
 }
 
 template <int C, int N>
 [[gnu::noinline]] void accumulate_block(const FoldCell& cell, const FoldKeys& keys, int dy,
                                         const FoldNormaliser& z, FoldScratch& scratch) {
+  static_assert(N <= 2, "one or two displacements at a time");
   const FoldBlock<N> block(cell, keys, dy);
   if (block.first >= block.last) return;
-  const int K = cell.vectors, k = cell.window, channels = C > 0 ? C : cell.channels;
-  const std::size_t row = keys.row, length = (K + k) * kLanes, ring = k * row;
+  const int k = cell.window, slots = k + kGroup - 1;
+  const std::size_t row = keys.row, length = (cell.vectors + k) * kLanes;
   const std::size_t plane = std::size_t(cell.rows) * row;
+  const int stop = block.last + k - 1;  // row after the last that weights reach
+  auto lines_of = [&](int d) {
+    return FoldLines{cell, scratch, block.first, scratch.weights + d * slots * row,
+                     scratch.live + d * slots, scratch.running + d * row, block.first - k - 1};
+  };
+  auto target = [&](int d, int p) {
+    return FoldTarget{scratch.sums + p * row, scratch.keys + (p + dy + d + kMostRows) * row, plane,
+                      keys.plane, row};
+  };
   start_block(cell, N, scratch);
-  int last_live[N];  // query row of the last weights that count
-  for (int d = 0; d < N; ++d) last_live[d] = -k - 1;
-  std::memset(scratch.live, 0, N * k);
-  for (int t = block.first, slot = 0; t < block.last + 2 * (k - 1);
+  std::memset(scratch.live, 0, N * slots);
+  std::memset(scratch.running, 0, N * row * sizeof(float));
+  FoldLines lines[2] = {lines_of(0), lines_of(N - 1)};
+  int streak[N] = {};
+  float* reach = scratch.reach + (k - 1) * kLanes;
+  for (int t = block.first, slot = 0, place = 0; t < stop + k - 1;
        ++t, slot = slot + 1 < k ? slot + 1 : 0) {
-    if (t < block.last + k - 1) advance_products<C, N>(cell, keys, dy, t, slot, scratch);
+    if (t < stop) advance_products<C, N>(cell, keys, dy, t, slot, scratch);
     const int i = t - k + 1;
     if (i < block.first) continue;
     for (int d = 0; d < N; ++d) {
-      scratch.live[d * k + slot] = false;
+      bool live = false;
       if (block.has(d, i)) {
-        const Vec top = row_logits<true>(cell, scratch.columns + d * length,
-                                         scratch.bias + (i + dy + d) * row, z.whole + i * row,
-                                         z.rest + i * row, scratch);
-        if (any_above(top, -cell.dead)) {
-          float* w = scratch.weights + d * ring + slot * row;
-          for (int v = 0; v < K; ++v)
-            store(w + v * kLanes, exp2(load(scratch.logits + v * kLanes)));
-          scratch.live[d * k + slot] = true;
-          last_live[d] = i;
+        const std::int32_t* before = scratch.columns + d * length;
+        const std::int32_t* bias = scratch.bias + (i + dy + d) * row;
+        live = streak[d] >= kDenseRows;
+        if (live) {
+          const Vec top = row_weights(cell, before, bias, z.whole + i * row, z.rest + i * row,
+                                      scratch.mask, reach);
+          if (!any_above(top, -cell.dead)) streak[d] = 0;
+        } else {
+          const Vec top = row_logits<true>(cell, before, bias, z.whole + i * row,
+                                           z.rest + i * row, scratch);
+          live = any_above(top, -cell.dead);
+          streak[d] = live ? streak[d] + 1 : 0;
+          if (live)
+            for (int v = 0; v < cell.vectors; ++v)
+              store(reach + v * kLanes, fold_exp2(load(scratch.logits + v * kLanes)));
         }
       }
-      if (i - last_live[d] >= k) continue;
-      const int count = gather_rows(cell, cell.taps, i, d, slot, scratch);
-      const float* near = scratch.keys + (i + dy + d + kMostRows) * row;
-      const std::size_t near_plane = keys.plane;
-      float* out = scratch.sums + i * row;
-      filter_row(cell, cell.taps, count, scratch, [=](int v, Vec weight) {
-        for (int c = 0; c < channels; ++c) {
-          float* place = out + c * plane + v * kLanes;
-          store(place, load(place) + weight * load(near + c * near_plane + v * kLanes));
-        }
-      });
+      lines[d].live[place] = live;
+      if (live) {
+        filter_weights(cell, scratch, lines[d].weights + place * row);
+        lines[d].last_live = i;
+      }
+      if (cell.taps.uniform) add_uniform<C>(lines[d], target(d, i), i);
     }
+    place = place + 1 < slots ? place + 1 : 0;
+    const int count = (i - block.first) % kGroup + 1;
+    if (cell.taps.uniform || (count < kGroup && i + 1 < stop)) continue;
+    for (int d = 0; d < N; ++d)
+      add_pixels<C>(lines[d], target(d, i + 1 - count), i + 1 - count, count);
   }
 }
 

@@ -12,6 +12,7 @@ using els::FoldSource;
 using els::FoldUnit;
 
 constexpr int kMostRows = 4;        // displacements that a pass works on together, at most
+constexpr int kGroup = 4;           // rows of pixels that weights are filtered for together
 constexpr float kNoPatch = -1e30f;  // added to the logit of what is no patch
 
 // The column to the right of, or to the left of, the last or first vector of a row.
@@ -45,16 +46,18 @@ struct FoldScratch {
   std::int32_t* bias;       // [key_rows][vectors] vectors
   float* mask;              // [vectors] vectors
   std::int32_t* ring;       // [kMostRows][window][vectors] vectors: products of the last rows
-  std::int32_t* columns;    // [kMostRows][vectors + window] vectors: V, continued past its end
+  std::int32_t* columns;    // [kMostRows][vectors + window] vectors: sums of V before each column
   float* logits;            // [vectors] vectors
-  float* weights;           // [kMostRows][window][vectors] vectors: of the last rows
+  float* weights;           // [kMostRows][window + kGroup][vectors] vectors: of the last rows
   float* reach;             // [window + vectors] vectors: weights filtered along columns
   float* sums;              // [patch_rows][vectors] vectors, or planes of them: [planes][rows][vectors]
   std::int32_t* flushed;    // [patch_rows][vectors] vectors
   double* norms;            // [key_rows + 2][key_cols]
-  bool* live;               // [kMostRows][window]: whether a slot of the ring of weights holds any
-  float* taps;              // [window]: of the rows of weights that reach a row
-  const float** lines;      // [window]: where these are
+  float* running;           // [kMostRows][vectors] vectors: sums of the last rows of weights
+  float* zeros;             // [vectors] vectors
+  bool* live;               // [kMostRows][window + kGroup]: whether a slot of weights holds any
+  float* taps;              // [window + kGroup]: of the rows of weights that reach a row
+  const float** lines;      // [2][window + kGroup]: where these are
   std::size_t bytes = 0;
 
   FoldScratch(const FoldCell& cell, int planes, char* memory) {
@@ -71,14 +74,16 @@ struct FoldScratch {
     ring = take<std::int32_t>(memory, kMostRows * k * row);
     columns = take<std::int32_t>(memory, kMostRows * (row + k * vec));
     logits = take<float>(memory, row);
-    weights = take<float>(memory, kMostRows * k * row);
+    weights = take<float>(memory, kMostRows * (k + kGroup) * row);
     reach = take<float>(memory, row + k * vec);
     sums = take<float>(memory, planes * most * row);
     flushed = take<std::int32_t>(memory, cell.rows * row);
     norms = take<double>(memory, (cell.key_rows + 2) * line * 2);
-    live = take<bool>(memory, kMostRows * k);
-    taps = take<float>(memory, k * sizeof(float));
-    lines = take<const float*>(memory, k * sizeof(float*));
+    running = take<float>(memory, kMostRows * row);
+    zeros = take<float>(memory, row);
+    live = take<bool>(memory, kMostRows * (k + kGroup));
+    taps = take<float>(memory, (k + kGroup) * sizeof(float));
+    lines = take<const float*>(memory, 2 * (k + kGroup) * sizeof(float*));
   }
 
  protected:
@@ -123,6 +128,7 @@ inline void load_image(const FoldCell& cell, const FoldSource& source, std::int6
   const int rows = source.crop_rows, cols = source.crop_cols, k = cell.window;
   const std::size_t row = cell.key_cols, plane = (cell.key_rows + 2 * kMostRows) * row;
   std::memset(scratch.base, 0, cell.channels * plane * sizeof(float));
+  std::memset(scratch.zeros, 0, std::size_t(cell.vectors) * kLanes * sizeof(float));
   double* norms = scratch.norms;  // [rows][cols]
   double* line = norms + cell.key_rows * row;
   float* pixels = reinterpret_cast<float*>(line);

@@ -23,7 +23,7 @@ struct Ranking {
 struct MomentQuery {
   const float* units;  // [C][H][W]: centred query; times a centred key: units of a logit
   double norm;         // units of a key's squared norm, negative
-  float scale;         // bits of one unit, a power of two
+  float scale;         // bits of one unit
   std::int32_t origin;     // added to every logit
   std::int32_t forbidden;  // added instead to what is no source
   std::int32_t headroom;   // units by which a logit may exceed the running maximum

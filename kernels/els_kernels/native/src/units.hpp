@@ -58,13 +58,13 @@ typedef std::uint32_t Units __attribute__((vector_size(4 * kLanes)));
 #endif
 }
 
-// 2^(units·scale) to 2e-7 relative, for a power of two `scale` and exponents from -127 to 126; with
-// units of a bit or less exactly 0 at -127.
+// 2^(units·scale) to 2e-7 relative, for exponents from -127 to 126; no normal number below -126, and
+// exactly 0 at -127.
 [[gnu::always_inline]] inline Vec exp2_units(Vec units, float scale) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   return exp2(units * scale);
 #else
-  // As exp2, with a polynomial of degree 5; the product is exact, so it costs nothing.
+  // As exp2, with a polynomial of degree 5; the product is a part of the additions.
   const Vec kRound = splat(12582912.0f);
   const Vec t = units * scale + kRound;
   const Vec f = units * scale - (t - kRound);
