@@ -4,6 +4,7 @@ import functools
 import math
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,15 @@ def test_without_the_library_native_says_why_and_auto_takes_torch(
         PatchAttention(BANK, implementation="native")
     assert PatchAttention(BANK).implementation == "torch"
     assert "no working C++ compiler was at hand" in caplog.text
+
+
+def test_a_library_of_older_sources_is_rejected_with_the_command_that_builds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Any library without the newest function will do.
+    monkeypatch.setattr(binding, "LIBRARY", Path(torch.__file__).parent / "lib" / "libc10.so")
+    with pytest.raises(RuntimeError, match=r"older sources; .* kernels/native_build\.py"):
+        binding._library.__wrapped__()
 
 
 @pytest.mark.usefixtures("no_library")

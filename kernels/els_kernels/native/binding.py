@@ -59,7 +59,7 @@ def _library() -> ctypes.CDLL:
     """Return the loaded library.
 
     Raises:
-        RuntimeError: It was not built, or cannot be loaded.
+        RuntimeError: It was not built, or not from these sources, or cannot be loaded.
     """
     if not LIBRARY.exists():
         raise RuntimeError(
@@ -70,6 +70,12 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise RuntimeError(f"native: {LIBRARY.name} does not load: {error}") from error
+    if not hasattr(library, "els_fold_moments"):
+        # A newer checkout beside an older build: torch is slower, but works.
+        raise RuntimeError(
+            f"native: {LIBRARY.name} was built from older sources; "
+            "reinstall els-denoise, or run 'python kernels/native_build.py'"
+        )
     library.els_kernel_name.argtypes = [ctypes.c_int32]
     library.els_kernel_name.restype = ctypes.c_char_p
     library.els_kernel_lanes.argtypes = [ctypes.c_int32]
