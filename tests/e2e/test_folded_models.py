@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.support.bad_inferences import fp32, infer
 from tests.support.models_folder import SHAPE, tiny_bank, write_models
 from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S
 from tests.support.twin import Twin
+from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError, Sizes
+from els_client.cli import app
 from els_kernels import FOLD_GEOMETRIES
 from els_kernels.reference_fold import FoldReference
 from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
@@ -25,6 +30,8 @@ from els_proto.denoise.v1 import denoise_pb2
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from els_service.denoisers.banks import save_bank
+from els_service.denoisers.mixed_banks import MixedBank, make_mixed_bank
 
 BANK = "bank: ../_banks/tiny.safetensors\nwindow: 3\n"
 DOCUMENTS = {
@@ -32,16 +39,30 @@ DOCUMENTS = {
     "sized": f"kind: analytic\nmachine: els\n{BANK}sizes: {{height: [4, 20], width: [3, 40]}}\n",
     "folded": f"kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\n{BANK}",
     "inside": f"kind: analytic\nmachine: els\npadding: inside\n{BANK}",
+    "mixed": (
+        "kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\nwindow: 3\n"
+        "bank: ../_banks/mixed.safetensors\n"
+    ),
     "local": f"kind: analytic\nmachine: local\npadding: circular\nfold: uniform\n{BANK}",
 }
+MIXED = [(4, 6), (7, 5), (7, 5), (3, 9)]
+"""Sizes of the images of the model ``mixed``."""
 SIGMA = [0.25, 4.0]
 LARGE = (9, 14)
 MAX_PIXELS = 2000
 
 
+def mixed_bank() -> MixedBank:
+    rng = np.random.default_rng(3)
+    bank = make_mixed_bank([rng.integers(0, 256, (1, *size), np.uint8) for size in MIXED])
+    assert isinstance(bank, MixedBank)
+    return bank
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     models = write_models(tmp_path_factory.mktemp("folded") / "models", DOCUMENTS)
+    save_bank(mixed_bank(), models / "_banks" / "mixed.safetensors")
     limits = {"ELS_MAX_PIXELS": str(MAX_PIXELS)}
     with serving("--models", models, "--threads", 1, **limits) as process:
         yield process
@@ -222,6 +243,42 @@ def test_products_and_variance_are_those_of_brute_force(
         assert close(pulled[b], reference.vjp(torch.from_numpy(g[b])), 1e-4)
         assert close(pushed[b], reference.jvp(torch.from_numpy(g[b])), 1e-4)
         assert close(variance[b], reference.variance())
+
+
+def test_sources_in_a_bank_of_several_sizes_have_the_coordinates_of_their_image(
+    client: Client,
+) -> None:
+    x, bank = images(LARGE), mixed_bank()
+    pixels = [torch.from_numpy(bank.image(index)) for index in range(len(bank))]
+    found = client.explain(x, model="mixed", sigma=SIGMA, top=4, images=3)
+    geometry = FOLD_GEOMETRIES["els", "inside"]
+    for b, sigma in enumerate(SIGMA):
+        one = torch.from_numpy(x[b])
+        want = ReferenceFoldPosterior(one, pixels, 1.0, sigma, 3, 0.2, geometry)
+        assert close(found.denoised[b], want.mean())
+        assert close(found.variance[b], want.variance())
+        assert close(found.shares[b], want.shares())
+        weights = want.weights()
+        sources = found.sources[b].reshape(-1, 4, 3)
+        for place, listed in enumerate(found.weights[b].reshape(-1, 4)):
+            for weight, (image, row, col) in zip(listed, sources[place].tolist(), strict=True):
+                exact = weights[image][place, row * pixels[image].shape[2] + col]
+                assert weight == pytest.approx(float(exact), abs=1e-5)
+        assert len(found.images[b]) == 3
+        for index, values in found.images[b].items():
+            assert np.array_equal(values, bank.image(index))
+
+
+def test_els_explain_draws_bank_images_of_their_own_sizes(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    words = ["explain", "--seed", "0", "--steps", "2", "--model", "mixed", "--json"]
+    out = tmp_path / "why"
+    result = CliRunner().invoke(app, [*words, "--out", str(out), "--target", server.target])
+    assert result.exit_code == 0, result.output
+    assert {one["image"] for one in json.loads(result.output)["bank_images"]} <= {0, 1, 2, 3}
+    with Image.open(out / "sheet.png") as sheet:
+        assert min(sheet.size) > 100
 
 
 def test_queries_of_the_banks_size_have_the_sources_of_the_model_without_sizes(
