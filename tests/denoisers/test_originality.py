@@ -250,3 +250,11 @@ def test_pixels_of_which_no_two_agree_are_regions_of_their_own() -> None:
     assert seams(found) == 1
     none = sources_of(np.full_like(sources, -1), np.zeros((2, 3, 1), np.float32), wraps=False)
     assert largest_region(none) == 0
+
+
+def test_displacements_in_images_that_wrap_are_remainders_by_the_sides_of_each() -> None:
+    sources = np.array([[[[0, 3, 1]], [[1, 1, 0]]]])
+    extents = np.array([[3, 2], [2, 5]])
+    found = sources_of(sources, np.ones((1, 2, 1), np.float32), wraps=True, extents=extents)
+    assert found.rows[0, :, 0].tolist() == [0, 1]
+    assert found.columns[0, :, 0].tolist() == [1, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -330,6 +331,42 @@ def test_products_and_variance_are_those_of_brute_force(
         assert close(pulled[b], reference.vjp(torch.from_numpy(g[b])), 1e-4)
         assert close(pushed[b], reference.jvp(torch.from_numpy(g[b])), 1e-4)
         assert close(variance[b], reference.variance())
+
+
+def test_sources_in_a_bank_of_several_sizes_have_the_coordinates_of_their_image(
+    client: Client,
+) -> None:
+    x, bank = images(LARGE), mixed_bank()
+    pixels = [torch.from_numpy(bank.image(index)) for index in range(len(bank))]
+    found = client.explain(x, model="mixed", sigma=SIGMA, top=4, images=3)
+    geometry = FOLD_GEOMETRIES["els", "zeros"]
+    for b, sigma in enumerate(SIGMA):
+        one = torch.from_numpy(x[b])
+        want = ReferenceFoldPosterior(one, pixels, 1.0, sigma, 3, 0.5, geometry)
+        assert close(found.denoised[b], want.mean())
+        assert close(found.variance[b], want.variance())
+        assert close(found.shares[b], want.shares())
+        weights = want.weights()
+        sources = found.sources[b].reshape(-1, 4, 3)
+        for place, listed in enumerate(found.weights[b].reshape(-1, 4)):
+            for weight, (image, row, col) in zip(listed, sources[place].tolist(), strict=True):
+                exact = weights[image][place, row * pixels[image].shape[2] + col]
+                assert weight == pytest.approx(float(exact), abs=1e-5)
+        assert len(found.images[b]) == 3
+        for index, values in found.images[b].items():
+            assert np.array_equal(values, bank.image(index))
+
+
+def test_els_explain_draws_bank_images_of_their_own_sizes(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    words = ["explain", "--seed", "0", "--steps", "2", "--model", "mixed", "--json"]
+    out = tmp_path / "why"
+    result = CliRunner().invoke(app, [*words, "--out", str(out), "--target", server.target])
+    assert result.exit_code == 0, result.output
+    assert {one["image"] for one in json.loads(result.output)["bank_images"]} <= {0, 1, 2, 3}
+    with Image.open(out / "sheet.png") as sheet:
+        assert min(sheet.size) > 100
 
 
 def test_queries_of_the_banks_size_have_the_sources_of_the_model_without_sizes(

@@ -21,6 +21,7 @@ from els_kernels import (
     FOLD_MOMENT_IMPLEMENTATIONS,
     ComputationStoppedError,
     Control,
+    FoldedAttention,
     FoldedMoments,
     PatchAttention,
     PatchMoments,
@@ -29,6 +30,7 @@ from els_kernels import (
 )
 from els_kernels.native import NativeFoldMoments
 from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
+from els_kernels.torch_fold import decoded
 
 PAIRS = [(0.5, 0.1), (0.3, math.inf), (0.05, 0.5), (1e-4, 0.5), (0.2, 0.0)]
 """(s, ρ)."""
@@ -395,6 +397,32 @@ print(peak() - before)
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert float(done.stdout) <= 64
+
+
+def results(operator: FoldedMoments, case: FoldCase, g: Tensor) -> list[Tensor]:
+    found = operator.statistics(case.x, **arguments(case))
+    products = [each(case.x, g, **arguments(case))[1] for each in (operator.vjp, operator.jvp)]
+    return [found.mean, found.variance, found.entropy, found.shares.float(), *products]
+
+
+def test_a_bank_in_bytes_has_the_moments_of_its_values_and_is_not_copied(form: str) -> None:
+    stored = torch.randint(
+        0, 256, (3, 2, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    case = fold_case(FOLD_NAMES["els-inside"], (6, 5), decoded(stored), 3, PAIRS[:2])
+    kind = form.partition("-")[0]
+    attention = FoldedAttention(stored, implementation=kind)
+    operator = FoldedMoments(attention, implementation=kind)
+    (group,) = attention.groups
+    assert group.data_ptr() == stored.data_ptr()
+    (kept,) = getattr(operator._moments, "groups" if kind == "native" else "_groups")
+    assert kept.data_ptr() == stored.data_ptr()
+    g = directions(case)
+    want = FoldedMoments(FoldedAttention(case.bank, implementation=kind), implementation=kind)
+    for one, other in zip(*(results(each, case, g) for each in (operator, want)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+    reference = references(case)[0]
+    assert torch.equal(replace(reference, bank=list(stored)).variance(), reference.variance())
 
 
 @pytest.mark.parametrize("name", ["els-inside", "local-zeros"])

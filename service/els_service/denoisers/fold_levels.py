@@ -65,6 +65,7 @@ class LevelFoldDenoiser:
             fold=max(table.rho),
             has_gradients=False,
             has_sources=False,
+            reuses_evidence=False,
             memory_bytes=max(info.memory_bytes for info in infos),
         )
 
