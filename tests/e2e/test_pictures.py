@@ -18,6 +18,7 @@ from tests.support.processes import ServerProcess, run, serving
 from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, InvalidArgumentError, Step
+from els_client import _remix_pictures as drawing
 from els_client._remix import RemixOptions
 from els_client.cli import app
 from els_kernels import FOLD_GEOMETRIES
@@ -375,3 +376,22 @@ async def test_both_clients_draw_the_same_pictures(server: ServerProcess, client
     async with AsyncClient(server.target) as other:
         images = await other.remix(**options)
     np.testing.assert_array_equal(images, client.remix(**options))
+
+
+def test_els_remix_shows_from_where_in_the_photograph_each_pixel_came(
+    server: ServerProcess, models: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.png"
+    words = ("--model", "hills", "--size", "24x20", "--explain", "--out", str(out))
+    code, output = remix(server.target, str(models / "hills" / "photo.png"), *words)
+    assert code == 0, output
+    with Image.open(tmp_path / "out-sources.png") as sheet:
+        pixels = np.asarray(sheet)
+    # The mosaic at the top right is of colours of places, none of which is black.
+    zoom = 192 // 24
+    left = drawing.MARGIN + 24 * zoom + drawing.GAP
+    mosaic = pixels[drawing.MARGIN :, left:][: 20 * zoom : zoom, : 24 * zoom : zoom]
+    rows, cols = np.indices((20, 24))
+    colours = drawing.coordinate_colours(rows, cols, (20, 24)).reshape(-1, 3)
+    assert {tuple(one) for one in mosaic.reshape(-1, 3)} <= {tuple(one) for one in colours}
+    assert len(np.unique(mosaic.reshape(-1, 3), axis=0)) > 20
