@@ -15,7 +15,7 @@ from tests.repository.malformed import ALIASES
 from tests.support.models_folder import DOCUMENTS, write_models
 
 from els_service.config import Scheduling
-from els_service.denoisers import banks
+from els_service.denoisers import mixed_banks
 from els_service.engine.engine import Engine
 from els_service.engine.loading import Loader
 from els_service.errors import LoadError
@@ -155,12 +155,12 @@ def test_a_bank_is_read_once_however_many_threads_load_models_of_it(
     repository = ModelRepository(models(tmp_path, "circular", "wiener"))
     reads = []
 
-    def read(path: Path) -> banks.Bank:
+    def read(path: Path) -> mixed_banks.AnyBank:
         reads.append(path)
         time.sleep(0.05)  # long enough for the others to come
-        return banks.load_bank(path)
+        return mixed_banks.load_any_bank(path)
 
-    monkeypatch.setattr(bank_cache, "load_bank", read)
+    monkeypatch.setattr(bank_cache, "load_any_bank", read)
     names = (*GOOD, "circular", "wiener")
     kept: list[Any] = []
     threads = [
