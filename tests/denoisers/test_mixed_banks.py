@@ -16,6 +16,7 @@ from safetensors.numpy import save as encode_safetensors
 
 from els_service.denoisers.banks import Bank, load_bank, make_bank, save_bank
 from els_service.denoisers.mixed_banks import MixedBank, load_any_bank, make_mixed_bank
+from els_service.denoisers.originality import distances_to
 from els_service.errors import InvalidArgumentError, LoadError
 from els_service.experiments.training import load_training_data
 
@@ -62,6 +63,15 @@ def test_groups_are_views_of_the_images_of_one_size_in_a_row() -> None:
     assert [group.shape for group in bank.groups] == [(1, 2, 4, 1), (1, 2, 1, 5), (2, 2, 2, 3)]
     assert all(np.shares_memory(group, bank.images) for group in bank.groups)
     assert (bank.size, bank.channels, bank.sides) == (42, 2, ((1, 4), (1, 5)))
+
+
+def test_distances_are_to_the_images_of_the_size_of_the_image() -> None:
+    bank = mixed()
+    same, every, _ = distances_to(bank.image(3), bank)
+    assert same.tolist() == [2, 3]
+    assert every[1] == 0
+    assert every[0] == pytest.approx(np.linalg.norm(bank.image(2) - bank.image(3)))
+    assert not len(distances_to(bank.image(3)[:1], bank)[0])
 
 
 def test_its_shape_is_the_most_frequent_size_and_of_equally_frequent_ones_the_largest() -> None:

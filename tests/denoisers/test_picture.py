@@ -230,3 +230,26 @@ def test_a_picture_smaller_than_a_patch_is_rejected_with_both_sizes() -> None:
 def test_times_are_rejected_for_a_pyramid() -> None:
     with pytest.raises(InvalidArgumentError, match="times: expected none for pyramid"):
         draw(denoiser(), (20, 24), times=(0.5,) * STEPS)
+
+
+def test_without_a_label_every_scale_is_a_source_and_products_are_differences() -> None:
+    model = denoiser()
+    x = torch.randn(1, 3, 7, 9, generator=torch.Generator().manual_seed(3))
+    query = make_query(x, from_sigma([0.8]))
+    found = model.explain(query, 4)
+    assert (found.shares[0] > 0).all()
+    assert found.shares.sum() == pytest.approx(1)
+    assert np.abs(found.pixels - model.denoise(query).pixels).max() <= 1e-5
+    assert np.array_equal(found.variance, model.variance(query))
+    u = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    ahead, behind = (
+        model.denoise(make_query(x + d * 2e-3 * u, from_sigma([0.8]))).pixels for d in (1, -1)
+    )
+    product = model.jvp(query, u.numpy()).product
+    # D is float32 here: its rounding, divided by the step.
+    assert np.abs(product - (ahead - behind) / 4e-3).max() <= 1e-3 * np.abs(product).max() + 5e-4
+    for seconds in (
+        model.predict_explain_seconds(query),
+        model.predict_product_seconds(query, "vjp"),
+    ):
+        assert seconds > model.predict_seconds(query)

@@ -166,7 +166,7 @@ def write_originality(index: int, found: Originality, nearest: int) -> pb.Origin
         distances=tensors.encode_tensor(report.distances[:nearest]),
         absent=report.absent,
         bank_fingerprint=bank.fingerprint,
-        bank_images=len(bank.labels),
+        bank_images=len(bank),
         nearest_labels=bank.labels[images].astype("<i4").tobytes() if bank.label_count else b"",
         file_names=[bank.file_names[i] for i in images] if bank.file_names else (),
     )
