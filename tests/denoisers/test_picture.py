@@ -16,6 +16,7 @@ from els_kernels import FoldedAttention
 from els_service.denoisers.base import concatenate, make_query
 from els_service.denoisers.levels import MAX_SIGMA, from_sigma
 from els_service.denoisers.noise import seeded_noise
+from els_service.denoisers.originality import distances_to
 from els_service.denoisers.picture import PictureDenoiser
 from els_service.denoisers.picture_banks import PictureBank, picture_bank
 from els_service.denoisers.pyramids import PyramidPlan, asked_sizes, scale_count, scale_sizes
@@ -230,6 +231,21 @@ def test_a_picture_smaller_than_a_patch_is_rejected_with_both_sizes() -> None:
 def test_times_are_rejected_for_a_pyramid() -> None:
     with pytest.raises(InvalidArgumentError, match="times: expected none for pyramid"):
         draw(denoiser(), (20, 24), times=(0.5,) * STEPS)
+
+
+def test_images_of_several_sizes_are_compared_by_size() -> None:
+    of = picture_bank([picture(), picture(11, 13)], coarsest=8, scales=2, names=["a.png", "b.png"])
+    same, every, _ = distances_to(of.image(3), of)
+    assert same.tolist() == [3]
+    assert every.tolist() == [0]
+    assert not len(distances_to(np.zeros((3, 5, 5), np.float32), of)[0])
+    for index, extent in enumerate(of.extents.tolist()):
+        assert np.array_equal(of.image(index), of.images[index].numpy())
+        assert list(of.image(index).shape[1:]) == extent
+    assert of.labels.tolist() == [0, 0, 1, 1]
+    assert of.file_names is not None
+    assert list(of.file_names) == ["a.png", "b.png"] * 2
+    assert of.size == sum(image.numel() for image in of.images)
 
 
 def test_without_a_label_every_scale_is_a_source_and_products_are_differences() -> None:
