@@ -42,8 +42,9 @@ lint: install
 	$(NICE) $(BIN)/mypy
 	$(NICE) $(BIN)/lint-imports
 
-# Tests share the cores; those that measure time run afterwards, one at a time.
-WORKERS ?= auto
+# Tests share the cores, and wait for processes a third of the time; those that measure time run
+# afterwards, one at a time.
+WORKERS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 SHARED := -n $(WORKERS) --dist worksteal
 
 # While developing: no processes of the server, no fuzzing, nothing that takes seconds.

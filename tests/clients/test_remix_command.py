@@ -129,8 +129,10 @@ def test_an_error_of_a_call_stops_the_server(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_interrupted_command_stops_the_server(number: signal.Signals) -> None:
     # The server interrupts the command as soon as it is ready.
     script = program(then=f"os.kill(os.getppid(), {int(number)}); signal.pause()")
+    # A shell's background jobs ignore Ctrl-C, and so would the command.
     command = (
-        "import sys; from els_client import _embedded as embedded; from els_client.cli import main;"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from els_client import _embedded as embedded; from els_client.cli import main;"
         f"embedded.SERVER = (sys.executable, '-c', {script!r}); main()"
     )
     done = subprocess.run(
