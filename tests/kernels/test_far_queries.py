@@ -22,7 +22,7 @@ FAR = [20.0, 200.0]
 """50 and 500 standard deviations of ``random_bank``."""
 LEVELS = [1.0, 0.05, 1e-2, 1e-4]
 NATIVE = "native-baseline"
-"""What is far is no matter of instructions."""
+"""One instruction set for all: the choice of far queries does not depend on it."""
 
 
 def far_case(name: str, seed: int = 0) -> Case:

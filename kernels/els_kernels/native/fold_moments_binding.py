@@ -278,7 +278,7 @@ class NativeFoldQuery:
         return sums
 
     def _taps(self) -> dict[str, Tensor]:
-        """Return what all passes but the first need."""
+        """Return the common inputs of all passes but the first."""
         return {
             "row_taps": self._row_taps.float(),
             "col_taps": self._col_taps,
@@ -286,7 +286,7 @@ class NativeFoldQuery:
         }
 
     def _counts(self) -> tuple[Tensor, Tensor]:
-        """Return what each patch counts in a mean over the pixels: [Q] and [P] float64."""
+        """Return the weights of patches in a mean over the pixels: [Q] and [P] float64."""
         counts = []
         for line, taps in ((self._rows, self._row_taps), (self._cols, self._col_table)):
             here = torch.zeros(line.size, 1).double()

@@ -38,7 +38,7 @@ _SAFETENSORS_DTYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
 
 @dataclass(frozen=True, eq=False)
 class BankContent:
-    """What a bank file holds.
+    """Content of a bank file.
 
     Attributes:
         arrays: tensors by name, in the order of the file: wider types first, so that all are
@@ -68,7 +68,7 @@ class Storable(Protocol):
 
     @property
     def content(self) -> BankContent:
-        """What its file holds."""
+        """Content of its file."""
         ...
 
 

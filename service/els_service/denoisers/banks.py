@@ -24,7 +24,7 @@ UNLABELLED = -1
 
 
 class HasLabels(Protocol):
-    """What the methods of ``Labelled`` need."""
+    """Labels of images, for the methods of ``Labelled``."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -130,7 +130,7 @@ class Bank(Labelled):
 
     @property
     def content(self) -> BankContent:
-        """What the bank's file holds."""
+        """Content of the bank's file."""
         # The wider type first, so that both are aligned.
         arrays: dict[str, NDArray[Any]] = {"labels": self.labels, "images": self.images}
         return content_of(self, arrays)

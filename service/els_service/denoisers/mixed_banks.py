@@ -120,7 +120,7 @@ class MixedBank(Labelled):
 
     @property
     def content(self) -> BankContent:
-        """What the bank's file holds."""
+        """Content of the bank's file."""
         # The wider types first, so that all are aligned.
         arrays = {"labels": self.labels, "extents": self.extents, "images": self.images}
         return content_of(self, arrays)

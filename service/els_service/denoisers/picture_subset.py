@@ -27,7 +27,7 @@ from els_service.denoisers.pyramids import Size
 
 _GEOMETRY = FOLD_GEOMETRIES["els", "inside"]
 _STRIP = 2
-"""Rows of patches of a strip, in patches: sums over rows begin anew in each."""
+"""Rows of patches of a strip, in patches: sums over rows restart in each."""
 _PROBE = 48
 """Longest side of the query of which the error is measured."""
 PROBED = (0.25, 0.5, 0.75)
