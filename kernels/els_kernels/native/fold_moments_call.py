@@ -145,7 +145,7 @@ class FoldPasses:
         return int(sum(source.hi - source.lo for source in self._sources))
 
     def normalisers(self) -> dict[str, Tensor]:
-        """Return the results of the first pass, for the others: ``whole`` int32, ``rest``, [Q, P]."""
+        """Return results of the first pass, for the others: ``whole`` int32, ``rest``, [Q, P]."""
         patches = self._rows.axis.places, self._cols.axis.places
         whole = torch.empty(patches, dtype=torch.int32)
         rest = torch.empty(patches)
