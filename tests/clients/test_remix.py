@@ -33,7 +33,7 @@ def target(fake: FakePictures) -> Iterator[str]:
 
 
 async def request(twin: Twin, fake: FakePictures, *given: Any, **options: Any) -> pb.SampleRequest:
-    """Return what is sent for some pictures, whose shape is checked."""
+    """Return the request for some pictures, whose shape is checked."""
     images = await twin.call("remix", *given, model="street", **options)
     (sent,) = (one for one in fake.requests if isinstance(one, pb.SampleRequest))
     assert images.shape == (sent.count, 3, sent.height, sent.width)

@@ -99,8 +99,7 @@ def test_a_bank_of_bytes_has_the_bits_of_the_same_bank_in_float32(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     bank = torch.randint(0, 256, (5, 3, 6, 7), dtype=torch.uint8, generator=generator)
-    pairs = [(0.3, 0.2), (0.05, math.inf)]
-    case = fold_case(FOLD_NAMES[name], (6, 7), bank.float() / 127.5 - 1, 3, pairs)
+    case = fold_case(FOLD_NAMES[name], (6, 7), bank.float() / 127.5 - 1, 3, cyclic_pairs(2))
     got = FoldCase(**{**vars(case), "bank": bank}).attend(fold_variant)
     want = case.attend(fold_variant)
     assert torch.equal(got.mean, want.mean)
@@ -118,9 +117,8 @@ def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
         torch.randint(0, 2, (count, 2, *size), generator=generator).to(dtype)
         for count, *size in sizes
     ]
-    pairs = [(0.3, 0.2), (1.0, math.inf)]
-    case = fold_case(FOLD_NAMES["els-inside"], (6, 7), groups[0][:1].float(), 3, pairs)
-    case = FoldCase(**{**vars(case), "ranges": torch.tensor([[0, 6], [1, 4]])})
+    case = fold_case(FOLD_NAMES["els-zeros"], (6, 7), groups[0][:1].float(), 3, cyclic_pairs(1))
+    case = FoldCase(**{**vars(case), "ranges": torch.tensor([[0, 6], [1, 4], [2, 3]] * 2)})
     together = FoldCase(**{**vars(case), "bank": groups}).operator(fold_variant)
     alone = FoldCase(**{**vars(case), "bank": [image for group in groups for image in group]})
     got, want = case.ask(together), alone.attend(fold_variant)
@@ -128,8 +126,7 @@ def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
     assert torch.equal(got.log_evidence, want.log_evidence)
     held = [group.data_ptr() for group in together._groups]
     assert held == [group.data_ptr() for group in groups]
-    kernel: Any = together._attend
-    assert held == [group.data_ptr() for group in kernel._groups]
+    assert held == [group.data_ptr() for group in vars(together._attend)["_groups"]]
 
 
 @pytest.mark.parametrize(("name", "window"), [("els-inside", 7), ("els-zeros", 7)])

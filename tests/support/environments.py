@@ -20,5 +20,6 @@ def python_with(module: str, name: str) -> Path:
         return Path(sys.executable)
     python = ROOT / f".venv-{name}" / "bin" / "python"
     if not python.exists():
+        # Each is large, or patches what imports it: no part of the environment of development.
         pytest.skip(f"needs {name}: make {name}")
     return python
