@@ -8,14 +8,15 @@ For a place with weights w over sources with patches φ and centres v, D = Σ w 
 Two implementations. ``torch`` is float64 (``moment_queries``): a logit at s = 1e-4 is of size 1e8,
 and a Jacobian divides by σ². ``native`` (``native/moments_binding``) has integer logits, and serves
 the machines with windows on a CPU, but for queries far from the bank at low noise
-(``native/far_queries``). No pair is stored.
+(``native/far_queries``); ``triton`` serves them on a GPU, with the same exception. No pair is
+stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ from els_kernels.geometry import Geometry
 from els_kernels.moment_queries import FarQuery, MomentQuery, PatchQuery, WholeQuery
 from els_kernels.native import Native, NativeMoments
 from els_kernels.native.moments_binding import NativeQuery
+from els_kernels.triton import create_moments
+
+if TYPE_CHECKING:
+    from els_kernels.triton.moments import TritonMoments, TritonQuery
 
 MAX_SOURCES = 16
 """Most sources of a pixel that are reported."""
@@ -81,8 +86,9 @@ class PatchMoments:
         attention: operator of the same bank; checks the queries.
         bank: [N, C, H, W] on the operator's device; float32, or uint8 v for v/127.5 − 1, which is
             decoded tile by tile.
-        implementation: ``torch``, exact; ``native``, which shares the bank of a native operator
-            and leaves whole windows and removals to torch; ``auto``: native if the operator is.
+        implementation: ``torch``, exact; ``native``, which shares the bank of a native operator, or
+            ``triton``, beside an operator in Triton: both leave whole windows and removals to
+            torch; ``auto``: that of the operator if it is one of them, or else torch.
 
     Raises:
         ValueError: The bank has another shape than the operator's, or another dtype; or the
@@ -98,23 +104,27 @@ class PatchMoments:
                 f"bank: expected uint8 or float32 {list(expected)}, "
                 f"got {bank.dtype} {list(bank.shape)}"
             )
-        if implementation not in ("auto", "torch", "native"):
+        if implementation not in ("auto", "torch", "native", "triton"):
             raise ValueError(
-                f"implementation: expected auto, torch or native, got {implementation!r}"
+                f"implementation: expected auto, torch, native or triton, got {implementation!r}"
             )
-        prepared = attention.prepared
-        if implementation == "native" and not isinstance(prepared, Native):
+        own, prepared = attention.implementation, attention.prepared
+        if implementation in ("native", "triton") and implementation != own:
             raise ValueError(
-                f"implementation: native needs a native operator, got {attention.implementation}"
+                f"implementation: {implementation} needs a {implementation} operator, got {own}"
             )
         self._attention, self._bank = attention, bank
-        self._native: NativeMoments | None = None
+        self._fast: NativeMoments | TritonMoments | None = None
         if implementation != "torch" and isinstance(prepared, Native):
-            self._native = NativeMoments(prepared)
+            self._fast = NativeMoments(prepared)
+        elif implementation != "torch" and own == "triton":
+            self._fast = create_moments(bank)
 
     def implementation(self, geometry: Geometry) -> str:
-        """Return ``native`` or ``torch``, which computes all but ``without`` for a geometry."""
-        return "torch" if self._native is None or geometry.whole else "native"
+        """Return what computes all but ``without`` for a geometry: native, triton or torch."""
+        if self._fast is None or geometry.whole:
+            return "torch"
+        return self._attention.implementation
 
     def vjp(
         self,
@@ -184,8 +194,8 @@ class PatchMoments:
 
     def evidence_channels(self, geometry: Geometry) -> int:
         """Return the number K of float64 numbers that ``evidence`` has for each pixel."""
-        is_native = self._native is not None and not geometry.whole
-        return self._bank.shape[1] + (2 if is_native else 1)
+        is_fast = self._fast is not None and not geometry.whole
+        return self._bank.shape[1] + (2 if is_fast else 1)
 
     def evidence(
         self,
@@ -310,11 +320,11 @@ class PatchMoments:
         ranges: Tensor | None,
         geometry: Geometry,
         evidence: Tensor | None = None,
-    ) -> list[MomentQuery | NativeQuery]:
+    ) -> list[MomentQuery | NativeQuery | TritonQuery]:
         """Return the queries of a batch, of the implementation of their geometry."""
-        queries: list[MomentQuery | NativeQuery] = []
-        native = self._native
-        if native is None or geometry.whole:
+        queries: list[MomentQuery | NativeQuery | TritonQuery] = []
+        fast = self._fast
+        if fast is None or geometry.whole:
             queries += self._torch_queries(x, a, s, window, ranges, geometry)
         else:
             images, scales, noises, windows, limits, geometry = self._attention.validate(
@@ -323,7 +333,7 @@ class PatchMoments:
             for image, scale, noise, side, ends in zip(
                 images, scales, noises, windows, limits, strict=True
             ):
-                found = native.query(image, scale, noise, side, ends, geometry)
+                found = fast.query(image, scale, noise, side, ends, geometry)
                 if found.is_unresolved:
                     queries.append(FarQuery(image, scale, noise, self._bank, ends, side, geometry))
                 else:

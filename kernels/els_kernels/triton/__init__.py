@@ -15,8 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from els_kernels.triton.attention import TritonAttention
     from els_kernels.triton.fold import TritonFold
+    from els_kernels.triton.moments import TritonMoments
 
-__all__ = ["create", "create_fold", "unavailable"]
+__all__ = ["create", "create_fold", "create_moments", "unavailable"]
 
 
 def unavailable(bank: Tensor) -> str | None:
@@ -57,3 +58,17 @@ def create_fold(groups: Sequence[Tensor]) -> TritonFold:
     from els_kernels.triton.fold import TritonFold
 
     return TritonFold(groups)
+
+
+def create_moments(bank: Tensor) -> TritonMoments:
+    """Return the implementation of posterior moments for a bank, float32 or uint8.
+
+    Raises:
+        RuntimeError: As ``create``.
+    """
+    reason = unavailable(bank)
+    if reason is not None:
+        raise RuntimeError(f"implementation triton: {reason}")
+    from els_kernels.triton.moments import TritonMoments
+
+    return TritonMoments(bank)

@@ -16,6 +16,7 @@ from els_kernels.torch_fold import bank_centre, decoded
 from els_kernels.triton.fold_kernels import fold_kernel, normaliser_kernel
 from els_kernels.triton.plane_plan import (
     BLOCK,
+    FOLD_VALUES,
     PlaneLevel,
     Slab,
     chunks,
@@ -44,12 +45,12 @@ class BankLevels:
         low = torch.stack([decoded(group.amin((0, 2, 3))) for group in groups]).amin(0).double()
         high = torch.stack([decoded(group.amax((0, 2, 3))) for group in groups]).amax(0).double()
         centre = self._centre.flatten()
-        self._largest = float(torch.maximum(-low, high).max())
+        self.largest = float(torch.maximum(-low, high).max())
         self._reach = float(torch.maximum(centre - low, high - centre).max())
 
     def level(self, x: Tensor, a: float, s: float, window: int) -> PlaneLevel:
         """Return the scales of a query [C, H, W]."""
-        return plane_level(a, s, window, len(x), float(x.abs().max()), self._largest)
+        return plane_level(a, s, window, len(x), float(x.abs().max()), self.largest)
 
     def is_unresolved(self, x: Tensor, a: float, s: float, window: int) -> bool:
         """Return whether a query is far from the bank, and its logits not exact to ``MOST_ERROR``.
@@ -74,6 +75,8 @@ class CellPlanes:
         limits: half-open range of its images.
         geometry: sources and padding.
         arch: architecture whose tuned tiles are used.
+        known: peak and total of an earlier computation, which spare the first pass.
+        tops: number of largest peaks of chunks that are kept of each patch.
     """
 
     def __init__(
@@ -85,44 +88,55 @@ class CellPlanes:
         limits: tuple[int, int],
         geometry: Geometry,
         arch: Arch,
+        *,
+        known: tuple[Tensor, Tensor] | None = None,
+        tops: int = 0,
     ) -> None:
-        self._cell, self._groups, self._limits, self._geometry = cell, groups, limits, geometry
+        self.cell, self._groups, self._limits, self._geometry = cell, groups, limits, geometry
         self._query = cell.query(x)
         self._scales = level.tensor().to(x.device)
         self._tiles, self._arch = tiles(cell), arch
         shape = cell.rows.places, cell.cols.places
-        self._peak = x.new_full(shape, _EMPTY)
-        self._total = torch.zeros(shape, dtype=torch.float64)
+        self.peak = x.new_full(shape, _EMPTY)
+        """[Q, P] float32: the largest logit of each patch, in bits."""
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        """[Q, P] float64: Σ 2^(ℓ - peak)."""
+        self._tops = x.new_full((tops, *shape), _EMPTY)
+        if known is not None:
+            self.peak, self.total = known
+            return
         for slab in self._slabs():
             self._add(slab)
 
     def _slabs(self) -> Iterator[Slab]:
-        return slabs(self._groups, self._limits, self._cell, self._geometry, self._tiles)
+        return slabs(self._groups, self._limits, self.cell, self._geometry, self._tiles)
 
-    def _padded(self, slab: Slab) -> Tensor:
-        """Return the crop of the query with zeros up to whole tiles, as wide as the keys."""
-        rows = self._tiles.pixels[0] - self._query.shape[1]
-        cols = slab.keys.shape[3] - self._query.shape[2]
-        return pad(self._query, (0, cols, 0, rows)).contiguous()
+    def _padded(self, crop: Tensor, slab: Slab) -> Tensor:
+        """Return a crop of the query with zeros up to whole tiles, as wide as the keys."""
+        rows = self._tiles.pixels[0] - crop.shape[1]
+        cols = slab.keys.shape[3] - crop.shape[2]
+        return pad(crop, (0, cols, 0, rows)).contiguous()
 
     def _add(self, slab: Slab) -> None:
         """Add the sources of a slab to the normaliser, chunk by chunk in order."""
         work = chunks(slab, self._tiles.count)
-        peaks = self._query.new_empty(work.total, *self._peak.shape)
+        peaks = self._query.new_empty(work.total, *self.peak.shape)
         totals = torch.empty_like(peaks)
         normaliser_kernel[(self._tiles.count, work.shifts, work.images)](
-            self._padded(slab), slab.keys, self._scales, peaks, totals,
-            *sizes(self._cell, slab, work, self._tiles),
+            self._padded(self._query, slab), slab.keys, self._scales, peaks, totals,
+            *sizes(self.cell, slab, work, self._tiles),
             CHANNELS=len(self._query), **options(self._tiles, self._arch),
         )  # fmt: skip
-        top = torch.maximum(self._peak, peaks.amax(0))
-        self._total *= torch.exp2((self._peak - top).double())
-        self._total += (totals * torch.exp2((peaks - top).double())).sum(0)
-        self._peak = top
+        top = torch.maximum(self.peak, peaks.amax(0))
+        self.total *= torch.exp2((self.peak - top).double())
+        self.total += (totals * torch.exp2((peaks - top).double())).sum(0)
+        self.peak = top
+        if len(self._tops):
+            self._tops = torch.cat([self._tops, peaks]).topk(len(self._tops), dim=0).values
 
     def log_sum(self) -> Tensor:
         """Return log Σ exp(logit) of each patch, in nats, float64."""
-        return (self._peak.double() + self._total.log2()) * math.log(2)
+        return (self.peak.double() + self.total.log2()) * math.log(2)
 
     def fold(self, row_taps: Tensor, col_taps: Tensor) -> Tensor:
         """Return the folded mean of the crop, [C, X, Y] float64.
@@ -132,43 +146,53 @@ class CellPlanes:
             col_taps: weights [Y, k].
         """
         channels = len(self._query)
-        reference = self._reference()
+        reference = self._reference(2.0**14)
         taps = row_taps.float().contiguous(), col_taps.float().contiguous()
         blocks = self._tiles.count * self._tiles.blocks**2
         side = BLOCK
         parts = torch.zeros(blocks, channels, side, side, dtype=torch.float64)
         for slab in self._slabs():
-            for first in range(0, channels, values_of(channels)):
-                values = min(values_of(channels), channels - first)
+            together = values_of(channels, FOLD_VALUES)
+            for first in range(0, channels, together):
+                values = min(together, channels - first)
                 work = chunks(slab, blocks)
                 sums = self._query.new_empty(work.total, blocks, values, side, side)
                 fold_kernel[(blocks, work.shifts, work.images)](
-                    self._padded(slab), slab.keys, self._scales, reference, *taps, sums,
-                    *sizes(self._cell, slab, work, self._tiles), *self._query.shape[1:], first,
+                    self._padded(self._query, slab), slab.keys, self._scales, reference, *taps,
+                    sums, *sizes(self.cell, slab, work, self._tiles), *self._query.shape[1:], first,
                     CHANNELS=channels, VALUES=values, **options(self._tiles, self._arch),
                 )  # fmt: skip
                 parts[:, first : first + values] += sums.sum(0, dtype=torch.float64)
         return self._overlapped(parts)
 
-    def _reference(self) -> Tensor:
+    def _reference(self, scale: float) -> Tensor:
         """Return the peak and the inverse weight of the patches of each tile, [tiles, 2, 32, 32].
 
-        Weights have a factor of 2^14; a patch that a tile does not have weighs 0.
+        Weights have a factor ``scale``; a patch that a tile does not have weighs 0.
         """
+        inverse = (scale / self.total).float()
+        return torch.cat([self._tiled(self.peak[None], 3e38), self._tiled(inverse[None], 0.0)], 1)
+
+    def _tiled(self, fields: Tensor, fill: float) -> Tensor:
+        """Return numbers of patches [K, Q, P] as [tiles, K, 32, 32]; ``fill`` is no patch's."""
         shape = self._tiles
-        rows = (shape.rows - 1) * shape.step + BLOCK - self._peak.shape[0]
-        cols = (shape.cols - 1) * shape.step + BLOCK - self._peak.shape[1]
-        far = 3e38
-        fields = [(self._peak, far), ((2.0**14 / self._total).float(), 0.0)]
+        rows = (shape.rows - 1) * shape.step + BLOCK - fields.shape[1]
+        cols = (shape.cols - 1) * shape.step + BLOCK - fields.shape[2]
         own = torch.arange(BLOCK) < shape.step
-        return torch.stack([
-            pad(field, (0, cols, 0, rows), value=fill)
-            .unfold(0, BLOCK, shape.step)
-            .unfold(1, BLOCK, shape.step)
-            .flatten(0, 1)
-            .masked_fill(~(own[:, None] & own), fill)
-            for field, fill in fields
-        ], 1)  # fmt: skip
+        every = pad(fields, (0, cols, 0, rows), value=fill)
+        every = every.unfold(1, BLOCK, shape.step).unfold(2, BLOCK, shape.step)
+        every = every.masked_fill(~(own[:, None] & own), fill)
+        return every.flatten(1, 2).transpose(0, 1).contiguous()
+
+    def _untiled(self, tiled: Tensor) -> Tensor:
+        """Return numbers of patches [..., Q, P] of those of tiles, [..., tiles, 32, 32]."""
+        shape = self._tiles
+        *others, _, _, _ = tiled.shape
+        own = tiled[..., : shape.step, : shape.step]
+        own = own.reshape(*others, shape.rows, shape.cols, shape.step, shape.step)
+        rows, cols = shape.rows * shape.step, shape.cols * shape.step
+        every: Tensor = own.transpose(-3, -2).reshape(*others, rows, cols)
+        return every[..., : self.peak.shape[0], : self.peak.shape[1]]
 
     def _overlapped(self, parts: Tensor) -> Tensor:
         """Return the crop [C, X, Y] of the blocks of pixels [tiles·blocks², C, side, side]."""

@@ -172,7 +172,7 @@ def _type(name: str, binary: Binary) -> str:
         return "constexpr"
     if not name.startswith("p_"):
         return "i32"
-    if name == "p_row_spans":
+    if name in ("p_row_spans", "p_ids"):
         return "*i32"
     floats = "SINGLE" in binary.constants or (
         binary.kernel is same_place_kernel and name == "p_query"

@@ -22,8 +22,9 @@ from els_kernels.triton.tuning import PROGRAMS, Arch, Config
 
 _SLAB_BYTES = 1 << 28
 """Maximum float32 images of one launch in memory."""
-_MAX_VALUES = 3
-"""Most channels of the mean that one program computes; more of them spill."""
+FOLD_VALUES, PRODUCT_VALUES = 3, (2, 1)
+"""Most channels that a program of the fold has sums of, and of Jacobian products for windows of a
+single block and others; more of them spill."""
 _MIN_SHIFTS = 32
 """Minimum planes of one program, where there are enough: its start costs as much as a few."""
 
@@ -160,7 +161,11 @@ def slabs(
     for group in within(groups, limits):
         rows = ring(cell.rows, group.shape[2], torus)
         cols = ring(cell.cols, group.shape[3], torus)
-        places = [axis.continued(n) for axis, n in zip((rows, cols), shape.pixels, strict=True)]
+        # Centres of patches are read beyond the last pixels of tiles.
+        margin = cell.rows.window // 2
+        places = [
+            axis.continued(n + margin) for axis, n in zip((rows, cols), shape.pixels, strict=True)
+        ]
         each = 4 * group.shape[1] * len(places[0]) * len(places[1])
         together = max(1, _SLAB_BYTES // each)
         for start in range(0, len(group), together):
@@ -194,9 +199,9 @@ def chunks(slab: Slab, programs: int, most: int = PROGRAMS) -> Chunks:
     return Chunks(-(-shifts // each_shift), each_shift, parts, each_image)
 
 
-def values_of(channels: int) -> int:
-    """Return the channels of the mean that one program computes."""
-    return -(-channels // -(-channels // _MAX_VALUES))
+def values_of(channels: int, most: int) -> int:
+    """Return the channels that one program has sums of, ``most`` at most."""
+    return -(-channels // -(-channels // most))
 
 
 def sizes(cell: Cell, slab: Slab, work: Chunks, shape: Tiles) -> tuple[int, ...]:
