@@ -108,7 +108,8 @@ class PatchMoments:
             raise ValueError(
                 f"implementation: expected auto, torch, native or triton, got {implementation!r}"
             )
-        own, prepared = attention.implementation, attention.prepared
+        prepared = attention.prepared
+        own = "native" if isinstance(prepared, Native) else attention.implementation
         if implementation in ("native", "triton") and implementation != own:
             raise ValueError(
                 f"implementation: {implementation} needs a {implementation} operator, got {own}"
@@ -124,7 +125,7 @@ class PatchMoments:
         """Return what computes all but ``without`` for a geometry: native, triton or torch."""
         if self._fast is None or geometry.whole:
             return "torch"
-        return self._attention.implementation
+        return "native" if isinstance(self._fast, NativeMoments) else "triton"
 
     def vjp(
         self,

@@ -396,7 +396,7 @@ def test_a_stopped_computation_ends(form: str, geometry: Geometry) -> None:
         ),
         (
             lambda m, c: PatchMoments(m._attention, c.bank, implementation="jax"),
-            "implementation: expected auto, torch or native, got 'jax'",
+            "implementation: expected auto, torch, native or triton, got 'jax'",
         ),
     ],
 )

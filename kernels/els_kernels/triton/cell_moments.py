@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ class CellMoments(CellPlanes):
             self._padded(self._query, slab), slab.keys, self._scales, self._reference(1.0),
             centre, sums, shares, *sizes(self.cell, slab, work, self._tiles),
             self._half, channel,
-            CHANNELS=len(self._query), MOMENTS=moments, **options(self._tiles, self._arch),
+            CHANNELS=len(self._query), MOMENTS=moments,
+            **options("moments" if moments else "entropy", self._tiles, self._arch),
         )  # fmt: skip
         total = sums.sum(0, dtype=torch.float64).transpose(0, 1)
         return self._untiled(total), shares.sum((1, 2), dtype=torch.float64)
@@ -133,7 +134,7 @@ class CellMoments(CellPlanes):
         ranking_kernel[(count, work.shifts, work.images)](
             self._padded(self._query, slab), slab.keys, self._scales, least, logits, ids,
             *sizes(self.cell, slab, work, self._tiles), top,
-            CHANNELS=len(self._query), **options(self._tiles, self._arch),
+            CHANNELS=len(self._query), **options("ranking", self._tiles, self._arch),
         )  # fmt: skip
         found, which = (self._untiled(each.transpose(1, 2)).flatten(0, 1) for each in (logits, ids))
         return found, self._sources(slab, which.long())
@@ -165,7 +166,7 @@ class CellMoments(CellPlanes):
         centre = self._tiled(mean, 0.0)
         for slab in self._slabs():
             left, pixels = self._padded(tangent, slab), self._padded(reference, slab)
-            for first, sums in self._products(jvp_kernel, slab, factor, centre, left, pixels):
+            for first, sums in self._products("jvp", slab, factor, centre, left, pixels):
                 out[first : first + sums.shape[1]] += self._untiled(sums.transpose(0, 1))
         return out / (factor * self._shrink)
 
@@ -185,7 +186,7 @@ class CellMoments(CellPlanes):
         centre, left = self._tiled(mean, 0.0), self._tiled(cotangent, 0.0)
         for slab in self._slabs():
             pixels = self._padded(reference, slab)
-            for first, sums in self._products(vjp_kernel, slab, factor, centre, left, pixels):
+            for first, sums in self._products("vjp", slab, factor, centre, left, pixels):
                 parts[:, first : first + sums.shape[1]] += sums
         return self._overlapped(parts) / (factor * self._shrink)
 
@@ -196,7 +197,7 @@ class CellMoments(CellPlanes):
 
     def _products(
         self,
-        kernel: Any,
+        kind: Literal["jvp", "vjp"],
         slab: Slab,
         factor: float,
         centre: Tensor,
@@ -205,7 +206,8 @@ class CellMoments(CellPlanes):
     ) -> list[tuple[int, Tensor]]:
         """Return the first channel and the sums [blocks, V, 32, 32] float64 of all channels."""
         channels, large = len(self._query), self._tiles.blocks > 1
-        blocks = self._tiles.count * (self._tiles.blocks**2 if kernel is vjp_kernel else 1)
+        kernel: Any = jvp_kernel if kind == "jvp" else vjp_kernel
+        blocks = self._tiles.count * (1 if kind == "jvp" else self._tiles.blocks**2)
         work = chunks(slab, blocks)
         scales = torch.cat([self._scales, self._scales.new_tensor([factor])])
         together = values_of(channels, PRODUCT_VALUES[large])
@@ -217,7 +219,7 @@ class CellMoments(CellPlanes):
                 self._padded(self._query, slab), slab.keys, scales, self._reference(1.0), centre,
                 direction, pixels, sums, *sizes(self.cell, slab, work, self._tiles),
                 self._half, first,
-                CHANNELS=channels, VALUES=values, **options(self._tiles, self._arch),
+                CHANNELS=channels, VALUES=values, **options(kind, self._tiles, self._arch),
             )  # fmt: skip
             found.append((first, sums.sum(0, dtype=torch.float64)))
         return found

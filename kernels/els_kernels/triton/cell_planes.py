@@ -125,7 +125,7 @@ class CellPlanes:
         normaliser_kernel[(self._tiles.count, work.shifts, work.images)](
             self._padded(self._query, slab), slab.keys, self._scales, peaks, totals,
             *sizes(self.cell, slab, work, self._tiles),
-            CHANNELS=len(self._query), **options(self._tiles, self._arch),
+            CHANNELS=len(self._query), **options("normaliser", self._tiles, self._arch),
         )  # fmt: skip
         top = torch.maximum(self.peak, peaks.amax(0))
         self.total *= torch.exp2((self.peak - top).double())
@@ -160,7 +160,7 @@ class CellPlanes:
                 fold_kernel[(blocks, work.shifts, work.images)](
                     self._padded(self._query, slab), slab.keys, self._scales, reference, *taps,
                     sums, *sizes(self.cell, slab, work, self._tiles), *self._query.shape[1:], first,
-                    CHANNELS=channels, VALUES=values, **options(self._tiles, self._arch),
+                    CHANNELS=channels, VALUES=values, **options("fold", self._tiles, self._arch),
                 )  # fmt: skip
                 parts[:, first : first + values] += sums.sum(0, dtype=torch.float64)
         return self._overlapped(parts)

@@ -260,7 +260,7 @@ def flops(binary: Binary) -> int:
     """Return half-precision operations per pair on the matrix units: logits and responses."""
     constants = binary.constants
     if "SINGLE" in constants:
-        return plane_flops(constants)
+        return plane_flops(binary.name, constants["BLOCK"])
     depth = constants.get("DEPTH", constants["BLOCK_K"])
     return 2 * 2 * depth + 2 * 2 * constants["BLOCK_V"]
 

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from els_kernels.triton.fold_kernels import fold_kernel, normaliser_kernel
-from els_kernels.triton.plane_plan import BLOCK, FOLD_VALUES, PLANES, PRODUCT_VALUES, values_of
+from els_kernels.triton.plane_plan import (
+    BLOCK,
+    FOLD_VALUES,
+    PRODUCT_VALUES,
+    PlaneKernel,
+    config_of,
+    values_of,
+)
 from els_kernels.triton.product_kernels import jvp_kernel, vjp_kernel
 from els_kernels.triton.ranking_kernel import ranking_kernel
 from els_kernels.triton.statistics_kernel import statistics_kernel
@@ -21,24 +28,29 @@ def plane_binaries(
     Windows of up to half a block and one more pixel need a single block of pixels.
     """
     for c in channels:
-        for single, config in zip((1, 0), PLANES[arch], strict=True):
-            shape = {"CHANNELS": c, "BLOCK": BLOCK, "SINGLE": single}
-            name = f"C={c} " + (f"k≤{BLOCK // 2 + 1}" if single else f"k>{BLOCK // 2 + 1}")
-            yield f"normaliser {name}", normaliser_kernel, shape, config
-            yield f"ranking {name}", ranking_kernel, shape, config
-            each = {**shape, "VALUES": values_of(c, FOLD_VALUES)}
-            yield f"fold {name}", fold_kernel, each, config
-            for moments, kind in enumerate(("entropy", "moments")):
-                each = {**shape, "MOMENTS": moments}
-                yield f"{kind} {name}", statistics_kernel, each, config
-            each = {**shape, "VALUES": values_of(c, PRODUCT_VALUES[1 - single])}
-            yield f"vjp {name}", vjp_kernel, each, config
-            yield f"jvp {name}", jvp_kernel, each, config
+        for single in (True, False):
+            shape = {"CHANNELS": c, "BLOCK": BLOCK, "SINGLE": int(single)}
+            products = {"VALUES": values_of(c, PRODUCT_VALUES[not single])}
+            kernels: dict[PlaneKernel, tuple[Any, dict[str, int]]] = {
+                "normaliser": (normaliser_kernel, {}),
+                "fold": (fold_kernel, {"VALUES": values_of(c, FOLD_VALUES)}),
+                "entropy": (statistics_kernel, {"MOMENTS": 0}),
+                "moments": (statistics_kernel, {"MOMENTS": 1}),
+                "ranking": (ranking_kernel, {}),
+                "jvp": (jvp_kernel, products),
+                "vjp": (vjp_kernel, products),
+            }
+            windows = f"k{'≤' if single else '>'}{BLOCK // 2 + 1}"
+            for name, (kernel, constants) in kernels.items():
+                config = config_of(name, arch, single)
+                yield f"{name} C={c} {windows}", kernel, {**shape, **constants}, config
 
 
-def plane_flops(constants: dict[str, int]) -> int:
-    """Return half-precision operations of one pixel of a block: sums over windows, and the fold.
+def plane_flops(name: str, side: int) -> int:
+    """Return half-precision operations of one pixel of a block.
 
-    Two products with two terms each, and two with three terms for the fold.
+    Sums over windows are two products with two terms each. Jacobian products have another of them,
+    and the fold has two products with three terms.
     """
-    return 2 * constants["BLOCK"] * (4 + (6 if "VALUES" in constants else 0))
+    products = {"fold": 10, "jvp": 8, "vjp": 8}.get(name.split()[0], 4)
+    return 2 * side * products

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +28,26 @@ single block and others; more of them spill."""
 _MIN_SHIFTS = 32
 """Minimum planes of one program, where there are enough: its start costs as much as a few."""
 
-_SINGLE, _LARGE = Config(32, 32, 32, 2, 1), Config(32, 32, 32, 4, 1)
-
-PLANES: dict[Arch, tuple[Config, Config]] = {
-    "sm80": (_SINGLE, _LARGE),
-    "sm90": (_SINGLE, _LARGE),
-    "sm100": (_SINGLE, _LARGE),
-    "gfx942": (_SINGLE, _SINGLE),
+PlaneKernel = Literal["normaliser", "fold", "entropy", "moments", "ranking", "jvp", "vjp"]
+_TILE = Config(32, 32, 32, 2, 1)
+_FEWER_REGISTERS = replace(_TILE, num_warps=4)
+_LARGE: dict[PlaneKernel, Config] = {
+    "normaliser": _TILE,
+    "fold": _FEWER_REGISTERS,
+    "entropy": _TILE,
+    "moments": _TILE,
+    "ranking": _TILE,
+    "jvp": _FEWER_REGISTERS,
+    "vjp": _FEWER_REGISTERS,
 }
-"""Block of pixels, for windows that a single one serves and for others; larger ones spill."""
+LARGE_WINDOWS: dict[Arch, dict[PlaneKernel, Config]] = {
+    "sm80": _LARGE,
+    "sm90": {**_LARGE, "entropy": _FEWER_REGISTERS},
+    "sm100": _LARGE,
+    "gfx942": dict.fromkeys(_LARGE, _TILE),
+}
+"""Block of pixels of each kernel for windows that a single one does not serve: four warps compute
+some numbers twice, and need fewer registers. Larger blocks spill."""
 BLOCK = 32
 """Side of a block of pixels, on every chip: tiles, and so bits, depend on the shapes alone."""
 
@@ -216,9 +227,14 @@ def sizes(cell: Cell, slab: Slab, work: Chunks, shape: Tiles) -> tuple[int, ...]
     )  # fmt: skip
 
 
-def options(shape: Tiles, arch: Arch) -> dict[str, Any]:
+def config_of(kernel: PlaneKernel, arch: Arch, single: bool) -> Config:
+    """Return the block of pixels of a kernel, with warps and stages."""
+    return _TILE if single else LARGE_WINDOWS[arch][kernel]
+
+
+def options(kernel: PlaneKernel, shape: Tiles, arch: Arch) -> dict[str, Any]:
     """Return the constants of a launch that depend on the tile."""
-    config = PLANES[arch][shape.blocks > 1]
+    config = config_of(kernel, arch, shape.blocks == 1)
     return {
         "BLOCK": BLOCK,
         "SINGLE": shape.blocks == 1,

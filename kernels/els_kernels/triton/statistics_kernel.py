@@ -64,7 +64,7 @@ def statistics_kernel(
         p_query, p_keys, p_level: as of ``normaliser_kernel``.
         p_reference: [tiles, 2, BLOCK, BLOCK] float32: the peak of each patch of a tile, and
             1 / Σ 2^(ℓ - peak); 3e38 and 0 where the tile has no patch.
-        p_centre: [tiles, CHANNELS, BLOCK, BLOCK] float32: r at the patches' centres.
+        p_centre: [tiles, BLOCK, BLOCK] float32: r of the channel at the patches' centres.
         p_out: [chunks, tiles, 2, BLOCK, BLOCK] float32, written.
         p_shares: [IMAGES, chunks of displacements, tiles] float32, written unless MOMENTS.
     """
@@ -79,7 +79,7 @@ def statistics_kernel(
     grow = tl.load(p_level + 4)
     p_reference += i_tile * (2 * BLOCK * BLOCK)
     i_program = i_chunk * tl.num_programs(0) + i_tile
-    p_centre += (i_tile * CHANNELS + CHANNEL) * (BLOCK * BLOCK)
+    p_centre += i_tile * (BLOCK * BLOCK)
     o_tile = block_offsets(BLOCK, BLOCK)
 
     # [BLOCK, BLOCK] each: Σ w of one image and of all, -Σ w·(ℓ - peak); or Σ w·e, Σ w·e².
