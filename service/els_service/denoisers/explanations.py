@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -55,6 +56,22 @@ def explanation(found: PosteriorStatistics, bank: SourceBank) -> Explanation:
         found.weights.cpu().numpy(),
         found.shares.cpu().numpy(),
         bank,
+    )
+
+
+def joined_explanations(parts: Sequence[Explanation]) -> Explanation:
+    """Return the explanations of several slices of a batch as one, without evidence."""
+    if len(parts) == 1:
+        return parts[0]
+    return Explanation(
+        np.concatenate([part.pixels for part in parts]),
+        None,
+        np.concatenate([part.variance for part in parts]),
+        np.concatenate([part.entropy for part in parts]),
+        np.concatenate([part.sources for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.shares for part in parts]),
+        parts[0].bank,
     )
 
 

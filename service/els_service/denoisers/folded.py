@@ -72,7 +72,8 @@ def check_images(bank: SourceBank, machine: str, *, sized: bool) -> None:
         ValueError: They have several sizes, and the machine needs one, or has no ``sizes``.
     """
     if machine != "els":
-        one_size(bank, f"machine {machine}")
+        why = "sources are at the same place" if machine == "local" else "window is the whole image"
+        one_size(bank, f"machine {machine}, as its {why}")
     if not (isinstance(bank, Bank) or sized):
         expected = "expected any, or ranges, as the bank has images of several sizes"
         raise ValueError(f"sizes: {expected}, got none")
