@@ -46,6 +46,14 @@ def zeros_with_slack(like: Tensor, shape: tuple[int, ...], slack: int) -> Tensor
     return like.new_zeros(size + slack)[:size].view(shape)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its first byte is not at a multiple of 16.
+
+    Triton compiles a binary of its own for tensors that are not; a part of a larger one may be.
+    """
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def pair_width(channels: int) -> int:
     """Return the smallest power of two that holds two rows' channels."""
     return 1 << (2 * channels - 1).bit_length()
