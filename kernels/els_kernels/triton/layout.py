@@ -103,7 +103,9 @@ def responses(terms: Tensor) -> Tensor:
     key_terms, images, channels, height, width = terms.shape
     filled = key_terms * channels
     values = terms.new_zeros(images, height, width, 1 << filled.bit_length())
-    values[..., :filled] = terms.permute(1, 3, 4, 0, 2).flatten(-2)
+    for i, term in enumerate(terms):
+        # One by one: a permuted copy of all would be as large again.
+        values[..., i * channels : (i + 1) * channels] = term.movedim(1, -1)
     values[..., filled] = 1
     return values
 
