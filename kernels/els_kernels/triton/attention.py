@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from contextlib import nullcontext
 from typing import Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from els_kernels.geometry import Geometry, Posterior, band, group_by, zero_padded_spans
 from els_kernels.triton import launch, layout, precision, tuning
+from els_kernels.triton.chips import architecture
 from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
 
@@ -250,15 +250,3 @@ def _cells(
             cell = Cell(start, places, start, places, origin, (row.window, col.window))
             cells.append((row.places, col.places, cell))
     return cells
-
-
-def architecture(device: torch.device) -> tuning.Arch:
-    """Return the newest tuned architecture that is not newer than the device."""
-    if device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"triton: expected a GPU, got {device}")
-        return "sm80"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"

@@ -7,7 +7,7 @@ spill nor exceed the chip's shared memory. No entry depends on the batch, so nei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
 
@@ -22,9 +22,26 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options; fused multiply-adds do not depend on Triton's default."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
-SHARED_BYTES: dict[Arch, int] = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-"""Largest shared memory of one program, in bytes: the opt-in limit of a block."""
+
+SHARED_BYTES: dict[Arch, int] = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
+"""Largest shared memory of one program, in bytes: the opt-in limit of a block, of the smallest chip
+that takes these tiles. Capability 8.0 has 166912, but 8.6, 8.9 and 12.x have 101376."""
+
+CAPABILITIES: dict[int, Arch] = {8: "sm80", 9: "sm90", 10: "sm100", 11: "sm100", 12: "sm80"}
+"""Major compute capability of an NVIDIA chip → tiles. 12.x has neither the matrix units of Hopper
+nor those of Blackwell's servers, only those of Ampere. Below 8 Triton emits no matrix instruction,
+and hundreds of spills; newer chips than these take those of the newest."""
+
+AMD_CHIPS = ("gfx942", "gfx950")
+"""AMD chips, with 64 lanes a wave and matrix units, that the tiles of gfx942 suit."""
 
 DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
@@ -102,6 +119,9 @@ SHIFTS: dict[Arch, Config] = {
     "sm100": Config(64, 64, 32, 4, 2),
     "gfx942": Config(64, 64, 32, 4, 1),
 }
+
+MERGE = Config(64, 0, 0, 4, 1)
+"""Tile of the merge, of places alone."""
 
 PROGRAMS = 1024
 """Programs that one image should launch: several for each of a chip's 108 to 304 processors."""

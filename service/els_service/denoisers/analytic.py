@@ -79,8 +79,7 @@ class AnalyticDenoiser:
             raise ValueError(f"machine and padding: expected {known}, got {machine} with {padding}")
         self._attention, self._bank = attention, bank
         # Decoded tile by tile: no second copy of the bank.
-        images = bank.images if bank.images.flags.writeable else bank.images.copy()
-        self._moments = PatchMoments(attention, torch.from_numpy(images).to(attention.device))
+        self._moments = PatchMoments(attention, bank.stored().to(attention.device))
         self._geometry = GEOMETRIES[machine, padding]
         largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
         table = (window or default_windows()) if largest else None
