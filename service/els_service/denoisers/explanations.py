@@ -44,6 +44,27 @@ class Explanation(Denoised):
             self.bank,
         )
 
+    def central(self, height: int, width: int) -> Explanation:
+        """Return the explanation of the central pixels, without a border around them.
+
+        Shares remain those of all pixels.
+        """
+        rows, cols = (
+            slice((own - asked) // 2, (own - asked) // 2 + asked)
+            for own, asked in zip(self.pixels.shape[2:], (height, width), strict=True)
+        )
+        evidence = self.log_evidence
+        return Explanation(
+            self.pixels[..., rows, cols],
+            None if evidence is None else evidence[..., rows, cols],
+            self.variance[..., rows, cols],
+            self.entropy[:, rows, cols],
+            self.sources[:, rows, cols],
+            self.weights[:, rows, cols],
+            self.shares,
+            self.bank,
+        )
+
 
 def explanation(found: PosteriorStatistics, bank: SourceBank) -> Explanation:
     """Return the explanation, without evidence, of statistics of the posterior over a bank."""
