@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.gallery import DEMO, DEMO_FILE
 from benchmarks.originality.served import full_models, served
 from benchmarks.originality.singles import write_model
 from benchmarks.service.statistics import ratio_of_pairs
 from els_client import Client
-from els_service.denoisers.banks import load_bank
+from els_kernels import MAX_SOURCES
+from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.originality import report
+from els_service.denoisers.samplers import options_for, sample
 from els_service.engine.derived import DISTANCE_S, REPORT_S
-from els_service.repository import bundled_models
+from els_service.repository import ModelRepository, bundled_models
+from els_service.server.requests.originality import report_query
 
 BUDGET = 0.20
 """Largest share of the time of drawing that a report may take."""
 _BUNDLED = ("fashion-els", "fashion-local", "fashion-ideal")
 _FULL = ("fashion-full-els", "mnist-full-els")
-_BANK = "_banks/fashion-mnist-5000.safetensors"
-_REPEATS = 5
+_STEPS, _REPEATS = 5, 5
 
 
 def rows(
@@ -36,7 +39,9 @@ def rows(
         for name in names or (_BUNDLED if root is None else _FULL):
             yield _row(client, name, rounds, {"model": name})
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), DEMO, side)
+        with Image.open(DEMO_FILE) as photo:
+            photo.thumbnail((side, side))
+            write_model(Path(folder), DEMO.name, photo)
         with served(Path(folder)) as client:
             given = {"model": DEMO.name, "sampler": "pyramid"}
             yield _row(client, f"picture {DEMO_FILE.name}", rounds, given)
@@ -70,36 +75,37 @@ def _drawn(client: Client, options: dict[str, Any], *, originality: bool) -> flo
     """Return the seconds of one sample."""
     began = time.perf_counter()
     *_, last = client.sample(**options, count=1, want=(), originality=originality)
-    assert len(last.originality) == originality
+    if originality:
+        assert len(last.originality) == 1
     return time.perf_counter() - began
 
 
 def _constants() -> dict[str, Any]:
-    """Return the seconds a bank pixel of distances and of the measures of sources of one image.
+    """Return the seconds a number of the bank of distances, and of the measures of sources.
 
-    The sources are of the shape of an explanation, each pixel of a bank image of its own, so that
-    the measures of regions have most to do.
+    They are those of this thread, which other work beside does not lengthen.
     """
-    bank = load_bank(bundled_models() / _BANK)
-    image = bank.pixels()[0].numpy()
-    height, width = image.shape[1:]
-    draw = np.random.default_rng(0)
-    sources = draw.integers(0, height, (height, width, 16, 3))
-    weights = np.full((height, width, 16), 1 / 16, np.float32)
-    shares = np.full(len(bank), 1 / len(bank))
+    model = ModelRepository(bundled_models()).load(_BUNDLED[0])
+    assert isinstance(model, AnalyticDenoiser)
+    bank = model.bank
+    options = options_for(model.info, steps=_STEPS)
+    *_, last = sample(model, options=options, labels=[0])
+    query = report_query(last.x.float().numpy(), np.array([0]), model.info)
+    found = model.explain(query, MAX_SOURCES)
+    sources = found.sources[0], found.weights[0], found.shares[0]
     alone, every = [], []
     for _ in range(_REPEATS):
-        began = time.perf_counter()
-        report(image, bank)
-        between = time.perf_counter()
-        report(image, bank, sources, weights, shares)
+        began = time.thread_time()
+        report(query.pixels[0], bank)
+        between = time.thread_time()
+        report(query.pixels[0], bank, *sources)
         alone.append(between - began)
-        every.append(time.perf_counter() - between)
+        every.append(time.thread_time() - between)
     return {
         "model": "constants of the scheduler",
-        "bank_pixels": bank.size,
+        "bank_numbers": bank.size,
         "distance_s": float(f"{min(alone) / bank.size:.3g}"),
         "assumed_distance_s": DISTANCE_S,
-        "report_s": float(f"{min(every) - min(alone):.3g}"),
+        "report_s": float(f"{max(0.0, min(every) - min(alone)):.3g}"),
         "assumed_report_s": REPORT_S,
     }

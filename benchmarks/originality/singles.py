@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from benchmarks.gallery import PHOTOGRAPHS, Photograph, photo_of
+from benchmarks.gallery import PHOTOGRAPHS, photo_of
 from benchmarks.originality.served import served
 from els_client import Client
 from els_client import _pictures as pictures
@@ -35,7 +36,7 @@ def rows(names: Sequence[str], seeds: int, side: int) -> Iterator[dict[str, Any]
     kept: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         for photograph in chosen:
-            write_model(Path(folder), photograph, side)
+            write_model(Path(folder), photograph.name, photo_of(photograph, side))
         with served(Path(folder)) as client:
             for photograph in chosen:
                 row = _row(client, photograph.name, seeds)
@@ -49,11 +50,11 @@ def rows(names: Sequence[str], seeds: int, side: int) -> Iterator[dict[str, Any]
     }
 
 
-def write_model(root: Path, photograph: Photograph, side: int) -> None:
+def write_model(root: Path, name: str, photo: Image.Image) -> None:
     """Write the model folder of a photograph, with the default of every key."""
-    folder = root / photograph.name
+    folder = root / name
     folder.mkdir()
-    pictures.save(photo_of(photograph, side), folder / "photo.png")
+    pictures.save(photo, folder / "photo.png")
     text = json.dumps({"kind": "picture", "pictures": ["photo.png"]})
     (folder / "model.yaml").write_text(text)
 

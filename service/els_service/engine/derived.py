@@ -29,9 +29,9 @@ Computation = Literal[
 COMPUTATIONS: tuple[Computation, ...] = get_args(Computation)
 AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
 """Product → its computation from evidence."""
-DISTANCE_S = 1.2e-9
+DISTANCE_S = 1.7e-9
 """Seconds for each number of a bank, whose distance from an image is computed."""
-REPORT_S = 2e-3
+REPORT_S = 5e-3
 """Seconds of the measures of the sources of an image; both are measured by ``python -m
 benchmarks.originality --only cost``, and corrected by the queue's own cost model."""
 
