@@ -31,6 +31,8 @@ from els_kernels.moments import Removal
 from els_kernels.native import NativeFold, instruction_sets
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold, decoded
+from els_kernels.triton import create_fold as create_triton_fold
+from els_kernels.triton import unavailable as triton_unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ FOLD_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldImplementation]
     "reference": FoldReference,
     "torch": TiledFold,
     "native": NativeFold,
+    "triton": create_triton_fold,
 }
 
 
@@ -87,7 +90,7 @@ class FoldedAttention:
 
         Raises:
             ValueError: the bank or the implementation is invalid; names expected and got.
-            RuntimeError: ``native`` is requested but not available; gives the reason.
+            RuntimeError: ``native`` or ``triton`` is requested but not available; gives the reason.
         """
         self._groups = bank_groups(bank)
         self._limits = bank_limits(self._groups)
@@ -222,6 +225,10 @@ class FoldedAttention:
 def fastest_fold(device: torch.device) -> str:
     """Return the implementation that ``auto`` selects, and log why a faster one is unavailable."""
     if device.type != "cpu":
+        reason = triton_unavailable(torch.empty(0, device=device))
+        if reason is None:
+            return "triton"
+        _log.warning("fold: no triton: %s", reason)
         return "torch"
     try:
         instruction_sets()

@@ -112,12 +112,12 @@ class Cell:
 
     def query(self, image: Tensor) -> Tensor:
         """Return the crop of an image [C, H, W]."""
-        return _crop(image, self.rows.query, self.cols.query)
+        return crop(image, self.rows.query, self.cols.query)
 
     def keys(self, images: Tensor) -> Tensor:
         """Return the crops of bank images [N, C, H, W]."""
         height, width = images.shape[-2:]
-        return _crop(images, self.rows.keys(height), self.cols.keys(width))
+        return crop(images, self.rows.keys(height), self.cols.keys(width))
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
         """Add values of the crop [C, X, Y] to the places of the image [C, H, W] they belong to."""
@@ -128,10 +128,11 @@ class Cell:
         out.index_add_(2, cols, tall)
 
 
-def _crop(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    crop = images[..., rows.clamp(min=0), :][..., cols.clamp(min=0)]
+def crop(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return rows and columns of images [..., H, W] by their places; ``OUTSIDE`` is zero."""
+    chosen = images[..., rows.clamp(min=0), :][..., cols.clamp(min=0)]
     inside = (rows != OUTSIDE)[:, None] & (cols != OUTSIDE)
-    return crop if bool(inside.all()) else crop * inside
+    return chosen if bool(inside.all()) else chosen * inside
 
 
 def cells(height: int, width: int, window: int, geometry: Geometry) -> Iterator[Cell]:

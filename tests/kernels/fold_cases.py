@@ -59,7 +59,7 @@ class FoldCase:
     def operator(self, variant: str) -> FoldedAttention:
         kind = variant.partition("-")[0]
         with pytest.MonkeyPatch.context() as patch:
-            if kind != "reference":
+            if variant in FOLD_VARIANTS:
                 patch.setitem(FOLD_IMPLEMENTATIONS, kind, FOLD_VARIANTS[variant])
             return FoldedAttention(self.bank, implementation=kind)
 
@@ -76,10 +76,11 @@ class FoldCase:
         return _REFERENCES[name]
 
     def ask(self, attention: FoldedAttention) -> Posterior:
-        return attention(
-            self.x, a=self.a, s=self.s, window=self.window, fold=self.fold,
+        mean, evidence = attention(
+            self.x.to(attention.device), a=self.a, s=self.s, window=self.window, fold=self.fold,
             ranges=self.ranges, geometry=self.geometry,
         )  # fmt: skip
+        return Posterior(mean.cpu(), evidence.cpu())
 
     def __getitem__(self, images: Sequence[int]) -> FoldCase:
         chosen = torch.tensor(images)

@@ -5,6 +5,7 @@ Importing this package needs neither triton nor a GPU; creating an implementatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,9 @@ from els_kernels.triton.chips import unsuited
 
 if TYPE_CHECKING:
     from els_kernels.triton.attention import TritonAttention
+    from els_kernels.triton.fold import TritonFold
 
-__all__ = ["create", "unavailable"]
+__all__ = ["create", "create_fold", "unavailable"]
 
 
 def unavailable(bank: Tensor) -> str | None:
@@ -41,3 +43,17 @@ def create(bank: Tensor) -> TritonAttention:
     from els_kernels.triton.attention import TritonAttention
 
     return TritonAttention(bank)
+
+
+def create_fold(groups: Sequence[Tensor]) -> TritonFold:
+    """Return the implementation of the fold for a bank, as groups of images of one size.
+
+    Raises:
+        RuntimeError: As ``create``.
+    """
+    reason = unavailable(groups[0])
+    if reason is not None:
+        raise RuntimeError(f"implementation triton: {reason}")
+    from els_kernels.triton.fold import TritonFold
+
+    return TritonFold(groups)

@@ -27,6 +27,7 @@ from els_kernels.triton import tuning
 from els_kernels.triton.diagonal import diagonal_kernel
 from els_kernels.triton.direct import direct_kernel
 from els_kernels.triton.online import merge_kernel
+from els_kernels.triton.plane_binaries import plane_binaries, plane_flops
 from els_kernels.triton.same_place import same_place_kernel
 from els_kernels.triton.shifts import shift_logits_kernel, shift_responses_kernel
 from els_kernels.triton.tuning import Arch, Config
@@ -96,6 +97,8 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
     yield Binary("shift responses", shift_responses_kernel, respond, config, arch, 0)
     merge = {"VALUES": 4, "BLOCK_M": 64, "BLOCK_V": 4}
     yield Binary("merge", merge_kernel, merge, Config(64, 0, 0, 4, 2), arch, 0, matrix=False)
+    for name, kernel, constants, config in plane_binaries(arch, channels):
+        yield Binary(name, kernel, constants, config, arch, config.block_m * config.block_n)
 
 
 def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
@@ -151,7 +154,7 @@ def faults(binary: Binary, report: Report) -> list[str]:
     """Return the faults: spills, more shared memory than the chip has, the wrong matrix unit."""
     limit = tuning.SHARED_BYTES[binary.arch]
     # 32 × 32 tiles are too small for the wide instructions of Hopper and Blackwell.
-    small = binary.kernel is same_place_kernel and binary.arch != "gfx942"
+    small = binary.config.block_m < 64 and binary.arch != "gfx942"
     unit = "HMMA" if small else _UNITS[binary.arch]
     found = []
     if report.spills:
@@ -171,7 +174,9 @@ def _type(name: str, binary: Binary) -> str:
         return "i32"
     if name == "p_row_spans":
         return "*i32"
-    floats = binary.kernel is same_place_kernel and name == "p_query"
+    floats = "SINGLE" in binary.constants or (
+        binary.kernel is same_place_kernel and name == "p_query"
+    )
     return "*fp16" if name in _HALVES and not floats else "*fp32"
 
 
@@ -254,6 +259,8 @@ def _class(op: str) -> str:
 def flops(binary: Binary) -> int:
     """Return half-precision operations per pair on the matrix units: logits and responses."""
     constants = binary.constants
+    if "SINGLE" in constants:
+        return plane_flops(constants)
     depth = constants.get("DEPTH", constants["BLOCK_K"])
     return 2 * 2 * depth + 2 * 2 * constants["BLOCK_V"]
 

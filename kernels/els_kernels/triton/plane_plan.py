@@ -1,0 +1,228 @@
+"""Work of the plane kernels, as data: scales of a level, rings of displacements, tiles, chunks.
+
+Everything but ``PlaneLevel`` depends on sizes alone, so that results do not depend on a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.control import checkpoint
+from els_kernels.fold_plan import OUTSIDE, Axis, Cell, crop
+from els_kernels.geometry import Geometry
+from els_kernels.torch_fold import decoded, within
+from els_kernels.triton.tuning import PROGRAMS, Arch, Config
+
+_SLAB_BYTES = 1 << 28
+"""Maximum float32 images of one launch in memory."""
+_MAX_VALUES = 3
+"""Most channels of the mean that one program computes; more of them spill."""
+_MIN_SHIFTS = 32
+"""Minimum planes of one program, where there are enough: its start costs as much as a few."""
+
+_SINGLE, _LARGE = Config(32, 32, 32, 2, 1), Config(32, 32, 32, 4, 1)
+
+PLANES: dict[Arch, tuple[Config, Config]] = {
+    "sm80": (_SINGLE, _LARGE),
+    "sm90": (_SINGLE, _LARGE),
+    "sm100": (_SINGLE, _LARGE),
+    "gfx942": (_SINGLE, _SINGLE),
+}
+"""Block of pixels, for windows that a single one serves and for others; larger ones spill."""
+BLOCK = 32
+"""Side of a block of pixels, on every chip: tiles, and so bits, depend on the shapes alone."""
+
+
+class PlaneLevel(NamedTuple):
+    """Scales of one query: a distance fits half precision, a logit is exact to 2^-22 of itself."""
+
+    a: float
+    s: float
+    exponent: int
+    """Squared distances of pixels are at most 2^15 in units of 2^exponent bits."""
+    window: int
+
+    def tensor(self) -> Tensor:
+        """Return what kernels load, [5] float32.
+
+        a, what float32 loses of a, the root of the factor of a squared distance, the factor of a
+        sum over one axis, and that of a sum over both.
+        """
+        high = float(torch.tensor(self.a, dtype=torch.float32, device="cpu"))
+        root = math.sqrt(math.log2(math.e) / 2) / self.s * 2.0 ** (-self.exponent / 2)
+        shrink = math.ceil(math.log2(self.window))
+        grow = -(2.0 ** (shrink + self.exponent))
+        return torch.tensor([high, self.a - high, root, 2.0**-shrink, grow], dtype=torch.float32)
+
+
+def plane_level(
+    a: float, s: float, window: int, channels: int, query: float, key: float
+) -> PlaneLevel:
+    """Return the scales of a query whose largest |pixel| is ``query``, that of the bank ``key``."""
+    gap = (query + a * key) / s
+    largest = max(channels * gap * gap * math.log2(math.e) / 2, 1e-30)
+    # Even, so that the square root of the unit is a power of two.
+    exponent = 2 * math.ceil((math.log2(largest) - 14.9) / 2)
+    return PlaneLevel(a, s, min(exponent, 112), window)
+
+
+class Ring(NamedTuple):
+    """Displacements along one axis: rows of keys are counted modulo ``length``."""
+
+    length: int
+    shifts: int
+    """1 where sources are the same place, else ``length``."""
+    keys: Tensor
+    """int64: place in the image of each row of the crop of keys; -1 outside of it."""
+    sources: int
+    """Patches that are sources: those that start at one of the first rows."""
+
+    def continued(self, pixels: int) -> Tensor:
+        """Return the places of the rows that ``pixels`` rows meet at all displacements; or -1."""
+        gap = self.keys.new_full((self.length - len(self.keys),), OUTSIDE)
+        rows = torch.arange(self.shifts + pixels - 1, device=self.keys.device) % self.length
+        return torch.cat([self.keys, gap])[rows]
+
+
+def ring(axis: Axis, length: int, torus: bool) -> Ring:
+    """Return the ring of an axis for bank images of a length.
+
+    On the torus every row starts a patch, and the image itself is the ring.
+    """
+    if torus:
+        return Ring(length, length, torch.arange(length), length)
+    keys = axis.keys(length)
+    around = max(len(keys), len(axis.query))
+    return Ring(around, 1 if axis.same else around, keys, len(keys) - axis.window + 1)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of the patches of a crop, each with the pixels that its patches cover."""
+
+    blocks: int
+    """Blocks along each axis that the patches of a tile cover."""
+    step: int
+    """Side of the patches of a tile."""
+    rows: int
+    cols: int
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return self.rows * self.cols
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Rows and columns of pixels of all tiles."""
+        reach = self.blocks * BLOCK
+        return (self.rows - 1) * self.step + reach, (self.cols - 1) * self.step + reach
+
+
+def tiles(cell: Cell) -> Tiles:
+    """Return the tiles of a cell: one block of pixels each, unless its window fills half of it."""
+    window = cell.rows.window
+    longest = max(len(cell.rows.query), len(cell.cols.query))
+    single = longest <= BLOCK or 2 * (window - 1) <= BLOCK
+    step = BLOCK - window + 1 if single else BLOCK
+    return Tiles(
+        -(-(step + window - 1) // BLOCK),
+        step,
+        -(-cell.rows.places // step),
+        -(-cell.cols.places // step),
+    )
+
+
+class Slab(NamedTuple):
+    """Bank images of one size in one launch."""
+
+    first: int
+    """Index of the first image in the bank."""
+    keys: Tensor
+    """[n, C, rows, cols] float32: their crops on the ring, continued for all tiles."""
+    rows: Ring
+    cols: Ring
+
+
+def slabs(
+    groups: Sequence[Tensor], limits: tuple[int, int], cell: Cell, geometry: Geometry, shape: Tiles
+) -> Iterator[Slab]:
+    """Yield the images of a range of a bank, slab by slab."""
+    torus = geometry.padding == "circular" and geometry.sources == "every"
+    first = limits[0]
+    for group in within(groups, limits):
+        rows = ring(cell.rows, group.shape[2], torus)
+        cols = ring(cell.cols, group.shape[3], torus)
+        places = [axis.continued(n) for axis, n in zip((rows, cols), shape.pixels, strict=True)]
+        each = 4 * group.shape[1] * len(places[0]) * len(places[1])
+        together = max(1, _SLAB_BYTES // each)
+        for start in range(0, len(group), together):
+            checkpoint()
+            images = decoded(group[start : start + together])
+            yield Slab(first + start, crop(images, *places).contiguous(), rows, cols)
+        first += len(group)
+
+
+class Chunks(NamedTuple):
+    """Chunks of the work of a tile: displacements × images."""
+
+    shifts: int
+    each_shift: int
+    images: int
+    each_image: int
+
+    @property
+    def total(self) -> int:
+        """Number of chunks."""
+        return self.shifts * self.images
+
+
+def chunks(slab: Slab, programs: int, most: int = PROGRAMS) -> Chunks:
+    """Return chunks so that all programs are about ``most``, of which a chunk has ``programs``."""
+    images, shifts = len(slab.keys), slab.rows.shifts * slab.cols.shifts
+    wanted = max(1, min(most // programs, -(-images * shifts // _MIN_SHIFTS)))
+    each_image = -(-images // wanted)
+    parts = -(-images // each_image)
+    each_shift = -(-shifts // max(1, wanted // parts))
+    return Chunks(-(-shifts // each_shift), each_shift, parts, each_image)
+
+
+def values_of(channels: int) -> int:
+    """Return the channels of the mean that one program computes."""
+    return -(-channels // -(-channels // _MAX_VALUES))
+
+
+def sizes(cell: Cell, slab: Slab, work: Chunks, shape: Tiles) -> tuple[int, ...]:
+    """Return the sizes of a launch, in the order of ``normaliser_kernel``."""
+    rows, cols = slab.keys.shape[2:]
+    return (
+        cols, shape.pixels[0] * cols, rows * cols,
+        cell.rows.places, cell.cols.places, slab.rows.sources, slab.cols.sources,
+        slab.rows.length, slab.cols.length, cell.rows.window,
+        len(slab.keys), work.each_image, slab.rows.shifts * slab.cols.shifts, work.each_shift,
+        slab.cols.shifts, shape.step, shape.cols, shape.blocks, 0,
+    )  # fmt: skip
+
+
+def options(shape: Tiles, arch: Arch) -> dict[str, Any]:
+    """Return the constants of a launch that depend on the tile."""
+    config = PLANES[arch][shape.blocks > 1]
+    return {
+        "BLOCK": BLOCK,
+        "SINGLE": shape.blocks == 1,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Return a context in which Triton launches on a tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
