@@ -13,8 +13,8 @@ from torch import Tensor
 
 from els_kernels.fold_plan import FoldQuery, extend, own_patch
 from els_kernels.torch_fold import TiledFold
-from els_kernels.triton.attention import architecture
 from els_kernels.triton.cell_planes import BankLevels, CellPlanes
+from els_kernels.triton.chips import architecture
 from els_kernels.triton.plane_plan import on_device
 
 
