@@ -78,10 +78,8 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
         for suffix in _TERMS:
             for window in (1, 3, 5) if c == 1 else (1, 3):
                 yield direct(arch, c, window, suffix)
-            pair = layout.pair_width(c)
-            depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(3, 26, 2)}
-            for depth in sorted(depths):
-                yield diagonal(arch, depths[depth], c, suffix)
+            for window in _largest_windows(arch, c, suffix):
+                yield diagonal(arch, window, c, suffix)
         yield from _same_place(arch, c)
         yield from _shifts(arch, c)
     config = tuning.SHIFTS[arch]
@@ -109,14 +107,23 @@ def direct(arch: Arch, channels: int, window: int, suffix: str = "") -> Binary:
 
 def diagonal(arch: Arch, window: int, channels: int, suffix: str = "") -> Binary:
     """Return the diagonal form for a window; ``suffix`` is a key of ``_TERMS``."""
-    pair = layout.pair_width(channels)
-    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+    pair, terms = layout.pair_width(channels), _terms(channels, suffix)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch, terms["KEY_TERMS"])
     constants = {
-        **_terms(channels, suffix), "PAIR": pair, "DEPTH": depth,
+        **terms, "PAIR": pair, "DEPTH": depth,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     name = f"diagonal C={channels} k≤{window}{suffix}"
     return Binary(name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n)
+
+
+def _largest_windows(arch: Arch, channels: int, suffix: str) -> list[int]:
+    """Return the largest window up to 25 of each binary of the diagonal form."""
+    windows = {}
+    for k in range(3, 26, 2):
+        constants = diagonal(arch, k, channels, suffix).constants
+        windows[tuple(constants.values())] = k
+    return sorted(windows.values())
 
 
 def merge(arch: Arch, values: int) -> Binary:

@@ -38,6 +38,7 @@ class Launch:
     hash: str
     """Triton's name of the binary in its cache."""
     grid: tuple[int, int, int]
+    constants: dict[str, Any]
     executed: Counter[str]
     """Operation → number of times that a warp executed it."""
 
@@ -99,7 +100,11 @@ class InterpretingDriver(TargetDriver):
         executed: Counter[str] = Counter()
         if not self._dry:
             executed = self._run(source, metadata, grid, values)
-        self.launches.append(Launch(metadata.name, metadata.hash, grid, executed))
+        constants = {
+            name: values[name] for name, kind in source.signature.items() if kind == "constexpr"
+        }
+        launch = Launch(metadata.name, metadata.hash, grid, constants, executed)
+        self.launches.append(launch)
 
     def _run(
         self, source: Any, metadata: Any, grid: tuple[int, int, int], values: dict[str, Any]
@@ -121,7 +126,7 @@ class InterpretingDriver(TargetDriver):
         machine.run(
             [
                 machine.memory.address(number[value.untyped_storage().data_ptr()])
-                + value.storage_offset() * value.element_size()
+                + int(value.storage_offset()) * value.element_size()
                 if isinstance(value, torch.Tensor)
                 else int(value)
                 for value in given
@@ -153,7 +158,7 @@ def interpreting(device: InterpretingDriver, chip: str) -> Iterator[None]:
 
     New tensors are filled with NaN, so that what a kernel leaves out is seen.
     """
-    before, architecture = drivers._active, attention.architecture
+    before, architecture = drivers._active, vars(attention)["architecture"]
     drivers.set_active(device)
     vars(attention)["architecture"] = lambda _: CHIPS[chip].arch
     torch.use_deterministic_algorithms(True)

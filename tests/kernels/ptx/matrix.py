@@ -146,7 +146,8 @@ def accumulate(a: Array, b: Array, c: Array, rounding: Rounding) -> Array:
     """Return ``c + a·b`` in float32, of float64 [..., M, 16] and [..., 16, N], float32 c."""
     exact = np.matmul(a, b) + c.astype(np.float64)
     if rounding == "exact":
-        return exact.astype(np.float32)
+        nearest: Array = exact.astype(np.float32)
+        return nearest
     step, extra = _TRUNCATION[rounding]
     total = c.astype(np.float64)
     for first in range(0, _INNER, step):
@@ -157,7 +158,8 @@ def accumulate(a: Array, b: Array, c: Array, rounding: Rounding) -> Array:
         unit = np.ldexp(1.0, np.maximum(exponents.max(-2, keepdims=True) - 24 - extra, -1000))
         total = _toward_zero((np.trunc(addends / unit) * unit).sum(-2))
         total = np.where(np.isfinite(total), total, exact)
-    return total.astype(np.float32)
+    truncated: Array = total.astype(np.float32)
+    return truncated
 
 
 def _toward_zero(values: Array) -> Array:

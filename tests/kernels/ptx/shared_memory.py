@@ -62,7 +62,8 @@ class SharedMemory:
         several = self._read_by[row, units] != warps[:, None]
         self._read_by[row, units] = np.where(several, _SEVERAL, warps[:, None])
         self._read_in[row, units] = self.epoch[row]
-        return self._bytes[row, start[:, None] + np.arange(size)]
+        data: Array = self._bytes[row, start[:, None] + np.arange(size)]
+        return data
 
     def read_operand(self, programs: Array, groups: Array, start: Array, where: str) -> Array:
         """Return the two bytes at each of ``start`` [n, ...], read by the matrix units: uint16.
@@ -80,7 +81,8 @@ class SharedMemory:
         )
         self._multiplied_in[row, units] = group
         low, high = (self._bytes[row, flat + i].astype(np.uint16) for i in (0, 1))
-        return low | high << np.uint16(8)
+        pairs: Array = low | high << np.uint16(8)
+        return pairs
 
     def write(self, programs: Array, warps: Array, start: Array, data: Array, where: str) -> None:
         """Write bytes [n, size] at ``start`` [n]."""

@@ -127,7 +127,7 @@ class Threads:
         if mask is None:
             return np.ones(self.programs, bool)
         each = mask.reshape(self.programs, self.size)
-        some: Array = each.any(1)
+        some: Array = np.any(each, axis=1)
         if whole:
             self._faults.add("program-wide operation in divergent code", some & ~each.all(1), where)
         return some
@@ -136,6 +136,5 @@ class Threads:
         """Count the warps of which only some threads are active."""
         if mask is not None:
             each = mask.reshape(-1, LANES)
-            self._faults.add(
-                "warp-wide operation in divergent code", each.any(1) & ~each.all(1), where
-            )
+            divergent: Array = np.any(each, axis=1) & ~np.all(each, axis=1)
+            self._faults.add("warp-wide operation in divergent code", divergent, where)
