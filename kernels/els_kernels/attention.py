@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Implementation(Protocol):
         geometry: Geometry,
     ) -> Posterior:
         """Return the posterior of every pixel."""
+        ...
+
+
+@runtime_checkable
+class Compiling(Protocol):
+    """An implementation that compiles kernels when they are first launched."""
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take."""
         ...
 
 
@@ -135,6 +144,17 @@ class PatchAttention:
         arguments = self.validate(x, a=a, s=s, window=window, ranges=ranges, geometry=geometry)
         with torch.autocast(self.device.type, enabled=False):
             return self.prepared(*arguments)
+
+    @torch.no_grad()
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Compile what queries with these windows take, if the implementation compiles at all.
+
+        Otherwise the first query of each kind takes seconds longer. ``windows`` is ignored where
+        ``geometry.whole``.
+        """
+        if isinstance(self.prepared, Compiling):
+            with torch.autocast(self.device.type, enabled=False):
+                self.prepared.warm_up([1] if geometry.whole else windows, geometry)
 
     def validate(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Literal
 
@@ -70,6 +72,27 @@ class TritonAttention:
                 energy = query.energy(k, geometry)
                 answer.log_evidence[b] = log2_z[i].double() / _LOG2E - energy
         return answer
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take; logs the seconds.
+
+        Triton compiles a binary at its first launch, or takes it from the cache on disk.
+        """
+        began = time.perf_counter()
+        channels, *size = self._keys.terms.shape[2:]
+        x = torch.zeros(1, channels, *size, device=self._keys.terms.device)
+        # All ranges take the same binaries.
+        few = [(0, min(2, self._keys.terms.shape[1]))]
+        windows = sorted(set(windows))
+        for k in windows:
+            side = size if geometry.whole else [min(k, n) for n in size]
+            high = 2 * precision.one_term_noise(channels * math.prod(side))
+            for s in (1.0, high):
+                self(x, [1.0], [s], [k], few, geometry)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        seconds = time.perf_counter() - began
+        _log.info("triton: kernels of windows %s ready after %.1f s", windows, seconds)
 
     def _range(self, lo: int, hi: int) -> _Part:
         keys, values = self._keys.terms[:, lo:hi].contiguous(), self._values[lo:hi]

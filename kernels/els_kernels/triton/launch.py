@@ -145,7 +145,8 @@ def diagonal(
     """
     terms, size, channels = batch.terms.shape[:3]
     pair = layout.pair_width(channels)
-    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+    key_terms = min(len(keys), terms)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch, key_terms)
     query = layout.unfold_rows(
         layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
     )
@@ -177,7 +178,7 @@ def diagonal(
             traversal.lag, *half.shape[1:], *traversal.origin,
             window, traversal.emit_from, *traversal.inner,
             chunks, chunk, traversal.slots, flats - flat0, flat0,
-            TERMS=terms, KEY_TERMS=min(len(keys), terms), PAIR=pair, DEPTH=depth,
+            TERMS=terms, KEY_TERMS=key_terms, PAIR=pair, DEPTH=depth,
             VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_V=max(16, values.shape[-1]),
             **config.options(),

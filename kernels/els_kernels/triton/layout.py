@@ -102,12 +102,17 @@ def responses(terms: Tensor) -> Tensor:
     """Return [N, H, W, V] float16: every channel's terms, a one, zeros up to a power of two."""
     key_terms, images, channels, height, width = terms.shape
     filled = key_terms * channels
-    values = terms.new_zeros(images, height, width, 1 << filled.bit_length())
+    values = terms.new_zeros(images, height, width, value_width(channels, key_terms))
     for i, term in enumerate(terms):
         # One by one: a permuted copy of all would be as large again.
         values[..., i * channels : (i + 1) * channels] = term.movedim(1, -1)
     values[..., filled] = 1
     return values
+
+
+def value_width(channels: int, key_terms: int) -> int:
+    """Return the smallest power of two that holds every channel's terms and a one."""
+    return 1 << (channels * key_terms).bit_length()
 
 
 def row_spans(

@@ -131,6 +131,11 @@ def scale_query(query: Tensor) -> tuple[Tensor, float]:
     return query * power, power
 
 
+def one_term_noise(depth: int) -> float:
+    """Return the least s/a at which a query with ``depth`` elements per patch needs one term."""
+    return _ONE_TERM / math.sqrt(depth)
+
+
 def query_terms(a: float, s: float, depth: int) -> int:
     """Return the number of terms of a query with ``depth`` elements per patch at this level."""
     return 1 if s / a * math.sqrt(depth) >= _ONE_TERM else 2

@@ -106,6 +106,24 @@ DIAGONAL: dict[Arch, dict[int, Steps]] = {
 }
 """Channels of a pair of rows: 2 for gray images, 8 for colour and all others."""
 
+DIAGONAL_FLOATS: dict[Arch, dict[int, Steps]] = {
+    **DIAGONAL,
+    "sm80": {
+        2: ((32, Config(64, 64, 32, 4, 2)), (_ANY, Config(64, 64, 16, 4, 2))),
+        8: (
+            (64, Config(64, 64, 32, 4, 2)),
+            # Two stages of the largest would exceed the 99 KiB of 8.6 and 8.9.
+            (168, Config(64, 64, 16, 4, 2)),
+            (_ANY, Config(64, 64, 16, 4, 1)),
+        ),
+    },
+    "sm100": {
+        2: DIAGONAL["sm100"][2],
+        8: ((96, Config(64, 128, 32, 4, 1)), (_ANY, Config(64, 128, 64, 4, 1))),
+    },
+}
+"""The same for banks in two terms, whose keys take twice the registers and copies."""
+
 SAME_PLACE: dict[Arch, Config] = {
     "sm80": Config(32, 32, 32, 8, 1),
     "sm90": Config(32, 32, 32, 8, 1),
@@ -114,7 +132,7 @@ SAME_PLACE: dict[Arch, Config] = {
 }
 
 SHIFTS: dict[Arch, Config] = {
-    "sm80": Config(64, 64, 32, 4, 2),
+    "sm80": Config(64, 64, 16, 4, 2),
     "sm90": Config(64, 64, 32, 4, 2),
     "sm100": Config(64, 64, 32, 4, 2),
     "gfx942": Config(64, 64, 32, 4, 1),
@@ -135,9 +153,10 @@ def form(channels: int, window: int, arch: Arch) -> Literal["direct", "diagonal"
     return "direct" if fits and window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
 
 
-def diagonal_depth(depth: int, pair: int, arch: Arch) -> tuple[int, Config]:
+def diagonal_depth(depth: int, pair: int, arch: Arch, key_terms: int = 1) -> tuple[int, Config]:
     """Return the padded inner size and the tile of the diagonal form."""
-    for largest, config in DIAGONAL[arch][2 if pair == 2 else 8]:
+    table = DIAGONAL if key_terms == 1 else DIAGONAL_FLOATS
+    for largest, config in table[arch][2 if pair == 2 else 8]:
         if depth <= largest:
             return -(-depth // config.block_k) * config.block_k, config
     raise AssertionError("the last step serves any depth")

@@ -124,6 +124,13 @@ class AnalyticDenoiser:
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
 
+    def warm_up(self) -> None:
+        """Compile what queries with the windows of the table need; see ``base.Compiling``."""
+        table = (1,) if self._window is None else self._window.k
+        # The table is interpolated.
+        windows = range(min(table), max(table) + 1, 2)
+        self._attention.warm_up(windows, self._geometry)
+
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs and the number of torch's threads."""
         work = sum(

@@ -221,6 +221,11 @@ class FoldedDenoiser:
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
 
+    def warm_up(self) -> None:
+        """Compile what queries of the bank's size need; see ``base.Compiling``."""
+        if self._plain is not None:
+            self._plain.warm_up()
+
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""
         if self._plain is not None and self._is_plain(query):
