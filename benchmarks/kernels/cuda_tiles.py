@@ -14,7 +14,8 @@ import torch
 from benchmarks.kernels.cuda import Case, call, make_bank, make_query, seconds
 from els_kernels import GEOMETRIES, count_pairs
 from els_kernels.triton import tuning
-from els_kernels.triton.attention import TritonAttention, architecture
+from els_kernels.triton.attention import TritonAttention
+from els_kernels.triton.chips import architecture
 from els_kernels.triton.tuning import Config
 
 CANDIDATES = [

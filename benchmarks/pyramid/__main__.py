@@ -8,7 +8,8 @@ trajectory, of every denoise call by the native fold and by the exact float32 ma
 same state, one after the other, in one process with the same threads. The matmul form has the
 chunk that is fastest at the finest scale; denormal numbers are flushed to zero. ``steps`` compares
 every call with the matmul form in float64, ``seeds`` whole pictures of the two forms, ``memory``
-measures a server, and ``table`` one call by size and patch. Rows of parts that a run leaves out are
+measures a server, ``table`` one call by size and patch, and ``sources`` the error of a part of the
+patches of photographs above 256x256 (extra ``gallery``). Rows of parts that a run leaves out are
 those of an earlier record of the same day and commit.
 """
 
@@ -133,6 +134,12 @@ def _memory(size: Size) -> Iterator[Row]:
     yield memory_row(size, 9)
 
 
+def _sources(side: int | None) -> Iterator[Row]:
+    from benchmarks.pyramid import sources
+
+    yield from sources.rows(side or sources.SIDE)
+
+
 def _table(sides: Sequence[int]) -> Iterator[Row]:
     """Yield the seconds of one call for squares of each side and for each patch."""
     import torch
@@ -153,7 +160,10 @@ def _table(sides: Sequence[int]) -> Iterator[Row]:
             }
 
 
-PARTS = (*(f"speed-{patch}" for patch in PATCHES), "small", "steps", "seeds", "memory", "table")
+PARTS = (
+    *(f"speed-{patch}" for patch in PATCHES),
+    *("small", "steps", "seeds", "memory", "table", "sources"),
+)
 
 
 def measured(part: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -170,6 +180,8 @@ def measured(part: str, options: argparse.Namespace) -> Iterator[Row]:
             return _memory(size or LARGE)
         case "table":
             return _table(size[:1] if size else TABLE_SIDES)
+        case "sources":
+            return _sources(max(size) if size else None)
         case _:
             return _speed(int(part.removeprefix("speed-")), size or LARGE, options.repeats)
 

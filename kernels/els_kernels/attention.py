@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,12 +46,23 @@ class Implementation(Protocol):
         ...
 
 
+@runtime_checkable
+class Compiling(Protocol):
+    """An implementation that compiles kernels when they are first launched."""
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take."""
+        ...
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Tensor], Implementation]] = {
     "reference": Reference,
     "torch": Tiled,
     "native": Native,
     "triton": create_triton,
 }
+_READS_BYTES = {"triton"}
+"""Implementations that take banks of uint8; the others get a float32 copy."""
 
 
 class PatchAttention:
@@ -71,26 +82,30 @@ class PatchAttention:
         """Prepare a bank.
 
         Args:
-            bank: [N, C, H, W] float32, finite, N ≥ 1.
+            bank: [N, C, H, W], N ≥ 1; finite float32, or uint8 v for v/127.5 - 1, which a GPU
+                converts block by block.
             implementation: a key of ``IMPLEMENTATIONS``, or ``auto``, which logs its choice.
 
         Raises:
             ValueError: the bank or the implementation is invalid; names expected and got.
             RuntimeError: ``native`` or ``triton`` is requested but not available; gives the reason.
         """
-        if not is_images(bank) or 0 in bank.shape:
+        if not (is_images(bank) or is_images(bank, torch.uint8)) or 0 in bank.shape:
             raise ValueError(
-                f"bank: expected float32 [N, C, H, W], none of them 0, got {describe(bank)}"
+                "bank: expected float32 [N, C, H, W] or uint8, none of them 0, "
+                f"got {describe(bank)}"
             )
         # Native code reads the memory, which lacks the sign of a lazily negated view.
         bank = bank.resolve_neg()
-        self._largest = magnitudes("bank", bank[None])[0]
+        self._largest = 1.0 if bank.dtype == torch.uint8 else magnitudes("bank", bank[None])[0]
         if implementation == "auto":
             implementation = fastest(bank)
             _log.info("patch attention: auto chose %s for device %s", implementation, bank.device)
         if implementation not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
+        if bank.dtype == torch.uint8 and implementation not in _READS_BYTES:
+            bank = bank.float().div_(127.5).sub_(1)
         self.implementation = implementation
         self.images = len(bank)
         self.shape = (bank.shape[1], bank.shape[2], bank.shape[3])
@@ -129,6 +144,17 @@ class PatchAttention:
         arguments = self.validate(x, a=a, s=s, window=window, ranges=ranges, geometry=geometry)
         with torch.autocast(self.device.type, enabled=False):
             return self.prepared(*arguments)
+
+    @torch.no_grad()
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Compile what queries with these windows take, if the implementation compiles at all.
+
+        Otherwise the first query of each kind takes seconds longer. ``windows`` is ignored where
+        ``geometry.whole``.
+        """
+        if isinstance(self.prepared, Compiling):
+            with torch.autocast(self.device.type, enabled=False):
+                self.prepared.warm_up([1] if geometry.whole else windows, geometry)
 
     def validate(
         self,

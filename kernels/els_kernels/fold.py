@@ -18,14 +18,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
 from els_kernels.attention import PatchAttention
-from els_kernels.fold_arguments import bank_groups, bank_limits, folds
+from els_kernels.fold_arguments import FoldArguments, bank_groups, bank_limits, folds
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
+from els_kernels.moments import Removal
 from els_kernels.native import NativeFold, instruction_sets
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold, decoded
@@ -43,19 +45,19 @@ FOLD_GEOMETRIES: dict[tuple[str, str], Geometry] = {
 
 
 class FoldImplementation(Protocol):
-    """A bank prepared for queries; takes validated arguments of one image [C, H, W]."""
+    """A bank prepared for queries."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean [C, H, W] and log evidence [H, W]."""
+    def __call__(self, query: FoldQuery) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W], float32."""
+        ...
+
+    def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
+        """Return the mean [C, H, W] without a bank image, and its weight [H, W], float32.
+
+        Args:
+            query: whose range has the image and others.
+            image: index in the bank.
+        """
         ...
 
 
@@ -65,20 +67,6 @@ FOLD_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldImplementation]
     "native": NativeFold,
     "triton": create_triton_fold,
 }
-
-
-class FoldQuery(NamedTuple):
-    """Validated arguments of one image."""
-
-    x: Tensor
-    """[C, H, W] float32."""
-    a: float
-    s: float
-    window: int
-    limits: tuple[int, int]
-    """Half-open range of bank images."""
-    fold: float
-    geometry: Geometry
 
 
 class FoldedAttention:
@@ -129,29 +117,13 @@ class FoldedAttention:
         return PatchAttention(decoded(bank), implementation=self.implementation)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor,
-        fold: Tensor,
-        ranges: Tensor | None = None,
-        geometry: Geometry,
-    ) -> Posterior:
+    def __call__(self, x: Tensor, **arguments: Unpack[FoldArguments]) -> Posterior:
         """Return posterior mean and log evidence of every pixel.
 
         Args:
             x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
                 H and W are those of the bank's images where sources are the *same* place, else any.
-            a: signal scale of each image [B], > 0.
-            s: noise scale of each image [B], > 0; see ``PatchAttention``.
-            window: odd side of each image's patch [B] integers, at most every side of x and of the
-                bank's images; up to ``max_window`` if all are of one size.
-            fold: ρ of each image [B]: 0, or from 0.05 to infinity.
-            ranges: half-open ranges of bank images, [B, 2] integers ``lo, hi``; None for all.
-            geometry: a value of ``FOLD_GEOMETRIES``.
+            **arguments: of each image.
 
         Returns:
             The log evidence of a pixel is that of the patch centred at it; with padding ``inside``
@@ -161,23 +133,63 @@ class FoldedAttention:
             ValueError: an argument is invalid; names it, expected and got.
             ComputationStoppedError: the current ``Control`` was stopped (CPU only).
         """
-        queries = self.validate(
-            x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
-        )
-        x = x.resolve_neg()
+        queries = self.validate(x, **arguments)
+        x, geometry = x.resolve_neg(), arguments["geometry"]
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         same_size = self._limits.sizes == {(x.shape[2], x.shape[3])}
         plain = same_size and geometry.padding != "inside" and len(self._groups) == 1
         alone = [b for b, query in enumerate(queries) if plain and query.fold == 0]
         if alone:
+            ranges = arguments.get("ranges")
             answer.mean[alone], answer.log_evidence[alone] = self._centre_alone(
-                x[alone], a=a[alone], s=s[alone], window=window[alone],
-                ranges=None if ranges is None else ranges[alone], geometry=geometry,
-            )  # fmt: skip
+                x[alone],
+                a=arguments["a"][alone],
+                s=arguments["s"][alone],
+                window=arguments["window"][alone],
+                ranges=None if ranges is None else ranges[alone],
+                geometry=geometry,
+            )
         with torch.autocast(self.device.type, enabled=False):
             for b in sorted(set(range(len(x))) - set(alone)):
-                answer.mean[b], answer.log_evidence[b] = self._attend(*queries[b])
+                answer.mean[b], answer.log_evidence[b] = self._attend(queries[b])
         return answer
+
+    @torch.no_grad()
+    def without(self, x: Tensor, image: int, **arguments: Unpack[FoldArguments]) -> Removal:
+        """Return D(x) of the bank without one image, exactly.
+
+        The image is removed from the posterior of each patch, before the fold::
+
+            w'_q(y) = w_q(y) / (1 − W_q)     W_q = Σ_{y of the image} w_q(y)
+
+        with 1 − W_q computed from the others themselves, so that nothing cancels where W_q is
+        nearly 1. The weight of a pixel is the fold of W_q.
+
+        Args:
+            x: noisy images [B, C, H, W] float32, as of a call.
+            image: index in the bank; outside a query's range it changes nothing.
+            **arguments: of each image.
+
+        Raises:
+            ValueError: As a call, or the image is the only one of a range.
+            ComputationStoppedError: As a call.
+        """
+        if not 0 <= image < self._limits.images:
+            raise ValueError(f"image: expected 0 to {self._limits.images - 1}, got {image}")
+        queries = self.validate(x, **arguments)
+        for lo, hi in {query.limits for query in queries}:
+            if (lo, hi) == (image, image + 1):
+                raise ValueError("ranges: expected two images or more, one of which stays, got 1")
+        with torch.autocast(self.device.type, enabled=False):
+            parts = [self._without(query, image) for query in queries]
+            return Removal(*map(torch.stack, zip(*parts, strict=True)))
+
+    def _without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
+        lo, hi = query.limits
+        if lo <= image < hi:
+            return self._attend.without(query, image)
+        mean, _ = self._attend(query)
+        return mean, torch.zeros_like(mean[0])
 
     @torch.no_grad()
     def validate(
@@ -191,9 +203,7 @@ class FoldedAttention:
         ranges: Tensor | None = None,
         geometry: Geometry,
     ) -> list[FoldQuery]:
-        """Return the validated arguments of each image.
-
-        Args: As ``__call__``.
+        """Return the validated arguments of each image; see ``FoldArguments``.
 
         Raises:
             ValueError: An argument is invalid; names it, expected and got.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +25,24 @@ from els_kernels.torch_fold import decoded
 
 LEAST_FOLD = 0.05
 """Smallest ρ apart from 0."""
+
+
+class FoldArguments(TypedDict):
+    """Arguments of the images of a batch of queries beside x."""
+
+    a: Tensor
+    """Signal scale of each image [B], > 0."""
+    s: Tensor
+    """Noise scale of each image [B], > 0; see ``PatchAttention``."""
+    window: Tensor
+    """Odd side of each image's patch [B] integers, at most every side of x and of the bank's
+    images; up to ``max_window`` if all are of one size."""
+    fold: Tensor
+    """ρ of each image [B]: 0, or from ``LEAST_FOLD`` to infinity."""
+    geometry: Geometry
+    """A value of ``FOLD_GEOMETRIES``."""
+    ranges: NotRequired[Tensor | None]
+    """Half-open ranges of bank images, [B, 2] integers ``lo, hi``; None for all."""
 
 
 def bank_groups(bank: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from els_kernels.fold import FoldedAttention, FoldQuery
-from els_kernels.geometry import Geometry
-from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, check_direction
+from els_kernels.fold import FoldedAttention
+from els_kernels.fold_arguments import FoldArguments
+from els_kernels.fold_plan import FoldQuery
+from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, Removal, check_direction
 from els_kernels.native import NativeFoldMoments
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
@@ -31,24 +32,13 @@ _log = logging.getLogger(__name__)
 
 
 class FoldMomentImplementation(Protocol):
-    """A bank prepared for moments; takes validated arguments of one image [C, H, W] float32.
+    """A bank prepared for moments.
 
     Places of sources are rows and columns of the bank's images as they were given; images are
-    numbered through all groups, from 0, whatever the range ``limits`` of a query.
+    numbered through all groups, from 0, whatever the range of a query.
     """
 
-    def statistics(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-        top: int,
-        shares: bool,
-    ) -> tuple[Tensor, ...]:
+    def statistics(self, query: FoldQuery, top: int, shares: bool) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image.
 
         mean [C, H, W], variance [C, H, W], entropy [H, W] float32, sources [H, W, top, 3] int64,
@@ -56,32 +46,12 @@ class FoldMomentImplementation(Protocol):
         """
         ...
 
-    def vjp(
-        self,
-        x: Tensor,
-        cotangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return D(x) and Jᵀg, [C, H, W] float32."""
+    def vjp(self, query: FoldQuery, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D(x) and Jᵀg of g [C, H, W], [C, H, W] float32."""
         ...
 
-    def jvp(
-        self,
-        x: Tensor,
-        tangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return D(x) and J u, [C, H, W] float32."""
+    def jvp(self, query: FoldQuery, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D(x) and J u of u [C, H, W], [C, H, W] float32."""
         ...
 
 
@@ -123,30 +93,15 @@ class FoldedMoments:
             self._moments = FOLD_MOMENT_IMPLEMENTATIONS[implementation](attention.groups)
 
     def statistics(
-        self,
-        x: Tensor,
-        *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor,
-        fold: Tensor,
-        ranges: Tensor | None = None,
-        geometry: Geometry,
-        top: int = 8,
-        shares: bool = True,
+        self, x: Tensor, *, top: int = 8, shares: bool = True, **arguments: Unpack[FoldArguments]
     ) -> PosteriorStatistics:
         """Return the statistics of every pixel; its sources are pixels of the bank.
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``FoldedAttention``.
-            a: signal scale of each image [B].
-            s: noise scale of each image [B].
-            window: odd side of each image's patch [B].
-            fold: ρ of each image [B].
-            ranges: half-open ranges of bank images, [B, 2]; None for all.
-            geometry: a value of ``FOLD_GEOMETRIES``.
             top: number m of sources of a pixel, 1 to ``MAX_SOURCES``.
             shares: whether to compute the shares of bank images.
+            **arguments: of each image.
 
         Raises:
             ValueError: An argument is invalid; names it, expected and got.
@@ -154,88 +109,58 @@ class FoldedMoments:
         """
         if not 1 <= top <= MAX_SOURCES:
             raise ValueError(f"top: expected 1 to {MAX_SOURCES}, got {top}")
-        queries = self.attention.validate(
-            x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
-        )
+        queries = self.attention.validate(x, **arguments)
         with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
-            parts = [self._moments.statistics(*query, top, shares) for query in queries]
+            parts = [self._moments.statistics(query, top, shares) for query in queries]
             return PosteriorStatistics(*map(torch.stack, zip(*parts, strict=True)))
 
     def vjp(
-        self,
-        x: Tensor,
-        cotangent: Tensor,
-        *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor,
-        fold: Tensor,
-        ranges: Tensor | None = None,
-        geometry: Geometry,
+        self, x: Tensor, cotangent: Tensor, **arguments: Unpack[FoldArguments]
     ) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg with J = ∂D/∂x, both [B, C, H, W] float32.
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``FoldedAttention``.
             cotangent: g, [B, C, H, W] float32, finite.
-            a: signal scale of each image [B].
-            s: noise scale of each image [B].
-            window: odd side of each image's patch [B].
-            fold: ρ of each image [B].
-            ranges: half-open ranges of bank images, [B, 2]; None for all.
-            geometry: a value of ``FOLD_GEOMETRIES``.
+            **arguments: of each image.
 
         Raises:
             ValueError, ComputationStoppedError: As ``statistics``.
         """
-        queries = self.attention.validate(
-            x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
-        )
+        queries = self.attention.validate(x, **arguments)
         check_direction("cotangent", cotangent, x)
         return self._products(self._moments.vjp, queries, cotangent)
 
     def jvp(
-        self,
-        x: Tensor,
-        tangent: Tensor,
-        *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor,
-        fold: Tensor,
-        ranges: Tensor | None = None,
-        geometry: Geometry,
+        self, x: Tensor, tangent: Tensor, **arguments: Unpack[FoldArguments]
     ) -> tuple[Tensor, Tensor]:
         """Return D(x) and J u with J = ∂D/∂x, both [B, C, H, W] float32.
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``FoldedAttention``.
             tangent: u, [B, C, H, W] float32, finite.
-            a: signal scale of each image [B].
-            s: noise scale of each image [B].
-            window: odd side of each image's patch [B].
-            fold: ρ of each image [B].
-            ranges: half-open ranges of bank images, [B, 2]; None for all.
-            geometry: a value of ``FOLD_GEOMETRIES``.
+            **arguments: of each image.
 
         Raises:
             ValueError, ComputationStoppedError: As ``statistics``.
         """
-        queries = self.attention.validate(
-            x, a=a, s=s, window=window, fold=fold, ranges=ranges, geometry=geometry
-        )
+        queries = self.attention.validate(x, **arguments)
         check_direction("tangent", tangent, x)
         return self._products(self._moments.jvp, queries, tangent)
 
+    def without(self, x: Tensor, image: int, **arguments: Unpack[FoldArguments]) -> Removal:
+        """Return D(x) of the bank without one image: ``FoldedAttention.without``."""
+        return self.attention.without(x, image, **arguments)
+
     def _products(
         self,
-        multiply: Callable[..., tuple[Tensor, Tensor]],
+        multiply: Callable[[FoldQuery, Tensor], tuple[Tensor, Tensor]],
         queries: Sequence[FoldQuery],
         directions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
             answers = [
-                multiply(query.x, direction, *query[1:])
+                multiply(query, direction)
                 for query, direction in zip(queries, directions.resolve_neg(), strict=True)
             ]
             means, products = zip(*answers, strict=True)

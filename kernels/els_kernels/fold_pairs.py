@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from els_kernels.control import checkpoint
-from els_kernels.fold_plan import Cell
-from els_kernels.geometry import Geometry
+from els_kernels.fold_plan import Cell, FoldQuery
 from els_kernels.torch_fold import box_matrix, box_sums, taps_matrix
 
 _LOG2E = math.log2(math.e)
@@ -30,21 +29,6 @@ TILE = 1 << 18
 """Numbers of one block of pairs: 2 MiB."""
 _NEGLIGIBLE = -150.0
 """Base-2 logarithm of a weight that is 0 in float32."""
-
-
-class Level(NamedTuple):
-    """Level and fold of one query image."""
-
-    a: float
-    s: float
-    window: int
-    fold: float
-    geometry: Geometry
-
-    @property
-    def narrow(self) -> bool:
-        """Whether a pixel's sources are at its own place: one a bank image."""
-        return self.geometry.sources == "same"
 
 
 class Run(NamedTuple):
@@ -61,25 +45,22 @@ class CellQuery:
     Args:
         cell: of the query.
         image: [C, H, W] float64, relative to the centre of the bank.
-        level: of the image.
+        query: of the image.
     """
 
-    def __init__(self, cell: Cell, image: Tensor, level: Level) -> None:
-        self.cell, self.level = cell, level
+    def __init__(self, cell: Cell, image: Tensor, query: FoldQuery) -> None:
+        self.cell, self.query = cell, query
         self.row_runs, self.col_runs = runs(cell.rows.query), runs(cell.cols.query)
         crop = cell.query(image)
-        self.strips = strips(crop * (level.a / level.s / level.s * _LOG2E), level.window)
+        self.strips = strips(crop * (query.a / query.s / query.s * _LOG2E), query.window)
         shape = cell.rows.places, cell.cols.places
         self._peak = image.new_full(shape, -math.inf)
         self._total = image.new_zeros(shape)
         self.expected = image.new_zeros(shape)
         """Σ w·along of each patch, [Q, P]."""
-        height, width = image.shape[1:]
-        self.col_taps = cell.cols.taps(width, level.fold, level.geometry)
-        self.row_taps = taps_matrix(
-            cell.rows.taps(height, level.fold, level.geometry), cell.rows.places
-        )
-        self.boxes = box_matrix(len(cell.rows.query), level.window).T.to(image)
+        row_taps, self.col_taps = query.taps(cell)
+        self.row_taps = taps_matrix(row_taps, cell.rows.places)
+        self.boxes = box_matrix(len(cell.rows.query), query.window).T.to(image)
         """[X, Q]: 1 for the rows of each row of patches, as ``row_taps`` has their taps."""
 
     def add(self, rows: slice, logits: Tensor, along: Tensor | None = None) -> None:
@@ -117,13 +98,13 @@ class CellPairs:
     """
 
     def __init__(self, query: CellQuery, images: Tensor) -> None:
-        level, self._query = query.level, query
-        self.cell, self._k, self._narrow = query.cell, level.window, level.narrow
+        asked, self._query = query.query, query
+        self.cell, self._k, self._narrow = query.cell, asked.window, asked.narrow
         self._keys = self.cell.keys(images)
         height, width = images.shape[2:]
         self._row_runs = runs(self.cell.rows.keys(height))
         self._col_runs = runs(self.cell.cols.keys(width))
-        scale = -(level.a / level.s) * (level.a / level.s) * _LOG2E / 2
+        scale = -(asked.a / asked.s) * (asked.a / asked.s) * _LOG2E / 2
         self._bias = box_sums(self._keys.square().sum(1), self._k) * scale
         self.count, self.places = len(images), self._bias.shape[1]
         self.width = 1 if self._narrow else self._bias.shape[2]
@@ -330,7 +311,7 @@ def blocks(queries: Sequence[CellQuery], images: Tensor, size: tuple[int, int]) 
         size: H and W.
     """
     pairs = [CellPairs(query, images) for query in queries]
-    narrow, (height, width) = queries[0].level.narrow, size
+    narrow, (height, width) = queries[0].query.narrow, size
     shape = width, len(images), 1 if narrow else images.shape[3]
     step = max(1, TILE // math.prod(shape))
     for shift in (0,) if narrow else range(1 - height, images.shape[2]):

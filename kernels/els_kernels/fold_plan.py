@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,47 @@ from els_kernels.geometry import Geometry, group_by
 
 OUTSIDE = -1
 """Index of a row or column of a crop that is outside the image: zero."""
+
+
+class FoldQuery(NamedTuple):
+    """Validated arguments of one image."""
+
+    x: Tensor
+    """[C, H, W] float32."""
+    a: float
+    """Signal scale."""
+    s: float
+    """Noise scale."""
+    window: int
+    """Odd side of the patch."""
+    limits: tuple[int, int]
+    """Half-open range of bank images."""
+    fold: float
+    """ρ."""
+    geometry: Geometry
+    """Sources and padding."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.x.shape[1], self.x.shape[2]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a pixel's sources are at its own place: one a bank image."""
+        return self.geometry.sources == "same"
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells of the image."""
+        return cells(*self.size, self.window, self.geometry)
+
+    def taps(self, cell: Cell) -> tuple[Tensor, Tensor]:
+        """Return the weights of the fold along rows and columns of a cell: see ``Axis.taps``."""
+        rows, cols = (
+            axis.taps(length, self.fold, self.geometry)
+            for axis, length in zip((cell.rows, cell.cols), self.size, strict=True)
+        )
+        return rows, cols
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from els_kernels.control import checkpoint
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import Geometry
 
 _CENTRE_ALONE = 1e-9
@@ -26,31 +27,43 @@ class FoldReference:
     def __init__(self, groups: Sequence[Tensor]) -> None:
         self._images = [image for group in groups for image in _pixels(group)]
 
-    def __call__(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W]."""
-        x = x.double()
-        height, width = x.shape[1:]
-        centres = _query_centres(height, width, window, geometry)
-        queries = _patches(x, centres, window, geometry.padding != "zeros")
-        means, evidence = _attend(
-            queries, centres, x, self._images[slice(*limits)], (a, s, window), geometry
-        )
-        mean = _fold(means, centres, (height, width), window, fold, geometry)
+    def __call__(self, query: FoldQuery) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W]."""
+        centres, logits, keys, _ = self._patches(query)
+        mean = _folded(query, centres, torch.einsum("qj,jco->qco", logits.softmax(1), keys))
+        evidence, (height, width) = logits.logsumexp(1), query.size
         # Border pixels without a patch of their own have the evidence of the nearest patch.
         rows, cols = (sorted(set(places.tolist())) for places in centres.unbind(1))
         grid = evidence.view(len(rows), len(cols))
         row = torch.arange(height).clamp(rows[0], rows[-1]) - rows[0]
         col = torch.arange(width).clamp(cols[0], cols[-1]) - cols[0]
         return mean.float(), grid[row][:, col].float()
+
+    def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
+        """Return the mean [C, H, W] without a bank image, and its weight [H, W]."""
+        centres, logits, keys, images = self._patches(query)
+        own = images == image
+        weights = logits[:, ~own].softmax(1)
+        mean = _folded(query, centres, torch.einsum("qj,jco->qco", weights, keys[~own]))
+        share = logits.softmax(1)[:, own].sum(1)
+        each = share[:, None, None].expand(-1, 1, query.window**2)
+        return mean.float(), _folded(query, centres, each)[0].float()
+
+    def _patches(self, query: FoldQuery) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return centres [Q, 2], logits [Q, J], keys [J, C, k²] and the image of each key [J]."""
+        x, geometry, window = query.x.double(), query.geometry, query.window
+        centres = _query_centres(*query.size, window, geometry)
+        queries = _patches(x, centres, window, geometry.padding != "zeros")
+        bank, level = self._images[slice(*query.limits)], (query.a, query.s, window)
+        logits, keys = _logits(queries, centres, x, bank, level, geometry)
+        sizes = ((image.shape[1], image.shape[2]) for image in bank)
+        places = [len(_sources(*size, window, geometry)) for size in sizes]
+        images = torch.arange(*query.limits).repeat_interleave(torch.tensor(places))
+        return centres, logits, keys, images
+
+
+def _folded(query: FoldQuery, centres: Tensor, means: Tensor) -> Tensor:
+    return _fold(means, centres, query.size, query.window, query.fold, query.geometry)
 
 
 def _pixels(group: Tensor) -> Tensor:
@@ -84,19 +97,6 @@ def _sources(height: int, width: int, window: int, geometry: Geometry) -> Tensor
     """Return the places of an image that any query may attend to, [U, 2]."""
     r = window // 2 if geometry.padding in ("valid", "inside") and window > 1 else 0
     return torch.cartesian_prod(torch.arange(r, height - r), torch.arange(r, width - r))
-
-
-def _attend(
-    queries: Tensor,
-    centres: Tensor,
-    x: Tensor,
-    images: Sequence[Tensor],
-    level: tuple[float, float, int],
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """Return mean patches [Q, C, k²] and log evidence [Q]."""
-    logits, keys = _logits(queries, centres, x, images, level, geometry)
-    return torch.einsum("qj,jco->qco", logits.softmax(1), keys), logits.logsumexp(1)
 
 
 def _logits(

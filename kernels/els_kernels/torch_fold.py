@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from els_kernels.control import checkpoint
-from els_kernels.fold_plan import Cell, cells, extend, own_patch
-from els_kernels.geometry import Geometry
+from els_kernels.fold_plan import Cell, FoldQuery, extend, own_patch
 
 _LOG2E = math.log2(math.e)
 _TILE = 1 << 20
@@ -40,31 +39,36 @@ class TiledFold:
         self._centre = bank_centre(groups)
         self._groups = list(groups)
 
-    def __call__(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W]."""
-        height, width = x.shape[1:]
-        with torch.device(x.device):
-            query = x.double() - a * self._centre
-            mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
-            for cell in cells(height, width, window, geometry):
-                planes = _Planes(cell, query, a, s, within(self._groups, limits), self._centre)
+    def __call__(self, query: FoldQuery) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W]."""
+        with torch.device(query.x.device):
+            image = query.x.double() - query.a * self._centre
+            mean, evidence = torch.zeros_like(image), torch.zeros_like(image[0])
+            groups = within(self._groups, query.limits)
+            for cell in query.cells():
+                planes = _Planes(cell, image, query, groups, self._centre)
                 log_z = planes.normaliser()
-                crop = planes.fold(log_z, *(
-                    axis.taps(length, fold, geometry)
-                    for axis, length in ((cell.rows, height), (cell.cols, width))
-                ))  # fmt: skip
-                cell.scatter(crop, mean)
+                cell.scatter(planes.fold(log_z, *query.taps(cell)), mean)
                 own_patch(log_z / _LOG2E - planes.energy, cell, evidence)
-            return (mean + self._centre).float(), extend(evidence, window, geometry).float()
+            evidence = extend(evidence, query.window, query.geometry)
+            return (mean + self._centre).float(), evidence.float()
+
+    def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
+        """Return the mean [C, H, W] without a bank image, and its weight [H, W]."""
+        with torch.device(query.x.device):
+            x = query.x.double() - query.a * self._centre
+            mean, weight = torch.zeros_like(x), torch.zeros_like(x[:1])
+            own, others = (
+                [part for limits in ranges for part in within(self._groups, limits)]
+                for ranges in removed(query.limits, image)
+            )
+            for cell in query.cells():
+                log_own = _Planes(cell, x, query, own, self._centre).normaliser()
+                rest = _Planes(cell, x, query, others, self._centre)
+                log_rest, taps = rest.normaliser(), query.taps(cell)
+                cell.scatter(rest.fold(log_rest, *taps), mean)
+                cell.scatter(folded_weight(log_own, log_rest, *taps), weight)
+            return (mean + self._centre).float(), weight[0].float()
 
 
 def decoded(images: Tensor) -> Tensor:
@@ -94,6 +98,28 @@ def _channel_sums(group: Tensor) -> Tensor:
     return torch.stack([(count * values).sum() for count in counts])
 
 
+def removed(
+    limits: tuple[int, int], image: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the range of one image of a range, and the ranges of the others."""
+    (lo, hi), after = limits, image + 1
+    others = [(first, last) for first, last in ((lo, image), (after, hi)) if first < last]
+    return [(image, after)], others
+
+
+def folded_weight(own: Tensor, rest: Tensor, row_taps: Tensor, col_taps: Tensor) -> Tensor:
+    """Return the fold [1, X, Y] of what a bank image weighs in each patch.
+
+    Args:
+        own: log₂ of the normaliser of its patches alone, [Q, P].
+        rest: of all others.
+        row_taps: of the crop, [X, k].
+        col_taps: [Y, k].
+    """
+    rows, cols = taps_matrix(row_taps, len(own)), taps_matrix(col_taps, own.shape[1])
+    return (rows @ ((own - rest) / _LOG2E).sigmoid() @ cols.T)[None]
+
+
 def within(groups: Sequence[Tensor], limits: tuple[int, int]) -> list[Tensor]:
     """Return the parts of groups [N, C, H, W] that images ``lo`` to ``hi`` of the bank are in."""
     lo, hi = limits
@@ -120,20 +146,14 @@ class _Tile(NamedTuple):
 
 
 class _Planes:
-    """One cell of one query."""
+    """One cell of one query, [C, H, W] float64 relative to the centre of the bank."""
 
     def __init__(
-        self,
-        cell: Cell,
-        query: Tensor,
-        a: float,
-        s: float,
-        groups: list[Tensor],
-        centre: Tensor,
+        self, cell: Cell, image: Tensor, query: FoldQuery, groups: list[Tensor], centre: Tensor
     ) -> None:
         self._cell, self._groups, self._centre = cell, groups, centre
-        self._k = cell.rows.window
-        crop = cell.query(query)
+        self._k, a, s = query.window, query.a, query.s
+        crop = cell.query(image)
         self.energy = box_sums(crop.square().sum(0), self._k) / (2 * s * s)
         keys = (len(cell.cols.keys(group.shape[-1])) for group in groups)
         self._ring = max(crop.shape[-1], *keys)

@@ -20,14 +20,12 @@ from els_kernels.fold_pairs import (
     Block,
     CellPairs,
     CellQuery,
-    Level,
     blocks,
     strip_factors,
     strips,
     unstrip,
 )
-from els_kernels.fold_plan import cells
-from els_kernels.geometry import Geometry
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.ranking import Ranking
 from els_kernels.torch_fold import bank_centre, decoded, within
 
@@ -38,106 +36,65 @@ class TiledFoldMoments:
     def __init__(self, groups: Sequence[Tensor]) -> None:
         self._groups, self._centre = groups, bank_centre(groups)
 
-    def statistics(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-        top: int,
-        shares: bool,
-    ) -> tuple[Tensor, ...]:
+    def statistics(self, query: FoldQuery, top: int, shares: bool) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image."""
-        with torch.device(x.device):
-            level = Level(a, s, window, fold, geometry)
-            queries = self._queries(x, level)
-            for query in queries:
-                for _, images in self._tiles(limits, query):
-                    pairs = CellPairs(query, images)
+        with torch.device(query.x.device):
+            cells = self._cells(query)
+            for cell in cells:
+                for _, images in self._tiles(query.limits, cell):
+                    pairs = CellPairs(cell, images)
                     for dy, rows in pairs.displacements():
-                        query.add(rows, pairs.logits(dy, rows, pairs.key_strips(dy, rows)))
-            moments = _Moments(x.shape, sum(map(len, self._groups)), top)
-            for first, images in self._tiles(limits, *queries):
-                for block in blocks(queries, images, (x.shape[1], x.shape[2])):
+                        cell.add(rows, pairs.logits(dy, rows, pairs.key_strips(dy, rows)))
+            moments = _Moments(query.x.shape, sum(map(len, self._groups)), top)
+            for first, images in self._tiles(query.limits, *cells):
+                for block in blocks(cells, images, query.size):
                     moments.add(block, images, first)
             return moments.result(self._centre, shares)
 
-    def vjp(
-        self,
-        x: Tensor,
-        cotangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
+    def vjp(self, query: FoldQuery, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg, [C, H, W] float32."""
-        return self._product("vjp", x, cotangent, limits, Level(a, s, window, fold, geometry))
+        return self._product("vjp", query, cotangent)
 
-    def jvp(
-        self,
-        x: Tensor,
-        tangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
+    def jvp(self, query: FoldQuery, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and J u, [C, H, W] float32."""
-        return self._product("jvp", x, tangent, limits, Level(a, s, window, fold, geometry))
+        return self._product("jvp", query, tangent)
 
     def _product(
-        self,
-        kind: Literal["vjp", "jvp"],
-        x: Tensor,
-        direction: Tensor,
-        limits: tuple[int, int],
-        level: Level,
+        self, kind: Literal["vjp", "jvp"], query: FoldQuery, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with torch.device(x.device):
-            mean, product = torch.zeros_like(x).double(), torch.zeros_like(x).double()
-            for query in self._queries(x, level):
-                along = _Along(kind, query, direction.double())
-                for _, images in self._tiles(limits, query):
-                    along.add_to_normaliser(CellPairs(query, images))
-                query.finish()
-                for _, images in self._tiles(limits, query):
-                    along.add_to_sums(CellPairs(query, images))
+        with torch.device(query.x.device):
+            mean, product = (torch.zeros_like(query.x).double() for _ in range(2))
+            for cell in self._cells(query):
+                along = _Along(kind, cell, direction.double())
+                for _, images in self._tiles(query.limits, cell):
+                    along.add_to_normaliser(CellPairs(cell, images))
+                cell.finish()
+                for _, images in self._tiles(query.limits, cell):
+                    along.add_to_sums(CellPairs(cell, images))
                 for values, out in zip(along.results(), (mean, product), strict=True):
-                    query.cell.scatter(values, out)
-            product *= level.a / level.s / level.s
+                    cell.cell.scatter(values, out)
+            product *= query.a / query.s / query.s
             return (mean + self._centre).float(), product.float()
 
-    def _queries(self, x: Tensor, level: Level) -> list[CellQuery]:
-        image = x.double() - level.a * self._centre
-        height, width = x.shape[1:]
-        return [
-            CellQuery(cell, image, level)
-            for cell in cells(height, width, level.window, level.geometry)
-        ]
+    def _cells(self, query: FoldQuery) -> list[CellQuery]:
+        image = query.x.double() - query.a * self._centre
+        return [CellQuery(cell, image, query) for cell in query.cells()]
 
-    def _tiles(self, limits: tuple[int, int], *queries: CellQuery) -> Iterator[tuple[int, Tensor]]:
+    def _tiles(self, limits: tuple[int, int], *cells: CellQuery) -> Iterator[tuple[int, Tensor]]:
         """Yield images [n, C, h, w] float64, and the index of the first in the bank."""
         first = limits[0]
         for group in within(self._groups, limits):
-            together = min(_together(query, group.shape[2:]) for query in queries)
+            together = min(_together(cell, group.shape[2:]) for cell in cells)
             for start in range(0, len(group), together):
                 tile = group[start : start + together]
                 yield first + start, decoded(tile).double() - self._centre
             first += len(group)
 
 
-def _together(query: CellQuery, size: tuple[int, ...]) -> int:
+def _together(cell: CellQuery, size: tuple[int, ...]) -> int:
     """Return the bank images of a size whose pairs of one displacement fit in a tile."""
-    rows, cols = query.cell.rows, query.cell.cols
-    width = 1 if query.level.narrow else size[1]
+    rows, cols = cell.cell.rows, cell.cell.cols
+    width = 1 if cell.query.narrow else size[1]
     return max(1, TILE // (len(rows.query) * len(cols.query) * width))
 
 
@@ -151,7 +108,7 @@ class _Along:
 
     def __init__(self, kind: Literal["vjp", "jvp"], query: CellQuery, direction: Tensor) -> None:
         self._query, self._channels = query, len(direction)
-        found = strips(query.cell.query(direction), query.level.window)
+        found = strips(query.cell.query(direction), query.query.window)
         taps, ones = (
             (query.row_taps, query.col_taps),
             (query.boxes, torch.ones_like(query.col_taps)),

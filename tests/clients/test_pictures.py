@@ -126,6 +126,43 @@ def test_colour_of_sixteen_bits_is_refused_not_cut(tmp_path: Path, name: str) ->
         pictures.read(path, (3, 2, 2), resize=True)
 
 
+@pytest.mark.parametrize("name", DEEP)
+def test_colour_of_sixteen_bits_is_cut_with_a_word_where_pillow_reads_it(
+    tmp_path: Path, name: str
+) -> None:
+    path, words = write(tmp_path, DEEP, name), list[str]()
+    if name == "planes.tiff":  # Pillow takes the bytes of one plane for its pixels.
+        with pytest.raises(InvalidArgumentError, match=r"expected 8 bits a channel, got 16"):
+            pictures.opened(path, words.append)
+        return
+    assert pictures.opened(path, words.append).mode == "RGB"
+    assert words == [f"{path}: reduced from 16 bits a channel to 8"]
+
+
+def test_grey_of_sixteen_bits_is_rounded_to_eight(tmp_path: Path) -> None:
+    values = np.array([[0, 128, 129, 256], [385, 386, 65406, 65535]], np.uint16)
+    nearest, words = np.rint(values / 257).astype(np.uint8), list[str]()
+    for suffix in ("png", "tiff"):
+        Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 2 65535\n" + values.astype(">u2").tobytes())
+    for suffix in ("png", "tiff", "pgm"):
+        read = pictures.opened(tmp_path / f"a.{suffix}", words.append)
+        np.testing.assert_array_equal(np.asarray(read), nearest)
+    assert len(words) == 3
+
+
+def test_pictures_of_floats_are_refused_even_if_sixteen_bits_are_not(tmp_path: Path) -> None:
+    Image.new("F", (4, 4)).save(tmp_path / "a.tiff")
+    with pytest.raises(InvalidArgumentError, match="expected 8 bits a channel, got F"):
+        pictures.opened(tmp_path / "a.tiff", print)
+
+
+def test_colours_of_a_printer_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4)).save(tmp_path / "a.jpg")
+    with pytest.raises(InvalidArgumentError, match=r"a\.jpg: expected grey or RGB, got CMYK"):
+        pictures.read(tmp_path / "a.jpg", (3, 4, 4), resize=False)
+
+
 @pytest.mark.parametrize("name", KEYED)
 def test_a_transparent_colour_is_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, KEYED, name)

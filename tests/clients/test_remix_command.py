@@ -228,7 +228,6 @@ def test_wrong_options_are_rejected_with_a_reason(
         (["--mode", "inpaint"], "mask: expected one for mode inpaint, got none"),
         (["--strength", "0.5"], "strength: expected none for mode new"),
         (["--model", "street"], "model: expected none without --target"),
-        (["--explain", "--sources", "70"], "sources: expected none with --explain"),
     ],
 )
 def test_wrong_options_are_rejected_before_a_server_is_started(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from els_kernels import FoldedMoments
 from els_service.cli.main import app
 from els_service.denoisers.base import DenoiserInfo, make_query
+from els_service.denoisers.explanations import Explanation
 from els_service.denoisers.fold_levels import FoldTable, LevelFoldDenoiser
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.windows import WindowTable
+from els_service.engine.derived import derived
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
 from els_service.experiments.comparison.folds import parse_folds
@@ -69,6 +72,33 @@ def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch(
         np.testing.assert_allclose(plain.pixels, alone.pixels, atol=1e-5)
     assert describe_machine(machine)["folds"]["rho"] == ["0.5", "0", "0.2"]
     assert "folds" not in describe_machine(built["els"])
+
+
+def test_sources_and_products_of_each_image_are_those_of_the_machine_of_its_level() -> None:
+    machine = build_machines(["els+fold"], squares(), INFO, folds=TABLE)["els+fold"]
+    assert isinstance(machine, LevelFoldDenoiser)
+    info = machine.info
+    assert (info.has_sources, info.has_gradients, info.has_originality) == (True, True, True)
+    assert derived(machine, "explain")
+    assert derived(machine, "vjp")
+    assert derived(machine, "originality")
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(3, *SHAPE, generator=generator) for _ in range(2))
+    query, along = make_query(x, from_sigma([0.1, 1.0, 20.0])), g.numpy()
+    together = machine.explain(query, 4)
+    assert together.bank is machine.bank
+    got = [*answers_of(together), machine.variance(query)]
+    got += [machine.vjp(query, along).product, machine.jvp(query, along).product]
+    for index, rho in enumerate((0.5, 0.0, 0.2)):
+        own, part = folded(rho, TABLE.windows), slice(index, index + 1)
+        want = [*answers_of(own.explain(query[part], 4)), own.variance(query[part])]
+        want += [each(query[part], along[part]).product for each in (own.vjp, own.jvp)]
+        for one, other in zip(got, want, strict=True):
+            np.testing.assert_allclose(one[part], other, rtol=1e-3, atol=1e-4)
+
+
+def answers_of(found: Explanation) -> list[np.ndarray[Any, Any]]:
+    return [found.pixels, found.variance, found.entropy, found.weights, found.shares]
 
 
 def test_a_machine_with_a_fold_needs_a_table() -> None:

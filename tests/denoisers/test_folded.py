@@ -17,6 +17,7 @@ from els_kernels import (
     FoldedMoments,
     PatchAttention,
 )
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.reference_fold import FoldReference
 from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import make_bank
@@ -53,7 +54,10 @@ def brute_force(model: FoldedDenoiser, asked: Query) -> list[tuple[np.ndarray[An
     geometry = FOLD_GEOMETRIES[info.machine, info.padding]
     reference = FoldReference([BANK.pixels()])
     return [
-        tuple(part.numpy() for part in reference(x, 1.0, sigma, k, limits, info.fold, geometry))
+        tuple(
+            part.numpy()
+            for part in reference(FoldQuery(x, 1.0, sigma, k, limits, info.fold, geometry))
+        )
         for x, sigma, k, limits in zip(
             asked.x, SIGMA, TABLE.at(np.array(SIGMA)).tolist(), RANGES, strict=True
         )

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.support.memory import array_bytes
 
 from els_kernels import FOLD_GEOMETRIES, FoldedMoments
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.reference_fold import FoldReference
 from els_service.cli.speed import describe_sizes
 from els_service.denoisers.banks import make_bank, save_bank
@@ -71,7 +72,8 @@ def test_an_answer_is_that_of_brute_force_over_the_images_of_the_label(
         got = model.denoise(asked)
         for b, limits in enumerate([(0, 6), (0, 3), (3, 6)]):
             geometry = FOLD_GEOMETRIES["els", padding]
-            want, _ = reference(asked.x[b], 1.0, SIGMA[b], 3, limits, fold, geometry)
+            query = FoldQuery(asked.x[b], 1.0, SIGMA[b], 3, limits, fold, geometry)
+            want, _ = reference(query)
             assert np.abs(got.pixels[b] - want.numpy()).max() <= 1e-5
 
 
@@ -117,7 +119,8 @@ def make_mixed(sizes: list[tuple[int, int]]) -> MixedBank:
         ({"sizes": None}, "sizes: expected any, or ranges, as the bank has images of several"),
         (
             {"sizes": None, "machine": "local"},
-            "bank: expected images of one size for machine local, got heights from 5 to 9 and w",
+            "bank: expected images of one size for machine local, as its sources are at the same "
+            "place, got heights from 5 to 9 and w",
         ),
         ({"window": WindowTable.constant(7)}, "window: expected at most 5 here, got 7"),
     ],
@@ -172,9 +175,13 @@ def load(root: Path, document: str) -> Denoiser:
     [
         (
             f"kind: analytic\nmachine: {name}\n{BANK}",
-            f"bank: expected images of one size for machine {name}, got heights from 24 to 32",
+            f"bank: expected images of one size for machine {name}, as its {why}, got heights",
         )
-        for name in ("ideal", "equivariant", "local")
+        for name, why in (
+            ("ideal", "window is the whole image"),
+            ("equivariant", "window is the whole image"),
+            ("local", "sources are at the same place"),
+        )
     ]
     + [
         (

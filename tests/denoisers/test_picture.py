@@ -214,6 +214,28 @@ def test_pixels_that_a_mask_keeps_are_those_of_the_start() -> None:
     assert not torch.equal(x[~kept], start[~kept])
 
 
+def mean_step(x: Tensor, mask: Tensor) -> float:
+    """The mean step across the border of a mask, as a multiple of that elsewhere."""
+    across, other = [], []
+    for axis in (2, 3):
+        step, border = x.diff(dim=axis).abs().mean(1, keepdim=True), mask.diff(dim=axis) != 0
+        across.append(step[border])
+        other.append(step[~border])
+    return float(torch.cat(across).mean() / torch.cat(other).mean())
+
+
+def test_what_is_painted_joins_its_surroundings_without_a_seam() -> None:
+    start, mask = picture()[None].double(), torch.zeros(1, 1, 20, 24, dtype=torch.float64)
+    mask[..., 6:14, 8:17] = 1
+    given = {"count": 4, "start": start.expand(4, -1, -1, -1), "mask": mask}
+    painted = draw(denoiser(), (20, 24), **given)[-1].x
+    # New pictures pasted there have a seam.
+    pasted = torch.where(mask > 0, draw(denoiser(), (20, 24), count=4)[-1].x, start)
+    joined, cut = ([mean_step(x[None], mask) for x in images] for images in (painted, pasted))
+    assert float(np.mean(joined)) < 1.4
+    assert float(np.mean(cut)) > 2
+
+
 def test_a_start_with_little_noise_keeps_the_picture_and_more_noise_changes_more() -> None:
     start = picture()[None].double()
     distances = [

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from tests.support import folded_models as folded
 from tests.support.models_folder import write_models
 from tests.support.processes import FAULT_SERVER, ServerProcess, serving
+from tests.support.twin import Twin
 
-from els_client import Client
+from els_client import AsyncClient, Client
+from els_service.denoisers.banks import save_bank
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +24,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(models: Path) -> Iterator[ServerProcess]:
     """One server process for all tests that leave it as they found it."""
     with serving("--models", models, "--threads", 1) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def folded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of models with a fold and with queries of another size."""
+    models = write_models(tmp_path_factory.mktemp("folded") / "models", folded.DOCUMENTS)
+    save_bank(folded.mixed_bank(), models / "_banks" / "mixed.safetensors")
+    limits = {"ELS_MAX_PIXELS": str(folded.MAX_PIXELS)}
+    with serving("--models", models, "--threads", 1, **limits) as process:
         yield process
 
 
@@ -44,3 +57,10 @@ def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
 def client(server: ServerProcess) -> Iterator[Client]:
     with Client(server.target, timeout_s=60) as client:
         yield client
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
+    twin = Twin(request.param(server.target))
+    yield twin
+    await twin.close()

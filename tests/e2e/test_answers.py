@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tests.support.models_folder import DOCUMENTS, LABELLED, LABELS, RGB, SHAPE,
 from tests.support.processes import ServerProcess
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client
+from els_client import AsyncClient
 from els_service.denoisers.base import Denoiser, make_query, score
 from els_service.denoisers.levels import from_alpha_bar, from_sigma, from_time
 from els_service.denoisers.noise import seeded_noise
@@ -42,13 +41,6 @@ def library(models: Path) -> dict[str, Denoiser]:
     """The same models in this process."""
     repository = ModelRepository(models)
     return {name: repository.load(name) for name in repository.names()}
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
-    twin = Twin(request.param(server.target))
-    yield twin
-    await twin.close()
 
 
 @pytest.mark.parametrize("model", sorted(DOCUMENTS))

@@ -1,86 +1,37 @@
-"""Gradients and sources from a real server, against brute force on its small bank."""
+"""Sources and variances from a real server, against brute force on its small bank."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-import torch
-from google.protobuf import descriptor_pool
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
-from google.protobuf.message_factory import GetMessageClass
-from tests.golden.make_contract import CONTRACT
-from tests.kernels.cases import Case
-from tests.kernels.moment_budgets import Budgets, budgets
-from tests.support import onnx_models
+from tests.support.explained import (
+    CHOSEN,
+    RANGES,
+    SIGMA,
+    assert_serves,
+    images,
+    message_of,
+    references,
+    within,
+)
 from tests.support.models_folder import (
     DOCUMENTS,
-    LABELLED,
     SHAPE,
     WITH_EVIDENCE,
     tiny_bank,
     write_models,
 )
-from tests.support.processes import ServerProcess, serving
+from tests.support.processes import serving
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client, ElsError, Evidence, InvalidArgumentError
-from els_kernels import GEOMETRIES, PatchAttention, PatchMoments
-from els_kernels.reference_statistics import ReferencePosterior
+from els_client import Client, ElsError, InvalidArgumentError
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
-from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import make_bank, save_bank
-from els_service.denoisers.base import make_query
-from els_service.denoisers.gradients import Differentiable
-from els_service.denoisers.levels import from_sigma
-from els_service.repository import ModelRepository
-
-SIGMA = [0.3, 1.0, 4.0]
-RANGES = [(0, 12), (0, 4), (8, 12)]
-CHOSEN = [-1, 0, 2]
-"""Labels of the three images, and their ranges in the bank, which is sorted by label."""
-
-
-def images(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.random.default_rng(seed).normal(size=(3, *SHAPE)).astype(np.float32)
-
-
-def references(
-    models: Path, name: str, x: np.ndarray[Any, Any]
-) -> list[tuple[ReferencePosterior, Budgets]]:
-    """Return the specification of each image, and how far an explanation may lie from it."""
-    denoiser = ModelRepository(models).load(name)
-    assert isinstance(denoiser, AnalyticDenoiser)
-    info, pixels = denoiser.info, tiny_bank().pixels()
-    windows = [1] * 3 if info.window is None else info.window.at(np.array(SIGMA)).tolist()
-    geometry = GEOMETRIES[info.machine, info.padding]
-    found = []
-    for image, limits, sigma, k in zip(torch.from_numpy(x), RANGES, SIGMA, windows, strict=True):
-        bank = pixels[slice(*limits)]
-        reference = ReferencePosterior(image, bank, 1.0, sigma, k, geometry)
-        window = None if geometry.whole else torch.tensor([k])
-        level = torch.ones(1, dtype=torch.float64), torch.tensor([sigma], dtype=torch.float64)
-        case = Case(geometry, bank, image[None], *level, window, torch.tensor([[0, len(bank)]]))
-        moments = PatchMoments(PatchAttention(bank), bank)
-        found.append((reference, budgets(moments, case, 0, reference)))
-    return found
-
-
-def within(got: np.ndarray[Any, Any], want: torch.Tensor, slack: torch.Tensor | float) -> None:
-    # Answers are float32.
-    assert ((torch.tensor(got) - want).abs() <= slack + 1e-7 * want.abs()).all()
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
-    twin = Twin(request.param(server.target))
-    yield twin
-    await twin.close()
 
 
 @pytest.mark.parametrize("model", WITH_EVIDENCE)
@@ -110,79 +61,6 @@ async def test_an_explanation_is_that_of_brute_force(twin: Twin, models: Path, m
                     place = u, image - lo, row * SHAPE[2] + col
                     within(weight, weights[place], slack.weights[place])
                     assert found.labels[image] == tiny_bank().labels[image]
-
-
-@pytest.mark.parametrize("model", WITH_EVIDENCE)
-async def test_products_from_evidence_have_the_same_bits(twin: Twin, model: str) -> None:
-    x, options = images(1), {"model": model, "sigma": SIGMA, "label": CHOSEN}
-    evidence = Evidence()
-    for method, seed in (("vjp", 2), ("jvp", 3), ("vjp", 4)):
-        want = await twin.call(method, x, images(seed), **options)
-        got = await twin.call(method, x, images(seed), evidence=evidence, **options)
-        assert np.array_equal(got[0], want[0])
-        assert np.array_equal(got[1], want[1])
-        assert evidence.data
-
-
-@pytest.mark.parametrize("damage", ["another x", "another level", "a bit", "cut", "foreign"])
-def test_evidence_of_something_else_is_not_used(client: Client, damage: str) -> None:
-    x, g, sigma = images(1), images(2), 1.0
-    evidence = Evidence()
-    client.vjp(images(5), g, evidence=evidence, model="zeros", sigma=1.0)
-    if damage == "another level":
-        x, sigma = images(5), 2.0
-    elif damage == "a bit":
-        x, evidence.data = images(5), bytes([evidence.data[0] ^ 1]) + evidence.data[1:]
-    elif damage == "cut":
-        x, evidence.data = images(5), evidence.data[:-1]
-    elif damage == "foreign":
-        x, evidence.data = images(5), b"\xff" * len(evidence.data)
-    sent = evidence.data
-    for method in (client.vjp, client.jvp):
-        evidence.data = sent
-        want = method(x, g, model="zeros", sigma=sigma)
-        got = method(x, g, evidence=evidence, model="zeros", sigma=sigma)
-        assert np.array_equal(got[1], want[1])
-        # That of this query instead.
-        assert evidence.data not in (b"", sent)
-    used = evidence.data
-    client.vjp(x, g, evidence=evidence, model="zeros", sigma=sigma)
-    assert evidence.data is used
-
-
-def test_a_model_without_a_first_pass_has_no_evidence(client: Client) -> None:
-    evidence = Evidence(b"of another model")
-    want = client.vjp(images(1), images(2), model="wiener", sigma=1.0)
-    got = client.vjp(images(1), images(2), evidence=evidence, model="wiener", sigma=1.0)
-    assert np.array_equal(got[1], want[1])
-    assert evidence.data == b"of another model"
-
-
-@pytest.mark.parametrize("model", [*WITH_EVIDENCE, "wiener"])
-async def test_products_are_the_library_s(twin: Twin, models: Path, model: str) -> None:
-    x, g = images(1), images(2)
-    denoiser = ModelRepository(models).load(model)
-    assert isinstance(denoiser, Differentiable)
-    query = make_query(x, from_sigma(SIGMA), CHOSEN)
-    options: dict[str, Any] = {"model": model, "sigma": SIGMA, "label": CHOSEN}
-    for name in ("vjp", "jvp"):
-        denoised, product = await twin.call(name, x, g, **options)
-        want = getattr(denoiser, name)(query, g)
-        assert np.array_equal(denoised, want.mean)
-        assert np.array_equal(product, want.product)
-
-
-@pytest.mark.parametrize("model", WITH_EVIDENCE)
-def test_products_are_automatic_differentiation_of_brute_force(
-    client: Client, models: Path, model: str
-) -> None:
-    x, g = images(1), images(2)
-    _, pulled = client.vjp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
-    _, pushed = client.jvp(x, g, model=model, sigma=SIGMA, label=CHOSEN)
-    for b, (reference, _) in enumerate(references(models, model, x)):
-        along = torch.from_numpy(g[b])
-        for got, want in ((pulled, reference.vjp(along)), (pushed, reference.jvp(along))):
-            assert np.abs(got[b] - want.numpy()).max() <= 1e-4 * float(want.abs().max()) + 1e-9
 
 
 @pytest.mark.parametrize("model", WITH_EVIDENCE)
@@ -360,18 +238,6 @@ def test_a_model_without_a_bank_lists_the_models_that_explain(client: Client) ->
     assert "circular, equivariant, ideal, local, valid, zeros" in str(caught.value)
 
 
-def test_an_onnx_model_has_no_gradients_and_is_named(tmp_path: Path) -> None:
-    root = write_models(tmp_path / "models", {})
-    onnx_models.write(root, onnx_models.gaussian())
-    x = np.zeros((1, *onnx_models.SHAPE), np.float32)
-    with serving("--models", root, "--threads", 1) as server, Client(server.target) as client:
-        assert not client.model("model").has_gradients
-        for call in (client.vjp, client.jvp):
-            with pytest.raises(ElsError, match="model has no gradients: a model of kind onnx") as e:
-                call(x, x, model="model", sigma=1.0)
-            assert e.value.code == "FAILED_PRECONDITION"
-
-
 @pytest.mark.parametrize(
     ("field", "change"),
     [
@@ -397,29 +263,6 @@ def test_a_bad_field_of_explain_is_named(
     request.MergeFrom(pb.ExplainRequest(**change))
     with pytest.raises(grpc.RpcError) as caught:
         list(DenoiserServiceStub(channel).Explain(request, timeout=30))
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert str(caught.value.details()).startswith(f"{field}: expected")
-    assert_serves(client)
-
-
-@pytest.mark.parametrize(
-    ("field", "tensor"),
-    [
-        ("cotangent.shape", pb.Tensor()),
-        ("cotangent.shape", pb.Tensor(dtype=pb.DTYPE_F32, shape=[1, 1, 6, 5], data=bytes(120))),
-        ("cotangent.data", pb.Tensor(dtype=pb.DTYPE_F32, shape=[3, 1, 6, 5], data=b"1234")),
-        ("cotangent.dtype", pb.Tensor(dtype=pb.DTYPE_U8, shape=[3, 1, 6, 5], data=bytes(90))),
-        ("cotangent", pb.Tensor(dtype=pb.DTYPE_F32, shape=[3, 1, 6, 5], data=b"\xff" * 360)),
-    ],
-)
-def test_a_bad_cotangent_is_named(
-    channel: grpc.Channel, client: Client, field: str, tensor: pb.Tensor
-) -> None:
-    request = pb.VjpRequest(
-        model="zeros", x=message_of(images(1)), level=pb.NoiseLevel(sigma=[1.0]), cotangent=tensor
-    )
-    with pytest.raises(grpc.RpcError) as caught:
-        DenoiserServiceStub(channel).Vjp(request, timeout=30)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert str(caught.value.details()).startswith(f"{field}: expected")
     assert_serves(client)
@@ -461,70 +304,3 @@ def test_an_explanation_larger_than_a_message_is_rejected(tmp_path: Path) -> Non
         with pytest.raises(ElsError, match="count: expected a response of at most") as caught:
             list(client.sample(explain_top=1, count=4, **options))
         assert caught.value.code == "RESOURCE_EXHAUSTED"
-
-
-def message_of(x: np.ndarray[Any, Any]) -> pb.Tensor:
-    return pb.Tensor(dtype=pb.DTYPE_F32, shape=x.shape, data=x.tobytes())
-
-
-def assert_serves(client: Client) -> None:
-    assert client.denoise(images(1), model=LABELLED[0], sigma=1.0).shape == (3, *SHAPE)
-
-
-class Released:
-    """Client of the contract of the last release, which knows no field added since.
-
-    Args:
-        channel: to the server.
-    """
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self._channel = channel
-        self._pool = descriptor_pool.DescriptorPool()
-        for file in FileDescriptorSet.FromString(CONTRACT.read_bytes()).file:
-            self._pool.Add(file)
-
-    def message(self, name: str) -> Any:
-        return GetMessageClass(self._pool.FindMessageTypeByName(f"denoise.v1.{name}"))
-
-    def request(self, name: str, **fields: Any) -> Any:
-        request = self.message(name)(**fields)
-        x = images(1)
-        request.x.dtype, request.x.data = pb.DTYPE_F32, x.tobytes()
-        request.x.shape.extend(x.shape)
-        request.level.sigma.append(1.0)
-        return request
-
-    def call(self, kind: str, method: str, request: Any) -> Any:
-        """Return the response; ``kind`` says which sides are streams."""
-        streams = method.endswith("Stream")
-        return getattr(self._channel, kind)(
-            f"/denoise.v1.DenoiserService/{method}",
-            lambda one: one.SerializeToString(),
-            self.message(f"{method}Response").FromString,
-        )(iter([request]) if streams else request, timeout=30)
-
-
-def test_a_client_of_the_released_contract_works_as_before(
-    channel: grpc.Channel, client: Client
-) -> None:
-    released, x = Released(channel), images(1)
-    query = {"model": "zeros", "return_log_evidence": True}
-    answer = released.call("unary_unary", "Denoise", released.request("DenoiseRequest", **query))
-    want, evidence = client.denoise_with_evidence(x, model="zeros", sigma=1.0)
-    assert answer.denoised.data == want.tobytes()
-    assert answer.log_evidence.data == evidence.tobytes()
-    request = released.request("DenoiseRequest", **query)
-    (streamed,) = released.call("stream_stream", "DenoiseStream", request)
-    assert streamed.response == answer
-    scored = released.call("unary_unary", "Score", released.request("ScoreRequest", model="zeros"))
-    assert scored.score.data == client.score(x, model="zeros", sigma=1.0).tobytes()
-    sample = released.message("SampleRequest")(model="zeros", count=2, steps=3, seed=5)
-    *_, last = released.call("unary_stream", "Sample", sample)
-    *_, step = client.sample(model="zeros", count=2, steps=3, seed=5)
-    assert last.x.data == step.x.tobytes()
-    named = released.message("GetModelRequest")(name="zeros")
-    described = released.call("unary_unary", "GetModel", named)
-    assert described.model.bank.fingerprint == tiny_bank().fingerprint
-    listed = released.call("unary_unary", "ListModels", released.message("ListModelsRequest")())
-    assert described.model in listed.models

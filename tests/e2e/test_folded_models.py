@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,55 +15,33 @@ import pytest
 import torch
 from PIL import Image
 from tests.support.bad_inferences import fp32, infer
-from tests.support.models_folder import SHAPE, tiny_bank, write_models
-from tests.support.processes import ServerProcess, serving
+from tests.support.folded_models import LARGE, SIGMA, images, mixed_bank
+from tests.support.models_folder import SHAPE, tiny_bank
+from tests.support.processes import ServerProcess
 from tests.support.refusals import TIMEOUT_S
 from tests.support.twin import Twin
 from typer.testing import CliRunner, Result
 
 from els_client import (
-    AsyncClient,
     Bank,
     Client,
     ElsError,
-    Evidence,
     InvalidArgumentError,
     Sizes,
 )
 from els_client.cli import app
 from els_kernels import FOLD_GEOMETRIES
+from els_kernels.fold_plan import FoldQuery
 from els_kernels.reference_fold import FoldReference
-from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
 from els_proto.denoise.v1 import denoise_pb2
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_proto.inference import grpc_service_pb2 as pb
 from els_proto.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from els_service.denoisers.banks import save_bank
-from els_service.denoisers.mixed_banks import AnyBank, make_mixed_bank
-
-BANK = "bank: ../_banks/tiny.safetensors\nwindow: 3\n"
-DOCUMENTS = {
-    "plain": f"kind: analytic\nmachine: els\n{BANK}",
-    "sized": f"kind: analytic\nmachine: els\n{BANK}sizes: {{height: [4, 20], width: [3, 40]}}\n",
-    "folded": f"kind: analytic\nmachine: els\npadding: inside\nfold: 0.2\nsizes: any\n{BANK}",
-    "inside": f"kind: analytic\nmachine: els\npadding: inside\n{BANK}",
-    "local": f"kind: analytic\nmachine: local\npadding: circular\nfold: uniform\n{BANK}",
-    "mixed": "kind: analytic\nmachine: els\nbank: ../_banks/mixed.safetensors\nwindow: 3\n"
-    "fold: 0.5\nsizes: any\n",
-}
-MIXED = [(5, 8), (7, 4), (5, 8), (4, 4)]
-SIGMA = [0.25, 4.0]
-LARGE = (9, 14)
-MAX_PIXELS = 2000
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    models = write_models(tmp_path_factory.mktemp("folded") / "models", DOCUMENTS)
-    save_bank(mixed_bank(), models / "_banks" / "mixed.safetensors")
-    limits = {"ELS_MAX_PIXELS": str(MAX_PIXELS)}
-    with serving("--models", models, "--threads", 1, **limits) as process:
-        yield process
+def server(folded_server: ServerProcess) -> ServerProcess:
+    return folded_server
 
 
 @pytest.fixture(scope="module")
@@ -73,29 +50,12 @@ def client(server: ServerProcess) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
-    twin = Twin(request.param(server.target))
-    yield twin
-    await twin.close()
-
-
-def mixed_bank() -> AnyBank:
-    random = np.random.default_rng(0)
-    pictures = [random.integers(0, 256, (1, *size), np.uint8) for size in MIXED]
-    return make_mixed_bank(pictures, [1, 0, 0, 1], label_names=("sea", "hills"))
-
-
-def images(size: tuple[int, ...] = SHAPE[1:], seed: int = 1) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).normal(size=(2, 1, *size)).astype(np.float32)
-
-
 def brute_force(client: Client, name: str, x: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     model = client.model(name)
     geometry = FOLD_GEOMETRIES[model.machine, model.padding]
     reference = FoldReference([tiny_bank().pixels()])
     return [
-        reference(image, 1.0, sigma, 3, (0, 12), model.fold, geometry)[0].numpy()
+        reference(FoldQuery(image, 1.0, sigma, 3, (0, 12), model.fold, geometry))[0].numpy()
         for image, sigma in zip(torch.from_numpy(x), SIGMA, strict=True)
     ]
 
@@ -130,7 +90,8 @@ def test_a_model_of_images_of_several_sizes_publishes_them_and_answers_any(
     got = client.denoise(x, model="mixed", sigma=SIGMA, label=[-1, 1])
     geometry = FOLD_GEOMETRIES["els", "zeros"]
     for b, limits in enumerate([(0, 4), (2, 4)]):
-        want, _ = reference(torch.from_numpy(x[b]), 1.0, SIGMA[b], 3, limits, 0.5, geometry)
+        image = torch.from_numpy(x[b])
+        want, _ = reference(FoldQuery(image, 1.0, SIGMA[b], 3, limits, 0.5, geometry))
         assert np.abs(got[b] - want.numpy()).max() <= 1e-5
     *_, own = client.sample(model="mixed", steps=2, label=1)
     assert own.x.shape == (1, 1, 5, 8)
@@ -262,157 +223,6 @@ def test_the_limit_on_pixels_holds_for_every_size(client: Client) -> None:
     with pytest.raises(ElsError) as caught:
         list(client.sample(model="folded", count=2, steps=2, size=(26, 40)))
     assert caught.value.code == "RESOURCE_EXHAUSTED"
-
-
-SOURCES = [
-    ("folded", SHAPE[1:]),
-    ("folded", LARGE),
-    ("sized", LARGE),
-    ("sized", (4, 3)),
-    ("inside", SHAPE[1:]),
-    ("local", SHAPE[1:]),
-]
-"""Models with queries of sizes that they answer."""
-
-
-def references(client: Client, name: str, x: np.ndarray[Any, Any]) -> list[ReferenceFoldPosterior]:
-    """Return the specification of each image."""
-    model, bank = client.model(name), list(tiny_bank().pixels())
-    geometry = FOLD_GEOMETRIES[model.machine, model.padding]
-    return [
-        ReferenceFoldPosterior(image, bank, 1.0, sigma, 3, model.fold, geometry)
-        for image, sigma in zip(torch.from_numpy(x), SIGMA, strict=True)
-    ]
-
-
-def close(got: np.ndarray[Any, Any], want: torch.Tensor, slack: float = 1e-5) -> bool:
-    return bool(np.abs(got - want.numpy()).max() <= slack * max(1.0, float(want.abs().max())))
-
-
-@pytest.mark.parametrize(("model", "size"), SOURCES)
-def test_an_explanation_is_that_of_brute_force(
-    client: Client, model: str, size: tuple[int, int]
-) -> None:
-    x = images(size)
-    found = client.explain(x, model=model, sigma=SIGMA, top=16, images=2)
-    assert found.sources.shape == (2, *size, 16, 3)
-    assert found.shares.sum(1) == pytest.approx(np.ones(2), abs=1e-6)
-    assert [pixels.shape for pixels in found.images[1].values()] == [SHAPE] * 2
-    for b, reference in enumerate(references(client, model, x)):
-        assert close(found.denoised[b], reference.mean())
-        assert close(found.variance[b], reference.variance())
-        assert close(found.entropy[b], reference.entropy(), 1e-4)
-        assert close(found.shares[b], reference.shares())
-        every = torch.stack(reference.weights(), 1)
-        largest = every.flatten(1).sort(descending=True).values[:, :16]
-        given = found.weights[b].reshape(len(largest), 16)[:, : largest.shape[1]]
-        assert close(given, largest)
-        for place, sources in enumerate(found.sources[b].reshape(len(largest), 16, 3)):
-            image, row, col = sources[0].tolist()
-            weight = float(every[place, image, row * SHAPE[2] + col])
-            assert given[place, 0] == pytest.approx(weight, abs=1e-5)
-
-
-@pytest.mark.parametrize(("model", "size"), SOURCES)
-def test_products_and_variance_are_those_of_brute_force(
-    client: Client, model: str, size: tuple[int, int]
-) -> None:
-    x, g = images(size), images(size, 2)
-    options: dict[str, Any] = {"model": model, "sigma": SIGMA}
-    evidence = Evidence()
-    denoised, pulled = client.vjp(x, g, evidence=evidence, **options)
-    same, pushed = client.jvp(x, g, **options)
-    assert np.array_equal(denoised, same)
-    assert not evidence.data
-    plain, variance = client.denoise_with_variance(x, **options)
-    assert np.array_equal(plain, client.denoise(x, **options))
-    for b, reference in enumerate(references(client, model, x)):
-        assert close(denoised[b], reference.mean())
-        assert close(pulled[b], reference.vjp(torch.from_numpy(g[b])), 1e-4)
-        assert close(pushed[b], reference.jvp(torch.from_numpy(g[b])), 1e-4)
-        assert close(variance[b], reference.variance())
-
-
-def test_sources_in_a_bank_of_several_sizes_have_the_coordinates_of_their_image(
-    client: Client,
-) -> None:
-    x, bank = images(LARGE), mixed_bank()
-    pixels = [torch.from_numpy(bank.image(index)) for index in range(len(bank))]
-    found = client.explain(x, model="mixed", sigma=SIGMA, top=4, images=3)
-    geometry = FOLD_GEOMETRIES["els", "zeros"]
-    for b, sigma in enumerate(SIGMA):
-        one = torch.from_numpy(x[b])
-        want = ReferenceFoldPosterior(one, pixels, 1.0, sigma, 3, 0.5, geometry)
-        assert close(found.denoised[b], want.mean())
-        assert close(found.variance[b], want.variance())
-        assert close(found.shares[b], want.shares())
-        weights = want.weights()
-        sources = found.sources[b].reshape(-1, 4, 3)
-        for place, listed in enumerate(found.weights[b].reshape(-1, 4)):
-            for weight, (image, row, col) in zip(listed, sources[place].tolist(), strict=True):
-                exact = weights[image][place, row * pixels[image].shape[2] + col]
-                assert weight == pytest.approx(float(exact), abs=1e-5)
-        assert len(found.images[b]) == 3
-        for index, values in found.images[b].items():
-            assert np.array_equal(values, bank.image(index))
-
-
-def test_els_explain_draws_bank_images_of_their_own_sizes(
-    server: ServerProcess, tmp_path: Path
-) -> None:
-    words = ["explain", "--seed", "0", "--steps", "2", "--model", "mixed", "--json"]
-    out = tmp_path / "why"
-    result = CliRunner().invoke(app, [*words, "--out", str(out), "--target", server.target])
-    assert result.exit_code == 0, result.output
-    assert {one["image"] for one in json.loads(result.output)["bank_images"]} <= {0, 1, 2, 3}
-    with Image.open(out / "sheet.png") as sheet:
-        assert min(sheet.size) > 100
-
-
-def test_queries_of_the_banks_size_have_the_sources_of_the_model_without_sizes(
-    client: Client,
-) -> None:
-    x, g = images(), images(seed=2)
-    plain, sized = (client.explain(x, model=name, sigma=SIGMA) for name in ("plain", "sized"))
-    assert np.array_equal(plain.sources, sized.sources)
-    assert np.array_equal(plain.weights, sized.weights)
-    first, second = (client.vjp(x, g, model=name, sigma=SIGMA)[1] for name in ("plain", "sized"))
-    assert np.array_equal(first, second)
-
-
-def test_products_of_many_sizes_at_once_have_the_bits_that_they_have_alone(client: Client) -> None:
-    asked = [images(size, seed) for seed, size in enumerate([LARGE, (4, 3), SHAPE[1:], LARGE] * 2)]
-
-    def product(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return client.vjp(x, x, model="folded", sigma=SIGMA)[1]
-
-    alone = list(map(product, asked))
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(product, asked))
-    for one, same in zip(alone, together, strict=True):
-        assert np.array_equal(one, same)
-
-
-async def test_a_step_of_a_sample_of_another_size_is_explained_and_reported(twin: Twin) -> None:
-    options: dict[str, Any] = {"model": "folded", "steps": 3, "size": LARGE}
-    steps = await twin.steps(explain_steps=[3], explain_top=2, originality=True, **options)
-    found = steps[-1].explanation
-    assert found.sources.shape == (1, *LARGE, 2, 3)
-    assert np.abs(found.denoised - steps[-1].denoised).max() <= 1e-5
-    (report,) = steps[-1].originality
-    assert report.gap_ratio is None
-    assert report.absent["gap_ratio"] == "needs a bank of images of its size, 1×9×14"
-    assert report.largest_region is not None
-    assert 0 < report.largest_region <= 1
-
-
-async def test_an_image_of_the_bank_is_one_region_at_its_place(twin: Twin) -> None:
-    x = tiny_bank().pixels()[4:5].numpy()
-    for model in ("folded", "inside", "local"):
-        (found,) = await twin.call("originality", x, model=model, nearest=1)
-        assert found.nearest.tolist() == [4]
-        assert (found.largest_image, found.memorised) == (4, True)
-        assert found.in_place == pytest.approx(1)
 
 
 async def test_a_sample_has_the_size_that_is_asked_for(twin: Twin, client: Client) -> None:

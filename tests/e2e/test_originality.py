@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from tests.support.models_folder import (
     tiny_bank,
     write_models,
 )
-from tests.support.processes import ServerProcess, serving
+from tests.support.processes import serving
 from tests.support.twin import Twin
 
-from els_client import AsyncClient, Client, ElsError, InvalidArgumentError, Originality
+from els_client import Client, ElsError, InvalidArgumentError, Originality
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 from els_service.denoisers.banks import make_bank, save_bank
@@ -60,13 +59,6 @@ def wanted(
     wraps = denoiser.info.padding == "circular"
     rows = zip(x, found.sources, found.weights, found.shares, strict=True)
     return [report(image, tiny_bank(), *sources, wraps=wraps) for image, *sources in rows]
-
-
-@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
-async def twin(request: pytest.FixtureRequest, server: ServerProcess) -> AsyncIterator[Twin]:
-    twin = Twin(request.param(server.target))
-    yield twin
-    await twin.close()
 
 
 @pytest.mark.parametrize("model", LABELLED)

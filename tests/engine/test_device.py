@@ -147,3 +147,20 @@ async def test_stalled_seconds_grow_while_nothing_happens_and_are_none_while_idl
     go.set()
     await running
     assert cpu.stalled_s == 0
+
+
+async def test_a_driver_error_that_triton_meets_first_is_a_lost_device(cpu: WorkerDevice) -> None:
+    def launch() -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLostError, match="cpu is broken: Triton Error"):
+        await cpu.run(launch, WAIT_S)
+
+
+async def test_a_launch_without_memory_fails_alone(cpu: WorkerDevice) -> None:
+    def launch() -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await cpu.run(launch, WAIT_S)
+    assert (await cpu.run(lambda: "done", WAIT_S)).value == "done"

@@ -320,11 +320,22 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved_until_it_does() -> None:
     simulate(main())
 
 
-def test_an_image_that_never_fits_the_memory_is_refused_and_its_mates_are_not() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["torch", "host", "triton"],
+)
+def test_an_image_that_never_fits_the_memory_is_refused_and_its_mates_are_not(
+    error: Exception,
+) -> None:
     async def main() -> None:
         world = World()
         denoiser = SimulatedDenoiser(world.device, 0.001)
-        denoiser.faults[2.0] = torch.OutOfMemoryError("as told")
+        denoiser.faults[2.0] = error
         world.serve("model", denoiser)
         first = asyncio.ensure_future(world.ask(0))
         await asyncio.sleep(0)

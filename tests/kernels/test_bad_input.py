@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
         (BANK[0], r"torch.float32 \[2, 5, 6\]"),
         (BANK[None], r"torch.float32 \[1, 4, 2, 5, 6\]"),
         (BANK.double(), r"torch.float64 \[4, 2, 5, 6\]"),
-        (BANK.to(torch.uint8), r"torch.uint8 \[4, 2, 5, 6\]"),
+        (BANK.to(torch.int8), r"torch.int8 \[4, 2, 5, 6\]"),
         (BANK[:0], r"\[0, 2, 5, 6\]"),
         (BANK[:, :0], r"\[4, 0, 5, 6\]"),
         (BANK[..., :0], r"\[4, 2, 5, 0\]"),

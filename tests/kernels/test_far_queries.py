@@ -14,7 +14,7 @@ import torch
 from tests.kernels.cases import NAMES, Case, operator, random_bank, relative_errors
 from tests.kernels.fold_cases import FOLD_NAMES, FoldCase
 
-from els_kernels import PatchMoments
+from els_kernels import FoldedAttention, FoldedMoments, PatchMoments
 from els_kernels.moment_queries import FarQuery
 from els_kernels.native import far_queries
 
@@ -46,10 +46,12 @@ def far_case(name: str, seed: int = 0) -> Case:
     return Case(geometry, bank, x.float(), a, s, window, torch.tensor([[0, 4]] * len(s)))
 
 
-def ask(case: Case, moments: PatchMoments) -> list[torch.Tensor]:
+def ask(
+    case: Case, moments: PatchMoments | FoldedMoments, **more: torch.Tensor
+) -> list[torch.Tensor]:
     options: dict[str, Any] = {
         "a": case.a, "s": case.s, "window": case.window,
-        "ranges": case.ranges, "geometry": case.geometry,
+        "ranges": case.ranges, "geometry": case.geometry, **more,
     }  # fmt: skip
     along = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5))
     found = moments.statistics(case.x, **options, top=2)
@@ -86,6 +88,20 @@ def test_a_far_query_has_the_fold_of_its_nearest_patches(name: str) -> None:
         asked = FoldCase(case.geometry, case.bank, case.x, case.s, case.window, fold)
         got, want = asked.attend(NATIVE), asked.reference()
         assert (relative_errors(got.mean, want.mean) <= 1e-4).all()
+
+
+@pytest.mark.parametrize("name", FOLD_NAMES)
+def test_a_far_query_has_the_moments_of_the_fold_of_its_nearest_patches(name: str) -> None:
+    case = far_case(name)[[0, 2, 4, 8]]
+    attention = FoldedAttention(case.bank, implementation="native")
+    fold = torch.full((len(case),), 0.2)
+    got, want = (
+        ask(case, FoldedMoments(attention, implementation=form), fold=fold)
+        for form in ("native", "torch")
+    )
+    for ours, exactly in zip(got, want, strict=True):
+        for one, other in zip(ours, exactly, strict=True):
+            assert (one - other).abs().max() <= 1e-4 * max(1.0, float(other.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["els-circular", "els-zeros", "ideal-zeros"])

@@ -110,7 +110,8 @@ def test_who_asks_for_triton_without_the_package_is_told_why(
 
 
 @needs_triton
-def test_auto_takes_triton_for_a_bank_on_a_gpu() -> None:
+def test_auto_takes_triton_for_a_bank_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     assert fastest(on_gpu) == "triton"
 

@@ -211,11 +211,10 @@ BAD = {
         encoded(NOISE.convert("CMYK"), "jpeg"),
         "mode CMYK, expected L (8-bit grey) or RGB",
     ),
-    "colour-16.png": (DEEP["rgb.png"], "expected 8 bits a channel, got 16"),
-    "grey-16.png": (encoded(Image.fromarray(np.zeros((40, 60), np.uint16)), "png"), "mode I;16"),
+    "planes-16.tiff": (DEEP["planes.tiff"], "expected 8 bits a channel, got 16"),
+    "floats.tiff": (encoded(Image.new("F", (60, 40)), "tiff"), "mode F, expected L"),
     "moving.webp": (frames("webp"), "expected one frame: save the one that is meant"),
     "moving.gif": (frames("gif"), "cannot identify image; expected one of BMP, JPEG, PNG"),
-    "palette.png": (encoded(PALETTE, "png"), "mode P, expected L (8-bit grey) or RGB"),
     "palette-alpha.png": (encoded(PALETTE, "png", transparency=1), "mode P, expected L"),
     "alpha.webp": (encoded(CLEAR, "webp"), "mode RGBA, expected L"),
     "cut.jpg": (encoded(NOISE, "jpeg", 0.6), "cannot be read: "),
@@ -246,8 +245,37 @@ def test_a_picture_that_is_no_plain_photograph_is_refused_by_name(
     assert not list((tmp_path / "models").iterdir())
 
 
+TALL = np.random.default_rng(1).integers(0, 65536, (40, 30), np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word", "pixels"),
+    [
+        ("palette.png", encoded(PALETTE, "png"), "mode P", np.asarray(PALETTE.convert("RGB"))),
+        ("deep.png", encoded(Image.fromarray(TALL), "png"), "16 bits", np.rint(TALL / 257)),
+        ("opaque.png", encoded(NOISE.convert("RGBA"), "png"), "mode RGBA", np.asarray(NOISE)),
+        (
+            "deep.ppm",
+            b"P6 10 40 65535\n" + TALL.astype(">u2").tobytes(),
+            "16 bits",
+            np.rint(TALL.reshape(40, 10, 3) / 257),
+        ),
+    ],
+)
+def test_what_pillow_converts_faithfully_is_converted_with_a_word(
+    tmp_path: Path, name: str, content: bytes, word: str, pixels: np.ndarray[Any, Any]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, output = add(str(tmp_path / name), "street", "--models", str(tmp_path / "models"))
+    assert code == 0, output
+    assert f"{name}: converted from {word}" in output
+    with Image.open(tmp_path / "models" / "street" / f"{Path(name).stem}.png") as stored:
+        np.testing.assert_array_equal(np.asarray(stored), pixels)
+
+
 def test_picture_add_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
-    file, models = photo(tmp_path / "clear.png", mode="RGBA"), tmp_path / "models"
+    file, models = tmp_path / "clear.png", tmp_path / "models"
+    CLEAR.save(file)
     for words in ([str(file), "clear"], [str(tmp_path / "absent.png"), "clear"]):
         code, output = add(*words, "--models", str(models))
         assert code == 2

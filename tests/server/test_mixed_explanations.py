@@ -63,6 +63,7 @@ def test_bank_images_have_their_own_size_in_the_message_and_in_the_client(
     for index, pixels in found.images[0].items():
         np.testing.assert_array_equal(pixels, bank.image(index))
     assert found.file_names == {0: "b.png", 2: "c.png"}
+    assert found.image_sizes.tolist() == [[2, 9], [-1, -1], [5, 6]]
 
 
 def test_a_sheet_shows_bank_images_of_several_sizes_with_what_was_taken_from_each(
@@ -75,3 +76,16 @@ def test_a_sheet_shows_bank_images_of_several_sizes_with_what_was_taken_from_eac
     sheet = drawing.sheet(found)
     panels = [drawing.enlarged_picture(one.values).size for one in (wide, last)]
     assert sheet.width > 4 * max(width for width, _ in panels)
+
+
+def test_displacements_wrap_by_the_sides_of_the_bank_image_of_each_source(
+    message: pb.ExplainResponse,
+) -> None:
+    found = decode_explanation([message], 1)
+    # Row 2 of the query is row 0 of image 0, which has two rows; and image 2 wraps by 5 and 6.
+    found.sources[0, 2, :, 0, 1] = 0
+    pixels = drawing.displacement(found, wraps=True)
+    assert (pixels[1:] == 255).all()
+    assert (pixels[0, 1:] == 255).all()
+    found.sources[0, 0, 0, 0] = 2, 0, 0
+    assert (drawing.displacement(found, wraps=True) == 255).all()

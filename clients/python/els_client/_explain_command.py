@@ -22,6 +22,20 @@ from els_client._client import Client
 from els_client._explanation import Explanation
 from els_client._models import Model
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
+from els_client._picture_options import (
+    FirstImage,
+    Label,
+    MaybeSampler,
+    MaybeSource,
+    Resize,
+    Seed,
+    Size,
+    Steps,
+    Window,
+    check_one,
+    read,
+    size_of,
+)
 from els_client._types import Sampler
 from els_client.errors import InvalidArgumentError
 
@@ -33,33 +47,21 @@ def explain(
     out: Annotated[
         Path, typer.Option(help="Folder to write, made if it is missing.", show_default=False)
     ],
-    source: Annotated[
-        Path | None,
-        typer.Argument(metavar="[IN.png]", exists=True, dir_okay=False, show_default=False),
-    ] = None,
+    source: MaybeSource = None,
     sigma: Annotated[float | None, typer.Option(help="Noise level of IN.png, as σ.")] = None,
     alpha_bar: Annotated[float | None, typer.Option(help="Noise level of IN.png, as ᾱ.")] = None,
     time: Annotated[float | None, typer.Option(help="Noise level of IN.png, as time.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Sample a picture of this seed, instead of IN.png.", min=0)
-    ] = None,
-    first_image: Annotated[
-        int | None, typer.Option(help="Image of the seed; by default 0.", min=0)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
-    ] = None,
-    sampler: Annotated[
-        Sampler | None, typer.Option(help="Sampler; by default ddim, pyramid for pictures.")
-    ] = None,
+    seed: Seed = None,
+    first_image: FirstImage = None,
+    size: Size = None,
+    steps: Steps = None,
+    sampler: MaybeSampler = None,
     step: Annotated[
         int | None, typer.Option(help="Step to explain; by default the last.", min=1)
     ] = None,
-    label: Annotated[int | None, typer.Option(help="Label of the picture; -1 for none.")] = None,
-    window: Annotated[int | None, typer.Option(help="Odd side of the patch in pixels.")] = None,
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Crop and scale IN.png to the model's size.")
-    ] = False,
+    label: Label = None,
+    window: Window = None,
+    resize: Resize = False,
     target: Target = TARGET,
     model: ModelName = MODEL,
     timeout: Timeout = None,
@@ -73,30 +75,21 @@ def explain(
     """
     began = clock.perf_counter()
     level: dict[str, Any] = {"sigma": sigma, "alpha_bar": alpha_bar, "time": time}
-    drawn: dict[str, Any] = {"seed": seed, "first_image": first_image, "step": step}
-    drawn |= {"steps": steps, "sampler": sampler}
+    drawn: dict[str, Any] = {"seed": seed, "first_image": first_image, "size": size}
+    drawn |= {"steps": steps, "sampler": sampler, "step": step}
     common: dict[str, Any] = {"model": model, "label": label, "window": window}
     with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+        check_one(source, drawn, level)
         out.mkdir(exist_ok=True)
         described = client.model(model)
         if source is not None:
-            _check_none("IN.png", drawn)
-            x = pictures.read(source, described.shape, resize=resize)
+            x = read(source, described, resize=resize)
             found = client.explain(x, images=drawing.SHOWN, **level, **common)
         else:
-            _check_none("--seed", level)
             found = _sampled(client, described, common, **drawn)
         written = _draw(out, found, described)
     facts = {"out": str(out), "files": written, "model": model, **_facts(found)}
     _report(as_json, facts, clock.perf_counter() - began)
-
-
-def _check_none(field: str, others: dict[str, Any]) -> None:
-    """Raise InvalidArgumentError if an option was given that does not go with ``field``."""
-    for name, value in others.items():
-        if value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise InvalidArgumentError(f"{option}: expected none with {field}, got {value}")
 
 
 def _sampled(
@@ -104,15 +97,14 @@ def _sampled(
     described: Model,
     common: dict[str, Any],
     *,
-    seed: int | None,
+    seed: int,
     first_image: int | None,
-    step: int | None,
+    size: str | None,
     steps: int | None,
     sampler: Sampler | None,
+    step: int | None,
 ) -> Explanation:
     """Return the explanation of one step of a sample."""
-    if seed is None:
-        raise InvalidArgumentError("IN.png: expected a picture or --seed, got neither")
     count, kind = steps or _STEPS, sampler or "ddim"
     if described.scales and sampler in (None, "pyramid"):
         # Steps of each scale.
@@ -122,6 +114,7 @@ def _sampled(
     way = client.sample(
         seed=seed,
         first_image=first_image or 0,
+        size=size_of(size, described),
         steps=count,
         sampler=kind,
         want=(),

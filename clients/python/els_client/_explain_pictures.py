@@ -120,14 +120,17 @@ def displacement(found: Explanation, index: int = 0, *, wraps: bool = False) -> 
         found: Explanation.
         index: Of the result.
         wraps: Whether images continue at the opposite border, so that distances are at most half a
-            side.
+            side of the bank image.
     """
     sources = found.sources[index, :, :, 0, 1:]
     height, width = sources.shape[:2]
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
     moved = (sources - places).astype(np.float64)
     if wraps:
-        sides = np.array([height, width])
+        sides = np.broadcast_to([height, width], moved.shape)
+        if len(found.image_sizes):
+            known = found.image_sizes[found.sources[index, :, :, 0, 0]]
+            sides = np.where(known > 0, known, sides)
         moved = (moved + sides // 2) % sides - sides // 2
     distance = np.hypot(moved[..., 0], moved[..., 1])
     saturation = distance / max(float(distance.max()), 1.0)

@@ -35,6 +35,8 @@ class Explanation:
             number in the bank → float32 [C, H, W], each of its own size if ``Bank.sizes``.
         file_names: Number in the bank → name of the file that the image was read from; empty if the
             bank does not know it. At most the 4,096 images of largest share of each result.
+        image_sizes: Height and width of each bank image with a share, int64 [N, 2], else -1; empty
+            from servers that do not return them.
     """
 
     denoised: Images
@@ -49,6 +51,7 @@ class Explanation:
     bank_fingerprint: str
     images: tuple[dict[int, Images], ...] = ()
     file_names: dict[int, str] = field(default_factory=dict)
+    image_sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     @property
     def effective_sources(self) -> Images:

@@ -84,6 +84,7 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
     sources = [_integers(message.sources).reshape(shape) for message in messages]
     shares = np.zeros((len(messages), messages[0].bank_images))
     labels = np.full(messages[0].bank_images, -1)
+    sizes = np.full((messages[0].bank_images if messages[0].share_sizes else 0, 2), -1)
     images: list[dict[int, Images]] = []
     file_names: dict[int, str] = {}
     for row, message in zip(shares, messages, strict=True):
@@ -91,6 +92,9 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
         row[numbers] = codec.decode_tensor(message.shares)
         if message.share_labels:
             labels[numbers] = _integers(message.share_labels)
+        if message.share_sizes:
+            # One for all if they have one size.
+            sizes[numbers] = _integers(message.share_sizes).reshape(-1, 2)
         images.append(dict(zip(numbers.tolist(), _bank_images(message), strict=False)))
         file_names.update(zip(numbers.tolist(), message.file_names, strict=False))
     return Explanation(
@@ -106,6 +110,7 @@ def decode_explanation(messages: Sequence[pb.ExplainResponse], count: int) -> Ex
         bank_fingerprint=messages[0].bank_fingerprint,
         images=tuple(images),
         file_names=file_names,
+        image_sizes=sizes,
     )
 
 

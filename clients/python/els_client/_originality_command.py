@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time as clock
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,12 +14,23 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from els_client import _options as options
-from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._originality import COPIED, EIDETIC, MEMORISED, Originality
-from els_client._types import Sampler
-from els_client.errors import InvalidArgumentError
+from els_client._picture_options import (
+    BankModel,
+    FirstImage,
+    Label,
+    MaybeSampler,
+    MaybeSource,
+    Resize,
+    Seed,
+    Size,
+    Steps,
+    check_one,
+    read,
+    size_of,
+)
 
 _ROWS = (
     ("gap_ratio", "gap ratio", f"memorised below {MEMORISED:.2f}"),
@@ -37,33 +47,18 @@ _ROWS = (
 
 def originality(
     context: typer.Context,
-    source: Annotated[
-        Path | None,
-        typer.Argument(metavar="[IN.png]", exists=True, dir_okay=False, show_default=False),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Sample a picture of this seed, instead of IN.png.", min=0)
-    ] = None,
-    first_image: Annotated[
-        int | None, typer.Option(help="Image of the seed; by default 0.", min=0)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
-    ] = None,
-    sampler: Annotated[
-        Sampler | None, typer.Option(help="Sampler; by default ddim, pyramid for pictures.")
-    ] = None,
-    bank: Annotated[
-        str | None,
-        typer.Option(help="Model whose bank is used; by default --model.", metavar="MODEL"),
-    ] = None,
+    source: MaybeSource = None,
+    seed: Seed = None,
+    first_image: FirstImage = None,
+    size: Size = None,
+    steps: Steps = None,
+    sampler: MaybeSampler = None,
+    bank: BankModel = None,
     sigma: Annotated[
         float | None, typer.Option(help="Level at which sources of IN.png are found, as σ.")
     ] = None,
-    label: Annotated[int | None, typer.Option(help="Label of the picture; -1 for none.")] = None,
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Crop and scale IN.png to the bank's size.")
-    ] = False,
+    label: Label = None,
+    resize: Resize = False,
     target: Target = TARGET,
     model: ModelName = MODEL,
     timeout: Timeout = None,
@@ -74,25 +69,24 @@ def originality(
     Give a clean picture, or --seed to sample one, of a network too with --bank MODEL.
     """
     began = clock.perf_counter()
-    drawn = {"seed": seed, "first_image": first_image, "steps": steps, "sampler": sampler}
+    drawn = {"seed": seed, "first_image": first_image, "size": size}
+    drawn |= {"steps": steps, "sampler": sampler}
     with options.connected(context, target, timeout) as client, terminal.waiting(f"asking {model}"):
+        check_one(source, drawn, {"sigma": sigma})
         if source is not None:
-            _check_none("IN.png", drawn)
-            other = bank or model
-            x = pictures.read(source, client.model(other).shape, resize=resize)
-            (found,) = client.originality(x, model=other, label=label, sigma=sigma)
+            other = client.model(bank or model)
+            x = read(source, other, resize=resize)
+            (found,) = client.originality(x, model=other.name, label=label, sigma=sigma)
         else:
-            if seed is None:
-                raise InvalidArgumentError("IN.png: expected a picture or --seed, got neither")
-            _check_none("--seed", {"sigma": sigma})
-            if sampler is None:
-                sampler = "pyramid" if client.model(model).scales else "ddim"
+            assert seed is not None
+            served = client.model(model)
             *_, last = client.sample(
                 model=model,
                 seed=seed,
                 first_image=first_image or 0,
+                size=size_of(size, served),
                 steps=steps,
-                sampler=sampler,
+                sampler=sampler or ("pyramid" if served.scales else "ddim"),
                 label=label,
                 want=(),
                 originality=bank or True,
@@ -111,14 +105,6 @@ def facts_of(found: Originality) -> dict[str, Any]:
         **{name: fields[name].tolist() for name in arrays},
         **{name: getattr(found, name) for name in ("memorised", "eidetic", "copied")},
     }
-
-
-def _check_none(field: str, others: dict[str, Any]) -> None:
-    """Raise InvalidArgumentError if an option was given that does not go with ``field``."""
-    for name, value in others.items():
-        if value is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise InvalidArgumentError(f"{option}: expected none with {field}, got {value}")
 
 
 def _report(as_json: bool, facts: dict[str, Any], found: Originality, seconds: float) -> None:

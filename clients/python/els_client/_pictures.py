@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _GIF_LAST_MS = 1500
 MAX_PIXELS = 1 << 26
 """Maximum height × width of a picture: a file of a few KiB may declare gigabytes."""
 _OPAQUE = 255
-_TIFF_BITS = 258  # the tag BitsPerSample
+_TIFF_BITS, _TIFF_PLANES = 258, 284  # the tags BitsPerSample, PlanarConfiguration
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)
 """Orientations whose height and width change places."""
@@ -63,21 +63,25 @@ def read(
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)[None]
 
 
-def opened(path: Path) -> Image.Image:
+def opened(path: Path, converted: Callable[[str], None] | None = None) -> Image.Image:
     """Return a picture in grey or RGB, rotated by its EXIF orientation.
 
     Of a multi-picture JPEG file (MPO) the first picture is read.
 
     Args:
         path: Picture with 8 bits per channel, one frame, no transparency, at most ``MAX_PIXELS``.
+        converted: Callback with the text that a picture of up to 16 bits was reduced to 8; None
+            rejects it.
 
     Raises:
         InvalidArgumentError: Not such a picture.
     """
     with _refusing(path), _opened(path) as source:
-        _check(path, source)
-        grey = source.mode in ("1", "L", "LA")
-        return ImageOps.exif_transpose(source).convert("L" if grey else "RGB")
+        bits = _check(path, source, deep=converted is not None)
+        upright = eight_bits(ImageOps.exif_transpose(source))
+        if converted and bits > 8:
+            converted(f"{path}: reduced from {bits} bits a channel to 8")
+        return upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB")
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -125,10 +129,16 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         yield picture
 
 
-def _check(path: Path, picture: Image.Image) -> None:
-    if picture.mode.startswith(("I", "F")):
+def _check(path: Path, picture: Image.Image, *, deep: bool) -> int:
+    """Return the bits a channel of a picture that can be read; others are rejected."""
+    if picture.mode == "CMYK":
+        # Its colours are those of a printer, which Pillow's formula for RGB does not know.
+        raise InvalidArgumentError(f"{path}: expected grey or RGB, got CMYK: convert it")
+    bits = _bits(picture)  # Known until the pixels are read.
+    readable = deep and bits <= 16 and picture.mode != "F" and not _has_planes(picture)
+    if picture.mode.startswith(("I", "F")) and not readable:
         raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {picture.mode}")
-    if (bits := _bits(picture)) > 8:
+    if bits > 8 and not readable:
         raise InvalidArgumentError(f"{path}: expected 8 bits a channel, got {bits}: convert it")
     frames = getattr(picture, "n_frames", 1)
     if picture.format != "MPO" and frames > 1:
@@ -143,6 +153,7 @@ def _check(path: Path, picture: Image.Image) -> None:
             raise InvalidArgumentError(
                 f"{path}: expected no transparency, got some: flatten it onto a background"
             )
+    return bits
 
 
 def _bits(picture: Image.Image) -> int:
@@ -159,6 +170,20 @@ def _bits(picture: Image.Image) -> int:
             # The largest number of a pixel; a plain bitmap has none.
             return max((one.bit_length() for one in arguments if isinstance(one, int)), default=1)
     return 8
+
+
+def _has_planes(picture: Image.Image) -> bool:
+    """Return whether a TIFF stores its channels one after the other: Pillow misreads deep ones."""
+    tags: Any = getattr(picture, "tag_v2", {})
+    return bool(tags.get(_TIFF_PLANES, 1) != 1)
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 bits rounded to 8; others, which Pillow has cut, as they are."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:

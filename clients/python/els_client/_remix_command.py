@@ -25,6 +25,7 @@ from els_client._models import Model
 from els_client._options import AsJson, Timeout
 from els_client._remix import Mode, check_mode
 from els_client._remix_inputs import Size
+from els_client._remix_progress import progress_of_steps
 from els_client._types import Images
 from els_client.errors import InvalidArgumentError
 
@@ -103,23 +104,23 @@ def remix(
     for which the extra "server" of this package has to be installed.
     """
     began = clock.perf_counter()
-    with options.failures(), terminal.progress() as progress:
+    with options.failures(), terminal.progress(share=True) as progress:
         files = _Files.of(out, gif, count, explain=explain)
         chosen: dict[str, Any] = {
             "mode": mode,
             "size": _size(size),
             "strength": strength,
-            "mask": None if mask is None else pictures.opened(mask),
-            "start": None if start is None else pictures.opened(start),
+            "mask": None if mask is None else pictures.opened(mask, _said),
+            "start": None if start is None else pictures.opened(start, _said),
             "count": count,
             "seed": seed,
             "steps": steps,
         }
-        shown = pictures.opened(photo)
+        shown = pictures.opened(photo, _said)
         inputs = ("strength", "mask", "start")
         check_mode(mode, {"picture", *(name for name in inputs if chosen[name] is not None)})
         own = {"patch": patch, "sources": sources}
-        _check_server(target, model, own, explain=explain)
+        _check_server(target, model, own)
         keys = _keys(shown, photo, chosen["size"], own)
         bar = progress.add_task("starting a server" if target is None else "asking", total=None)
         with _connected(context, target, timeout, shown, keys) as client:
@@ -128,15 +129,19 @@ def remix(
             if explain and not described.has_sources:
                 raise InvalidArgumentError(f"explain: {described.name} has no sources to name")
             frames: list[Images] = []
+            done: list[float] = []
             for step in client.remix_steps(shown, model=described.name, **chosen):
+                done = done or progress_of_steps(
+                    described.scales, steps or described.scale_steps, step.total, sources
+                )
                 text = f"drawing, scale {step.scale + 1} of {step.scales}"
-                progress.update(bar, description=text, completed=step.index, total=step.total)
+                progress.update(bar, description=text, completed=done[step.index], total=1)
                 if gif:
                     frames.append(step.denoised)
             drawn = clock.perf_counter()
             files.write(step.x, frames)
             if explain:
-                progress.update(bar, description="finding the sources")
+                progress.update(bar, description="finding the sources", total=None)
                 sheet = drawing.sources_sheet(step.x, *_sources(client, described, step.x))
                 pictures.save(sheet, files.sources)
     facts = {"model": described.name, "mode": mode, "count": count, "seed": seed}
@@ -196,6 +201,10 @@ class _Files:
         }
 
 
+def _said(text: str) -> None:
+    typer.echo(text, err=True)
+
+
 def _size(text: str | None) -> Size | None:
     """Return height and width of ``WxH``; None for None."""
     if text is None:
@@ -206,9 +215,7 @@ def _size(text: str | None) -> Size | None:
     return int(sides[1]), int(sides[0])
 
 
-def _check_server(
-    target: str | None, model: str | None, keys: dict[str, int | None], *, explain: bool
-) -> None:
+def _check_server(target: str | None, model: str | None, keys: dict[str, int | None]) -> None:
     """Check that options go with a server that is started, or with another."""
     if target is None and model is not None:
         raise InvalidArgumentError("model: expected none without --target, as a server is started")
@@ -216,8 +223,6 @@ def _check_server(
         if target is not None and value is not None:
             expected = "expected none with --target, whose model has its own"
             raise InvalidArgumentError(f"{name}: {expected}")
-    if explain and keys["sources"] is not None:
-        raise InvalidArgumentError("sources: expected none with --explain, which needs all patches")
 
 
 def _keys(

@@ -20,6 +20,7 @@ from els_client._models import Model
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._originality import Originality
 from els_client._originality_command import facts_of, verdict
+from els_client._picture_options import BankModel, Label, Size, size_of
 from els_client._types import Images
 
 _STEPS = 20
@@ -43,11 +44,9 @@ def sweep(
     seed: Annotated[int, typer.Option(help="Seed of all pictures.", min=0)] = 0,
     first_image: Annotated[int, typer.Option(help="Image of the seed.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Steps of the samplers.", min=2)] = _STEPS,
-    label: Annotated[int | None, typer.Option(help="Label of the picture; -1 for none.")] = None,
-    bank: Annotated[
-        str | None,
-        typer.Option(help="Model whose bank is used; by default --model.", metavar="MODEL"),
-    ] = None,
+    label: Label = None,
+    size: Size = None,
+    bank: BankModel = None,
     target: Target = TARGET,
     model: ModelName = MODEL,
     timeout: Timeout = None,
@@ -66,6 +65,7 @@ def sweep(
         bar = progress.add_task(f"{model}: one seed", total=len(settings))
         common: dict[str, Any] = {"model": model, "seed": seed, "first_image": first_image}
         common |= {"steps": steps, "label": label, "originality": bank or True, "want": ()}
+        common |= {"size": size_of(size, served)}
         found: list[tuple[Setting, Images, Originality]] = []
         for setting in settings:
             found.append((setting, *_drawn(client, {**common, **setting.options})))

@@ -12,7 +12,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.status import Status
 from rich.table import Column, Table
 
@@ -32,13 +39,17 @@ def waiting(text: str) -> Status:
     return Console(stderr=True).status(text)
 
 
-def progress() -> Progress:
-    """Return a progress bar on stderr, silent unless that is a terminal."""
+def progress(*, share: bool = False) -> Progress:
+    """Return a progress bar on stderr, silent unless that is a terminal.
+
+    Args:
+        share: Whether it shows the share that is done, and no numbers.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn() if share else MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -14,10 +14,22 @@ from els_client import _pictures as pictures
 from els_client import _terminal as terminal
 from els_client._bench_command import bench
 from els_client._explain_command import explain
-from els_client._models import Model
 from els_client._operator_commands import log_level, repository
 from els_client._options import MODEL, TARGET, AsJson, ModelName, Target, Timeout
 from els_client._originality_command import originality
+from els_client._picture_options import (
+    AlphaBar,
+    Label,
+    Resize,
+    Sigma,
+    Size,
+    Source,
+    Steps,
+    Time,
+    Window,
+    read,
+    shape_of,
+)
 from els_client._remix_command import remix
 from els_client._sweep_command import sweep
 from els_client._types import Images, Sampler, Timesteps, Want
@@ -30,18 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=options.EXIT_CODES_HELP,
 )
-
-Source = Annotated[
-    Path, typer.Argument(metavar="IN.png", exists=True, dir_okay=False, show_default=False)
-]
-Sigma = Annotated[float | None, typer.Option(help="Noise level of x = x0 + σ·ε.")]
-AlphaBar = Annotated[float | None, typer.Option(help="Noise level of x = √ᾱ·x0 + √(1-ᾱ)·ε.")]
-Time = Annotated[float | None, typer.Option(help="Noise level as time on the model's schedule.")]
-Label = Annotated[int | None, typer.Option(help="Label of the picture; -1 for none.")]
-Window = Annotated[int | None, typer.Option(help="Odd side of the patch in pixels.")]
-Resize = Annotated[
-    bool, typer.Option("--resize", help="Crop and scale the picture to the model's size.")
-]
 
 
 def main() -> None:
@@ -169,7 +169,7 @@ def denoise(
     ):
         pictures.check_target(out)
         served = client.model(model)
-        x = pictures.read(source, served.shape, resize=resize, sizes=served.sizes)
+        x = read(source, served, resize=resize)
         answer = client.denoise(x, model=model, **level, label=label, window=window)
         pictures.write(out, answer[0])
     terminal.report(as_json, began, out, model=model)
@@ -204,7 +204,7 @@ def score(
     ):
         pictures.check_target(out, also=".npy")
         served = client.model(model)
-        x = pictures.read(source, served.shape, resize=resize, sizes=served.sizes)
+        x = read(source, served, resize=resize)
         answer = client.score(x, model=model, **level, label=label, window=window)
         pictures.write_score(out, answer)
     terminal.report(as_json, began, out, model=model, largest=float(abs(answer).max()))
@@ -225,15 +225,8 @@ def sample(
         list[str] | None,
         typer.Option(help="One for all or one each: repeat it, or use commas.", metavar="N"),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="HEIGHTxWIDTH, for a model that has sizes; by default the model's.", metavar="HxW"
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler; by default 20.", min=1)
-    ] = None,
+    size: Size = None,
+    steps: Steps = None,
     sampler: Annotated[Sampler, typer.Option(help="Sampler.")] = "ddim",
     eta: Annotated[
         float | None, typer.Option(help="Noise of each ddpm step, 0 to 1; by default 1.")
@@ -288,7 +281,7 @@ def sample(
         given = None if conditioning is None else pictures.read_numbers(conditioning)
         without = None if unconditional is None else pictures.read_numbers(unconditional)
         served = client.model(model)
-        shape = _shape(size, served)
+        shape = shape_of(size, served)
         decoded = served.decoded_shape is not None
         pictures.check_channels((served.decoded_shape or served.shape)[0])
         if decoded and gif:
@@ -328,17 +321,6 @@ def sample(
         if gif:
             pictures.write_gif(gif, states)
     terminal.report(as_json, began, out, gif, model=model, count=count, seed=seed)
-
-
-def _shape(size: str | None, model: Model) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images to sample."""
-    if size is None:
-        return model.shape
-    height, width = options.sides(size, "HEIGHTxWIDTH")
-    if model.sizes is None and (height, width) != model.shape[1:]:
-        expected = f"expected none, as {model.name} has {model.height}x{model.width} alone"
-        raise InvalidArgumentError(f"size: {expected}, got {size}")
-    return model.channels, height, width
 
 
 def _integers(texts: list[str] | None) -> list[int]:

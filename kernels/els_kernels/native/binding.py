@@ -108,6 +108,22 @@ def instruction_sets() -> list[str]:
     return names
 
 
+def kernel_index(device: torch.device, instruction_set: str | None) -> int:
+    """Return the index of an instruction set in the library, that of the best for None.
+
+    Raises:
+        ValueError: The device is not the CPU, or the instruction set is unknown.
+        RuntimeError: The library was not built, or cannot be loaded.
+    """
+    if device.type != "cpu":
+        raise ValueError(f"native: expected a bank on the CPU, got one on {device}")
+    known = instruction_sets()
+    name = known[0] if instruction_set is None else instruction_set
+    if name not in known:
+        raise ValueError(f"instruction_set: expected one of {', '.join(known)}, got {name!r}")
+    return known.index(name)
+
+
 class Native:
     """A centred bank, packed with one image for each lane of a SIMD vector."""
 
@@ -122,15 +138,7 @@ class Native:
             ValueError: The bank is not on the CPU, or the instruction set is unknown.
             RuntimeError: The library was not built, or cannot be loaded.
         """
-        if bank.device.type != "cpu":
-            raise ValueError(f"native: expected a bank on the CPU, got one on {bank.device}")
-        known = instruction_sets()
-        self.instruction_set = known[0] if instruction_set is None else instruction_set
-        if self.instruction_set not in known:
-            raise ValueError(
-                f"instruction_set: expected one of {', '.join(known)}, got {instruction_set!r}"
-            )
-        self.kernel = known.index(self.instruction_set)
+        self.kernel = kernel_index(bank.device, instruction_set)
         """Index of the instruction set in the library."""
         self.shape = bank.shape
         """[N, C, H, W]."""

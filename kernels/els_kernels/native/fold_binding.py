@@ -1,36 +1,28 @@
-"""ctypes binding of the fold: levels, taps and units here, sweeps in C++.
-
-Logits are integers in units of 2^-bits, modulo 2^32: as fine as keeps the difference of any two
-logits of a patch below 2^31. Box sums of integers are exact, whatever the size of a logit.
-"""
+"""ctypes binding of the fold: cells, taps and units here, sweeps in C++."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from els_kernels.control import Control, checkpoint, current
-from els_kernels.fold_plan import Axis, Cell, cells, extend, own_patch
+from els_kernels.control import Control, current
+from els_kernels.fold_plan import Axis, Cell, FoldQuery, extend, own_patch
 from els_kernels.geometry import Geometry
-from els_kernels.native.binding import _library, instruction_sets, run_apart
-from els_kernels.native.far_queries import MOST_ERROR, is_far
-from els_kernels.torch_fold import TiledFold, bank_centre, box_sums, centred
+from els_kernels.native.binding import _library, run_apart
+from els_kernels.native.fold_bank import FoldCrop, FoldPixels, NativeFoldBank
+from els_kernels.torch_fold import TiledFold, folded_weight, removed
 
 _LOG2E = math.log2(math.e)
-_MOST_BITS = 20.0
-_SPARE = 100.0
-"""Bits of a logit for the headroom of running maxima, and for rounding."""
 _PRECISION = 20
 """Weights that do not count are together 2^-20 of a patch's normaliser at most."""
 _LEAST_PLAIN = 0.15
 """ρ from which the taps of a whole axis fit a float32 without scaling: e^(-1/2ρ²) = 2e-10."""
-_TILE = 1 << 20
-"""Pixels whose norms are computed together."""
 
 
 class _Source(ctypes.Structure):
@@ -81,24 +73,6 @@ class _Call(ctypes.Structure):
     )
 
 
-class FoldPixels(NamedTuple):
-    """How stored pixels are read: less the centre of the bank."""
-
-    centre: Tensor
-    """[C] float32."""
-    values: Tensor | None
-    """[C, 256] float32: pixel of each byte, less the centre; None for a bank in float32."""
-
-    @classmethod
-    def of(cls, centre: Tensor, dtype: torch.dtype) -> FoldPixels:
-        """Return those of a bank with a centre [C, 1, 1] float64."""
-        values = None
-        if dtype == torch.uint8:
-            every = torch.arange(256, dtype=torch.uint8).expand(1, len(centre), 1, 256)
-            values = centred(every, centre)[0, :, 0].contiguous()
-        return cls(centre.flatten().float().contiguous(), values)
-
-
 class _Images(NamedTuple):
     """Images of one size that are attended to, and their crops."""
 
@@ -111,108 +85,75 @@ class _Images(NamedTuple):
     cols: Tensor
 
 
-class FoldUnits(NamedTuple):
-    """How logits of a cell are written as integers."""
+class NativeFold(NativeFoldBank):
+    """A bank prepared for folds; queries far from it are computed in float64: ``far_queries``."""
 
-    bits: float
-    """log₂ of the units of a bit."""
-    product: float
-    """Units of a product of centred pixels of query and key."""
-    bias: float
-    """Units of a key's squared norm."""
-    lowest: float
-    """Units below every logit."""
-    error: float
-    """Bits that a logit may be wrong by."""
+    @cached_property
+    def _exact(self) -> TiledFold:
+        return TiledFold(self.groups)
 
-
-class NativeFold:
-    """A bank as it is stored, as groups of images of one size.
-
-    Pixels are decoded and centred where they are read, once for some displacements of an image: the
-    bank needs no second copy.
-    """
-
-    def __init__(self, groups: Sequence[Tensor], *, instruction_set: str | None = None) -> None:
-        """Prepare a bank.
-
-        Args:
-            groups: [N, C, H, W] on the CPU, of one size each, float32, or uint8 v for v/127.5 − 1.
-            instruction_set: one of ``instruction_sets()``; None for the best.
-
-        Raises:
-            ValueError: The bank is not on the CPU, or the instruction set is unknown.
-            RuntimeError: The library was not built, or cannot be loaded.
-        """
-        device = groups[0].device
-        if device.type != "cpu":
-            raise ValueError(f"native: expected a bank on the CPU, got one on {device}")
-        known = instruction_sets()
-        name = known[0] if instruction_set is None else instruction_set
-        if name not in known:
-            raise ValueError(f"instruction_set: expected one of {', '.join(known)}, got {name!r}")
-        self._kernel = known.index(name)
-        self._centre = bank_centre(groups)
-        self._groups = list(groups)
-        self._pixels = FoldPixels.of(self._centre, groups[0].dtype)
-        self._norms: dict[tuple[object, ...], float] = {}
-        self._largest = max(_largest(group, self._centre) for group in groups)
-        self._exact = TiledFold(groups)
-
-    def __call__(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean [C, H, W] and log evidence [H, W] of one image [C, H, W].
-
-        An image far from the bank is computed in float64 where integers do not resolve its logits:
-        see ``far_queries``.
+    def __call__(self, query: FoldQuery) -> tuple[Tensor, Tensor]:
+        """Return mean [C, H, W] and log evidence [H, W].
 
         Raises:
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
         """
-        height, width = x.shape[1:]
         with torch.device("cpu"):
-            query = x.double() - a * self._centre
-            mean, evidence = torch.zeros_like(query), torch.zeros_like(query[0])
-            far = is_far(float(query.abs().amax()), self._largest, a, s)
-            for index, cell in enumerate(cells(height, width, window, geometry)):
-                crop = cell.query(query)
-                squares = box_sums(crop.square().sum(0), window)
-                key = self._largest_norm(cell, (index, window, geometry))
-                units = fold_units(math.sqrt(float(squares.max())), key, window * window, a, s)
-                if far and units.error * math.log(2) > MOST_ERROR:
-                    return self._exact(x, a, s, window, limits, fold, geometry)
-                taps = cell.rows.taps(height, fold, geometry).float()
-                sources = self._sources(cell, limits)
-                call = _FoldCall(self._kernel, cell, crop, units, taps, sources, self._pixels)
-                call.set_col_taps(cell.cols, width, fold, geometry)
-                log_z, folded = call.run()
-                cell.scatter(folded, mean)
-                own_patch(log_z / _LOG2E - squares / (2 * s * s), cell, evidence)
-            return (mean + self._centre).float(), extend(evidence, window, geometry).float()
+            crops = self._crops(query)
+            if not all(crop.resolved for crop in crops):
+                return self._exact(query)
+            mean, evidence = torch.zeros_like(query.x).double(), torch.zeros(query.size).double()
+            for crop in crops:
+                log_z, folded = self._fold(query, crop, [query.limits])
+                crop.cell.scatter(folded, mean)
+                energy = crop.squares / (2 * query.s * query.s)
+                own_patch(log_z / _LOG2E - energy, crop.cell, evidence)
+            evidence = extend(evidence, query.window, query.geometry)
+            return (mean + self.centre).float(), evidence.float()
 
-    def _largest_norm(self, cell: Cell, name: tuple[object, ...]) -> float:
-        """Return the largest norm of a patch of the bank, whatever the range; computed once."""
-        if name not in self._norms:
-            largest = 0.0
-            for group in self._groups:
-                together = max(1, _TILE // group[0].numel())
-                for first in range(0, len(group), together):
-                    checkpoint()
-                    images = centred(group[first : first + together], self._centre)
-                    keys = cell.keys(images).double()
-                    sums = box_sums(keys.square().sum(1), cell.rows.window)
-                    largest = max(largest, float(sums.max()))
-            self._norms[name] = math.sqrt(largest)
-        return self._norms[name]
+    def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
+        """Return the mean [C, H, W] without a bank image, and its weight [H, W].
+
+        Raises:
+            ComputationStoppedError, MemoryError: As a call.
+        """
+        with torch.device("cpu"):
+            crops = self._crops(query)
+            if not all(crop.resolved for crop in crops):
+                return self._exact.without(query, image)
+            mean = torch.zeros_like(query.x).double()
+            weight = torch.zeros_like(mean[:1])
+            own, others = removed(query.limits, image)
+            for crop in crops:
+                log_own, _ = self._fold(query, crop, own)
+                log_rest, folded = self._fold(query, crop, others)
+                crop.cell.scatter(folded, mean)
+                share = folded_weight(log_own, log_rest, *query.taps(crop.cell))
+                crop.cell.scatter(share, weight)
+            return (mean + self.centre).float(), weight[0].float()
+
+    def _crops(self, query: FoldQuery) -> list[FoldCrop]:
+        named = query.window, query.geometry
+        cells = enumerate(query.cells())
+        return [self.crop_of(query, cell, (index, *named)) for index, cell in cells]
+
+    def _fold(
+        self, query: FoldQuery, crop: FoldCrop, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return log₂ of the normaliser of each patch [Q, P], and the folded mean [C, X, Y].
+
+        Args:
+            query: one image.
+            crop: of the query.
+            ranges: of bank images.
+        """
+        height, width = query.size
+        taps = crop.cell.rows.taps(height, query.fold, query.geometry).float()
+        sources = [source for limits in ranges for source in self._sources(crop.cell, limits)]
+        call = _FoldCall(self.kernel, crop, taps, sources, self.pixels)
+        call.set_col_taps(crop.cell.cols, width, query.fold, query.geometry)
+        return call.run()
 
     def _sources(self, cell: Cell, limits: tuple[int, int]) -> list[_Images]:
         """Return the images of each group that are attended to, and where their crops are."""
@@ -221,7 +162,7 @@ class NativeFold:
         rows: dict[int, Tensor] = {}
         cols: dict[int, Tensor] = {}
         sources: list[_Images] = []
-        for group in self._groups:
+        for group in self.groups:
             begin, end = max(0, lo), min(len(group), hi)
             if begin < end:
                 height, width = group.shape[2:]
@@ -234,64 +175,26 @@ class NativeFold:
         return sources
 
 
-def _largest(group: Tensor, centre: Tensor) -> float:
-    """Return the largest |pixel| of stored images [N, C, H, W], from the centre of the bank."""
-    ends = torch.stack([group.amin((0, 2, 3)), group.amax((0, 2, 3))])
-    return float(centred(ends[..., None, None], centre).abs().max())
-
-
-def fold_units(query: float, key: float, pixels: int, a: float, s: float) -> FoldUnits:
-    """Return the units in which logits of patches of these norms fit 31 bits.
-
-    Args:
-        query: largest norm of a centred patch of the query.
-        key: largest norm of a centred patch of the bank.
-        pixels: of a patch.
-        a: signal scale.
-        s: noise scale.
-    """
-    per_product = a / s / s * _LOG2E
-    per_norm = -(a / s) * (a / s) * _LOG2E / 2
-    # A logit is a product of at most 2qk bits minus k², for keys of any norm up to k.
-    root = math.sqrt(_LOG2E / 2)
-    q, k = query / s * root, a / s * key * root
-    highest = q * q if q < k else 2 * q * k - k * k
-    spread = highest + 2 * q * k + k * k + _SPARE
-    bits = min(_MOST_BITS, 31 - math.log2(spread))
-    lowest = per_norm * key * key - per_product * query * key
-    unit = math.exp2(bits)
-    # Products and norm are rounded to units, products to floats before.
-    rounding = pixels / 2 + 1 - 2.0**-24 * lowest * unit
-    return FoldUnits(
-        bits,
-        per_product * unit,
-        per_norm * unit,
-        math.floor(lowest * unit) - 1.0,
-        rounding / unit,
-    )
-
-
 class _FoldCall:
     """Arguments of one call of the library, and the buffers that they point to."""
 
     def __init__(
         self,
         kernel: int,
-        cell: Cell,
-        crop: Tensor,
-        units: FoldUnits,
+        crop: FoldCrop,
         row_taps: Tensor,
         sources: list[_Images],
         pixels: FoldPixels,
     ) -> None:
-        channels, rows, cols = crop.shape
+        cell, units = crop.cell, crop.units
+        channels, rows, cols = crop.pixels.shape
         places = cell.rows.places, cell.cols.places
         self._control = current() or Control()
-        self._query = (crop * units.product).float().contiguous()
+        self._query = (crop.pixels * units.product).float().contiguous()
         self._row_taps = row_taps.contiguous()
         self._sources, self._pixels = sources, pixels
-        self._log_z = crop.new_empty(places)
-        self._fold = torch.empty_like(crop)
+        self._log_z = crop.pixels.new_empty(places)
+        self._fold = torch.empty_like(crop.pixels)
         table = (_Source * len(sources))()
         for source, part in zip(table, sources, strict=True):
             source.images, source.lo, source.hi = part.group.data_ptr(), part.begin, part.end

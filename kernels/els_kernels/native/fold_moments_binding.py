@@ -7,67 +7,33 @@ need one more, a Jacobian product two: means of the scalars of patches, then the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from els_kernels.control import checkpoint
-from els_kernels.geometry import Geometry
-from els_kernels.native.binding import instruction_sets
-from els_kernels.native.fold_binding import FoldUnits, column_taps, fold_units
+from els_kernels.fold_plan import FoldQuery
+from els_kernels.native.fold_bank import NativeFoldBank
+from els_kernels.native.fold_binding import column_taps
 from els_kernels.native.fold_lines import plane
 from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses
-from els_kernels.torch_fold import bank_centre, box_sums, decoded
+from els_kernels.torch_fold_moments import TiledFoldMoments
 
 _SCALE = 500.0
 """a/s² from which the mean of a patch's scalars, wrong by 6e-8 of them in float32, is refined."""
-_TILE = 1 << 20
-"""Numbers of bank images that are centred together."""
 
 
-class NativeFoldMoments:
-    """Moments of the posterior of a fold, of groups of bank images of one size, which it shares.
+class NativeFoldMoments(NativeFoldBank):
+    """A bank prepared for moments of a fold; far queries are computed in float64: ``far_queries``.
 
     Results have the same bits for any number of threads.
     """
 
-    def __init__(self, groups: Sequence[Tensor], *, instruction_set: str | None = None) -> None:
-        """Prepare a bank.
+    @cached_property
+    def _exact(self) -> TiledFoldMoments:
+        return TiledFoldMoments(self.groups)
 
-        Args:
-            groups: [N, C, H, W] on the CPU, of one size each, float32, or uint8 v for v/127.5 − 1.
-            instruction_set: one of ``instruction_sets()``; None for the best.
-
-        Raises:
-            ValueError: The bank is not on the CPU, or the instruction set is unknown.
-            RuntimeError: The library was not built, or cannot be loaded.
-        """
-        device = groups[0].device
-        if device.type != "cpu":
-            raise ValueError(f"native: expected a bank on the CPU, got one on {device}")
-        known = instruction_sets()
-        name = known[0] if instruction_set is None else instruction_set
-        if name not in known:
-            raise ValueError(f"instruction_set: expected one of {', '.join(known)}, got {name!r}")
-        self.kernel = known.index(name)
-        self.groups = [group.contiguous() for group in groups]
-        self.centre = bank_centre(groups)
-        self._norms: dict[tuple[int, Geometry], float] = {}
-        self._spread: tuple[float, float] | None = None
-
-    def statistics(
-        self,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-        top: int,
-        shares: bool,
-    ) -> tuple[Tensor, ...]:
+    def statistics(self, query: FoldQuery, top: int, shares: bool) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image.
 
         Raises:
@@ -75,112 +41,69 @@ class NativeFoldMoments:
             MemoryError: The partial results do not fit in memory.
         """
         with torch.device("cpu"):
-            query = NativeFoldQuery(self, x, a, s, window, limits, fold, geometry)
-            return query.statistics(top, shares)
+            native = NativeFoldQuery(self, query)
+            if not native.is_resolved:
+                return self._exact.statistics(query, top, shares)
+            return native.statistics(top, shares)
 
-    def vjp(
-        self,
-        x: Tensor,
-        cotangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
+    def vjp(self, query: FoldQuery, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg, [C, H, W] float32.
 
         Raises:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            return NativeFoldQuery(self, x, a, s, window, limits, fold, geometry).vjp(cotangent)
+            native = NativeFoldQuery(self, query)
+            if not native.is_resolved:
+                return self._exact.vjp(query, cotangent)
+            return native.vjp(cotangent)
 
-    def jvp(
-        self,
-        x: Tensor,
-        tangent: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> tuple[Tensor, Tensor]:
+    def jvp(self, query: FoldQuery, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and J u, [C, H, W] float32.
 
         Raises:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            return NativeFoldQuery(self, x, a, s, window, limits, fold, geometry).jvp(tangent)
+            native = NativeFoldQuery(self, query)
+            if not native.is_resolved:
+                return self._exact.jvp(query, tangent)
+            return native.jvp(tangent)
 
-    def units(self, x: Tensor, a: float, s: float, window: int, geometry: Geometry) -> FoldUnits:
-        """Return the units of the logits of a query [C, H, W]."""
-        *_, cell = plane(x.shape[1], x.shape[2], window, geometry)
-        crop = cell.query(x.double() - a * self.centre)
-        query = math.sqrt(float(box_sums(crop.square().sum(0), window).max()))
-        if (window, geometry) not in self._norms:
-            largest = 0.0
-            for tile in self._tiles():
-                squares = cell.keys(tile).square().sum(1)
-                largest = max(largest, float(box_sums(squares, window).max()))
-            self._norms[window, geometry] = math.sqrt(largest)
-        return fold_units(query, self._norms[window, geometry], window * window, a, s)
-
+    @cached_property
     def spread(self) -> tuple[float, float]:
-        """Return the mean square and the largest norm of a centred pixel of the bank."""
-        if self._spread is None:
-            total, largest, count = 0.0, 0.0, 0
-            for tile in self._tiles():
-                squares = tile.square()
-                total += float(squares.sum())
-                largest = max(largest, float(squares.sum(1).max()))
-                count += tile.numel()
-            self._spread = total / count, math.sqrt(largest)
-        return self._spread
-
-    def _tiles(self) -> Iterator[Tensor]:
-        """Yield the centred images of the bank, [n, C, H, W] float64, a few at a time."""
-        for group in self.groups:
-            together = max(1, _TILE // group[0].numel())
-            for first in range(0, len(group), together):
-                checkpoint()
-                yield decoded(group[first : first + together]).double() - self.centre
+        """Mean square and largest norm of a centred pixel of the bank."""
+        total, largest, count = 0.0, 0.0, 0
+        for tile in self.tiles():
+            squares = tile.double().square()
+            total += float(squares.sum())
+            largest = max(largest, float(squares.sum(1).max()))
+            count += tile.numel()
+        return total / count, math.sqrt(largest)
 
 
 class NativeFoldQuery:
     """One query image: its crop, its taps, and the passes over the bank that it needs."""
 
-    def __init__(
-        self,
-        bank: NativeFoldMoments,
-        x: Tensor,
-        a: float,
-        s: float,
-        window: int,
-        limits: tuple[int, int],
-        fold: float,
-        geometry: Geometry,
-    ) -> None:
-        height, width = x.shape[1:]
-        self._rows, self._cols, self._cell = plane(height, width, window, geometry)
-        self._bank, self._limits, self._window = bank, limits, window
+    def __init__(self, bank: NativeFoldMoments, query: FoldQuery) -> None:
+        a, s, window, geometry = query.a, query.s, query.window, query.geometry
+        self._rows, self._cols, self._cell = plane(*query.size, window, geometry)
+        self._bank, self._limits, self._window = bank, query.limits, window
         self._jacobian_scale = a / (s * s)
-        crop = self._cell.query(x.double() - a * bank.centre)
-        units = bank.units(x, a, s, window, geometry)
+        crop = bank.crop_of(query, self._cell, (window, geometry))
+        self.units, self.is_resolved = crop.units, crop.resolved
         self._passes = FoldPasses(
-            bank.kernel, bank.groups, bank.centre, self._rows, self._cols, crop, units, limits
+            bank, self._rows, self._cols, crop.pixels, crop.units, query.limits
         )
-        self._row_taps = self._rows.axis.taps(height, fold, geometry)
-        self._col_table = self._cols.axis.taps(width, fold, geometry)
-        self._col_taps, self._col_scale = column_taps(self._cols.axis, width, fold, geometry)
+        self._row_taps, self._col_table = query.taps(self._cell)
+        self._col_taps, self._col_scale = column_taps(
+            self._cols.axis, query.size[1], query.fold, geometry
+        )
         # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
         # far beyond the pixels of the bank they would cancel.
-        square, farthest = bank.spread()
+        square, farthest = bank.spread
         signal = a * a * square
-        reference = crop * (signal / (signal + s * s) / a)
+        reference = crop.pixels * (signal / (signal + s * s) / a)
         self._reference = reference.clamp_(-farthest, farthest).float().contiguous()
 
     def statistics(self, top: int, shares: bool) -> tuple[Tensor, ...]:

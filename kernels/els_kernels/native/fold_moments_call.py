@@ -11,7 +11,7 @@ from torch import Tensor
 
 from els_kernels.control import Control, current
 from els_kernels.native.binding import _library, run_apart
-from els_kernels.native.fold_binding import FoldPixels, FoldUnits
+from els_kernels.native.fold_bank import FoldUnits, NativeFoldBank
 from els_kernels.native.fold_lines import Line
 
 NORMALISE, STATISTICS, TOTALS, PRODUCT = range(4)
@@ -102,9 +102,7 @@ class FoldPasses:
     """Passes over a range of the bank for one query crop.
 
     Args:
-        kernel: index of the instruction set in the library.
-        groups: [N, C, H, W], of one size each, float32 or uint8.
-        centre: [C, 1, 1] float64, subtracted from the bank.
+        bank: the images.
         rows: axis of the query.
         cols: axis of the query.
         crop: [C, X, Y] float64, centred.
@@ -114,19 +112,17 @@ class FoldPasses:
 
     def __init__(
         self,
-        kernel: int,
-        groups: Sequence[Tensor],
-        centre: Tensor,
+        bank: NativeFoldBank,
         rows: Line,
         cols: Line,
         crop: Tensor,
         units: FoldUnits,
         limits: tuple[int, int],
     ) -> None:
-        self._kernel, self._rows, self._cols, self._units = kernel, rows, cols, units
-        lanes = _library().els_kernel_lanes(kernel)
-        self._ring = cols.ring([group.shape[3] for group in groups], lanes)
-        self._sources, self._lines = _sources(groups, limits, rows, cols, self._ring)
+        self._kernel, self._rows, self._cols, self._units = bank.kernel, rows, cols, units
+        lanes = _library().els_kernel_lanes(bank.kernel)
+        self._ring = cols.ring([group.shape[3] for group in bank.groups], lanes)
+        self._sources, self._lines = _sources(bank.groups, limits, rows, cols, self._ring)
         keys = sum((s.hi - s.lo) * s.crop_rows * s.crop_cols for s in self._sources)
         self._dead = _PRECISION + math.log2(keys)
         self._inputs = {
@@ -134,10 +130,9 @@ class FoldPasses:
             "row_classes": rows.classes(),
             "col_classes": self._padded(cols.classes()),
         }
-        pixels = FoldPixels.of(centre, groups[0].dtype)
-        self._inputs["centre"] = pixels.centre
-        if pixels.values is not None:
-            self._inputs["values"] = pixels.values
+        self._inputs["centre"] = bank.pixels.centre
+        if bank.pixels.values is not None:
+            self._inputs["values"] = bank.pixels.values
 
     @property
     def images(self) -> int:

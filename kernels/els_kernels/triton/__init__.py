@@ -5,12 +5,13 @@ Importing this package needs neither triton nor a GPU; creating an implementatio
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from els_kernels.triton.chips import unsuited
 
 if TYPE_CHECKING:
     from els_kernels.triton.attention import TritonAttention
@@ -27,16 +28,15 @@ def unavailable(bank: Tensor) -> str | None:
     """
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install 'els-denoise[gpu]')"
-    if bank.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"expected a bank on a GPU (device cuda), got one on {bank.device}"
+    return unsuited(bank.device)
 
 
 def create(bank: Tensor) -> TritonAttention:
     """Return the implementation for a bank.
 
     Raises:
-        RuntimeError: triton is not installed, or the bank is not on a GPU; gives the reason.
+        RuntimeError: triton is not installed, or the bank is not on a GPU that the kernels suit;
+            gives the reason.
     """
     reason = unavailable(bank)
     if reason is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from els_kernels.geometry import Geometry, Posterior, band, group_by, zero_padded_spans
 from els_kernels.triton import launch, layout, precision, tuning
+from els_kernels.triton.chips import architecture
 from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
 
@@ -70,6 +72,27 @@ class TritonAttention:
                 energy = query.energy(k, geometry)
                 answer.log_evidence[b] = log2_z[i].double() / _LOG2E - energy
         return answer
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take; logs the seconds.
+
+        Triton compiles a binary at its first launch, or takes it from the cache on disk.
+        """
+        began = time.perf_counter()
+        channels, *size = self._keys.terms.shape[2:]
+        x = torch.zeros(1, channels, *size, device=self._keys.terms.device)
+        # All ranges take the same binaries.
+        few = [(0, min(2, self._keys.terms.shape[1]))]
+        windows = sorted(set(windows))
+        for k in windows:
+            side = size if geometry.whole else [min(k, n) for n in size]
+            high = 2 * precision.one_term_noise(channels * math.prod(side))
+            for s in (1.0, high):
+                self(x, [1.0], [s], [k], few, geometry)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        seconds = time.perf_counter() - began
+        _log.info("triton: kernels of windows %s ready after %.1f s", windows, seconds)
 
     def _range(self, lo: int, hi: int) -> _Part:
         keys, values = self._keys.terms[:, lo:hi].contiguous(), self._values[lo:hi]
@@ -250,15 +273,3 @@ def _cells(
             cell = Cell(start, places, start, places, origin, (row.window, col.window))
             cells.append((row.places, col.places, cell))
     return cells
-
-
-def architecture(device: torch.device) -> tuning.Arch:
-    """Return the newest tuned architecture that is not newer than the device."""
-    if device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"triton: expected a GPU, got {device}")
-        return "sm80"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm100" if major >= 10 else "sm90" if major == 9 else "sm80"

@@ -1,10 +1,14 @@
 """Compiles every kernel with every tuned tile for every chip, without a GPU; analyses the binaries.
 
-    python -m els_kernels.triton.compile [--arch sm90] [--only diagonal]
+    python -m els_kernels.triton.compile [--chip sm90] [--only diagonal]
 
 prints registers, spills, shared memory, matrix instructions and, for the inner loop, instructions
 per pair by class, with the bound they imply on an H200: the static roofline. Faults (a spill, too
 much shared memory, no matrix instruction) are printed last and make the exit code 1.
+
+The binaries are those that a launch takes, and go to Triton's cache: a server whose
+``TRITON_CACHE_DIR`` was filled by this command on the same machine, or in the image that it runs
+from, compiles nothing.
 """
 
 from __future__ import annotations
@@ -19,29 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from els_kernels.triton import tuning
+from els_kernels.triton import layout, tuning
 from els_kernels.triton.diagonal import diagonal_kernel
 from els_kernels.triton.direct import direct_kernel
 from els_kernels.triton.online import merge_kernel
 from els_kernels.triton.plane_binaries import plane_binaries, plane_flops
 from els_kernels.triton.same_place import same_place_kernel
 from els_kernels.triton.shifts import shift_logits_kernel, shift_responses_kernel
+from els_kernels.triton.targets import CHIPS, compiling_for
 from els_kernels.triton.tuning import Arch, Config
 
-_TARGETS: dict[Arch, GPUTarget] = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 _HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
 _MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|v_mfma)")
 _UNITS: dict[Arch, str] = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
-"""The matrix instruction native to each chip."""
+"""The matrix instruction native to each architecture."""
+_TERMS = {"": (1, 2), " one term": (1, 1), " floats": (2, 2), " floats one term": (2, 1)}
+"""Suffix of a name → terms of the bank and of the query."""
 
 
 @dataclass(frozen=True)
@@ -74,83 +74,123 @@ class Report(NamedTuple):
 
 
 def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]:
-    """Yield every binary that a chip needs for banks of bytes (one key term) of these channels."""
+    """Yield every binary that a chip needs for banks of these channels."""
     for c in channels:
-        values = 1 << c.bit_length()
-        for window in (1, 3, 5) if c == 1 else (1, 3):
-            yield direct(arch, c, window, values)
-        pair = 1 << (2 * c - 1).bit_length()
-        depths = {tuning.diagonal_depth(k * pair, pair, arch)[0]: k for k in range(3, 26, 2)}
-        for depth in sorted(depths):
-            yield diagonal(arch, depths[depth], pair, values)
-    config = tuning.SAME_PLACE[arch]
-    for c in channels:
-        same = {"CHANNELS": c, "KEY_TERMS": 1, "BLOCK_C": 1 << (c - 1).bit_length()}
-        same["BLOCK"] = config.block_m
-        yield Binary(f"same place C={c}", same_place_kernel, same, config, arch, 0)
+        for suffix in _TERMS:
+            for window in (1, 3, 5) if c == 1 else (1, 3):
+                yield direct(arch, c, window, suffix)
+            for window in _largest_windows(arch, c, suffix):
+                yield diagonal(arch, window, c, suffix)
+        yield from _same_place(arch, c)
+        yield from _shifts(arch, c)
     config = tuning.SHIFTS[arch]
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    logits = {"CHANNELS": 3, "TERMS": 2, "KEY_TERMS": 1, **blocks}
-    yield Binary("shift logits", shift_logits_kernel, logits, config, arch, 0)
-    respond = {"KEY_TERMS": 1, "BLOCK_M": config.block_m}
-    respond |= {"BLOCK_N": config.block_k, "BLOCK_D": config.block_n}
-    yield Binary("shift responses", shift_responses_kernel, respond, config, arch, 0)
-    merge = {"VALUES": 4, "BLOCK_M": 64, "BLOCK_V": 4}
-    yield Binary("merge", merge_kernel, merge, Config(64, 0, 0, 4, 2), arch, 0, matrix=False)
+    for suffix, key_terms in (("", 1), (" floats", 2)):
+        respond = {"KEY_TERMS": key_terms, "BLOCK_M": config.block_m}
+        respond |= {"BLOCK_N": config.block_k, "BLOCK_D": config.block_n}
+        name = f"shift responses{suffix}"
+        yield Binary(name, shift_responses_kernel, respond, config, arch, 0)
+    sums = {layout.value_width(c, terms) for c in channels for terms in (1, 2)}
+    for values in sorted(sums | {c + 1 for c in channels}):
+        yield merge(arch, values)
     for name, kernel, constants, config in plane_binaries(arch, channels):
         yield Binary(name, kernel, constants, config, arch, config.block_m * config.block_n)
 
 
-def direct(arch: Arch, channels: int, window: int, values: int) -> Binary:
-    """Return the direct form for a window."""
+def direct(arch: Arch, channels: int, window: int, suffix: str = "") -> Binary:
+    """Return the direct form for a window; ``suffix`` is a key of ``_TERMS``."""
     depth = tuning.direct_depth(window * window * channels)
     config = tuning.DIRECT[arch][depth]
     constants = {
-        "CHANNELS": channels, "WINDOW_W": window, "TERMS": 2, "KEY_TERMS": 1, "VALUES": values,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": depth, "BLOCK_V": 16,
+        "CHANNELS": channels, "WINDOW_W": window, **_terms(channels, suffix),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": depth,
     }  # fmt: skip
-    name = f"direct C={channels} k={window}"
+    name = f"direct C={channels} k={window}{suffix}"
     return Binary(name, direct_kernel, constants, config, arch, config.block_m * config.block_n)
 
 
-def diagonal(arch: Arch, window: int, pair: int, values: int) -> Binary:
-    """Return the diagonal form for a window."""
-    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+def diagonal(arch: Arch, window: int, channels: int, suffix: str = "") -> Binary:
+    """Return the diagonal form for a window; ``suffix`` is a key of ``_TERMS``."""
+    pair, terms = layout.pair_width(channels), _terms(channels, suffix)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch, terms["KEY_TERMS"])
     constants = {
-        "TERMS": 2, "KEY_TERMS": 1, "PAIR": pair, "DEPTH": depth, "VALUES": values,
+        **terms, "PAIR": pair, "DEPTH": depth,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "BLOCK_V": 16,
     }  # fmt: skip
-    name = f"diagonal C={1 if pair == 2 else 3} k≤{window}"
+    name = f"diagonal C={channels} k≤{window}{suffix}"
     return Binary(name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n)
 
 
-def build(binary: Binary) -> Report:
+def _largest_windows(arch: Arch, channels: int, suffix: str) -> list[int]:
+    """Return the largest window up to 25 of each binary of the diagonal form."""
+    windows = {}
+    for k in range(3, 26, 2):
+        constants = diagonal(arch, k, channels, suffix).constants
+        windows[tuple(constants.values())] = k
+    return sorted(windows.values())
+
+
+def merge(arch: Arch, values: int) -> Binary:
+    """Return the merge of states with so many sums."""
+    constants = {"VALUES": values, "BLOCK_V": 1 << (values - 1).bit_length()}
+    constants["BLOCK_M"] = tuning.MERGE.block_m
+    return Binary(f"merge V={values}", merge_kernel, constants, tuning.MERGE, arch, 0, matrix=False)
+
+
+def _terms(channels: int, suffix: str) -> dict[str, int]:
+    key_terms, terms = _TERMS[suffix]
+    values = layout.value_width(channels, key_terms)
+    return {
+        "TERMS": terms, "KEY_TERMS": min(key_terms, terms), "VALUES": values,
+        "BLOCK_V": max(16, values),
+    }  # fmt: skip
+
+
+def _same_place(arch: Arch, channels: int) -> Iterator[Binary]:
+    config = tuning.SAME_PLACE[arch]
+    for suffix, key_terms in (("", 1), (" floats", 2)):
+        constants = {"CHANNELS": channels, "KEY_TERMS": key_terms, "BLOCK": config.block_m}
+        constants["BLOCK_C"] = 1 << (channels - 1).bit_length()
+        name = f"same place C={channels}{suffix}"
+        yield Binary(name, same_place_kernel, constants, config, arch, 0)
+
+
+def _shifts(arch: Arch, channels: int) -> Iterator[Binary]:
+    config = tuning.SHIFTS[arch]
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    # A bank of floats and a query of one term take one term of the bank.
+    for suffix in (" one term", "", " floats"):
+        key_terms, terms = _TERMS[suffix]
+        constants = {"CHANNELS": channels, "TERMS": terms, "KEY_TERMS": key_terms, **blocks}
+        name = f"shift logits C={channels}{suffix}"
+        yield Binary(name, shift_logits_kernel, constants, config, arch, 0)
+
+
+def compiled(binary: Binary, chip: str | None = None) -> Any:
+    """Return Triton's compiled kernel of a chip, by default that of the tiles' own name.
+
+    Specialised as a launch is: tensors aligned to 16 bytes, sizes not specialised.
+    """
+    arguments = [
+        _type(name, binary) if name.startswith("p_") else 1
+        for name in binary.kernel.arg_names
+        if name not in binary.constants
+    ]
+    with compiling_for(chip or binary.arch):
+        return binary.kernel.warmup(
+            *arguments, grid=(1, 1, 1), **binary.constants, **binary.config.options()
+        )
+
+
+def build(binary: Binary, chip: str | None = None) -> Report:
     """Compile a binary and return its properties."""
-    kernel = binary.kernel
-    signature = {name: _type(name, binary) for name in kernel.arg_names}
-    # The specialisation of a launch: tensors aligned to 16 bytes, sizes not specialised.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name.startswith("p_") and name not in ("p_scale", "p_bias")
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, binary.constants, aligned),
-        target=_TARGETS[binary.arch],
-        options={
-            "num_warps": binary.config.num_warps,
-            "num_stages": binary.config.num_stages,
-            "enable_fp_fusion": True,
-        },
-    )
-    shared = int(compiled.metadata.shared)
-    if binary.arch == "gfx942":
-        return _read_amd(compiled.asm["amdgcn"], shared)
-    return _read_nvidia(compiled.asm["cubin"], shared, binary)
+    result = compiled(binary, chip)
+    shared = int(result.metadata.shared)
+    if "amdgcn" in result.asm:
+        return _read_amd(result.asm["amdgcn"], shared)
+    return _read_nvidia(result.asm["cubin"], shared, binary)
 
 
-def faults(binary: Binary, report: Report) -> list[str]:
+def faults(binary: Binary, report: Report, chip: str | None = None) -> list[str]:
     """Return the faults: spills, more shared memory than the chip has, the wrong matrix unit."""
     limit = tuning.SHARED_BYTES[binary.arch]
     # 32 × 32 tiles are too small for the wide instructions of Hopper and Blackwell.
@@ -164,20 +204,16 @@ def faults(binary: Binary, report: Report) -> list[str]:
     kinds = report.matrix.split(", ")
     if binary.matrix and not any(kind.startswith(unit) for kind in kinds):
         found.append(f"expected {unit}, got {report.matrix}")
-    return [f"{binary.arch} {binary.name}: {fault}" for fault in found]
+    return [f"{chip or binary.arch} {binary.name}: {fault}" for fault in found]
 
 
-def _type(name: str, binary: Binary) -> str:
-    if name in binary.constants:
-        return "constexpr"
-    if not name.startswith("p_"):
-        return "i32"
+def _type(name: str, binary: Binary) -> torch.dtype:
     if name in ("p_row_spans", "p_ids"):
-        return "*i32"
+        return torch.int32
     floats = "SINGLE" in binary.constants or (
         binary.kernel is same_place_kernel and name == "p_query"
     )
-    return "*fp16" if name in _HALVES and not floats else "*fp32"
+    return torch.float16 if name in _HALVES and not floats else torch.float32
 
 
 def _read_amd(assembly: str, shared: int) -> Report:
@@ -282,7 +318,12 @@ def bound(loop: dict[str, float], operations: int) -> dict[str, float]:
 def main() -> int:
     """Compile and print; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=get_args(Arch), action="append")
+    parser.add_argument(
+        "--chip",
+        choices=list(CHIPS),
+        action="append",
+        help="by default one for each table of tiles",
+    )
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     options = parser.parse_args()
     print(
@@ -291,21 +332,21 @@ def main() -> int:
     )
     print("|---" * 15 + "|")
     wrong = []
-    for arch in options.arch or get_args(Arch):
-        for binary in binaries(arch):
+    for chip in options.chip or get_args(Arch):
+        for binary in binaries(CHIPS[chip].arch):
             if options.only in binary.name:
-                report = build(binary)
-                wrong += faults(binary, report)
-                print(_row(binary, report), flush=True)
+                report = build(binary, chip)
+                wrong += faults(binary, report, chip)
+                print(_row(binary, report, chip), flush=True)
     for fault in wrong:
         print(fault, file=sys.stderr)
     return 1 if wrong else 0
 
 
-def _row(binary: Binary, report: Report) -> str:
+def _row(binary: Binary, report: Report, chip: str) -> str:
     c = binary.config
     cells = [
-        binary.arch, binary.name, f"{c.block_m}×{c.block_n}×{c.block_k}", str(c.num_warps),
+        chip, binary.name, f"{c.block_m}×{c.block_n}×{c.block_k}", str(c.num_warps),
         str(report.registers), str(report.spills), f"{report.shared / 1024:.0f}", report.matrix,
     ]  # fmt: skip
     if report.loop:

@@ -40,7 +40,6 @@ def diagonal_kernel(
     INNER_LO,
     INNER_HI,
     # Layout of the states.
-    CHUNK0,
     CHUNKS,
     CHUNK_IMAGES,
     SLOTS,
@@ -74,7 +73,8 @@ def diagonal_kernel(
         p_values: [IMAGES, IMAGE_ROWS, IMAGE_COLS, VALUES] float16.
         p_scale: [B] float32. p_bias: [B] float32, < 0.
         p_row_spans: [tiles, 2] int32: first and last+1 key row of each tile of diagonals.
-        p_peak: [B, CHUNKS, SLOTS, PLACES] float32, -inf at first; slot = key row modulo SLOTS.
+        p_peak: [B, CHUNKS, SLOTS, PLACES] float32: states so far, -inf at first; slot = key row
+            modulo SLOTS.
         p_sums: [B, CHUNKS, SLOTS, PLACES, VALUES] float32, 0 at first.
     """
     i_tile, i_chunk = tl.program_id(0), tl.program_id(2)
@@ -100,7 +100,7 @@ def diagonal_kernel(
     p_values += i_first * IMAGE_ROWS * IMAGE_COLS * VALUES
     query_stride = QUERY_ROWS * QUERY_COLS * DEPTH
     p_query += i_batch * TERMS * query_stride
-    i_state = (i_batch * CHUNKS + CHUNK0 + i_chunk) * SLOTS
+    i_state = (i_batch * CHUNKS + i_chunk) * SLOTS
     scale, bias = tl.load(p_scale + i_batch), tl.load(p_bias + i_batch)
     first, last = tl.load(p_row_spans + 2 * i_tile), tl.load(p_row_spans + 2 * i_tile + 1)
 

@@ -39,7 +39,6 @@ def direct_kernel(
     COL0,
     WINDOW_H,
     # Layout of the states.
-    CHUNK0,
     CHUNKS,
     CHUNK_IMAGES,
     CHANNELS: tl.constexpr,
@@ -142,7 +141,7 @@ def direct_kernel(
         )
         peak, sums = absorb(products * scale + (half * bias)[None, :], values, peak, sums)
 
-    o_state = (i_batch * CHUNKS + CHUNK0 + i_chunk) * PLACES + o_u
+    o_state = (i_batch * CHUNKS + i_chunk) * PLACES + o_u
     tl.store(p_peak + o_state, peak, mask=m_u)
     tl.store(
         p_sums + o_state[:, None] * VALUES + o_value[None, :],

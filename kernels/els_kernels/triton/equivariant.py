@@ -40,7 +40,7 @@ def _attend(batch: Queries, b: int, keys: Tensor, arch: tuning.Arch) -> tuple[Te
     peak, total, weight = _empty_state(keys)
     step = max(1, _LOGITS // shifts)
     for first in range(0, images, step):
-        slab = keys[:, first : first + step].contiguous()
+        slab = layout.aligned(keys[:, first : first + step].contiguous())
         logits = _logits(query, slab, batch, b, arch)
         top = torch.maximum(peak, _reference(logits.amax()))
         # [shifts, C, H·W]; the response of the shift by p is moved back by p.
@@ -82,10 +82,11 @@ def _logits(query: Tensor, slab: Tensor, batch: Queries, b: int, arch: tuning.Ar
     logits = half.new_empty(height * width, images)
     grid = (-(-height * width // config.block_m), -(-images // config.block_n))
     shift_logits_kernel[grid](
-        query, slab, half, batch.scale[b:], batch.bias[b:], logits, height, width, images,
+        query, slab, half, *(layout.aligned(t[b : b + 1]) for t in (batch.scale, batch.bias)),
+        logits, height, width, images,
         CHANNELS=channels, TERMS=len(query), KEY_TERMS=min(key_terms, len(query)),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options(),
     )  # fmt: skip
     return logits
 
@@ -100,6 +101,6 @@ def _responses(logits: Tensor, slab: Tensor, peak: Tensor, arch: tuning.Arch) ->
         logits, slab, peak.view(1), responses, shifts, images, depth,
         KEY_TERMS=len(slab),
         BLOCK_M=config.block_m, BLOCK_N=config.block_k, BLOCK_D=config.block_n,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options(),
     )  # fmt: skip
     return responses

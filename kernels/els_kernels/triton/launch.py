@@ -107,16 +107,16 @@ def direct(
     chunk = tuning.chunk_images(images, key_places, tiles, elements)
     peak, sums = _empty(len(queries), -(-images // chunk), places, values)
     direct_kernel[(tiles, len(queries), peak.shape[1])](
-        queries, keys, half, values, batch.scale, batch.bias, peak, sums,
+        queries, keys, half, layout.aligned(values), batch.scale, batch.bias, peak, sums,
         *queries.shape[2:4], *cell.query_start, cell.query_places[1], places,
         key_h, key_w, *cell.key_start, *cell.key_places, images,
         *half.shape[1:], *cell.origin, cell.window[0],
-        0, peak.shape[1], chunk,
+        peak.shape[1], chunk,
         CHANNELS=channels, WINDOW_W=cell.window[1], TERMS=queries.shape[1],
         KEY_TERMS=min(key_terms, queries.shape[1]),
         VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=depth,
         BLOCK_V=max(16, values.shape[-1]),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options(),
     )  # fmt: skip
     return _merge(peak, sums, cell.query_places)
 
@@ -145,7 +145,8 @@ def diagonal(
     """
     terms, size, channels = batch.terms.shape[:3]
     pair = layout.pair_width(channels)
-    depth, config = tuning.diagonal_depth(window * pair, pair, arch)
+    key_terms = min(len(keys), terms)
+    depth, config = tuning.diagonal_depth(window * pair, pair, arch, key_terms)
     query = layout.unfold_rows(
         layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
     )
@@ -160,25 +161,27 @@ def diagonal(
     slab = _slab(images, keys.shape[-2:], window, pair * len(keys))
     elements = _paired_elements(keys.shape[-2:], window, pair * len(keys))
     chunk = tuning.chunk_images(min(slab, images), traversal.columns, len(spans), elements)
-    chunks = [-(-min(slab, images - first) // chunk) for first in range(0, images, slab)]
+    chunks = -(-min(slab, images) // chunk)
     places = (rows - window + 1) * cols
-    peak, sums = _empty(size, sum(chunks) * traversal.slots, places, values)
+    peak, sums = _empty(size, chunks * traversal.slots, places, values)
     # A slot without pairs is empty: peak -inf, sums 0.
     peak.fill_(-math.inf)
     sums.zero_()
-    for i, first in enumerate(range(0, images, slab)):
-        block = slice(first, first + slab)
+    for first in range(0, images, slab):
+        # Each slab continues the states of the one before it.
+        block = slice(first, min(first + slab, images))
         paired = layout.pair_rows(keys[:, block], window, padding, query=False, slack=depth)
-        diagonal_kernel[(len(spans), size, chunks[i])](
-            query, paired, half[block], values[block], batch.scale, batch.bias, table, peak, sums,
+        diagonal_kernel[(len(spans), size, -(-(block.stop - first) // chunk))](
+            query, paired, layout.aligned(half[block]), layout.aligned(values[block]),
+            batch.scale, batch.bias, table, peak, sums,
             rows, cols, paired.shape[2], traversal.columns, paired.shape[3], paired.shape[1],
             traversal.lag, *half.shape[1:], *traversal.origin,
             window, traversal.emit_from, *traversal.inner,
-            sum(chunks[:i]), sum(chunks), chunk, traversal.slots, flats - flat0, flat0,
-            TERMS=terms, KEY_TERMS=min(len(keys), terms), PAIR=pair, DEPTH=depth,
+            chunks, chunk, traversal.slots, flats - flat0, flat0,
+            TERMS=terms, KEY_TERMS=key_terms, PAIR=pair, DEPTH=depth,
             VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_V=max(16, values.shape[-1]),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options(),
         )  # fmt: skip
     return _merge(peak, sums, (rows - window + 1, cols))
 
@@ -204,11 +207,11 @@ def same_place(
     peak = keys.new_empty(size, -(-images // chunk), height * width, dtype=torch.float32)
     sums = peak.new_empty(*peak.shape, channels + 1)
     same_place_kernel[(tiles, size, peak.shape[1])](
-        batch.plain, keys, batch.bias, *bands, peak, sums,
+        batch.plain, layout.aligned(keys), batch.bias, *bands, peak, sums,
         height, width, images, peak.shape[1], chunk,
         CHANNELS=channels, KEY_TERMS=key_terms,
         BLOCK_C=1 << (channels - 1).bit_length(), BLOCK=config.block_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options(),
     )  # fmt: skip
     return _merge(peak, sums, (height, width))
 
@@ -274,7 +277,9 @@ def _merge(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
     size, slots, places = peak.shape
     values = 1 << (sums.shape[-1] - 1).bit_length()
     top, total = peak.new_empty(size, places), peak.new_empty(size, places, sums.shape[-1])
-    merge_kernel[(-(-places // 64), size)](
-        peak, sums, top, total, slots, places, VALUES=sums.shape[-1], BLOCK_V=values, BLOCK_M=64
-    )
+    config = tuning.MERGE
+    merge_kernel[(-(-places // config.block_m), size)](
+        peak, sums, top, total, slots, places,
+        VALUES=sums.shape[-1], BLOCK_V=values, BLOCK_M=config.block_m, **config.options(),
+    )  # fmt: skip
     return State(top.view(size, *shape), total.view(size, *shape, -1))

@@ -46,6 +46,14 @@ def zeros_with_slack(like: Tensor, shape: tuple[int, ...], slack: int) -> Tensor
     return like.new_zeros(size + slack)[:size].view(shape)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its first byte is not at a multiple of 16.
+
+    Triton compiles a binary of its own for tensors that are not; a part of a larger one may be.
+    """
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def pair_width(channels: int) -> int:
     """Return the smallest power of two that holds two rows' channels."""
     return 1 << (2 * channels - 1).bit_length()
@@ -94,10 +102,17 @@ def responses(terms: Tensor) -> Tensor:
     """Return [N, H, W, V] float16: every channel's terms, a one, zeros up to a power of two."""
     key_terms, images, channels, height, width = terms.shape
     filled = key_terms * channels
-    values = terms.new_zeros(images, height, width, 1 << filled.bit_length())
-    values[..., :filled] = terms.permute(1, 3, 4, 0, 2).flatten(-2)
+    values = terms.new_zeros(images, height, width, value_width(channels, key_terms))
+    for i, term in enumerate(terms):
+        # One by one: a permuted copy of all would be as large again.
+        values[..., i * channels : (i + 1) * channels] = term.movedim(1, -1)
     values[..., filled] = 1
     return values
+
+
+def value_width(channels: int, key_terms: int) -> int:
+    """Return the smallest power of two that holds every channel's terms and a one."""
+    return 1 << (channels * key_terms).bit_length()
 
 
 def row_spans(

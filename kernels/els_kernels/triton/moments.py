@@ -12,9 +12,9 @@ from torch import Tensor
 from els_kernels.fold_plan import Cell, cells, own_patch
 from els_kernels.geometry import Geometry
 from els_kernels.torch_fold import bank_centre, decoded
-from els_kernels.triton.attention import architecture
 from els_kernels.triton.cell_moments import CellMoments
 from els_kernels.triton.cell_planes import BankLevels
+from els_kernels.triton.chips import architecture
 from els_kernels.triton.plane_plan import on_device
 
 _TILE = 4096

@@ -238,9 +238,7 @@ def options(kernel: PlaneKernel, shape: Tiles, arch: Arch) -> dict[str, Any]:
     return {
         "BLOCK": BLOCK,
         "SINGLE": shape.blocks == 1,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        **config.options(),
     }
 
 

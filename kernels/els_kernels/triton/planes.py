@@ -141,6 +141,7 @@ def is_source(
 
     Rows and columns are on a ring, of which the first ones start a patch inside the image.
     """
-    row = (first_row + tl.arange(0, BLOCK)) % RING_ROWS
-    col = (first_col + tl.arange(0, BLOCK)) % RING_COLS
+    # The first place is never negative; a remainder of what is would differ on a GPU.
+    row = (tl.maximum(first_row, 0) + tl.arange(0, BLOCK)) % RING_ROWS
+    col = (tl.maximum(first_col, 0) + tl.arange(0, BLOCK)) % RING_COLS
     return (row < SOURCE_ROWS)[:, None] & (col < SOURCE_COLS)[None, :]

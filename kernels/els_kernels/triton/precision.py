@@ -22,6 +22,7 @@ Two facts save terms:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,21 +47,56 @@ class Keys:
 
 
 def prepare_keys(bank: Tensor) -> Keys:
-    """Return the bank in one term if its pixels are bytes, otherwise in two."""
-    mean = bank.mean((0, 2, 3), dtype=torch.float64)[:, None, None]
+    """Return the bank in one term if its pixels are bytes, otherwise in two.
+
+    Beside the terms it needs memory for a block of images only, on the device of the bank.
+
+    Args:
+        bank: [N, C, H, W]; float32, or uint8 v for v/127.5 - 1.
+    """
+    mean = _mean(bank)
     middle = ((mean + 1) * LEVELS).round().clamp(0, 255)
     terms = torch.empty(1, *bank.shape, dtype=torch.float16, device=bank.device)
-    for first in range(0, len(bank), _BLOCK):
-        levels = (bank[first : first + _BLOCK].double() + 1) * LEVELS
-        whole = levels.round()
-        if (levels - whole).abs().max() > _GRID_ERROR or whole.min() < 0 or whole.max() > 255:
+    for block in blocks(bank):
+        levels = _levels(bank[block])
+        if levels is None:
+            del terms
             return _two_terms(bank, mean)
-        terms[0, first : first + _BLOCK] = whole - middle
+        terms[0, block] = levels - middle
     return Keys(terms, middle / LEVELS - 1, 1 / LEVELS)
 
 
-_BLOCK = 4096
-"""Images converted per step."""
+_BLOCK_ELEMENTS = 1 << 22
+"""Pixels converted per step: 32 MiB in float64."""
+
+
+def blocks(images: Tensor) -> Iterator[slice]:
+    """Yield slices of [N, ...] that cover N and are small enough to convert at once."""
+    step = max(1, _BLOCK_ELEMENTS // images[0].numel())
+    for first in range(0, len(images), step):
+        yield slice(first, first + step)
+
+
+def _levels(block: Tensor) -> Tensor | None:
+    """Return the levels of images of bytes, integers 0 to 255 in float64; None for others."""
+    if block.dtype == torch.uint8:
+        return block.double()
+    levels = (block.double() + 1) * LEVELS
+    whole = levels.round()
+    if (levels - whole).abs().max() > _GRID_ERROR or whole.min() < 0 or whole.max() > 255:
+        return None
+    return whole
+
+
+def _mean(bank: Tensor) -> Tensor:
+    """Return the mean of each channel, float64 [C, 1, 1]."""
+    total = torch.zeros(bank.shape[1], dtype=torch.float64, device=bank.device)
+    for block in blocks(bank):
+        total += bank[block].double().sum((0, 2, 3))
+    mean = total / (bank.numel() // bank.shape[1])
+    if bank.dtype == torch.uint8:
+        mean = mean / LEVELS - 1
+    return mean[:, None, None]
 
 
 def _two_terms(bank: Tensor, centre: Tensor) -> Keys:
@@ -68,8 +104,7 @@ def _two_terms(bank: Tensor, centre: Tensor) -> Keys:
     largest = max(float((bank.amax() - centre).max()), float((centre - bank.amin()).max()), 1e-30)
     unit = 2.0 ** (math.frexp(largest)[1] - 11)
     terms = torch.empty(2, *bank.shape, dtype=torch.float16, device=bank.device)
-    for first in range(0, len(bank), _BLOCK):
-        block = slice(first, first + _BLOCK)
+    for block in blocks(bank):
         terms[:, block] = split((bank[block].double() - centre) / unit, 2)
     return Keys(terms, centre, unit)
 
@@ -94,6 +129,11 @@ def scale_query(query: Tensor) -> tuple[Tensor, float]:
         return query, 1.0
     power = 2.0 ** (14 - math.frexp(largest)[1])
     return query * power, power
+
+
+def one_term_noise(depth: int) -> float:
+    """Return the least s/a at which a query with ``depth`` elements per patch needs one term."""
+    return _ONE_TERM / math.sqrt(depth)
 
 
 def query_terms(a: float, s: float, depth: int) -> int:

@@ -7,7 +7,7 @@ spill nor exceed the chip's shared memory. No entry depends on the batch, so nei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
 
@@ -22,9 +22,26 @@ class Config:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options; fused multiply-adds do not depend on Triton's default."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
-SHARED_BYTES: dict[Arch, int] = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-"""Largest shared memory of one program, in bytes: the opt-in limit of a block."""
+
+SHARED_BYTES: dict[Arch, int] = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
+"""Largest shared memory of one program, in bytes: the opt-in limit of a block, of the smallest chip
+that takes these tiles. Capability 8.0 has 166912, but 8.6, 8.9 and 12.x have 101376."""
+
+CAPABILITIES: dict[int, Arch] = {8: "sm80", 9: "sm90", 10: "sm100", 11: "sm100", 12: "sm80"}
+"""Major compute capability of an NVIDIA chip → tiles. 12.x has neither the matrix units of Hopper
+nor those of Blackwell's servers, only those of Ampere. Below 8 Triton emits no matrix instruction,
+and hundreds of spills; newer chips than these take those of the newest."""
+
+AMD_CHIPS = ("gfx942", "gfx950")
+"""AMD chips, with 64 lanes a wave and matrix units, that the tiles of gfx942 suit."""
 
 DIRECT_DEPTHS = (16, 32, 64, 128)
 """Inner sizes of the direct form: k²C rounded up."""
@@ -89,6 +106,24 @@ DIAGONAL: dict[Arch, dict[int, Steps]] = {
 }
 """Channels of a pair of rows: 2 for gray images, 8 for colour and all others."""
 
+DIAGONAL_FLOATS: dict[Arch, dict[int, Steps]] = {
+    **DIAGONAL,
+    "sm80": {
+        2: ((32, Config(64, 64, 32, 4, 2)), (_ANY, Config(64, 64, 16, 4, 2))),
+        8: (
+            (64, Config(64, 64, 32, 4, 2)),
+            # Two stages of the largest would exceed the 99 KiB of 8.6 and 8.9.
+            (168, Config(64, 64, 16, 4, 2)),
+            (_ANY, Config(64, 64, 16, 4, 1)),
+        ),
+    },
+    "sm100": {
+        2: DIAGONAL["sm100"][2],
+        8: ((96, Config(64, 128, 32, 4, 1)), (_ANY, Config(64, 128, 64, 4, 1))),
+    },
+}
+"""The same for banks in two terms, whose keys take twice the registers and copies."""
+
 SAME_PLACE: dict[Arch, Config] = {
     "sm80": Config(32, 32, 32, 8, 1),
     "sm90": Config(32, 32, 32, 8, 1),
@@ -97,11 +132,14 @@ SAME_PLACE: dict[Arch, Config] = {
 }
 
 SHIFTS: dict[Arch, Config] = {
-    "sm80": Config(64, 64, 32, 4, 2),
+    "sm80": Config(64, 64, 16, 4, 2),
     "sm90": Config(64, 64, 32, 4, 2),
     "sm100": Config(64, 64, 32, 4, 2),
     "gfx942": Config(64, 64, 32, 4, 1),
 }
+
+MERGE = Config(64, 0, 0, 4, 1)
+"""Tile of the merge, of places alone."""
 
 PROGRAMS = 1024
 """Programs that one image should launch: several for each of a chip's 108 to 304 processors."""
@@ -115,9 +153,10 @@ def form(channels: int, window: int, arch: Arch) -> Literal["direct", "diagonal"
     return "direct" if fits and window <= DIRECT_UP_TO[arch].get(channels, 1) else "diagonal"
 
 
-def diagonal_depth(depth: int, pair: int, arch: Arch) -> tuple[int, Config]:
+def diagonal_depth(depth: int, pair: int, arch: Arch, key_terms: int = 1) -> tuple[int, Config]:
     """Return the padded inner size and the tile of the diagonal form."""
-    for largest, config in DIAGONAL[arch][2 if pair == 2 else 8]:
+    table = DIAGONAL if key_terms == 1 else DIAGONAL_FLOATS
+    for largest, config in table[arch][2 if pair == 2 else 8]:
         if depth <= largest:
             return -(-depth // config.block_k) * config.block_k, config
     raise AssertionError("the last step serves any depth")

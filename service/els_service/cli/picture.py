@@ -45,8 +45,8 @@ def add(
 ) -> None:
     """Make the folder of a model of kind picture, and check that it loads.
 
-    Pictures must be 8-bit grey or RGB, with one frame and no transparency. With --sources it prints
-    how far the answers are from those of all patches.
+    Pictures are grey or RGB, with one frame and no transparency; palettes and 16 bits are converted
+    to 8 bits. With --sources it prints how far the answers are from those of all patches.
     """
     try:
         if len(photo) < 2:
@@ -84,7 +84,8 @@ def _add(pictures: list[Path], name: str, models: Path, keys: dict[str, int | st
     except FileExistsError as error:
         raise LoadError(folder, "expected no such model, found one") from error
     try:
-        files = [_copied(picture, folder, index) for index, picture in enumerate(pictures)]
+        words: list[str] = []
+        files = [_copied(one, folder, index, words) for index, one in enumerate(pictures)]
         lines = {"kind": "picture", "pictures": files, **keys}
         # JSON values are valid YAML.
         text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items())
@@ -94,7 +95,8 @@ def _add(pictures: list[Path], name: str, models: Path, keys: dict[str, int | st
         shutil.rmtree(folder)
         raise
     scales = ", ".join(f"{height}x{width}" for height, width in denoiser.info.scales)
-    return f"{folder}: scales {scales}; {describe_speed(denoiser)}{_describe_subset(denoiser)}"
+    facts = f"scales {scales}; {describe_speed(denoiser)}{_describe_subset(denoiser)}"
+    return "\n".join([*words, f"{folder}: {facts}"])
 
 
 def _describe_subset(denoiser: Denoiser) -> str:
@@ -112,10 +114,27 @@ def _describe_subset(denoiser: Denoiser) -> str:
     )
 
 
-def _copied(picture: Path, folder: Path, index: int) -> str:
-    """Copy a picture into a folder; return its name there."""
+def _copied(picture: Path, folder: Path, index: int, words: list[str]) -> str:
+    """Copy a picture into a folder, converted if it has to be; return its name there.
+
+    Args:
+        picture: file to copy.
+        folder: of the model.
+        index: of the picture, which is its name if another has its own.
+        words: gets what was converted.
+    """
+    # Local import: Pillow and numpy take a moment.
+    from els_service.denoisers.picture_conversion import converted_picture
+
     if not picture.is_file():
         raise LoadError(picture, "expected a file, found none")
-    name = f"{index}{picture.suffix.lower()}" if (folder / picture.name).exists() else picture.name
-    shutil.copyfile(picture, folder / name)
+    found = converted_picture(picture)
+    suffix = picture.suffix.lower() if found is None else ".png"
+    own = picture.name if found is None else f"{picture.stem}.png"
+    name = f"{index}{suffix}" if (folder / own).exists() else own
+    if found is None:
+        shutil.copyfile(picture, folder / name)
+    else:
+        found[0].save(folder / name)
+        words.append(f"{picture.name}: converted from {found[1]} to {name}")
     return name

@@ -79,8 +79,7 @@ class AnalyticDenoiser:
             raise ValueError(f"machine and padding: expected {known}, got {machine} with {padding}")
         self._attention, self._bank = attention, bank
         # Decoded tile by tile: no second copy of the bank.
-        images = bank.images if bank.images.flags.writeable else bank.images.copy()
-        self._moments = PatchMoments(attention, torch.from_numpy(images).to(attention.device))
+        self._moments = PatchMoments(attention, bank.stored().to(attention.device))
         self._geometry = GEOMETRIES[machine, padding]
         largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
         table = (window or default_windows()) if largest else None
@@ -124,6 +123,13 @@ class AnalyticDenoiser:
         check_query(self._info, query)
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
+
+    def warm_up(self) -> None:
+        """Compile what queries with the windows of the table need; see ``base.Compiling``."""
+        table = (1,) if self._window is None else self._window.k
+        # The table is interpolated.
+        windows = range(min(table), max(table) + 1, 2)
+        self._attention.warm_up(windows, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs and the number of torch's threads."""

@@ -143,6 +143,14 @@ class Bank(Labelled):
         """Return a float32 copy of the images, [N, C, H, W] in [−1, 1]; uint8 v → v/127.5 − 1."""
         return torch.from_numpy(self.pixels_of(slice(None)))
 
+    def stored(self) -> torch.Tensor:
+        """Return the images as they are stored, [N, C, H, W] uint8 or float32; do not write them.
+
+        Shares their memory unless that is read-only.
+        """
+        images = self.images if self.images.flags.writeable else self.images.copy()
+        return torch.from_numpy(images)
+
     def pixels_of(self, images: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Return a copy of some images as ``pixels`` has them, [n, C, H, W] float32."""
         return pixels_from(self.images[images])

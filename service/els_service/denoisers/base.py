@@ -372,6 +372,15 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class Compiling(Protocol):
+    """A denoiser that compiles code for its device, which takes seconds at the first use."""
+
+    def warm_up(self) -> None:
+        """Compile what requests at any level need, unless they choose a window."""
+        ...
+
+
+@runtime_checkable
 class LatentDecoder(Protocol):
     """A denoiser of latents that can decode them to images."""
 

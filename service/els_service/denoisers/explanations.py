@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -43,6 +44,27 @@ class Explanation(Denoised):
             self.bank,
         )
 
+    def central(self, height: int, width: int) -> Explanation:
+        """Return the explanation of the central pixels, without a border around them.
+
+        Shares remain those of all pixels.
+        """
+        rows, cols = (
+            slice((own - asked) // 2, (own - asked) // 2 + asked)
+            for own, asked in zip(self.pixels.shape[2:], (height, width), strict=True)
+        )
+        evidence = self.log_evidence
+        return Explanation(
+            self.pixels[..., rows, cols],
+            None if evidence is None else evidence[..., rows, cols],
+            self.variance[..., rows, cols],
+            self.entropy[:, rows, cols],
+            self.sources[:, rows, cols],
+            self.weights[:, rows, cols],
+            self.shares,
+            self.bank,
+        )
+
 
 def explanation(found: PosteriorStatistics, bank: SourceBank) -> Explanation:
     """Return the explanation, without evidence, of statistics of the posterior over a bank."""
@@ -55,6 +77,22 @@ def explanation(found: PosteriorStatistics, bank: SourceBank) -> Explanation:
         found.weights.cpu().numpy(),
         found.shares.cpu().numpy(),
         bank,
+    )
+
+
+def joined_explanations(parts: Sequence[Explanation]) -> Explanation:
+    """Return the explanations of several slices of a batch as one, without evidence."""
+    if len(parts) == 1:
+        return parts[0]
+    return Explanation(
+        np.concatenate([part.pixels for part in parts]),
+        None,
+        np.concatenate([part.variance for part in parts]),
+        np.concatenate([part.entropy for part in parts]),
+        np.concatenate([part.sources for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        np.concatenate([part.shares for part in parts]),
+        parts[0].bank,
     )
 
 

@@ -72,7 +72,8 @@ def check_images(bank: SourceBank, machine: str, *, sized: bool) -> None:
         ValueError: They have several sizes, and the machine needs one, or has no ``sizes``.
     """
     if machine != "els":
-        one_size(bank, f"machine {machine}")
+        why = "sources are at the same place" if machine == "local" else "window is the whole image"
+        one_size(bank, f"machine {machine}, as its {why}")
     if not (isinstance(bank, Bank) or sized):
         expected = "expected any, or ranges, as the bank has images of several sizes"
         raise ValueError(f"sizes: {expected}, got none")
@@ -219,6 +220,11 @@ class FoldedDenoiser:
             raise InvalidArgumentError("x", expected, f"shape {list(query.pixels.shape)}")
         for label in np.unique(query.labels):
             self._bank.label_range(int(label))
+
+    def warm_up(self) -> None:
+        """Compile what queries of the bank's size need; see ``base.Compiling``."""
+        if self._plain is not None:
+            self._plain.warm_up()
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from els_kernels import checkpoint
 from els_service.denoisers.banks import pixels_from
@@ -209,7 +210,7 @@ def _tile_squares(
     image: npt.NDArray[np.float32], group: npt.NDArray[Any]
 ) -> npt.NDArray[np.float32]:
     """Return the squared distances of each tile from those of stored images, [n, tiles]."""
-    flat, tiles = image.reshape(-1), _tiles(image.shape)
+    flat, tiles = image.reshape(-1), torch.from_numpy(_tiles(image.shape))
     squares = np.empty((len(group), tiles.shape[1]), np.float32)
     step = max(1, _BLOCK_BYTES // (4 * len(flat)))
     for first in range(0, len(squares), step):
@@ -217,7 +218,8 @@ def _tile_squares(
         block = pixels_from(group[first : first + step]).reshape(-1, len(flat))
         block -= flat
         block *= block
-        np.matmul(block, tiles, out=squares[first : first + step])
+        # By torch: the threads of numpy's BLAS are others, which wait by spinning.
+        squares[first : first + step] = (torch.from_numpy(block) @ tiles).numpy()
     return squares
 
 

@@ -36,7 +36,7 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
             transparency, more than 8 bits a channel, another mode than L or RGB, or more than
             ``MAX_PIXELS``; names the file.
     """
-    with refusing(file), _opened(file) as picture:
+    with refusing(file), opened(file) as picture:
         _check(file, picture)
         pixels = np.asarray(ImageOps.exif_transpose(picture))
     return pixels.reshape(*pixels.shape[:2], -1)
@@ -61,7 +61,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def opened(file: Path) -> Iterator[Image.Image]:
     """Yield a picture with only its header read; raises LoadError if it is too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -82,7 +82,7 @@ def _check(file: Path, picture: Image.Image) -> None:
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         expected = "expected one frame: save the one that is meant as a file of its own"
         raise LoadError(file, f"{expected}, got {getattr(picture, 'n_frames', 1)}")
-    if picture.mode in (*_ALPHA, "L", "RGB") and (bits := _bits(picture)) > 8:
+    if picture.mode in (*_ALPHA, "L", "RGB") and (bits := bits_of(picture)) > 8:
         raise LoadError(file, f"expected 8 bits a channel, got {bits}: convert it")
     if picture.mode not in ("L", "RGB"):
         # No silent conversion: transparency and palettes are ambiguous in [−1, 1].
@@ -93,7 +93,7 @@ def _check(file: Path, picture: Image.Image) -> None:
         raise LoadError(file, f"expected no transparent colour, got one: {_FLATTEN}")
 
 
-def _bits(picture: Image.Image) -> int:
+def bits_of(picture: Image.Image) -> int:
     """Return the bits a channel in the file: Pillow cuts deep colour to 8 without a warning."""
     tags: Any = getattr(picture, "tag_v2", {})
     if _TIFF_BITS in tags:
@@ -104,5 +104,6 @@ def _bits(picture: Image.Image) -> int:
         if any(";16" in one for one in arguments if isinstance(one, str)):
             return 16
         if codec.startswith("ppm"):
-            return max(one.bit_length() for one in arguments if isinstance(one, int))
+            # The largest number of a pixel; a plain bitmap has none.
+            return max((one.bit_length() for one in arguments if isinstance(one, int)), default=1)
     return 8

@@ -87,8 +87,8 @@ def seams(found: Sources) -> float | None:
         before, after = _neighbours(found.clear, axis)
         both = before & after
         agree = np.zeros(both.shape, np.bool_)
-        for _, _, same in _continued(found, axis):
-            agree |= same
+        for _, same in _continued(found, axis):
+            agree |= same.any(-1)
         pairs += int(both.sum())
         broken += int((both & ~agree).sum())
     return broken / pairs if pairs else None
@@ -104,8 +104,9 @@ def largest_region(found: Sources) -> float:
     ends = [(alone, alone)]
     for axis in (0, 1):
         before, after = _neighbours(numbers, axis)
-        for j, k, same in _continued(found, axis):
-            ends.append((before[..., j][same], after[..., k][same]))
+        for j, same in _continued(found, axis):
+            row, column, _ = np.nonzero(same)
+            ends.append((before[row, column, j], after[same]))
     first, second = (np.concatenate(one) for one in zip(*ends, strict=True))
     parts = _components(found.images.size, first, second)[found.images.reshape(-1) >= 0]
     return int(np.bincount(parts).max(initial=0)) / found.clear.size
@@ -127,18 +128,23 @@ def _components(
             parents = shorter
 
 
-def _continued(found: Sources, axis: int) -> Iterator[tuple[int, int, Mask]]:
-    """Yield pairs of source numbers, and which pixels' j-th continues in the neighbour's k-th."""
-    arrays = (found.images, found.rows, found.columns)
-    before, after = zip(*(_neighbours(array, axis) for array in arrays), strict=True)
-    number = found.images.shape[2]
-    for j in range(number):
-        for k in range(number):
-            same = before[0][..., j] >= 0
-            for one, other in zip(before, after, strict=True):
-                same &= one[..., j] == other[..., k]
-            if same.any():
-                yield j, k, same
+def _continued(found: Sources, axis: int) -> Iterator[tuple[int, Mask]]:
+    """Yield source numbers j, and whether a pixel's j-th continues in each of its neighbour's."""
+    before, after = _neighbours(_numbered(found), axis)
+    for j in range(found.images.shape[2]):
+        one = before[..., j, None]
+        same: Mask = (one == after) & (one >= 0)
+        if same.any():
+            yield j, same
+
+
+def _numbered(found: Sources) -> npt.NDArray[np.int64]:
+    """Return one number for each bank image at each displacement, [H, W, m]; −1 for none."""
+    numbers = found.images
+    for places in (found.rows, found.columns):
+        least = int(places.min())
+        numbers = numbers * (int(places.max()) - least + 1) + (places - least)
+    return np.where(found.images >= 0, numbers, -1)
 
 
 def _neighbours(

@@ -29,10 +29,11 @@ Computation = Literal[
 COMPUTATIONS: tuple[Computation, ...] = get_args(Computation)
 AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
 """Product → its computation from evidence."""
-_DISTANCE_S = 1.2e-9
-"""Seconds for each pixel of a bank, whose distance from an image is computed (measured)."""
-_REPORT_S = 2e-3
-"""Seconds of the measures of sources (measured)."""
+DISTANCE_S = 1.7e-9
+"""Seconds for each number of a bank, whose distance from an image is computed."""
+REPORT_S = 5e-3
+"""Seconds of the measures of the sources of an image; both are measured by ``python -m
+benchmarks.originality --only cost``, and corrected by the queue's own cost model."""
 
 
 def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
@@ -268,7 +269,7 @@ class OriginalityAsDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return the estimate of an explanation and of the distances."""
-        seconds = len(query) * (_REPORT_S + self._denoiser.bank.size * _DISTANCE_S)
+        seconds = len(query) * (REPORT_S + self._denoiser.bank.size * DISTANCE_S)
         if isinstance(self._denoiser, Explainable):
             seconds += self._denoiser.predict_explain_seconds(self._at_a_scale(query))
         return seconds

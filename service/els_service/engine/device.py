@@ -299,11 +299,24 @@ def _interval_s(job: _Job) -> float:
     return min(_MAX_INTERVAL_S, job.watchdog_s / _CHECKS)
 
 
+_DRIVER_ERRORS = "CUDA error", "Triton Error ["
+"""Beginnings of the texts of errors of the driver: torch's, and Triton's at a launch."""
+
+
 def breaks_device(error: BaseException) -> bool:
     """Return whether an error makes a CUDA context unusable."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_memory_shortage(error):
         return False
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    text = str(error)
+    return isinstance(error, torch.AcceleratorError) or any(one in text for one in _DRIVER_ERRORS)
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Return whether the memory of the host or of the device does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "Triton Error [" in text and "out of memory" in text
 
 
 def free_memory() -> None:

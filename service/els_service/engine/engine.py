@@ -238,7 +238,10 @@ class Engine:
                     event = replace(event, decoded=decoded)
                 if event.index in run.explain_steps and first is not None:
                     found = await self._explained(loaded, first, context, reservation)
-                    event = replace(event, explanations=found)
+                    # Queries of a tileable picture have a border in which it repeats.
+                    height, width = event.denoised.shape[2:]
+                    inside = tuple(each.central(height, width) for each in found)
+                    event = replace(event, explanations=inside)
                 first = None
                 yield event
                 continue

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from els_service.denoisers.base import Condition, Denoiser, Query, make_query
+from els_service.denoisers.base import Compiling, Condition, Denoiser, Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.engine.costs import CostModel
 from els_service.errors import InvalidArgumentError
@@ -29,6 +29,8 @@ def warm(denoiser: Denoiser) -> CostModel:
     Returns:
         Cost model calibrated by their measured time; uncalibrated if even small queries are slow.
     """
+    if isinstance(denoiser, Compiling):
+        denoiser.warm_up()
     costs = CostModel()
     candidates = [(denoiser.predict_seconds(query), query) for query in _small_queries(denoiser)]
     estimate, cheapest = min(candidates, key=_estimate)

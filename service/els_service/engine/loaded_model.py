@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from els_kernels import ComputationStoppedError
 from els_service.config import Scheduling
@@ -18,7 +17,7 @@ from els_service.engine.budget import Budget
 from els_service.engine.costs import CostModel
 from els_service.engine.decoding import DecoderAsDenoiser
 from els_service.engine.derived import COMPUTATIONS, Computation, derived
-from els_service.engine.device import breaks_device, free_memory
+from els_service.engine.device import breaks_device, free_memory, is_memory_shortage
 from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.request_context import PRIORITIES, RequestContext
@@ -257,7 +256,7 @@ def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exc
     except Exception as error:
         if isinstance(error, ComputationStoppedError) or breaks_device(error):
             raise
-        short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        short = is_memory_shortage(error)
         if short:
             free_memory()
         if len(queries) > 1:

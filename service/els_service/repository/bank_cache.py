@@ -56,7 +56,8 @@ class BankCache:
             bank = one_size(self._bank(state), "patch attention")
             attention = self._attentions.get((state, device))
             if attention is None:
-                pixels = bank.pixels().to(device)
+                # On a GPU images of bytes are converted block by block, not all on the host.
+                pixels = bank.pixels() if device == "cpu" else bank.stored().to(device)
                 attention = PatchAttention(pixels, implementation=self.implementation)
                 self._attentions[state, device] = attention
             return bank, attention

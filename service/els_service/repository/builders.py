@@ -14,7 +14,7 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, SizeRange
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
-from els_service.denoisers.fold_levels import LevelFoldDenoiser
+from els_service.denoisers.fold_levels import LevelFoldDenoiser, Machine
 from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
 from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.windows import PUBLISHED, WindowTable
@@ -84,12 +84,17 @@ def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: s
         table = read_folds(files.find(FOLDS_FILE))
         windows = WindowSpec(sigma=list(table.sigma), k=list(table.k))
         machines = {
-            rho: _analytic(
+            rho: _machine(
                 spec.model_copy(update={"fold": rho, "window": windows}), files, banks, device
             )
             for rho in sorted(set(table.rho))
         }
         return LevelFoldDenoiser(machines, table)
+    return _machine(spec, files, banks, device)
+
+
+def _machine(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Machine:
+    """Return a machine with one fold, or none."""
     path = files.find(spec.bank)
     common: dict[str, Any] = {
         "machine": spec.machine,

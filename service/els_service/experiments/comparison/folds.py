@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from els_kernels import FoldedMoments
+from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.fold_levels import FoldTable, LevelFoldDenoiser
@@ -35,7 +36,7 @@ def parse_folds(text: str | None) -> tuple[float, ...]:
 
 def folded_machines(
     plain: Denoiser, bank: Bank, folds: Sequence[float], device: str
-) -> dict[float, Denoiser]:
+) -> dict[float, FoldedDenoiser]:
     """Return a machine for each fold ρ > 0, otherwise like ``plain``.
 
     Args:
@@ -72,12 +73,11 @@ def folded_machines(
 
 
 def leveled_machine(
-    plain: Denoiser, bank: Bank, table: FoldTable, device: str
+    plain: AnalyticDenoiser, bank: Bank, table: FoldTable, device: str
 ) -> LevelFoldDenoiser:
     """Return a machine with the folds of a table, otherwise like ``plain``, with its windows."""
     folds = sorted(set(table.rho) - {0.0})
-    machines: dict[float, Denoiser] = {**folded_machines(plain, bank, folds, device)}
-    return LevelFoldDenoiser({0.0: plain, **machines}, table)
+    return LevelFoldDenoiser({0.0: plain, **folded_machines(plain, bank, folds, device)}, table)
 
 
 def best_folds(tables: Mapping[float, Calibration]) -> FoldTable:

@@ -125,12 +125,14 @@ def explanation_size(shape: Sequence[int], detail: Detail, info: DenoiserInfo) -
     names = sum(len(name.encode()) + _FIELD_BYTES for name in info.label_names)
     if bank is not None and bank.longest_name is not None:
         names += min(images, MAX_NAMES) * (bank.longest_name + _FIELD_BYTES)
-    # Denoised image and variance, entropy, weights and sources; bank images; share and label.
+    # Denoised image and variance, entropy, weights and sources; bank images; share, label and size.
     pixels = height * width * (2 * channels + 1 + 4 * detail.top)
     bank_pixels = info.shape[1] * info.shape[2]
     if bank is not None:
         bank_pixels = max(bank_pixels, bank.most_pixels)
-    return 4 * (pixels + channels * detail.images * bank_pixels) + 12 * images + names
+    sizes = images if info.scales or (bank is not None and bank.sizes is not None) else 1
+    shares = 12 * images + 8 * sizes
+    return 4 * (pixels + channels * detail.images * bank_pixels) + shares + names
 
 
 def _source_images(info: DenoiserInfo) -> int:
@@ -162,6 +164,9 @@ def write_explanation(
     order = np.argsort(-shares, kind="stable")[:MAX_SHARES]
     order = order[shares[order] > 0]
     names = () if bank.file_names is None else order[:MAX_NAMES]
+    extents = bank.extents[order]
+    if (bank.extents == bank.extents[0]).all():
+        extents = extents[:1]
     message = pb.ExplainResponse(
         index=index,
         denoised=tensors.encode_tensor(found.pixels),
@@ -172,6 +177,7 @@ def write_explanation(
         share_images=_int32(order),
         shares=tensors.encode_tensor(shares[order].astype(np.float32)),
         share_labels=_int32(bank.labels[order]) if bank.label_count else b"",
+        share_sizes=_int32(extents),
         dropped_share=max(0.0, 1.0 - float(shares[order].sum())),
         bank_fingerprint=bank.fingerprint,
         bank_images=len(shares),

@@ -52,9 +52,6 @@ def check_pyramid(
         raise InvalidArgumentError("return_noise", expected, "true")
     if request.tileable and request.symmetric:
         raise InvalidArgumentError("symmetric", "false with tileable", "true")
-    if request.tileable and request.explain_steps:
-        # D is that of a picture with a border, each of whose pixels has sources of its own.
-        raise InvalidArgumentError("explain_steps", "none with tileable", "some")
     total = scale_steps(request, info) * len(info.scales)
     if total > limits.max_steps:
         expected = f"at most {limits.max_steps // len(info.scales)} for each scale"
@@ -62,11 +59,16 @@ def check_pyramid(
     _check_border(request, info, size)
 
 
+def border_of(request: pb.SampleRequest, info: DenoiserInfo) -> int:
+    """Return the pixels that a tileable picture repeats on each side of a query; otherwise 0."""
+    return info.patch - 1 if request.tileable else 0
+
+
 def _check_border(request: pb.SampleRequest, info: DenoiserInfo, size: Size) -> None:
     """Check that the border of a tileable picture fits the model's sizes."""
     if not request.tileable or info.sizes is None:
         return
-    border = 2 * (info.patch - 1)
+    border = 2 * border_of(request, info)
     highest = info.sizes.height[1] - border, info.sizes.width[1] - border
     for name, side, most in zip(("height", "width"), size, highest, strict=True):
         if side > most:

@@ -40,6 +40,7 @@ from els_service.server.requests.explanations import (
     read_explained_steps,
     write_explanation,
 )
+from els_service.server.requests.pyramid import border_of
 from els_service.server.transport.call_context import context_of
 from els_service.server.transport.grpc_types import Context
 
@@ -116,7 +117,9 @@ class MomentService(DenoiserServiceServicer):
             expected = f"at most {total}, the number of steps"
             raise InvalidArgumentError("explain_steps", expected, max(steps))
         left = frozenset(step for step in steps if step > resumed)
-        each = held_explanation(served.info, run.shape or served.info.shape)
+        channels, height, width = run.shape or served.info.shape
+        border = 2 * border_of(request, served.info)
+        each = held_explanation(served.info, (channels, height + border, width + border))
         held = run.held_bytes + len(run.labels) * each
         return replace(run, explain_steps=left, held_bytes=held), detail
 

@@ -1,0 +1,44 @@
+"""Interprets the kernels of every case.
+
+    python -m tests.kernels.ptx [--only els-zeros] [--fast]
+
+prints one line for each case; the exit code is 1 if an answer exceeds its budget or a fault is
+found. All cases take about ten minutes of a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+
+def main() -> int:
+    """Run the cases; return 1 if one is wrong."""
+    # Before Triton is imported, which would interpret the source instead of compiling it.
+    os.environ.pop("TRITON_INTERPRET", None)
+    from tests.kernels.ptx.cases import FAST, everything, outcome
+
+    parser = argparse.ArgumentParser(description="Interpret the compiled kernels of every case.")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--fast", action="store_true", help="only those of the tests")
+    options = parser.parse_args()
+    wrong = 0
+    for shape in FAST if options.fast else everything():
+        if options.only in str(shape):
+            began = time.perf_counter()
+            found = outcome(shape)
+            seconds = time.perf_counter() - began
+            print(
+                f"{found.shape}: {len(found.launches)} launches, mean within {found.error:.1e}, "
+                f"{seconds:.1f} s {found.excess} {found.faults}".rstrip(),
+                flush=True,
+            )
+            wrong += bool(found.excess or found.faults)
+    print(f"{wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Which GPUs take which tiles, and which take none."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from els_kernels.attention import fastest
+from els_kernels.triton.chips import architecture, unsuited
+
+GPU = torch.device("cuda", 0)
+
+
+def nvidia(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+
+def amd(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [
+        ((8, 0), "sm80"),
+        ((8, 6), "sm80"),
+        ((8, 9), "sm80"),
+        ((9, 0), "sm90"),
+        ((10, 0), "sm100"),
+        ((11, 0), "sm100"),
+        # Consumer chips of Blackwell have neither tcgen05 nor wgmma.
+        ((12, 0), "sm80"),
+        ((12, 1), "sm80"),
+    ],
+)
+def test_a_chip_takes_the_tiles_of_the_matrix_units_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tiles: str
+) -> None:
+    nvidia(monkeypatch, *capability)
+    assert unsuited(GPU) is None
+    assert architecture(GPU) == tiles
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
+)
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_auto_takes_torch_on_a_chip_too_old_for_the_kernels_and_logs_why(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+) -> None:
+    nvidia(monkeypatch, *capability)
+    on_gpu: Any = SimpleNamespace(device=GPU)
+    with caplog.at_level(logging.WARNING):
+        assert fastest(on_gpu) == "torch"
+    major, minor = capability
+    assert f"expected a GPU of compute capability 8.0 or newer, got {major}.{minor}" in caplog.text
+    with pytest.raises(ValueError, match=f"got {major}.{minor}"):
+        architecture(GPU)
+
+
+def test_an_amd_chip_without_matrix_units_is_not_taken_for_one_that_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    amd(monkeypatch, "gfx942:sramecc+:xnack-")
+    assert architecture(GPU) == "gfx942"
+    amd(monkeypatch, "gfx1100")
+    assert unsuited(GPU) == "expected a GPU with matrix units (gfx942, gfx950), got gfx1100"
