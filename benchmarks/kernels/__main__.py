@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels [--repeats 3] [--out FILE.json]
     python -m benchmarks.kernels --device cuda --out FILE.json
+    python -m benchmarks.kernels --device cuda --rehearse --out FILE.json
     python -m benchmarks.kernels --errors [--out FILE.json]
     python -m benchmarks.kernels --plot RECORD.json
 
@@ -34,14 +35,18 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--errors", action="store_true", help="errors against float64, no speeds")
     parser.add_argument("--plot", type=Path, metavar="RECORD", help="only plot a record")
-    parser.add_argument("--smoke", action="store_true", help="two tiny GPU cases on a CPU")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny cases of --device cuda, interpreted on a CPU"
+    )
     options = parser.parse_args()
     path: Path = options.plot or options.out or Path("kernels-cuda.json")
     if options.device == "cuda":
+        # Triton, once imported, would interpret the source instead of compiling it.
+        os.environ.pop("TRITON_INTERPRET", None)
         from benchmarks.kernels import cuda
 
         recorder = record.start("kernels-cuda", options)
-        cuda.run(path, commit=recorder.commit, smoke=options.smoke)
+        cuda.run(path, commit=recorder.commit, rehearse=options.rehearse)
     elif options.plot is None:
         from benchmarks.kernels import cpu, errors, naive
 
