@@ -27,7 +27,7 @@ from els_kernels.attention import PatchAttention
 from els_kernels.fold_arguments import FoldArguments, bank_groups, bank_limits, folds
 from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
-from els_kernels.moments import Removal
+from els_kernels.moments import Removal, gathered
 from els_kernels.native import NativeFold, instruction_sets
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold, decoded
@@ -181,8 +181,8 @@ class FoldedAttention:
             if (lo, hi) == (image, image + 1):
                 raise ValueError("ranges: expected two images or more, one of which stays, got 1")
         with torch.autocast(self.device.type, enabled=False):
-            parts = [self._without(query, image) for query in queries]
-            return Removal(*map(torch.stack, zip(*parts, strict=True)))
+            parts = (self._without(query, image) for query in queries)
+            return Removal(*gathered(parts, len(queries)))
 
     def _without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
         lo, hi = query.limits

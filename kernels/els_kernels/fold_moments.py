@@ -24,7 +24,7 @@ from torch import Tensor
 from els_kernels.fold import FoldedAttention
 from els_kernels.fold_arguments import FoldArguments
 from els_kernels.fold_plan import FoldQuery
-from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, Removal, check_direction
+from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, Removal, check_direction, gathered
 from els_kernels.native import NativeFoldMoments
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
@@ -111,8 +111,8 @@ class FoldedMoments:
             raise ValueError(f"top: expected 1 to {MAX_SOURCES}, got {top}")
         queries = self.attention.validate(x, **arguments)
         with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
-            parts = [self._moments.statistics(query, top, shares) for query in queries]
-            return PosteriorStatistics(*map(torch.stack, zip(*parts, strict=True)))
+            parts = (self._moments.statistics(query, top, shares) for query in queries)
+            return PosteriorStatistics(*gathered(parts, len(queries)))
 
     def vjp(
         self, x: Tensor, cotangent: Tensor, **arguments: Unpack[FoldArguments]
@@ -159,9 +159,6 @@ class FoldedMoments:
         directions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(self.attention.device.type, enabled=False):
-            answers = [
-                multiply(query, direction)
-                for query, direction in zip(queries, directions.resolve_neg(), strict=True)
-            ]
-            means, products = zip(*answers, strict=True)
-            return torch.stack(means), torch.stack(products)
+            answers = map(multiply, queries, directions.resolve_neg())
+            mean, product = gathered(answers, len(queries))
+            return mean, product

@@ -114,7 +114,9 @@ class CellPairs:
         """Yield vertical displacements with the rows of patches that have them, part by part."""
         rows = self.cell.rows
         step = max(1, TILE // (self.cell.cols.places * self.count * self.width) - self._k + 1)
-        low, high = (0, 1) if rows.same else (1 - rows.places, self.places)
+        low, high = 1 - rows.places, self.places
+        if rows.same:
+            low, high = rows.offset, rows.offset + 1
         for dy in range(low, high):
             first, last = max(0, -dy), min(rows.places, self.places - dy)
             for start in range(first, last, step):
@@ -208,7 +210,8 @@ class CellPairs:
                 dy = shift + (far.crop - far.place) - (near.crop - near.place)
                 start = max(near.crop, far.crop - dy)
                 stop = min(near.crop + near.length, far.crop + far.length - dy)
-                if start < stop and not (self.cell.rows.same and dy):
+                apart = self.cell.rows.same and dy != self.cell.rows.offset
+                if start < stop and not apart:
                     yield dy, slice(start, stop), near.place + start - near.crop
 
     def _place(self, part: Tensor, out: Tensor) -> None:
@@ -302,21 +305,22 @@ class Block(NamedTuple):
     """[rows, W, n, w], or [rows, W, n, 1] if narrow."""
 
 
-def blocks(queries: Sequence[CellQuery], images: Tensor, size: tuple[int, int]) -> Iterator[Block]:
-    """Yield all weights of the pixels of a query [H, W], block by block.
+def blocks(queries: Sequence[CellQuery], images: Tensor, pixels: slice) -> Iterator[Block]:
+    """Yield all weights of some rows of pixels of a query, block by block.
 
     Args:
-        queries: every cell of the query.
+        queries: every cell of the query that reaches them.
         images: [n, C, h, w] float64, relative to the centre of the bank.
-        size: H and W.
+        pixels: rows.
     """
     pairs = [CellPairs(query, images) for query in queries]
-    narrow, (height, width) = queries[0].query.narrow, size
-    shape = width, len(images), 1 if narrow else images.shape[3]
+    query, height = queries[0].query, images.shape[2]
+    narrow = query.narrow
+    shape = query.size[1], len(images), 1 if narrow else images.shape[3]
     step = max(1, TILE // math.prod(shape))
-    for shift in (0,) if narrow else range(1 - height, images.shape[2]):
-        last = min(height, images.shape[2] - shift)
-        for start in range(max(0, -shift), last, step):
+    for shift in (0,) if narrow else range(1 - pixels.stop, height - pixels.start):
+        last = min(pixels.stop, height - shift)
+        for start in range(max(pixels.start, -shift), last, step):
             rows = slice(start, min(last, start + step))
             weights = images.new_zeros(rows.stop - rows.start, *shape)
             added = [each.add_pixels(shift, start, weights) for each in pairs]

@@ -17,9 +17,10 @@ holds the normalised factors of one axis.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from els_kernels.geometry import Geometry, group_by
 
 OUTSIDE = -1
 """Index of a row or column of a crop that is outside the image: zero."""
+_BLOCK_BYTES = 24 << 20
+"""Of the moments of a block of rows of pixels, beside the bank and the answer."""
 
 
 class FoldQuery(NamedTuple):
@@ -59,9 +62,22 @@ class FoldQuery(NamedTuple):
         """Whether a pixel's sources are at its own place: one a bank image."""
         return self.geometry.sources == "same"
 
-    def cells(self) -> Iterator[Cell]:
-        """Yield the cells of the image."""
-        return cells(*self.size, self.window, self.geometry)
+    def cells(self, rows: slice | None = None) -> Iterator[Cell]:
+        """Yield the cells of the image; or the parts of them that reach some rows of pixels."""
+        return cells(*self.size, self.window, self.geometry, rows)
+
+    def blocks(self, row_bytes: int) -> list[slice]:
+        """Return blocks of rows of pixels, so that what is held for one at a time is bounded.
+
+        Args:
+            row_bytes: bytes that are held for each row.
+        """
+        height = self.size[0]
+        # Neighbouring blocks have the patches of window - 1 rows in common.
+        most = max(_BLOCK_BYTES // row_bytes, 2 * self.window)
+        count = -(-height // most)
+        ends = [height * i // count for i in range(count + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(ends)]
 
     def taps(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Return the weights of the fold along rows and columns of a cell: see ``Axis.taps``."""
@@ -85,11 +101,30 @@ class Axis:
     same: bool
     """Whether patches attend to the same place only."""
     window: int
+    offset: int = 0
+    """Patches of the whole axis before the first of this part of it."""
 
     @property
     def places(self) -> int:
         """Number of query patches."""
         return len(self.query) - self.window + 1
+
+    def reaching(self, places: slice) -> list[Axis]:
+        """Return the parts of this axis whose patches reach some places of the image, in order."""
+        wanted = (self.query >= places.start) & (self.query < places.stop)
+        reach = wanted.unfold(0, self.window, 1).any(1).tolist()
+        parts, first = [], 0
+        for reaches, run in itertools.groupby(reach):
+            last = first + len(list(run))
+            if reaches:
+                parts.append(self.part(first, last))
+            first = last
+        return parts
+
+    def part(self, first: int, last: int) -> Axis:
+        """Return the axis of patches ``first`` to ``last`` alone."""
+        query = self.query[first : last + self.window - 1]
+        return replace(self, query=query, first=self.first + first, offset=self.offset + first)
 
     def taps(self, length: int, fold: float, geometry: Geometry) -> Tensor:
         """Return the weights of the fold along this axis, [X, k] float64.
@@ -119,11 +154,18 @@ class Cell:
         height, width = images.shape[-2:]
         return crop(images, self.rows.keys(height), self.cols.keys(width))
 
-    def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Add values of the crop [C, X, Y] to the places of the image [C, H, W] they belong to."""
-        rows, cols = self.rows.query, self.cols.query
-        values = values[:, rows != OUTSIDE][:, :, cols != OUTSIDE]
-        rows, cols = rows[rows != OUTSIDE], cols[cols != OUTSIDE]
+    def scatter(self, values: Tensor, out: Tensor, first: int = 0) -> None:
+        """Add values of the crop [C, X, Y] to the places of an image that they belong to.
+
+        Args:
+            values: of the crop.
+            out: rows of the image from ``first`` on, [C, H, W].
+            first: row.
+        """
+        rows, cols = self.rows.query - first, self.cols.query
+        inside = (self.rows.query != OUTSIDE) & (rows >= 0) & (rows < out.shape[1])
+        values = values[:, inside][:, :, cols != OUTSIDE]
+        rows, cols = rows[inside], cols[cols != OUTSIDE]
         tall = values.new_zeros(len(values), out.shape[1], len(cols)).index_add_(1, rows, values)
         out.index_add_(2, cols, tall)
 
@@ -135,11 +177,22 @@ def crop(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     return chosen if bool(inside.all()) else chosen * inside
 
 
-def cells(height: int, width: int, window: int, geometry: Geometry) -> Iterator[Cell]:
-    """Yield the cells of a query; together their patches are all patches of the query, once."""
-    for rows in _axes(height, window, geometry):
-        for cols in _axes(width, window, geometry):
-            yield Cell(rows, cols)
+def cells(
+    height: int, width: int, window: int, geometry: Geometry, rows: slice | None = None
+) -> Iterator[Cell]:
+    """Yield the cells of a query; together their patches are all patches of the query, once.
+
+    Args:
+        height: of the query.
+        width: of the query.
+        window: side of a patch.
+        geometry: sources and padding.
+        rows: of pixels, for the patches that reach them alone.
+    """
+    for axis in _axes(height, window, geometry):
+        for part in [axis] if rows is None else axis.reaching(rows):
+            for cols in _axes(width, window, geometry):
+                yield Cell(part, cols)
 
 
 def _axes(length: int, window: int, geometry: Geometry) -> list[Axis]:

@@ -14,7 +14,7 @@ stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -257,8 +257,8 @@ class PatchMoments:
             raise ValueError(f"top: expected 1 to {MAX_SOURCES}, got {top}")
         with self._exact():
             queries = self._queries(x, a, s, window, ranges, geometry)
-            parts = [query.statistics(top, len(self._bank), shares) for query in queries]
-            return PosteriorStatistics(*map(torch.stack, zip(*parts, strict=True)))
+            parts = (query.statistics(top, len(self._bank), shares) for query in queries)
+            return PosteriorStatistics(*gathered(parts, len(queries)))
 
     def without(
         self,
@@ -390,6 +390,23 @@ def check_direction(name: str, direction: Tensor, x: Tensor) -> None:
         )
     if not direction.isfinite().all():
         raise ValueError(f"{name}: expected finite numbers, got others")
+
+
+def gathered(parts: Iterable[Sequence[Tensor]], count: int) -> list[Tensor]:
+    """Return the results of images as batches; beside these the results of one are held at a time.
+
+    Args:
+        parts: results of each image, computed as they are taken.
+        count: of images, at least 1.
+    """
+    batches: list[Tensor] = []
+    for index, part in enumerate(parts):
+        if count == 1:
+            return [each[None] for each in part]
+        batches = batches or [each.new_empty(count, *each.shape) for each in part]
+        for batch, each in zip(batches, part, strict=True):
+            batch[index] = each
+    return batches
 
 
 def _stacked(answers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 
 from els_kernels.control import checkpoint
 from els_kernels.fold_plan import Cell, FoldQuery, extend, own_patch
@@ -116,8 +116,17 @@ def folded_weight(own: Tensor, rest: Tensor, row_taps: Tensor, col_taps: Tensor)
         row_taps: of the crop, [X, k].
         col_taps: [Y, k].
     """
-    rows, cols = taps_matrix(row_taps, len(own)), taps_matrix(col_taps, own.shape[1])
-    return (rows @ ((own - rest) / _LOG2E).sigmoid() @ cols.T)[None]
+    share = ((own - rest) / _LOG2E).sigmoid()
+    return spread(spread(share, row_taps).T, col_taps).T[None]
+
+
+def spread(values: Tensor, taps: Tensor) -> Tensor:
+    """Return what patches [Q, P] add to the rows of a crop, [X, P], with taps [X, k]."""
+    out = values.new_zeros(len(taps), values.shape[1])
+    for o in range(taps.shape[1]):
+        here = slice(o, o + len(values))
+        out[here] += taps[here, o, None] * values
+    return out
 
 
 def within(groups: Sequence[Tensor], limits: tuple[int, int]) -> list[Tensor]:
@@ -228,8 +237,10 @@ class _Planes:
 
 def box_sums(images: Tensor, window: int) -> Tensor:
     """Return the sums of [..., X, Y] over every patch, [..., X - k + 1, Y - k + 1]."""
-    rows, cols = (box_matrix(length, window).to(images) for length in images.shape[-2:])
-    return rows @ images @ cols.T
+    planes = images.reshape(-1, 1, *images.shape[-2:])
+    for side in ((window, 1), (1, window)):
+        planes = avg_pool2d(planes, side, stride=1, divisor_override=1)
+    return planes.view(*images.shape[:-2], *planes.shape[-2:])
 
 
 def box_matrix(length: int, window: int) -> Tensor:

@@ -4,7 +4,7 @@ Jacobian products are linear in the weights of patches, so that each cell is com
 one pass for normalisers and the mean of what the weights are differentiated along, one for the
 products. Entropy and ranking are not: all patches, wrapped or clipped, that join a pixel to a
 source are added first, in blocks of rows of pixels with all sources that are ``shift`` rows below.
-No pair outlives its block.
+No pair outlives its block. A large image is answered some rows at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from els_kernels.fold_pairs import (
     unstrip,
 )
 from els_kernels.fold_plan import FoldQuery
+from els_kernels.image_statistics import ImageStatistics
 from els_kernels.ranking import Ranking
 from els_kernels.torch_fold import bank_centre, decoded, within
 
@@ -38,18 +39,26 @@ class TiledFoldMoments:
 
     def statistics(self, query: FoldQuery, top: int, shares: bool) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image."""
+        images = sum(map(len, self._groups))
+        answer = ImageStatistics.empty(query.x, images, top, shares=shares)
         with torch.device(query.x.device):
-            cells = self._cells(query)
-            for cell in cells:
-                for _, images in self._tiles(query.limits, cell):
-                    pairs = CellPairs(cell, images)
-                    for dy, rows in pairs.displacements():
-                        cell.add(rows, pairs.logits(dy, rows, pairs.key_strips(dy, rows)))
-            moments = _Moments(query.x.shape, sum(map(len, self._groups)), top)
-            for first, images in self._tiles(query.limits, *cells):
-                for block in blocks(cells, images, query.size):
-                    moments.add(block, images, first)
-            return moments.result(self._centre, shares)
+            for rows in query.blocks(_row_bytes(query, top)):
+                self._add_statistics(query, rows, answer.rows(rows))
+        return answer
+
+    def _add_statistics(self, query: FoldQuery, rows: slice, out: ImageStatistics) -> None:
+        """Write the statistics of some rows of pixels, and add their part of the shares."""
+        cells = self._cells(query, rows)
+        for cell in cells:
+            for _, images in self._tiles(query.limits, cell):
+                pairs = CellPairs(cell, images)
+                for dy, patches in pairs.displacements():
+                    cell.add(patches, pairs.logits(dy, patches, pairs.key_strips(dy, patches)))
+        moments = _Moments(out, rows.start)
+        for first, images in self._tiles(query.limits, *cells):
+            for block in blocks(cells, images, rows):
+                moments.add(block, images, first)
+        moments.write(self._centre, query.size[0] * query.size[1])
 
     def vjp(self, query: FoldQuery, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg, [C, H, W] float32."""
@@ -64,21 +73,22 @@ class TiledFoldMoments:
     ) -> tuple[Tensor, Tensor]:
         with torch.device(query.x.device):
             mean, product = (torch.zeros_like(query.x).double() for _ in range(2))
-            for cell in self._cells(query):
-                along = _Along(kind, cell, direction.double())
-                for _, images in self._tiles(query.limits, cell):
-                    along.add_to_normaliser(CellPairs(cell, images))
-                cell.finish()
-                for _, images in self._tiles(query.limits, cell):
-                    along.add_to_sums(CellPairs(cell, images))
-                for values, out in zip(along.results(), (mean, product), strict=True):
-                    cell.cell.scatter(values, out)
+            for rows in query.blocks(_row_bytes(query, 0)):
+                for cell in self._cells(query, rows):
+                    along = _Along(kind, cell, direction.double())
+                    for _, images in self._tiles(query.limits, cell):
+                        along.add_to_normaliser(CellPairs(cell, images))
+                    cell.finish()
+                    for _, images in self._tiles(query.limits, cell):
+                        along.add_to_sums(CellPairs(cell, images))
+                    for values, out in zip(along.results(), (mean, product), strict=True):
+                        cell.cell.scatter(values, out[:, rows], rows.start)
             product *= query.a / query.s / query.s
             return (mean + self._centre).float(), product.float()
 
-    def _cells(self, query: FoldQuery) -> list[CellQuery]:
+    def _cells(self, query: FoldQuery, rows: slice) -> list[CellQuery]:
         image = query.x.double() - query.a * self._centre
-        return [CellQuery(cell, image, query) for cell in query.cells()]
+        return [CellQuery(cell, image, query) for cell in query.cells(rows)]
 
     def _tiles(self, limits: tuple[int, int], *cells: CellQuery) -> Iterator[tuple[int, Tensor]]:
         """Yield images [n, C, h, w] float64, and the index of the first in the bank."""
@@ -96,6 +106,13 @@ def _together(cell: CellQuery, size: tuple[int, ...]) -> int:
     rows, cols = cell.cell.rows, cell.cell.cols
     width = 1 if cell.query.narrow else size[1]
     return max(1, TILE // (len(rows.query) * len(cols.query) * width))
+
+
+def _row_bytes(query: FoldQuery, top: int) -> int:
+    """Return the bytes that moments hold for a row of pixels: strips, sums, ranked sources."""
+    channels, width = query.x.shape[0], query.size[1]
+    strips = 4 * channels * query.window
+    return 8 * width * (strips + 2 * channels + 4 * top)
 
 
 class _Along:
@@ -156,20 +173,20 @@ class _Along:
 
 
 class _Moments:
-    """Sums of one query image over blocks of pairs of pixels; relative to the bank's centre.
+    """Sums of some rows of pixels over blocks of pairs; relative to the bank's centre.
 
     Args:
-        shape: of the image, [C, H, W].
-        images: of the whole bank.
-        top: number of sources of a pixel.
+        out: where the statistics of these rows are written.
+        first: row of the first of them.
     """
 
-    def __init__(self, shape: tuple[int, ...], images: int, top: int) -> None:
-        _, height, width = shape
-        self._mean, self._second = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-        self._entropy = torch.zeros(height, width, dtype=torch.float64)
-        self._shares = torch.zeros(images, dtype=torch.float64)
+    def __init__(self, out: ImageStatistics, first: int) -> None:
+        self._out, self._first = out, first
+        self._mean, self._second = (torch.zeros_like(out.mean).double() for _ in range(2))
+        self._entropy = torch.zeros_like(out.entropy).double()
+        top, (height, width) = out.weights.shape[2], out.entropy.shape
         self._ranking = Ranking(top, height, width, self._mean.device)
+        self._shares = self._mean.new_zeros(len(out.shares))
 
     def add(self, block: Block, images: Tensor, first: int) -> None:
         """Add the weights of a block of pixels.
@@ -189,25 +206,23 @@ class _Moments:
         else:
             each = values.permute(2, 0, 3, 1).flatten(1, 2)
             mean, second = (flat @ v for v in (each, each.square()))
-        self._mean[:, rows] += mean.movedim(-1, 0)
-        self._second[:, rows] += second.movedim(-1, 0)
-        self._entropy[rows] += torch.special.entr(flat).sum(-1)
-        self._shares[first : first + len(images)] += weights.sum((0, 1, 3))
-        self._ranking.add_rows(
-            flat, rows, block.shift, None if block.narrow else weights.shape[3], first
-        )
+        here = slice(rows.start - self._first, rows.stop - self._first)
+        self._mean[:, here] += mean.movedim(-1, 0)
+        self._second[:, here] += second.movedim(-1, 0)
+        self._entropy[here] += torch.special.entr(flat).sum(-1)
+        if len(self._shares):
+            self._shares[first : first + len(images)] += weights.sum((0, 1, 3))
+        columns = None if block.narrow else weights.shape[3]
+        self._ranking.add_rows(flat, here, self._first + block.shift, columns, first)
 
-    def result(self, centre: Tensor, with_shares: bool) -> tuple[Tensor, ...]:
-        """Return the fields of ``PosteriorStatistics``."""
+    def write(self, centre: Tensor, pixels: int) -> None:
+        """Write the statistics; shares are sums over so many pixels."""
+        out = self._out
+        out.mean.copy_(self._mean + centre)
         # Float64 of values within the bank's range: exact to 1e-15 of its square.
-        variance = (self._second - self._mean.square()).clamp_(min=0)
+        out.variance.copy_((self._second - self._mean.square()).clamp_(min=0))
+        out.entropy.copy_(self._entropy)
         sources, weights = self._ranking.result()
-        shares = self._shares / self._entropy.numel()
-        return (
-            (self._mean + centre).float(),
-            variance.float(),
-            self._entropy.float(),
-            sources,
-            weights.float(),
-            shares if with_shares else shares[:0],
-        )
+        out.sources.copy_(sources)
+        out.weights.copy_(weights)
+        out.shares.add_(self._shares / pixels)

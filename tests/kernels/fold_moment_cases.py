@@ -69,7 +69,7 @@ def budgets(
         even = torch.full_like(mean, 1e-7)
         return Budgets(even, even, even[0] + 1e-6, 1e-7, torch.full_like(weights, 1e-7))
     (query,) = operator.attention.validate(case[[b]].x, **arguments(case[[b]]))
-    error = NativeFoldQuery(implementation, query).units.error
+    error = NativeFoldQuery(implementation, query).crop.units.error
     values = torch.cat([image.double().flatten(1) for image in reference.bank], 1)
     return posterior_budgets(weights, values, mean, error, ROUNDING)
 

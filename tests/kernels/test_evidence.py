@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.cases import Case, random_case
-from tests.kernels.test_moments import arguments, directions, windows_of
+from tests.kernels.moment_cases import arguments, directions, windows_of
 
 from els_kernels import Geometry, PatchAttention, PatchMoments
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from els_kernels.control import checkpoint
 from els_kernels.fold_plan import Cell, FoldQuery
-from els_kernels.native.binding import kernel_index
+from els_kernels.native.binding import _library, kernel_index
 from els_kernels.native.far_queries import MOST_ERROR, is_far
 from els_kernels.torch_fold import bank_centre, box_sums, centred
 
@@ -93,11 +94,17 @@ class NativeFoldBank:
         """
         self.kernel = kernel_index(groups[0].device, instruction_set)
         """Index of the instruction set in the library."""
+        self.lanes = int(_library().els_kernel_lanes(self.kernel))
+        """Numbers of a vector."""
         self.groups = list(groups)
         self.centre = bank_centre(groups)
-        self.pixels = FoldPixels.of(self.centre, groups[0].dtype)
         self._norms: dict[tuple[object, ...], float] = {}
         self._largest = max(_largest(group, self.centre) for group in groups)
+
+    @cached_property
+    def pixels(self) -> FoldPixels:
+        """How its pixels are read."""
+        return FoldPixels.of(self.centre, self.groups[0].dtype)
 
     def crop_of(self, query: FoldQuery, cell: Cell, name: tuple[object, ...]) -> FoldCrop:
         """Return a crop of a query.

@@ -42,15 +42,17 @@ class KeyLine:
 
 @dataclass(frozen=True)
 class Line:
-    """One axis of a query."""
+    """One axis of a query, or the part of it that answers some of its places."""
 
     axis: Axis
     """Its crop and its patches; ``keys`` has every patch of a bank image once."""
     length: int
     """Of the image."""
     first: int
-    """Place of the crop at which the image starts."""
+    """Place of the crop at which the answered places start."""
     geometry: Geometry
+    answered: slice
+    """Places of the image."""
 
     @property
     def size(self) -> int:
@@ -59,31 +61,49 @@ class Line:
 
     @property
     def image(self) -> slice:
-        """The places of the crop that are the image."""
-        return slice(self.first, self.first + self.length)
+        """The answered places of the crop."""
+        return slice(self.first, self.first + self.answered.stop - self.answered.start)
+
+    def part(self, places: slice) -> Line:
+        """Return the line of the patches that reach some places of the image alone.
+
+        Of the whole line, whose crop has all patches of a place around it.
+        """
+        k, first = self.axis.window, self.first + places.start
+        start = max(0, first - k + 1)
+        stop = min(self.axis.places, self.first + places.stop)
+        axis = self.axis.part(start, stop)
+        return Line(axis, self.length, first - start, self.geometry, places)
 
     def own(self) -> Tensor:
         """Return the patch that has the normaliser of each patch: itself, or what it repeats."""
         patch = torch.arange(self.axis.places)
-        repeats = self.axis.places - self.length
-        if self.geometry.padding not in ("circular", "valid"):
+        whole = self.answered == slice(0, self.length)
+        if not whole or self.geometry.padding not in ("circular", "valid"):
             return patch
+        repeats = self.axis.places - self.length
         return (patch - repeats // 2) % self.length + repeats // 2
 
     def classes(self) -> Tensor:
         """Return the classes of the patches of the query, int32 [P]."""
-        return self._classes(self.axis.places)
+        offset = self.axis.offset
+        # With zeros there are as many patches as places.
+        whole = self._classes(max(self.length, offset + self.axis.places))
+        return whole[offset : offset + self.axis.places].contiguous()
 
     def key_line(self, length: int) -> KeyLine:
         """Return the line of a bank image of a length, without a ring."""
         k, places = self.axis.window, self.axis.places
         if self._periodic:
-            line = torch.arange(self.size + length - 1) - self.first
+            line = torch.arange(self.size + length - 1) - self.first + self.answered.start
             classes = torch.zeros(len(line) - k + 1, dtype=torch.int32)
             return KeyLine((line % length).int(), classes, (0, length))
         line = self.axis.keys(length).int()
         classes = self._classes(len(line) - k + 1)
-        return KeyLine(line, classes, (0, 1) if self.axis.same else (1 - places, len(classes)))
+        here = self.axis.offset
+        return KeyLine(
+            line, classes, (here, here + 1) if self.axis.same else (1 - places, len(classes))
+        )
 
     def ring(self, lengths: list[int], lanes: int) -> int:
         """Return the columns of a ring for bank images of some lengths: whole vectors."""
@@ -97,7 +117,8 @@ class Line:
         place = torch.arange(ring + shifts)
         if self._periodic:
             classes = torch.zeros(len(place) - k + 1, dtype=torch.int32)
-            return KeyLine(((place - self.first) % length).int(), classes, (0, shifts))
+            places = (place - self.first + self.answered.start) % length
+            return KeyLine(places.int(), classes, (0, shifts))
         line = self.key_line(length)
         places = _repeated(line.places, place % ring, OUTSIDE)
         classes = _repeated(line.classes, place[: len(place) - k + 1] % ring, _NO_PATCH)
@@ -120,16 +141,18 @@ def line(length: int, window: int, geometry: Geometry) -> Line:
     """Return the line of an axis of a query image."""
     r = window // 2
     same = geometry.sources == "same"
-    if geometry.padding == "inside":
-        return Line(Axis(torch.arange(length), torch.arange, r, same, window), length, 0, geometry)
-    if geometry.padding == "zeros":
-        padded = _padded(r)
-        return Line(Axis(padded(length), padded, 0, same, window), length, r, geometry)
-    query = _wrapped(2 * r)
     keys: Callable[[int], Tensor] = torch.arange
-    if geometry.padding == "circular":
-        keys = query if same else _wrapped(r)
-    return Line(Axis(query(length), keys, -r, same, window), length, 2 * r, geometry)
+    if geometry.padding == "inside":
+        axis, first = Axis(torch.arange(length), keys, r, same, window), 0
+    elif geometry.padding == "zeros":
+        padded = _padded(r)
+        axis, first = Axis(padded(length), padded, 0, same, window), r
+    else:
+        query = _wrapped(2 * r)
+        if geometry.padding == "circular":
+            keys = query if same else _wrapped(r)
+        axis, first = Axis(query(length), keys, -r, same, window), 2 * r
+    return Line(axis, length, first, geometry, slice(0, length))
 
 
 def plane(height: int, width: int, window: int, geometry: Geometry) -> tuple[Line, Line, Cell]:

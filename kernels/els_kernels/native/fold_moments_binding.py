@@ -7,16 +7,18 @@ need one more, a Jacobian product two: means of the scalars of patches, then the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from els_kernels.fold_plan import FoldQuery
+from els_kernels.fold_plan import Cell, FoldQuery
+from els_kernels.image_statistics import ImageStatistics
 from els_kernels.native.fold_bank import NativeFoldBank
 from els_kernels.native.fold_binding import column_taps
 from els_kernels.native.fold_lines import plane
-from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses
+from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses, row_bytes
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
 _SCALE = 500.0
@@ -41,10 +43,16 @@ class NativeFoldMoments(NativeFoldBank):
             MemoryError: The partial results do not fit in memory.
         """
         with torch.device("cpu"):
-            native = NativeFoldQuery(self, query)
-            if not native.is_resolved:
+            whole = NativeFoldQuery(self, query)
+            if not whole.crop.resolved:
                 return self._exact.statistics(query, top, shares)
-            return native.statistics(top, shares)
+            images = sum(map(len, self.groups))
+            answer = ImageStatistics.empty(query.x, images, top, shares=shares)
+            for part in whole.parts(top):
+                part.statistics(answer.rows(part.rows))
+            # What weights lack for being rounded, and not counted where they are small.
+            answer.shares.div_(answer.shares.sum())
+            return answer
 
     def vjp(self, query: FoldQuery, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg, [C, H, W] float32.
@@ -53,10 +61,10 @@ class NativeFoldMoments(NativeFoldBank):
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            native = NativeFoldQuery(self, query)
-            if not native.is_resolved:
+            whole = NativeFoldQuery(self, query)
+            if not whole.crop.resolved:
                 return self._exact.vjp(query, cotangent)
-            return native.vjp(cotangent)
+            return _joined([part.vjp(cotangent) for part in whole.parts()])
 
     def jvp(self, query: FoldQuery, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and J u, [C, H, W] float32.
@@ -65,10 +73,10 @@ class NativeFoldMoments(NativeFoldBank):
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
         with torch.device("cpu"):
-            native = NativeFoldQuery(self, query)
-            if not native.is_resolved:
+            whole = NativeFoldQuery(self, query)
+            if not whole.crop.resolved:
                 return self._exact.jvp(query, tangent)
-            return native.jvp(tangent)
+            return _joined([part.jvp(tangent) for part in whole.parts()])
 
     @cached_property
     def spread(self) -> tuple[float, float]:
@@ -83,34 +91,50 @@ class NativeFoldMoments(NativeFoldBank):
 
 
 class NativeFoldQuery:
-    """One query image: its crop, its taps, and the passes over the bank that it needs."""
+    """One query image, which is answered some rows at a time."""
 
     def __init__(self, bank: NativeFoldMoments, query: FoldQuery) -> None:
-        a, s, window, geometry = query.a, query.s, query.window, query.geometry
-        self._rows, self._cols, self._cell = plane(*query.size, window, geometry)
-        self._bank, self._limits, self._window = bank, query.limits, window
-        self._jacobian_scale = a / (s * s)
-        crop = bank.crop_of(query, self._cell, (window, geometry))
-        self.units, self.is_resolved = crop.units, crop.resolved
+        self.bank, self.query = bank, query
+        self.rows, self.cols, cell = plane(*query.size, query.window, query.geometry)
+        self.crop = bank.crop_of(query, cell, (query.window, query.geometry))
+
+    def parts(self, top: int = 0) -> Iterator[NativeFoldPart]:
+        """Yield the rows, for so many sources of a pixel."""
+        bank, channels = self.bank, len(self.query.x)
+        ring = self.cols.ring([group.shape[3] for group in bank.groups], bank.lanes)
+        for rows in self.query.blocks(row_bytes(ring, channels, top)):
+            yield NativeFoldPart(self, rows)
+
+
+class NativeFoldPart:
+    """Some rows of pixels of a query: their taps, and the passes over the bank that they need."""
+
+    def __init__(self, whole: NativeFoldQuery, rows: slice) -> None:
+        query, bank = whole.query, whole.bank
+        a, s = query.a, query.s
+        self.rows, self._bank, self._query = rows, bank, query
+        self._rows, self._cols = whole.rows.part(rows), whole.cols
+        self._cell = Cell(self._rows.axis, self._cols.axis)
+        first = self._rows.axis.offset
+        crop = whole.crop.pixels[:, first : first + self._rows.size]
         self._passes = FoldPasses(
-            bank, self._rows, self._cols, crop.pixels, crop.units, query.limits
+            bank, self._rows, self._cols, crop, whole.crop.units, query.limits
         )
         self._row_taps, self._col_table = query.taps(self._cell)
         self._col_taps, self._col_scale = column_taps(
-            self._cols.axis, query.size[1], query.fold, geometry
+            self._cols.axis, query.size[1], query.fold, query.geometry
         )
+        self._size = rows.stop - rows.start, query.size[1]
+        self._jacobian_scale = a / (s * s)
         # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
         # far beyond the pixels of the bank they would cancel.
         square, farthest = bank.spread
         signal = a * a * square
-        reference = crop.pixels * (signal / (signal + s * s) / a)
+        reference = crop * (signal / (signal + s * s) / a)
         self._reference = reference.clamp_(-farthest, farthest).float().contiguous()
 
-    def statistics(self, top: int, shares: bool) -> tuple[Tensor, ...]:
-        """Return the fields of ``PosteriorStatistics`` for one image."""
-        height, width = self._rows.length, self._cols.length
-        weights = torch.empty(height, width, top)
-        origins = torch.empty(height, width, top, 3, dtype=torch.int64)
+    def statistics(self, out: ImageStatistics) -> None:
+        """Write the statistics, and add what these rows count in the shares."""
         found = torch.empty(self._passes.images, dtype=torch.float64)
         rows, cols = self._counts()
         sums = self._planes(
@@ -119,26 +143,18 @@ class NativeFoldQuery:
             self._passes.normalisers(),
             reach=torch.outer(rows, cols).float(),
             shares=found,
-            weights=weights,
-            origins=origins,
-            numbers={"top": top},
+            weights=out.weights,
+            origins=out.sources,
+            numbers={"top": out.weights.shape[2]},
         )
         total = sums[0]
         mean = sums[2::2] / total
-        entropy = (total.log2() - sums[1] / total).mul_(math.log(2)).clamp_(min=0)
-        images = sum(len(group) for group in self._bank.groups)
-        part = torch.zeros(images if shares else 0, dtype=torch.float64)
-        if shares:
-            # What weights lack for being rounded, and not counted where they are small.
-            part[slice(*self._limits)] = found / found.sum()
-        return (
-            self._pixels(mean),
-            (sums[3::2] / total - mean.square()).clamp_(min=0).float(),
-            entropy.float(),
-            origins,
-            (weights / total[..., None]).clamp_(max=1).float(),
-            part,
-        )
+        out.mean.copy_(self._pixels(mean))
+        out.variance.copy_((sums[3::2] / total - mean.square()).clamp_(min=0))
+        out.entropy.copy_((total.log2() - sums[1] / total).mul_(math.log(2)).clamp_(min=0))
+        out.weights.div_(total[..., None]).clamp_(max=1)
+        if len(out.shares):
+            out.shares[slice(*self._query.limits)] += found
 
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg: scalars are folded, their products summed over patches."""
@@ -195,7 +211,7 @@ class NativeFoldQuery:
         **tensors: Tensor,
     ) -> Tensor:
         """Return the sums of a pass, [count, H, W] float64: see ``FoldMomentSums``."""
-        sums = torch.empty(count, self._rows.length, self._cols.length, dtype=torch.float64)
+        sums = torch.empty(count, *self._size, dtype=torch.float64)
         given = self._taps() | inputs | tensors | {"planes": sums}
         self._passes.run(kind, given, numbers | {"table_taps": int(self._col_taps.ndim == 2)})
         return sums
@@ -221,17 +237,23 @@ class NativeFoldQuery:
         """Return the taps of the fold for filters of patches."""
         table = self._col_taps.ndim == 2
         cols = _of_patches(self._col_taps) if table else self._col_taps
-        padding = torch.zeros(self._cols.size - len(cols), self._window)
+        padding = torch.zeros(self._cols.size - len(cols), self._query.window)
         return self._row_taps.float(), torch.cat([cols, padding]) if table else cols
 
     def _summed(self) -> tuple[Tensor, Tensor]:
         """Return the taps of sums over patches."""
-        return torch.ones(self._rows.size, self._window), torch.ones(self._window)
+        return torch.ones(self._rows.size, self._query.window), torch.ones(self._query.window)
 
     def _pixels(self, mean: Tensor) -> Tensor:
         """Return pixels of an image whose mean is measured from the reference."""
         reference = self._reference[:, self._rows.image, self._cols.image]
         return (mean + reference + self._bank.centre.float()).float()
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the means and products of an image from those of its rows."""
+    mean, product = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    return mean, product
 
 
 def _flags(name: str, cols: Tensor) -> dict[str, int]:

@@ -16,6 +16,8 @@ from els_kernels.native.fold_lines import Line
 
 NORMALISE, STATISTICS, TOTALS, PRODUCT = range(4)
 """Passes, as ``FoldPass`` of fold_problem.hpp."""
+_TASKS = 4
+"""Least number of tasks of a pass that have sums of their own: ``kLeastFoldTasks``."""
 _PRECISION = 26
 """Weights that do not count are together 2^-26 of a patch's normaliser at most."""
 
@@ -98,6 +100,12 @@ class _Call(ctypes.Structure):
     )
 
 
+def row_bytes(ring: int, channels: int, top: int) -> int:
+    """Return the bytes that a pass holds for a row of pixels: sums of tasks, lists of sources."""
+    planes = 2 + 2 * channels
+    return ring * (8 * _TASKS * planes + 12 * top + 4)
+
+
 class FoldPasses:
     """Passes over a range of the bank for one query crop.
 
@@ -120,8 +128,7 @@ class FoldPasses:
         limits: tuple[int, int],
     ) -> None:
         self._kernel, self._rows, self._cols, self._units = bank.kernel, rows, cols, units
-        lanes = _library().els_kernel_lanes(bank.kernel)
-        self._ring = cols.ring([group.shape[3] for group in bank.groups], lanes)
+        self._ring = cols.ring([group.shape[3] for group in bank.groups], bank.lanes)
         self._sources, self._lines = _sources(bank.groups, limits, rows, cols, self._ring)
         keys = sum((s.hi - s.lo) * s.crop_rows * s.crop_cols for s in self._sources)
         self._dead = _PRECISION + math.log2(keys)

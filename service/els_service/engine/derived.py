@@ -6,7 +6,8 @@ query, which the scheduler splits, joins and halves like any other.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from els_kernels import MAX_SOURCES
 from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query
-from els_service.denoisers.explanations import Explainable, Explanation
+from els_service.denoisers.explanations import Explainable
 from els_service.denoisers.gradients import (
     Differentiable,
     Direction,
@@ -38,26 +39,22 @@ benchmarks.originality --only cost``, and corrected by the queue's own cost mode
 
 def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
     """Return the denoiser of a computation; None if the denoiser does not support it."""
-    if computation == "explain":
-        return ExplainerAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
-    if computation == "variance":
-        return VarianceAsDenoiser(denoiser) if isinstance(denoiser, Explainable) else None
-    if computation == "originality":
-        return OriginalityAsDenoiser(denoiser) if isinstance(denoiser, HasBank) else None
-    if computation == "evidence":
-        return EvidenceAsDenoiser(denoiser) if isinstance(denoiser, ReusesEvidence) else None
-    if computation == "vjp_again":
-        return _again(denoiser, "vjp")
-    if computation == "jvp_again":
-        return _again(denoiser, "jvp")
-    if isinstance(denoiser, Differentiable):
-        return ProductAsDenoiser(denoiser, computation)
-    return None
-
-
-def _again(denoiser: Denoiser, direction: Direction) -> Denoiser | None:
-    if isinstance(denoiser, ReusesEvidence):
-        return ProductAgainAsDenoiser(denoiser, direction)
+    match computation:
+        case "explain" | "variance":
+            if isinstance(denoiser, Explainable):
+                return _explainer(denoiser) if computation == "explain" else _variance(denoiser)
+        case "originality":
+            if isinstance(denoiser, HasBank):
+                return _originality(denoiser)
+        case "evidence":
+            if isinstance(denoiser, ReusesEvidence):
+                return _evidence(denoiser)
+        case "vjp_again" | "jvp_again":
+            if isinstance(denoiser, ReusesEvidence):
+                return _product_again(denoiser, "vjp" if computation == "vjp_again" else "jvp")
+        case "vjp" | "jvp":
+            if isinstance(denoiser, Differentiable):
+                return _product(denoiser, computation)
     return None
 
 
@@ -79,7 +76,7 @@ def with_evidence(query: Query, evidence: npt.NDArray[np.float64]) -> Query:
 
 
 def evidence_of(answer: Denoised) -> npt.NDArray[np.float64]:
-    """Return the evidence in the answer of ``EvidenceAsDenoiser``, [B, K, H, W]."""
+    """Return the evidence in the answer of its computation, [B, K, H, W]."""
     return _whole(answer.pixels)
 
 
@@ -89,211 +86,142 @@ def product_of(answer: Denoised) -> Product:
     return Product(answer.pixels[:, :channels], answer.pixels[:, channels:])
 
 
-class ProductAsDenoiser:
-    """Denoiser whose result for a ``with_direction`` is D(x) before the Jacobian product.
+@dataclass(frozen=True)
+class _Derived:
+    """Denoiser whose result is that of another computation of a denoiser.
 
-    Args:
-        denoiser: denoiser with products.
-        direction: which product.
+    Attributes:
+        denoiser: describes itself, and checks x.
+        seconds: query → predicted seconds of the computation.
+        compute: query → its result.
+        x: query → the images alone, of a query with more.
     """
 
-    def __init__(self, denoiser: Differentiable, direction: Direction) -> None:
-        self._denoiser, self._direction = denoiser, direction
+    denoiser: Explainable | HasBank | Differentiable
+    seconds: Callable[[Query], float]
+    compute: Callable[[Query], Denoised]
+    x: Callable[[Query], Query] = lambda query: query
 
     @property
     def info(self) -> DenoiserInfo:
         """Description of the denoiser."""
-        return self._denoiser.info
+        return self.denoiser.info
 
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the denoiser rejects x."""
-        self._denoiser.check(_split(query)[0])
+        self.denoiser.check(self.x(query))
 
     def predict_seconds(self, query: Query) -> float:
-        """Return the denoiser's estimate of the product."""
-        return self._denoiser.predict_product_seconds(_split(query)[0], self._direction)
+        """Return the estimate of the computation."""
+        return self.seconds(query)
 
     def denoise(self, query: Query) -> Denoised:
-        """Return D(x) and the product, [B, 2C, H, W]."""
-        x, along = _split(query)
-        multiply = self._denoiser.vjp if self._direction == "vjp" else self._denoiser.jvp
-        answer = multiply(x, along)
-        return Denoised(np.concatenate([answer.mean, answer.product], axis=1), None)
+        """Return the result of the computation."""
+        return self.compute(query)
 
 
-class EvidenceAsDenoiser:
-    """Denoiser whose result is the evidence of x, as halves [B, 2K, H, W].
-
-    Args:
-        denoiser: denoiser with reusable evidence.
-    """
-
-    def __init__(self, denoiser: ReusesEvidence) -> None:
-        self._denoiser = denoiser
-
-    @property
-    def info(self) -> DenoiserInfo:
-        """Description of the denoiser."""
-        return self._denoiser.info
-
-    def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the denoiser rejects x."""
-        self._denoiser.check(query)
-
-    def predict_seconds(self, query: Query) -> float:
-        """Return the denoiser's estimate."""
-        return self._denoiser.predict_evidence_seconds(query)
-
-    def denoise(self, query: Query) -> Denoised:
-        """Return the evidence."""
-        return Denoised(_halves(self._denoiser.evidence(query)), None)
+def _product(denoiser: Differentiable, direction: Direction) -> Denoiser:
+    """Return the denoiser whose result for a ``with_direction`` is D(x) before the product."""
+    multiply = denoiser.vjp if direction == "vjp" else denoiser.jvp
+    return _Derived(
+        denoiser,
+        lambda query: denoiser.predict_product_seconds(_split(query)[0], direction),
+        lambda query: _joined(multiply(*_split(query))),
+        lambda query: _split(query)[0],
+    )
 
 
-class ProductAgainAsDenoiser:
-    """Denoiser whose result for a ``with_evidence`` is that of ``ProductAsDenoiser``.
-
-    Args:
-        denoiser: denoiser with reusable evidence.
-        direction: which product.
-    """
-
-    def __init__(self, denoiser: ReusesEvidence, direction: Direction) -> None:
-        self._denoiser, self._direction = denoiser, direction
-
-    @property
-    def info(self) -> DenoiserInfo:
-        """Description of the denoiser."""
-        return self._denoiser.info
-
-    def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the denoiser rejects x."""
-        self._denoiser.check(self._parts(query)[0])
-
-    def predict_seconds(self, query: Query) -> float:
-        """Return the denoiser's estimate of the product."""
-        return self._denoiser.predict_evidence_seconds(self._parts(query)[0])
-
-    def denoise(self, query: Query) -> Denoised:
-        """Return D(x) and the product, [B, 2C, H, W]."""
-        x, along, evidence = self._parts(query)
-        answer = self._denoiser.product_from(x, along, evidence, self._direction)
-        return Denoised(np.concatenate([answer.mean, answer.product], axis=1), None)
-
-    def _parts(
-        self, query: Query
-    ) -> tuple[Query, npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        channels = 2 * self._denoiser.info.shape[0]
-        x, along = _split(replace(query, pixels=query.pixels[:, :channels]))
-        return x, along, _whole(query.pixels[:, channels:])
+def _evidence(denoiser: ReusesEvidence) -> Denoiser:
+    """Return the denoiser whose result is the evidence of x, as halves [B, 2K, H, W]."""
+    return _Derived(
+        denoiser,
+        denoiser.predict_evidence_seconds,
+        lambda query: Denoised(_halves(denoiser.evidence(query)), None),
+    )
 
 
-class ExplainerAsDenoiser:
-    """Denoiser whose result is an ``Explanation`` with ``MAX_SOURCES`` sources of each pixel.
+def _product_again(denoiser: ReusesEvidence, direction: Direction) -> Denoiser:
+    """Return the denoiser whose result for a ``with_evidence`` is that of ``_product``."""
+    channels = 2 * denoiser.info.shape[0]
+
+    def split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:
+        return _split(replace(query, pixels=query.pixels[:, :channels]))
+
+    def multiply(query: Query) -> Denoised:
+        evidence = _whole(query.pixels[:, channels:])
+        return _joined(denoiser.product_from(*split(query), evidence, direction))
+
+    return _Derived(
+        denoiser,
+        lambda query: denoiser.predict_evidence_seconds(split(query)[0]),
+        multiply,
+        lambda query: split(query)[0],
+    )
+
+
+def _explainer(denoiser: Explainable) -> Denoiser:
+    """Return the denoiser whose result is an ``Explanation``, of ``MAX_SOURCES`` for each pixel.
 
     A query is one image, so that it is never split; others may join it in a batch.
-
-    Args:
-        denoiser: denoiser that explains.
     """
-
-    def __init__(self, denoiser: Explainable) -> None:
-        self._denoiser = denoiser
-
-    @property
-    def info(self) -> DenoiserInfo:
-        """Description of the denoiser."""
-        return self._denoiser.info
-
-    def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the denoiser rejects x."""
-        self._denoiser.check(query)
-
-    def predict_seconds(self, query: Query) -> float:
-        """Return the denoiser's estimate of an explanation."""
-        return self._denoiser.predict_explain_seconds(query)
-
-    def denoise(self, query: Query) -> Explanation:
-        """Return the explanation."""
-        return self._denoiser.explain(query, MAX_SOURCES)
+    return _Derived(
+        denoiser,
+        denoiser.predict_explain_seconds,
+        lambda query: denoiser.explain(query, MAX_SOURCES),
+    )
 
 
-class VarianceAsDenoiser:
-    """Denoiser whose result is the posterior variance of each pixel, [B, C, H, W].
+def _variance(denoiser: Explainable) -> Denoiser:
+    """Return the denoiser whose result is the posterior variance, [B, C, H, W].
 
-    Args:
-        denoiser: denoiser that explains.
+    Its estimate is that of an explanation, which takes as long.
     """
-
-    def __init__(self, denoiser: Explainable) -> None:
-        self._denoiser = denoiser
-
-    @property
-    def info(self) -> DenoiserInfo:
-        """Description of the denoiser."""
-        return self._denoiser.info
-
-    def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the denoiser rejects x."""
-        self._denoiser.check(query)
-
-    def predict_seconds(self, query: Query) -> float:
-        """Return the denoiser's estimate of an explanation, which takes as long."""
-        return self._denoiser.predict_explain_seconds(query)
-
-    def denoise(self, query: Query) -> Denoised:
-        """Return the variance."""
-        return Denoised(self._denoiser.variance(query), None)
+    return _Derived(
+        denoiser,
+        denoiser.predict_explain_seconds,
+        lambda query: Denoised(denoiser.variance(query), None),
+    )
 
 
-class OriginalityAsDenoiser:
-    """Denoiser whose result is an ``Originality``: reports of the images of a query.
+def _originality(denoiser: HasBank) -> Denoiser:
+    """Return the denoiser whose result is an ``Originality``: reports of the images of a query.
 
-    The level is that of the explanation of each image. A query is one image, as for an explanation.
-    An image without a label is explained by the finest scale of a model of pictures.
-
-    Args:
-        denoiser: denoiser with a bank; explains, unless the reports lack all measures of sources.
+    The level is that of the explanation of each image; a denoiser without explanations has reports
+    without measures of sources. A query is one image, as for an explanation. An image without a
+    label is explained by the finest scale of a model of pictures.
     """
+    scales, wraps = denoiser.info.scales, denoiser.info.padding == "circular"
 
-    def __init__(self, denoiser: HasBank) -> None:
-        self._denoiser = denoiser
-
-    @property
-    def info(self) -> DenoiserInfo:
-        """Description of the denoiser."""
-        return self._denoiser.info
-
-    def check(self, query: Query) -> None:
-        """Raise InvalidArgumentError if the denoiser rejects the images."""
-        self._denoiser.check(query)
-
-    def predict_seconds(self, query: Query) -> float:
-        """Return the estimate of an explanation and of the distances."""
-        seconds = len(query) * (REPORT_S + self._denoiser.bank.size * DISTANCE_S)
-        if isinstance(self._denoiser, Explainable):
-            seconds += self._denoiser.predict_explain_seconds(self._at_a_scale(query))
-        return seconds
-
-    def denoise(self, query: Query) -> Originality:
-        """Return the reports."""
-        bank, wraps = self._denoiser.bank, self.info.padding == "circular"
-        if not isinstance(self._denoiser, Explainable):
-            reports = [report(image, bank) for image in query.pixels]
-            return Originality(query.pixels, None, reports, bank)
-        # The images at the signal scale of their level, without noise.
-        a = query.level.a.astype(np.float32)[:, None, None, None]
-        noisy = query if (a == 1).all() else replace(query, pixels=a * query.pixels)
-        found = self._denoiser.explain(self._at_a_scale(noisy), MAX_SOURCES)
-        rows = zip(query.pixels, found.sources, found.weights, found.shares, strict=True)
-        reports = [report(image, bank, *sources, wraps=wraps) for image, *sources in rows]
-        return Originality(found.pixels, None, reports, bank)
-
-    def _at_a_scale(self, query: Query) -> Query:
-        scales = self.info.scales
+    def at_a_scale(query: Query) -> Query:
         if not scales:
             return query
         # Coarser scales would compete with the pixels that an image may be copied from.
         return replace(query, labels=np.where(query.labels < 0, len(scales) - 1, query.labels))
+
+    def seconds(query: Query) -> float:
+        distances = len(query) * (REPORT_S + denoiser.bank.size * DISTANCE_S)
+        if not isinstance(denoiser, Explainable):
+            return distances
+        return distances + denoiser.predict_explain_seconds(at_a_scale(query))
+
+    def compare(query: Query) -> Originality:
+        bank = denoiser.bank
+        if not isinstance(denoiser, Explainable):
+            return Originality(query.pixels, None, [report(x, bank) for x in query.pixels], bank)
+        # The images at the signal scale of their level, without noise.
+        a = query.level.a.astype(np.float32)[:, None, None, None]
+        noisy = query if (a == 1).all() else replace(query, pixels=a * query.pixels)
+        found = denoiser.explain(at_a_scale(noisy), MAX_SOURCES)
+        rows = zip(query.pixels, found.sources, found.weights, found.shares, strict=True)
+        reports = [report(x, bank, *sources, wraps=wraps) for x, *sources in rows]
+        return Originality(found.pixels, None, reports, bank)
+
+    return _Derived(denoiser, seconds, compare)
+
+
+def _joined(answer: Product) -> Denoised:
+    """Return D(x) before the product, [B, 2C, H, W]."""
+    return Denoised(np.concatenate([answer.mean, answer.product], axis=1), None)
 
 
 def _split(query: Query) -> tuple[Query, npt.NDArray[np.float32]]:
