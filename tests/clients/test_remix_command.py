@@ -300,6 +300,14 @@ def test_colours_of_places_change_smoothly_between_four_corners() -> None:
     assert len({tuple(one) for one in colours.reshape(-1, 3).tolist()}) == 600
 
 
+def test_captions_wider_than_their_pictures_are_not_cut() -> None:
+    # Of 100 pixels, which are not enlarged: less than the caption below the mosaic needs.
+    results, places = np.zeros((1, 3, 20, 100), np.float32), np.zeros((1, 20, 100, 3), np.int64)
+    sheet = np.asarray(drawing.sources_sheet(results, places, [results[0]]))
+    assert (sheet[:, -drawing.MARGIN :] == sheet[0, 0]).all()
+    assert sheet.shape[1] > 2 * 100 + drawing.GAP + 2 * drawing.MARGIN
+
+
 def test_a_pixel_without_a_source_is_black() -> None:
     none = np.full((1, 1), -1)
     assert not drawing.coordinate_colours(none, none, (4, 4)).any()
