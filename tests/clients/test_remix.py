@@ -129,7 +129,7 @@ async def test_an_edit_starts_from_the_sketch(twin: Twin, fake: FakePictures) ->
     sketch = PIXELS[::-1]
     sent = await request(twin, fake, PIXELS, mode="edit", start=sketch, mask=MASK)
     np.testing.assert_array_equal(values(sent.start)[0], sketch.transpose(2, 0, 1))
-    assert sent.start_time == pytest.approx(0.5)
+    assert sent.start_time == pytest.approx(0.3)
     np.testing.assert_array_equal(values(sent.mask)[0, 0], MASK)
 
 

@@ -97,6 +97,17 @@ def test_a_server_of_the_photograph_is_started_and_gone_afterwards(
     check_gone()
 
 
+@pytest.mark.parametrize(("size", "finest"), [("24x16", 24), ("9x9", 14), ("60x9", 14)])
+def test_the_photograph_of_a_narrow_picture_holds_a_patch(
+    monkeypatch: pytest.MonkeyPatch, size: str, finest: int
+) -> None:
+    start_with(monkeypatch, program())
+    assert remix("--size", size, "--json").exit_code == 0
+    _, _, document = server_and_folder()
+    # Of 24x16 pixels: reduced to 14, the shorter side is 9, the patch.
+    assert document["finest"] == finest
+
+
 def test_a_server_that_does_not_start_ends_the_command_with_its_last_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -239,6 +250,18 @@ def test_wrong_options_are_rejected_before_a_server_is_started(
     assert reason in result.stderr
 
 
+def test_a_photograph_smaller_than_a_patch_is_rejected_before_a_server_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_with(monkeypatch, "raise SystemExit(9)")
+    for words, patch in (((), 9), (("--patch", "7"), 7)):
+        Image.new("RGB", (patch, patch - 1)).save("photo.png")
+        result = remix(*words)
+        assert result.exit_code == 2
+        expected = f"photo.png: expected sides of at least {patch} pixels, the patch"
+        assert f"{expected}, got {patch}x{patch - 1}" in result.stderr
+
+
 def test_the_target_may_come_from_the_environment(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +298,14 @@ def test_colours_of_places_change_smoothly_between_four_corners() -> None:
     assert abs(np.diff(colours, axis=1)).max() < 20
     # Every place has a colour of its own.
     assert len({tuple(one) for one in colours.reshape(-1, 3).tolist()}) == 600
+
+
+def test_captions_wider_than_their_pictures_are_not_cut() -> None:
+    # Of 100 pixels, which are not enlarged: less than the caption below the mosaic needs.
+    results, places = np.zeros((1, 3, 20, 100), np.float32), np.zeros((1, 20, 100, 3), np.int64)
+    sheet = np.asarray(drawing.sources_sheet(results, places, [results[0]]))
+    assert (sheet[:, -drawing.MARGIN :] == sheet[0, 0]).all()
+    assert sheet.shape[1] > 2 * 100 + drawing.GAP + 2 * drawing.MARGIN
 
 
 def test_a_pixel_without_a_source_is_black() -> None:

@@ -158,6 +158,7 @@ def test_a_token_of_any_step_goes_on_with_the_same_bits(
         ({"want": ["noise"]}, "return_noise: expected false for SAMPLER_PYRAMID"),
         ({"tileable": True, "symmetric": True}, "symmetric: expected false with tileable"),
         ({"sampler": "ddim", "tileable": True}, "tileable: expected unset but for"),
+        ({"sampler": "ddim", "window_scale": 2.0}, "window_scale: expected 0 for a model without"),
         ({"steps": 1}, "steps: expected at least 2 for pyramid"),
         ({"mask": np.zeros((1, 1, *SIZE), np.float32)}, "mask: expected unset without start"),
     ],
@@ -286,6 +287,18 @@ def test_els_explain_draws_a_picture_and_its_sources(server: ServerProcess, tmp_
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert 0 < json.loads(result.output)["largest_region"] < 1
+
+
+def test_els_sweep_draws_a_picture_by_every_sampler_but_with_its_own_patch(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    words = ["sweep", str(tmp_path / "sheet.png"), "--steps", "2", "--model", "hills"]
+    result = CliRunner().invoke(app, [*words, "--target", server.target])
+    assert result.exit_code == 0, result.output
+    *rows, _ = result.output.splitlines()
+    assert [row.split()[0] for row in rows] == ["pyramid", "ddim", *["ddpm,"] * 2, *["heun,"] * 3]
+    # Shares of one picture are 1 and say nothing.
+    assert all("region" in row and "in place" in row for row in rows)
 
 
 def test_a_damaged_picture_is_refused_by_name_and_other_models_serve_on(

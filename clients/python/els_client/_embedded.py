@@ -145,7 +145,9 @@ def _reason(port: int) -> str:
     try:
         # It is not healthy without a model.
         with Client(f"127.0.0.1:{port}", timeout_s=_STOP_S, healthy_only=False) as client:
-            return "; ".join(one.reason for one in client.repository.index() if one.reason)
+            reasons = [one.reason for one in client.repository.index() if one.reason]
+            # Not the name of a file that is gone when it is read.
+            return "; ".join(reason.rpartition("/model.yaml: ")[2] for reason in reasons)
     except ElsError as error:
         return str(error)
 

@@ -41,7 +41,7 @@ _MODES: dict[str, _Needs] = {
     "symmetric": _Needs(),
     "variation": _Needs(("picture",), ("strength",), 0.6),
     "inpaint": _Needs(("picture", "mask"), ("strength",)),
-    "edit": _Needs(("start",), ("strength", "mask"), 0.5),
+    "edit": _Needs(("start",), ("strength", "mask"), 0.3),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time as clock
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from els_client.errors import InvalidArgumentError
 
 _PICTURE = {"exists": True, "dir_okay": False, "show_default": False}
 
+_PATCH = 9
+"""Side of a patch that a model has without the key."""
 _SOURCE_SIGMA = 0.05
 """Noise level at which sources are found: one patch dominates most pixels."""
 
@@ -228,12 +231,22 @@ def _check_server(target: str | None, model: str | None, keys: dict[str, int | N
 def _keys(
     photo: Image.Image, path: Path, size: Size | None, own: dict[str, int | None]
 ) -> dict[str, int | str]:
-    """Return the keys of a model whose finest scale fits into the size of the pictures."""
+    """Return the keys of a model whose finest scale fits into the size of the pictures.
+
+    Raises:
+        InvalidArgumentError: The photograph is smaller than a patch.
+    """
+    patch = own["patch"] or _PATCH
+    if min(photo.size) < patch:
+        expected = f"{path}: expected sides of at least {patch} pixels, the patch"
+        raise InvalidArgumentError(f"{expected}, got {photo.width}x{photo.height}")
     keys: dict[str, int | str] = {"source": path.name}
     keys |= {name: value for name, value in own.items() if value is not None}
     if size is not None:
-        factor = min(1.0, size[0] / photo.height, size[1] / photo.width)
-        keys["finest"] = max(1, round(factor * max(photo.size)))
+        # At least as large as a patch, also for a narrow picture.
+        least = patch / min(photo.size)
+        factor = min(1.0, max(least, min(size[0] / photo.height, size[1] / photo.width)))
+        keys["finest"] = math.ceil(factor * max(photo.size) - 1e-9)
     return keys
 
 

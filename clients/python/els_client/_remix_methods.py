@@ -56,7 +56,7 @@ class RemixMethods(SampleMethods):
                 - steps: Steps of each scale, at least 2; by default ``Model.scale_steps``.
                 - strength: For wider, taller, variation, inpaint and edit: noise σ of the coarsest
                   scale at its first step, 0 < strength <= 1; larger values keep less of the start.
-                  By default 0.2, of variation 0.6, of edit 0.5, and of inpaint 1.
+                  By default 0.2, of variation 0.6, of edit 0.3, and of inpaint 1.
                 - mask: For inpaint and edit, of the size of ``picture`` or ``start``: numbers or
                   booleans [H, W], where others than 0 are drawn, or a picture of Pillow, where
                   white is drawn. Other pixels are those of the start.

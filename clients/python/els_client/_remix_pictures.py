@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,15 +110,20 @@ def _table(rows: Sequence[Sequence[tuple[Image.Image, str, str]]]) -> Image.Imag
         ]
         for row in rows
     ]
-    widths = [max(column[0].width for column in columns) for columns in zip(*tiles, strict=True)]
+    large, small = ImageFont.load_default(_TOP), ImageFont.load_default(_DETAIL)
+    widths = [
+        math.ceil(
+            max(
+                max(picture.width, large.getlength(title), small.getlength(detail))
+                for picture, title, detail in column
+            )
+        )
+        for column in zip(*tiles, strict=True)
+    ]
     heights = [max(tile[0].height for tile in row) + _CAPTION + GAP for row in tiles]
     size = sum(widths) + GAP * (len(widths) - 1) + 2 * MARGIN, sum(heights) + 2 * MARGIN - GAP
     sheet = Image.new("RGB", size, PAPER)
-    pen, large, small = (
-        ImageDraw.Draw(sheet),
-        ImageFont.load_default(_TOP),
-        ImageFont.load_default(_DETAIL),
-    )
+    pen = ImageDraw.Draw(sheet)
     top = MARGIN
     for row, height in zip(tiles, heights, strict=True):
         left = MARGIN

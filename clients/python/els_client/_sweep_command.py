@@ -84,12 +84,16 @@ def sweep(
 def settings_of(model: Model) -> list[Setting]:
     """Return the pictures of a sweep, in the order of the sheet."""
     settings = [Setting("ddim", {"sampler": "ddim"})]
+    if model.scales:
+        # At each scale its own number of steps.
+        settings.insert(0, Setting("pyramid", {"sampler": "pyramid", "steps": None}))
     for eta in _ETAS:
         settings.append(Setting(f"ddpm, eta {eta:g}", {"sampler": "ddpm", "eta": eta}))
     for churn in _CHURNS:
         title = f"heun, churn {churn:g}"
         settings.append(Setting(title, {"sampler": "heun", "churn": churn}))
-    if model.window is not None and max(model.window.k, default=1) > 1:
+    # The patch of a picture is fixed: its table has a window, but no request has.
+    if model.window is not None and min(max(model.window.k, default=1), model.window.max_k) > 1:
         for scale in _SCALES:
             settings.append(Setting(f"ddim, windows x {scale:g}", {"window_scale": scale}))
     return settings
@@ -121,6 +125,6 @@ def _numbers(report: Originality) -> list[str]:
     """Return the measures that fit below a picture."""
     named = (("gap", report.gap_ratio), ("share", report.largest_share), ("seams", report.seams))
     region = ("region", report.largest_region)
-    # Of one picture all shares are 1: the region says more.
-    chosen = named if report.bank_images > 1 else (region, ("in place", report.in_place))
+    # Of one picture of the size all shares are 1: the region says more.
+    chosen = (region, ("in place", report.in_place)) if report.gap_ratio is None else named
     return [f"{name} {value:.2f}" for name, value in chosen if value is not None] or ["–"]

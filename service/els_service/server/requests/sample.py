@@ -116,7 +116,7 @@ def _check_window_scale(request: pb.SampleRequest, info: DenoiserInfo) -> None:
     low, high = _WINDOW_SCALES
     if not low <= scale <= high:
         raise InvalidArgumentError("window_scale", f"{low:g} to {high:g}, or 0", scale)
-    if info.window is None:
+    if info.window is None or not info.max_window:
         raise InvalidArgumentError("window_scale", "0 for a model without windows", scale)
     if request.windows:
         raise InvalidArgumentError("window_scale", "0 with windows", scale)
