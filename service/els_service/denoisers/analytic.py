@@ -130,6 +130,7 @@ class AnalyticDenoiser:
         # The table is interpolated.
         windows = range(min(table), max(table) + 1, 2)
         self._attention.warm_up(windows, self._geometry)
+        self._moments.warm_up(windows, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs and the number of torch's threads."""

@@ -225,6 +225,7 @@ class FoldedDenoiser:
         """Compile what queries of the bank's size need; see ``base.Compiling``."""
         if self._plain is not None:
             self._plain.warm_up()
+        self._attention.warm_up(self._window.k, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""
