@@ -16,14 +16,14 @@ With the posterior weights w of each query patch q over patches y of the bank::
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from els_kernels.attention import PatchAttention
+from els_kernels.attention import Compiling, PatchAttention
 from els_kernels.fold_arguments import FoldArguments, bank_groups, bank_limits, folds
 from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
@@ -109,6 +109,13 @@ class FoldedAttention:
     def groups(self) -> list[Tensor]:
         """Images of the bank in order, those of one size in a row together: [[N, C, H, W], …]."""
         return self._groups
+
+    @torch.no_grad()
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Compile what folds with these windows take, if the implementation compiles at all."""
+        if isinstance(self._attend, Compiling):
+            with torch.autocast(self.device.type, enabled=False):
+                self._attend.warm_up(windows, geometry)
 
     @cached_property
     def _centre_alone(self) -> PatchAttention:

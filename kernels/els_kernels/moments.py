@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from els_kernels import whole_moments
-from els_kernels.attention import PatchAttention
+from els_kernels.attention import Compiling, PatchAttention
 from els_kernels.displacements import sweep_steps
 from els_kernels.geometry import Geometry
 from els_kernels.moment_queries import FarQuery, MomentQuery, PatchQuery, WholeQuery
@@ -126,6 +126,12 @@ class PatchMoments:
         if self._fast is None or geometry.whole:
             return "torch"
         return "native" if isinstance(self._fast, NativeMoments) else "triton"
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Compile what queries with these windows take, if the implementation compiles at all."""
+        if isinstance(self._fast, Compiling) and not geometry.whole:
+            with self._exact():
+                self._fast.warm_up(windows, geometry)
 
     def vjp(
         self,

@@ -101,7 +101,7 @@ def assert_products(case: Case) -> None:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_moments_in_triton_equal_brute_force(name: str) -> None:
     images = 1 if name in ("els-valid", "els-zeros") else 2
-    case = random_case(NAMES[name], (images, 1, 3, 4), [3])[[1]]
+    case = random_case(NAMES[name], (images, 1, 3, 4 if name == "els-zeros" else 3), [3])[[1]]
     case = replace(case, ranges=torch.tensor([[0, images]]))
     assert_statistics(case, statistics_of(case))
     assert_products(case)

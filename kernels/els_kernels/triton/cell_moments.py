@@ -96,7 +96,7 @@ class CellMoments(CellPlanes):
             self._padded(self._query, slab), slab.keys, self._scales, self._reference(1.0),
             centre, sums, shares, *sizes(self.cell, slab, work, self._tiles),
             self._half, channel,
-            CHANNELS=len(self._query), MOMENTS=moments,
+            CHANNELS=len(self._query), MOMENTS=int(moments),
             **options("moments" if moments else "entropy", self._tiles, self._arch),
         )  # fmt: skip
         total = sums.sum(0, dtype=torch.float64).transpose(0, 1)

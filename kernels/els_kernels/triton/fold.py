@@ -6,16 +6,18 @@ added in order, in double precision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from els_kernels.fold_plan import FoldQuery, extend, own_patch
+from els_kernels.geometry import Geometry
 from els_kernels.torch_fold import TiledFold
 from els_kernels.triton.cell_planes import BankLevels, CellPlanes
 from els_kernels.triton.chips import architecture
-from els_kernels.triton.plane_plan import on_device
+from els_kernels.triton.plane_plan import extremes, on_device
 
 
 class TritonFold:
@@ -47,6 +49,12 @@ class TritonFold:
                 cell.scatter(planes.fold(*query.taps(cell)), mean)
                 own_patch(planes.log_sum(), cell, evidence)
             return mean.float(), extend(evidence, window, query.geometry).float()
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take, on one image of the bank."""
+        x = torch.zeros(self._groups[0].shape[1:], device=self._groups[0].device)
+        for k in extremes(windows):
+            self(FoldQuery(x, 1.0, 1.0, k, (0, 1), math.inf, geometry))
 
     def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
         """Return the mean [C, H, W] without a bank image, and its weight [H, W], float32.

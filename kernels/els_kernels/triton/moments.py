@@ -6,6 +6,8 @@ passes: entropy and shares; means and variances, a channel each; ranked sources;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from els_kernels.torch_fold import bank_centre, decoded
 from els_kernels.triton.cell_moments import CellMoments
 from els_kernels.triton.cell_planes import BankLevels
 from els_kernels.triton.chips import architecture
-from els_kernels.triton.plane_plan import on_device
+from els_kernels.triton.plane_plan import extremes, on_device
 
 _TILE = 4096
 """Bank images of which squares are summed together."""
@@ -47,6 +49,16 @@ class TritonMoments:
     ) -> TritonQuery:
         """Return one query [C, H, W]."""
         return TritonQuery(self, x, a, s, window, limits, geometry)
+
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Launch every kernel that queries with these windows take, on one image of the bank."""
+        x = torch.zeros(self.bank.shape[1:], device=self.bank.device)
+        for k in extremes(windows):
+            query = self.query(x, 1.0, 1.0, k, (0, 1), geometry)
+            query.statistics(1, len(self.bank), with_shares=True)
+            query.known = query.evidence()
+            query.vjp(x.double())
+            query.jvp(x.double())
 
 
 class TritonQuery:

@@ -6,7 +6,7 @@ Everything but ``PlaneLevel`` depends on sizes alone, so that results do not dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -30,23 +30,23 @@ _MIN_SHIFTS = 32
 
 PlaneKernel = Literal["normaliser", "fold", "entropy", "moments", "ranking", "jvp", "vjp"]
 _TILE = Config(32, 32, 32, 2, 1)
-_FEWER_REGISTERS = replace(_TILE, num_warps=4)
+_FOUR, _EIGHT = replace(_TILE, num_warps=4), replace(_TILE, num_warps=8)
 _LARGE: dict[PlaneKernel, Config] = {
     "normaliser": _TILE,
-    "fold": _FEWER_REGISTERS,
-    "entropy": _TILE,
+    "fold": _FOUR,
+    "entropy": _FOUR,
     "moments": _TILE,
-    "ranking": _TILE,
-    "jvp": _FEWER_REGISTERS,
-    "vjp": _FEWER_REGISTERS,
+    "ranking": _FOUR,
+    "jvp": _FOUR,
+    "vjp": _FOUR,
 }
 LARGE_WINDOWS: dict[Arch, dict[PlaneKernel, Config]] = {
     "sm80": _LARGE,
-    "sm90": {**_LARGE, "entropy": _FEWER_REGISTERS},
-    "sm100": _LARGE,
+    "sm90": {**_LARGE, "ranking": _TILE},
+    "sm100": {**_LARGE, "entropy": _TILE, "ranking": _EIGHT},
     "gfx942": dict.fromkeys(_LARGE, _TILE),
 }
-"""Block of pixels of each kernel for windows that a single one does not serve: four warps compute
+"""Block of pixels of each kernel for windows that a single one does not serve: more warps compute
 some numbers twice, and need fewer registers. Larger blocks spill."""
 BLOCK = 32
 """Side of a block of pixels, on every chip: tiles, and so bits, depend on the shapes alone."""
@@ -237,9 +237,15 @@ def options(kernel: PlaneKernel, shape: Tiles, arch: Arch) -> dict[str, Any]:
     config = config_of(kernel, arch, shape.blocks == 1)
     return {
         "BLOCK": BLOCK,
-        "SINGLE": shape.blocks == 1,
+        "SINGLE": int(shape.blocks == 1),
         **config.options(),
     }
+
+
+def extremes(windows: Iterable[int]) -> list[int]:
+    """Return windows that take every binary that any of them takes: the smallest, the largest."""
+    every = list(windows)
+    return sorted({min(every), max(every)})
 
 
 def on_device(tensor: Tensor) -> Any:

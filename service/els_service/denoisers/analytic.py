@@ -42,8 +42,11 @@ _MOMENT_STEP_S = 3e-4
 """Seconds of one step of both passes beside its pairs (measured)."""
 _NATIVE_PRODUCT, _NATIVE_EXPLANATION = 2.8, 2.4
 """Time of the native form, in multiples of a denoise (measured, at the noisiest level)."""
+_TRITON_PRODUCT, _TRITON_EXPLANATION = 40.0, 30.0
+"""The same of the form in Triton, from instruction counts, not measured: a plain denoise there is a
+matmul, and its moments are several passes."""
 _NATIVE_IMAGE_S = 1e-3
-"""Seconds of the native form for each image beside its pairs."""
+"""Seconds of these forms for each image beside its pairs."""
 
 _FIXED_PADDING = {"ideal": "zeros", "equivariant": "circular"}
 
@@ -130,6 +133,7 @@ class AnalyticDenoiser:
         # The table is interpolated.
         windows = range(min(table), max(table) + 1, 2)
         self._attention.warm_up(windows, self._geometry)
+        self._moments.warm_up(windows, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs and the number of torch's threads."""
@@ -191,11 +195,11 @@ class AnalyticDenoiser:
 
     def predict_evidence_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs: half of that of both passes."""
-        return self._moment_seconds(query, _NATIVE_PRODUCT) / 2
+        return self._moment_seconds(query, _NATIVE_PRODUCT, _TRITON_PRODUCT) / 2
 
     def predict_product_seconds(self, query: Query, direction: Direction) -> float:
         """Return a rough estimate from the number of pairs."""
-        return self._moment_seconds(query, _NATIVE_PRODUCT)
+        return self._moment_seconds(query, _NATIVE_PRODUCT, _TRITON_PRODUCT)
 
     def explain(self, query: Query, top: int) -> Explanation:
         """Return the statistics with the ``top`` sources of every pixel, without evidence."""
@@ -214,7 +218,7 @@ class AnalyticDenoiser:
 
     def predict_explain_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs."""
-        return self._moment_seconds(query, _NATIVE_EXPLANATION)
+        return self._moment_seconds(query, _NATIVE_EXPLANATION, _TRITON_EXPLANATION)
 
     def _product(
         self, multiply: Any, query: Query, direction: npt.NDArray[np.float32], **known: Tensor
@@ -224,9 +228,11 @@ class AnalyticDenoiser:
         mean, product = multiply(query.x.to(device), along, **self._arguments(query), **known)
         return Product(mean.cpu().numpy(), product.cpu().numpy())
 
-    def _moment_seconds(self, query: Query, native: float) -> float:
-        if self._moments.implementation(self._geometry) == "native":
-            return native * self.predict_seconds(query) + _NATIVE_IMAGE_S * len(query)
+    def _moment_seconds(self, query: Query, native: float, triton: float) -> float:
+        implementation = self._moments.implementation(self._geometry)
+        if implementation in ("native", "triton"):
+            factor = native if implementation == "native" else triton
+            return factor * self.predict_seconds(query) + _NATIVE_IMAGE_S * len(query)
         channels, height, width = self._info.shape
         # Measured weights: products with every translation, or elementwise work for each channel.
         every = self._geometry.whole and self._geometry.sources == "every"

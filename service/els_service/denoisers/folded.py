@@ -36,6 +36,9 @@ MAX_SIDE = 4096
 _LOGIT_S = {"native": (4e-9, 2e-10, 7e-11), "torch": (2.5e-8, 4e-9, 2e-10)}
 """Seconds of one thread for a logit: fixed, for each channel, and for each pixel of the window's
 side (measured). The cost model corrects them."""
+_TRITON_LOGIT_S = (2e-11, 1e-11)
+"""Seconds of a GPU for a logit: fixed, and for each channel; three times the static bound of
+``benchmarks/results/static.md``, as it was not measured."""
 _SLOWEST = "torch"
 _EXPLAIN, _PRODUCT = {"native": 1.5, "torch": 1.8}, {"native": 2.4, "torch": 1.3}
 """Time of an explanation and of a Jacobian product, in multiples of a fold (measured, at the
@@ -87,7 +90,13 @@ def fold_of(bank: SourceBank, device: str, implementation: str = "auto") -> Fold
 
 
 def logit_seconds(implementation: str, channels: int, taps: int) -> float:
-    """Return the predicted seconds of one thread for a logit and its part of the fold."""
+    """Return the predicted seconds of one thread for a logit and its part of the fold.
+
+    A GPU's are those of all threads of torch, whose number does not matter to it.
+    """
+    if implementation == "triton":
+        fixed, channel = _TRITON_LOGIT_S
+        return (fixed + channel * channels) * torch.get_num_threads()
     fixed, channel, tap = _LOGIT_S.get(implementation, _LOGIT_S[_SLOWEST])
     return fixed + channel * channels + tap * taps
 
@@ -225,6 +234,7 @@ class FoldedDenoiser:
         """Compile what queries of the bank's size need; see ``base.Compiling``."""
         if self._plain is not None:
             self._plain.warm_up()
+        self._attention.warm_up(self._window.k, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""
