@@ -72,6 +72,7 @@ class _Call(ctypes.Structure):
         ("dead", ctypes.c_double),
         ("row_taps", ctypes.c_void_p),
         ("col_taps", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
         ("col_scale", ctypes.c_void_p),
         ("centre", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
@@ -190,10 +191,9 @@ class NativeFold:
                 units = fold_units(math.sqrt(float(squares.max())), key, window * window, a, s)
                 if far and units.error * math.log(2) > MOST_ERROR:
                     return self._exact(x, a, s, window, limits, fold, geometry)
-                taps = cell.rows.taps(height, fold, geometry).float()
                 sources = self._sources(cell, limits)
-                call = _FoldCall(self._kernel, cell, crop, units, taps, sources, self._pixels)
-                call.set_col_taps(cell.cols, width, fold, geometry)
+                call = _FoldCall(self._kernel, cell, crop, units, sources, self._pixels)
+                call.set_taps(cell, (height, width), fold, geometry)
                 log_z, folded = call.run()
                 cell.scatter(folded, mean)
                 own_patch(log_z / _LOG2E - squares / (2 * s * s), cell, evidence)
@@ -280,7 +280,6 @@ class _FoldCall:
         cell: Cell,
         crop: Tensor,
         units: FoldUnits,
-        row_taps: Tensor,
         sources: list[_Images],
         pixels: FoldPixels,
     ) -> None:
@@ -288,7 +287,6 @@ class _FoldCall:
         places = cell.rows.places, cell.cols.places
         self._control = current() or Control()
         self._query = (crop * units.product).float().contiguous()
-        self._row_taps = row_taps.contiguous()
         self._sources, self._pixels = sources, pixels
         self._log_z = crop.new_empty(places)
         self._fold = torch.empty_like(crop)
@@ -316,7 +314,6 @@ class _FoldCall:
             scale=math.exp2(-units.bits),
             lowest=units.lowest,
             dead=_PRECISION + math.log2(sum(places_of)),
-            row_taps=self._row_taps.data_ptr(),
             centre=pixels.centre.data_ptr(),
             values=None if pixels.values is None else pixels.values.data_ptr(),
             log_z=self._log_z.data_ptr(),
@@ -324,12 +321,15 @@ class _FoldCall:
             control=self._control.address,
         )
 
-    def set_col_taps(self, axis: Axis, length: int, fold: float, geometry: Geometry) -> None:
-        """Set the weights along columns: k of them for all columns, or k for each."""
-        self._col_taps, self._col_scale = column_taps(axis, length, fold, geometry)
+    def set_taps(self, cell: Cell, size: tuple[int, int], fold: float, geometry: Geometry) -> None:
+        """Set the weights of the fold along rows and columns of an image [H, W]."""
+        self._row_taps, self._row_scale = line_taps(cell.rows, size[0], fold, geometry)
+        self._col_taps, self._col_scale = line_taps(cell.cols, size[1], fold, geometry)
         self._call.table_taps = self._col_taps.ndim == 2
         self._call.uniform_taps = fold == math.inf
+        self._call.row_taps = self._row_taps.data_ptr()
         self._call.col_taps = self._col_taps.data_ptr()
+        self._call.row_scale = self._row_scale.data_ptr()
         self._call.col_scale = self._col_scale.data_ptr()
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -338,8 +338,8 @@ class _FoldCall:
         return self._log_z, self._fold
 
 
-def column_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return taps [k] of all columns and a scale of each [Y]; or taps [Y, k] and scales of 1."""
+def line_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return taps [k] of all places and a scale of each [X]; or taps [X, k] and scales of 1."""
     table = axis.taps(length, fold, geometry)
     if fold < _LEAST_PLAIN and axis.window > 1:
         return table.float(), torch.ones(len(table))

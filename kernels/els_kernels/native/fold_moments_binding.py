@@ -15,7 +15,7 @@ from torch import Tensor
 from els_kernels.control import checkpoint
 from els_kernels.geometry import Geometry
 from els_kernels.native.binding import instruction_sets
-from els_kernels.native.fold_binding import FoldUnits, column_taps, fold_units
+from els_kernels.native.fold_binding import FoldUnits, fold_units, line_taps
 from els_kernels.native.fold_lines import plane
 from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses
 from els_kernels.torch_fold import bank_centre, box_sums, decoded
@@ -175,7 +175,7 @@ class NativeFoldQuery:
         )
         self._row_taps = self._rows.axis.taps(height, fold, geometry)
         self._col_table = self._cols.axis.taps(width, fold, geometry)
-        self._col_taps, self._col_scale = column_taps(self._cols.axis, width, fold, geometry)
+        self._col_taps, self._col_scale = line_taps(self._cols.axis, width, fold, geometry)
         # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
         # far beyond the pixels of the bank they would cancel.
         square, farthest = bank.spread()
