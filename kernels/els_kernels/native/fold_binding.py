@@ -64,6 +64,7 @@ class _Call(ctypes.Structure):
         ("dead", ctypes.c_double),
         ("row_taps", ctypes.c_void_p),
         ("col_taps", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
         ("col_scale", ctypes.c_void_p),
         ("centre", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
@@ -148,11 +149,9 @@ class NativeFold(NativeFoldBank):
             crop: of the query.
             ranges: of bank images.
         """
-        height, width = query.size
-        taps = crop.cell.rows.taps(height, query.fold, query.geometry).float()
         sources = [source for limits in ranges for source in self._sources(crop.cell, limits)]
-        call = _FoldCall(self.kernel, crop, taps, sources, self.pixels)
-        call.set_col_taps(crop.cell.cols, width, query.fold, query.geometry)
+        call = _FoldCall(self.kernel, crop, sources, self.pixels)
+        call.set_taps(crop.cell, query.size, query.fold, query.geometry)
         return call.run()
 
     def _sources(self, cell: Cell, limits: tuple[int, int]) -> list[_Images]:
@@ -182,7 +181,6 @@ class _FoldCall:
         self,
         kernel: int,
         crop: FoldCrop,
-        row_taps: Tensor,
         sources: list[_Images],
         pixels: FoldPixels,
     ) -> None:
@@ -191,7 +189,6 @@ class _FoldCall:
         places = cell.rows.places, cell.cols.places
         self._control = current() or Control()
         self._query = (crop.pixels * units.product).float().contiguous()
-        self._row_taps = row_taps.contiguous()
         self._sources, self._pixels = sources, pixels
         self._log_z = crop.pixels.new_empty(places)
         self._fold = torch.empty_like(crop.pixels)
@@ -219,7 +216,6 @@ class _FoldCall:
             scale=math.exp2(-units.bits),
             lowest=units.lowest,
             dead=_PRECISION + math.log2(sum(places_of)),
-            row_taps=self._row_taps.data_ptr(),
             centre=pixels.centre.data_ptr(),
             values=None if pixels.values is None else pixels.values.data_ptr(),
             log_z=self._log_z.data_ptr(),
@@ -227,12 +223,15 @@ class _FoldCall:
             control=self._control.address,
         )
 
-    def set_col_taps(self, axis: Axis, length: int, fold: float, geometry: Geometry) -> None:
-        """Set the weights along columns: k of them for all columns, or k for each."""
-        self._col_taps, self._col_scale = column_taps(axis, length, fold, geometry)
+    def set_taps(self, cell: Cell, size: tuple[int, int], fold: float, geometry: Geometry) -> None:
+        """Set the weights of the fold along rows and columns of an image [H, W]."""
+        self._row_taps, self._row_scale = line_taps(cell.rows, size[0], fold, geometry)
+        self._col_taps, self._col_scale = line_taps(cell.cols, size[1], fold, geometry)
         self._call.table_taps = self._col_taps.ndim == 2
         self._call.uniform_taps = fold == math.inf
+        self._call.row_taps = self._row_taps.data_ptr()
         self._call.col_taps = self._col_taps.data_ptr()
+        self._call.row_scale = self._row_scale.data_ptr()
         self._call.col_scale = self._col_scale.data_ptr()
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -241,8 +240,8 @@ class _FoldCall:
         return self._log_z, self._fold
 
 
-def column_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return taps [k] of all columns and a scale of each [Y]; or taps [Y, k] and scales of 1."""
+def line_taps(axis: Axis, length: int, fold: float, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Return taps [k] of all places and a scale of each [X]; or taps [X, k] and scales of 1."""
     table = axis.taps(length, fold, geometry)
     if fold < _LEAST_PLAIN and axis.window > 1:
         return table.float(), torch.ones(len(table))

@@ -16,7 +16,7 @@ from torch import Tensor
 from els_kernels.fold_plan import Cell, FoldQuery
 from els_kernels.image_statistics import ImageStatistics
 from els_kernels.native.fold_bank import NativeFoldBank
-from els_kernels.native.fold_binding import column_taps
+from els_kernels.native.fold_binding import line_taps
 from els_kernels.native.fold_lines import plane
 from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses, row_bytes
 from els_kernels.torch_fold_moments import TiledFoldMoments
@@ -121,7 +121,7 @@ class NativeFoldPart:
             bank, self._rows, self._cols, crop, whole.crop.units, query.limits
         )
         self._row_taps, self._col_table = query.taps(self._cell)
-        self._col_taps, self._col_scale = column_taps(
+        self._col_taps, self._col_scale = line_taps(
             self._cols.axis, query.size[1], query.fold, query.geometry
         )
         self._size = rows.stop - rows.start, query.size[1]

@@ -1,6 +1,8 @@
 // Filters of a fold: weights along columns and along rows, and the pixels that they meet.
 #pragma once
 
+#include <type_traits>
+
 #include "fold_sums.hpp"
 
 namespace {
@@ -54,12 +56,16 @@ template <bool kAhead, class Out>
     return filter(K, k, [=](int o, int) { return splat(cols[o]); }, line, out);
   // The sum restarts in each row, and weights are not negative: nothing cancels.
   const float* first = kAhead ? row : row - (k - 1) * kLanes;
-  Vec sum = {};
-  for (int o = 0; o < k - 1; ++o) sum += load(first + o * kLanes);
-  for (int v = 0; v < K; ++v) {
-    sum += load(first + (v + k - 1) * kLanes);
+  Vec sum = {}, odd = {};
+  for (int o = 0; o + 1 < k; o += 2) {
+    sum += load(first + o * kLanes);
+    odd += load(first + (o + 1) * kLanes);
+  }
+  sum += load(first + (k - 1) * kLanes) + odd;
+  out(0, sum);
+  for (int v = 1; v < K; ++v) {
+    sum += load(first + (v + k - 1) * kLanes) - load(first + (v - 1) * kLanes);
     out(v, sum);
-    sum -= load(first + v * kLanes);
   }
 }
 
@@ -93,59 +99,76 @@ template <class Out>
   return count;
 }
 
-// to[v] = Σ_o taps[o]·from[v - o] for `N` vectors from v on, two taps at a time: each vector is
-// loaded once for both.
-template <int N>
-[[gnu::always_inline]] inline void filter_along(int v, int k, const float* taps, const float* from,
-                                                float* to) {
-  Vec sum[N] = {};
+// sum[i] = Σ_o taps[o]·line(i + o) for taps that are the same from either end, 2R + 1 of them (R = 0:
+// 2·radius + 1): lines of equal taps are added first, as additions and multiplications have units of
+// their own. Each line is loaded once for all sums on either side of its tap.
+template <int R, int N, class Line>
+[[gnu::always_inline]] inline void filter_even(const float* taps, int radius, Line line,
+                                               Vec (&sum)[N]) {
+  if (R > 0) radius = R;
+  Vec near[N], far[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) near[i] = line(i), far[i] = line(2 * radius + i), sum[i] = Vec{};
+#pragma GCC unroll 8
+  for (int o = 0; o < radius; ++o) {
+    const Vec tap = splat(taps[o]);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) sum[i] += tap * (near[i] + far[i]);
+#pragma GCC unroll 4
+    for (int i = 1; i < N; ++i) near[i - 1] = near[i], far[N - i] = far[N - i - 1];
+    near[N - 1] = line(o + N);
+    far[0] = line(2 * radius - o - 1);
+  }
+  const Vec tap = splat(taps[radius]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) sum[i] += tap * near[i];
+}
+
+// to[v] = Σ_o taps[o]·from[v + o] for `N` vectors from v on.
+template <int R, int N>
+[[gnu::always_inline]] inline void filter_along(int v, int radius, const float* taps,
+                                                const float* from, float* to) {
+  Vec sum[N];
   from += std::size_t(v) * kLanes;
-  int o = 0;
-  for (; o + 2 <= k; o += 2, from -= 2 * kLanes) {
-    const Vec near = splat(taps[o]), far = splat(taps[o + 1]);
-    Vec here = load(from - kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) {
-      sum[i] += far * here;
-      here = load(from + i * kLanes);
-      sum[i] += near * here;
-    }
-  }
-  if (o < k) {
-    const Vec last = splat(taps[o]);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) sum[i] += last * load(from + i * kLanes);
-  }
-#pragma GCC unroll 8
+  filter_even<R>(taps, radius, [=](int j) { return load(from + j * kLanes); }, sum);
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) store(to + (v + i) * kLanes, sum[i]);
 }
 
-// The same for all vectors of a row, in blocks of nearly equal size.
-[[gnu::noinline]] inline void filter_taps(int K, int k, const float* taps, const float* from,
-                                          float* to) {
-  for (int v = 0, blocks = (K + 5) / 6; blocks > 0; --blocks) {
+// The same for all vectors of a row, at least 3, in blocks of 4 and of 3; the last may begin early.
+template <int R>
+[[gnu::noinline]] void filter_taps(int K, int radius, const float* taps, const float* from, float* to) {
+  for (int v = 0, blocks = (K + 3) / 4; blocks > 0; --blocks) {
     const int count = (K - v + blocks - 1) / blocks;
-    switch (count) {
-      case 6: filter_along<6>(v, k, taps, from, to); break;
-      case 5: filter_along<5>(v, k, taps, from, to); break;
-      case 4: filter_along<4>(v, k, taps, from, to); break;
-      case 3: filter_along<3>(v, k, taps, from, to); break;
-      case 2: filter_along<2>(v, k, taps, from, to); break;
-      default: filter_along<1>(v, k, taps, from, to); break;
-    }
+    if (count == 4)
+      filter_along<R, 4>(v, radius, taps, from, to);
+    else
+      filter_along<R, 3>(least(v, K - 3), radius, taps, from, to);
     v += count;
   }
 }
 
-// The weights of a row, which start at scratch.reach + (k - 1) vectors, filtered along columns.
-inline void filter_weights(const FoldCell& cell, const FoldScratch& scratch, float* to) {
+// Call work<R>() with the radius of a window, or 0 where there is no code for it alone.
+template <class Work>
+[[gnu::always_inline]] inline void for_radius(int window, Work work) {
+  switch (window) {
+    case 5: return work(std::integral_constant<int, 2>());
+    case 7: return work(std::integral_constant<int, 3>());
+    case 9: return work(std::integral_constant<int, 4>());
+    case 11: return work(std::integral_constant<int, 5>());
+    case 15: return work(std::integral_constant<int, 7>());
+    default: return work(std::integral_constant<int, 0>());
+  }
+}
+
+// The weights of a row, continued to the left by window - 1 vectors, filtered along columns.
+inline void filter_weights(const FoldCell& cell, const float* reach, float* to) {
   const int K = cell.vectors, k = cell.window;
-  float* reach = scratch.reach + (k - 1) * kLanes;
-  for (int j = 1; j < k; ++j)
-    store(reach - j * kLanes, last_lane(load(reach + (K - j) * kLanes)));
-  if (!cell.taps.table && !cell.taps.uniform)
-    return filter_taps(K, k, cell.taps.cols, reach, to);
-  filter_columns<false>(cell, cell.taps, reach,
+  if (!cell.taps.table && !cell.taps.uniform && K >= 3)
+    return for_radius(k, [&](auto radius) {
+      filter_taps<radius>(K, k / 2, cell.taps.cols, reach, to);
+    });
+  filter_columns<false>(cell, cell.taps, reach + (k - 1) * kLanes,
                         [=](int v, Vec sum) { store(to + v * kLanes, sum); });
 }
 
@@ -167,48 +190,47 @@ template <int C>
   }
 }
 
-// Add kGroup rows of pixels from p on. Line j has the filtered weights of row p - k + 1 + j.
-template <int C, int W>
-[[gnu::always_inline]] inline void filter_group_at(const FoldCell& cell, const FoldTarget& target,
-                                                   const float* const* lines, int p, int v) {
-  const int k = cell.window;
-  const std::size_t at = std::size_t(v) * kLanes;
-  const float* taps[kGroup];  // of line 0
-#pragma GCC unroll 4
-  for (int r = 0; r < kGroup; ++r) taps[r] = cell.taps.rows + std::size_t(p + r) * k + k - 1 + r;
-  Vec sum[kGroup][W] = {};
-  auto add = [&](int j, int first, int last) __attribute__((always_inline)) {
-    const float* line = lines[j] + at;
-    Vec weight[W];
-#pragma GCC unroll 2
-    for (int i = 0; i < W; ++i) weight[i] = load(line + i * kLanes);
-#pragma GCC unroll 4
-    for (int r = first; r <= last; ++r) {
-      const Vec tap = splat(taps[r][-j]);
-#pragma GCC unroll 2
-      for (int i = 0; i < W; ++i) sum[r][i] += tap * weight[i];
-    }
-  };
-  add(0, 0, 0);
-  add(1, 0, 1);
-  add(2, 0, 2);
-  for (int j = 3; j < k; ++j) add(j, 0, 3);
-  add(k, 1, 3);
-  add(k + 1, 2, 3);
-  add(k + 2, 3, 3);
-#pragma GCC unroll 4
-  for (int r = 0; r < kGroup; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < W; ++i)
-      add_keys<C>(cell, target, r * target.row + at + i * kLanes, sum[r][i]);
-}
+// Lines of the ring of weights in the order of rows, in groups of kGroup that start at a multiple of it.
+struct FoldGroups {
+  const float* const* group;
+  int first;  // line 0 in its group
+};
 
-template <int C>
+// Add kGroup rows of pixels, for `D` displacements. Line j has the filtered weights of the row that
+// starts window - 1 - j rows before the first of them.
+template <int C, int R, int D>
 [[gnu::noinline]] void filter_group(const FoldCell& cell, const FoldTarget& target,
-                                    const float* const* lines, int p) {
-  int v = 0;
-  for (; v + 2 <= cell.vectors; v += 2) filter_group_at<C, 2>(cell, target, lines, p, v);
-  if (v < cell.vectors) filter_group_at<C, 1>(cell, target, lines, p, v);
+                                    const FoldGroups (&from)[D]) {
+  constexpr int kFirst = R % 2 == 0 ? 0 : 2, kGroups = (2 * R + kFirst + 2 * kGroup - 1) / kGroup;
+  const int radius = cell.window / 2, channels = C > 0 ? C : cell.channels;
+  const float* taps = cell.taps.cols;
+  const std::size_t row = target.row;
+  const float* group[D][kGroups];
+  for (int d = 0; d < D; ++d)
+    for (int g = 0; g < kGroups; ++g) group[d][g] = from[d].group[g];
+  for (int v = 0; v < cell.vectors; ++v) {
+    const std::size_t at = std::size_t(v) * kLanes;
+    Vec weight[D][kGroup];
+#pragma GCC unroll 2
+    for (int d = 0; d < D; ++d) {
+      const auto line = [&](int j) __attribute__((always_inline)) {
+        if (R > 0) return load(group[d][(j + kFirst) / kGroup] + (j + kFirst) % kGroup * row + at);
+        const int i = j + from[d].first;
+        return load(from[d].group[i / kGroup] + i % kGroup * row + at);
+      };
+      filter_even<R>(taps, radius, line, weight[d]);
+    }
+    for (int c = 0; c < channels; ++c)
+#pragma GCC unroll 4
+      for (int r = 0; r < kGroup; ++r) {
+        float* place = target.sums + c * target.plane + r * row + at;
+        const float* keys = target.keys + c * target.key_plane + r * row + at;
+        Vec sum = load(place);
+#pragma GCC unroll 2
+        for (int d = 0; d < D; ++d) sum += weight[d][r] * load(keys + d * row);
+        store(place, sum);
+      }
+  }
 }
 
 // Add one row of pixels, which `taps` rows of filtered weights reach.

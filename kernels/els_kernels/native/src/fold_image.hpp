@@ -47,9 +47,10 @@ struct FoldScratch {
   float* mask;              // [vectors] vectors
   std::int32_t* ring;       // [kMostRows][window][vectors] vectors: products of the last rows
   std::int32_t* columns;    // [kMostRows][vectors + window] vectors: sums of V before each column
-  float* logits;            // [vectors] vectors
+  float* logits;            // [kMostRows][vectors] vectors
   float* weights;           // [kMostRows][window + kGroup][vectors] vectors: of the last rows
-  float* reach;             // [window + vectors] vectors: weights filtered along columns
+  float* reach;             // [kMostRows][window + vectors] vectors: weights, continued to the left
+  float* rest;              // [patch_rows][vectors] vectors: see mask_rest
   float* sums;              // [patch_rows][vectors] vectors, or planes of them: [planes][rows][vectors]
   std::int32_t* flushed;    // [patch_rows][vectors] vectors
   double* norms;            // [key_rows + 2][key_cols]
@@ -73,17 +74,18 @@ struct FoldScratch {
     mask = take<float>(memory, row);
     ring = take<std::int32_t>(memory, kMostRows * k * row);
     columns = take<std::int32_t>(memory, kMostRows * (row + k * vec));
-    logits = take<float>(memory, row);
-    weights = take<float>(memory, kMostRows * (k + kGroup) * row);
-    reach = take<float>(memory, row + k * vec);
+    logits = take<float>(memory, kMostRows * row);
+    weights = take<float>(memory, kMostRows * (k + 2 * kGroup) * row);
+    reach = take<float>(memory, kMostRows * (row + k * vec));
+    rest = take<float>(memory, cell.rows * row);
     sums = take<float>(memory, planes * most * row);
     flushed = take<std::int32_t>(memory, cell.rows * row);
     norms = take<double>(memory, (cell.key_rows + 2) * line * 2);
     running = take<float>(memory, kMostRows * row);
     zeros = take<float>(memory, row);
-    live = take<bool>(memory, kMostRows * (k + kGroup));
+    live = take<bool>(memory, 2 * kMostRows * (k + 2 * kGroup));
     taps = take<float>(memory, (k + kGroup) * sizeof(float));
-    lines = take<const float*>(memory, 2 * (k + kGroup) * sizeof(float*));
+    lines = take<const float*>(memory, 3 * (k + 2 * kGroup) * sizeof(float*));
   }
 
  protected:
@@ -104,15 +106,13 @@ struct FoldKeys {
   std::size_t plane, row;       // floats
 };
 
-// Write columns 0 … count of a line to their lanes; the others are 0.
+// Write columns first … last of a line to their lanes.
 template <class From, class To>
-inline void stripe(const FoldCell& cell, const From* line, int count, To* to) {
+inline void stripe(const FoldCell& cell, const From* line, int first, int last, To* to) {
   const int K = cell.vectors, lanes = cell.key_cols / K;
-  for (int lane = 0; lane < lanes; ++lane, line += K) {
-    const int here = most(0, least(K, count - lane * K));
-    for (int v = 0; v < here; ++v) to[std::size_t(v) * lanes + lane] = To(line[v]);
-    for (int v = here; v < K; ++v) to[std::size_t(v) * lanes + lane] = To(0);
-  }
+  for (int lane = first / K, x = first; x < last; ++lane)
+    for (int v = x - lane * K; v < K && x < last; ++v, ++x)
+      to[std::size_t(v) * lanes + lane] = To(line[x]);
 }
 
 // One number of the images of a source, less the centre of its channel.
@@ -122,47 +122,50 @@ inline float centred(const FoldCell& cell, const FoldSource& source, int channel
   return static_cast<const float*>(source.images)[at] - cell.centre[channel];
 }
 
-// Write an image's lines, and the bias of each of its patches, into base and base_bias.
-inline void load_image(const FoldCell& cell, const FoldSource& source, std::int64_t image,
-                       FoldScratch& scratch) {
-  const int rows = source.crop_rows, cols = source.crop_cols, k = cell.window;
+// Write an image's lines, and the bias of each of its patches, into base and base_bias: the columns that
+// the displacements of a unit reach.
+inline void load_image(const FoldCell& cell, const FoldUnit& unit, FoldScratch& scratch) {
+  const FoldSource& source = *unit.source;
+  const int rows = source.crop_rows, k = cell.window, first_col = unit.first;
+  const int cols = least(source.crop_cols, unit.last - 1 + cell.vectors * kLanes);
   const std::size_t row = cell.key_cols, plane = (cell.key_rows + 2 * kMostRows) * row;
   std::memset(scratch.base, 0, cell.channels * plane * sizeof(float));
+  std::memset(scratch.base_bias, 0, cell.key_rows * row * sizeof(std::int32_t));
   std::memset(scratch.zeros, 0, std::size_t(cell.vectors) * kLanes * sizeof(float));
   double* norms = scratch.norms;  // [rows][cols]
   double* line = norms + cell.key_rows * row;
   float* pixels = reinterpret_cast<float*>(line);
-  std::memset(norms, 0, std::size_t(rows) * cols * sizeof(double));
+  std::memset(norms, 0, rows * row * sizeof(double));
   const std::int64_t numbers = std::int64_t(source.height) * source.width;
-  std::int64_t first = image * cell.channels * numbers;  // of the channel
+  std::int64_t first = unit.image * cell.channels * numbers;  // of the channel
   for (int c = 0; c < cell.channels; ++c, first += numbers)
     for (int i = 0; i < rows; ++i) {
       if (source.rows[i] < 0) continue;
       const std::int64_t from = first + std::int64_t(source.rows[i]) * source.width;
-      for (int j = 0; j < cols; ++j)
+      for (int j = first_col; j < cols; ++j)
         pixels[j] = source.cols[j] < 0 ? 0.0f : centred(cell, source, c, from + source.cols[j]);
-      for (int j = 0; j < cols; ++j) norms[i * cols + j] += double(pixels[j]) * pixels[j];
-      stripe(cell, pixels, cols, scratch.base + c * plane + (i + kMostRows) * row);
+      for (int j = first_col; j < cols; ++j) norms[i * row + j] += double(pixels[j]) * pixels[j];
+      stripe(cell, pixels, first_col, cols, scratch.base + c * plane + (i + kMostRows) * row);
     }
   double* bias = line + row;
-  for (int j = 0; j < cols; ++j) line[j] = 0.0;
+  for (int j = first_col; j < cols; ++j) line[j] = 0.0;
   for (int i = 0; i < rows; ++i) {
     // Sums of float squares in double precision: what running sums lose is far below one unit.
-    for (int j = 0; j < cols; ++j) {
-      line[j] += norms[i * cols + j];
-      if (i >= k) line[j] -= norms[(i - k) * cols + j];
+    for (int j = first_col; j < cols; ++j) {
+      line[j] += norms[i * row + j];
+      if (i >= k) line[j] -= norms[(i - k) * row + j];
     }
     if (i < k - 1) continue;
     double sum = 0.0;
-    for (int j = 0; j < cols; ++j) {
+    for (int j = first_col; j < cols; ++j) {
       sum += line[j];
-      if (j >= k) sum -= line[j - k];
+      if (j >= first_col + k) sum -= line[j - k];
       const double units = sum * cell.bias;
-      if (j >= k - 1)
+      if (j >= first_col + k - 1)
         bias[j - k + 1] =
             std::int32_t(std::uint32_t(std::int64_t(units < 0 ? units - 0.5 : units + 0.5)));
     }
-    stripe(cell, bias, cols - k + 1, scratch.base_bias + (i - k + 1) * row);
+    stripe(cell, bias, first_col, cols - k + 1, scratch.base_bias + (i - k + 1) * row);
   }
 }
 
@@ -229,7 +232,7 @@ template <class Work>
 void for_each_shift(const FoldCell& cell, const FoldUnit& unit, Control& control,
                     FoldScratch& scratch, Work work) {
   const FlushToZero flush_to_zero;
-  load_image(cell, *unit.source, unit.image, scratch);
+  load_image(cell, unit, scratch);
   for (int dx = unit.first; dx < unit.last && !is_stopped(control); ++dx)
     work(move_image(cell, *unit.source, dx, scratch), dx);
 }

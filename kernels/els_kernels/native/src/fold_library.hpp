@@ -27,9 +27,9 @@ struct ElsFoldCall {
   double bias, scale;  // see FoldCell
   double lowest;       // whole units below every logit, by less than 2^31 for any
   double dead;
-  const float* row_taps;   // [rows][window]
-  const float* col_taps;   // [window], or with table_taps [cols][window]
-  const float* col_scale;  // [cols]
+  // [window], or with table_taps [rows][window] and [cols][window].
+  const float *row_taps, *col_taps;
+  const float *row_scale, *col_scale;  // [rows], [cols]
   const float* centre;     // [C]
   const float* values;     // [C][256], or null; see FoldCell
   double* log_z;  // [patch rows][patch cols], in bits
@@ -83,7 +83,9 @@ void plan_fold(const ElsFoldCall& call, int lanes, FoldPlan& plan) {
   cell.centre = call.centre, cell.values = call.values;
   cell.query = plan.striped(call.query, std::size_t(call.channels) * call.rows, call.cols);
   cell.col_scale = plan.striped(call.col_scale, 1, call.cols);
-  cell.taps = {call.row_taps, plan.striped_taps(call.col_taps, call.cols, call.table_taps != 0),
+  cell.row_scale = call.row_scale;
+  cell.taps = {plan.repeated_taps(call.row_taps, call.rows, call.table_taps != 0),
+               plan.striped_taps(call.col_taps, call.cols, call.table_taps != 0),
                call.table_taps != 0, call.uniform_taps != 0};
 }
 

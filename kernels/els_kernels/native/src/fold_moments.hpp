@@ -205,10 +205,9 @@ template <FoldPass P, int C, int N>
     for (int d = 0; d < N; ++d) {
       scratch.live[d * k + slot] = false;
       if (block.has(d, i)) {
-        const Vec top = row_logits<true>(cell, scratch.columns + d * length,
-                                         scratch.bias + (i + dy + d) * row,
-                                         moments.z.whole + i * row, moments.z.rest + i * row,
-                                         scratch);
+        const Vec top = row_logits(cell, scratch.columns + d * length,
+                                   scratch.bias + (i + dy + d) * row, moments.z.whole + i * row,
+                                   scratch.rest + i * row, scratch.logits);
         if (any_above(top, -cell.dead)) {
           if (P != FoldPass::kStatistics) scalar_row<C>(task, dy, d, i, known[d]);
           weigh_row<P>(task, i, scratch.weights + (d * k + slot) * row);
@@ -251,6 +250,7 @@ void fold_moments_of(const FoldCell& cell, const FoldUnit& unit, Control& contro
   const std::int64_t image = (unit.source->first + unit.image) << 32;
   for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int dx) {
     const std::int64_t code = image + (std::int64_t(dx) << 16) - keys.first_row;
+    mask_rest(cell, moments.z.rest, scratch);
     const FoldMomentTask task = {cell, keys, moments, scratch, out.ranking, code, out.share};
     if (keys.last_row - keys.first_row == 1)
       for_each_block(keys, 1, control, [&](int dy) { moment_block<P, C, 1>(task, dy); });

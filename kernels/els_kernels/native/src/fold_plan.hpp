@@ -52,6 +52,15 @@ struct FoldPlan {
     return to;
   }
 
+  // Taps of rows: [window], or with `table` [rows][window].
+  const float* repeated_taps(const float* taps, int rows, bool table) {
+    if (table) return taps;
+    const std::size_t k = cell.window;
+    kept.push_back(allocate<float>(rows * k));
+    for (int i = 0; i < rows; ++i) std::copy_n(taps, k, kept.back().get() + i * k);
+    return kept.back().get();
+  }
+
   // Start the threads' memory, one for each.
   std::vector<Buffer<char>> scratch(std::size_t bytes) const {
     std::vector<Buffer<char>> out;

@@ -50,7 +50,10 @@ struct FoldCell {
   float scale;                       // logit in bits of one unit
   float dead;                        // bits below the maximum at which weights do not count
   FoldTaps taps;                     // of the fold
-  const float* col_scale;            // [vectors] vectors
+  // What answers are multiplied by: without a table taps are those of any place, [window] and the same
+  // from either end, and are normalised here.
+  const float* row_scale;  // [rows]
+  const float* col_scale;  // [vectors] vectors
 
   int patch_rows() const { return rows - window + 1; }
   int patch_cols() const { return cols - window + 1; }

@@ -12,29 +12,69 @@
 namespace {
 
 constexpr float kFoldHeadroom = 10.0f;  // bits by which a logit may exceed the running maximum
-// The same where weights are added at once: less than the exponents of a float.
-constexpr float kDenseHeadroom = 24.0f;
 
-// 2^x to 2e-7 relative for x below 127; 0 below -126. Its operations wait for each other as little as
-// may be: a row has few independent ones.
-[[gnu::always_inline]] inline Vec fold_exp2(Vec x) {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return exp2(x);
+// 2^x to 2e-7 relative for x below 127, of N vectors in step; 0 below -126.
+template <int N>
+[[gnu::always_inline]] inline void fold_exp2(Vec (&x)[N]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Vec whole[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    x[i] = larger(x[i], splat(-127.0f));
+    whole[i] = (Vec)nearest(x[i]);
+    x[i] -= (Vec)_mm256_round_ps((__m256)x[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  Vec p[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = x[i] * 1.326472615e-03f + 9.671512991e-03f;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 5.550733581e-02f;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 2.402224243e-01f;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + 6.931470037e-01f;
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+    x[i] = (Vec)((IVec)(p[i] * x[i] + 1.0f) + ((IVec)whole[i] << 23));
 #else
-  x = larger(x, splat(-127.0f));
-#if defined(__AVX2__)
-  const Vec f = x - (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const IVec whole = (IVec)nearest(x);
-#else
-  const Vec kRound = splat(12582912.0f);
-  const Vec t = x + kRound, f = x - (t - kRound);
-  const IVec whole = (IVec)t;
+  for (int i = 0; i < N; ++i) x[i] = exp2(x[i]);
 #endif
-  const Vec square = f * f, low = f * 6.931470037e-01f + 1.0f;
-  const Vec middle = f * 5.550733581e-02f + 2.402224243e-01f;
-  const Vec high = f * 1.326472615e-03f + 9.671512991e-03f;
-  return (Vec)((IVec)((high * square + middle) * square + low) + (whole << 23));
-#endif
+}
+
+// total += weights of `N` rows of logits.
+template <int N>
+[[gnu::noinline]] void add_weights(int K, const float* logits, float* total) {
+  const std::size_t row = std::size_t(K) * kLanes;
+  for (std::size_t at = 0; at < row; at += kLanes) {
+    Vec weight[N], sum = load(total + at);
+#pragma GCC unroll 4
+    for (int d = 0; d < N; ++d) weight[d] = load(logits + d * row + at);
+    fold_exp2<N>(weight);
+#pragma GCC unroll 4
+    for (int d = 0; d < N; ++d) sum += weight[d];
+    store(total + at, sum);
+  }
+}
+
+// Weights of `N` rows of logits, continued to the left by k - 1 columns: [k - 1 + K] vectors, k + K apart.
+template <int N>
+[[gnu::noinline]] void write_weights(int K, int k, const float* logits, float* to) {
+  const std::size_t row = std::size_t(K) * kLanes, length = row + std::size_t(k) * kLanes;
+  float* start = to + (k - 1) * kLanes;
+  for (int v = 0; v < K; ++v) {
+    Vec weight[N];
+#pragma GCC unroll 4
+    for (int d = 0; d < N; ++d) weight[d] = load(logits + d * row + v * kLanes);
+    fold_exp2<N>(weight);
+#pragma GCC unroll 4
+    for (int d = 0; d < N; ++d) store(start + d * length + v * kLanes, weight[d]);
+    if (v > K - k)
+#pragma GCC unroll 4
+      for (int d = 0; d < N; ++d) store(start + d * length + (v - K) * kLanes, last_lane(weight[d]));
+  }
+  for (int d = 0; d < N; ++d, start += length)
+    for (int j = K + 1; j < k; ++j)
+      store(start - j * kLanes, last_lane(load(start + (K - j) * kLanes)));
 }
 
 // Lanes turned `count` times: as often next_lane.
@@ -67,8 +107,8 @@ class LaneTurn {
 
 // B += that of products of query row t - products of the row that left, for each displacement.
 template <int C, int N>
-[[gnu::always_inline]] inline void advance_products(const FoldCell& cell, const FoldKeys& keys,
-                                                    int dy, int t, int slot, FoldScratch& scratch) {
+[[gnu::noinline]] void advance_products(const FoldCell& cell, const FoldKeys& keys, int dy, int t,
+                                        int slot, FoldScratch& scratch) {
   const int K = cell.vectors, channels = C > 0 ? C : cell.channels;
   const std::size_t row = keys.row, plane = std::size_t(cell.rows) * row;
   const std::size_t length = (K + cell.window) * kLanes, ring = cell.window * row;
@@ -122,46 +162,46 @@ template <class Out>
   }
 }
 
-// Logits of a row of patches relative to `peak`, in bits, into scratch.logits; returns their
-// maximum in each lane.
-template <bool kRest>
-[[gnu::always_inline]] inline Vec row_logits(const FoldCell& cell, const std::int32_t* before,
-                                             const std::int32_t* bias, const std::int32_t* peak,
-                                             const float* rest, const FoldScratch& scratch) {
+// Logits of a row of patches relative to `peak`, in bits, plus `offset`; returns their maximum in each
+// lane.
+[[gnu::noinline]] inline Vec row_logits(const FoldCell& cell, const std::int32_t* before,
+                                        const std::int32_t* bias, const std::int32_t* peak,
+                                        const float* offset, float* logits) {
   const Vec scale = splat(cell.scale);
   Vec top = splat(kNoPatch);
   window_sums(cell, before, [&](int v, Units S) __attribute__((always_inline)) {
     const std::size_t at = std::size_t(v) * kLanes;
     const Units units = S + (load_units(bias + at) - load_units(peak + at));
-    Vec logit = to_float(units) * scale + load(scratch.mask + at);
-    if (kRest) logit += load(rest + at);
-    store(scratch.logits + at, logit);
+    const Vec logit = to_float(units) * scale + load(offset + at);
+    store(logits + at, logit);
     top = larger(top, logit);
   });
   return top;
 }
 
-// Raise the maxima that a row of logits exceeds by more than `headroom`, as integers: a maximum
-// rounded to a float would be wrong by as much as a logit. With `added` the totals have the weights
-// of the row, otherwise its logits have to be computed again. Rare.
-template <bool kAdded>
-[[gnu::noinline, gnu::cold]] void raise_peaks(const FoldCell& cell, const std::int32_t* before,
-                                              const std::int32_t* bias, std::int32_t* peak,
-                                              float* total, const FoldScratch& scratch) {
-  const float headroom = kAdded ? kDenseHeadroom : kFoldHeadroom;
+// The remainders of normalisers, and what is no pair for the displacement of columns, in one.
+inline void mask_rest(const FoldCell& cell, const float* rest, FoldScratch& scratch) {
+  const std::size_t row = std::size_t(cell.vectors) * kLanes;
+  float* to = scratch.rest;
+  for (int i = 0; i < cell.patch_rows(); ++i)
+    for (std::size_t at = 0; at < row; at += kLanes, rest += kLanes, to += kLanes)
+      store(to, load(rest) + load(scratch.mask + at));
+}
+
+// Raise the maxima that a row of logits exceeds by more than the headroom, as integers: a maximum
+// rounded to a float would be wrong by as much as a logit. Rare.
+[[gnu::noinline, gnu::cold]] inline void raise_peaks(const FoldCell& cell, const std::int32_t* before,
+                                                     const std::int32_t* bias, std::int32_t* peak,
+                                                     float* total, const FoldScratch& scratch) {
   window_sums(cell, before, [&](int v, Units S) {
     const std::size_t at = std::size_t(v) * kLanes;
     const Units units = S + (load_units(bias + at) - load_units(peak + at));
     const Vec logit = to_float(units) * splat(cell.scale) + load(scratch.mask + at);
     for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(logit[lane] > headroom)) continue;
+      if (!(logit[lane] > kFoldHeadroom)) continue;
       peak[at + lane] = std::int32_t(std::uint32_t(peak[at + lane]) + units[lane]);
       const float bits = float(std::int32_t(units[lane])) * cell.scale;
-      // A weight past the exponents of a float is not in the total as a number.
-      if (bits > 126.0f)
-        total[at + lane] = kAdded ? 1.0f : 0.0f;
-      else
-        total[at + lane] *= float(__builtin_exp2(-bits));
+      total[at + lane] = bits > 126.0f ? 0.0f : total[at + lane] * float(__builtin_exp2(-bits));
     }
   });
 }
