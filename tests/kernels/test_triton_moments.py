@@ -15,13 +15,8 @@ import pytest
 import torch
 from tests.kernels.cases import NAMES, Case, operator, random_case
 from tests.kernels.moment_budgets import Budgets, posterior_budgets
-from tests.kernels.test_moments import (
-    arguments,
-    assert_sources,
-    directions,
-    low_noise,
-    references,
-)
+from tests.kernels.moment_cases import arguments, directions, low_noise, references
+from tests.kernels.test_moments import assert_sources
 from torch import Tensor
 
 from els_kernels import PatchAttention, PatchMoments, PosteriorStatistics

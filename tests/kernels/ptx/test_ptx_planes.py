@@ -84,7 +84,7 @@ def fold_outcome() -> Outcome:
 
 def moments_outcome() -> Outcome:
     from tests.kernels.cases import NAMES, random_case
-    from tests.kernels.test_moments import directions, references
+    from tests.kernels.moment_cases import directions, references
 
     from els_kernels.triton import moments
 
