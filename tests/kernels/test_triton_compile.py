@@ -50,7 +50,8 @@ def _compile_for_real() -> None:
 
 def facts(arch: Arch, name: str, **tile: int) -> Facts:
     """Return what is wrong with a binary and its inner loop; ``tile`` replaces what is tuned."""
-    from els_kernels.triton.compile import binaries, build, faults
+    from els_kernels.triton.binaries import binaries
+    from els_kernels.triton.compile import build, faults
 
     (binary,) = (binary for binary in binaries(arch) if binary.name == name)
     binary = replace(binary, config=replace(binary.config, **tile))

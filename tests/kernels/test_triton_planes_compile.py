@@ -39,7 +39,8 @@ def _compile_for_real() -> None:
 
 
 def faults_of(arch: Arch) -> list[str]:
-    from els_kernels.triton.compile import binaries, build, faults
+    from els_kernels.triton.binaries import binaries
+    from els_kernels.triton.compile import build, faults
 
     (binary,) = (binary for binary in binaries(arch) if binary.name == NAME)
     return faults(binary, build(binary))

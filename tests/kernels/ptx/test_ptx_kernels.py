@@ -68,7 +68,7 @@ def launched(name: str) -> tuple[set[str], set[str], set[str]]:
     from tests.kernels.ptx.driver import InterpretingDriver, interpreting
 
     from els_kernels.triton.attention import TritonAttention
-    from els_kernels.triton.compile import binaries, compiled
+    from els_kernels.triton.binaries import binaries, compiled
 
     device = InterpretingDriver("sm90", dry=True)
     geometry, ranges = NAMES[name], [(0, 5), (1, 3), (3, 4)]
