@@ -164,10 +164,11 @@ def library(module: str, needed_by: str) -> Any:
     Raises:
         ModuleNotFoundError: It is not installed; the text names the extra.
     """
+    name = module.partition(".")[0]
     try:
+        import_module(name)
         return import_module(module)
     except ModuleNotFoundError as error:
-        name = module.partition(".")[0]
         if error.name != name:
             raise
         text = f"{needed_by} needs {name}: pip install 'els-denoise[{name}]'"
