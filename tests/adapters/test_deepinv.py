@@ -23,7 +23,7 @@ def closed_form(pictures: Pictures) -> torch.nn.Module:
 def test_the_machine_of_whole_images_is_the_closed_form_denoiser(
     client: Client, pictures: Pictures, closed_form: torch.nn.Module
 ) -> None:
-    sigma = torch.tensor([0.5, 2.0])
+    sigma = torch.tensor([1.0, 3.0])
     x = pictures["bank"][:2] + sigma.view(2, 1, 1, 1) * torch.randn(2, 1, 28, 28)
     x.requires_grad_()
     along = torch.randn(2, 1, 28, 28)

@@ -48,9 +48,8 @@ def test_variances_and_their_absence_are_the_same(client: Client, models: Path) 
 
 
 def test_a_pipeline_of_diffusers_draws_the_image_of_ddim(client: Client) -> None:
-    first, *_, last = client.sample(
-        model="zeros", sampler="ddim", steps=STEPS, count=2, want=("noise",)
-    )
+    steps = client.sample(model="zeros", sampler="ddim", steps=STEPS, count=2, want=["noise"])
+    first, *_, last = steps
     angles = np.pi / (2 * 1.008) * np.arange(STEPS + 1) / STEPS
     betas = 1 - (np.cos(angles[1:]) / np.cos(angles[:-1])) ** 2
     scheduler = DDIMScheduler(
