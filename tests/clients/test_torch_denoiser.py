@@ -199,6 +199,8 @@ def test_derivatives_that_no_server_has_are_errors(ideal: LocalDenoiser) -> None
     with pytest.raises(RuntimeError, match="level: expected one without a gradient"):
         torch.autograd.grad(ideal(x, level).sum(), x)
     with pytest.raises(RuntimeError, match="level: expected one without a gradient"):
+        torch.autograd.grad(ideal(X, level).sum(), level)
+    with pytest.raises(RuntimeError, match="level: expected one without a gradient"):
         torch.func.jvp(lambda s: ideal(X, s), (level.detach(),), (torch.ones(()),))
     (once,) = torch.autograd.grad(ideal(x, SIGMA).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="expected first derivatives, got a second"):

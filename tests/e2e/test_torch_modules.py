@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmarks import torch_client
 from diffusers import DDIMPipeline, DDIMScheduler
 from tests.support.models_folder import SHAPE
 from tests.support.processes import ServerProcess
@@ -17,6 +19,8 @@ from els_client.torch import DiffusersUNet, LocalDenoiser, RemoteDenoiser
 # torch compiles decompositions by it when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
+PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+(EXAMPLE,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 STEPS = 10
 X = torch.linspace(-1, 1, 60).reshape(2, *SHAPE)
 
@@ -103,3 +107,17 @@ def test_a_solver_goes_on_where_it_was_after_its_server_went_away(
             again.kill()
     with Client(server.target) as client:
         assert torch.equal(x, solved(RemoteDenoiser(client, "zeros"), X, 0, 4))
+
+
+def test_the_example_of_the_page_runs(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(EXAMPLE.replace("127.0.0.1:50051", server.target).replace("fashion-els", "zeros"), {})
+    assert capsys.readouterr().out == "torch.Size([4, 1, 6, 5]) torch.float32 cpu\n"
+
+
+def test_what_a_module_adds_to_a_call_is_measured(client: Client) -> None:
+    rows = torch_client.measured(client, rounds=1, calls=2)
+    assert [row["bytes"] for row in rows] == [12288] * 4
+    assert rows[0]["ratio"] == 1
+    assert all(row["ratio"] > 0 for row in rows)

@@ -7,6 +7,7 @@ tensors under any transform. ``vmap`` joins its dimension with that of the image
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, Unpack
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, Unpack
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from els_client._models import Model
 from els_client._types import Evidence, Images, Pixels, QueryOptions
@@ -136,8 +138,10 @@ class _Denoise(torch.autograd.Function):
     """(x, level, call) → D(x)."""
 
     @staticmethod
-    def forward(x: Tensor, level: Any, call: ServedCall) -> Tensor:
-        return call.denoise(x, level)
+    def forward(*inputs: Any) -> Tensor:
+        x, level, call = inputs
+        found: Tensor = call.denoise(x, level)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,8 +167,10 @@ class _Product(torch.autograd.Function):
     """(x, level, call, along, kind) → product with the Jacobian at x, linear in ``along``."""
 
     @staticmethod
-    def forward(x: Tensor, level: Any, call: ServedCall, along: Tensor, kind: Direction) -> Tensor:
-        return call.product(kind, x, level, along)
+    def forward(*inputs: Any) -> Tensor:
+        x, level, call, along, kind = inputs
+        found: Tensor = call.product(kind, x, level, along)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,6 +196,15 @@ class _Product(torch.autograd.Function):
         return _parted(product(x, level, call, along, kind), info.batch_size), 0
 
 
+_forward: Any
+for _forward in (_Denoise.forward, _Product.forward):
+    # torch asks for it at each call and binds the arguments: with this one, and one parameter, that
+    # does not take a tenth of a small request.
+    _forward.__signature__ = inspect.signature(_forward)
+
+_are_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 def denoise(x: Tensor, level: Any, call: ServedCall) -> Tensor:
     """Return D(x), differentiable by x.
 
@@ -198,8 +213,19 @@ def denoise(x: Tensor, level: Any, call: ServedCall) -> Tensor:
         level: A number, or one for each image.
         call: Answers.
     """
+    if not _is_differentiated(x, level):
+        return call.denoise(x, level)
     apply: Callable[..., Tensor] = _Denoise.apply
     return apply(x, level, call)
+
+
+def _is_differentiated(x: Tensor, level: Any) -> bool:
+    """Return whether a gradient is recorded, or a transform may see what is done with x."""
+    recorded = x.requires_grad or (isinstance(level, Tensor) and level.requires_grad)
+    if _are_transforms_active() or (recorded and torch.is_grad_enabled()):
+        return True
+    unpack: Any = forward_ad.unpack_dual
+    return unpack(x).tangent is not None
 
 
 def product(x: Tensor, level: Any, call: ServedCall, along: Tensor, kind: Direction) -> Tensor:
