@@ -160,17 +160,20 @@ client-environments: $(CLIENTS:=/.installed)
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
 	touch $@
 
-# k-diffusion beside the client, as its users install both: gigabytes, as it brings torch.
-KDIFFUSION := .venv-k-diffusion
+# Libraries that els_client.torch has adapters for, beside the client as their users install them:
+# gigabytes, as torchvision needs the torch of its own index. Their own algorithms run against it.
+ADAPTERS := .venv-adapters
+LIBRARIES := azula deepinv diffusers k-diffusion smalldiffusion
 
-.PHONY: k-diffusion
+.PHONY: adapters
 
-k-diffusion: $(KDIFFUSION)/.installed
+adapters: install $(ADAPTERS)/.installed
+	$(BIN)/pytest tests/e2e/test_adapters.py tests/e2e/test_newcomers.py
 
-$(KDIFFUSION)/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.installed
+$(ADAPTERS)/.installed: pyproject.toml tests/support/client_requirements.py
 	$(PYTHON) -m venv --clear $(@D)
-	$(BIN)/python -m tests.support.client_requirements newest > $(@D)/requirements.txt
-	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt k-diffusion 'setuptools<81'
+	$(PYTHON) -m tests.support.client_requirements $(LIBRARIES) | sort -u > $(@D)/requirements.txt
+	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt pytest
 	touch $@
 
 # Locust patches what imports it and brings a web server, so not in the environment of development.
@@ -220,5 +223,5 @@ image-test: install image-bases
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
 clean:
-	rm -rf $(VENV) $(PEER) $(CLIENTS) $(KDIFFUSION) $(DEPLOY) $(POLICY) .terrain proto/python
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(ADAPTERS) $(DEPLOY) $(POLICY) .terrain proto/python
 	rm -f demo.png demo-sources.png demo-remix.png

@@ -1,9 +1,7 @@
 """Draws images with a sampler of k-diffusion, whose denoiser is a served model.
 
-Usage: pip install k-diffusion els-denoise 'setuptools<81'
+Usage: pip install 'els-denoise[k-diffusion]'
        python clients/examples/k_diffusion_sampling.py --model fashion-els --out drawn.npy
-
-k-diffusion imports pkg_resources, which later versions of setuptools do not have.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import torch
 from k_diffusion import sampling
 
 from els_client import Client
+from els_client.torch import KDenoiser
 
 
 def main() -> None:
@@ -35,13 +34,9 @@ def main() -> None:
 def draw(
     client: Client, model: str, steps: int, label: int = -1, count: int = 4, seed: int = 0
 ) -> torch.Tensor:
-    """Return images [count, C, H, W] in [-1, 1] by Heun's method from σ = 80 (EDM, algorithm 1)."""
-
-    def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        denoised = client.denoise(x, model=model, sigma=sigma, label=label)
-        return torch.from_numpy(denoised).to(x)
-
-    sigmas = sampling.get_sigmas_karras(steps, sigma_min=0.002, sigma_max=80.0)
+    """Return images [count, C, H, W] in [-1, 1] by Heun's method (EDM, algorithm 1)."""
+    denoiser = KDenoiser(client, model, label)
+    sigmas = denoiser.get_sigmas(steps)
     shape = (count, *client.model(model).shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     drawn = sampling.sample_heun(denoiser, noise * sigmas[0], sigmas, disable=True)

@@ -66,7 +66,7 @@ def test_own_photographs_become_a_model_that_denoises_them(tmp_path: Path) -> No
 
 
 def test_k_diffusion_draws_with_a_served_model(server: ServerProcess, tmp_path: Path) -> None:
-    python = python_with("k_diffusion", "k-diffusion")
+    python = python_with("k_diffusion", "adapters")
     out = tmp_path / "drawn.npy"
     arguments = ("--target", server.target, "--model", "zeros", "--steps", 8, "--out", out)
     command = [python, EXAMPLES / "k_diffusion_sampling.py", "--label", 1, *arguments]
