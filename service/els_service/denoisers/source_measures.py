@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ _EQUAL = 0.5
 _CLEAR = 0.5
 """Least weight of the counted sources of a clear pixel together."""
 
-_Kind = TypeVar("_Kind", np.bool_, np.int64)
 Mask = npt.NDArray[np.bool_]
+_Pairs: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,30 @@ class Sources:
     rows: npt.NDArray[np.int64]
     columns: npt.NDArray[np.int64]
     clear: Mask
+
+    @cached_property
+    def pixels(self) -> npt.NDArray[np.int64]:
+        """Pixel of each counted source, row by row, [K]; rises."""
+        pixels: npt.NDArray[np.int64] = np.flatnonzero(self.images >= 0) // self.images.shape[2]
+        return pixels
+
+    @cached_property
+    def continued(self) -> tuple[_Pairs, _Pairs]:
+        """Counted sources, and those of the pixel below that continue them; then on the right.
+
+        Numbers of ``pixels``: the same bank image at the same displacement.
+        """
+        height, width, _ = self.images.shape
+        numbers = _numbered(self)
+        _, place = np.unique(numbers[numbers >= 0], return_inverse=True)
+        kinds = int(place.max(initial=0)) + 1
+        codes = self.pixels * kinds + place
+        order = np.argsort(codes)
+        row, column = np.divmod(self.pixels, width)
+        return (
+            _continuing(codes, order, width * kinds, row < height - 1),
+            _continuing(codes, order, kinds, column < width - 1),
+        )
 
 
 def sources_of(
@@ -83,14 +107,13 @@ def seams(found: Sources) -> float | None:
     same displacement. Neighbours share a side. None if no two neighbours are clear.
     """
     pairs, broken = 0, 0
-    for axis in (0, 1):
+    for axis, (first, _) in enumerate(found.continued):
         before, after = _neighbours(found.clear, axis)
+        agree = np.zeros(found.clear.shape, np.bool_)
+        agree.reshape(-1)[found.pixels[first]] = True
         both = before & after
-        agree = np.zeros(both.shape, np.bool_)
-        for _, same in _continued(found, axis):
-            agree |= same.any(-1)
         pairs += int(both.sum())
-        broken += int((both & ~agree).sum())
+        broken += int((both & ~_neighbours(agree, axis)[0]).sum())
     return broken / pairs if pairs else None
 
 
@@ -99,16 +122,8 @@ def largest_region(found: Sources) -> float:
 
     All its pixels have a source in the same bank image at the same displacement.
     """
-    numbers = np.arange(found.images.size).reshape(found.images.shape)
-    alone = np.empty(0, np.int64)
-    ends = [(alone, alone)]
-    for axis in (0, 1):
-        before, after = _neighbours(numbers, axis)
-        for j, same in _continued(found, axis):
-            row, column, _ = np.nonzero(same)
-            ends.append((before[row, column, j], after[same]))
-    first, second = (np.concatenate(one) for one in zip(*ends, strict=True))
-    parts = _components(found.images.size, first, second)[found.images.reshape(-1) >= 0]
+    first, second = (np.concatenate(one) for one in zip(*found.continued, strict=True))
+    parts = _components(len(found.pixels), first, second)
     return int(np.bincount(parts).max(initial=0)) / found.clear.size
 
 
@@ -128,14 +143,22 @@ def _components(
             parents = shorter
 
 
-def _continued(found: Sources, axis: int) -> Iterator[tuple[int, Mask]]:
-    """Yield source numbers j, and whether a pixel's j-th continues in each of its neighbour's."""
-    before, after = _neighbours(_numbered(found), axis)
-    for j in range(found.images.shape[2]):
-        one = before[..., j, None]
-        same: Mask = (one == after) & (one >= 0)
-        if same.any():
-            yield j, same
+def _continuing(
+    codes: npt.NDArray[np.int64], order: npt.NDArray[np.int64], step: int, inside: Mask
+) -> _Pairs:
+    """Return the sources whose code is another's and ``step``, and that other, in pairs.
+
+    Args:
+        codes: of each source, [K], all different.
+        order: that sorts them.
+        step: from the code of a source to the one that continues it.
+        inside: which sources have a neighbour at all.
+    """
+    wanted = codes + step
+    at = np.searchsorted(codes, wanted, sorter=order)
+    found = order[np.minimum(at, len(order) - 1)] if len(order) else order
+    first = np.flatnonzero(inside & (codes[found] == wanted))
+    return first, found[first]
 
 
 def _numbered(found: Sources) -> npt.NDArray[np.int64]:
@@ -147,9 +170,7 @@ def _numbered(found: Sources) -> npt.NDArray[np.int64]:
     return np.where(found.images >= 0, numbers, -1)
 
 
-def _neighbours(
-    array: npt.NDArray[_Kind], axis: int
-) -> tuple[npt.NDArray[_Kind], npt.NDArray[_Kind]]:
+def _neighbours(array: Mask, axis: int) -> tuple[Mask, Mask]:
     """Return the views of all pixels with a neighbour below or on the right, and of these."""
     if axis == 0:
         return array[:-1], array[1:]

@@ -32,7 +32,7 @@ AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
 """Product → its computation from evidence."""
 DISTANCE_S = 1.7e-9
 """Seconds for each number of a bank, whose distance from an image is computed."""
-REPORT_S = 5e-3
+REPORT_S = 3e-3
 """Seconds of the measures of the sources of an image; both are measured by ``python -m
 benchmarks.originality --only cost``, and corrected by the queue's own cost model."""
 
