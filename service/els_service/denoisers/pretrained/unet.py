@@ -9,9 +9,8 @@ its range, and samplers and scores derive the noise from the clipped D (as in DD
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,9 @@ from els_service.denoisers.base import (
     Query,
     check_finite,
 )
+from els_service.denoisers.engines.modules import Function, choose_engine
+from els_service.denoisers.engines.options import EngineOptions
+from els_service.denoisers.engines.probe import Array
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.parametrisation import parametrise
@@ -52,6 +54,10 @@ _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
 _LARGEST_BATCH = 16
 """Maximum rows of a launch; a larger one is not faster and needs more memory."""
+_PROBED_ROWS = 2
+"""Rows of the conditions of a probe."""
+_CAST = ("encoder_hidden_states",)
+"""Inputs in the precision of the weights, beside the image."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -82,10 +88,11 @@ class UnetOptions:
     diffusers folder itself, where its configuration is there."""
     shape: tuple[int, int, int] | None = None
     """(C, H, W); required if the configuration has no ``sample_size``."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 class UnetDenoiser:
-    """A UNet of diffusers, in float32.
+    """A UNet of diffusers.
 
     Args:
         part: the UNet with its weights.
@@ -93,16 +100,25 @@ class UnetDenoiser:
         options: loading options.
         device: device of the weights.
         flops: floating-point operations of one image.
+
+    Raises:
+        EngineError: The machine lacks the engine or precision, and there is no fallback.
     """
 
     def __init__(
         self, part: Part, trained: Trained, options: UnetOptions, device: str, flops: int
     ) -> None:
-        self._unet, self._trained, self._device = part.module, trained, torch.device(device)
+        self._trained, self._device = trained, torch.device(device)
         self._flops_per_second = _FLOPS_PER_SECOND[self._device.type]
         self._flops = flops
-        self._channels, *_ = shape = shape_of(part, options)
+        shape = shape_of(part, options)
         rows, self._null_row = _label_rows(part, options)
+        self._inputs = _inputs_of(part, rows)
+        function = _function(part, trained, shape, rows, self._inputs)
+        engine, module = choose_engine(function, self._device, options.engine, part.path.parent)
+        # Differentiated as it is, whatever computes ``denoise``.
+        self._run, self._module = engine.run, module
+        self._dtype = next(iter(module.parameters())).dtype
         self._info = DenoiserInfo(
             kind="diffusers",
             shape=shape,
@@ -115,8 +131,14 @@ class UnetDenoiser:
             label_guidance=self._null_row is not None and not condition_width(part),
             batch_invariant=False,
             has_gradients=True,
-            implementation="diffusers float32",
-            memory_bytes=memory_of(part.module),
+            implementation="diffusers float32"
+            if (engine.name, engine.precision) == ("torch", "float32")
+            else engine.description,
+            memory_bytes=memory_of(module) + engine.memory_bytes,
+            engine=engine.name,
+            engine_reason=engine.reason,
+            precision=engine.precision,
+            precision_error=engine.error,
             condition_width=condition_width(part),
             condition_rows=options.condition_rows if condition_width(part) else 0,
         )
@@ -144,8 +166,7 @@ class UnetDenoiser:
         Raises:
             ElsError: The network returned NaN or infinity.
         """
-        with torch.inference_mode():
-            parts = [self._denoise_part(query[images]) for images in _launches(query)]
+        parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
@@ -173,13 +194,16 @@ class UnetDenoiser:
         self, query: Query, along: npt.NDArray[np.float32], kind: Direction
     ) -> Product:
         checkpoint()
-        return automatic_product(lambda x: self._mean(query, x), query.pixels, along, kind)
+        return automatic_product(
+            lambda x: self._mean(query, x, self._differentiable), query.pixels, along, kind
+        )
 
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
         checkpoint()
-        return self._mean(query, query.x).numpy()
+        with torch.inference_mode():
+            return self._mean(query, query.x, self._computed).numpy()
 
-    def _mean(self, query: Query, x: Tensor) -> Tensor:
+    def _mean(self, query: Query, x: Tensor, network: _Network) -> Tensor:
         """Return D(x), [B, C, H, W] float32 on the CPU, at the levels of a query."""
         trained = self._trained
         level = parametrise(
@@ -189,7 +213,7 @@ class UnetDenoiser:
             max_sigma=trained.timesteps.max_sigma,
         )
         timestep = trained.timesteps.at(level.sigma)
-        predicted = self._predict(x * _column(level.c_in), timestep, query)
+        predicted = self._predict(x * _column(level.c_in), timestep, query, network)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
         # Before they are clipped, which would make images of infinities.
         check_finite(mean.detach().numpy(), "the network")
@@ -202,35 +226,99 @@ class UnetDenoiser:
                 mean = torch.where(kept, mean, clipped)
         return mean
 
-    def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:
+    def _predict(self, scaled: Tensor, timestep: Floats, query: Query, network: _Network) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""
         count, conditions, guided = len(query), query.conditions, _guided(query)
         rows = [*range(count), *guided]
         dtype = np.float32 if not self._trained.timesteps.whole else np.int64
-        inputs: dict[str, Any] = {}
-        if conditions:
-            inputs["encoder_hidden_states"] = _states(conditions, guided).to(self._device)
+        inputs: list[Array] = [timestep[rows].astype(dtype)]
         if self._info.label_count:
             labels = query.labels[rows]
             if not conditions:
                 labels[count:] = -1
-            inputs["class_labels"] = self._class_labels(labels).to(self._device)
-        output: Tensor = self._unet(
-            scaled[rows].to(self._device),
-            torch.from_numpy(timestep[rows].astype(dtype)).to(self._device),
-            return_dict=False,
-            **inputs,
-        )[0]
-        # Without a learned variance, which is in further channels.
-        output = output[:, : self._channels].to("cpu", torch.float32).contiguous()
+            inputs.append(self._class_labels(labels))
+        if conditions:
+            inputs.append(_states(conditions, guided))
+        output = network(scaled[rows], inputs)
         given, without = output[:count], output[count:]
         for (i, guidance), other in zip(guided.items(), without, strict=True):
             given[i] = other + guidance * (given[i] - other)
         return given
 
-    def _class_labels(self, labels: Integers) -> Tensor:
+    def _computed(self, x: Tensor, inputs: Sequence[Array]) -> Tensor:
+        """Return the output by the engine."""
+        return torch.from_numpy(self._run(x.numpy(), *inputs))
+
+    def _differentiable(self, x: Tensor, inputs: Sequence[Array]) -> Tensor:
+        """Return the output by torch."""
+        others = [torch.from_numpy(one).to(self._device) for one in inputs]
+        if self._info.condition_width:
+            others[-1] = others[-1].to(self._dtype)
+        output: Tensor = self._module(x.to(self._device, self._dtype), *others)
+        return output.to("cpu", torch.float32).contiguous()
+
+    def _class_labels(self, labels: Integers) -> Integers:
         null = self._null_row
-        return torch.from_numpy(labels if null is None else np.where(labels < 0, null, labels))
+        return labels if null is None else np.where(labels < 0, null, labels)
+
+
+class _Called(nn.Module):
+    """A network of diffusers as a function of tensors: x, timestep, labels, condition.
+
+    Args:
+        network: of diffusers.
+        channels: of its images; further ones of its output, a learned variance, are dropped.
+        inputs: names of its inputs after the timestep.
+    """
+
+    def __init__(self, network: nn.Module, channels: int, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.channels, self.inputs = network, channels, tuple(inputs)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, first: Tensor | None = None, second: Tensor | None = None
+    ) -> Tensor:
+        """Return the prediction, in the dtype of x."""
+        given = dict(zip(self.inputs, (first, second), strict=False))
+        output: Tensor = self.network(x, timestep, return_dict=False, **given)[0]
+        return output[:, : self.channels]
+
+
+_Network = Callable[[Tensor, Sequence[Array]], Tensor]
+"""x [B, C, H, W] and further inputs → F, float32 on the CPU."""
+
+
+def _inputs_of(part: Part, rows: int) -> tuple[str, ...]:
+    """Return the names of a network's inputs after image and timestep."""
+    labels = ("class_labels",) if rows else ()
+    return (*labels, "encoder_hidden_states") if condition_width(part) else labels
+
+
+def _function(
+    part: Part, trained: Trained, shape: tuple[int, int, int], rows: int, inputs: Sequence[str]
+) -> Function:
+    def example(images: int) -> list[Array]:
+        numbers = np.random.default_rng(0)
+        x = numbers.standard_normal((images, *shape)).astype(np.float32)
+        highest, lowest = trained.timesteps.max_sigma, trained.timesteps.min_sigma
+        timestep = trained.timesteps.at(np.geomspace(highest, lowest, images))
+        given: dict[str, Array] = {
+            "class_labels": np.arange(images)[::-1] % max(rows, 1),
+            "encoder_hidden_states": numbers.standard_normal(
+                (images, _PROBED_ROWS, condition_width(part))
+            ).astype(np.float32),
+        }
+        whole = trained.timesteps.whole
+        first = [x, timestep.astype(np.int64 if whole else np.float32)]
+        return first + [given[name] for name in inputs]
+
+    places = ("first", "second")[: len(inputs)]
+    return Function(
+        module=_Called(part.module, shape[0], inputs).eval(),
+        names=("x", "timestep", *places),
+        cast=("x", *(place for place, name in zip(places, inputs, strict=True) if name in _CAST)),
+        example=example,
+    )
 
 
 def load_unet(
@@ -389,11 +477,11 @@ def _guided(query: Query) -> dict[int, float]:
     return {i: guidance for i, guidance in enumerate(given) if guidance != 1}
 
 
-def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Tensor:
+def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Array:
     """Return the condition of each row, [B + guided, T, W]."""
     others = [conditions[i].unconditional for i in guided]
     given = [condition.given for condition in conditions]
-    return torch.from_numpy(np.stack([*given, *(other for other in others if other is not None)]))
+    return np.stack([*given, *(other for other in others if other is not None)])
 
 
 def _column(values: Floats) -> Tensor:
