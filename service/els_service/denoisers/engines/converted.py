@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,18 @@ def graph_of_module(module: nn.Module, example: Sequence[Tensor]) -> Any:
     Raises:
         EngineError: OpenVINO cannot convert it.
     """
-    openvino = load_openvino()
+    load_openvino()
+    # The frontend itself: openvino.convert_model silences the log of the whole process meanwhile.
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
     try:
-        with torch.no_grad():
-            return openvino.convert_model(module, example_input=tuple(example))
+        with torch.no_grad(), warnings.catch_warnings():
+            # What depends on values is found by the probe; how OpenVINO traces is its own matter.
+            warnings.simplefilter("ignore")
+            decoder = TorchScriptPythonDecoder(module, example_input=tuple(example))
+            return frontend.convert(frontend.load(decoder))
     except Exception as error:
         # torch and OpenVINO's frontends raise exceptions of many classes.
         text = " ".join(str(error).split())
@@ -76,6 +85,8 @@ class Inputs:
     names: tuple[str, ...]
     batched: tuple[bool, ...]
     """Whether each has a row for each image; others have one value for all."""
+    rest: tuple[tuple[int, ...], ...]
+    """Further axes of each; -1 for one that differs between calls."""
 
 
 class OpenvinoRunner:
@@ -105,6 +116,7 @@ class OpenvinoRunner:
         self.description = settings.description
         self._places = _places(graph, inputs)
         self._batched = [inputs.batched[place] for place in self._places]
+        self._rest = [inputs.rest[place] for place in self._places]
         self._compiled: dict[int, Compiled] = {}
         self.seconds: dict[int, float] = {}
         """Batch size → seconds of a launch, measured at load."""
@@ -145,25 +157,25 @@ class OpenvinoRunner:
     def _add(self, graph: Any, size: int, settings: Settings, probe: Probe) -> None:
         """Compile for a batch size, compare with the probe, and measure."""
         sized, openvino = graph.clone(), load_openvino()
-        shapes = {}
-        for i, batched in enumerate(self._batched):
-            shapes[i] = sized.input(i).get_partial_shape()
-            if batched:
-                shapes[i][0] = openvino.Dimension(size)
+        # Axes that are left open are inferred at each call, which takes longer.
+        shapes = {
+            i: openvino.PartialShape([size, *self._rest[i]])
+            for i, batched in enumerate(self._batched)
+            if batched
+        }
         try:
             sized.reshape(shapes)
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise EngineError(f"openvino: batches of {size} do not fit: {text:.300}") from error
         self._compiled[size] = Compiled(sized, settings, self._batched)
-        error = probe.error(self, size)
-        budget = ERRORS[settings.precision]
-        if not error <= budget:
+        found, budget = probe.error(self, size), ERRORS[settings.precision]
+        if not found <= budget:
             raise EngineError(
                 f"openvino: expected known answers within {budget:g} in {settings.precision}, "
-                f"got {error:.2g} in a batch of {size}"
+                f"got {found:.2g} in a batch of {size}"
             )
-        self.error = max(self.error, error)
+        self.error = max(self.error, found)
         self.seconds[size] = probe.seconds(self, size)
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from els_service.denoisers.engines.buckets import SIZES
 from els_service.denoisers.engines.choice import Builder, Engine, choose
 from els_service.denoisers.engines.converted import Inputs, OpenvinoRunner, graph_of_module
 from els_service.denoisers.engines.options import EngineError, EngineOptions
@@ -38,6 +39,8 @@ class Function:
     """Arguments that are given in the precision of the weights."""
     example: Callable[[int], Sequence[Array]]
     """Number of images → inputs that differ in each image; some numbers are negative."""
+    open: tuple[str, ...] = ()
+    """Arguments whose second axis differs between calls."""
     compile_mode: str | None = None
     """Mode of torch.compile."""
 
@@ -185,9 +188,18 @@ class _Modules:
         settings = Settings(precision, self._options.threads or torch.get_num_threads())
         settings.check()
         function = self._function
-        example = [torch.from_numpy(one) for one in function.example(2)]
+        # Of another size than a batch that it is compiled for: what is fixed to it is then found.
+        images = 3 if 2 in (self._options.buckets or SIZES) else 2
+        example = [torch.from_numpy(one) for one in function.example(images)]
         graph = graph_of_module(function.module, example)
-        inputs = Inputs(function.names, (True,) * len(function.names))
+        inputs = Inputs(
+            function.names,
+            (True,) * len(function.names),
+            tuple(
+                (-1, *one.shape[2:]) if name in function.open else tuple(one.shape[1:])
+                for name, one in zip(function.names, example, strict=True)
+            ),
+        )
         run = OpenvinoRunner(graph, inputs, settings, self.probe, self._options.buckets)
         numbers = sum(parameter.numel() for parameter in function.module.parameters())
         return Engine(
@@ -219,15 +231,15 @@ class _Modules:
 
     def _compare(self, run: PaddedRunner, precision: str, batch: int) -> float:
         try:
-            error = self.probe.error(run, batch)
+            found = self.probe.error(run, batch)
         except Exception as error:
             # Of torch's compiler, or of the C++ compiler that it calls.
             text = " ".join(str(error).split())
             raise EngineError(f"compile: torch cannot compile the network: {text:.300}") from error
-        if not error <= ERRORS[precision]:
+        if not found <= ERRORS[precision]:
             expected = f"expected known answers within {ERRORS[precision]:g} in {precision}"
-            raise EngineError(f"compile: {expected}, got {error:.2g}")
-        return error
+            raise EngineError(f"compile: {expected}, got {found:.2g}")
+        return found
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -189,7 +189,7 @@ class NetworkDenoiser:
         self, scaled: npt.NDArray[np.float32], time: Floats, labels: Integers, bucket: int
     ) -> npt.NDArray[np.float32]:
         """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket."""
-        inputs = [scaled, time.astype(np.float32), self._rows(labels)]
+        inputs: list[Array] = [scaled, time.astype(np.float32), self._rows(labels)]
         if bucket > len(scaled):
             inputs = [padded(one, bucket) for one in inputs]
         output: npt.NDArray[np.float32] = self._engine.run(*inputs)[: len(scaled)]

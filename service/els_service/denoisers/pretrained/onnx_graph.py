@@ -136,7 +136,9 @@ class Graph:
         given = [self._noisy, self.level, *(one for one, _ in self._constants)]
         given += [self._label] if self._label is not None else []
         self.inputs = Inputs(
-            tuple(one.name for one in given), tuple(not one.shared for one in given)
+            tuple(one.name for one in given),
+            tuple(not one.shared for one in given),
+            tuple(one.rest for one in given),
         )
         """Of the engine, in order."""
         self.engine: Runner = self.computed

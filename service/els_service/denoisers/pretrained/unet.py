@@ -56,8 +56,6 @@ _LARGEST_BATCH = 16
 """Maximum rows of a launch; a larger one is not faster and needs more memory."""
 _PROBED_ROWS = 2
 """Rows of the conditions of a probe."""
-_CAST = ("encoder_hidden_states",)
-"""Inputs in the precision of the weights, beside the image."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -313,11 +311,13 @@ def _function(
         return first + [given[name] for name in inputs]
 
     places = ("first", "second")[: len(inputs)]
+    conditions = places[-1:] if condition_width(part) else ()
     return Function(
         module=_Called(part.module, shape[0], inputs).eval(),
         names=("x", "timestep", *places),
-        cast=("x", *(place for place, name in zip(places, inputs, strict=True) if name in _CAST)),
+        cast=("x", *conditions),
         example=example,
+        open=conditions,
     )
 
 
