@@ -6,10 +6,11 @@ and for compiled graphs exactly the batch that is timed. All networks predict ε
 
 from __future__ import annotations
 
-import io
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,22 +69,21 @@ def onnxruntime(subject: Subject, batch: int, threads: int) -> Peer:
     """Return onnxruntime with an export of torch's."""
     import onnxruntime as library
 
-    content = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        path = Path(folder, "network.onnx")
         torch.onnx.export(
             subject.module,
             _example(subject, batch),
-            content,
+            path,
             dynamo=False,
             input_names=list(subject.names),
             output_names=["noise"],
         )
+        content = path.read_bytes()
     options = library.SessionOptions()
     options.intra_op_num_threads = threads
-    session = library.InferenceSession(
-        content.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
+    session = library.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     used = {node.name for node in session.get_inputs()}
 
     def network(*inputs: npt.NDArray[Any]) -> Images:
@@ -140,8 +140,8 @@ def _example(subject: Subject, batch: int) -> tuple[Tensor, ...]:
 def _peer(subject: Subject, network: Callable[..., Images]) -> Peer:
     def peer(x: Images, level: NoiseLevel, labels: Labels) -> Images:
         noise = network(*subject.inputs(x, level, labels))
-        a, s = (one.astype(np.float32).reshape(-1, 1, 1, 1) for one in (level.a, level.s))
-        clean: Images = (x - s * noise) / a
+        a, s = level.a.astype(np.float32), level.s.astype(np.float32)
+        clean: Images = (x - s.reshape(-1, 1, 1, 1) * noise) / a.reshape(-1, 1, 1, 1)
         return clean
 
     return peer

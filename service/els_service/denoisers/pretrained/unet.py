@@ -26,7 +26,7 @@ from els_service.denoisers.base import (
     Query,
     check_finite,
 )
-from els_service.denoisers.engines.modules import Function, choose_engine
+from els_service.denoisers.engines.modules import choose_engine
 from els_service.denoisers.engines.options import EngineOptions
 from els_service.denoisers.engines.probe import Array
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
@@ -40,6 +40,7 @@ from els_service.denoisers.pretrained.folder import (
     load_part,
     read_trained,
 )
+from els_service.denoisers.pretrained.unet_function import condition_width, function_of
 from els_service.denoisers.pretrained.weights import Inside
 from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError
@@ -54,8 +55,6 @@ _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
 _LARGEST_BATCH = 16
 """Maximum rows of a launch; a larger one is not faster and needs more memory."""
-_PROBED_ROWS = 2
-"""Rows of the conditions of a probe."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -111,8 +110,7 @@ class UnetDenoiser:
         self._flops = flops
         shape = shape_of(part, options)
         rows, self._null_row = _label_rows(part, options)
-        self._inputs = _inputs_of(part, rows)
-        function = _function(part, trained, shape, rows, self._inputs)
+        function = function_of(part, trained, shape, rows)
         engine, module = choose_engine(function, self._device, options.engine, part.path.parent)
         # Differentiated as it is, whatever computes ``denoise``.
         self._run, self._module = engine.run, module
@@ -260,65 +258,8 @@ class UnetDenoiser:
         return labels if null is None else np.where(labels < 0, null, labels)
 
 
-class _Called(nn.Module):
-    """A network of diffusers as a function of tensors: x, timestep, labels, condition.
-
-    Args:
-        network: of diffusers.
-        channels: of its images; further ones of its output, a learned variance, are dropped.
-        inputs: names of its inputs after the timestep.
-    """
-
-    def __init__(self, network: nn.Module, channels: int, inputs: Sequence[str]) -> None:
-        super().__init__()
-        self.network, self.channels, self.inputs = network, channels, tuple(inputs)
-
-    def forward(
-        self, x: Tensor, timestep: Tensor, first: Tensor | None = None, second: Tensor | None = None
-    ) -> Tensor:
-        """Return the prediction, in the dtype of x."""
-        given = dict(zip(self.inputs, (first, second), strict=False))
-        output: Tensor = self.network(x, timestep, return_dict=False, **given)[0]
-        return output[:, : self.channels]
-
-
 _Network = Callable[[Tensor, Sequence[Array]], Tensor]
 """x [B, C, H, W] and further inputs → F, float32 on the CPU."""
-
-
-def _inputs_of(part: Part, rows: int) -> tuple[str, ...]:
-    """Return the names of a network's inputs after image and timestep."""
-    labels = ("class_labels",) if rows else ()
-    return (*labels, "encoder_hidden_states") if condition_width(part) else labels
-
-
-def _function(
-    part: Part, trained: Trained, shape: tuple[int, int, int], rows: int, inputs: Sequence[str]
-) -> Function:
-    def example(images: int) -> list[Array]:
-        numbers = np.random.default_rng(0)
-        x = numbers.standard_normal((images, *shape)).astype(np.float32)
-        highest, lowest = trained.timesteps.max_sigma, trained.timesteps.min_sigma
-        timestep = trained.timesteps.at(np.geomspace(highest, lowest, images))
-        given: dict[str, Array] = {
-            "class_labels": np.arange(images)[::-1] % max(rows, 1),
-            "encoder_hidden_states": numbers.standard_normal(
-                (images, _PROBED_ROWS, condition_width(part))
-            ).astype(np.float32),
-        }
-        whole = trained.timesteps.whole
-        first = [x, timestep.astype(np.int64 if whole else np.float32)]
-        return first + [given[name] for name in inputs]
-
-    places = ("first", "second")[: len(inputs)]
-    conditions = places[-1:] if condition_width(part) else ()
-    return Function(
-        module=_Called(part.module, shape[0], inputs).eval(),
-        names=("x", "timestep", *places),
-        cast=("x", *conditions),
-        example=example,
-        open=conditions,
-    )
 
 
 def load_unet(
@@ -387,20 +328,6 @@ def shape_of(part: Part, options: UnetOptions) -> tuple[int, int, int]:
         expected = "a number of pixels, or [height, width], to 4096, or a shape in model.yaml"
         raise part.refuse("sample_size", expected)
     return channels, *sides
-
-
-def condition_width(part: Part) -> int:
-    """Return the width of a condition; 0 for a UNet without conditioning.
-
-    Raises:
-        LoadError: Blocks have different widths.
-    """
-    if "cross_attention_dim" not in part.config:
-        return 0
-    width = part.config["cross_attention_dim"]
-    if not isinstance(width, int) or width < 1:
-        raise part.refuse("cross_attention_dim", "one number")
-    return width
 
 
 def memory_of(module: nn.Module) -> int:
