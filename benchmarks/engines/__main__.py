@@ -97,7 +97,7 @@ def _float32(
 def _against_torch(row: Row, ours: Ours, options: argparse.Namespace) -> Iterator[Row]:
     """Yield rows of bfloat16 and of trajectories, against the torch engine in float32."""
     today = ours("torch", "float32")
-    rivals = {"float32": ours(options.engine, "float32")}
+    rivals = {"float32": ours(options.engine, "float32")} if options.sample else {}
     try:
         Settings("bfloat16", row["threads"]).check()
         rivals["bfloat16"] = ours("openvino", "bfloat16")

@@ -141,7 +141,7 @@ def _peer(subject: Subject, network: Callable[..., Images]) -> Peer:
     def peer(x: Images, level: NoiseLevel, labels: Labels) -> Images:
         noise = network(*subject.inputs(x, level, labels))
         a, s = level.a.astype(np.float32), level.s.astype(np.float32)
-        clean: Images = (x - s.reshape(-1, 1, 1, 1) * noise) / a.reshape(-1, 1, 1, 1)
-        return clean
+        clean = (x - s.reshape(-1, 1, 1, 1) * noise) / a.reshape(-1, 1, 1, 1)
+        return np.asarray(clean, np.float32)
 
     return peer

@@ -25,7 +25,7 @@ from els_service.repository import ModelRepository
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 BUDGET = 1e-5
-BUCKETS = "execution: {buckets: [1, 3]}\n"
+BUCKETS = "execution: {buckets: [2]}\n"
 """Fewer than are compiled without."""
 SIGMA = np.array([0.05, 3.0, 0.5, 10.0, 0.3])
 

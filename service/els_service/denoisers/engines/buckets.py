@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-SIZES = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 4, 8, 16, 64)
 """Batch sizes of graphs whose model names none."""
-LONGEST_S = 0.1
+LONGEST_S = 0.2
 """Maximum predicted seconds of a launch of more than one image: a large network is not faster in
 batches, and compiling and trying each size takes as long as some launches."""
 

@@ -188,9 +188,11 @@ class _Modules:
         settings = Settings(precision, self._options.threads or torch.get_num_threads())
         settings.check()
         function = self._function
-        # Of another size than a batch that it is compiled for: what is fixed to it is then found.
+        # Of another size than a batch that it is compiled for, and the negative of the probe's
+        # images: what is fixed to size or values is then found.
         images = 3 if 2 in (self._options.buckets or SIZES) else 2
-        example = [torch.from_numpy(one) for one in function.example(images)]
+        first, *others = map(torch.from_numpy, function.example(images))
+        example = [-first, *others]
         graph = graph_of_module(function.module, example)
         inputs = Inputs(
             function.names,
