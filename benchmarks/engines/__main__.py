@@ -83,9 +83,7 @@ def _float32(
             yield row | {"batch": batch, "left_out": "no time left"}
             continue
         asked = query(denoiser, batch)
-        turns: dict[str, Callable[[], Images]] = {
-            "ours": lambda q=asked: denoiser.denoise(q).pixels
-        }
+        turns: dict[str, Callable[[], Images]] = {"ours": partial(_denoise, denoiser, asked)}
         for name in options.peers:
             peer = PEERS[name](subject, batch, row["threads"])
             turns[name] = partial(peer, asked.pixels, asked.level, asked.labels)
