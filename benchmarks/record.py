@@ -20,7 +20,10 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 ROOT = RESULTS.parents[1]
-PACKAGES = ("els-denoise", "torch", "numpy", "grpcio", "protobuf", "triton", "onnxruntime")
+PACKAGES = (
+    *("els-denoise", "torch", "numpy", "grpcio", "protobuf", "triton", "onnxruntime"),
+    *("openvino", "diffusers"),
+)
 """Distributions whose versions are part of every record, where they are installed."""
 
 

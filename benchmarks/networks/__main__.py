@@ -24,8 +24,8 @@ from benchmarks import record
 from benchmarks.networks import cases
 from benchmarks.service.statistics import ratio_of_pairs
 from els_service.denoisers.base import Query
+from els_service.denoisers.engines.modules import allow_tf32
 from els_service.denoisers.networks import Execution
-from els_service.denoisers.networks.denoiser import allow_tf32
 
 Row = dict[str, Any]
 Case = tuple[str, str, Callable[[int], cases.Pair]]

@@ -98,15 +98,17 @@ def _clean(x: Tensor, noise: Tensor, level: NoiseLevel, device: str) -> Images:
 
 
 @dataclass(frozen=True)
-class _Folder:
+class Folder:
     """Resolver of names in a folder."""
 
     folder: Path
 
     def __call__(self, name: str) -> Path:
+        """Return the path of a file."""
         return self.folder / name
 
     def names(self, folder: str) -> list[str]:
+        """Return the names in a folder, sorted."""
         return sorted(path.name for path in (self.folder / folder).glob("*"))
 
 
@@ -133,7 +135,7 @@ def diffusers(device: str, widths: Sequence[int] = ()) -> Pair:
     with tempfile.TemporaryDirectory() as folder:
         unet.save_pretrained(Path(folder, "unet"))
         scheduler.save_pretrained(Path(folder, "scheduler"))
-        ours = load_unet(_Folder(Path(folder)), UnetOptions(), device)
+        ours = load_unet(Folder(Path(folder)), UnetOptions(), device)
     unet = unet.eval().to(device)
     log_sigma = (scheduler.alphas_cumprod**-1 - 1).sqrt().log().double().numpy()
 

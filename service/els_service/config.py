@@ -145,6 +145,14 @@ class Settings(BaseModel):
     """Device of the models; auto means all GPUs, or the CPU if there are none."""
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
+    engine: Literal["torch", "openvino", "compile", "auto"] = "torch"
+    """Execution engine of trained networks whose model.yaml names none; auto times torch and
+    OpenVINO when a model is loaded. ONNX graphs have onnxruntime in place of torch and compile."""
+    engine_precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of trained networks whose model.yaml names none."""
+    engine_fallback: bool = True
+    """Whether an engine or precision that the machine lacks is replaced, with the reason in the log
+    and in the model's description; otherwise the model is rejected."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )

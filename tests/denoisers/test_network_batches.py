@@ -160,6 +160,7 @@ def test_determinism_that_a_library_does_not_give_is_not_promised(
 def test_a_compiled_network_answers_alike() -> None:
     of, query = config(widths=(4,), blocks=1), concatenate(pool()[:3])
     model = denoiser(of, compile="default", buckets=(4,))
+    assert (model.info.engine, model.info.engine_reason) == ("compile", "")
     got, want = model.denoise(query).pixels, denoiser(of).denoise(query).pixels
     for ours, plain in zip(got, want, strict=True):
         assert relative_error(ours, plain) < 1e-5

@@ -44,17 +44,25 @@ def keys_of(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = [
             part
             for part in (field.annotation, *getattr(field.annotation, "__args__", ()))
-            if spec is OnnxSpec and isinstance(part, type) and issubclass(part, BaseModel)
+            if (spec is OnnxSpec or name == "execution")
+            and isinstance(part, type)
+            and issubclass(part, BaseModel)
         ]
         yield from keys_of(inner[0], f"{key}.") if inner else [key] if key != "kind" else []
 
 
+SECTION = {"engine", "threads", "fallback"}
+"""Options of a network that the page shows in its section ``execution``."""
 KEYS = {
     "analytic": set(keys_of(AnalyticSpec)),
     "gaussian": set(keys_of(GaussianSpec)),
     "picture": set(keys_of(PictureSpec)),
     "wiener": set(keys_of(WienerSpec)),
-    "network": {field.name for part in (NetworkConfig, Execution) for field in fields(part)}
+    "network": {
+        f"execution.{field.name}" if field.name in SECTION else field.name
+        for part in (NetworkConfig, Execution)
+        for field in fields(part)
+    }
     | {"data"},
     "diffusers": set(keys_of(DiffusersSpec)),
     "latent": set(keys_of(LatentSpec)),
@@ -64,7 +72,7 @@ KEYS = {
 
 def given(document: dict[str, Any], kind: str) -> set[str]:
     """Return the keys of an example, as ``keys_of`` writes them."""
-    nested = {"level", "label"} if kind == "onnx" else set()
+    nested = {"execution"} | ({"level", "label"} if kind == "onnx" else set())
     return {
         f"{name}.{inner}" if inner else name
         for name, value in document.items()

@@ -71,6 +71,10 @@ def decode_model(model: pb.Model) -> Model:
         sizes=_decode_sizes(model.sizes) if model.HasField("sizes") else None,
         scales=tuple((scale.height, scale.width) for scale in model.scales),
         scale_steps=model.scale_steps,
+        engine=model.engine,
+        engine_reason=model.engine_reason,
+        precision=model.precision,
+        precision_error=model.precision_error,
     )
 
 

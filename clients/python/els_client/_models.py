@@ -128,7 +128,8 @@ class Model:
         batch_invariant: Whether an image has the same bits alone and in any batch, on one device
             and implementation; if not, results and samples differ by rounding.
         has_log_evidence: Whether ``denoise_with_evidence`` is supported.
-        implementation: Implementation of patch attention; empty if none is used.
+        implementation: What the bits of an answer depend on: the implementation of patch attention,
+            or of a network; empty if none is used.
         version: Decimal integer.
         memory_bytes: Approximate memory while loaded.
         conditioning: Condition that every query requires; None for models without conditioning.
@@ -145,6 +146,12 @@ class Model:
             kind "picture", whose labels are the scales; otherwise empty.
         scale_steps: Default steps of each scale for the sampler pyramid; 0 without scales.
         has_originality: Whether ``originality`` is supported: it holds the images of its bank.
+        engine: Trained networks: "torch", "compile", "onnxruntime" or "openvino"; otherwise empty.
+        engine_reason: Why engine and precision are not what the server's configuration asks for,
+            or why they were chosen; otherwise empty.
+        precision: Precision of a trained network's arithmetic; otherwise empty.
+        precision_error: Relative error of a trained network's output against its own engine in
+            float32, measured when it was loaded; 0 for that engine in float32.
     """
 
     name: str
@@ -177,6 +184,10 @@ class Model:
     scales: tuple[tuple[int, int], ...] = ()
     scale_steps: int = 0
     has_originality: bool = False
+    engine: str = ""
+    engine_reason: str = ""
+    precision: str = ""
+    precision_error: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -175,7 +175,12 @@ def _check_models(settings: Settings) -> int:
     """Load and run every model, print its state, and return the number of invalid ones."""
     import torch
 
-    from els_service.cli.speed import describe_sizes, describe_speed, describe_windows
+    from els_service.cli.speed import (
+        describe_engine,
+        describe_sizes,
+        describe_speed,
+        describe_windows,
+    )
     from els_service.config import cpu_limit
     from els_service.engine.device import choose_devices
     from els_service.server.server import repository
@@ -195,7 +200,7 @@ def _check_models(settings: Settings) -> int:
                 info = denoiser.info
                 label = name if version == 1 else f"{name} version {version}"
                 kind = f"{info.kind} {info.machine}".rstrip()
-                also = f"{describe_sizes(info)}{describe_windows(info)}"
+                also = f"{describe_sizes(info)}{describe_windows(info)}{describe_engine(info)}"
                 typer.echo(f"{label}: ok, {kind}; {describe_speed(denoiser)}{also}")
         except LoadError as error:
             faults += 1

@@ -42,6 +42,13 @@ def describe_windows(info: DenoiserInfo) -> str:
     return f"; windows {PUBLISHED}, of a network on Fashion-MNIST"
 
 
+def describe_engine(info: DenoiserInfo) -> str:
+    """Return the engine and precision of a network, if there is a reason for them, else nothing."""
+    if not info.engine_reason:
+        return ""
+    return f"; computed by {info.engine} in {info.precision}: {info.engine_reason}"
+
+
 def describe_sizes(info: DenoiserInfo) -> str:
     """Return the sizes of the images of a bank, if they have several, else nothing."""
     if info.bank is None or info.bank.sizes is None:

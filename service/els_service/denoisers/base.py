@@ -332,6 +332,15 @@ class DenoiserInfo:
     has_originality: bool = False
     """Whether it is ``originality.HasBank``: a network describes its bank, but does not have it."""
     implementation: str = ""
+    engine: str = ""
+    """Execution engine of a trained network; empty for other models."""
+    engine_reason: str = ""
+    """Why it was chosen; empty if it is what was asked for."""
+    precision: str = ""
+    """Precision of a trained network's arithmetic; empty for other models."""
+    precision_error: float = 0.0
+    """Relative error of a trained network's output, measured at load: ‖difference‖/‖output‖ of the
+    worst image of a probe, against its own engine in float32; 0 for that engine in float32."""
     memory_bytes: int = 0
     """Approximate resident size of weights or bank; models of one bank share it."""
     condition_width: int = 0

@@ -14,6 +14,7 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, SizeRange
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.engines.options import EngineDefaults
 from els_service.denoisers.fold_levels import LevelFoldDenoiser, Machine
 from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
 from els_service.denoisers.mixed_banks import one_size
@@ -43,7 +44,9 @@ _MAX_NUMBERS = 1 << 29
 """Maximum numbers of an image: what the largest legal message holds."""
 
 
-def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
+def build(
+    spec: Spec, files: ModelFiles, banks: BankCache, device: str, engines: EngineDefaults
+) -> Denoiser:
     """Return the denoiser that a document describes.
 
     Args:
@@ -51,6 +54,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
         files: files of its folder.
         banks: cache of banks.
         device: device that holds bank or weights.
+        engines: engine options of the server, for trained networks.
 
     Raises:
         LoadError: A file is missing or invalid.
@@ -75,7 +79,7 @@ def build(spec: Spec, files: ModelFiles, banks: BankCache, device: str) -> Denoi
         case WienerSpec():
             return WienerDenoiser(one_size(banks.bank(files.find(spec.bank)), "kind wiener"))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
-            return load_pretrained(spec, files, device)
+            return load_pretrained(spec, files, device, engines)
 
 
 def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:

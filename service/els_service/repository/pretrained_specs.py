@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from els_service.denoisers.base import Denoiser
+from els_service.denoisers.engines.options import MAX_THREADS, EngineDefaults, EngineOptions
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
+from els_service.denoisers.networks.config import MAX_BUCKET
 from els_service.denoisers.pretrained.latent import load_latent
 from els_service.denoisers.pretrained.onnx_graph import OnnxDocument
-from els_service.denoisers.pretrained.onnx_model import load_onnx
+from els_service.denoisers.pretrained.onnx_model import OWN, load_onnx
 from els_service.denoisers.pretrained.time_inputs import (
     BETA_SCHEDULES,
     MAX_TIMESTEPS,
@@ -33,6 +36,32 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_Precision = Literal["float32", "bfloat16", "float16"]
+_Buckets = list[Annotated[int, Field(ge=1, le=MAX_BUCKET)]]
+_Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+
+
+class _ExecutionSpec(_Spec):
+    """Options of the engine; None for those of the server."""
+
+    precision: _Precision | None = None
+    buckets: _Buckets = []
+    threads: _Threads | None = None
+    fallback: bool | None = None
+
+
+class ExecutionSpec(_ExecutionSpec):
+    """Options of the engine of a torch module."""
+
+    engine: Literal["torch", "openvino", "compile", "auto"] | None = None
+
+
+class OnnxExecutionSpec(_ExecutionSpec):
+    """Options of the engine of an ONNX graph."""
+
+    engine: Literal["onnxruntime", "openvino", "auto"] | None = None
+
+
 class _UnetSpec(_Spec):
     """Folder of diffusers, unchanged."""
 
@@ -43,6 +72,7 @@ class _UnetSpec(_Spec):
     network: Annotated[str, Field(pattern=r"^[A-Za-z0-9_/-]*$")] = ""
     """Its sub-folder; empty for ``unet`` or else ``transformer``, or the folder itself."""
     shape: _Shape | None = None
+    execution: ExecutionSpec = ExecutionSpec()
 
 
 class DiffusersSpec(_UnetSpec):
@@ -140,26 +170,32 @@ class OnnxSpec(_Spec):
     constants: dict[str, float | list[float]] = {}
     shape: _Shape | None = None
     deterministic: bool = False
+    execution: OnnxExecutionSpec = OnnxExecutionSpec()
 
 
 PretrainedSpec = DiffusersSpec | LatentSpec | OnnxSpec
 
 
-def load_pretrained(spec: PretrainedSpec, inside: Inside, device: str) -> Denoiser:
+def load_pretrained(
+    spec: PretrainedSpec, inside: Inside, device: str, defaults: EngineDefaults
+) -> Denoiser:
     """Return the denoiser of a model folder.
 
     Args:
         spec: its ``model.yaml``.
         inside: function from a name in the model folder to its path.
         device: device that holds weights; ONNX graphs run on the CPU.
+        defaults: engine options of the server.
 
     Raises:
         LoadError: A file is missing or invalid; names it and the field or tensor.
-        ValueError: A field is out of range.
+        ValueError: A field is out of range, or the machine lacks the engine.
         ModuleNotFoundError: The extra of this kind is not installed.
     """
     if isinstance(spec, OnnxSpec):
-        return load_onnx(_onnx_document(spec), spec.file, inside)
+        return load_onnx(
+            _onnx_document(spec), spec.file, inside, _options(spec, defaults, spec.deterministic)
+        )
     if Path(spec.folder).is_absolute():
         raise LoadError(spec.folder, "expected a path relative to the model's folder")
     channels, height, width = spec.shape or (0, 0, 0)
@@ -169,9 +205,33 @@ def load_pretrained(spec: PretrainedSpec, inside: Inside, device: str) -> Denois
         variant=spec.variant,
         null_label=spec.null_label,
         condition_rows=spec.condition_rows if isinstance(spec, LatentSpec) else 0,
+        engine=_options(spec, defaults, deterministic=False),
     )
     load = load_latent if isinstance(spec, LatentSpec) else load_unet
     return load(Below(inside, spec.folder), options, device)
+
+
+def _options(spec: PretrainedSpec, defaults: EngineDefaults, deterministic: bool) -> EngineOptions:
+    """Return the options of the document, or else of the server.
+
+    Raises:
+        ValueError: Buckets do not increase.
+    """
+    given = spec.execution
+    default = defaults.engine
+    if isinstance(spec, OnnxSpec) and default in ("torch", "compile"):
+        default = OWN.engine  # torch computes no graphs of ONNX
+    buckets = given.buckets
+    if any(low >= high for low, high in itertools.pairwise(buckets)):
+        raise ValueError(f"execution.buckets: expected increasing numbers, got {buckets}")
+    return EngineOptions(
+        engine=given.engine or default,
+        precision=given.precision or defaults.precision,
+        threads=given.threads,
+        fallback=defaults.fallback if given.fallback is None else given.fallback,
+        deterministic=deterministic,
+        buckets=tuple(buckets),
+    )
 
 
 _RANGE = (0.002, 80.0)

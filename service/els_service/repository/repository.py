@@ -15,6 +15,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from els_service.denoisers.base import Denoiser
+from els_service.denoisers.engines.options import EngineDefaults
 from els_service.denoisers.networks import (
     MODEL_FILE,
     WEIGHTS_FILE,
@@ -49,11 +50,19 @@ class ModelRepository:
     Args:
         root: folder whose children with a ``model.yaml`` are models.
         implementation: implementation of patch attention, as in ``PatchAttention``.
+        engines: engine options of trained networks that do not name theirs.
     """
 
-    def __init__(self, root: Path, *, implementation: str = "auto") -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        implementation: str = "auto",
+        engines: EngineDefaults | None = None,
+    ) -> None:
         self._given, self.root = root, Path(os.path.realpath(root))
         self._banks = BankCache(implementation)
+        self._engines = engines or EngineDefaults()
         self._sources: dict[tuple[str, int], list[Path]] = {}
         """(Model, version) → files of its last load, without banks and windows."""
         self._digests: dict[Path, tuple[FileState, bytes]] = {}
@@ -118,7 +127,7 @@ class ModelRepository:
         """
         folder = dict(versions(self.root / name)).get(version, self.root / name)
         files = ModelFiles(folder, self.root)
-        denoiser = _load(files, self._banks, device)
+        denoiser = _load(files, self._banks, device, self._engines)
         self._sources[name, version] = files.named
         return denoiser
 
@@ -173,23 +182,23 @@ def load_network_folder(folder: Path, device: str = "cpu") -> NetworkDenoiser:
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind != "network":
         raise LoadError(path, f"kind: expected network, got {shortened(str(kind))}")
-    denoiser = _load(files, BankCache(), device)
+    denoiser = _load(files, BankCache(), device, EngineDefaults())
     assert isinstance(denoiser, NetworkDenoiser)
     return denoiser
 
 
-def _load(files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
+def _load(files: ModelFiles, banks: BankCache, device: str, engines: EngineDefaults) -> Denoiser:
     path = files(MODEL_FILE)
     content = read_yaml(path)
     try:
         if isinstance(content, dict) and content.get("kind") == "network":
-            document = parse_network(content, path)
+            document = parse_network(content, path, engines)
             return load_network(document, files(WEIGHTS_FILE), device)
         # Local import: networks are loaded without pydantic.
         from els_service.repository.builders import build
         from els_service.repository.specs import parse_spec
 
-        return build(parse_spec(content, path), files, banks, device)
+        return build(parse_spec(content, path), files, banks, device, engines)
     except LoadError:
         raise
     except ModuleNotFoundError as error:

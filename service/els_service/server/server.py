@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from els_proto.denoise.v1 import denoise_pb2, denoise_pb2_grpc
 from els_proto.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from els_service.config import Settings, cpu_limit
+from els_service.denoisers.engines.options import EngineDefaults
 from els_service.engine.device import DeviceLostError, WorkerDevice, choose_devices
 from els_service.engine.engine import Engine
 from els_service.errors import LoadError
@@ -74,7 +75,12 @@ class Started:
 
 def repository(settings: Settings) -> ModelRepository:
     """Return the repository of the models root in the settings, or of the bundled models."""
-    return ModelRepository(settings.models or bundled_models())
+    engines = EngineDefaults(
+        engine=settings.engine,
+        precision=settings.engine_precision,
+        fallback=settings.engine_fallback,
+    )
+    return ModelRepository(settings.models or bundled_models(), engines=engines)
 
 
 class Server:

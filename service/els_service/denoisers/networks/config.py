@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from els_service.denoisers.base import BankInfo
+from els_service.denoisers.engines.options import ENGINES, MAX_THREADS, EngineDefaults
 from els_service.denoisers.levels import SCHEDULES
 from els_service.denoisers.networks.parametrisation import PREDICTIONS
 from els_service.errors import InvalidArgumentError, LoadError
@@ -69,6 +70,12 @@ _CHECKS: dict[str, _Check] = {
     "compile": _one_of(*COMPILE_MODES),
     "buckets": _ints(f"batch sizes from 1 to {MAX_BUCKET}", 1, MAX_BUCKET, range(33)),
     "deterministic": _FLAG,
+    "engine": _one_of(*ENGINES),
+    "threads": (
+        f"1 to {MAX_THREADS}",
+        lambda value: value is None or _is_int(value, 1, MAX_THREADS),
+    ),
+    "fallback": _FLAG,
 }
 
 
@@ -125,9 +132,18 @@ class Execution:
     """Batch sizes: a batch is padded to the next one, or split by the largest."""
     deterministic: bool = False
     """Same bits alone and in any batch; requires exactly one bucket."""
+    engine: str = "torch"
+    """One of ``ENGINES``: what computes the network on a CPU."""
+    threads: int | None = None
+    """Threads of OpenVINO; None for as many as torch has, whose number is the server's."""
+    fallback: bool = True
+    """Whether an engine or precision that the machine lacks is replaced; else the model is
+    rejected."""
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.compile != "none" and self.engine not in ("torch", "compile"):
+            raise InvalidArgumentError("compile", f"none beside engine {self.engine}", self.compile)
         if any(low >= high for low, high in zip(self.buckets, self.buckets[1:], strict=False)):
             raise InvalidArgumentError("buckets", "increasing numbers", list(self.buckets))
         if self.deterministic and len(self.buckets) > 1:
@@ -146,17 +162,22 @@ class NetworkDocument:
     """Training data of the network, if the document names it."""
 
 
-def parse_network(document: Mapping[str, Any], source: object) -> NetworkDocument:
+def parse_network(
+    document: Mapping[str, Any], source: object, defaults: EngineDefaults | None = None
+) -> NetworkDocument:
     """Return the document of a network from the content of its ``model.yaml``.
 
     Args:
-        document: the mapping, with or without ``kind``.
+        document: the mapping, with or without ``kind``. Execution options may also stand in a
+            mapping ``execution``.
         source: the file, named in errors.
+        defaults: of the server, for options that the document does not name.
 
     Raises:
         LoadError: A field is unknown, missing or out of range; names it.
     """
-    values = {key: _tuples(value) for key, value in document.items() if key != "kind"}
+    content = _flat(document, source)
+    values = {key: _tuples(value) for key, value in content.items() if key != "kind"}
     data = values.pop("data", None)
     known = _names(NetworkConfig) | _names(Execution)
     for name in values:
@@ -168,11 +189,36 @@ def parse_network(document: Mapping[str, Any], source: object) -> NetworkDocumen
     try:
         return NetworkDocument(
             NetworkConfig(**{k: v for k, v in values.items() if k in _names(NetworkConfig)}),
-            Execution(**{k: v for k, v in values.items() if k in _names(Execution)}),
+            Execution(
+                **_defaults(values, defaults or EngineDefaults())
+                | {k: v for k, v in values.items() if k in _names(Execution)}
+            ),
             None if data is None else _data(data),
         )
     except InvalidArgumentError as error:
         raise LoadError(source, str(error)) from error
+
+
+def _flat(document: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Return a document with the options of its section ``execution`` beside the others."""
+    section = document.get("execution", {})
+    if not isinstance(section, Mapping):
+        raise LoadError(source, f"execution: expected a mapping, got {section!r:.80}")
+    known = _names(Execution)
+    for name in section:
+        if name not in known:
+            raise LoadError(source, f"execution.{name}: expected one of {', '.join(sorted(known))}")
+        if name in document:
+            raise LoadError(source, f"{name}: expected once, got it in execution too")
+    flat = {key: value for key, value in document.items() if key != "execution"}
+    return flat | dict(section)
+
+
+def _defaults(values: Mapping[str, Any], defaults: EngineDefaults) -> dict[str, Any]:
+    """Return the server's options that a document permits."""
+    if values.get("compile", "none") != "none":
+        return {"fallback": defaults.fallback}
+    return dataclasses.asdict(defaults)
 
 
 def describe_network(document: NetworkDocument) -> dict[str, Any]:

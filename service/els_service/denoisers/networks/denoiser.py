@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from els_kernels import checkpoint
@@ -20,6 +19,15 @@ from els_service.denoisers.base import (
     Query,
     check_finite,
 )
+from els_service.denoisers.engines.modules import (
+    COMPILED_BUCKETS,
+    Function,
+    allow_tf32,
+    choose_engine,
+    padded,
+)
+from els_service.denoisers.engines.options import EngineOptions
+from els_service.denoisers.engines.probe import Array
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.guidance import denoise_guided, product_guided
 from els_service.denoisers.levels import Floats
@@ -35,11 +43,9 @@ _FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 3e13}
 """Approximate operations per second of a CPU thread and a GPU; determines batch sizes."""
 _LAUNCH_S = 2e-4
 """Minimum duration of a call in seconds."""
-_DTYPES = {"tf32": torch.float32}
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _DETERMINISTIC_BUCKET = 8
-_COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 _CPU_LAYER_BYTES = 2 << 20
 """Maximum bytes of one layer's output, so that it is still cached when the next layer reads it."""
 _CPU_SMALLEST = 4
@@ -55,6 +61,7 @@ class NetworkDenoiser:
         network: with its weights; the denoiser owns it: it is moved, cast and frozen.
         document: its configuration and execution options.
         device: device of the weights.
+        source: the model, named in the log.
 
     Raises:
         ValueError: The device does not support ``document.execution``, a weight is too large for
@@ -62,25 +69,35 @@ class NetworkDenoiser:
     """
 
     def __init__(
-        self, network: Network, document: NetworkDocument, device: torch.device | str = "cpu"
+        self,
+        network: Network,
+        document: NetworkDocument,
+        device: torch.device | str = "cpu",
+        source: object = "",
     ) -> None:
         self._config, self._execution = document.config, document.execution
         self._device = torch.device(device)
         if self._device.type != "cuda":
             _check_without_gpu(self._execution)
-        self._dtype = _dtype(self._execution.precision)
-        network = network.to(self._device, self._dtype)
-        _check_weights(network, self._execution.precision)
+        network = network.to(self._device)
         network.set_layout(memory_format(self._execution.channels_last))
-        # Differentiated as it is, whatever computes ``denoise``: both share the weights.
-        self._network: Forward = network.eval().requires_grad_(False)
-        self._forward = _compiled(network, self._execution.compile)
         self._buckets = _buckets(self._execution)
-        self._largest = self._buckets[-1] if self._buckets else self._launch_size()
+        self._engine, module = choose_engine(
+            self._function(network.eval().requires_grad_(False)),
+            self._device,
+            self._options(),
+            source,
+        )
+        # Differentiated as it is, whatever computes ``denoise``: both have the same weights.
+        self._network: Forward = module
+        self._dtype = next(iter(module.parameters())).dtype
+        if self._engine.name == "compile" and not self._buckets:
+            self._buckets = COMPILED_BUCKETS
+        self._largest = self._launch_size()
         self._flops = count_flops(self._config)
         threads = torch.get_num_threads() if self._device.type == "cpu" else 1
         self._flops_per_second = threads * _FLOPS_PER_SECOND[self._device.type]
-        self._info = self._describe(network, document)
+        self._info = self._describe(module, document)
         if self._execution.deterministic:
             self._check_batch_invariance()
 
@@ -111,11 +128,10 @@ class NetworkDenoiser:
         """
         if query.guidance is not None:
             return denoise_guided(self.denoise, query)
-        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
-            parts = [
-                self._denoise_part(query[images], bucket)
-                for images, bucket in self._launches(len(query))
-            ]
+        parts = [
+            self._denoise_part(query[images], bucket)
+            for images, bucket in self._launches(len(query))
+        ]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
@@ -150,7 +166,7 @@ class NetworkDenoiser:
     ) -> Product:
         checkpoint()
         answer = automatic_product(
-            lambda x: self._mean(query, x, bucket, self._network), query.pixels, along, kind
+            lambda x: self._mean(query, x, bucket), query.pixels, along, kind
         )
         self._check_finite(answer.mean)
         self._check_finite(answer.product)
@@ -158,37 +174,48 @@ class NetworkDenoiser:
 
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
         checkpoint()
-        mean = self._mean(query, query.x, bucket, self._forward).numpy()
+        level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
+        # What overflows is found below, in the answer.
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = query.pixels * _row(level.c_in)
+            mean = self._run(scaled, level.time, query.labels, bucket)
+            # A separate product and sum: fused ones could round differently by place in the batch.
+            mean *= _row(level.c_out)
+            mean += query.pixels * _row(level.c_skip)
         self._check_finite(mean)
         return mean
 
+    def _run(
+        self, scaled: npt.NDArray[np.float32], time: Floats, labels: Integers, bucket: int
+    ) -> npt.NDArray[np.float32]:
+        """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket."""
+        inputs: list[Array] = [scaled, time.astype(np.float32), self._rows(labels)]
+        if bucket > len(scaled):
+            inputs = [padded(one, bucket) for one in inputs]
+        output: npt.NDArray[np.float32] = self._engine.run(*inputs)[: len(scaled)]
+        return output
+
     def _check_finite(self, result: npt.NDArray[np.float32]) -> None:
-        check_finite(result, "the network", f" in {self._execution.precision}")
+        check_finite(result, "the network", f" in {self._engine.precision}")
 
-    def _mean(self, query: Query, x: Tensor, bucket: int, forward: Forward) -> Tensor:
-        """Return D(x), [B, C, H, W] float32 on the CPU, at the levels of a query."""
+    def _mean(self, query: Query, x: Tensor, bucket: int) -> Tensor:
+        """Return D(x), [B, C, H, W] float32 on the CPU, for differentiation."""
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
-        scaled = x * _column(level.c_in)
-        predicted = self._predict(scaled, level.time, query.labels, bucket, forward)
-        # A separate product and sum: fused ones could round differently by place in the batch.
-        return predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
-
-    def _predict(
-        self, scaled: Tensor, time: Floats, labels: Integers, bucket: int, forward: Forward
-    ) -> Tensor:
-        """Return the network's output for ``scaled`` [B, C, H, W], B ≤ bucket, float32 on CPU."""
-        # The product is a new allocation, so its alignment is always the same; padding is zeros.
-        padding = bucket - len(scaled)
-        x = functional.pad(scaled, (0, 0, 0, 0, 0, 0, 0, padding))
-        times = functional.pad(torch.from_numpy(time).float(), (0, padding))
-        chosen = torch.from_numpy(np.where(labels < 0, self._config.label_count, labels))
-        rows = functional.pad(chosen, (0, padding))
-        output = forward(
-            x.to(self._device, self._dtype), times.to(self._device), rows.to(self._device)
+        padding = bucket - len(x)
+        scaled = functional.pad(x * _column(level.c_in), (0, 0, 0, 0, 0, 0, 0, padding))
+        time = functional.pad(torch.from_numpy(level.time).float(), (0, padding))
+        rows = functional.pad(torch.from_numpy(self._rows(query.labels)), (0, padding))
+        output = self._network(
+            scaled.to(self._device, self._dtype), time.to(self._device), rows.to(self._device)
         )
-        return output[: len(scaled)].to(
+        predicted = output[: len(x)].to(
             "cpu", torch.float32, memory_format=torch.contiguous_format, copy=True
         )
+        return predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+
+    def _rows(self, labels: Integers) -> Integers:
+        """Return the rows of the label embedding; the last is that of no label."""
+        return np.where(labels < 0, self._config.label_count, labels)
 
     def _launches(self, images: int) -> Iterator[tuple[slice, int]]:
         """Yield the slices of a batch with their bucket sizes."""
@@ -198,33 +225,66 @@ class NetworkDenoiser:
             yield slice(first, first + count), bucket
 
     def _launch_size(self) -> int:
-        """Return the number of images of a launch; on a CPU limited by its caches."""
+        """Return the most images of a launch; on a CPU torch's is limited by its caches."""
+        if self._buckets:
+            return self._buckets[-1]
+        if self._engine.largest:
+            return self._engine.largest
         if self._device.type != "cpu":
             return _LARGEST_BATCH
         _, height, width = self._config.shape
         layer = self._config.widths[0] * height * width * self._dtype.itemsize
         return min(_LARGEST_BATCH, max(_CPU_SMALLEST, _CPU_LAYER_BYTES // layer))
 
+    def _options(self) -> EngineOptions:
+        execution = self._execution
+        return EngineOptions(
+            engine="compile" if execution.compile != "none" else execution.engine,
+            precision=execution.precision,
+            threads=execution.threads,
+            fallback=execution.fallback,
+            deterministic=execution.deterministic,
+            buckets=self._buckets,
+        )
+
+    def _function(self, network: Network) -> Function:
+        config, mode = self._config, self._execution.compile
+        labels = config.label_count + config.null_label
+
+        def example(images: int) -> list[Array]:
+            numbers = np.random.default_rng(0)
+            x = numbers.standard_normal((images, *config.shape)).astype(np.float32)
+            time = np.linspace(0.9, 0.1, images).astype(np.float32)
+            return [x, time, np.arange(images, dtype=np.int64)[::-1] % max(labels, 1)]
+
+        return Function(
+            module=network,
+            names=("x", "time", "labels"),
+            cast=("x",),
+            example=example,
+            compile_mode="reduce-overhead" if mode == "cuda-graphs" else None,
+        )
+
     def _check_batch_invariance(self) -> None:
         """Compare one image at every place of the bucket: libraries do not guarantee equality."""
         (bucket,) = self._buckets
-        image = torch.linspace(-2, 2, int(np.prod(self._config.shape))).view(1, *self._config.shape)
+        image = np.linspace(-2, 2, int(np.prod(self._config.shape)), dtype=np.float32)
+        repeated = np.tile(image.reshape(1, *self._config.shape), (bucket, 1, 1, 1))
         time, labels = np.full(bucket, 0.5), np.zeros(bucket, np.int64)
-        with torch.inference_mode(), allow_tf32(self._execution.precision == "tf32"):
-            repeated = image.repeat(bucket, 1, 1, 1)
-            places = self._predict(repeated, time, labels, bucket, self._forward)
-            alone = self._predict(image, time[:1], labels[:1], bucket, self._forward)
-        if not alone.isfinite().all():
-            precision = self._execution.precision
+        places = self._run(repeated, time, labels, bucket)
+        alone = self._run(repeated[:1], time[:1], labels[:1], bucket)
+        if not np.isfinite(alone).all():
+            precision = self._engine.precision
             raise ValueError(f"deterministic: expected finite results in {precision}, got others")
-        if not all(torch.equal(place, alone[0]) for place in places):
+        if not all(np.array_equal(place, alone[0]) for place in places):
             raise ValueError(
                 f"deterministic: expected the same bits at every place of a batch of {bucket}, "
-                f"got others on this {self._device.type}; another bucket may do"
+                f"got others by {self._engine.description} on this {self._device.type}; "
+                "another bucket may do"
             )
 
-    def _describe(self, network: Network, document: NetworkDocument) -> DenoiserInfo:
-        config = self._config
+    def _describe(self, module: nn.Module, document: NetworkDocument) -> DenoiserInfo:
+        config, engine = self._config, self._engine
         return DenoiserInfo(
             kind="network",
             shape=config.shape,
@@ -237,8 +297,13 @@ class NetworkDenoiser:
             bank=document.data,
             batch_invariant=self._execution.deterministic,
             has_gradients=True,
-            implementation=f"torch {self._execution.precision}",
-            memory_bytes=sum(p.numel() * p.element_size() for p in network.parameters()),
+            implementation=engine.description,
+            memory_bytes=sum(p.numel() * p.element_size() for p in module.parameters())
+            + engine.memory_bytes,
+            engine=engine.name,
+            engine_reason=engine.reason,
+            precision=engine.precision,
+            precision_error=engine.error,
         )
 
 
@@ -247,14 +312,6 @@ def _check_without_gpu(execution: Execution) -> None:
         raise ValueError("precision: expected float32, bfloat16 or float16 on a CPU, got tf32")
     if execution.compile == "cuda-graphs":
         raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
-
-
-def _check_weights(network: Network, precision: str) -> None:
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(
-                f"{name}: expected numbers within the range of {precision}, got others"
-            )
 
 
 def count_flops(config: NetworkConfig) -> int:
@@ -274,37 +331,17 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _dtype(precision: str) -> torch.dtype:
-    return _DTYPES.get(precision) or getattr(torch, precision)
-
-
 def _buckets(execution: Execution) -> tuple[int, ...]:
     if execution.buckets:
         return execution.buckets
     if execution.deterministic:
         return (_DETERMINISTIC_BUCKET,)
-    return () if execution.compile == "none" else _COMPILED_BUCKETS
+    return ()
 
 
-def _compiled(network: Network, mode: str) -> Forward:
-    if mode == "none":
-        return network
-    options = "reduce-overhead" if mode == "cuda-graphs" else None
-    # Buckets keep the number of shapes small; each is compiled at its first use.
-    return torch.compile(network, dynamic=False, mode=options)
+def _row(values: Floats) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32).reshape(-1, 1, 1, 1)
 
 
 def _column(values: Floats) -> Tensor:
     return torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1, 1)
-
-
-@contextmanager
-def allow_tf32(allowed: bool) -> Iterator[None]:
-    """Set temporarily whether float32 products may round their inputs to TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

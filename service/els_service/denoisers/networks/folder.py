@@ -46,7 +46,7 @@ def load_network(
     network = build_network(document.config, "meta")
     tensors = read_weights(weights, network.state_dict())
     network.load_state_dict(tensors, assign=True)
-    return NetworkDenoiser(network, document, device)
+    return NetworkDenoiser(network, document, device, weights.parent)
 
 
 def save_network_folder(

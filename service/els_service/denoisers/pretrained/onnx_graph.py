@@ -1,4 +1,4 @@
-"""Session of an ONNX graph, with its inputs identified by name and filled in their own types.
+"""ONNX graph with its inputs identified by name and filled in their own types.
 
 No value is changed by an unsafe cast: whole numbers must stay whole, and real ones finite and
 within one percent.
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from els_service.denoisers.engines.converted import Inputs
+from els_service.denoisers.engines.probe import Array, Runner
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.pretrained.time_inputs import TimeInput
 from els_service.errors import ElsError, LoadError
@@ -100,7 +102,7 @@ class Input:
 
 
 class Graph:
-    """A session with its inputs classified.
+    """A graph with its inputs classified, and the engine that computes it.
 
     Args:
         session: of onnxruntime.
@@ -131,35 +133,63 @@ class Graph:
             (self._input(nodes[name]), self._constant(nodes[name], value))
             for name, value in document.constants.items()
         ]
+        given = [self._noisy, self.level, *(one for one, _ in self._constants)]
+        given += [self._label] if self._label is not None else []
+        self.inputs = Inputs(
+            tuple(one.name for one in given),
+            tuple(not one.shared for one in given),
+            tuple(one.rest for one in given),
+        )
+        """Of the engine, in order."""
+        self.engine: Runner = self.computed
+        """What computes the graph."""
+
+    def computed(self, *inputs: Array) -> npt.NDArray[np.float32]:
+        """Return the output by onnxruntime."""
+        given = dict(zip(self.inputs.names, inputs, strict=True))
+        (output,) = self._session.run([self._document.output], given)
+        answer: npt.NDArray[np.float32] = output.astype(np.float32)
+        return answer
+
+    def fill(
+        self, x: npt.NDArray[np.float32], level_input: Floats, labels: npt.NDArray[np.int64]
+    ) -> list[Array]:
+        """Return the engine's inputs for x [B, C, H, W]; a fixed batch is padded with the last x.
+
+        Args:
+            x: in the scale of the graph.
+            level_input: values of the level's input, [B].
+            labels: [B].
+        """
+        count = len(x)
+        size = self.batch or count
+        rows = np.minimum(np.arange(size), count - 1)
+        inputs = [
+            self._noisy.fill(x[rows], size),
+            self.level.fill(level_input[rows].reshape(-1, *self.level.rest), size),
+            *(one.fill(value, size) for one, value in self._constants),
+        ]
+        if self._label is not None:
+            inputs.append(self._label.fill(labels[rows].reshape(-1, *self._label.rest), size))
+        return inputs
 
     def run(
         self, x: npt.NDArray[np.float32], level_input: Floats, labels: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """Return the output for x [B, C, H, W], float32; a fixed batch is padded with the last x.
+        """Return the output for x [B, C, H, W], float32; arguments as of ``fill``.
 
         Raises:
             ElsError: The output's shape differs from that of x.
         """
         count = len(x)
-        size = self.batch or count
-        rows = np.minimum(np.arange(size), count - 1)
-        inputs = {
-            self._noisy.name: self._noisy.fill(x[rows], size),
-            self.level.name: self.level.fill(level_input[rows].reshape(-1, *self.level.rest), size),
-            **{one.name: one.fill(value, size) for one, value in self._constants},
-        }
-        if self._label is not None:
-            inputs[self._label.name] = self._label.fill(
-                labels[rows].reshape(-1, *self._label.rest), size
-            )
-        (output,) = self._session.run([self._document.output], inputs)
-        if output.shape != (size, *self.shape):
-            expected = [size, *self.shape]
+        output = self.engine(*self.fill(x, level_input, labels))
+        expected = (self.batch or count, *self.shape)
+        if output.shape != expected:
             raise ElsError(
-                f"{self._document.output}: expected shape {expected}, got {list(output.shape)}"
+                f"{self._document.output}: expected shape {list(expected)}, "
+                f"got {list(output.shape)}"
             )
-        answer: npt.NDArray[np.float32] = output[:count].astype(np.float32)
-        return answer
+        return output[:count]
 
     def check_level(self, values: Floats, level_as: str) -> None:
         """Check that the level's input can hold the values at the ends of the trained range.

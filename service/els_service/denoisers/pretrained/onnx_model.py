@@ -1,7 +1,8 @@
 """Denoiser of an ONNX graph that maps a noisy image and its level to D(x), ε, v or a velocity.
 
 Inputs are identified by name; one that is neither the image, the level nor the label is a constant.
-The graph runs on the CPU in onnxruntime's own operators, with the number of torch's threads.
+The graph runs on the CPU, in onnxruntime's own operators or converted to OpenVINO, with the number
+of torch's threads unless the model names another.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ from els_service.denoisers.base import (
     check_finite,
     make_query,
 )
+from els_service.denoisers.engines.choice import Engine, choose
+from els_service.denoisers.engines.converted import OpenvinoRunner, graph_of_onnx
+from els_service.denoisers.engines.options import EngineOptions, PrecisionError
+from els_service.denoisers.engines.probe import Probe
+from els_service.denoisers.engines.runtime import Settings
 from els_service.denoisers.levels import (
     MAX_SIGMA,
     MIN_SIGMA,
@@ -59,32 +66,57 @@ a·x0 + s·ε, or (1-t)·x0 + t·ε with t = σ/(1+σ)."""
 SCALINGS = tuple(_SCALINGS)
 _LARGEST_BATCH = 16
 """Maximum images of a launch; a larger one is not faster and needs more memory."""
+OWN = EngineOptions(engine="onnxruntime")
+"""The engine that computes every graph."""
+_PROBED = 3
+"""Images of a probe."""
 
 
 class OnnxDenoiser:
-    """A graph in onnxruntime.
+    """A graph in onnxruntime or OpenVINO.
 
     Args:
         session: session of the graph.
         document: its description.
         path: path of the graph, for errors.
+        options: of the engine.
+        model: the graph as ``read_onnx`` returns it, for other engines than onnxruntime.
 
     Raises:
         LoadError: Inputs, outputs or shapes differ from the document, or the graph fails or returns
             NaN or infinity; names the input or output.
+        EngineError: The machine lacks the engine or precision, and there is no fallback.
     """
 
-    def __init__(self, session: Any, document: OnnxDocument, path: Path) -> None:
+    def __init__(
+        self,
+        session: Any,
+        document: OnnxDocument,
+        path: Path,
+        options: EngineOptions = OWN,
+        model: bytes | Path = b"",
+    ) -> None:
         self._session, self._document = session, document
         self._graph = Graph(session, document, path)
         self._time = self._time_input(path)
         self._max_sigma = self._time.max_sigma if self._time else document.sigma_range[1]
+        self._least_sigma = self._time.min_sigma if self._time else document.sigma_range[0]
         self._check_level()
         self._largest = self._graph.batch or _LARGEST_BATCH
         if document.deterministic and self._largest > 1:
             if self._graph.batch:
                 raise LoadError(path, f"deterministic: the graph takes {self._largest} at a time")
             self._largest = 1
+        engine = choose(
+            options,
+            {
+                OWN.engine: partial(self._own, session),
+                "openvino": partial(self._converted, options, model),
+            },
+            self._probe,
+            path,
+        )
+        self._graph.engine = engine.run
         self._info = DenoiserInfo(
             kind="onnx",
             shape=self._graph.shape,
@@ -95,8 +127,12 @@ class OnnxDenoiser:
             else document.sigma_range,
             label_count=document.label_count,
             batch_invariant=self._largest == 1,
-            implementation=f"onnxruntime {session.get_providers()[0]}",
-            memory_bytes=path.stat().st_size,
+            implementation=engine.description,
+            engine=engine.name,
+            engine_reason=engine.reason,
+            precision=engine.precision,
+            precision_error=engine.error,
+            memory_bytes=path.stat().st_size + engine.memory_bytes,
         )
         self._seconds = self._try(path)
 
@@ -150,6 +186,37 @@ class OnnxDenoiser:
         check_finite(mean, f"{document.output}: the graph")
         return mean
 
+    def _own(self, session: Any, precision: str) -> Engine:
+        """Return onnxruntime, which computes in the types of the graph."""
+        if precision != "float32":
+            expected = "precision: expected float32 for onnxruntime, which has that of the graph"
+            raise PrecisionError(f"{expected}, got {precision}")
+        description = f"onnxruntime {session.get_providers()[0]}"
+        return Engine(OWN.engine, self._graph.computed, precision, description)
+
+    def _converted(self, options: EngineOptions, model: bytes | Path, precision: str) -> Engine:
+        """Return the graph converted to OpenVINO."""
+        settings = Settings(precision, options.threads or torch.get_num_threads())
+        buckets = options.buckets
+        if self._graph.batch or self._document.deterministic:
+            buckets = (self._largest,)
+        graph = graph_of_onnx(model, self._document.output)
+        run = OpenvinoRunner(graph, self._graph.inputs, settings, self._probe(), buckets)
+        held = len(run.seconds) * (len(model) if isinstance(model, bytes) else 0)
+        return Engine("openvino", run, precision, run.description, run.error, memory_bytes=held)
+
+    def _probe(self) -> Probe:
+        """Return answers of onnxruntime at levels of the trained range."""
+        graph, images = self._graph, self._graph.batch or _PROBED
+        numbers = np.random.default_rng(0)
+        x = numbers.standard_normal((images, *graph.shape)).astype(np.float32)
+        sigma = np.geomspace(min(1.0, self._max_sigma), max(self._least_sigma, 1e-2), images)
+        if graph.level.shared:
+            sigma = np.full(images, sigma[0])
+        labels = np.arange(images)[::-1] % max(self._document.label_count, 1)
+        inputs = graph.fill(x, self._level_input(sigma), labels)
+        return Probe(inputs, graph.computed(*inputs))
+
     def _time_input(self, path: Path) -> TimeInput | None:
         """Return the time input, rounded where the graph takes integers."""
         time_input = self._document.time_input
@@ -189,23 +256,30 @@ class OnnxDenoiser:
         return seconds
 
 
-def load_onnx(document: OnnxDocument, file: str, inside: Callable[[str], Path]) -> OnnxDenoiser:
+def load_onnx(
+    document: OnnxDocument,
+    file: str,
+    inside: Callable[[str], Path],
+    engine: EngineOptions = OWN,
+) -> OnnxDenoiser:
     """Return the denoiser of an ONNX file.
 
     Args:
         document: description of the graph.
         file: its name.
         inside: resolver of names in the model folder.
+        engine: options of the engine.
 
     Raises:
         LoadError: The file is rejected, or differs from the document; names the field.
+        EngineError: The machine lacks the engine or precision, and there is no fallback.
     """
     import onnxruntime
 
     path = inside(file)
     model = read_onnx(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = engine.threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     options.log_severity_level = 3
@@ -217,7 +291,7 @@ def load_onnx(document: OnnxDocument, file: str, inside: Callable[[str], Path]) 
         # onnxruntime's exceptions have no common class.
         text = " ".join(str(error).split())
         raise LoadError(path, f"onnxruntime rejects it: {text:.300}") from error
-    return OnnxDenoiser(session, document, path)
+    return OnnxDenoiser(session, document, path, engine, model)
 
 
 def _column(values: Floats) -> npt.NDArray[np.float32]:

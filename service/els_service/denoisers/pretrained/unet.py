@@ -9,9 +9,8 @@ its range, and samplers and scores derive the noise from the clipped D (as in DD
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,9 @@ from els_service.denoisers.base import (
     Query,
     check_finite,
 )
+from els_service.denoisers.engines.modules import choose_engine
+from els_service.denoisers.engines.options import EngineOptions
+from els_service.denoisers.engines.probe import Array
 from els_service.denoisers.gradients import Direction, Product, automatic_product, joined
 from els_service.denoisers.levels import Floats
 from els_service.denoisers.networks.parametrisation import parametrise
@@ -38,6 +40,7 @@ from els_service.denoisers.pretrained.folder import (
     load_part,
     read_trained,
 )
+from els_service.denoisers.pretrained.unet_function import condition_width, function_of
 from els_service.denoisers.pretrained.weights import Inside
 from els_service.denoisers.query_checks import check_query
 from els_service.errors import InvalidArgumentError
@@ -82,10 +85,11 @@ class UnetOptions:
     diffusers folder itself, where its configuration is there."""
     shape: tuple[int, int, int] | None = None
     """(C, H, W); required if the configuration has no ``sample_size``."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 class UnetDenoiser:
-    """A UNet of diffusers, in float32.
+    """A UNet of diffusers.
 
     Args:
         part: the UNet with its weights.
@@ -93,16 +97,24 @@ class UnetDenoiser:
         options: loading options.
         device: device of the weights.
         flops: floating-point operations of one image.
+
+    Raises:
+        EngineError: The machine lacks the engine or precision, and there is no fallback.
     """
 
     def __init__(
         self, part: Part, trained: Trained, options: UnetOptions, device: str, flops: int
     ) -> None:
-        self._unet, self._trained, self._device = part.module, trained, torch.device(device)
+        self._trained, self._device = trained, torch.device(device)
         self._flops_per_second = _FLOPS_PER_SECOND[self._device.type]
         self._flops = flops
-        self._channels, *_ = shape = shape_of(part, options)
+        shape = shape_of(part, options)
         rows, self._null_row = _label_rows(part, options)
+        function = function_of(part, trained, shape, rows)
+        engine, module = choose_engine(function, self._device, options.engine, part.path.parent)
+        # Differentiated as it is, whatever computes ``denoise``.
+        self._run, self._module = engine.run, module
+        self._dtype = next(iter(module.parameters())).dtype
         self._info = DenoiserInfo(
             kind="diffusers",
             shape=shape,
@@ -115,8 +127,14 @@ class UnetDenoiser:
             label_guidance=self._null_row is not None and not condition_width(part),
             batch_invariant=False,
             has_gradients=True,
-            implementation="diffusers float32",
-            memory_bytes=memory_of(part.module),
+            implementation="diffusers float32"
+            if (engine.name, engine.precision) == ("torch", "float32")
+            else engine.description,
+            memory_bytes=memory_of(module) + engine.memory_bytes,
+            engine=engine.name,
+            engine_reason=engine.reason,
+            precision=engine.precision,
+            precision_error=engine.error,
             condition_width=condition_width(part),
             condition_rows=options.condition_rows if condition_width(part) else 0,
         )
@@ -144,8 +162,7 @@ class UnetDenoiser:
         Raises:
             ElsError: The network returned NaN or infinity.
         """
-        with torch.inference_mode():
-            parts = [self._denoise_part(query[images]) for images in _launches(query)]
+        parts = [self._denoise_part(query[images]) for images in _launches(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
@@ -173,13 +190,16 @@ class UnetDenoiser:
         self, query: Query, along: npt.NDArray[np.float32], kind: Direction
     ) -> Product:
         checkpoint()
-        return automatic_product(lambda x: self._mean(query, x), query.pixels, along, kind)
+        return automatic_product(
+            lambda x: self._mean(query, x, self._differentiable), query.pixels, along, kind
+        )
 
     def _denoise_part(self, query: Query) -> npt.NDArray[np.float32]:
         checkpoint()
-        return self._mean(query, query.x).numpy()
+        with torch.inference_mode():
+            return self._mean(query, query.x, self._computed).numpy()
 
-    def _mean(self, query: Query, x: Tensor) -> Tensor:
+    def _mean(self, query: Query, x: Tensor, network: _Network) -> Tensor:
         """Return D(x), [B, C, H, W] float32 on the CPU, at the levels of a query."""
         trained = self._trained
         level = parametrise(
@@ -189,7 +209,7 @@ class UnetDenoiser:
             max_sigma=trained.timesteps.max_sigma,
         )
         timestep = trained.timesteps.at(level.sigma)
-        predicted = self._predict(x * _column(level.c_in), timestep, query)
+        predicted = self._predict(x * _column(level.c_in), timestep, query, network)
         mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
         # Before they are clipped, which would make images of infinities.
         check_finite(mean.detach().numpy(), "the network")
@@ -202,35 +222,44 @@ class UnetDenoiser:
                 mean = torch.where(kept, mean, clipped)
         return mean
 
-    def _predict(self, scaled: Tensor, timestep: Floats, query: Query) -> Tensor:
+    def _predict(self, scaled: Tensor, timestep: Floats, query: Query, network: _Network) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""
         count, conditions, guided = len(query), query.conditions, _guided(query)
         rows = [*range(count), *guided]
         dtype = np.float32 if not self._trained.timesteps.whole else np.int64
-        inputs: dict[str, Any] = {}
-        if conditions:
-            inputs["encoder_hidden_states"] = _states(conditions, guided).to(self._device)
+        inputs: list[Array] = [timestep[rows].astype(dtype)]
         if self._info.label_count:
             labels = query.labels[rows]
             if not conditions:
                 labels[count:] = -1
-            inputs["class_labels"] = self._class_labels(labels).to(self._device)
-        output: Tensor = self._unet(
-            scaled[rows].to(self._device),
-            torch.from_numpy(timestep[rows].astype(dtype)).to(self._device),
-            return_dict=False,
-            **inputs,
-        )[0]
-        # Without a learned variance, which is in further channels.
-        output = output[:, : self._channels].to("cpu", torch.float32).contiguous()
+            inputs.append(self._class_labels(labels))
+        if conditions:
+            inputs.append(_states(conditions, guided))
+        output = network(scaled[rows], inputs)
         given, without = output[:count], output[count:]
         for (i, guidance), other in zip(guided.items(), without, strict=True):
             given[i] = other + guidance * (given[i] - other)
         return given
 
-    def _class_labels(self, labels: Integers) -> Tensor:
+    def _computed(self, x: Tensor, inputs: Sequence[Array]) -> Tensor:
+        """Return the output by the engine."""
+        return torch.from_numpy(self._run(x.numpy(), *inputs))
+
+    def _differentiable(self, x: Tensor, inputs: Sequence[Array]) -> Tensor:
+        """Return the output by torch."""
+        others = [torch.from_numpy(one).to(self._device) for one in inputs]
+        if self._info.condition_width:
+            others[-1] = others[-1].to(self._dtype)
+        output: Tensor = self._module(x.to(self._device, self._dtype), *others)
+        return output.to("cpu", torch.float32).contiguous()
+
+    def _class_labels(self, labels: Integers) -> Integers:
         null = self._null_row
-        return torch.from_numpy(labels if null is None else np.where(labels < 0, null, labels))
+        return labels if null is None else np.where(labels < 0, null, labels)
+
+
+_Network = Callable[[Tensor, Sequence[Array]], Tensor]
+"""x [B, C, H, W] and further inputs → F, float32 on the CPU."""
 
 
 def load_unet(
@@ -299,20 +328,6 @@ def shape_of(part: Part, options: UnetOptions) -> tuple[int, int, int]:
         expected = "a number of pixels, or [height, width], to 4096, or a shape in model.yaml"
         raise part.refuse("sample_size", expected)
     return channels, *sides
-
-
-def condition_width(part: Part) -> int:
-    """Return the width of a condition; 0 for a UNet without conditioning.
-
-    Raises:
-        LoadError: Blocks have different widths.
-    """
-    if "cross_attention_dim" not in part.config:
-        return 0
-    width = part.config["cross_attention_dim"]
-    if not isinstance(width, int) or width < 1:
-        raise part.refuse("cross_attention_dim", "one number")
-    return width
 
 
 def memory_of(module: nn.Module) -> int:
@@ -389,11 +404,11 @@ def _guided(query: Query) -> dict[int, float]:
     return {i: guidance for i, guidance in enumerate(given) if guidance != 1}
 
 
-def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Tensor:
+def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Array:
     """Return the condition of each row, [B + guided, T, W]."""
     others = [conditions[i].unconditional for i in guided]
     given = [condition.given for condition in conditions]
-    return torch.from_numpy(np.stack([*given, *(other for other in others if other is not None)]))
+    return np.stack([*given, *(other for other in others if other is not None)])
 
 
 def _column(values: Floats) -> Tensor:

@@ -25,9 +25,10 @@ from torch.nn import functional
 
 from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
+from els_service.denoisers.engines.modules import allow_tf32
 from els_service.denoisers.files import write_atomically
 from els_service.denoisers.networks.config import Execution, NetworkDocument
-from els_service.denoisers.networks.denoiser import Forward, allow_tf32, memory_format
+from els_service.denoisers.networks.denoiser import Forward, memory_format
 from els_service.denoisers.networks.folder import (
     MODEL_FILE,
     WEIGHTS_FILE,

@@ -9,6 +9,10 @@ from els_service.denoisers.folder_scheduler import FolderScheduler
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.request_context import PRIORITIES
+from els_service.errors import shortened
+
+_LONGEST_REASON = 1000
+"""Maximum characters of the reason for an engine, which may quote a compiler."""
 
 
 def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
@@ -68,6 +72,10 @@ def encode_model(served: ModelVersion, limits: Limits) -> pb.Model:
         sizes=None if info.sizes is None else _encode_sizes(info.sizes),
         scales=[pb.Scale(height=height, width=width) for height, width in info.scales],
         scale_steps=info.scale_steps,
+        engine=info.engine,
+        engine_reason=shortened(info.engine_reason, _LONGEST_REASON),
+        precision=info.precision,
+        precision_error=info.precision_error,
     )
 
 

@@ -102,6 +102,8 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         *((request.height, request.width) if request.height or request.width else ()),
         *((info.fold,) if info.fold else ()),
         *((request.tileable, request.symmetric, info.scales) if info.scales else ()),
+        # The last bits depend on its version and threads; without the promise they may differ.
+        *((info.implementation,) if info.batch_invariant and info.engine == "openvino" else ()),
         *(("scaled", request.window_scale) if request.window_scale else ()),
     )
     digest = hashlib.sha256(repr(drawn).encode())

@@ -14,7 +14,7 @@ from els_service.engine.engine import Engine
 from els_service.engine.loaded_model import DurationSum, Statistics
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.request_context import DEFAULT_PRIORITY, PRIORITIES
-from els_service.errors import InvalidArgumentError
+from els_service.errors import InvalidArgumentError, shortened
 from els_service.server.requests.signatures import INPUTS, inputs_of, outputs_of
 from els_service.server.transport.grpc_types import Context
 
@@ -183,6 +183,9 @@ def _config(served: ModelVersion, limits: Limits) -> pb.ModelConfig:
         "padding": info.padding,
         "schedule": info.schedule,
         "implementation": info.implementation,
+        "engine": info.engine,
+        "engine_reason": shortened(info.engine_reason),
+        "precision": info.precision,
         "batch_invariant": str(info.batch_invariant).lower(),
         "max_images": str(limits.max_images),
         "max_steps": str(limits.max_steps),

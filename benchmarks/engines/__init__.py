@@ -1,0 +1,1 @@
+"""Engines of networks: ours behind the denoiser protocol, beside each library called directly."""
