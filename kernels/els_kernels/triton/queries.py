@@ -69,7 +69,8 @@ def prepare(
     ]
     table = torch.tensor(factors, dtype=torch.float64, device=x.device)
     signal, factor, bias, noise = table.T.contiguous()
-    image = x - signal[:, None, None, None] * keys.centre
+    # Kernels address contiguous memory.
+    image = x.contiguous() - signal[:, None, None, None] * keys.centre
     scaled = image * factor[:, None, None, None]
     larger, power = precision.scale_queries(scaled)
     queries = Queries(
