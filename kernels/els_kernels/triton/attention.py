@@ -12,14 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from els_kernels.geometry import Geometry, Posterior, band, group_by, zero_padded_spans
-from els_kernels.triton import launch, layout, precision, tuning
+from els_kernels.geometry import Geometry, Posterior, group_by, zero_padded_spans
+from els_kernels.triton import launch, layout, precision, queries, tuning
 from els_kernels.triton.chips import architecture
 from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
 
 _log = logging.getLogger(__name__)
-_LOG2E = math.log2(math.e)
 
 _TOGETHER = 16
 """Maximum images in a launch: bounds the memory of their states; results do not depend on it."""
@@ -62,15 +61,16 @@ class TritonAttention:
             for first in range(0, len(members), _TOGETHER)
         )
         for (k, (lo, hi), terms), members in parts:
-            queries = [_Query(x[b], a[b], s[b], self._keys, terms) for b in members]
-            part = self._range(lo, hi)
+            chosen = torch.tensor(members, device=x.device)
+            levels = [(a[b], s[b]) for b in members]
+            batch = queries.prepare(x[chosen], levels, self._keys, terms)
             # Triton launches kernels on the current device.
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-                mean, log2_z = part.attend(_stack(queries), k, geometry)
-            for i, (b, query) in enumerate(zip(members, queries, strict=True)):
-                answer.mean[b] = mean[i].double() * self._keys.unit + self._keys.centre
-                energy = query.energy(k, geometry)
-                answer.log_evidence[b] = log2_z[i].double() / _LOG2E - energy
+                mean, log2_z = self._range(lo, hi).attend(batch.queries, k, geometry)
+            pixels = mean.double() * self._keys.unit + self._keys.centre
+            answer.mean[chosen] = pixels.float()
+            energy = batch.energy(k, geometry)
+            answer.log_evidence[chosen] = (log2_z.double() / queries.LOG2E - energy).float()
         return answer
 
     def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
@@ -97,40 +97,6 @@ class TritonAttention:
     def _range(self, lo: int, hi: int) -> _Part:
         keys, values = self._keys.terms[:, lo:hi].contiguous(), self._values[lo:hi]
         return _Part(keys, values, self._arch, self._form)
-
-
-class _Query:
-    """One centred image [C, H, W] in units of the keys, scaled by its noise level."""
-
-    def __init__(self, x: Tensor, a: float, s: float, keys: precision.Keys, terms: int) -> None:
-        self._image, self._s = x - a * keys.centre, s
-        # Its product with a key in these units is the first term of a logit in base 2 …
-        scaled = self._image * (a / s / s * _LOG2E * keys.unit)
-        larger, power = precision.scale_query(scaled)
-        self.terms = precision.split(larger, terms)
-        self.plain = scaled.float()
-        self.scale = 1 / power
-        # … and the second term is half the key's squared norm times this, never 0: a key beyond the
-        # end of its tile has an infinite norm and must get the weight 0.
-        self.bias = -max((a / s) * (a / s) * _LOG2E * keys.unit**2, 1e-30)
-
-    def energy(self, window: int, geometry: Geometry) -> Tensor:
-        """Return ‖q[u+Ω]‖² / 2s² of every pixel, [H, W] float64."""
-        squares = self._image.square().sum(0)
-        if geometry.whole:
-            return squares.sum().expand_as(squares) / (2 * self._s * self._s)
-        rows, cols = (band(n, window, geometry.padding).to(squares.device) for n in squares.shape)
-        return rows @ squares @ cols.T / (2 * self._s * self._s)
-
-
-def _stack(queries: list[_Query]) -> Queries:
-    device = queries[0].plain.device
-    return Queries(
-        torch.stack([query.terms for query in queries], dim=1),
-        torch.tensor([query.scale for query in queries], dtype=torch.float32, device=device),
-        torch.tensor([query.bias for query in queries], dtype=torch.float32, device=device),
-        torch.stack([query.plain for query in queries]),
-    )
 
 
 Answer = tuple[Tensor, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -84,12 +85,18 @@ def half_norms(terms: Tensor, window: int, padding: Padding) -> Tensor:
     Windows that extend past the image are clipped, except on the torus.
     """
     inside: Padding = "circular" if padding == "circular" else "zeros"
-    rows, cols = (band(n, window, inside).to(terms.device) for n in terms.shape[-2:])
+    rows, cols = (_band(n, window, inside, terms.device) for n in terms.shape[-2:])
     norms = torch.empty(terms.shape[1], *terms.shape[-2:], dtype=torch.float32, device=terms.device)
     for first in range(0, len(norms), 4096):
         block = terms[:, first : first + 4096].double().sum(0).square().sum(1)
         norms[first : first + 4096] = rows @ block @ cols.T / 2
     return norms
+
+
+@functools.lru_cache(maxsize=64)
+def _band(length: int, window: int, padding: Padding, device: torch.device) -> Tensor:
+    """Return ``band`` on a device, kept as every call needs it again."""
+    return band(length, window, padding).to(device)
 
 
 def squared_norms(terms: Tensor) -> Tensor:

@@ -119,16 +119,16 @@ def split(values: Tensor, terms: int) -> Tensor:
     return torch.stack(parts)
 
 
-def scale_query(query: Tensor) -> tuple[Tensor, float]:
-    """Return the query times a power of two, its largest element in [2^13, 2^14); the power.
+def scale_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each query times a power of two, its largest element in [2^13, 2^14); the powers [B].
 
     Elements of at most 2^-27 of the largest lose bits, which is below the precision of a logit.
     """
-    largest = float(query.abs().max())
-    if largest == 0.0:
-        return query, 1.0
-    power = 2.0 ** (14 - math.frexp(largest)[1])
-    return query * power, power
+    largest = queries.abs().amax((1, 2, 3))
+    exponents = torch.frexp(largest).exponent
+    # Of a query of zeros the exponent is 0.
+    powers = torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, 14 - exponents, 0))
+    return queries * powers[:, None, None, None], powers
 
 
 def one_term_noise(depth: int) -> float:
