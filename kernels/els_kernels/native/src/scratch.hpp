@@ -39,7 +39,12 @@ inline bool advance(Control& control) {
 
 inline int least(int a, int b) { return a < b ? a : b; }
 inline int most(int a, int b) { return a > b ? a : b; }
-inline int wrap(int i, int n) { return (i % n + n) % n; }
+// i modulo n. Rarely more than one period away, and a row of an image costs less than its divisions.
+inline int wrap(int i, int n) {
+  while (i < 0) i += n;
+  while (i >= n) i -= n;
+  return i;
+}
 
 inline std::size_t tile_floats(const Bank& bank) { return bank.channels * bank.pixels() * kLanes; }
 
