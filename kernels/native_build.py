@@ -5,6 +5,7 @@ Run by the build hook, or as ``python kernels/native_build.py`` in a checkout.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -66,8 +67,9 @@ def compile_objects(
     """
     source = root / NATIVE / "src"
     kernels = KERNELS if machine.lower() in ("x86_64", "amd64") else ("baseline",)
+    sources = f'-DELS_SOURCES="{digest(source)}"'
     jobs: dict[Path, tuple[str, ...]] = {
-        folder / "library.o": (f"-I{source}", str(library or source / "library.cpp"))
+        folder / "library.o": (f"-I{source}", sources, str(library or source / "library.cpp"))
     }
     for name in kernels:
         symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
@@ -79,6 +81,14 @@ def compile_objects(
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, jobs.items()))
     return list(jobs)
+
+
+def digest(folder: Path) -> str:
+    """Return the digest of the sources in a folder, which ``native/binding.py`` compares."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.[ch]pp")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _compiler() -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -138,9 +139,24 @@ def test_without_the_library_native_says_why_and_auto_takes_torch(
 def test_a_library_of_older_sources_is_rejected_with_the_command_that_builds_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Any library without the newest function will do.
+    # Any library without our functions will do.
     monkeypatch.setattr(binding, "LIBRARY", Path(torch.__file__).parent / "lib" / "libc10.so")
     with pytest.raises(RuntimeError, match=r"older sources; .* kernels/native_build\.py"):
+        binding._library.__wrapped__()
+
+
+def test_a_library_beside_changed_sources_is_rejected_and_one_without_sources_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = Path(shutil.copy(binding.LIBRARY, tmp_path))
+    monkeypatch.setattr(binding, "LIBRARY", library)
+    assert binding._library.__wrapped__().els_kernel_lanes(0) > 0
+    sources = tmp_path / "src"
+    shutil.copytree(Path(binding.__file__).with_name("src"), sources)
+    assert binding._library.__wrapped__().els_kernel_lanes(0) > 0
+    with (sources / "fold.hpp").open("a") as file:
+        file.write("// one line more\n")
+    with pytest.raises(RuntimeError, match="older sources"):
         binding._library.__wrapped__()
 
 

@@ -6,6 +6,7 @@ The library is loaded when the first bank is prepared, not on import.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import threading
 from collections.abc import Callable
@@ -70,8 +71,8 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise RuntimeError(f"native: {LIBRARY.name} does not load: {error}") from error
-    if not hasattr(library, "els_fold_moments"):
-        # A newer checkout beside an older build: torch is slower, but works.
+    if not _is_of_these_sources(library):
+        # A newer checkout beside an older build: torch is slower, but right.
         raise RuntimeError(
             f"native: {LIBRARY.name} was built from older sources; "
             "reinstall els-denoise, or run 'python kernels/native_build.py'"
@@ -94,6 +95,18 @@ def _library() -> ctypes.CDLL:
     library.els_fold_moments.argtypes = [ctypes.c_void_p]
     library.els_fold_moments.restype = ctypes.c_int32
     return library
+
+
+def _is_of_these_sources(library: ctypes.CDLL) -> bool:
+    """Return whether a library was built from the sources beside it; a wheel has none."""
+    if not hasattr(library, "els_sources"):
+        return False
+    library.els_sources.restype = ctypes.c_char_p
+    found = hashlib.sha256()
+    paths = sorted(LIBRARY.with_name("src").glob("*.[ch]pp"))
+    for path in paths:
+        found.update(path.read_bytes())
+    return not paths or library.els_sources() == found.hexdigest().encode()
 
 
 def instruction_sets() -> list[str]:

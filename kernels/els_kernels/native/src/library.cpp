@@ -299,6 +299,9 @@ void attend(const ElsCall& call, const Kernel& kernel) {
 #pragma GCC visibility push(default)
 extern "C" {
 
+// Digest of the sources: a binding beside others refuses the library.
+const char* els_sources() { return ELS_SOURCES; }
+
 // Names of the kernels that this processor can run, best first; null past the last.
 const char* els_kernel_name(std::int32_t index) {
   const auto found = kernels();
