@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Before torch is imported, as the server does: threads that spin starve those of other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch.compile would start processes that import torch, for a compilation of seconds.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 from benchmarks.originality import __main__ as benchmark
+from benchmarks.originality import cost
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def test_the_cost_of_a_report_is_that_of_samples_with_one_and_without(tmp_path: Path) -> None:
+def test_the_cost_of_a_report_is_that_of_samples_with_one_and_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cost, "_STEPS", 1)
+    monkeypatch.setattr(cost, "_REPEATS", 1)
     out = tmp_path / "originality.json"
     words = ["--only", "cost", "--models", "fashion-ideal", "--rounds", "2", "--side", "24"]
     benchmark.main([*words, "--dirty", "--out", str(out)])
