@@ -47,7 +47,7 @@ _SERVER = Path(sys.executable).with_name("els-server")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed of each network.
+    """Computation for each network.
 
     Args:
         images: of the bank that answer a query: of one label, for a network with labels.

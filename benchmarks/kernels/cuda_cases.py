@@ -1,4 +1,4 @@
-"""What a run on a GPU checks and times: all of it, or as little as shows that everything runs."""
+"""Checks and timings of a run on a GPU: all, or as few as show that everything runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does, in this order; timings are the most informative first."""
+    """Plan of a run, in this order; timings are the most informative first."""
 
     checks: list[tuple[Case, tuple[Form | None, ...]]]
     """Compared with the float64 reference, in each of the forms."""
@@ -65,7 +65,7 @@ class Plan:
 
 
 def full() -> Plan:
-    """Return what is run on a GPU."""
+    """Return the plan for a GPU."""
     configs = [
         Config(block_m, block_n, block_k, warps, stages)
         for block_m, block_n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def tasks(image: Tensor) -> dict[str, tuple[Any, Restore]]:
-    """Return what is measured of a picture [1, 1, H, W] in [0, 1], and how it is restored."""
+    """Return measurement and restoration of a picture [1, 1, H, W] in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     noise = deepinv.physics.GaussianNoise(NOISE, rng=torch.Generator().manual_seed(1))
     shape = tuple(image.shape[1:])

@@ -122,7 +122,7 @@ class PatchMoments:
             self._fast = create_moments(bank)
 
     def implementation(self, geometry: Geometry) -> str:
-        """Return what computes all but ``without`` for a geometry: native, triton or torch."""
+        """Return the implementation for a geometry, but of ``without``: native, triton or torch."""
         if self._fast is None or geometry.whole:
             return "torch"
         return "native" if isinstance(self._fast, NativeMoments) else "triton"

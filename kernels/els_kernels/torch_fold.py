@@ -121,7 +121,7 @@ def folded_weight(own: Tensor, rest: Tensor, row_taps: Tensor, col_taps: Tensor)
 
 
 def spread(values: Tensor, taps: Tensor) -> Tensor:
-    """Return what patches [Q, P] add to the rows of a crop, [X, P], with taps [X, k]."""
+    """Return the sums of patches [Q, P] in the rows of a crop, [X, P], with taps [X, k]."""
     out = values.new_zeros(len(taps), values.shape[1])
     for o in range(taps.shape[1]):
         here = slice(o, o + len(values))

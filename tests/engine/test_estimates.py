@@ -1,4 +1,4 @@
-"""What happens to a model before its first request."""
+"""Warm-up and estimates of a model before its first request."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def _compile_for_real() -> None:
 
 
 def facts(arch: Arch, name: str, **tile: int) -> Facts:
-    """Return what is wrong with a binary and its inner loop; ``tile`` replaces what is tuned."""
+    """Return the faults of a binary and its inner loop; ``tile`` replaces what is tuned."""
     from els_kernels.triton.binaries import binaries
     from els_kernels.triton.compile import build, faults
 

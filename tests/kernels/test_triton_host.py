@@ -1,4 +1,4 @@
-"""What the host does for a batch on a GPU: few operations an image, and no wait for the device."""
+"""Work of the host for a batch on a GPU: few operations an image, and no wait for the device."""
 
 from __future__ import annotations
 

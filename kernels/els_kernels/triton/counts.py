@@ -113,7 +113,7 @@ def _load_waits(body: list[Instruction]) -> int:
 
 
 def cover_of(padding: Padding, channels: int, side: int, window: int, block_m: int) -> Cover:
-    """Return what is computed for square images, per useful pair; keys overhang is left out."""
+    """Return the counts for square images, per useful pair, without overhanging keys."""
     traversals = [(launch.traversal_of(padding, side, side, window), 1)]
     if padding == "zeros":
         # Rows near the left and right border attend to themselves.

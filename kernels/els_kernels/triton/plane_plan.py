@@ -62,7 +62,7 @@ class PlaneLevel(NamedTuple):
     window: int
 
     def tensor(self) -> Tensor:
-        """Return what kernels load, [5] float32.
+        """Return the scales that kernels load, [5] float32.
 
         a, what float32 loses of a, the root of the factor of a squared distance, the factor of a
         sum over one axis, and that of a sum over both.

@@ -109,11 +109,11 @@ def everything() -> Iterator[Shape]:
 
 
 class Outcome(NamedTuple):
-    """What one case showed."""
+    """Result of one case."""
 
     shape: str
     faults: str
-    """What a GPU would do wrong, one line for each kind; empty for nothing."""
+    """Faults that a GPU would make, one line for each kind; empty for none."""
     error: float
     """Largest error of the mean."""
     excess: str
@@ -122,7 +122,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(shape: Shape, mutate: Callable[[str, str], str] | None = None) -> Outcome:
-    """Return what a case shows; ``mutate`` changes the PTX of a kernel, given its name."""
+    """Return the result of a case; ``mutate`` changes the PTX of a kernel, given its name."""
     case = shape.case()
     device = InterpretingDriver(shape.chip, shape.rounding, mutate)
     with pytest.MonkeyPatch.context() as patch, interpreting(device, shape.chip):

@@ -70,7 +70,7 @@ class InterpretingDriver(TargetDriver):
         self.utils = self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Return what launches a binary."""
+        """Return the launcher of a binary."""
 
         def launch(*arguments: Any) -> None:
             x, y, z = arguments[:3]

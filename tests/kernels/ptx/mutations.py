@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tests.kernels.ptx.cases import Shape
 
 WRONG_ANSWER = "budget"
-"""What is found where only the answer shows the fault."""
+"""Report where only the answer shows the fault."""
 _SM90 = Shape("els-circular", (3, 1, 4, 5), (3,))
 _TWO_QUERIES = Shape("els-circular", (3, 1, 4, 5), (3,), queries=None)
 _SM80 = Shape("els-circular", (2, 1, 7, 8), (7,), chip="sm80")

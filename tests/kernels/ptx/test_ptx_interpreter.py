@@ -43,7 +43,7 @@ def zeros(threads: int = 64) -> Array:
 
 
 def computed(body: str, number: int = 0) -> Array:
-    """Return what every thread leaves in %r9."""
+    """Return the final value of %r9 in every thread."""
     words = zeros()
     assert str(run(body + "    st.global.b32 [%rd2], %r9;\n", words, number=number)) == ""
     return words

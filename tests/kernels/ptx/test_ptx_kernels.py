@@ -33,7 +33,7 @@ def _compile_for_real() -> None:
 
 
 def interpret_all() -> tuple[dict[str, str], set[str]]:
-    """Return what is wrong with each case, and the kernels that ran."""
+    """Return the faults of each case, and the kernels that ran."""
     from tests.kernels.ptx.cases import FAST, outcome
 
     found = [outcome(shape) for shape in FAST]

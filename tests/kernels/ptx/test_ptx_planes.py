@@ -23,10 +23,10 @@ pytestmark = [
 
 
 class Outcome(NamedTuple):
-    """What a launch on a compiled kernel showed."""
+    """Result of a launch on a compiled kernel."""
 
     faults: str
-    """What a GPU would do wrong; empty for nothing."""
+    """Faults that a GPU would make; empty for none."""
     new: int
     """Binaries that the warm-up did not launch."""
     errors: list[float]

@@ -30,7 +30,7 @@ class Engine:
     run: Runner
     precision: str
     description: str
-    """What the bits of an answer depend on."""
+    """Identity of the implementation, on which the bits of an answer depend."""
     error: float = 0.0
     """Relative error of the network's answers, against its own engine in float32."""
     reason: str = ""

@@ -142,7 +142,7 @@ class Graph:
         )
         """Of the engine, in order."""
         self.engine: Runner = self.computed
-        """What computes the graph."""
+        """Engine of the graph."""
 
     def computed(self, *inputs: Array) -> npt.NDArray[np.float32]:
         """Return the output by onnxruntime."""
