@@ -7,10 +7,10 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from tests.support.preloaded import FORKS
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def rehearse(out: Path) -> None:
 
 def test_all_of_a_run_on_a_gpu_works_on_tiny_images(tmp_path: Path) -> None:
     out = tmp_path / "kernels-cuda.json"
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
         pool.submit(rehearse, out).result()
     found = json.loads(out.read_text())
     assert [row["error"] <= 1e-4 for row in found["errors"]] == [True, True]

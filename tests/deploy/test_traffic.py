@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import pytest
-from benchmarks.deploy import envoy, events
+from benchmarks.deploy import envoy, events, replicas
 from benchmarks.deploy.load import Observed, around
 from benchmarks.deploy.replicas import Fleet, fleet
 from benchmarks.deploy.scenario import WAYS, targets
+from tests.support.preloaded import forked_by
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +26,7 @@ EVEN_S = 20.0
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Fleet]:
-    with fleet(3, grace_s=1.0) as found:
+    with forked_by(replicas), fleet(3, grace_s=1.0) as found:
         yield found
 
 

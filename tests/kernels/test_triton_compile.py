@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
-from multiprocessing import get_context
 from typing import get_args
 
 import pytest
+from tests.support.preloaded import FORKS
 
 from els_kernels.triton.tuning import Arch
 
@@ -42,8 +42,7 @@ Facts = tuple[list[str], dict[str, float] | None]
 
 @pytest.fixture(scope="module")
 def compilers() -> Iterator[ProcessPoolExecutor]:
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn, initializer=_compile_for_real) as pool:
+    with ProcessPoolExecutor(2, mp_context=FORKS, initializer=_compile_for_real) as pool:
         yield pool
 
 

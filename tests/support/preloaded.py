@@ -10,16 +10,22 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from subprocess import TimeoutExpired
-from typing import BinaryIO
+from subprocess import PIPE, TimeoutExpired
+from types import ModuleType
+from typing import IO, Any, BinaryIO
 
-_FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "typer", "els_service.config", "els_service.engine.engine"])
+import pytest
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "typer", "els_service.config", "els_service.engine.engine"])
+"""Context of processes that begin with torch imported; tests compile kernels in such too."""
 
 
 def _serve(
@@ -27,16 +33,20 @@ def _serve(
     script: str | None,
     arguments: list[str],
     log: str,
-    stdout: Connection,
+    stdout: Connection | None,
+    session: bool,
 ) -> None:
     """Be the program: ``els-server``, or a Python script."""
+    if session:
+        os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(stdout.fileno(), 1)
-    stdout.close()
-    stderr = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    stderr = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(stderr, 2)
+    os.dup2(stderr if stdout is None else stdout.fileno(), 1)
     os.close(stderr)
+    if stdout is not None:
+        stdout.close()
     sys.argv = [script or "els-server", *arguments]
     if script is None:
         from els_service.cli import main
@@ -52,19 +62,31 @@ class ForkedProcess:
     Args:
         script: path of a Python script that runs instead of ``els-server``.
         arguments: of the command line.
-        log: file for stderr.
+        log: file for stderr, to which it is appended.
         environment: all variables of the process.
+        piped: whether its stdout is ``stdout``; else it goes to the log.
+        session: whether the process leads a session of its own.
     """
 
     def __init__(
-        self, script: Path | None, arguments: Sequence[str], log: Path, environment: dict[str, str]
+        self,
+        script: Path | None,
+        arguments: Sequence[str],
+        log: Path,
+        environment: dict[str, str],
+        *,
+        piped: bool = True,
+        session: bool = False,
     ) -> None:
-        reader, writer = _FORKS.Pipe(duplex=False)
+        program = None if script is None else str(script), list(arguments), str(log)
+        reader, writer = FORKS.Pipe(duplex=False)
         with reader, writer:
-            given = (None if script is None else str(script), list(arguments), str(log), writer)
-            self._process = _FORKS.Process(target=_serve, args=(environment, *given))
+            given = environment, *program, writer if piped else None, session
+            self._process = FORKS.Process(target=_serve, args=given)
             self._process.start()
-            self.stdout: BinaryIO = os.fdopen(os.dup(reader.fileno()), "rb")
+            self.stdout: BinaryIO | None = None
+            if piped:
+                self.stdout = os.fdopen(os.dup(reader.fileno()), "rb")
 
     @property
     def pid(self) -> int:
@@ -83,8 +105,22 @@ class ForkedProcess:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: the process still runs.
+        """
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise TimeoutExpired("els-server", timeout or 0)
+        return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[bytes, None]:
         """Wait for the end and return the rest of stdout.
@@ -92,9 +128,51 @@ class ForkedProcess:
         Raises:
             subprocess.TimeoutExpired: the process still runs.
         """
-        self._process.join(timeout)
-        if self.poll() is None:
-            raise TimeoutExpired("els-server", timeout or 0)
-        rest = b"" if self.stdout.closed else self.stdout.read()
-        self.stdout.close()
-        return rest, None
+        self.wait(timeout)
+        if self.stdout is None or self.stdout.closed:
+            return b"", None
+        with self.stdout:
+            return self.stdout.read(), None
+
+
+@contextmanager
+def forked_by(*modules: ModuleType) -> Iterator[None]:
+    """Have modules fork the ``els-server`` that they would execute with ``subprocess.Popen``."""
+
+    def popen(
+        command: Sequence[str | Path],
+        *,
+        env: Mapping[str, str] | None = None,
+        stdout: int | IO[Any],
+        stderr: IO[Any],
+        start_new_session: bool = False,
+        **options: Any,
+    ) -> ForkedProcess | subprocess.Popen[Any]:
+        program, *arguments = map(str, command)
+        if Path(program).name != "els-server" or options:
+            return subprocess.Popen(
+                command,
+                env=env,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=start_new_session,
+                **options,
+            )
+        return ForkedProcess(
+            *(None, arguments, Path(stderr.name), dict(os.environ if env is None else env)),
+            piped=stdout == PIPE,
+            session=start_new_session,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "subprocess", _Forking(popen))
+        yield
+
+
+class _Forking(ModuleType):
+    """``subprocess`` with another ``Popen``."""
+
+    def __init__(self, popen: Any) -> None:
+        super().__init__("subprocess")
+        vars(self).update({**vars(subprocess), "Popen": popen})

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 
 import pytest
+from tests.support.preloaded import FORKS
 
 # The project has to work without triton.
 pytestmark = [
@@ -23,8 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[ProcessPoolExecutor]:
     """A process in which Triton compiles; in this one it interprets the source."""
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_compile_for_real) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS, initializer=_compile_for_real) as pool:
         yield pool
 
 

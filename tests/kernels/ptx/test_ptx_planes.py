@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.support.preloaded import FORKS
 
 # The project has to work without triton.
 pytestmark = [
@@ -36,8 +36,7 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[ProcessPoolExecutor]:
     """A process in which Triton compiles; in this one it interprets the source."""
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_compile_for_real) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS, initializer=_compile_for_real) as pool:
         yield pool
 
 
