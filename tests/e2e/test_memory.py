@@ -29,7 +29,7 @@ were freed, callers who left cost 110 to 330, of which cyclic garbage and thread
 
 async def leaves(stub: Any) -> None:
     """Take one step of many and go."""
-    call = stub.Sample(sample(model="wiener", steps=1000, count=8, return_x=True))
+    call = stub.Sample(sample(model="wiener", steps=1000, count=2, return_x=True))
     await call.read()
     call.cancel()
 

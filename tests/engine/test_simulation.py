@@ -251,13 +251,13 @@ def test_under_three_times_the_load_nearly_all_capacity_goes_into_answers_in_tim
                 in_time.append(now())
 
         calls: list[asyncio.Task[None]] = []
-        while now() < 60:
+        while now() < 30:
             await asyncio.sleep(rng.exponential(1 / 150))
             calls.append(asyncio.ensure_future(caller(len(calls))))
         overload_ends = now()
         await asyncio.gather(*calls)
         assert late == 0
-        assert len(in_time) >= 0.95 * 50 * 60
+        assert len(in_time) >= 0.95 * 50 * 30
         # Most are refused at the door; what is late in the queue is told with the next batch.
         assert np.median(refused_after) == 0
         assert max(refused_after) <= 1.0 + world.scheduling.batch_s

@@ -57,7 +57,9 @@ def test_it_equals_the_reference_at_every_window_level_and_fold(
 ) -> None:
     geometry, size = FOLD_NAMES[name], (7, 6)
     bank = random_bank((3, channels, *size), channels)
-    for index, window in enumerate(range(1, max_window(geometry, *size) + 1, 2)):
+    every = [*enumerate(range(1, max_window(geometry, *size) + 1, 2))]
+    # Two and three channels share the windows between them.
+    for index, window in every if channels == 1 else every[channels % 2 :: 2]:
         case = fold_case(geometry, size, bank, window, cyclic_pairs(5 * index + channels))
         assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
@@ -72,12 +74,15 @@ def test_it_equals_the_reference_at_every_level_with_every_fold(
 
 
 @pytest.mark.parametrize("name", ELS)
-@pytest.mark.parametrize("size", [(5, 5), (5, 11), (13, 6), (9, 19)])
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [((5, 5), (1, 5)), ((5, 11), (3, 5)), ((13, 6), (1, 3)), ((9, 19), (5,))],
+)
 def test_a_query_of_another_size_than_the_bank_equals_the_reference(
-    fold_variant: str, name: str, size: tuple[int, int]
+    fold_variant: str, name: str, size: tuple[int, int], windows: tuple[int, ...]
 ) -> None:
     bank = random_bank((2, 3, 7, 9))
-    for window in (1, 3, 5):
+    for window in windows:
         case = fold_case(FOLD_NAMES[name], size, bank, window, cyclic_pairs(window))
         assert_fold_within_budget(case, case.attend(fold_variant), case.reference())
 
