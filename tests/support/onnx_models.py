@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
+from tests.support.denoisers import random_images
+
+from els_service.denoisers.base import Denoiser
+from els_service.errors import LoadError
+from els_service.repository import ModelRepository
 
 SHAPE = (2, 4, 5)
 DOCUMENT: dict[str, Any] = {
@@ -44,6 +50,7 @@ def graph(
     )
 
 
+ZERO = constant("zero", 0)
 AXES = numpy_helper.from_array(np.array([1, 2, 3]), "axes")
 COLUMN = helper.make_node("Unsqueeze", ["sigma", "axes"], ["column"])
 
@@ -60,7 +67,7 @@ def gaussian() -> Any:
 
 
 def scaled(by: str = "column") -> Any:
-    """Return x times what it is told of the level."""
+    """Return x times what it is given of the level."""
     return graph([COLUMN, helper.make_node("Mul", ["x", by], ["y"])], initializers=[AXES])
 
 
@@ -72,3 +79,26 @@ def write(root: Path, model: Any, **fields: Any) -> Path:
         model if isinstance(model, bytes) else model.SerializeToString()
     )
     return folder
+
+
+def convolution() -> Any:
+    """Return a smoothed x, times what it is given of the level."""
+    kernel = random_images((2, 2, 3, 3)).numpy()
+    node = helper.make_node("Conv", ["x", "kernel"], ["smooth"], pads=[1, 1, 1, 1])
+    return graph(
+        [COLUMN, node, helper.make_node("Mul", ["smooth", "column"], ["y"])],
+        initializers=[AXES, constant("kernel", kernel)],
+    )
+
+
+def load(root: Path, model: Any, **fields: Any) -> Denoiser:
+    """Write a model folder and load it."""
+    write(root, model, **fields)
+    return ModelRepository(root).load("model")
+
+
+def refusal(root: Path, model: Any, **fields: Any) -> LoadError:
+    """Return the error with which a model folder is rejected."""
+    with pytest.raises(LoadError) as caught:
+        load(root, model, **fields)
+    return caught.value
