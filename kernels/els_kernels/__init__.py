@@ -11,7 +11,8 @@ from els_kernels.fold import FOLD_GEOMETRIES, FOLD_IMPLEMENTATIONS, FoldedAttent
 from els_kernels.fold_moments import FOLD_MOMENT_IMPLEMENTATIONS, FoldedMoments
 from els_kernels.fold_plan import count_fold_pairs, count_fold_work, grouped
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior, count_pairs, max_window
-from els_kernels.moments import MAX_SOURCES, PatchMoments, PosteriorStatistics, Removal
+from els_kernels.moments import PatchMoments
+from els_kernels.posterior_statistics import MAX_SOURCES, PosteriorStatistics, Removal
 
 __all__ = [
     "FOLD_GEOMETRIES",

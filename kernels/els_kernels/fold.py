@@ -27,8 +27,9 @@ from els_kernels.attention import Compiling, PatchAttention
 from els_kernels.fold_arguments import FoldArguments, bank_groups, bank_limits, folds
 from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
-from els_kernels.moments import Removal, gathered
+from els_kernels.moments import gathered
 from els_kernels.native import NativeFold, instruction_sets
+from els_kernels.posterior_statistics import Removal
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold, decoded
 from els_kernels.triton import create_fold as create_triton_fold

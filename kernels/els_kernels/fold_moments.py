@@ -24,8 +24,9 @@ from torch import Tensor
 from els_kernels.fold import FoldedAttention
 from els_kernels.fold_arguments import FoldArguments
 from els_kernels.fold_plan import FoldQuery
-from els_kernels.moments import MAX_SOURCES, PosteriorStatistics, Removal, check_direction, gathered
+from els_kernels.moments import check_direction, gathered
 from els_kernels.native import NativeFoldMoments
+from els_kernels.posterior_statistics import MAX_SOURCES, PosteriorStatistics, Removal
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
 _log = logging.getLogger(__name__)

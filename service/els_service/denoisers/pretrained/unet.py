@@ -8,8 +8,7 @@ its range, and samplers and scores derive the noise from the clipped D (as in DD
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from els_kernels import checkpoint
 from els_service.denoisers.base import (
-    Condition,
     Denoised,
     DenoiserInfo,
     Integers,
@@ -40,6 +38,7 @@ from els_service.denoisers.pretrained.folder import (
     load_part,
     read_trained,
 )
+from els_service.denoisers.pretrained.unet_batches import guidance_of, launches_of, states_of
 from els_service.denoisers.pretrained.unet_function import condition_width, function_of
 from els_service.denoisers.pretrained.weights import Inside
 from els_service.denoisers.query_checks import check_query
@@ -53,8 +52,6 @@ _FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
 """Approximate operations per second of two CPU cores and a GPU; determines batch sizes."""
 _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
-_LARGEST_BATCH = 16
-"""Maximum rows of a launch; a larger one is not faster and needs more memory."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -153,7 +150,7 @@ class UnetDenoiser:
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of operations; guidance doubles it."""
-        rows = len(query) + len(_guided(query))
+        rows = len(query) + len(guidance_of(query))
         return _LAUNCH_S + rows * self._flops / self._flops_per_second
 
     def denoise(self, query: Query) -> Denoised:
@@ -162,7 +159,7 @@ class UnetDenoiser:
         Raises:
             ElsError: The network returned NaN or infinity.
         """
-        parts = [self._denoise_part(query[images]) for images in _launches(query)]
+        parts = [self._denoise_part(query[images]) for images in launches_of(query)]
         return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
 
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
@@ -224,7 +221,7 @@ class UnetDenoiser:
 
     def _predict(self, scaled: Tensor, timestep: Floats, query: Query, network: _Network) -> Tensor:
         """Return the network's guided output for ``scaled`` [B, C, H, W], float32 on the CPU."""
-        count, conditions, guided = len(query), query.conditions, _guided(query)
+        count, conditions, guided = len(query), query.conditions, guidance_of(query)
         rows = [*range(count), *guided]
         dtype = np.float32 if not self._trained.timesteps.whole else np.int64
         inputs: list[Array] = [timestep[rows].astype(dtype)]
@@ -234,7 +231,7 @@ class UnetDenoiser:
                 labels[count:] = -1
             inputs.append(self._class_labels(labels))
         if conditions:
-            inputs.append(_states(conditions, guided))
+            inputs.append(states_of(conditions, guided))
         output = network(scaled[rows], inputs)
         given, without = output[:count], output[count:]
         for (i, guidance), other in zip(guided.items(), without, strict=True):
@@ -382,33 +379,6 @@ def _count_flops(part: Part, options: UnetOptions) -> int:
     if output.shape[2:] != x.shape[2:]:
         raise part.refuse("sample_size", f"the size of the output, {list(output.shape[2:])}")
     return int(counter.get_total_flops())
-
-
-def _launches(query: Query) -> Iterator[slice]:
-    """Yield slices of images for one launch each: conditions of equal length."""
-    first = 0
-    lengths = [len(condition.given) for condition in query.conditions] or [0] * len(query)
-    for _, group in itertools.groupby(lengths):
-        end = first + len(list(group))
-        for start in range(first, end, _LARGEST_BATCH):
-            yield slice(start, min(start + _LARGEST_BATCH, end))
-        first = end
-
-
-def _guided(query: Query) -> dict[int, float]:
-    """Return index and guidance of the images that have one, by condition or label."""
-    if query.conditions:
-        given = [condition.guidance for condition in query.conditions]
-    else:
-        given = [] if query.guidance is None else query.guidance.tolist()
-    return {i: guidance for i, guidance in enumerate(given) if guidance != 1}
-
-
-def _states(conditions: Sequence[Condition], guided: Iterable[int]) -> Array:
-    """Return the condition of each row, [B + guided, T, W]."""
-    others = [conditions[i].unconditional for i in guided]
-    given = [condition.given for condition in conditions]
-    return np.stack([*given, *(other for other in others if other is not None)])
 
 
 def _column(values: Floats) -> Tensor:
