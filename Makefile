@@ -189,7 +189,8 @@ $(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
 	touch $@
 
-$(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
+$(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py \
+		deploy/kserve_models.py
 	$(PYTHON) -m venv $(DEPLOY)
 	$(DEPLOY)/bin/$(PIP_INSTALL) --requirement deploy/tools.txt
 	$(DEPLOY)/bin/python -m deploy.schemas $(DEPLOY)/crds.json

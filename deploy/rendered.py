@@ -31,6 +31,7 @@ def combinations() -> list[tuple[str, tuple[str, ...]]]:
     together = [
         ("gpu", ("keda", "model-volume-pvc", "tls", "tokens", "tracing")),
         (BELOW, ("gateway", "hpa", "model-volume-init", "tls")),
+        (BELOW, ("keda", "model-volume-pvc", "podmonitor", "ray")),
     ]
     alone = [(BELOW, (component,)) for component in COMPONENTS]
     return [*((overlay, ()) for overlay in OVERLAYS), *alone, *together]

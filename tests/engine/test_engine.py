@@ -227,6 +227,7 @@ async def test_gauges_tell_what_waits_and_how_long_the_device_worked(engine: Eng
     gauges = {name: value for name, _, value in engine.gauges()}
     assert gauges["els_queue_items"] == 3
     assert gauges["els_queue_cost_seconds"] == pytest.approx(6e-3)
+    assert gauges["els_queue_milliseconds"] == 6
     assert gauges["els_device_running_seconds"] > 0
     recorder.go.set()
     await asyncio.gather(first, *waiting)

@@ -17,6 +17,9 @@ from tests.repository.malformed import BANK, ELS, GAUSSIAN, MALFORMED
 from tests.support.models_folder import DOCUMENTS, tiny_bank, write_models
 
 from els_service.denoisers.analytic import AnalyticDenoiser
+from els_service.denoisers.bank_build_records import Request
+from els_service.denoisers.bank_builds import build_parts
+from els_service.denoisers.bank_selection import Source
 from els_service.denoisers.banks import Bank, load_bank, save_bank
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_sigma
@@ -367,3 +370,22 @@ def test_a_malformed_calibrated_table_is_refused_by_its_own_name(root: Path, tab
     path = root / "model" / "windows.yaml"
     path.write_text(table)
     assert refusal(root).path == str(path)
+
+
+@pytest.mark.parametrize("named", ["../_banks/parts", "../_banks/parts/manifest.json"])
+@pytest.mark.parametrize("kind", ["analytic\nmachine: els\nwindow: 3", "wiener"])
+def test_a_bank_in_parts_answers_as_the_bank_of_one_file(root: Path, named: str, kind: str) -> None:
+    bank = tiny_bank()
+    parts = root / "_banks" / "parts"
+    array = bank.images.transpose(0, 2, 3, 1)
+    source = Source(root, array, labels=bank.labels, label_names=bank.label_names)
+    build_parts(source, bank.label_names, parts, Request(2, source="tests"))
+    answers = []
+    for name, path in (("one", "../_banks/tiny.safetensors"), ("parts", named)):
+        denoiser = load(root, f"kind: {kind}\nbank: {path}\n", name)
+        query = make_query(torch.zeros(2, *bank.shape), from_sigma([0.5] * 2))
+        answers.append(denoiser.denoise(query).mean.numpy().tobytes())
+        assert denoiser.info.bank is None or denoiser.info.bank.fingerprint == bank.fingerprint
+    assert answers[0] == answers[1]
+    (parts / "part-00001.safetensors").unlink()
+    assert "part-00001.safetensors: No such file" in str(refusal(root, "parts"))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Column, Table
 
 from els_client import _options as options
 from els_client import _terminal as terminal
+from els_client._bench_tables import show, show_sweep
 from els_client._options import MODEL, TARGET, ModelName, Target
-from els_client.bench import Outcome, Plan, Report, run
+from els_client.bench import Plan, Sweep, run
+from els_client.bench import sweep as run_sweep
 from els_client.bench.plan import KINDS, Kind
 from els_client.errors import InvalidArgumentError
 
@@ -46,6 +46,10 @@ def _range(text: str) -> tuple[float, float]:
     return float(low), float(high or low)
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    return () if text == "auto" else tuple(float(rate) for rate in text.split(","))
+
+
 def bench(
     context: typer.Context,
     callers: Annotated[
@@ -62,6 +66,15 @@ def bench(
             help="Open loop: calls per second at random times, independent of responses;"
             " latency counts from the scheduled start of a call.",
             min=0.001,
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|R1,R2,…",
+            help="Sweep: one caller, --callers (by default 16) for the ceiling, then open loops at"
+            " these rates; auto: at shares of the ceiling.",
             rich_help_panel=_LOAD,
         ),
     ] = None,
@@ -140,15 +153,21 @@ def bench(
         els bench --callers 16 --duration 30
 
         els bench --rate 200 --deadline 1 --mix denoise=8,score=1,sample=1 --plot load.png
+
+        els bench --sweep auto --mix sample=1 --json sweep.json --plot sweep.png
     """
     access: options.Access = context.obj
+    default = 8 if sweep is None else 16
     with options.failures():
+        rates = None if sweep is None else _parser(_rates, "auto or rates, like 5,10,20")(sweep)
+        if rates is not None and rate is not None:
+            raise InvalidArgumentError(f"rate: expected none with --sweep, got {rate}")
         plan = Plan(
             target=target,
             tls=access.tls,
             token=access.token,
             model=model,
-            callers=8 if callers is None and rate is None else callers,
+            callers=default if callers is None and rate is None else callers,
             rate_per_s=rate,
             processes=processes,
             connections=connections,
@@ -169,50 +188,39 @@ def bench(
             # Checked before the load, so that results are not lost.
             if path and not path.parent.is_dir():
                 raise InvalidArgumentError(f"{path}: expected an existing folder")
-        report = _run(plan)
-        _show(report)
+        # Extras, slow to import, and missing ones are better known before the load.
+        with _extra():
+            if plot:
+                from els_client.bench.plot import draw, draw_sweep
+            if rates is None:
+                with terminal.waiting(f"loading {plan.model} at {plan.target}"):
+                    report = run(plan)
+            else:
+                swept = _sweep(plan, rates)
+        if rates is None:
+            show(report)
+            if json:
+                report.write(json)
+            if plot:
+                draw([report], plot)
+            return
+        show_sweep(swept)
         if json:
-            report.write(json)
+            swept.write(json)
         if plot:
-            from els_client.bench.plot import draw  # An extra, slow to import.
-
-            draw([report], plot)
+            draw_sweep(swept, plot)
 
 
-def _run(plan: Plan) -> Report:
+def _sweep(plan: Plan, rates: tuple[float, ...]) -> Sweep:
+    with terminal.waiting(f"loading {plan.model} at {plan.target}") as status:
+        return run_sweep(plan, rates, lambda text: status.update(f"loading {plan.model}: {text}"))
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Exit with code 1 and the name of the extra if a module is missing."""
     try:
-        with terminal.waiting(f"loading {plan.model} at {plan.target}"):
-            return run(plan)
+        yield
     except ModuleNotFoundError as error:
         typer.echo(f"els: {error.name} is missing: pip install 'els-denoise[bench]'", err=True)
         raise typer.Exit(1) from None
-
-
-def _show(report: Report) -> None:
-    names = ("calls", "ok", "good", "late", "p50", "p90", "p99", "p99.9", "max")
-    columns = (Column(name, justify="right", no_wrap=True) for name in names)
-    kind_column = Column(no_wrap=True)
-    table = Table(kind_column, *columns, box=SIMPLE_HEAD, caption="latencies in ms")
-    rows = dict(report.kinds) if len(report.kinds) == 1 else {**report.kinds, "all": report.total}
-    for kind, outcome in rows.items():
-        table.add_row(kind, *_cells(outcome))
-    Console().print(table)
-    typer.echo(
-        f"{report.throughput_per_s:.1f} answers/s, {report.goodput_per_s:.1f} of them good,"
-        f" {report.images_per_s:.1f} images/s over {report.seconds_counted:.1f} s"
-    )
-    if report.total.errors:
-        errors = ", ".join(f"{code} {count}" for code, count in report.total.errors.items())
-        typer.echo(f"failed: {errors}")
-    generator = report.generator
-    typer.echo(
-        f"the load: calls started up to {generator.lag_p99_ms:.1f} ms late (p99),"
-        f" busiest process used {generator.busy_share:.2f} of a core"
-    )
-
-
-def _cells(outcome: Outcome) -> list[str]:
-    latency = outcome.latency
-    counts = (outcome.calls, outcome.ok, outcome.good, outcome.late)
-    times = (latency.p50_ms, latency.p90_ms, latency.p99_ms, latency.p999_ms, latency.max_ms)
-    return [*map(str, counts), *(f"{value:.1f}" for value in times)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +16,19 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from els_service.cli.progress import Progress
-from els_service.denoisers.bank_sources import FORMATS, read_pictures, read_source
+from els_service.denoisers.bank_build_records import Request
+from els_service.denoisers.bank_builds import build_parts
+from els_service.denoisers.bank_parts import BankReader, manifest_of
+from els_service.denoisers.bank_sources import (
+    FORMATS,
+    open_source,
+    read_pictures,
+    read_source,
+    size_of,
+)
 from els_service.denoisers.banks import save_bank
 from els_service.denoisers.mixed_banks import AnyBank, MixedBank, load_any_bank
+from els_service.denoisers.parquet_sources import Columns
 from els_service.errors import ElsError, InvalidArgumentError
 
 _SHOWN = 10
@@ -34,10 +44,19 @@ def build(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="The data set: a file or a folder.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The bank to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT.safetensors", help="The bank to write; a folder if in parts."),
+    ],
     format: Annotated[str, typer.Option(help=f"auto, {', '.join(FORMATS)}.")] = "auto",
     labels: Annotated[
         Path | None, typer.Option(help="Labels of an IDX source. [default: the file in its folder]")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Pictures of a Parquet source. [default: the only column]")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Labels of a Parquet source. [default: label, if any]")
     ] = None,
     label_names: Annotated[
         str, typer.Option(help='One for each label, "a,b,…". [default: of the source]')
@@ -64,37 +83,62 @@ def build(
     skip_unreadable: Annotated[
         bool, typer.Option(help="Skip and count pictures that cannot be read.")
     ] = False,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(help="Images of a part: for sources larger than memory, resumable."),
+    ] = None,
 ) -> None:
-    """Build a bank from IDX (.gz too), a folder of images, .npz or the CIFAR-10 PNG strips.
+    """Build a bank from pictures (folder, tar, Parquet), IDX (.gz), .npz or CIFAR-10 PNG strips.
+
+    With --shard-size OUT is a folder of parts and a manifest; the same command continues a build
+    that was killed.
 
     Pictures must be 8-bit grey or RGB, with one frame, no transparency and at most 67 million
     pixels; others are rejected by name. They are rotated by their EXIF orientation.
     """
     skipped: list[str] = []
     with _one_line_errors(), Progress(f"Reading {source}", every_s=5.0, quiet_s=5.0) as progress:
-        if out.suffix != ".safetensors":
-            raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
-        common: dict[str, Any] = {
+        reading: dict[str, Any] = {
             "format": format,
             "label_names": _split_names(label_names),
-            "limit": limit,
-            "per_label": per_label,
-            "skipped": (lambda error: skipped.append(str(error))) if skip_unreadable else None,
-            "progress": lambda done, total: progress(done, total, f"{done} of {total} images"),
+            "columns": Columns(image_column, label_column),
         }
+        chosen: dict[str, Any] = {"limit": limit, "per_label": per_label}
         size = None if resize is None else _parse_size(resize)
+        name = source_name or source.resolve().name
+
+        def report(done: int, total: int) -> None:
+            progress(done, total, f"{done} of {total} images")
+
+        if shard_size is not None:
+            _check_none_of("--shard-size", {"keep_sizes": keep_sizes or None})
+            sizes = size_of(size, crop)
+            opened = open_source(source, labels=labels, **reading)
+            given = {"format": format, "image_column": image_column, "label_column": label_column}
+            described = {**given, "labels": labels and labels.name}
+            request = Request(
+                shard_size, limit, per_label, sizes, skip_unreadable, name, licence, described
+            )
+            built = build_parts(*opened, out, request, report)
+            _print_table(out, BankReader(out))
+            if skip_unreadable:
+                _report_skipped(built.first_skipped, built.manifest.skipped)
+            return
+        if out.suffix != ".safetensors":
+            raise InvalidArgumentError("OUT", "a name that ends in .safetensors", out)
+        chosen["progress"] = report
+        chosen["skipped"] = (lambda error: skipped.append(str(error))) if skip_unreadable else None
         if keep_sizes:
-            _check_none_of({"labels": labels, "resize": resize, "crop": crop or None})
-            bank = read_pictures(source, **common)
+            given_sizes = {"labels": labels, "resize": resize, "crop": crop or None}
+            _check_none_of("--keep-sizes", given_sizes)
+            bank = read_pictures(source, **reading, **chosen)
         else:
-            bank = read_source(source, labels=labels, resize=size, crop=crop, **common)
-        bank = dataclasses.replace(
-            bank, source=source_name or source.resolve().name, licence=licence
-        )
+            bank = read_source(source, labels=labels, resize=size, crop=crop, **reading, **chosen)
+        bank = dataclasses.replace(bank, source=name, licence=licence)
         save_bank(bank, out)
     _print_table(out, bank)
     if skip_unreadable:
-        _report_skipped(skipped)
+        _report_skipped(skipped, len(skipped))
     if bank.dtype == np.float32 and bank.images.min() >= 0:
         hint = "no pixel is below 0, but pixels are from -1 to 1: if black is 0, write 2·x - 1"
         typer.echo(f"hint: {hint}", err=True)
@@ -110,36 +154,41 @@ def build(
     )
 
 
-def _check_none_of(options: dict[str, Any]) -> None:
-    """Raise InvalidArgumentError if an option was given that does not go with keep_sizes."""
-    for name, value in options.items():
+def _check_none_of(option: str, others: dict[str, Any]) -> None:
+    """Raise InvalidArgumentError if an option was given that does not go with another."""
+    for name, value in others.items():
         if value is not None:
-            raise InvalidArgumentError(name, "none with --keep-sizes", value)
+            raise InvalidArgumentError(name, f"none with {option}", value)
 
 
-def _report_skipped(skipped: list[str]) -> None:
-    for text in skipped[:_SHOWN]:
+def _report_skipped(errors: Sequence[str], count: int) -> None:
+    for text in errors[:_SHOWN]:
         typer.echo(f"skipped: {text}", err=True)
-    if len(skipped) > _SHOWN:
-        typer.echo(f"skipped: … and {len(skipped) - _SHOWN} more", err=True)
-    typer.echo(f"{len(skipped)} files skipped: cannot be read", err=True)
+    if count > _SHOWN:
+        typer.echo(f"skipped: … and {count - _SHOWN} more", err=True)
+    typer.echo(f"{count} files skipped: cannot be read", err=True)
 
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bank.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bank: a file, or a folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe a bank: sizes, labels, source, licence and fingerprint."""
     with _one_line_errors():
-        bank = load_any_bank(file)
+        bank: AnyBank | BankReader
+        if manifest_of(file) is None:
+            bank = load_any_bank(file)
+        else:
+            bank = BankReader(file)
+            bank.verify()
     if as_json:
         typer.echo(json.dumps(_describe(bank), ensure_ascii=False))
     else:
         _print_table(file, bank)
 
 
-def _describe(bank: AnyBank) -> dict[str, Any]:
+def _describe(bank: AnyBank | BankReader) -> dict[str, Any]:
     # No counts for absent labels: a file may have a single huge label.
     labels, counts = np.unique(bank.labels, return_counts=True)
     entries = [
@@ -155,8 +204,15 @@ def _describe(bank: AnyBank) -> dict[str, Any]:
         "source": bank.source,
         "licence": bank.licence,
         "fingerprint": bank.fingerprint,
-        **({} if bank.file_names is None else {"file_names": len(bank.file_names)}),
+        **_files(bank),
     }
+
+
+def _files(bank: AnyBank | BankReader) -> dict[str, int]:
+    """Return the number of parts of a bank, or of the names of its files, if it has any."""
+    if isinstance(bank, BankReader):
+        return {} if bank.manifest is None else {"parts": len(bank.manifest.parts)}
+    return {} if bank.file_names is None else {"file_names": len(bank.file_names)}
 
 
 def _sizes(bank: MixedBank) -> dict[str, Any]:
@@ -171,11 +227,11 @@ def _sizes(bank: MixedBank) -> dict[str, Any]:
     return {"height": height, "width": width, "different": len(sizes), "most": most}
 
 
-def _name(bank: AnyBank, label: int) -> str | None:
+def _name(bank: AnyBank | BankReader, label: int) -> str | None:
     return bank.label_names[label] if bank.label_names else None
 
 
-def _print_table(file: Path, bank: AnyBank) -> None:
+def _print_table(file: Path, bank: AnyBank | BankReader) -> None:
     facts = _describe(bank)
     labels = [
         " × ".join((f"{entry['label']} {entry['name'] or ''}".rstrip(), str(entry["images"])))

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +36,14 @@ from els_service.errors import LoadError
 FORMAT = "els-bank"
 
 _SAFETENSORS_DTYPES = {"uint8": "U8", "float32": "F32", "int64": "I64"}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("<u1"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+}
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's flag of mappings that take no commit charge; Python has its name since 3.13."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,23 +93,31 @@ def save_bank(bank: Storable, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _encode(bank.content))
+    write_atomically(path, *_blocks(bank.content))
 
 
-def read_bank(path: str | os.PathLike[str], construct: Callable[[BankContent], _Bank]) -> _Bank:
+def read_bank(
+    path: str | os.PathLike[str],
+    construct: Callable[[BankContent], _Bank],
+    *,
+    mapped: bool = False,
+) -> _Bank:
     """Return the bank in a file.
 
     Args:
         path: the file.
         construct: returns the bank of a content, and raises ValueError, KeyError or TypeError
             if it is none.
+        mapped: map the file instead of reading it; its memory is then the page cache's, shared by
+            processes. The file must be replaced, never written in place. Writes to the arrays are
+            private to the process.
 
     Raises:
         LoadError: the file is missing, truncated, modified, of another format or version, or does
             not contain a valid bank; names the file, and the field or tensor.
     """
     try:
-        data = Path(path).read_bytes()
+        data = _mapped(Path(path)) if mapped else Path(path).read_bytes()
         content = _decode(data)
         bank = construct(content)
         _check_unmodified(bank.content, content.fingerprint, data)
@@ -116,18 +134,51 @@ def read_bank(path: str | os.PathLike[str], construct: Callable[[BankContent], _
         raise LoadError(path, f"not a bank: {error}") from error
 
 
+def fingerprint_start(description: list[Any]) -> bytes:
+    """Return a description, JSON, as a fingerprint has it before the arrays."""
+    return json.dumps(description).encode()
+
+
 def fingerprint_of(description: list[Any], arrays: Iterable[NDArray[Any]]) -> str:
     """Return SHA-256 (hex) of a description, as JSON, and of arrays."""
-    digest = hashlib.sha256(json.dumps(description).encode())
+    digest = hashlib.sha256(fingerprint_start(description))
     for array in arrays:
         digest.update(_little_endian(array))
     return digest.hexdigest()
 
 
-def _decode(data: bytes) -> BankContent:
+def _mapped(path: Path) -> mmap.mmap:
+    """Return a private mapping of a file, which reserves no memory."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("header: expected safetensors, got an empty file")
+        # Writable, as torch takes no read-only arrays; what is written would not reach the file.
+        flags = mmap.MAP_PRIVATE | _NO_RESERVE
+        return mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _views(data: mmap.mmap, header: dict[str, Any], begin: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a mapped file, without copies; ``_check_unmodified`` checks the rest."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            offset = begin + entry["data_offsets"][0]
+            arrays[name] = np.frombuffer(data, dtype, math.prod(shape), offset).reshape(shape)
+    return arrays
+
+
+def _decode(data: bytes | mmap.mmap) -> BankContent:
     """Return the content of a file; raise as ``read_bank`` catches."""
-    arrays = parse_safetensors(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if isinstance(data, bytes):
+        arrays = parse_safetensors(data)
+        header = json.loads(data[8:begin])
+    else:
+        header = json.loads(data[8:begin])
+        if not isinstance(header, dict):
+            raise ValueError("header: expected safetensors, got no object")
+        arrays = _views(data, header, begin)
     metadata: dict[str, str] = header.get("__metadata__") or {}
     content = BankContent(arrays, "", (), "", "")
     if metadata["format"] != FORMAT or metadata["version"] != content.version:
@@ -151,18 +202,20 @@ def _label_names(text: str) -> tuple[str, ...]:
         raise ValueError(f"label_names: expected a list in JSON, got {error}") from error
 
 
-def _check_unmodified(content: BankContent, fingerprint: str, data: bytes) -> None:
+def _check_unmodified(content: BankContent, fingerprint: str, data: bytes | mmap.mmap) -> None:
     if content.fingerprint != fingerprint:
         expected = f"expected {content.fingerprint}, that of the contents"
         reason = "the fingerprint does not match the contents"
         raise ValueError(f"fingerprint: {expected}, got {fingerprint[:64]!r}: {reason}")
-    if _encode(content) != data:
+    # The arrays are views of the data: equal headers place them over all of it.
+    head, *blocks = _blocks(content)
+    if data[: len(head)] != head or len(data) != len(head) + sum(map(len, blocks)):
         reason = "damaged or edited, not byte for byte what save_bank writes"
         raise ValueError(f"checksum: expected that of the file: {reason}")
 
 
-def _encode(content: BankContent) -> bytes:
-    """Return the bytes of a safetensors file; equal contents give equal bytes.
+def _blocks(content: BankContent) -> list[bytes | memoryview]:
+    """Return header and tensors of a safetensors file; equal contents give equal bytes.
 
     Not written by the library, whose order of the metadata differs between processes.
     """
@@ -183,7 +236,8 @@ def _encode(content: BankContent) -> bytes:
             "checksum": hashlib.sha256(json.dumps(provenance).encode()).hexdigest(),
         }
     }
-    blocks, offset = [], 0
+    blocks: list[bytes | memoryview] = []
+    offset = 0
     for name, array in content.arrays.items():
         block = _little_endian(array)
         dtype = _SAFETENSORS_DTYPES[array.dtype.name]
@@ -192,7 +246,7 @@ def _encode(content: BankContent) -> bytes:
         blocks.append(block)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join((len(text).to_bytes(8, "little"), text, *blocks))
+    return [len(text).to_bytes(8, "little") + text, *blocks]
 
 
 def _little_endian(array: NDArray[Any]) -> memoryview:

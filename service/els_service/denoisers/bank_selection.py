@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,53 @@ def refuse(error: LoadError) -> None:
     raise error
 
 
+class Pictures(Protocol):
+    """Pictures that are decoded on demand; fastest in rising order."""
+
+    def __len__(self) -> int:
+        """Return the number of pictures N."""
+        ...
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Return one picture, [H, W, C]; raises LoadError with its ``place``."""
+        ...
+
+    def place(self, index: int) -> Path | str:
+        """Return the file of a picture, or a name of its place in a file, for errors."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the name of a picture, relative to the source, as ``FileNames`` accepts it."""
+        ...
+
+
+class FolderPictures:
+    """Pictures that are files below a folder.
+
+    Args:
+        folder: the folder.
+        names: of the files, relative to it; strings, as a million of ``Path`` take half a gigabyte.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder, self._names = folder, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Return one picture, as ``read_picture``."""
+        return read_picture(self.place(index))
+
+    def place(self, index: int) -> Path:
+        """Return the file of a picture."""
+        return self._folder / self._names[index]
+
+    def name(self, index: int) -> str:
+        """Return the name of the file, relative to the folder."""
+        return printable_name(self.place(index), self._folder)
+
+
 @dataclass(frozen=True)
 class Source:
     """Images in file order: an array, or pictures that are decoded on demand.
@@ -37,28 +84,32 @@ class Source:
 
     path: Path
     images: NDArray[Any] | None = None
-    files: Sequence[Path] = ()
+    pictures: Pictures | None = None
     labels: NDArray[np.int64] | None = None
     label_names: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
         """N."""
-        return len(self.files) if self.images is None else len(self.images)
+        return len(self.images if self.images is not None else self.pictures or ())
 
     def image(self, index: int) -> NDArray[Any]:
         """Return one image, [H, W, C]."""
-        return read_picture(self.files[index]) if self.images is None else self.images[index]
+        if self.pictures is not None:
+            return self.pictures.read(index)
+        assert self.images is not None
+        image: NDArray[Any] = self.images[index]
+        return image
 
-    def file(self, index: int) -> Path:
-        """Return the path of an image."""
-        return self.files[index] if self.files else self.path
+    def place(self, index: int) -> Path | str:
+        """Return the path of an image, or a name of its place in a file."""
+        return self.path if self.pictures is None else self.pictures.place(index)
 
     def file_names(self, indices: Sequence[int]) -> list[str] | None:
         """Return the names of the files of some images, relative to the source; None for arrays."""
-        if self.images is not None:
+        if self.pictures is None:
             return None
-        return [printable_name(self.files[index], self.path) for index in indices]
+        return [self.pictures.name(index) for index in indices]
 
 
 class Choice:
@@ -124,7 +175,7 @@ def decode(
     images: NDArray[Any] = np.empty((0, 0, 0, 0), np.uint8)
     for index in choice.indices(kept):
         try:
-            image = _resized(source.image(index), size)
+            image = resized(source.image(index), size)
         except LoadError as error:
             skipped(error)
             continue
@@ -132,8 +183,8 @@ def decode(
             # The operating system allocates the memory as it is written.
             images = np.empty((choice.most, *image.shape), image.dtype)
         elif image.shape != images.shape[1:]:
-            sizes = f"{image.shape}, but {source.file(kept[0])} of {images.shape[1:]}"
-            raise LoadError(source.file(index), f"of size and channels {sizes}; resize may help")
+            sizes = f"{image.shape}, but {source.place(kept[0])} of {images.shape[1:]}"
+            raise LoadError(source.place(index), f"of size and channels {sizes}; resize may help")
         images[len(kept)] = image
         kept.append(index)
         progress(len(kept), choice.most)
@@ -153,8 +204,8 @@ def decode_each(
             skipped(error)
             continue
         if images and image.shape[2] != images[0].shape[2]:
-            channels = f"{image.shape[2]}, but {source.file(kept[0])} of {images[0].shape[2]}"
-            raise LoadError(source.file(index), f"of channels {channels}: expected equal ones")
+            channels = f"{image.shape[2]}, but {source.place(kept[0])} of {images[0].shape[2]}"
+            raise LoadError(source.place(index), f"of channels {channels}: expected equal ones")
         images.append(image)
         kept.append(index)
         progress(len(kept), choice.most)
@@ -179,7 +230,8 @@ class Size:
         return left, top, width - left, height - top
 
 
-def _resized(image: NDArray[Any], size: Size | None) -> NDArray[Any]:
+def resized(image: NDArray[Any], size: Size | None) -> NDArray[Any]:
+    """Return an image, [H, W, C], cut and resized unless it has the size."""
     if size is None or image.shape[:2] == size.sides:
         return image
     height, width = size.sides

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from els_service.denoisers.array_files import GZIP, IDX, opened_npz, read_at_most, read_idx
 from els_service.denoisers.bank_selection import (
     Choice,
+    FolderPictures,
     Refuse,
     Report,
     Size,
@@ -28,7 +29,9 @@ from els_service.denoisers.bank_selection import (
 )
 from els_service.denoisers.banks import Bank, make_bank
 from els_service.denoisers.mixed_banks import AnyBank, make_mixed_bank
+from els_service.denoisers.parquet_sources import Columns, read_parquet
 from els_service.denoisers.pictures import read_picture, refusing
+from els_service.denoisers.tar_sources import read_tar
 from els_service.errors import InvalidArgumentError, LoadError
 
 CIFAR10_NAMES = (
@@ -41,7 +44,13 @@ MAX_SIDE = 4096
 _SHOWN_NAMES = 8
 _LARGEST_JSON = 1 << 24
 """Largest size of a labels file in bytes; that of CIFAR-10 has 150 KB."""
-_MAGIC = {GZIP: "idx", IDX: "idx", b"PK\x03\x04": "npz"}
+_MAGIC = {
+    GZIP: "idx",
+    IDX: "idx",
+    b"PK\x03\x04": "npz",
+    b"PAR1": "parquet",
+}
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 
 def read_source(
@@ -49,6 +58,7 @@ def read_source(
     *,
     format: str = "auto",
     labels: str | os.PathLike[str] | None = None,
+    columns: Columns | None = None,
     label_names: tuple[str, ...] = (),
     limit: int | None = None,
     per_label: int | None = None,
@@ -63,6 +73,7 @@ def read_source(
         path: a file or folder in one of ``FORMATS``.
         format: its format; ``auto`` detects it from the contents.
         labels: the labels file of an IDX source; by default the one in its folder, if any.
+        columns: the columns of a Parquet source.
         label_names: one for each label, replacing the source's own. Names beyond the largest
             label of the bank are dropped.
         limit: maximum number of images, the first in file order after ``per_label``.
@@ -70,23 +81,18 @@ def read_source(
         resize: (H, W) of the images of the bank; bilinear, ignores the aspect ratio.
         crop: cut images about their centre to the aspect ratio of ``resize`` first, as the client
             does.
-        skipped: callback for each unreadable picture of a folder, which is replaced by the next
-            one; None means that the first unreadable picture raises LoadError.
+        skipped: callback for each unreadable picture of a folder, archive or table, which is
+            replaced by the next one; None means that the first unreadable picture raises LoadError.
         progress: callback with the number of images done, and the maximum number to do.
 
     Raises:
         InvalidArgumentError: an argument is out of range or not applicable to the source.
         LoadError: a file is missing, damaged or violates its format; names the file.
     """
-    if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
-        raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
-    if crop and resize is None:
-        raise InvalidArgumentError("crop", "a size to resize to", "none")
-    source, names = _opened(Path(path), format, labels, label_names)
-    if skipped is not None and source.images is not None:
-        raise InvalidArgumentError("skip_unreadable", "a folder of pictures", path)
+    size = size_of(resize, crop)
+    source, names = open_source(Path(path), format, labels, label_names, columns)
+    _check_skipped(source, skipped)
     chosen = Choice(source.labels, source.count, limit, per_label)
-    size = None if resize is None else Size(resize, crop)
     images, kept = decode(source, chosen, size, skipped or refuse, progress)
     if not images.size:
         raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
@@ -97,28 +103,30 @@ def read_pictures(
     path: str | os.PathLike[str],
     *,
     format: str = "auto",
+    columns: Columns | None = None,
     label_names: tuple[str, ...] = (),
     limit: int | None = None,
     per_label: int | None = None,
     skipped: Refuse | None = None,
     progress: Report = lambda done, total: None,
 ) -> AnyBank:
-    """Return a bank of the pictures of a folder, each of its own size.
+    """Return a bank of the pictures of a folder, archive or table, each of its own size.
 
     Args:
-        path: the folder.
-        format: its format, ``folder``; ``auto`` detects it.
-        label_names: as in ``read_source``, like all that follow.
+        path: the folder or file.
+        format: its format; ``auto`` detects it.
+        columns: as in ``read_source``, like all that follow.
+        label_names: one for each label.
         limit: maximum number of pictures.
         per_label: maximum number of pictures of each label.
         skipped: callback for each unreadable picture.
         progress: callback with the number of pictures done, and the maximum number to do.
 
     Raises:
-        InvalidArgumentError: an argument is out of range, or the source is no folder of pictures.
+        InvalidArgumentError: an argument is out of range, or the source has no pictures.
         LoadError: a file is missing or damaged, or grey and RGB are mixed; names the file.
     """
-    source, names = _opened(Path(path), format, None, label_names)
+    source, names = open_source(Path(path), format, None, label_names, columns)
     if source.images is not None:
         expected = "a folder of pictures, as arrays have images of one size"
         raise InvalidArgumentError("keep_sizes", expected, path)
@@ -130,14 +138,30 @@ def read_pictures(
     return make_mixed_bank(images, **_labelled(source, names, kept))
 
 
-def _opened(
+def size_of(resize: tuple[int, int] | None, crop: bool) -> Size | None:
+    """Return the size to resize to, None for none; raises InvalidArgumentError."""
+    if resize is not None and not all(1 <= side <= MAX_SIDE for side in resize):
+        raise InvalidArgumentError("resize", f"sides from 1 to {MAX_SIDE}", resize)
+    if crop and resize is None:
+        raise InvalidArgumentError("crop", "a size to resize to", "none")
+    return None if resize is None else Size(resize, crop)
+
+
+def _check_skipped(source: Source, skipped: object | None) -> None:
+    """Raise InvalidArgumentError if images of an array would be skipped."""
+    if skipped is not None and source.images is not None:
+        raise InvalidArgumentError("skip_unreadable", "a folder of pictures", source.path)
+
+
+def open_source(
     path: Path,
-    format: str,
-    labels: str | os.PathLike[str] | None,
-    label_names: tuple[str, ...],
+    format: str = "auto",
+    labels: str | os.PathLike[str] | None = None,
+    label_names: tuple[str, ...] = (),
+    columns: Columns | None = None,
 ) -> tuple[Source, tuple[str, ...]]:
-    """Return a source that is not empty, and the names of its labels."""
-    source = _open(path, format, labels)
+    """Return a source that is not empty, and the names of its labels; as ``read_source``."""
+    source = _open(path, format, labels, columns)
     if source.count == 0:
         raise LoadError(path, "holds no images")
     return source, _names(source, label_names)
@@ -152,14 +176,22 @@ def _labelled(source: Source, names: tuple[str, ...], kept: Sequence[int]) -> di
     return {"labels": labels, "label_names": names[: labels.max() + 1], "file_names": files}
 
 
-def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> Source:
+def _open(
+    path: Path, format: str, labels: str | os.PathLike[str] | None, columns: Columns | None
+) -> Source:
     if format == "auto":
         format = _detect(path)
     if format not in FORMATS:
         raise InvalidArgumentError("format", ", ".join(("auto", *FORMATS)), format)
     if labels is not None and format != "idx":
         raise InvalidArgumentError("labels", f"none for a source of format {format}", labels)
-    source = FORMATS[format](path) if labels is None else _read_idx(path, Path(labels))
+    if columns not in (None, Columns()):
+        if format != "parquet":
+            expected = f"none for a source of format {format}"
+            raise InvalidArgumentError("image_column, label_column", expected, columns)
+        source = read_parquet(path, columns)
+    else:
+        source = FORMATS[format](path) if labels is None else _read_idx(path, Path(labels))
     if source.labels is not None and len(source.labels) != source.count:
         raise LoadError(path, f"{source.count} images but {len(source.labels)} labels")
     return source
@@ -167,13 +199,27 @@ def _open(path: Path, format: str, labels: str | os.PathLike[str] | None) -> Sou
 
 def _detect(path: Path) -> str:
     if path.is_dir():
-        return "cifar-png" if (path / "data_batch_1.png").exists() else "folder"
+        return _detect_folder(path)
     with refusing(path), path.open("rb") as file:
-        head = file.read(4)
+        head = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
+    if head.startswith(GZIP) and path.name.endswith((".tar.gz", ".tgz")):
+        raise LoadError(path, "expected an archive that is not compressed: gunzip it")
     for magic, format in _MAGIC.items():
         if head.startswith(magic):
             return format
+    if head[_TAR_MAGIC_AT:] == _TAR_MAGIC:
+        return "tar"
     raise LoadError(path, f"of no known format ({', '.join(FORMATS)})")
+
+
+def _detect_folder(path: Path) -> str:
+    if (path / "data_batch_1.png").exists():
+        return "cifar-png"
+    names = _visible(path)
+    for format in ("tar", "parquet"):
+        if names and all(name.endswith(f".{format}") for name in names):
+            return format
+    return "folder"
 
 
 def _names(source: Source, label_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -211,27 +257,30 @@ def _read_folder(path: Path) -> Source:
     Names that are all numbers sort as numbers.
     """
     entries = _visible(path)
-    folders = [entry for entry in entries if entry.is_dir()]
-    if all(folder.name.isdecimal() for folder in folders):
-        folders.sort(key=lambda folder: int(folder.name))
+    folders = [entry for entry in entries if (path / entry).is_dir()]
+    if all(folder.isdecimal() for folder in folders):
+        folders.sort(key=int)
     if not folders:
-        return Source(path, files=entries)
-    for entry in entries:
-        if not entry.is_dir():
-            raise LoadError(entry, "expected only sub-folders, which are labels, got a file")
-    groups = [_visible(folder) for folder in folders]
-    for folder, group in zip(folders, groups, strict=True):
+        return Source(path, pictures=FolderPictures(path, entries))
+    if len(folders) < len(entries):
+        (file, *_) = sorted(set(entries) - set(folders))
+        expected = "expected only sub-folders, which are labels, got a file"
+        raise LoadError(path / file, expected)
+    names, counts = [], []
+    for folder in folders:
+        group = _visible(path / folder)
         if not group:
-            raise LoadError(folder, "holds no images")
-    files = [file for group in groups for file in group]
-    labels = np.repeat(np.arange(len(folders)), [len(group) for group in groups])
-    names = tuple(folder.name for folder in folders)
-    return Source(path, files=files, labels=labels, label_names=names)
+            raise LoadError(path / folder, "holds no images")
+        names += [f"{folder}/{name}" for name in group]
+        counts.append(len(group))
+    labels = np.repeat(np.arange(len(folders)), counts)
+    pictures = FolderPictures(path, names)
+    return Source(path, pictures=pictures, labels=labels, label_names=tuple(folders))
 
 
-def _visible(folder: Path) -> list[Path]:
+def _visible(folder: Path) -> list[str]:
     with refusing(folder):
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def _read_npz(path: Path) -> Source:
@@ -304,4 +353,6 @@ FORMATS: dict[str, Callable[[Path], Source]] = {
     "folder": _read_folder,
     "npz": _read_npz,
     "cifar-png": _read_cifar_png,
+    "tar": read_tar,
+    "parquet": read_parquet,
 }

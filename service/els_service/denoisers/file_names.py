@@ -72,6 +72,11 @@ class FileNames:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
+    def part(self, start: int, stop: int) -> FileNames:
+        """Return the names from ``start`` to before ``stop``, at least one; shares the text."""
+        begin = 0 if start == 0 else int(self._ends[start - 1]) + 1
+        return FileNames(self.text[begin : int(self._ends[stop - 1]) + 1])
+
     @property
     def nbytes(self) -> int:
         """Memory of the text and of the positions in it."""

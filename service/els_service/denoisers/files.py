@@ -28,7 +28,8 @@ _TEMPORARY = re.compile(
     r"\.els-[0-9a-f]{16}\.tmp|\..+\.(safetensors|yaml|json|csv|png)\.[0-9]+\.tmp"
 )
 """Current names, and those of earlier versions, which contained a process id."""
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""Errors of a lock on a file system without locks."""
 
 
 def check_temporary_folder() -> None:
@@ -47,12 +48,12 @@ def check_temporary_folder() -> None:
         raise LoadError("TMPDIR", f"{expected}: {error.strerror}; {remedy}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """Write a file atomically and durably; removes old temporary files of killed writers.
 
     Args:
         path: file in an existing folder. Its mode follows the umask.
-        content: new content of the file.
+        content: new content of the file, in parts.
 
     Raises:
         OSError: The file cannot be written; names it. An existing file is unchanged.
@@ -61,7 +62,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         # In the same folder, because a rename is atomic only within one file system.
         with _temporary(path.parent) as (name, file):
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
             os.replace(name, path)
@@ -110,7 +111,7 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             except OSError as error:
                 # A file system without locks; no file is removed there either.
-                if error.errno not in _UNSUPPORTED:
+                if error.errno not in UNSUPPORTED:
                     raise
             yield name, file
     finally:

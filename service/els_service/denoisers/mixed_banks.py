@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from els_service.denoisers.bank_files import BankContent, fingerprint_of, read_bank
+from els_service.denoisers.bank_parts import load_parts, manifest_of
 from els_service.denoisers.banks import (
     Bank,
     Labelled,
@@ -203,8 +204,11 @@ def one_size(bank: SourceBank, user: str) -> Bank:
 
 
 def load_any_bank(path: str | os.PathLike[str]) -> AnyBank:
-    """Return the bank in a file, of images of one size or of several; raises as ``load_bank``."""
-    return read_bank(path, _any_from)
+    """Return the bank in a file, of images of one size or of several; raises as ``load_bank``.
+
+    A folder or a ``.json`` file is a bank in parts, see ``bank_parts``.
+    """
+    return read_bank(path, _any_from) if manifest_of(path) is None else load_parts(path)
 
 
 def _any_from(content: BankContent) -> AnyBank:

@@ -5,11 +5,12 @@ No image format is read for which Pillow runs another program.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +38,31 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
             ``MAX_PIXELS``; names the file.
     """
     with refusing(file), opened(file) as picture:
-        _check(file, picture)
-        pixels = np.asarray(ImageOps.exif_transpose(picture))
+        return _pixels(file, picture)
+
+
+def decode_picture(data: bytes, name: str) -> NDArray[np.uint8]:
+    """Return the picture in the bytes of a file, as ``read_picture``; errors have the name."""
+    with refusing(name), opened(name, io.BytesIO(data)) as picture:
+        return _pixels(name, picture)
+
+
+def _pixels(file: Path | str, picture: Image.Image) -> NDArray[np.uint8]:
+    _check(file, picture)
+    pixels = np.asarray(ImageOps.exif_transpose(picture))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
+def refusing(path: Path | str) -> Iterator[None]:
     """Convert any exception of reading a damaged file to a LoadError that names the file.
 
-    A pipe, socket or device is rejected before it is opened, which could wait for ever.
+    A pipe, socket or device is rejected before it is opened, which could wait for ever. A text is
+    the name of a part of a file.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        special = isinstance(path, Path) and path.exists() and not path.is_file()
+        if special and not Path(path).is_dir():
             raise LoadError(path, "expected a file, got a pipe, socket or device")
         yield
     except LoadError:
@@ -61,12 +74,17 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """Yield a picture with only its header read; raises LoadError if it is too large."""
+def opened(file: Path | str, content: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """Yield a picture with only its header read; raises LoadError if it is too large.
+
+    Args:
+        file: the file, or a name for errors if the content is given.
+        content: bytes of the picture.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(file, formats=IMAGE_FORMATS)
+            picture = Image.open(content or file, formats=IMAGE_FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise LoadError(file, f"expected at most {MAX_PIXELS} pixels, got more") from None
         except UnidentifiedImageError:
@@ -78,7 +96,7 @@ def opened(file: Path) -> Iterator[Image.Image]:
         yield picture
 
 
-def _check(file: Path, picture: Image.Image) -> None:
+def _check(file: Path | str, picture: Image.Image) -> None:
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         expected = "expected one frame: save the one that is meant as a file of its own"
         raise LoadError(file, f"{expected}, got {getattr(picture, 'n_frames', 1)}")

@@ -293,15 +293,18 @@ class Engine:
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Yield the current value of each gauge: name, labels, value."""
+        waiting_s = 0.0
         for served in self.models:
             # Read once, because this runs in another thread and the model may be unloaded.
             loaded = served.loaded
             if loaded is not None:
                 labels = {"model": served.model}
                 for each in loaded.queues:
+                    waiting_s += each.waiting_s
                     yield "els_queue_items", labels, len(each.queue)
                     yield "els_queue_cost_seconds", labels, each.waiting_s
                     yield "els_queue_reserved_seconds", labels, each.seconds.budget.used
+        yield "els_queue_milliseconds", {}, round(1e3 * waiting_s)
         for model, size in self.models.memory().items():
             yield "els_model_memory_bytes", {"model": model}, size
         for device in self._devices:

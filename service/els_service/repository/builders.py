@@ -77,7 +77,7 @@ def build(
         case PictureSpec():
             return load_picture_model(spec, files, banks.implementation, device)
         case WienerSpec():
-            return WienerDenoiser(one_size(banks.bank(files.find(spec.bank)), "kind wiener"))
+            return WienerDenoiser(one_size(banks.bank(files.find_bank(spec.bank)), "kind wiener"))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
             return load_pretrained(spec, files, device, engines)
 
@@ -99,7 +99,7 @@ def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: s
 
 def _machine(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Machine:
     """Return a machine with one fold, or none."""
-    path = files.find(spec.bank)
+    path = files.find_bank(spec.bank)
     common: dict[str, Any] = {
         "machine": spec.machine,
         "padding": spec.padding,

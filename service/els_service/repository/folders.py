@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from els_service.denoisers.bank_parts import MANIFEST
 from els_service.denoisers.networks.folder import MODEL_FILE, pickle_hint
 from els_service.errors import LoadError
 
@@ -64,6 +65,14 @@ class ModelFiles:
             # A link to itself, a name that is too long, or a folder without permission.
             raise LoadError(self.folder / relative, f"expected a file, got {error}") from error
         return path
+
+    def find_bank(self, relative: str) -> Path:
+        """Return the path of a bank file, or of the manifest of a folder; raises as ``find``."""
+        try:
+            in_parts = (self.folder / relative / MANIFEST).exists()
+        except (OSError, ValueError):
+            in_parts = False  # the error of ``find`` names the file
+        return self.find(f"{relative}/{MANIFEST}" if in_parts else relative)
 
 
 def is_model(folder: Path) -> bool:

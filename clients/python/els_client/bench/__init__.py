@@ -12,6 +12,7 @@ stream: on two shared cores one process reached 5,000 and 8,000 calls per second
 from els_client.bench._run import run, run_all
 from els_client.bench.plan import Kind, Plan
 from els_client.bench.report import Generator, Latency, Outcome, Report, Second
+from els_client.bench.sweep import Sweep, sweep
 
 __all__ = [
     "Generator",
@@ -21,6 +22,8 @@ __all__ = [
     "Plan",
     "Report",
     "Second",
+    "Sweep",
     "run",
     "run_all",
+    "sweep",
 ]

@@ -83,9 +83,13 @@ class UnaryCalls:
         if left is not None and kind != "sample":
             timeout += load.plan.grace_s
         body = load.requests.body(kind, left)
+        first: float | None = None
         try:
             call = next(self._stubs)[kind](body, timeout=timeout, metadata=self._metadata)
-            answer = await (_last(call) if kind == "sample" else call)
+            if kind == "sample":
+                answer, first = await _last(call)
+            else:
+                answer = await call
             code = "OK" if answer and load.is_whole(_tensor(answer)) else "MALFORMED"
         except grpc.aio.AioRpcError as error:
             code = error.code().name
@@ -93,7 +97,7 @@ class UnaryCalls:
             load.tally.add_unanswered(kind, "UNFINISHED", intended)
             raise
         end = time.monotonic()
-        load.tally.add(kind, intended=intended, sent=sent, end=end, code=code)
+        load.tally.add(kind, intended=intended, sent=sent, end=end, code=code, first=first)
 
 
 class StreamCalls:
@@ -175,12 +179,15 @@ def _methods(channel: grpc.aio.Channel) -> dict[Kind, Any]:
     }
 
 
-async def _last(call: Any) -> pb.SampleResponse | None:
-    """Return the last message of a sample, or None if it is not that of the last step."""
-    last = None
+async def _last(call: Any) -> tuple[pb.SampleResponse | None, float | None]:
+    """Return the last message of a sample, and the time of its first one.
+
+    None in place of the message if it is not that of the last step.
+    """
+    last, first = None, None
     async for message in call:
-        last = message
-    return last if last is not None and 0 < last.index == last.total else None
+        last, first = message, first or time.monotonic()
+    return (last if last is not None and 0 < last.index == last.total else None), first
 
 
 def _tensor(answer: pb.DenoiseResponse | pb.ScoreResponse | pb.SampleResponse) -> pb.Tensor:

@@ -1,4 +1,4 @@
-"""Plots of a report: latency and goodput over time, and the tail of latencies."""
+"""Plots: of a report over time, with the tail of its latencies; of a sweep by request rate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from els_client.bench.report import Outcome, Report, latencies_of
+from els_client.bench.sweep import Sweep
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
@@ -30,6 +31,36 @@ def draw(reports: Sequence[Report], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_sweep(sweep: Sweep, path: Path) -> None:
+    """Write a plot (PNG, SVG or PDF by the suffix) of a sweep by request rate."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    latency, rates, admission = figure.subplots(1, 3)
+    offered = [point.plan["rate_per_s"] for point in sweep.points]
+    waits = [sweep.admission_ms(point) for point in sweep.points]
+    for number, (name, style) in enumerate((("p50", "o-"), ("p99", "o--"))):
+        values = [getattr(point.total.latency, f"{name}_ms") for point in sweep.points]
+        latency.plot(offered, values, style, label=name)
+        admission.plot(offered, [wait[number] for wait in waits], style, label=name)
+    alone = sweep.serial.total.latency.p50_ms
+    latency.axhline(alone, color="grey", linestyle=":", label="one caller, p50")
+    throughputs = [point.throughput_per_s for point in sweep.points]
+    rates.plot(offered, throughputs, "o-", label="successful")
+    rates.plot(offered, offered, color="grey", linestyle=":", label="offered")
+    serial = sweep.serial.throughput_per_s
+    rates.axhline(serial, color="tab:orange", linestyle="-.", label="one caller")
+    rates.axhline(sweep.ceiling_per_s, color="tab:red", linestyle="--", label="ceiling")
+    latency.set_yscale("log")
+    for axes, title, y in (
+        (latency, "latency from scheduled start", "ms"),
+        (rates, "responses", "calls per second"),
+        (admission, "wait for admission", "ms"),
+    ):
+        axes.set(title=title, xlabel="offered calls per second", ylabel=y)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -41,7 +41,10 @@ class Outcome:
         errors: Status → number of calls. In addition to those of gRPC: MALFORMED, an invalid
             response; UNFINISHED, cancelled after the end; UNSENT, not sent for lack of capacity.
         latency: Latencies of successful calls; of an open loop from the scheduled start.
+        first: Times of these calls until their first message: of a sample that of its first step,
+            else the response.
         histogram: Latencies in µs, in HdrHistogram's encoding.
+        first_histogram: The same of ``first``.
     """
 
     calls: int
@@ -51,7 +54,9 @@ class Outcome:
     latest_ms: float
     errors: Mapping[str, int]
     latency: Latency
+    first: Latency
     histogram: str
+    first_histogram: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +166,7 @@ def _outcome(parts: Sequence[Mapping[str, Any]]) -> Outcome:
     for part in parts:
         codes.update(part["codes"])
     merged = _merged(part["latencies"] for part in parts)
+    firsts = _merged(part["firsts"] for part in parts)
     return Outcome(
         calls=codes.total(),
         ok=codes["OK"],
@@ -169,7 +175,9 @@ def _outcome(parts: Sequence[Mapping[str, Any]]) -> Outcome:
         latest_ms=1e3 * max((part["latest_s"] for part in parts), default=0.0),
         errors={code: count for code, count in sorted(codes.items()) if code != "OK"},
         latency=_latency(merged),
+        first=_latency(firsts),
         histogram=merged.encode().decode(),
+        first_histogram=firsts.encode().decode(),
     )
 
 
@@ -182,6 +190,7 @@ def _total(outcomes: Sequence[Outcome]) -> Outcome:
                 "late": outcome.late,
                 "latest_s": outcome.latest_ms / 1e3,
                 "latencies": outcome.histogram,
+                "firsts": outcome.first_histogram,
             }
             for outcome in outcomes
         ]

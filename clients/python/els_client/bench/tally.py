@@ -35,6 +35,8 @@ class Outcome:
     late: int = 0
     latest_s: float = 0.0
     latencies: Histogram = field(default_factory=histogram)
+    firsts: Histogram = field(default_factory=histogram)
+    """Times until the first message: of a sample its first step, else the response."""
 
 
 @dataclass
@@ -67,8 +69,20 @@ class Tally:
         self._second = Second()
         self._now = 0
 
-    def add(self, kind: str, *, intended: float, sent: float, end: float, code: str) -> None:
-        """Count a call scheduled at ``intended``, started at ``sent``, ended at ``end``."""
+    def add(
+        self,
+        kind: str,
+        *,
+        intended: float,
+        sent: float,
+        end: float,
+        code: str,
+        first: float | None = None,
+    ) -> None:
+        """Count a call scheduled at ``intended``, started at ``sent``, ended at ``end``.
+
+        Its first message arrived at ``first``; None means at its end.
+        """
         latency = end - intended
         late = latency > self._deadline_s
         if end >= self.start:
@@ -82,6 +96,7 @@ class Tally:
         if code != "OK":
             return
         add_seconds(outcome.latencies, latency)
+        add_seconds(outcome.firsts, (end if first is None else first) - intended)
         outcome.good += not late
         if late:
             outcome.late += 1
@@ -120,6 +135,7 @@ class Tally:
                 "late": outcome.late,
                 "latest_s": outcome.latest_s,
                 "latencies": outcome.latencies.encode().decode(),
+                "firsts": outcome.firsts.encode().decode(),
             }
             for kind, outcome in self.outcomes.items()
         }

@@ -42,6 +42,8 @@ _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _GAUGES = {
     "els_queue_items": "Requests, or parts of one, waiting in the queue.",
     "els_queue_cost_seconds": "Predicted compute time of the queued requests.",
+    "els_queue_milliseconds": "Predicted compute time of the queued requests of all models, in "
+    "whole milliseconds: for endpoint pickers, which read one series and drop fractions.",
     "els_calls_in_flight": "Calls whose response is not yet sent, or that a drain cut short.",
     "els_device_busy_seconds_total": "Time for which a device was busy.",
     "els_device_running_seconds": "Time since the start of a device's current batch; 0 if idle.",
