@@ -42,8 +42,8 @@ class OwnParts:
         return self._all(lambda native: native.moment_rows(call))
 
     def exact_parts(self, level: Level, limits: tuple[int, int]) -> list[Any]:
-        x, *rest, geometry = level
-        return self._all(lambda native: native.exact_parts(x, *rest, limits, geometry))
+        x, a, s, window, geometry = level
+        return self._all(lambda native: native.exact_parts(x, a, s, window, limits, geometry))
 
     def block_answers(self, level: Level, each: MomentPass) -> list[Any]:
         return [

@@ -220,7 +220,7 @@ class Native:
     def _block_tiles(self) -> Iterator[Tensor]:
         """Yield the packed tiles of each block."""
         tiles = self.blocks.size // self.lanes
-        yield from self.packed.split(tiles)
+        yield from torch.split(self.packed, tiles)
 
     def _unresolved(
         self, x: Tensor, a: list[float], s: list[float], window: list[int], geometry: Geometry
@@ -252,6 +252,7 @@ class Native:
         geometry: Geometry,
     ) -> Posterior:
         """Return the posteriors that the library computes, of a process with all blocks."""
+        x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         results = {"mean": answer.mean, "log_evidence": answer.log_evidence}
         self._run(_library().els_attend, x, a, s, window, ranges, geometry, results)
@@ -276,6 +277,7 @@ class Native:
         if count:
             addresses = _addresses(rows.peaks), _addresses(rows.sums)
             results = {"row_peaks": addresses[0], "row_sums": addresses[1]}
+            x = x.contiguous()
             self._run(_library().els_attend, x, a, s, window, ranges, geometry, results)
         return rows
 
@@ -300,6 +302,7 @@ class Native:
             ranges: of images of the whole bank.
             geometry: window shape, sources and padding.
         """
+        x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
         peaks, sums = zip(*rows, strict=True)
         results = {
@@ -322,8 +325,7 @@ class Native:
         geometry: Geometry,
         results: dict[str, Tensor],
     ) -> None:
-        """Call the library with its results by the names of ``_Call``."""
-        x = x.contiguous()
+        """Call the library with x in C order, and its results by the names of ``_Call``."""
         scales = torch.tensor([a, s], dtype=torch.float64, device="cpu")
         windows = torch.tensor(window, dtype=torch.int64, device="cpu")
         limits = torch.tensor(ranges, dtype=torch.int64, device="cpu")

@@ -23,7 +23,7 @@ def block_sums(bank: Tensor, blocks: Blocks) -> list[Tensor]:
         blocks: of the process.
     """
     found = []
-    for images in bank.split(blocks.size):
+    for images in torch.split(bank, blocks.size):
         sums = images.sum((2, 3), dtype=torch.float64).sum(0)
         count = torch.tensor([images.numel() / images.shape[1]], dtype=torch.float64, device="cpu")
         found.append(torch.cat([count, sums]))

@@ -147,7 +147,10 @@ class PartedNative(Native):
         shares = found[0].shares
         if any(len(part.shares) for part in found):
             lengths = [[hi - lo for lo, hi in own.runs(*call.limits)] for own in blocks]
-            split = [iter(part.shares.split(own)) for part, own in zip(found, lengths, strict=True)]
+            split = [
+                iter(torch.split(part.shares, own))
+                for part, own in zip(found, lengths, strict=True)
+            ]
             shares = torch.cat(self._in_order(call.limits, split))
         logits, origins = _ranked(found, self.lanes)
         return MomentRows(peaks, sums, logits, origins, shares)

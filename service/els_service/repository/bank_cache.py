@@ -13,7 +13,8 @@ from els_service.denoisers.folded import fold_of
 from els_service.denoisers.mixed_banks import load_any_bank, one_size
 from els_service.denoisers.source_banks import SourceBank
 from els_service.repository.folders import FileState, file_state
-from els_service.shards.opening import Engine, ShardOptions, open_shards
+from els_service.shards.opening import Engine, open_shards
+from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet
 
 

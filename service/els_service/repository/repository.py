@@ -33,7 +33,7 @@ from els_service.repository.folders import (
     model_folder,
     versions,
 )
-from els_service.shards.opening import ShardOptions
+from els_service.shards.shard import ShardOptions
 from els_service.yaml_files import read_yaml
 
 

@@ -45,7 +45,7 @@ from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
 from els_service.server.transport.interceptor import CallInterceptor
 from els_service.server.transport.receiving import Receiver
-from els_service.shards.opening import ShardOptions
+from els_service.shards.shard import ShardOptions
 
 _log = logging.getLogger(__name__)
 

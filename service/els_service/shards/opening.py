@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,30 +18,13 @@ from els_service.errors import LoadError
 from els_service.shards.local import LocalShard
 from els_service.shards.messages import Array, Message
 from els_service.shards.part import PartSpec, digest, mapped_images
-from els_service.shards.shard import Shard, ShardLostError
+from els_service.shards.shard import Shard, ShardLostError, ShardOptions
 from els_service.shards.shard_set import ShardSet
 
 _NODES = Path("/sys/devices/system/node")
 Engine = Literal["local", "ray"]
 SHARDED_CALL_S = 2e-3
 """Seconds of a call beside its pairs: messages, and merging (measured)."""
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """Settings of shards, of the server.
-
-    Attributes:
-        ray_address: of the cluster: ``auto``, ``local`` or HOST:PORT.
-        stall_s: seconds without progress after which a shard counts as hung.
-        restart_s: seconds that a call waits for a lost shard.
-        load_s: seconds that a shard has to load.
-    """
-
-    ray_address: str = "auto"
-    stall_s: float = 10.0
-    restart_s: float = 30.0
-    load_s: float = 300.0
 
 
 class Loading(Shard, Protocol):
@@ -75,8 +58,8 @@ def open_shards(
         options: settings of the server.
 
     Raises:
-        LoadError: There are more shards than blocks, or a shard cannot be loaded.
-        ModuleNotFoundError: Ray is not installed.
+        LoadError: There are more shards than blocks, a shard cannot be loaded, or Ray is not
+            installed.
         RuntimeError: The native kernel is not available.
     """
     whole = Blocks.whole(len(bank))

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from els_kernels import ComputationStoppedError
 from els_service.errors import ElsError
 from els_service.shards.messages import Array, Message
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Settings of shards, of the server.
+
+    Attributes:
+        ray_address: of the cluster: ``auto``, ``local`` or HOST:PORT.
+        stall_s: seconds without progress after which a shard counts as hung.
+        restart_s: seconds that a call waits for a lost shard.
+        load_s: seconds that a shard has to load.
+    """
+
+    ray_address: str = "auto"
+    stall_s: float = 10.0
+    restart_s: float = 30.0
+    load_s: float = 300.0
 
 
 class ShardLostError(Exception):
