@@ -21,7 +21,7 @@ from els_kernels.arguments import (
     positive,
 )
 from els_kernels.geometry import Geometry, Posterior, max_window
-from els_kernels.native import Native, instruction_sets
+from els_kernels.native import BankParts, Native, PartedNative, instruction_sets
 from els_kernels.reference import Reference
 from els_kernels.torch_tiled import Tiled
 from els_kernels.triton import create as create_triton
@@ -113,6 +113,27 @@ class PatchAttention:
         with torch.autocast(bank.device.type, enabled=False):
             self.prepared = IMPLEMENTATIONS[implementation](bank)
             """The bank, prepared by the implementation."""
+
+    @classmethod
+    def of_parts(cls, parts: BankParts, largest: float) -> PatchAttention:
+        """Return the operator of a bank whose blocks are in other processes.
+
+        Args:
+            parts: the processes.
+            largest: a bound of |pixel| of the bank.
+
+        Raises:
+            RuntimeError: The native library was not built, or cannot be loaded.
+        """
+        attention = cls.__new__(cls)
+        prepared = PartedNative(parts)
+        attention._largest = largest
+        attention.implementation = "native"
+        attention.images, *shape = prepared.shape
+        attention.shape = (shape[0], shape[1], shape[2])
+        attention.device = torch.device("cpu")
+        attention.prepared = prepared
+        return attention
 
     @torch.no_grad()
     def __call__(

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from els_kernels import whole_moments
 from els_kernels.attention import Compiling, PatchAttention
+from els_kernels.blocked_moments import BlockedQuery, Level, MomentPass, block_answers
+from els_kernels.blocks import Blocks
 from els_kernels.displacements import sweep_steps
 from els_kernels.geometry import Geometry
-from els_kernels.moment_queries import FarQuery, MomentQuery, PatchQuery, WholeQuery
-from els_kernels.native import Native, NativeMoments
+from els_kernels.native import Native, NativeMoments, PartedNative
 from els_kernels.native.moments_binding import NativeQuery
 from els_kernels.posterior_statistics import MAX_SOURCES, PosteriorStatistics, Removal
 from els_kernels.triton import create_moments
@@ -55,7 +56,11 @@ class PatchMoments:
     """
 
     def __init__(
-        self, attention: PatchAttention, bank: Tensor, *, implementation: str = "auto"
+        self,
+        attention: PatchAttention,
+        bank: Tensor,
+        *,
+        implementation: str = "auto",
     ) -> None:
         expected = (attention.images, *attention.shape)
         if tuple(bank.shape) != expected or bank.dtype not in (torch.uint8, torch.float32):
@@ -74,6 +79,9 @@ class PatchMoments:
                 f"implementation: {implementation} needs a {implementation} operator, got {own}"
             )
         self._attention, self._bank = attention, bank
+        self._blocks = Blocks.whole(attention.images)
+        parted = attention.prepared
+        self._passes = parted.passes if isinstance(parted, PartedNative) else self._own_passes
         self._fast: NativeMoments | TritonMoments | None = None
         if implementation != "torch" and isinstance(prepared, Native):
             self._fast = NativeMoments(prepared)
@@ -286,9 +294,9 @@ class PatchMoments:
         ranges: Tensor | None,
         geometry: Geometry,
         evidence: Tensor | None = None,
-    ) -> list[MomentQuery | NativeQuery | TritonQuery]:
+    ) -> list[BlockedQuery | NativeQuery | TritonQuery]:
         """Return the queries of a batch, of the implementation of their geometry."""
-        queries: list[MomentQuery | NativeQuery | TritonQuery] = []
+        queries: list[BlockedQuery | NativeQuery | TritonQuery] = []
         fast = self._fast
         if fast is None or geometry.whole:
             queries += self._torch_queries(x, a, s, window, ranges, geometry)
@@ -301,7 +309,8 @@ class PatchMoments:
             ):
                 found = fast.query(image, scale, noise, side, ends, geometry)
                 if found.is_unresolved:
-                    queries.append(FarQuery(image, scale, noise, self._bank, ends, side, geometry))
+                    level = Level(image, scale, noise, side, geometry)
+                    queries.append(self._blocked(level, ends, padded=True))
                 else:
                     queries.append(found)
         if evidence is not None:
@@ -318,17 +327,24 @@ class PatchMoments:
         window: Tensor | None,
         ranges: Tensor | None,
         geometry: Geometry,
-    ) -> list[MomentQuery]:
+    ) -> list[BlockedQuery]:
         images, scales, noises, windows, limits, geometry = self._attention.validate(
             x, a=a, s=s, window=window, ranges=ranges, geometry=geometry
         )
-        kind = WholeQuery if geometry.whole else PatchQuery
         return [
-            kind(image, scale, noise, self._bank, limits, side, geometry)
+            self._blocked(Level(image, scale, noise, side, geometry), limits)
             for image, scale, noise, side, limits in zip(
                 images, scales, noises, windows, limits, strict=True
             )
         ]
+
+    def _blocked(
+        self, level: Level, limits: tuple[int, int], *, padded: bool = False
+    ) -> BlockedQuery:
+        return BlockedQuery(level, limits, self._passes, self._blocks, padded=padded)
+
+    def _own_passes(self, level: Level, each: MomentPass) -> list[tuple[Tensor, ...]]:
+        return block_answers(lambda lo, hi: self._bank[lo:hi], self._blocks, level, each)
 
     def _check_evidence(self, evidence: Tensor, x: Tensor, geometry: Geometry) -> None:
         expected = [len(x), self.evidence_channels(geometry), *x.shape[2:]]

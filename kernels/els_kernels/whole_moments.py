@@ -68,17 +68,19 @@ class Shifts:
             product += self._moved_back(weights @ keys, dy)
         return product - total * mean
 
-    def statistics(self, top: int, images: int, lo: int) -> tuple[Tensor, ...]:
-        """Return the fields of ``PosteriorStatistics`` for one image.
+    def statistics(self, top: int, mean: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
+        """Return the fields of ``moment_queries.Spread``.
+
+        Over translations the first is Σ w v², as one centre does not fit all of them in a matrix
+        product: exact to 1e-15 of the pixels' squares, far below what float32 shows beside D.
 
         Args:
             top: number of sources.
-            images: of the whole bank.
-            lo: index in the bank of the range's first image.
+            mean: D, of the whole bank.
+            log_sum: of the whole bank.
         """
-        mean, log_sum = self.posterior()
         second, entropy = torch.zeros_like(mean), mean.new_zeros(())
-        shares = mean.new_zeros(images)
+        shares = mean.new_zeros(len(self._bank))
         best = mean.new_zeros(0)
         where = torch.zeros(0, 3, dtype=torch.int64, device=mean.device)
         for first, keys, dy, logits in self._tiles():
@@ -89,20 +91,10 @@ class Shifts:
             else:
                 second += self._moved_back(weights @ keys.square(), dy)
             entropy += (weights * surprise).sum()
-            shares[lo + first : lo + first + len(keys)] += weights.sum(0)
-            best, where = _best(best, where, weights, (lo + first, dy), top)
-        # Over translations Σ w v² − D², as one centre does not fit all of them in a matrix product:
-        # exact to 1e-15 of the pixels' squares, far below what float32 shows beside D.
-        variance = second if self._rows == 1 else second - mean.square()
-        sources, largest = self._of_pixels(best, where, top)
-        return (
-            mean.float(),
-            variance.clamp_(min=0).float(),
-            entropy.clamp_(min=0).float().expand_as(mean[0]),
-            sources,
-            largest.float(),
-            shares,
-        )
+            shares[first : first + len(keys)] += weights.sum(0)
+            best, where = _best(best, where, weights, (first, dy), top)
+        listed = self._of_pixels(best, where, top)
+        return second, entropy.expand_as(mean[0]), *listed, shares
 
     def _of_pixels(self, best: Tensor, where: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Return sources [H, W, top, 3] and weights [H, W, top] of the listed translations."""

@@ -153,6 +153,13 @@ class Settings(BaseModel):
     engine_fallback: bool = True
     """Whether an engine or precision that the machine lacks is replaced, with the reason in the log
     and in the model's description; otherwise the model is rejected."""
+    ray_address: Annotated[str, Field(pattern=r"^(auto|local|[^/:]+:\d+)$")] = "auto"
+    """Ray cluster of banks in shards with ``engine: ray``: HOST:PORT; auto means the one that this
+    machine belongs to, or else one of this machine; local always means the latter."""
+    shard_stall_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds without progress of a shard after which its process is ended and started again."""
+    shard_restart_s: _Pause = 30.0
+    """Seconds that a call waits for a lost shard to come back; then it ends in UNAVAILABLE."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = (
         "info"
     )

@@ -15,7 +15,7 @@ from tests.kernels.cases import NAMES, Case, operator, random_bank, relative_err
 from tests.kernels.fold_cases import FOLD_NAMES, FoldCase
 
 from els_kernels import FoldedAttention, FoldedMoments, PatchMoments
-from els_kernels.moment_queries import FarQuery
+from els_kernels.blocked_moments import BlockedQuery
 from els_kernels.native import far_queries
 
 FAR = [20.0, 200.0]
@@ -132,7 +132,7 @@ def test_only_far_queries_with_coarse_logits_leave_the_native_form() -> None:
     case = far_case("els-circular")
     moments = PatchMoments(operator(case.bank, NATIVE), case.bank)
     queries = moments._queries(case.x, case.a, case.s, case.window, case.ranges, case.geometry)
-    far = [isinstance(query, FarQuery) for query in queries]
+    far = [isinstance(query, BlockedQuery) for query in queries]
     # Near at s = 1e-4, then each distance at falling levels.
     assert far == [False, False, True, True, True, False, True, True, True]
     assert not far_queries.is_far(query=2.0, key=1.0, a=1.0, s=1e-4)

@@ -1,8 +1,18 @@
 """Patch attention on CPUs in C++: box sums by displacement, at a cost independent of the window."""
 
-from els_kernels.native.binding import Native, instruction_sets
+from els_kernels.native.bank import Native
+from els_kernels.native.binding import instruction_sets
 from els_kernels.native.fold_binding import NativeFold
 from els_kernels.native.fold_moments_binding import NativeFoldMoments
 from els_kernels.native.moments_binding import NativeMoments
+from els_kernels.native.parted import BankParts, PartedNative
 
-__all__ = ["Native", "NativeFold", "NativeFoldMoments", "NativeMoments", "instruction_sets"]
+__all__ = [
+    "BankParts",
+    "Native",
+    "NativeFold",
+    "NativeFoldMoments",
+    "NativeMoments",
+    "PartedNative",
+    "instruction_sets",
+]

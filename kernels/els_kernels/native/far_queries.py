@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from els_kernels.geometry import Geometry
-from els_kernels.moment_queries import PatchQuery, WholeQuery
+from els_kernels.moment_queries import PatchQuery, WholeQuery, merge_posteriors
 
 MOST_ERROR = 0.004
 """Nats that a native logit of a far query may be wrong by. An error of δ moves a mean by at most
@@ -75,14 +74,9 @@ def exact_posterior(
         ComputationStoppedError: The current ``Control`` was stopped.
     """
     kind = WholeQuery if geometry.whole else PatchQuery
-    mean, log_sum = torch.zeros_like(x.double()), x.new_full(x.shape[1:], -torch.inf).double()
     together = max(1, _TILE // x.numel())
+    parts = []
     for first in range(limits[0], limits[1], together):
         bank = images(first, min(first + together, limits[1]))
-        everything = (0, len(bank))
-        query = kind(x, a, s, bank, everything, window, geometry)
-        part, part_sum = query.posterior(*everything)
-        total = torch.logaddexp(log_sum, part_sum)
-        mean = mean * (log_sum - total).exp() + part * (part_sum - total).exp()
-        log_sum = total
-    return mean, log_sum
+        parts.append(kind(x, a, s, bank, window, geometry).posterior())
+    return merge_posteriors(parts)

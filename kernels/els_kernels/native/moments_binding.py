@@ -7,68 +7,31 @@ any level. What a logit is wrong by is rounding of its products, ``Units.error``
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from els_kernels.control import Control, current
+from els_kernels.blocked_moments import in_order
 from els_kernels.geometry import Geometry, band
-from els_kernels.native.binding import _PADDING, _SOURCES, Native, _library, run_apart
+from els_kernels.native.bank import Native
+from els_kernels.native.block_sums import largest_window
 from els_kernels.native.far_queries import MOST_ERROR, is_far
+from els_kernels.native.moments_call import (
+    COTANGENT,
+    SHARES,
+    STATISTICS,
+    TANGENT,
+    MomentCall,
+    MomentRows,
+)
 
 _LOG2E = math.log2(math.e)
 _MOST_BITS = 20.0
 _HEADROOM, _DEAD, _LEAST, _SPARE = 40.0, 64.0, 126.4, 320.0
 """Bits: that a logit may exceed a running maximum; below it from which weights do not count; below
 it at which they are no normal float, so 0; beside the logits that the integers have to hold."""
-_TILE = 1 << 20
-"""Numbers of bank images whose norms are computed together."""
-_STATISTICS, _SHARES, _TANGENT, _COTANGENT = range(4)
-
-
-class _Call(ctypes.Structure):
-    """``ElsMomentsCall`` of moments_library.hpp."""
-
-    _fields_ = (
-        ("kernel", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("bank", ctypes.c_void_p),
-        ("images", ctypes.c_int64),
-        ("channels", ctypes.c_int32),
-        ("height", ctypes.c_int32),
-        ("width", ctypes.c_int32),
-        ("sources", ctypes.c_int32),
-        ("padding", ctypes.c_int32),
-        ("kind", ctypes.c_int32),
-        ("window", ctypes.c_int32),
-        ("top", ctypes.c_int32),
-        ("vectors", ctypes.c_int32),
-        ("lo", ctypes.c_int64),
-        ("hi", ctypes.c_int64),
-        ("norm", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("origin", ctypes.c_int32),
-        ("forbidden", ctypes.c_int32),
-        ("headroom", ctypes.c_int32),
-        ("dead", ctypes.c_int32),
-        ("least", ctypes.c_int32),
-        ("units", ctypes.c_void_p),
-        ("reference", ctypes.c_void_p),
-        ("final_peak", ctypes.c_void_p),
-        ("rate", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("direction", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("cotangent", ctypes.c_void_p),
-        ("peak", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("origins", ctypes.c_void_p),
-        ("control", ctypes.c_void_p),
-    )
 
 
 class Units(NamedTuple):
@@ -170,37 +133,16 @@ class NativeMoments:
         """Return a bound of the norm of a centred patch of the bank; computed once."""
         name = (window, geometry.padding)
         if name not in self._norms:
-            largest = 0.0
-            packed = self._native.packed
-            together = max(1, _TILE // packed[0].numel())
-            for first in range(0, len(packed), together):
-                squares = packed[first : first + together].square().sum(1)
-                largest = max(largest, _largest_window(squares.movedim(3, 1).flatten(0, 1), window))
             # Sums of float32 numbers.
-            self._norms[name] = math.sqrt(largest * (1 + 1e-4))
+            self._norms[name] = math.sqrt(self._native.square_norm(window) * (1 + 1e-4))
         return self._norms[name]
 
     def variance(self) -> float:
         """Return the mean square of a centred pixel of the bank; computed once."""
         if self._variance is None:
-            packed = self._native.packed
-            together = max(1, _TILE // packed[0].numel())
-            total = sum(
-                float(packed[first : first + together].square().sum(dtype=torch.float64))
-                for first in range(0, len(packed), together)
-            )
-            self._variance = total / math.prod(self._native.shape)
+            pixels = self._native.blocks.images * math.prod(self._native.shape[1:])
+            self._variance = sum(self._native.block_squares()) / pixels
         return self._variance
-
-
-def _largest_window(squares: Tensor, window: int) -> float:
-    """Return the largest sum of [N, H, W] over a window, or a bound of it for clipped windows."""
-    height, width = squares.shape[1:]
-    if window > min(height, width):
-        return float(squares.sum((1, 2)).amax())
-    # A clipped window is a part of one that wraps.
-    rows, cols = (band(length, window, "circular").to(squares) for length in (height, width))
-    return float((rows @ squares @ cols).amax())
 
 
 class NativeQuery:
@@ -221,7 +163,7 @@ class NativeQuery:
         self._jacobian_scale = a / (s * s)
         self._centre = self._native.centre
         query = x.double() - a * self._centre[:, None, None]
-        norm = math.sqrt(_largest_window(query.square().sum(0)[None], window))
+        norm = math.sqrt(largest_window(query.square().sum(0)[None], window))
         key = moments.key_norm(window, geometry)
         height, width = x.shape[1:]
         pixels = min(window, height) * min(window, width)
@@ -242,7 +184,7 @@ class NativeQuery:
 
     def statistics(self, top: int, images: int, shares: bool) -> tuple[Tensor, ...]:
         """Return the fields of ``PosteriorStatistics`` for one image."""
-        peak, sums, ranked = self._pass(_STATISTICS, top=top)
+        peak, sums, ranked = self._pass(STATISTICS, top=top)
         total, surprise = sums[0], sums[1]
         mean = sums[2::2] / total
         variance = (sums[3::2] / total - mean.square()).clamp_(min=0)
@@ -254,7 +196,7 @@ class NativeQuery:
             lo, hi = self._limits
             rate = total.reciprocal().float()
             # What weights lack for being rounded, and not counted where they are below 2^-64.
-            part[lo:hi] = self._pass(_SHARES, peak=peak, rate=rate)[1]
+            part[lo:hi] = self._pass(SHARES, peak=peak, rate=rate)[1]
             part /= part.sum()
         return (
             self._pixels(mean),
@@ -271,7 +213,7 @@ class NativeQuery:
         rows, cols = (band(length, self._window, self._geometry.padding) for length in along.shape)
         peak, total, mean = self._posterior()
         _, sums, _ = self._pass(
-            _TANGENT,
+            TANGENT,
             peak=peak,
             mean=mean.float(),
             direction=tangent.float(),
@@ -283,7 +225,7 @@ class NativeQuery:
         """Return the mean and Jᵀg, [C, H, W] float64."""
         peak, total, mean = self._posterior()
         _, sums, _ = self._pass(
-            _COTANGENT, peak=peak, mean=mean.float(), cotangent=(cotangent / total).float()
+            COTANGENT, peak=peak, mean=mean.float(), cotangent=(cotangent / total).float()
         )
         # Scalars of a place add up to 0, but for rounding: keys may be measured from anywhere.
         product = sums[1:] - self._reference * sums[0]
@@ -298,7 +240,7 @@ class NativeQuery:
         """Return peaks, sums of weights, and means measured from the reference."""
         if self.known is not None:
             return self.known[0].to(torch.int32), self.known[1], self.known[2:]
-        peak, sums, _ = self._pass(_STATISTICS)
+        peak, sums, _ = self._pass(STATISTICS)
         return peak, sums[0], sums[2::2] / sums[0]
 
     def _pixels(self, mean: Tensor) -> Tensor:
@@ -318,66 +260,46 @@ class NativeQuery:
         return torch.stack([image, row, col], -1), weights.clamp_(max=1)
 
     def _pass(
-        self,
-        kind: int,
-        *,
-        top: int = 0,
-        peak: Tensor | None = None,
-        **inputs: Tensor,
+        self, kind: int, *, top: int = 0, **inputs: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return peaks [H, W], sums (see ``MomentSums``), logits and origins of listed sources.
 
         Args:
             kind: of pass.
             top: number of sources.
-            peak: of the first pass, for a second one.
-            inputs: fields of ``MomentQuery``, float32.
+            inputs: fields of ``MomentQuery``, float32, and ``peak`` of the first pass for a second.
         """
-        channels, height, width = self._scaled.shape
-        lo, hi = self._limits
         units = self.units
-        with torch.device("cpu"):
-            peaks = torch.zeros(height, width, dtype=torch.int32) if peak is None else peak
-            vectors = (2 + 2 * channels, 0, channels, 1 + channels)[kind]
-            shape = (hi - lo,) if kind == _SHARES else (vectors, height, width)
-            sums = torch.empty(shape, dtype=torch.float64)
-            logits = torch.empty(height, width, top, dtype=torch.int32)
-            origins = torch.empty(height, width, top, 2, dtype=torch.int64)
-        control = current() or Control()
-        inputs = {name: value.contiguous() for name, value in inputs.items()}
-        call = _Call(
-            kernel=self._native.kernel,
-            threads=torch.get_num_threads(),
-            bank=self._native.packed.data_ptr(),
-            images=self._native.shape[0],
-            channels=channels,
-            height=height,
-            width=width,
-            sources=_SOURCES[self._geometry.sources],
-            padding=_PADDING[self._geometry.padding],
-            kind=kind,
-            window=self._window,
-            top=top,
-            vectors=vectors,
-            lo=lo,
-            hi=hi,
-            norm=units.norm,
-            scale=units.scale,
-            origin=int(-units.lowest),
-            forbidden=int(units.forbidden - units.lowest),
-            headroom=units.of(_HEADROOM) - 1,
-            dead=-units.of(_DEAD),
-            least=-max(1, math.floor(_LEAST * math.exp2(units.bits))),
-            units=self._scaled.data_ptr(),
-            reference=self._reference.data_ptr(),
-            final_peak=peaks.data_ptr(),
-            peak=peaks.data_ptr(),
-            sums=sums.data_ptr(),
-            logits=logits.data_ptr(),
-            origins=origins.data_ptr(),
-            control=control.address,
-            **{name: value.data_ptr() for name, value in inputs.items()},
-        )
-        alive = (self, peaks, sums, logits, origins, inputs)
-        run_apart(_library().els_moments, call, control, alive, "a query")
-        return peaks, sums, (logits, origins)
+        numbers = {
+            "norm": units.norm,
+            "scale": units.scale,
+            "origin": int(-units.lowest),
+            "forbidden": int(units.forbidden - units.lowest),
+            "headroom": units.of(_HEADROOM) - 1,
+            "dead": -units.of(_DEAD),
+            "least": -max(1, math.floor(_LEAST * math.exp2(units.bits))),
+        }
+        inputs |= {"units": self._scaled, "reference": self._reference}
+        call = MomentCall(
+            kind, self._geometry, self._window, top, self._limits, numbers,
+            {name: value.contiguous() for name, value in inputs.items()},
+        )  # fmt: skip
+        rows = self._native.moment_rows(call)
+        if kind == STATISTICS:
+            peak, sums = _merged(rows, units.scale)
+        else:
+            peak = inputs["peak"]
+            sums = rows.shares if kind == SHARES else in_order(list(rows.sums))
+        return peak, sums, (rows.logits, rows.origins)
+
+
+def _merged(rows: MomentRows, scale: float) -> tuple[Tensor, Tensor]:
+    """Return peaks [H, W] and sums [2 + 2C, H, W] of statistics of blocks, merged in order."""
+    peak = rows.peaks.amax(0)
+    parts = []
+    for own, sums in zip(rows.peaks, rows.sums, strict=True):
+        behind = (own - peak).double()
+        part = sums.clone()
+        part[1] += behind * sums[0]
+        parts.append(part.mul_((behind * scale).exp2_()))
+    return peak, in_order(parts)

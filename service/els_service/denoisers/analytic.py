@@ -61,6 +61,8 @@ class AnalyticDenoiser:
         padding: ``zeros``, ``circular`` or (els alone) ``valid``; ideal and equivariant ignore it.
         window: table by noise level; None for the default.
         clip: whether windows above the maximum are clipped to it, or rejected.
+        moments: of ``attention``; None to compute them from the bank.
+        call_s: seconds that a call takes beside its pairs.
 
     Raises:
         ValueError: Unknown machine and padding, or a window above the maximum.
@@ -75,6 +77,8 @@ class AnalyticDenoiser:
         padding: str = "zeros",
         window: WindowTable | None = None,
         clip: bool = False,
+        moments: PatchMoments | None = None,
+        call_s: float = 0.0,
     ) -> None:
         padding = _FIXED_PADDING.get(machine, padding)
         if (machine, padding) not in GEOMETRIES:
@@ -82,7 +86,8 @@ class AnalyticDenoiser:
             raise ValueError(f"machine and padding: expected {known}, got {machine} with {padding}")
         self._attention, self._bank = attention, bank
         # Decoded tile by tile: no second copy of the bank.
-        self._moments = PatchMoments(attention, bank.stored().to(attention.device))
+        self._moments = moments or PatchMoments(attention, bank.stored().to(attention.device))
+        self._call_s = call_s
         self._geometry = GEOMETRIES[machine, padding]
         largest = 0 if self._geometry.whole else max_window(self._geometry, *bank.shape[1:])
         table = (window or default_windows()) if largest else None
@@ -141,7 +146,7 @@ class AnalyticDenoiser:
             self._work(int(k)) * (hi - lo)
             for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
         )
-        return work / self._pairs_per_second
+        return self._call_s + work / self._pairs_per_second
 
     def _work(self, k: int) -> float:
         """Return the cost of one image and one bank image, in pairs of the smallest window."""

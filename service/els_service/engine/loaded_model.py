@@ -22,7 +22,7 @@ from els_service.engine.estimates import step_estimates
 from els_service.engine.fair_queue import FairQueue
 from els_service.engine.request_context import PRIORITIES, RequestContext
 from els_service.engine.reservations import NamedBudget, Reservation
-from els_service.errors import ResourceExhaustedError
+from els_service.errors import ResourceExhaustedError, UnavailableError
 
 _PENDING = 256
 """Maximum number of queries that a version's statistics have not aggregated yet."""
@@ -259,6 +259,9 @@ def answers(denoiser: Denoiser, queries: Sequence[Query]) -> list[Denoised | Exc
         short = is_memory_shortage(error)
         if short:
             free_memory()
+        if isinstance(error, UnavailableError):
+            # Of no query: the others would fail, or wait, in the same way.
+            return [error] * len(queries)
         if len(queries) > 1:
             middle = len(queries) // 2
             return answers(denoiser, queries[:middle]) + answers(denoiser, queries[middle:])

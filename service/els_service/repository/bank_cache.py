@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 from weakref import WeakValueDictionary
 
 from els_kernels import FoldedMoments, PatchAttention
@@ -12,6 +13,9 @@ from els_service.denoisers.folded import fold_of
 from els_service.denoisers.mixed_banks import load_any_bank, one_size
 from els_service.denoisers.source_banks import SourceBank
 from els_service.repository.folders import FileState, file_state
+from els_service.shards.opening import Engine, open_shards
+from els_service.shards.shard import ShardOptions
+from els_service.shards.shard_set import ShardSet
 
 
 class BankCache:
@@ -21,9 +25,14 @@ class BankCache:
 
     Args:
         implementation: implementation of patch attention, as in ``PatchAttention``.
+        options: settings of shards.
     """
 
-    def __init__(self, implementation: str = "auto") -> None:
+    def __init__(self, implementation: str = "auto", options: ShardOptions | None = None) -> None:
+        self._options = options or ShardOptions()
+        self._sharded: WeakValueDictionary[
+            tuple[FileState, int | Literal["auto"], Engine], ShardSet
+        ] = WeakValueDictionary()
         self.implementation = implementation
         """Implementation of patch attention, as in ``PatchAttention``."""
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
@@ -71,6 +80,20 @@ class BankCache:
                 fold = FoldedMoments(fold_of(bank, device, self.implementation))
                 self._folds[state, device] = fold
             return bank, fold
+
+    def sharded(self, path: Path, shards: int | Literal["auto"], engine: Engine) -> ShardSet:
+        """Return the shards of the bank of a file; raises as ``open_shards`` and ``bank``.
+
+        Raises InvalidArgumentError for a bank of images of several sizes.
+        """
+        state = file_state(path)
+        with self._lock(state):
+            found = self._sharded.get((state, shards, engine))
+            if found is None:
+                bank = one_size(self._bank(state), "a bank in shards")
+                found = open_shards(path, bank, shards, engine, self._options)
+                self._sharded[state, shards, engine] = found
+            return found
 
     def _lock(self, state: FileState) -> Lock:
         return self._locks.setdefault(state, Lock())

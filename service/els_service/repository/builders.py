@@ -39,6 +39,7 @@ from els_service.repository.specs import (
     WindowSpec,
 )
 from els_service.repository.window_files import read_folds, read_windows
+from els_service.shards.opening import SHARDED_CALL_S, operator_of
 
 _MAX_NUMBERS = 1 << 29
 """Maximum numbers of an image: what the largest legal message holds."""
@@ -84,6 +85,10 @@ def build(
 
 def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
     """Return a machine: with a fold where its document asks for what only that answers."""
+    if spec.shards is not None:
+        return _sharded(spec, files, banks, device)
+    if spec.engine is not None:
+        raise ValueError(f"engine: expected shards beside it, got {spec.engine} alone")
     if spec.fold == "auto":
         table = read_folds(files.find(FOLDS_FILE))
         windows = WindowSpec(sigma=list(table.sigma), k=list(table.k))
@@ -95,6 +100,36 @@ def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: s
         }
         return LevelFoldDenoiser(machines, table)
     return _machine(spec, files, banks, device)
+
+
+def _sharded(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
+    """Return a machine whose bank is in shards.
+
+    Raises:
+        ValueError: It has a fold or sizes, or is on a GPU.
+        LoadError: A shard cannot be loaded, or Ray is not installed.
+    """
+    assert spec.shards is not None
+    if spec.fold != 0.0 or spec.sizes is not None or spec.padding == "inside":
+        raise ValueError(
+            "shards: expected a machine without fold, sizes and padding inside, whose bank is not "
+            f"served in shards, got fold {spec.fold}, padding {spec.padding}"
+        )
+    if device != "cpu":
+        raise ValueError(f"shards: expected device cpu, got {device}")
+    shards = banks.sharded(files.find(spec.bank), spec.shards, spec.engine or "local")
+    check_images(shards.bank, spec.machine, sized=False)
+    attention, moments = operator_of(shards)
+    return AnalyticDenoiser(
+        attention,
+        shards.bank,
+        machine=spec.machine,
+        padding=spec.padding,
+        window=_window(files, spec.window),
+        clip=isinstance(spec.window, str),
+        moments=moments,
+        call_s=SHARDED_CALL_S,
+    )
 
 
 def _machine(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Machine:

@@ -33,6 +33,7 @@ from els_service.repository.folders import (
     model_folder,
     versions,
 )
+from els_service.shards.shard import ShardOptions
 from els_service.yaml_files import read_yaml
 
 
@@ -51,6 +52,7 @@ class ModelRepository:
         root: folder whose children with a ``model.yaml`` are models.
         implementation: implementation of patch attention, as in ``PatchAttention``.
         engines: engine options of trained networks that do not name theirs.
+        shards: settings of banks in shards.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class ModelRepository:
         *,
         implementation: str = "auto",
         engines: EngineDefaults | None = None,
+        shards: ShardOptions | None = None,
     ) -> None:
         self._given, self.root = root, Path(os.path.realpath(root))
-        self._banks = BankCache(implementation)
+        self._banks = BankCache(implementation, shards)
         self._engines = engines or EngineDefaults()
         self._sources: dict[tuple[str, int], list[Path]] = {}
         """(Model, version) → files of its last load, without banks and windows."""

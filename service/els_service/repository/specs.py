@@ -15,6 +15,8 @@ from els_service.yaml_files import validate
 
 MAX_PICTURES = 16
 """Largest number of pictures of a model of kind ``picture``."""
+MAX_SHARDS = 1024
+"""Largest number of shards of a bank, if it has as many blocks."""
 
 
 class _Spec(BaseModel):
@@ -54,6 +56,8 @@ class AnalyticSpec(_Spec):
     window: int | Literal["auto", "fashion-mnist-resnet"] | WindowSpec = "auto"
     fold: float | Literal["inf", "uniform", "auto"] = 0.0
     sizes: Literal["any"] | SizesSpec | None = None
+    shards: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_SHARDS)] | None = None
+    engine: Literal["local", "ray"] | None = None
 
 
 class PictureSpec(_Spec):

@@ -45,6 +45,7 @@ from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
 from els_service.server.transport.interceptor import CallInterceptor
 from els_service.server.transport.receiving import Receiver
+from els_service.shards.shard import ShardOptions
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,13 @@ def repository(settings: Settings) -> ModelRepository:
         precision=settings.engine_precision,
         fallback=settings.engine_fallback,
     )
-    return ModelRepository(settings.models or bundled_models(), engines=engines)
+    shards = ShardOptions(
+        ray_address=settings.ray_address,
+        stall_s=settings.shard_stall_s,
+        restart_s=settings.shard_restart_s,
+        load_s=settings.load_s,
+    )
+    return ModelRepository(settings.models or bundled_models(), engines=engines, shards=shards)
 
 
 class Server:

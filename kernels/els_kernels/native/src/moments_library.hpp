@@ -1,7 +1,9 @@
-// The planner of moments: one pass for one query, split into tasks whose results are merged in order,
-// so that they do not depend on the number of threads. Included by library.cpp.
+// The planner of moments: one pass for one query, split into tasks whose results are merged in order for
+// every block of the bank, so that they do not depend on the number of threads. Included by
+// library.cpp.
 #pragma once
 
+#include "blocks.hpp"
 #include "moments_problem.hpp"
 
 extern "C" {
@@ -17,16 +19,18 @@ struct ElsMomentsCall {
   std::int32_t window;
   std::int32_t top;  // sources of a pixel that are listed; 0 for none
   std::int32_t vectors;  // sums of a pixel, see MomentSums; not shares
-  std::int64_t lo, hi;
+  ElsBlocks blocks;
+  std::int64_t lo, hi;  // of the whole bank
   double norm, scale;  // as in MomentQuery, as are the next
   std::int32_t origin, forbidden, headroom, dead, least;
   const float *units, *reference;
   const std::int32_t* final_peak;
   const float *rate, *mean, *direction, *offset, *cotangent;
-  std::int32_t* peak;   // results: MomentSums, with shares [hi - lo]
+  // Results: MomentSums of each block, in order; shares are [images], 0 outside of the range.
+  std::int32_t* peak;
   double* sums;
   std::int32_t* logits;  // [H][W][top], falling; -1 where there are fewer sources
-  std::int64_t* origins;  // [H][W][top][2]: image and place
+  std::int64_t* origins;  // [H][W][top][2]: image of this process and place
   els::Control* control;
 };
 }
@@ -89,43 +93,55 @@ class RankedSources : public Ranking {
   std::mutex locks_[kLocks];
 };
 
-// Merge the partial results of one pixel in the order of the tasks.
-void merge_moments(const ElsMomentsCall& call, const std::vector<MomentSums>& parts, int vectors,
-                   std::size_t pixels, std::size_t u) {
+// Merge the partial results of one pixel and block in the order of the tasks.
+void merge_moments(const ElsMomentsCall& call, const MomentSums* parts, std::size_t count,
+                   std::size_t pixels, std::size_t u, std::int32_t* peaks, double* sums) {
   const bool weighted = MomentPass(call.pass) == MomentPass::kStatistics;
   std::int32_t peak = 0;
   if (weighted) {
-    for (const MomentSums& part : parts) peak = std::max(peak, part.peak[u]);
-    call.peak[u] = peak;
+    for (std::size_t i = 0; i < count; ++i) peak = std::max(peak, parts[i].peak[u]);
+    peaks[u] = peak;
   }
-  for (int i = 0; i < vectors; ++i) call.sums[i * pixels + u] = 0.0;
-  for (const MomentSums& part : parts) {
+  for (int i = 0; i < call.vectors; ++i) sums[i * pixels + u] = 0.0;
+  for (std::size_t t = 0; t < count; ++t) {
+    const MomentSums& part = parts[t];
     const double behind = weighted ? double(part.peak[u]) - peak : 0.0;
     const double scale = behind == 0.0 ? 1.0 : std::exp2(behind * call.scale);
-    for (int i = 0; i < vectors; ++i) {
+    for (int i = 0; i < call.vectors; ++i) {
       double sum = part.sums[i * pixels + u];
       if (i == 1 && weighted) sum += behind * part.sums[u];
-      call.sums[i * pixels + u] += scale * sum;
+      sums[i * pixels + u] += scale * sum;
     }
   }
 }
+
+struct MomentTaskOf {
+  std::size_t run;
+  Share share;
+};
 
 void moments(const ElsMomentsCall& call, const Kernel& kernel) {
   const Bank bank = {call.bank, call.images, call.channels, call.height, call.width};
   const Geometry geometry = {Sources(call.sources), Padding(call.padding), false};
   const auto pass = MomentPass(call.pass);
   const std::size_t pixels = bank.pixels();
-  const std::int64_t first = call.lo / kernel.lanes;
-  const std::int64_t last = (call.hi + kernel.lanes - 1) / kernel.lanes;
-  const Tasks tasks = plan_tasks(bank, geometry, call.window, last - first);
-  const std::size_t count = tasks.count();
+  const Tasks plan =
+      plan_tasks(bank, geometry, call.window, call.blocks, call.lo, call.hi, kernel.lanes);
+  const std::vector<Run> runs = runs_of(call.blocks, call.lo, call.hi, kernel.lanes);
+  std::vector<MomentTaskOf> tasks;
+  std::vector<std::size_t> first;  // task of each run, and their number
+  for (std::size_t r = 0; r < runs.size(); ++r) {
+    first.push_back(tasks.size());
+    for (int i = 0; i < plan.count(runs[r]); ++i) tasks.push_back({r, plan.share(runs[r], i)});
+  }
+  first.push_back(tasks.size());
+  const std::size_t count = tasks.size();
   const bool shares = pass == MomentPass::kShares, ranked = call.top > 0;
-  const int vectors = call.vectors;
-  const std::size_t size = shares ? tasks.chunk * kernel.lanes : vectors * pixels;
+  const std::size_t size = shares ? plan.chunk * kernel.lanes : call.vectors * pixels;
   RankedSources ranking(call, ranked ? pixels : 0);
   const MomentQuery query = {
       call.units, call.norm, float(call.scale), call.origin, call.forbidden, call.headroom, call.dead,
-      call.least, call.window, call.lo, call.hi, call.reference, ranked ? &ranking : nullptr,
+      call.least, call.window, 0, 0, call.reference, ranked ? &ranking : nullptr,
       call.final_peak, call.rate, call.mean, call.direction, call.offset, call.cotangent};
   const auto sums = allocate<double>(count * size);
   const auto peaks = allocate<std::int32_t>(count * pixels);
@@ -137,22 +153,29 @@ void moments(const ElsMomentsCall& call, const Kernel& kernel) {
   for (int i = 0; i < threads && std::size_t(i) < count; ++i)
     scratch.push_back(allocate<float>(kernel.moment_scratch_floats(bank, call.window)));
   for_each(count, threads, *call.control, [&](int worker, std::size_t t) {
-    kernel.moments(bank, geometry, pass, query, tasks.share(first, last, int(t)), *call.control,
-                   scratch[worker].get(), parts[t]);
+    MomentQuery own = query;
+    own.lo = runs[tasks[t].run].lo;
+    own.hi = runs[tasks[t].run].hi;
+    kernel.moments(bank, geometry, pass, own, tasks[t].share, *call.control, scratch[worker].get(),
+                   parts[t]);
   });
   if (is_stopped(*call.control)) return;
   if (ranked) ranking.write();
   if (shares) {
-    std::fill_n(call.sums, call.hi - call.lo, 0.0);
+    std::fill_n(call.sums, call.images, 0.0);
     for (std::size_t t = 0; t < count; ++t) {
-      const Share share = tasks.share(first, last, int(t));
-      for (std::int64_t image = std::max(call.lo, share.first * kernel.lanes);
-           image < std::min(call.hi, share.last * kernel.lanes); ++image)
-        call.sums[image - call.lo] += parts[t].sums[image - share.first * kernel.lanes];
+      const Run& run = runs[tasks[t].run];
+      const Share& share = tasks[t].share;
+      for (std::int64_t image = std::max(run.lo, share.first * kernel.lanes);
+           image < std::min(run.hi, share.last * kernel.lanes); ++image)
+        call.sums[image] += parts[t].sums[image - share.first * kernel.lanes];
     }
     return;
   }
-  for (std::size_t u = 0; u < pixels; ++u) merge_moments(call, parts, vectors, pixels, u);
+  for (std::size_t r = 0; r < runs.size(); ++r)
+    for (std::size_t u = 0; u < pixels; ++u)
+      merge_moments(call, &parts[first[r]], first[r + 1] - first[r], pixels, u,
+                    call.peak + r * pixels, call.sums + r * call.vectors * pixels);
 }
 
 }  // namespace

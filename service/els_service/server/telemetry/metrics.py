@@ -21,6 +21,7 @@ from els_service import logs
 from els_service.engine.request_context import REASONS, BatchRecord
 from els_service.server.telemetry import process
 from els_service.server.telemetry.histogram import PENDING, Histogram, family, merged
+from els_service.server.telemetry.shards import ShardCollector
 from els_service.version import COMMIT, VERSION
 
 _SECONDS = (
@@ -182,6 +183,7 @@ class Metrics(Collector):
         """Called by each scrape, in its thread; names as in ``_GAUGES``."""
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
+        self.registry.register(ShardCollector())
 
     def method(self, kind: str, service: str, name: str, model_field: str = "") -> Method:
         """Create and export the counters of a method; arguments as of ``Method``."""

@@ -1,0 +1,363 @@
+"""A bank packed for the native kernel, and its calls: answers, or sums by block.
+
+Sums of blocks of several processes, merged, have the bits of the answers of one: see ``blocks``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.blocks import Blocks
+from els_kernels.control import Control, current
+from els_kernels.geometry import Geometry, Posterior
+from els_kernels.moment_queries import merge_posteriors
+from els_kernels.native.binding import (
+    _PADDING,
+    _SOURCES,
+    BlocksArgument,
+    _library,
+    kernel_index,
+    run_apart,
+)
+from els_kernels.native.block_sums import block_sums, centre_of, largest_window, squares_of
+from els_kernels.native.far_queries import MOST_ERROR, exact_posterior, float_error, is_far
+from els_kernels.native.moments_call import MomentCall, MomentRows, moment_rows
+
+
+class _Call(ctypes.Structure):
+    """``ElsCall`` of attend_library.hpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("bank", ctypes.c_void_p),
+        ("centre", ctypes.c_void_p),
+        ("images", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("sources", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("whole", ctypes.c_int32),
+        ("blocks", BlocksArgument),
+        ("batch", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("s", ctypes.c_void_p),
+        ("window", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
+        ("row_peaks", ctypes.c_void_p),
+        ("row_sums", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("log_evidence", ctypes.c_void_p),
+        ("control", ctypes.c_void_p),
+    )
+
+
+class Rows(NamedTuple):
+    """Sums of images over the blocks of a process: for each image its blocks in order."""
+
+    peaks: Tensor
+    """[R, H, W] float32: the largest logit, in bits."""
+    sums: Tensor
+    """[R, 1 + C, H, W] float64: weights relative to it, and responses from the centre."""
+
+
+class Native:
+    """A centred bank, packed with one image for each lane of a SIMD vector."""
+
+    def __init__(
+        self,
+        bank: Tensor,
+        *,
+        instruction_set: str | None = None,
+        blocks: Blocks | None = None,
+        centre: Tensor | None = None,
+    ) -> None:
+        """Prepare a bank.
+
+        Args:
+            bank: [N, C, H, W] float32 on the CPU.
+            instruction_set: one of ``instruction_sets()``; None for the best.
+            blocks: of the bank's images, if they are not a whole bank.
+            centre: of the whole bank, [C] float64; None to compute it from the images.
+
+        Raises:
+            ValueError: The bank is not on the CPU, or the instruction set is unknown.
+            RuntimeError: The library was not built, or cannot be loaded.
+        """
+        self.kernel = kernel_index(bank.device, instruction_set)
+        """Index of the instruction set in the library."""
+        self.shape = bank.shape
+        """[N, C, H, W] of the images of this process."""
+        self.blocks = blocks or Blocks.whole(len(bank))
+        """Blocks of this process."""
+        bank = bank.contiguous()
+        self.centre = centre_of(block_sums(bank, self.blocks)) if centre is None else centre
+        """[C] float64: what is subtracted from the bank, as float32."""
+        images, *image = bank.shape
+        self.lanes = int(_library().els_kernel_lanes(self.kernel))
+        """Images of a vector."""
+        tiles = -(-images // self.lanes)
+        # Aligned to cache lines, which torch's allocator does not guarantee.
+        numbers = tiles * math.prod(image) * self.lanes
+        memory = bank.new_empty(numbers + 16)
+        aligned = -memory.data_ptr() % 64 // 4
+        self.packed = memory[aligned : aligned + numbers].view(tiles, *image, self.lanes)
+        """[tiles, C, H, W, lanes]: the centred bank; lanes past the last image are 0."""
+        _library().els_pack(
+            self.kernel,
+            bank.data_ptr(),
+            self.centre.data_ptr(),
+            *bank.shape,
+            self.packed.data_ptr(),
+        )
+        self.largest = max(abs(float(end)) for end in self.packed.aminmax())
+        """Largest |pixel| of the centred bank."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors, computed by ``torch.get_num_threads()`` threads.
+
+        Those of queries far from the bank are computed in float64 where float32 does not resolve
+        their logits: see ``far_queries``.
+
+        Raises:
+            ComputationStoppedError: The current ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
+        """
+        far = self._unresolved(x, a, s, window, geometry)
+        if not far:
+            return self.attend(x, a, s, window, ranges, geometry)
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        near = [b for b in range(len(x)) if b not in far]
+        if near:
+            answer.mean[near], answer.log_evidence[near] = self.attend(
+                x[near],
+                [a[b] for b in near],
+                [s[b] for b in near],
+                [window[b] for b in near],
+                [ranges[b] for b in near],
+                geometry,
+            )
+        for b in far:
+            parts = self.exact_parts(x[b], a[b], s[b], window[b], ranges[b], geometry)
+            answer.mean[b], answer.log_evidence[b] = merge_posteriors(parts)
+        return answer
+
+    def images(self, first: int, last: int) -> Tensor:
+        """Return images ``first`` to ``last`` - 1 of this process, [n, C, H, W] float64.
+
+        Exact for bytes v as v/127.5 - 1; else but for the rounding of the centred bank.
+        """
+        lanes = self.lanes
+        tiles = self.packed[first // lanes : -(-last // lanes)]
+        start = first % lanes
+        centred = tiles.movedim(4, 1).flatten(0, 1)[start : start + last - first]
+        images = centred.double() + self.centre.float().double()[:, None, None]
+        decoded = ((images + 1) * 127.5).round_().float().div_(127.5).sub_(1).double()
+        return decoded if (decoded - images).abs().amax() <= 2.0**-22 else images
+
+    def exact_parts(
+        self,
+        x: Tensor,
+        a: float,
+        s: float,
+        window: int,
+        limits: tuple[int, int],
+        geometry: Geometry,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return mean and log evidence of one image over each block, float64.
+
+        Args:
+            x: image [C, H, W].
+            a: signal scale.
+            s: noise scale.
+            window: odd side of the patch; 1 where ``geometry.whole``.
+            limits: range of images of the whole bank.
+            geometry: window shape, sources and padding.
+        """
+        found = []
+        for lo, hi in self.blocks.runs(*limits):
+            first = self.blocks.local(lo)
+            local = first, first + hi - lo
+            found.append(exact_posterior(self.images, x, a, s, window, local, geometry))
+        return found
+
+    def moment_rows(self, call: MomentCall) -> MomentRows:
+        """Return the results of a pass of moments over the blocks of this process.
+
+        Raises:
+            ComputationStoppedError: The current ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
+        """
+        return moment_rows(self, call)
+
+    def square_norm(self, window: int) -> float:
+        """Return the largest squared norm of a patch of the centred bank, or a bound of it."""
+        return max(largest_window(squares_of(tiles), window) for tiles in self._block_tiles())
+
+    def block_squares(self) -> list[float]:
+        """Return the sum of the squared pixels of each block of the centred bank."""
+        return [
+            float(squares_of(tiles).sum((1, 2), dtype=torch.float64).sum())
+            for tiles in self._block_tiles()
+        ]
+
+    def _block_tiles(self) -> Iterator[Tensor]:
+        """Yield the packed tiles of each block."""
+        tiles = self.blocks.size // self.lanes
+        yield from torch.split(self.packed, tiles)
+
+    def _unresolved(
+        self, x: Tensor, a: list[float], s: list[float], window: list[int], geometry: Geometry
+    ) -> list[int]:
+        """Return the images [B] that are far from the bank and have too coarse logits."""
+        found = []
+        offset = float(self.centre.abs().amax())
+        channels, height, width = self.shape[1:]
+        for b, ends in enumerate(torch.stack(x.flatten(1).aminmax(dim=1), dim=1).tolist()):
+            size = max(map(abs, ends))
+            # Most queries are near by the first bound, which costs least.
+            if not is_far(size + a[b] * offset, self.largest, a[b], s[b]):
+                continue
+            size = float((x[b].double() - a[b] * self.centre[:, None, None]).abs().amax())
+            sides = (height, width) if geometry.whole else (window[b], window[b])
+            depth = channels * min(sides[0], height) * min(sides[1], width)
+            error = float_error(size, self.largest, depth, a[b], s[b])
+            if is_far(size, self.largest, a[b], s[b]) and error > MOST_ERROR:
+                found.append(b)
+        return found
+
+    def attend(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors that the library computes, of a process with all blocks."""
+        x = x.contiguous()
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        results = {"mean": answer.mean, "log_evidence": answer.log_evidence}
+        self._run(_library().els_attend, x, a, s, window, ranges, geometry, results)
+        return answer
+
+    def rows(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Rows:
+        """Return the sums of each image over each block of this process in its range."""
+        count = sum(len(self.blocks.runs(*limits)) for limits in ranges)
+        _, channels, height, width = self.shape
+        rows = Rows(
+            x.new_empty(count, height, width),
+            x.new_empty(count, 1 + channels, height, width, dtype=torch.float64),
+        )
+        if count:
+            addresses = _addresses(rows.peaks), _addresses(rows.sums)
+            results = {"row_peaks": addresses[0], "row_sums": addresses[1]}
+            x = x.contiguous()
+            self._run(_library().els_attend, x, a, s, window, ranges, geometry, results)
+        return rows
+
+    def merge(
+        self,
+        rows: list[tuple[Tensor, Tensor]],
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> Posterior:
+        """Return the posteriors of the rows of a whole bank: the bits of ``attend``.
+
+        Args:
+            rows: peaks and sums of each row; for each image those of all blocks in order.
+            x: images [B, C, H, W].
+            a: signal scale of each image.
+            s: noise scale of each image.
+            window: odd side of each image's patch; 1 where ``geometry.whole``.
+            ranges: of images of the whole bank.
+            geometry: window shape, sources and padding.
+        """
+        x = x.contiguous()
+        answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        peaks, sums = zip(*rows, strict=True)
+        results = {
+            "row_peaks": torch.tensor([peak.data_ptr() for peak in peaks]),
+            "row_sums": torch.tensor([each.data_ptr() for each in sums]),
+            "mean": answer.mean,
+            "log_evidence": answer.log_evidence,
+        }
+        self._run(_library().els_merge, x, a, s, window, ranges, geometry, results)
+        return answer
+
+    def _run(
+        self,
+        function: Callable[[object], int],
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+        results: dict[str, Tensor],
+    ) -> None:
+        """Call the library with x in C order, and its results by the names of ``_Call``."""
+        scales = torch.tensor([a, s], dtype=torch.float64, device="cpu")
+        windows = torch.tensor(window, dtype=torch.int64, device="cpu")
+        limits = torch.tensor(ranges, dtype=torch.int64, device="cpu")
+        control = current() or Control()
+        call = _Call(
+            kernel=self.kernel,
+            threads=torch.get_num_threads(),
+            bank=self.packed.data_ptr(),
+            centre=self.centre.data_ptr(),
+            images=self.shape[0],
+            channels=self.shape[1],
+            height=self.shape[2],
+            width=self.shape[3],
+            sources=_SOURCES[geometry.sources],
+            padding=_PADDING[geometry.padding],
+            whole=geometry.whole,
+            blocks=BlocksArgument.of(self.blocks),
+            batch=len(x),
+            x=x.data_ptr(),
+            a=scales[0].data_ptr(),
+            s=scales[1].data_ptr(),
+            window=windows.data_ptr(),
+            ranges=limits.data_ptr(),
+            control=control.address,
+            **{name: result.data_ptr() for name, result in results.items()},
+        )
+        # Keeps the buffers alive until the library returns.
+        alive = (self, x, scales, windows, limits, results)
+        run_apart(function, call, control, alive, "this batch")
+
+
+def _addresses(rows: Tensor) -> Tensor:
+    """Return the address of each row, int64."""
+    step = rows[0].numel() * rows.element_size()
+    return torch.arange(len(rows)) * step + rows.data_ptr()

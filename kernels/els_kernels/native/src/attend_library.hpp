@@ -1,0 +1,274 @@
+// The planner of patch attention. Included by library.cpp.
+//
+// A task is one query and one chunk of a block of the bank, or a part of one. Blocks and chunks depend
+// on the bank and on the range, not on the batch or the number of threads, and results are merged in
+// order, those of a block first, so they are batch invariant. Tasks of one chunk are consecutive, so
+// that its tiles are still in the cache for the next query.
+#pragma once
+
+#include "blocks.hpp"
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of partial results at a time
+
+// ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the term of a logit that depends on the query only.
+void energies(const Bank& bank, const Geometry& geometry, const double* squares, int window,
+              double scale, double* energy) {
+  const int height = bank.height, width = bank.width, r = window / 2;
+  const bool cyclic = geometry.padding != Padding::kZeros;
+  if (geometry.whole) {
+    double sum = 0.0;
+    for (std::size_t u = 0; u < bank.pixels(); ++u) sum += squares[u];
+    std::fill_n(energy, bank.pixels(), sum * scale);
+    return;
+  }
+  auto box = [&](const double* line, std::size_t stride, int length, int place) {
+    double sum = 0.0;
+    if (cyclic)
+      for (int o = 0; o < window; ++o) sum += line[(place + o - r + length) % length * stride];
+    else
+      for (int i = std::max(0, place - r); i <= std::min(length - 1, place + r); ++i)
+        sum += line[i * stride];
+    return sum;
+  };
+  std::vector<double> rows(bank.pixels());
+  for (int i = 0; i < height; ++i)
+    for (int j = 0; j < width; ++j)
+      rows[i * width + j] = box(squares + std::size_t(i) * width, 1, width, j);
+  for (int i = 0; i < height; ++i)
+    for (int j = 0; j < width; ++j)
+      energy[i * width + j] = box(rows.data() + j, width, height, i) * scale;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Arguments from binding.py: the same fields in the same order. A row is the sums of one image over
+// one block of the bank, see Partial; rows are in the order of the images, then of the blocks.
+struct ElsCall {
+  std::int32_t kernel;  // index as in els_kernel_name
+  std::int32_t threads;
+  const float* bank;     // packed
+  const double* centre;  // [C], what was subtracted from the bank, as float
+  std::int64_t images;
+  std::int32_t channels, height, width;
+  std::int32_t sources, padding, whole;
+  ElsBlocks blocks;
+  std::int64_t batch;
+  const float* x;           // [B][C][H][W]
+  const double* a;          // [B]
+  const double* s;          // [B]
+  const std::int64_t* window;  // [B]
+  const std::int64_t* ranges;  // [B][2], of the whole bank
+  float* const* row_peaks;   // [rows]: [H][W] each; result of els_sums, argument of els_merge
+  double* const* row_sums;   // [rows]: [1 + C][H][W] each
+  float* mean;              // [B][C][H][W]; results, but of els_sums
+  float* log_evidence;      // [B][H][W]
+  els::Control* control;
+};
+}
+
+namespace {
+
+struct Prepared {
+  Query query;
+  Buffer<float> scaled;
+  Buffer<double> energy;
+  std::vector<Run> runs;
+  Tasks tasks;
+  std::size_t slot;  // of its first partial result
+};
+
+Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry, int lanes,
+                 std::int64_t b) {
+  const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
+  const double a = call.a[b], s = call.s[b];
+  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), {}, {}, 0};
+  std::vector<double> squares(pixels, 0.0);
+  for (std::size_t v = 0; v < values; ++v) {
+    const double q = double(call.x[b * values + v]) - a * call.centre[v / pixels];
+    out.scaled[v] = float(q * (a / s / s * kLog2E));
+    squares[v % pixels] += q * q;
+  }
+  const int window = int(call.window[b]);
+  energies(bank, geometry, squares.data(), window, 1.0 / (2.0 * s * s), out.energy.get());
+  const std::int64_t lo = call.ranges[2 * b], hi = call.ranges[2 * b + 1];
+  out.query = {out.scaled.get(), float(-(a / s) * (a / s) * kLog2E / 2.0), window, 0, 0};
+  out.runs = runs_of(call.blocks, lo, hi, lanes);
+  out.tasks = plan_tasks(bank, geometry, window, call.blocks, lo, hi, lanes);
+  return out;
+}
+
+float highest(const Partial* parts, int count, std::size_t u) {
+  float peak = parts[0].peak[u];
+  for (int i = 1; i < count; ++i) peak = std::max(peak, parts[i].peak[u]);
+  return peak;
+}
+
+// What sums relative to `peak` are multiplied by; 0 if they are 2^-1000 of the rest.
+double relative(float part, float peak) {
+  const float behind = part - peak;
+  if (behind < -1000.0f) return 0.0;
+  return behind == 0.0f ? 1.0 : std::exp2(double(behind));
+}
+
+// Merge one pixel's partial results of a block in the order of the chunks.
+void merge_block(const Bank& bank, const Partial* parts, int count, std::size_t u, Partial row) {
+  const std::size_t pixels = bank.pixels();
+  const float peak = row.peak[u] = highest(parts, count, u);
+  for (int v = 0; v <= bank.channels; ++v) row.sums[v * pixels + u] = 0.0;
+  for (int i = 0; i < count; ++i) {
+    const double scale = relative(parts[i].peak[u], peak);
+    if (scale == 0.0) continue;
+    for (int v = 0; v <= bank.channels; ++v)
+      row.sums[v * pixels + u] += scale * parts[i].sums[v * pixels + u];
+  }
+}
+
+// The answer of one pixel: its rows, merged in the order of the blocks.
+void merge_rows(const ElsCall& call, const Bank& bank, const double* energy, std::int64_t b,
+                const Partial* rows, int count, std::size_t u) {
+  const std::size_t pixels = bank.pixels();
+  const float peak = highest(rows, count, u);
+  double weight = 0.0;
+  double responses[16] = {};
+  // More than 16 channels are merged 16 at a time; the weight is the same each time.
+  for (int from = 0; from < bank.channels; from += 16) {
+    const int channels = std::min(16, bank.channels - from);
+    std::fill_n(responses, channels, 0.0);
+    weight = 0.0;
+    for (int i = 0; i < count; ++i) {
+      const double scale = relative(rows[i].peak[u], peak);
+      if (scale == 0.0) continue;
+      weight += scale * rows[i].sums[u];
+      for (int c = 0; c < channels; ++c)
+        responses[c] += scale * rows[i].sums[(1 + from + c) * pixels + u];
+    }
+    for (int c = 0; c < channels; ++c)
+      call.mean[(b * bank.channels + from + c) * pixels + u] =
+          float(responses[c] / weight + double(float(call.centre[from + c])));
+  }
+  call.log_evidence[b * pixels + u] =
+      float((double(peak) + std::log2(weight)) / kLog2E - energy[u]);
+}
+
+struct Task {
+  std::int64_t image;
+  int run, index;  // its partial result: that of the run's first, plus the index
+  std::size_t slot;
+};
+
+// Sums of images [begin, end) over every run, and what is done with them: rows are merged if there are
+// no addresses for them.
+void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
+                 const Geometry& geometry, std::vector<Prepared>& images, std::int64_t begin,
+                 std::size_t first_row, std::vector<Buffer<float>>& scratch) {
+  const std::size_t pixels = bank.pixels(), sums = (1 + bank.channels) * pixels;
+  const int threads = int(scratch.size());
+  std::vector<Task> tasks;
+  std::vector<std::vector<std::size_t>> slots(images.size());  // of each run's first result
+  std::size_t count = 0, rows_count = 0;
+  for (std::size_t i = 0; i < images.size(); ++i)
+    for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++rows_count) {
+      slots[i].push_back(count);
+      const int own = images[i].tasks.count(images[i].runs[r]);
+      for (int k = 0; k < own; ++k) tasks.push_back({std::int64_t(i), int(r), k, count + k});
+      count += own;
+    }
+  auto share_of = [&](const Task& task) {
+    const Prepared& image = images[task.image];
+    return image.tasks.share(image.runs[task.run], task.index);
+  };
+  std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& left, const Task& right) {
+    return share_of(left).first < share_of(right).first;
+  });
+  const auto peaks = allocate<float>(count * pixels);
+  const auto totals = allocate<double>(count * sums);
+  std::vector<Partial> partials(count);
+  for (std::size_t i = 0; i < count; ++i)
+    partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
+  for_each(tasks.size(), threads, *call.control, [&](int worker, std::size_t i) {
+    const Prepared& image = images[tasks[i].image];
+    Query query = image.query;
+    query.lo = image.runs[tasks[i].run].lo;
+    query.hi = image.runs[tasks[i].run].hi;
+    kernel.attend(bank, geometry, query, share_of(tasks[i]), *call.control, scratch[worker].get(),
+                  partials[tasks[i].slot]);
+  });
+
+  // A row of one task is its result, where rows are merged here.
+  const bool here = call.row_peaks == nullptr;
+  const auto row_peaks = allocate<float>(here ? rows_count * pixels : 0);
+  const auto row_sums = allocate<double>(here ? rows_count * sums : 0);
+  std::vector<std::vector<Partial>> rows(images.size());
+  for (std::size_t i = 0, row = 0; i < images.size(); ++i)
+    for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++row)
+      if (!here)
+        rows[i].push_back({call.row_peaks[first_row + row], call.row_sums[first_row + row]});
+      else if (images[i].tasks.count(images[i].runs[r]) == 1)
+        rows[i].push_back(partials[slots[i][r]]);
+      else
+        rows[i].push_back({row_peaks.get() + row * pixels, row_sums.get() + row * sums});
+  for_each(images.size() * bank.height, threads, *call.control, [&](int, std::size_t t) {
+    const std::size_t i = t / bank.height, line = t % bank.height * bank.width;
+    const int runs = int(images[i].runs.size());
+    for (std::size_t u = line; u < line + bank.width; ++u) {
+      for (int r = 0; r < runs; ++r) {
+        const int own = images[i].tasks.count(images[i].runs[r]);
+        if (!here || own > 1) merge_block(bank, &partials[slots[i][r]], own, u, rows[i][r]);
+      }
+      if (here)
+        merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i), rows[i].data(),
+                   runs, u);
+    }
+  });
+}
+
+void attend(const ElsCall& call, const Kernel& kernel) {
+  const Bank bank = {call.bank, call.images, call.channels, call.height, call.width};
+  const Geometry geometry = {Sources(call.sources), Padding(call.padding), call.whole != 0};
+  const std::size_t pixels = bank.pixels(), sums = (1 + bank.channels) * pixels;
+  const std::size_t partial_bytes = pixels * sizeof(float) + sums * sizeof(double);
+  const int threads = std::max(1, int(call.threads));
+  std::vector<Buffer<float>> scratch;
+  for (int i = 0; i < threads; ++i) scratch.push_back(allocate<float>(kernel.scratch_floats(bank)));
+
+  std::size_t row = 0;
+  for (std::int64_t begin = 0; begin < call.batch && !is_stopped(*call.control);) {
+    // As many images as the memory for partial results allows, at least one.
+    std::vector<Prepared> images;
+    std::size_t slots = 0, rows = 0;
+    std::int64_t end = begin;
+    while (end < call.batch && (images.empty() || slots * partial_bytes < kPartialBytes)) {
+      images.push_back(prepare(call, bank, geometry, kernel.lanes, end++));
+      for (const Run& run : images.back().runs) slots += images.back().tasks.count(run);
+      rows += images.back().runs.size();
+    }
+    attend_some(call, kernel, bank, geometry, images, begin, row, scratch);
+    row += rows;
+    begin = end;
+  }
+}
+
+// Answers from the rows of a whole bank.
+void merge(const ElsCall& call, const Kernel& kernel) {
+  const Bank bank = {nullptr, call.images, call.channels, call.height, call.width};
+  const Geometry geometry = {Sources(call.sources), Padding(call.padding), call.whole != 0};
+  std::size_t row = 0;
+  for (std::int64_t b = 0; b < call.batch; ++b) {
+    const Prepared image = prepare(call, bank, geometry, kernel.lanes, b);
+    std::vector<Partial> rows;
+    for (std::size_t r = 0; r < image.runs.size(); ++r, ++row)
+      rows.push_back({call.row_peaks[row], call.row_sums[row]});
+    for_each(bank.height, std::max(1, int(call.threads)), *call.control, [&](int, std::size_t i) {
+      for (std::size_t u = i * bank.width; u < (i + 1) * bank.width; ++u)
+        merge_rows(call, bank, image.energy.get(), b, rows.data(), int(rows.size()), u);
+    });
+  }
+}
+
+}  // namespace
+

@@ -1,0 +1,258 @@
+"""The shards of a bank, asked together: all answer, or the call fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from els_kernels.blocked_moments import Level, MomentPass
+from els_kernels.blocks import Blocks
+from els_kernels.control import Control, current
+from els_kernels.geometry import Geometry
+from els_kernels.native.bank import Rows
+from els_kernels.native.moments_call import MomentCall, MomentRows
+from els_service.denoisers.banks import Bank
+from els_service.errors import UnavailableError
+from els_service.shards.messages import Array, Message
+from els_service.shards.part import array_of, geometry_fields, level_fields
+from els_service.shards.shard import Shard, ShardLostError
+
+_POLL_S = 0.05
+"""Seconds between two looks at the control of a call."""
+_RETRY_S = 5.0
+"""Seconds after which a caller may ask again while a shard is being started."""
+_LIVE: weakref.WeakSet[ShardSet] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class ShardStatistics:
+    """What one shard was asked."""
+
+    count: int = 0
+    seconds: float = 0.0
+    """From the question to the answer."""
+    asked_again: int = 0
+    """Operations that were asked again after the shard was lost."""
+
+
+class ShardsUnavailableError(UnavailableError):
+    """A shard is lost and did not come back in time; a retry may succeed."""
+
+    retry_after_s = _RETRY_S
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One operation at one shard."""
+
+    index: int
+    number: int
+    answer: Future[Message]
+    begun: float
+    again: bool = False
+
+
+class ShardSet:
+    """``BankParts`` in other processes.
+
+    Args:
+        name: of the bank, in metrics.
+        bank: its images, mapped.
+        shards: loaded, not yet packed.
+        blocks: of each of them.
+        centre: of the whole bank, [C] float64.
+        restart_s: seconds that a call waits for a lost shard.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bank: Bank,
+        shards: Sequence[Shard],
+        blocks: Sequence[Blocks],
+        centre: Tensor,
+        restart_s: float,
+    ) -> None:
+        self.name, self.shards, self.blocks = name, list(shards), list(blocks)
+        self.bank, self.shape, self.centre = bank, bank.shape, centre
+        self.largest = 0.0
+        """Set by ``start``."""
+        self.statistics = [ShardStatistics() for _ in shards]
+        self._restart_s = restart_s
+        self._squares: list[list[float]] = []
+        self._norms: dict[int, list[float]] = {}
+        self._failed_until = 0.0
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _close_all, self.shards)
+        _LIVE.add(self)
+
+    def start(self, prepared: Sequence[Message]) -> None:
+        """Take the answers to ``prepare``, after which it can be asked."""
+        self.largest = max(answer.fields["largest"] for answer in prepared)
+        self._squares = [answer.arrays[0].tolist() for answer in prepared]
+
+    def close(self) -> None:
+        """End all processes; done anyway with the last reference."""
+        self._finalizer()
+
+    def rows(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> list[Rows]:
+        """Return the rows of every shard; see ``BankParts``."""
+        fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
+        return [Rows(*tensors_of(one)) for one in self._ask("rows", fields, [array_of(x)])]
+
+    def moment_rows(self, call: MomentCall) -> list[MomentRows]:
+        """Return the rows of a pass of moments of every shard."""
+        fields = {
+            "kind": call.kind,
+            "window": call.window,
+            "top": call.top,
+            "limits": call.limits,
+            "numbers": call.numbers,
+            "inputs": list(call.inputs),
+        } | geometry_fields(call.geometry)
+        found = self._ask("moments", fields, [array_of(each) for each in call.inputs.values()])
+        return [MomentRows(*tensors_of(one)) for one in found]
+
+    def exact_parts(
+        self, level: Level, limits: tuple[int, int]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Return mean and log evidence of the blocks of every shard."""
+        fields = level_fields(level) | {"limits": limits}
+        found = self._ask("exact", fields, [array_of(level.x)])
+        return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in found]
+
+    def block_answers(self, level: Level, each: MomentPass) -> list[list[tuple[Tensor, ...]]]:
+        """Return the answers of the blocks of every shard to a pass of moments in torch."""
+        fields = level_fields(level)
+        fields |= {"kind": each.kind, "limits": each.limits, "top": each.top}
+        arrays = [array_of(level.x), *(array_of(tensor) for tensor in each.inputs)]
+        answers = []
+        for one in self._ask("answers", fields, arrays):
+            tensors, blocks = tensors_of(one), one.fields["blocks"]
+            size = len(tensors) // max(1, blocks)
+            answers.append([tuple(tensors[i * size : (i + 1) * size]) for i in range(blocks)])
+        return answers
+
+    def square_norm(self, window: int) -> list[float]:
+        """Return the largest squared norm of a patch of every shard; asked once."""
+        if window not in self._norms:
+            found = self._ask("norm", {"window": window}, [])
+            self._norms[window] = [one.fields["norm"] for one in found]
+        return self._norms[window]
+
+    def block_squares(self) -> list[list[float]]:
+        """Return the sum of the squared pixels of the blocks of every shard."""
+        return self._squares
+
+    def _ask(self, op: str, fields: dict[str, Any], arrays: Sequence[Array]) -> list[Message]:
+        """Return the answers of all shards; a lost shard is asked once more when it is back.
+
+        Raises:
+            ShardsUnavailableError: A shard did not come back in time, or was lost again.
+            ComputationStoppedError: The current ``Control`` was stopped.
+        """
+        control = current() or Control()
+        ask = _Question(op, fields, arrays)
+        with self._lock:
+            asked = [self._put(ask, i) for i in range(len(self.shards))]
+            try:
+                return self._gather(ask, asked, control)
+            except BaseException:
+                for one in asked:
+                    self.shards[one.index].stop(one.number)
+                raise
+
+    def _put(self, ask: _Question, index: int) -> _Asked:
+        number, answer = self.shards[index].ask(ask.op, ask.fields, ask.arrays)
+        return _Asked(index, number, answer, time.monotonic())
+
+    def _gather(self, ask: _Question, asked: list[_Asked], control: Control) -> list[Message]:
+        found: dict[int, Message] = {}
+        while True:
+            waiting = {one.answer: one for one in asked if one.index not in found}
+            if not waiting:
+                return [found[index] for index in range(len(asked))]
+            done, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
+            # Also progress of this computation: a shard without progress is ended elsewhere.
+            control.advance()
+            for answer in done:
+                one = waiting[answer]
+                error = answer.exception()
+                if error is None:
+                    found[one.index] = answer.result()
+                    self._count(one)
+                elif isinstance(error, ShardLostError):
+                    asked[one.index] = self._ask_again(ask, one, error, control)
+                else:
+                    raise error
+
+    def _ask_again(
+        self, ask: _Question, one: _Asked, error: ShardLostError, control: Control
+    ) -> _Asked:
+        """Wait for a lost shard and ask it once more."""
+        shard, limit = self.shards[one.index], time.monotonic() + self._restart_s
+        if one.again:
+            raise self._unavailable(f"{error}; it was asked twice")
+        if time.monotonic() < self._failed_until and not shard.ready:
+            # Others waited for it in vain a moment ago.
+            raise self._unavailable(str(error))
+        while not shard.ready:
+            if time.monotonic() > limit:
+                self._failed_until = time.monotonic() + _RETRY_S
+                raise self._unavailable(f"{error}; not back after {self._restart_s:g} s")
+            _pause(control)
+        self.statistics[one.index].asked_again += 1
+        again = self._put(ask, one.index)
+        again.again = True
+        return again
+
+    def _unavailable(self, reason: str) -> ShardsUnavailableError:
+        return ShardsUnavailableError(f"the bank {self.name} is incomplete: {reason}")
+
+    def _count(self, one: _Asked) -> None:
+        statistics = self.statistics[one.index]
+        statistics.count += 1
+        statistics.seconds += time.monotonic() - one.begun
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    op: str
+    fields: dict[str, Any]
+    arrays: Sequence[Array] = field(default_factory=list)
+
+
+def live_sets() -> list[ShardSet]:
+    """Return all sets of shards of this process, for metrics."""
+    return sorted(_LIVE, key=lambda one: one.name)
+
+
+def tensors_of(message: Message) -> list[Tensor]:
+    """Return the arrays of a message as tensors that share their memory."""
+    return [torch.from_numpy(array) for array in message.arrays]
+
+
+def _pause(control: Control) -> None:
+    time.sleep(_POLL_S)
+    control.advance()
+
+
+def _close_all(shards: Sequence[Shard]) -> None:
+    for shard in shards:
+        shard.close()

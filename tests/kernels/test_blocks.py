@@ -1,0 +1,82 @@
+"""A bank in several parts answers with the bits of one, whatever the number of parts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.bank_parts import OwnParts
+from tests.kernels.cases import NAMES, Case, operator, random_case
+from tests.kernels.moment_cases import arguments
+
+from els_kernels import PatchAttention, PatchMoments, max_window
+from els_kernels.blocks import Blocks, block_size
+
+PARTS = [1, 2, 3, 8]
+SHAPE = (1900, 1, 4, 5)
+"""Eight blocks, the last of which is short."""
+
+
+def case_of(name: str) -> Case:
+    """Four queries: the whole bank, a range across blocks, one within a block, and a far query."""
+    geometry = NAMES[name]
+    window = 1 if geometry.whole else min(3, max_window(geometry, *SHAPE[2:]))
+    case = random_case(geometry, SHAPE, [window, window])
+    case.ranges[:] = torch.tensor([[0, 1900], [250, 777], [3, 200], [0, 1900]])
+    case.x[3] *= 1e4
+    case.s[3] = 0.01
+    return case
+
+
+@functools.cache
+def whole(name: str) -> tuple[Case, PatchAttention]:
+    case = case_of(name)
+    return case, operator(case.bank, "native-avx2")
+
+
+def parted(case: Case, parts: int) -> PatchAttention:
+    own = OwnParts(case.bank, parts)
+    return PatchAttention.of_parts(own, float(case.bank.abs().max()))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_a_bank_have_the_bits_of_the_whole(name: str, parts: int) -> None:
+    case, one = whole(name)
+    want, got = case.ask(one), case.ask(parted(case, parts))
+    assert torch.equal(got.mean, want.mean)
+    assert torch.equal(got.log_evidence, want.log_evidence)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_of_parts_have_the_bits_of_the_whole(name: str, parts: int) -> None:
+    case, one = whole(name)
+    queries = PatchMoments(one, case.bank), PatchMoments(parted(case, parts), case.bank)
+    along = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
+
+    def answers(moments: PatchMoments) -> list[Any]:
+        known = moments.evidence(case.x, **arguments(case))
+        return [
+            *moments.vjp(case.x, along, **arguments(case)),
+            *moments.jvp(case.x, along, **arguments(case), evidence=known),
+            *moments.statistics(case.x, **arguments(case), top=4),
+            known,
+        ]
+
+    for want, got in zip(*map(answers, queries), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_blocks_cover_a_bank_once_and_end_with_whole_vectors() -> None:
+    for images in (1, 16, 255, 256, 257, 60_000, 1_280_000):
+        size = block_size(images)
+        assert size % 16 == 0
+        for shards in PARTS[: Blocks.whole(images).count]:
+            limits = sorted(
+                each for i in range(shards) for each in Blocks.whole(images).shard(i, shards).limits
+            )
+            assert [lo for lo, _ in limits] == list(range(0, images, size))
+            assert [hi for _, hi in limits] == [*range(size, images, size), images]
