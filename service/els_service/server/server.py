@@ -95,6 +95,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        check_installed(settings)
         make_tracing = tracing_maker(settings)
         self._tracing = make_tracing() if make_tracing else None
         self._metrics = Metrics(None if self._tracing is None else self._tracing.on_batch)
@@ -290,7 +291,6 @@ class Server:
         settings = self._settings
         if settings.http_port is None:
             return None
-        check_installed(settings)
         # Imports the extra.
         from els_service.server.web.port import Served, http_listener
 

@@ -6,7 +6,7 @@ memory, fairness, deadlines, metrics, logs and traces are those of gRPC.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 
 from els_service.config import Settings
 from els_service.errors import LoadError
@@ -21,7 +21,11 @@ def check_installed(settings: Settings) -> None:
     Raises:
         LoadError: It is not.
     """
-    missing = [name for name in _MODULES if find_spec(name) is None]
-    if settings.http_port is not None and missing:
+    if settings.http_port is None:
+        return
+    try:
+        for name in _MODULES:
+            import_module(name)
+    except ImportError as error:
         needs = "expected the extra 'web' to be installed: pip install 'els-denoise[web]'"
-        raise LoadError("http_port", f"{needs} (no module {', '.join(missing)})")
+        raise LoadError("http_port", f"{needs} ({error})") from error

@@ -157,7 +157,8 @@ class DenoiseRoutes:
             if not streamed:
                 return await self._unary(exchange)
             if exchange.wants_lines:
-                return await self._lines(exchange, send)
+                await self._lines(exchange, send)
+                return None
             return await self._last(exchange)
 
         return answer

@@ -6,7 +6,6 @@ size followed by the contents of the tensors that have a parameter ``binary_data
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -238,11 +237,11 @@ def _set_parameter(parameter: pb.InferParameter, name: str, value: Any) -> None:
 
 
 def _check_values(request: pb.ModelInferRequest, wanted: Wanted) -> None:
-    """Check that the outputs which are JSON arrays have few values."""
-    x = next((tensor.shape for tensor in request.inputs if tensor.name == "x"), [])
+    """Check that the outputs which are JSON arrays have few values: each about as many as x."""
+    raw = [len(each) // FP32.layout.itemsize for each in request.raw_input_contents]
+    sizes = raw or [len(tensor.contents.fp32_contents) for tensor in request.inputs]
     names = [output.name for output in request.outputs] or OUTPUTS
-    arrays = sum(not wanted.is_binary(name) for name in names)
-    values = arrays * math.prod(x[:4])
+    values = max(sizes, default=0) * sum(not wanted.is_binary(name) for name in names)
     if values > MAX_VALUES:
         expected = f"at most {MAX_VALUES} JSON values in the response: ask for binary_data"
         raise ResourceExhaustedError("outputs", expected, values)

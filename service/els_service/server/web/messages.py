@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor as Kinds
 from google.protobuf.message import Message
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -24,8 +24,13 @@ _SHORT = {"label": "labels", "window": "windows"}
 """Short name of a field → its name."""
 _ENUMS = {"sampler": "SAMPLER_", "timesteps": "TIMESTEPS_", "output_dtype": "DTYPE_"}
 """Field of an enumeration → prefix of its values, which may be omitted."""
-_FAULT = re.compile(r"Failed to parse (?:value )?(\S+?) field: (.*?)\.?$", re.DOTALL)
+_FAULT = re.compile(
+    r"(?:Failed to parse \S+ field: )*(.*?)(?: at \w+\.([\w.]*\w)\S*)?\.?", re.DOTALL
+)
+"""Text of a parser: reason, and path of the field below the message's type."""
 _TENSOR = pb.Tensor.DESCRIPTOR
+FieldDescriptor = Any
+"""A ``FieldDescriptor`` of the implementation in use, which its stubs do not unite."""
 
 Picture = Callable[[str, Any], pb.Tensor]
 """Returns the tensor of a field's picture."""
@@ -78,10 +83,9 @@ def fill(message: Message, fields: dict[str, Any], picture: Picture) -> None:
     pictures: dict[str, Any] = {}
     for name, value in fields.items():
         if name in _LEVELS and "level" in known:
-            given.setdefault("level", {})
-            if not isinstance(given["level"], dict):
-                raise InvalidArgumentError(name, "none beside level", kind_of(value))
-            given["level"] = {**given["level"], name: _list(value)}
+            if "level" in fields:
+                raise InvalidArgumentError("level", f"none beside {name}", kind_of(value))
+            given["level"] = {**given.get("level", {}), name: _list(value)}
             continue
         name = _SHORT.get(name, name)
         if name not in known:
@@ -89,8 +93,6 @@ def fill(message: Message, fields: dict[str, Any], picture: Picture) -> None:
         field = known[name]
         if field.message_type is _TENSOR and _is_picture(value):
             pictures[name] = value
-        elif name == "level" and "level" in given:
-            raise InvalidArgumentError("level", "none beside sigma, alpha_bar or time", "one")
         else:
             given[name] = _expanded(field, value)
     for name, value in given.items():
@@ -124,11 +126,10 @@ def _parse(message: Message, name: str, value: Any) -> None:
     try:
         json_format.ParseDict({name: value}, message)
     except json_format.ParseError as error:
-        text = str(error)
-        found = _FAULT.search(text)
-        field, reason = (found[1], found[2]) if found else (name, text)
+        found = _FAULT.fullmatch(str(error))
+        reason, path = found.groups() if found else (str(error), None)
         kind = message.DESCRIPTOR.fields_by_name[name]
-        raise InvalidArgumentError(field, f"{_kind(kind)} in JSON", reason) from None
+        raise InvalidArgumentError(path or name, f"{_kind(kind)} in JSON", reason) from None
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         kind = message.DESCRIPTOR.fields_by_name[name]
         raise InvalidArgumentError(name, f"{_kind(kind)} in JSON", kind_of(value)) from None
@@ -142,9 +143,9 @@ def _kind(field: FieldDescriptor) -> str:
         kind = f"one of {', '.join(value.name for value in field.enum_type.values)}"
     else:
         kind = {
-            FieldDescriptor.CPPTYPE_BOOL: "true or false",
-            FieldDescriptor.CPPTYPE_STRING: "a string",
-            FieldDescriptor.CPPTYPE_DOUBLE: "a number",
-            FieldDescriptor.CPPTYPE_FLOAT: "a number",
+            Kinds.CPPTYPE_BOOL: "true or false",
+            Kinds.CPPTYPE_STRING: "a string",
+            Kinds.CPPTYPE_DOUBLE: "a number",
+            Kinds.CPPTYPE_FLOAT: "a number",
         }.get(field.cpp_type, "an integer")
     return f"an array of {kind}" if field.is_repeated else kind

@@ -97,7 +97,7 @@ def png_of(tensor: pb.Tensor, *, scaled: bool = False) -> list[bytes]:
         return []
     values = _floats(tensor).reshape(shape)
     if scaled:
-        values = values / max(float(np.abs(values).max()), np.finfo(np.float32).tiny)
+        values = values / (np.abs(values).max() or np.float32(1))
     return [_file(each) for each in _bytes(values)]
 
 
@@ -169,7 +169,8 @@ def _floats(tensor: pb.Tensor) -> npt.NDArray[np.float32]:
 def _bytes(values: npt.NDArray[np.float32]) -> Bytes:
     """Return pixels of [-1, 1], [B, C, H, W], as bytes; those that are not finite are black."""
     finite = np.nan_to_num(values, nan=-1.0, posinf=1.0, neginf=-1.0)
-    return np.clip(np.rint((finite + 1) * 127.5), 0, 255).astype(np.uint8)
+    pixels: Bytes = np.clip(np.rint((finite + 1) * 127.5), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _file(pixels: Bytes) -> bytes:
