@@ -97,6 +97,12 @@ class Settings(BaseModel):
     health_port: _Port | None = None
     """Port of a plaintext health service, for probes without TLS; None for none. ``port`` has the
     health service, too."""
+    http_port: _Port | None = None
+    """Port of the Open Inference Protocol over REST, of JSON with PNG, and of the live page, at the
+    address and with the TLS and tokens of ``port``; None for none. Needs the extra web."""
+    http_page: Literal["off", "read", "draw"] = "read"
+    """Live page at the HTTP port: read shows models, queues and latency; draw also offers to draw,
+    denoise and remix, for callers who may; off for none."""
     insecure: bool = False
     """Bind beyond loopback without TLS, such as behind a proxy that encrypts and authenticates."""
     tls_certificate: Path | None = None

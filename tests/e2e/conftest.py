@@ -6,6 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.support import folded_models as folded
+from tests.support.http_client import HttpClient
 from tests.support.models_folder import write_models
 from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 from tests.support.twin import Twin
@@ -23,8 +24,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(models: Path) -> Iterator[ServerProcess]:
     """One server process for all tests that leave it as they found it."""
-    with serving("--models", models, "--threads", 1) as process:
+    with serving("--models", models, "--threads", 1, "--http-port", 0) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def http(server: ServerProcess) -> Iterator[HttpClient]:
+    """Its HTTP port."""
+    with HttpClient(server.ready["http_port"]) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +49,8 @@ def folded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
 def fault_server(models: Path) -> Iterator[ServerProcess]:
     """A second server, with a model of 20 ms an image and a short queue."""
     options = {"ELS_QUEUE_S": "2", "ELS_STARVATION_S": "0.3"}
-    with serving("--models", models, "--threads", 1, program=FAULT_SERVER, **options) as process:
+    arguments = "--models", models, "--threads", 1, "--http-port", 0
+    with serving(*arguments, program=FAULT_SERVER, **options) as process:
         yield process
 
 

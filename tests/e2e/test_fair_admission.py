@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from tests.support import flood
+from tests.support.http_client import HttpClient
 from tests.support.messages import array, asked, denoiser, images
 from tests.support.processes import ServerProcess, environment
 from tests.support.refusals import TIMEOUT_S
@@ -65,6 +66,26 @@ async def test_calls_within_the_share_are_never_refused_while_another_process_fl
     assert outcomes["RESOURCE_EXHAUSTED"] > 0
     assert outcomes["OK"] > 0
     assert outcomes.keys() == {"OK", "RESOURCE_EXHAUSTED"}
+
+
+async def test_calls_over_http_within_the_share_are_not_refused_either(
+    fault_server: ServerProcess,
+) -> None:
+    x = images(*range(10))
+    contents = {
+        "inputs": [
+            {"name": "x", "datatype": "FP32", "shape": x.shape, "data": x.ravel().tolist()},
+            {"name": "sigma", "datatype": "FP32", "shape": [1], "data": [1.0]},
+        ],
+        "outputs": [{"name": "denoised"}],
+    }
+    async with flooded(fault_server.target) as outcomes:
+        with HttpClient(fault_server.ready["http_port"]) as http:
+            for _ in range(3):
+                reply = await asyncio.to_thread(http.post, "/v2/models/slow/infer", contents)
+                assert reply.status == 200, reply.body
+                assert reply.json["outputs"][0]["data"] == (2 * x).ravel().tolist()
+    assert outcomes["RESOURCE_EXHAUSTED"] > 0
 
 
 async def test_samples_that_fill_the_queue_do_not_refuse_another_s_and_lose_nothing(

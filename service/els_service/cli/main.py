@@ -46,6 +46,10 @@ Port = Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free. [de
 MetricsPort = Annotated[
     int | None, typer.Option(help="Port of /metrics; 0 takes any free. [default: 9090]")
 ]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(help="Port of HTTP, 0 takes any free. [default: none]"),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of one computation. [default: the CPU limit]")
@@ -78,6 +82,7 @@ def run(
     host: Host = None,
     port: Port = None,
     metrics_port: MetricsPort = None,
+    http_port: HttpPort = None,
     device: Device = None,
     threads: Threads = None,
     log_level: LogLevel = None,
@@ -137,6 +142,7 @@ def check(
     host: Host = None,
     port: Port = None,
     metrics_port: MetricsPort = None,
+    http_port: HttpPort = None,
     device: Device = None,
     threads: Threads = None,
     log_level: LogLevel = None,

@@ -110,6 +110,19 @@ def bind(add: Callable[[str], int], host: str, port: int) -> int:
     return 0 if is_unix(host) else bound
 
 
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; both stacks for one of IPv6.
+
+    Raises:
+        OSError: The address cannot be bound.
+    """
+    family, *_, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
+
+
 def bind_error(host: str, port: int, *, in_use_ok: bool = False) -> str:
     """Return why an address cannot be bound; empty if it can.
 

@@ -8,8 +8,9 @@ from els_service.errors import LoadError
 from els_service.server.addresses import bind_error, with_port
 from els_service.server.security.access import AccessControl, metrics_host
 from els_service.server.telemetry import tracing_maker
+from els_service.server.web import check_installed
 
-_PORTS = ("port", "metrics_port", "health_port")
+_PORTS = ("port", "metrics_port", "health_port", "http_port")
 _PRIVILEGED = 1024
 """Ports below may need privileges."""
 
@@ -25,6 +26,7 @@ def check_settings(settings: Settings) -> None:
     _check_ports(settings)
     _check_addresses(settings)
     tracing_maker(settings)
+    check_installed(settings)
     if settings.device == "cuda":
         # Imports torch, which takes seconds.
         from els_service.engine.device import choose_devices
@@ -37,7 +39,8 @@ def _check_addresses(settings: Settings) -> None:
     for name, host in (("host", settings.host), ("metrics_host", metrics)):
         if reason := bind_error(host, 0):
             raise LoadError(name, f"expected an address of this machine, got {host}: {reason}")
-    for name, host in zip(_PORTS, (settings.host, metrics, with_port(settings.host)), strict=True):
+    own = with_port(settings.host)
+    for name, host in zip(_PORTS, (settings.host, metrics, own, own), strict=True):
         port = getattr(settings, name) or 0
         # Only these are tried: a trial occupies a port for a moment.
         if port < _PRIVILEGED and (reason := bind_error(host, port, in_use_ok=True)):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -43,9 +44,14 @@ from els_service.server.telemetry import process, tracing_maker
 from els_service.server.telemetry.metrics import Gauges, Metrics
 from els_service.server.telemetry.metrics_http import HttpPages
 from els_service.server.transport.grpc_workarounds import make_server
+from els_service.server.transport.handlers import SharedHandlers
 from els_service.server.transport.interceptor import CallInterceptor
 from els_service.server.transport.receiving import Receiver
+from els_service.server.web import check_installed
 from els_service.shards.shard import ShardOptions
+
+if TYPE_CHECKING:
+    from els_service.server.web.listener import Listener
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +78,7 @@ class Started:
     """0 for a Unix socket."""
     metrics_port: int
     health_port: int | None
+    http_port: int | None = None
 
 
 def repository(settings: Settings) -> ModelRepository:
@@ -95,6 +102,7 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        check_installed(settings)
         make_tracing = tracing_maker(settings)
         self._tracing = make_tracing() if make_tracing else None
         self._metrics = Metrics(None if self._tracing is None else self._tracing.on_batch)
@@ -114,7 +122,8 @@ class Server:
         self._cut_short = 0
         """Calls that were in flight at the end of the drain, and ended UNAVAILABLE."""
         self._health = Health(_SERVICES, settings, self._receiver)
-        self._http: HttpPages | None = None
+        self._pages: HttpPages | None = None
+        self._http: Listener | None = None
         self._grpc = self._assemble()
 
     async def start(self) -> Started:
@@ -137,11 +146,12 @@ class Server:
         grpc_port = bind(partial(self._access.bind, self._grpc), settings.host, settings.port)
         metrics_port = self._serve_metrics()
         self._report()
+        http_port = self._serve_http()
         health_port = await self._serve_health()
         await self._grpc.start()
         await self._load(models)
         self._report()
-        return Started(self._ready(), grpc_port, metrics_port, health_port)
+        return Started(self._ready(), grpc_port, metrics_port, health_port, http_port)
 
     @property
     def lost(self) -> asyncio.Future[str]:
@@ -160,6 +170,8 @@ class Server:
             await asyncio.sleep(settings.grace_s)
         self._calls.draining.set()
         goaway = asyncio.ensure_future(self._grpc.stop(settings.drain_s + 2 * _FLUSH_S))
+        if self._http is not None:
+            self._http.stop()
         if not await self._calls.idle(settings.drain_s):
             self._cut_short = self._calls.in_flight
             self._engine.interrupt(
@@ -173,6 +185,8 @@ class Server:
     async def close(self) -> None:
         """Cancel all calls; stop all threads and listeners."""
         await self._grpc.stop(None)
+        if self._http is not None:
+            await self._http.close()
         await self._health.close()
         self._receiver.close()
         self._engine.close()
@@ -180,8 +194,8 @@ class Server:
             task.cancel()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-        if self._http is not None:
-            await asyncio.to_thread(self._http.close)
+        if self._pages is not None:
+            await asyncio.to_thread(self._pages.close)
 
     def _assemble(self) -> grpc.aio.Server:
         limits = self._settings.limits
@@ -192,13 +206,14 @@ class Server:
                 *channel_options(self._settings),
             ]
         )
+        self._handlers = shared = SharedHandlers(server)
         denoiser = DenoiserService(self._engine, limits, self._calls.draining)
         inference = InferenceService(self._engine, limits, self._ready, self._report)
         self._calls.register(
-            denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, denoiser, server
+            denoise_pb2_grpc.add_DenoiserServiceServicer_to_server, denoiser, shared
         )
         self._calls.register(
-            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, inference, server
+            grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, inference, shared
         )
         self._health.register(server)
         if self._settings.reflection:
@@ -279,15 +294,37 @@ class Server:
             lambda server: bind(server.add_insecure_port, *address), channel_options(settings)
         )
 
+    def _serve_http(self) -> int | None:
+        settings = self._settings
+        if settings.http_port is None:
+            return None
+        # Imports the extra.
+        from els_service.server.web.port import Served, http_listener
+
+        served = Served(
+            self._handlers,
+            self._receiver.memory,
+            self._engine.models,
+            lambda: not self._why_not_ready(),
+            self._access,
+        )
+        try:
+            self._http = http_listener(settings, served)
+        except OSError as error:
+            address = address_of(with_port(settings.host), settings.http_port)
+            raise LoadError(address, f"cannot serve HTTP: {error.strerror}") from error
+        self._http.start()
+        return self._http.port
+
     def _serve_metrics(self) -> int:
         host, port = metrics_host(self._settings), self._settings.metrics_port
         try:
-            self._http = HttpPages(self._metrics.registry, self._why_not_ready, host, port)
+            self._pages = HttpPages(self._metrics.registry, self._why_not_ready, host, port)
         except OSError as error:
             raise LoadError(
                 address_of(host, port), f"cannot serve metrics: {error.strerror}"
             ) from error
-        return self._http.port
+        return self._pages.port
 
 
 def stop_at_most_s(settings: Settings) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
@@ -65,6 +66,10 @@ class AccessControl:
         if self._credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, self._credentials)
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Return the context of TLS for HTTP, with the files of ``bind``; None without TLS."""
+        return None if self._tls is None else tls.context_of(self._tls)
 
     def stale(self) -> dict[str, float]:
         """Return for how many seconds the files of ``tokens`` and ``tls`` have been invalid.

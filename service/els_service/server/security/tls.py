@@ -24,7 +24,15 @@ class _Files:
         return tuple(path for path in (self.certificate, self.key, self.client_ca) if path)
 
 
-ReloadedTls = ReloadedFile[grpc.ServerCertificateConfiguration]
+@dataclass(frozen=True)
+class Certificates:
+    """Content of the files, for gRPC and as a context of Python's ``ssl``."""
+
+    grpc: grpc.ServerCertificateConfiguration
+    context: ssl.SSLContext
+
+
+ReloadedTls = ReloadedFile[Certificates]
 
 
 def reloaded(settings: Settings) -> ReloadedTls | None:
@@ -55,13 +63,27 @@ def credentials(files: ReloadedTls, *, client_certificates: bool) -> grpc.Server
         if current is served:
             return None
         served = current
-        return current
+        return current.grpc
 
     return grpc.dynamic_ssl_server_credentials(
-        served,
+        served.grpc,
         newest,  # type: ignore[arg-type]  # the stubs lack None, which means no change
         require_client_authentication=client_certificates,
     )
+
+
+def context_of(files: ReloadedTls) -> ssl.SSLContext:
+    """Return a context whose handshakes use the newest files, as those of ``credentials``."""
+    first = files.current().context
+
+    def newest(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+        # OpenSSL calls this in every handshake, also without a server name.
+        current = files.current().context
+        if current is not first:
+            connection.context = current
+
+    first.sni_callback = newest
+    return first
 
 
 def _files(settings: Settings) -> _Files | None:
@@ -75,9 +97,9 @@ def _files(settings: Settings) -> _Files | None:
     return None
 
 
-def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
+def _read(files: _Files) -> Certificates:
     """Return the validated content of the files; gRPC would only log a fault."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = _context()
     try:
         # An empty password: without one OpenSSL would prompt on a terminal.
         context.load_cert_chain(files.certificate, files.key, password="")
@@ -85,6 +107,9 @@ def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
             context.load_verify_locations(files.client_ca)
             if not context.cert_store_stats()["x509"]:
                 raise ValueError(f"no certificate in {files.client_ca}")
+            context.verify_mode = ssl.CERT_REQUIRED
+            # Older versions would resume a session without asking for the certificate.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
         pair = files.key.read_bytes(), files.certificate.read_bytes()
         authorities = files.client_ca.read_bytes() if files.client_ca else None
         for content in (*pair, authorities or b""):
@@ -93,7 +118,16 @@ def _read(files: _Files) -> grpc.ServerCertificateConfiguration:
         names = ", ".join(map(str, files.paths))
         raise LoadError(names, f"expected a certificate, its key and PEM, got {error}") from error
     warn_if_public(files.key)
-    return grpc.ssl_server_certificate_configuration([pair], authorities)
+    return Certificates(grpc.ssl_server_certificate_configuration([pair], authorities), context)
+
+
+def _context() -> ssl.SSLContext:
+    """Return a context of HTTP/1.1 without resumption, which would skip a client's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def _check_whole(content: bytes) -> None:

@@ -26,6 +26,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from els_service.server.addresses import listening_socket
+
 _REQUEST_S = 10.0
 """Maximum time from a connection's start, or the end of a request's head, until the response has
 been read."""
@@ -70,7 +72,7 @@ class HttpPages:
     def __init__(
         self, registry: CollectorRegistry, why_not_ready: Callable[[], str], host: str, port: int
     ) -> None:
-        listening = _bound(host, port)
+        listening = listening_socket(host, port)
         self.port: int = listening.getsockname()[1]
         self._pages = _Pages(registry, why_not_ready)
         config = uvicorn.Config(
@@ -303,11 +305,3 @@ def _header(scope: Any, name: bytes) -> str:
 
 def _plain(status: int, text: str) -> tuple[int, Headers, bytes]:
     return status, [(b"content-type", _PLAIN.encode())], f"{text}\n".encode()
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family, *_, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    return socket.create_server(address[:2], family=family, dualstack_ipv6=both)

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.descriptor_pool import Default
 
 from els_service.server.transport.grpc_types import Handler
+
+
+class AcceptsHandlers(Protocol):
+    """A server, or what stands for one, that receives the handlers of services."""
+
+    def add_generic_rpc_handlers(
+        self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler], /
+    ) -> None:
+        """Add handlers."""
+        ...
+
+
+class SharedHandlers:
+    """Receiver of handlers that adds them to a gRPC server, and keeps them for calls over HTTP.
+
+    Args:
+        server: receives the handlers.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+        self._generic: list[grpc.GenericRpcHandler] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler], /) -> None:
+        """Add handlers."""
+        self._server.add_generic_rpc_handlers(handlers)
+        self._generic += handlers
+
+    def find(self, details: grpc.HandlerCallDetails) -> Handler:
+        """Return the handler of a call, which rejects it if its token does; None for no method."""
+        found = (generic.service(details) for generic in self._generic)
+        return next((handler for handler in found if handler is not None), None)
 
 
 def handlers_of(

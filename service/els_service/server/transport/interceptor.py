@@ -27,7 +27,7 @@ from els_service.server.transport.call_context import (
 )
 from els_service.server.transport.connections import LARGE_BYTES
 from els_service.server.transport.grpc_types import Context, Handler, Reject
-from els_service.server.transport.handlers import handlers_of
+from els_service.server.transport.handlers import AcceptsHandlers, handlers_of
 from els_service.server.transport.receiving import (
     Decompressor,
     Malformed,
@@ -117,7 +117,7 @@ class CallInterceptor:
         self.draining = asyncio.Event()
 
     def register(
-        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: grpc.aio.Server
+        self, add_to_server: Callable[[Any, Any], None], servicer: object, server: AcceptsHandlers
     ) -> None:
         """Add a servicer, which may return messages or serialised messages, to a server.
 
@@ -147,7 +147,7 @@ class CallInterceptor:
         service: str,
         handlers: dict[str, Handler],
         methods: dict[str, Method],
-        server: grpc.aio.Server,
+        server: AcceptsHandlers,
         *,
         small: bool = False,
     ) -> None:
@@ -211,6 +211,8 @@ class CallInterceptor:
                     data = None
                 else:
                     size = len(data)
+            except ElsError as error:
+                await _rejected(error, context, reject)
             finally:
                 receiver.end(context, size)
             # gRPC would keep the response to a disconnected client in memory.
@@ -249,7 +251,10 @@ class CallInterceptor:
         receiver, reject = self._receiver, self._rejection(method)
 
         async def call(_: object, context: Context) -> None:
-            received = await receiver.read(context, token_name(), reject, receiver.receive_s)
+            try:
+                received = await receiver.read(context, token_name(), reject, receiver.receive_s)
+            except ElsError as error:
+                await _rejected(error, context, reject)
             data: bytes | Malformed | None = received
             if received is not None and is_large_gzip(received):
                 data = await _decompressed(decompress, received, context, reject)
@@ -383,5 +388,10 @@ async def _decompressed(
     try:
         return await decompress(caller_of(context), data)
     except ElsError as error:
-        await reject(context, error)
-        raise AssertionError("abort always raises") from error
+        await _rejected(error, context, reject)
+
+
+async def _rejected(error: ElsError, context: Context, reject: Reject) -> NoReturn:
+    """End a call whose message cannot be read: of HTTP, or one that is decompressed."""
+    await reject(context, error)
+    raise AssertionError("abort always raises")

@@ -1,0 +1,177 @@
+"""Bodies of requests: received and decompressed within the limits, and parsed as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+
+from els_service.config import Limits
+from els_service.errors import InvalidArgumentError, ResourceExhaustedError
+from els_service.server.requests.message_structure import (
+    MessageStructureError,
+    is_gzip,
+)
+from els_service.server.transport.call_context import caller_of
+from els_service.server.transport.connections import LARGE_BYTES
+from els_service.server.transport.message_memory import MessageMemory
+from els_service.server.web.context import HttpContext
+
+MAX_VALUES = 1 << 18
+"""Maximum number of values in a JSON document, counted by its commas, colons and brackets."""
+_STRUCTURE = (b",", b":", b"[", b"{")
+_SHORT = 64 << 10
+"""Maximum size of what is converted on the event loop."""
+_CONSTANTS = (b"NaN", b"Infinity")
+_IDENTITY = ("", "identity")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class BodyReader:
+    """Reader of bodies.
+
+    Args:
+        memory: reserved for a body while it is converted; what arrives is charged by the receiver.
+        limits: of requests.
+        compression: whether gzip is accepted.
+    """
+
+    memory: MessageMemory
+    limits: Limits
+    compression: bool
+
+    async def converted(self, context: HttpContext, convert: Callable[[bytes], _T]) -> _T:
+        """Return what a function makes of the body, off the event loop if the body is large.
+
+        Raises:
+            InvalidArgumentError: Its encoding is wrong; whatever ``convert`` raises.
+            ResourceExhaustedError, QueueFullError: It is too large, or there is no memory for it.
+        """
+        encoding = header(context, "content-encoding").lower()
+        if encoding not in (*_IDENTITY, *(("gzip",) if self.compression else ())):
+            raise InvalidArgumentError("Content-Encoding", self._encodings(), repr(encoding))
+        data = await self._received(context)
+        if encoding == "gzip":
+            data = await self._decompressed(context, data)
+        if len(data) <= LARGE_BYTES:
+            return convert(data)
+        holding = self.memory.reserve(caller_of(context), len(data))
+        try:
+            return await asyncio.to_thread(convert, data)
+        finally:
+            self.memory.budget.release(holding)
+
+    async def _received(self, context: HttpContext) -> bytes:
+        most = self.limits.max_message_bytes
+        announced = header(context, "content-length")
+        if announced.isdecimal() and int(announced[:20]) > most:
+            raise ResourceExhaustedError("body", f"at most {most} bytes", announced[:20])
+        body = bytearray()
+        while True:
+            message = await context.receive()
+            if message["type"] == "http.disconnect":
+                raise asyncio.CancelledError("the client has disconnected")
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise ResourceExhaustedError("body", f"at most {most} bytes", "more")
+            if not message.get("more_body", False):
+                context.is_read = True
+                return bytes(body)
+
+    async def _decompressed(self, context: HttpContext, data: bytes) -> bytes:
+        most = self.limits.max_message_bytes
+        try:
+            if not is_gzip(data):
+                raise MessageStructureError("other data")
+            return await self.memory.decompressed(caller_of(context), data, most)
+        except MessageStructureError as error:
+            raise InvalidArgumentError("body", "gzip data, by Content-Encoding", error) from None
+
+    def _encodings(self) -> str:
+        return "identity or gzip" if self.compression else "identity"
+
+
+def header(context: HttpContext, name: str) -> str:
+    """Return a header of a request; empty if it is absent."""
+    return next((value for found, value in context.invocation_metadata() if found == name), "")
+
+
+def parsed(data: bytes, field: str = "body") -> Any:
+    """Return the content of a JSON document.
+
+    A bare NaN or Infinity, which is no JSON but what Python and Triton's client write, is read as
+    that number in a short document: whoever checks the number names its field. In a long one it is
+    rejected.
+
+    Raises:
+        InvalidArgumentError: It is no JSON.
+        ResourceExhaustedError: It has too many values.
+    """
+    values = sum(map(data.count, _STRUCTURE))
+    if values > MAX_VALUES:
+        expected = f"at most {MAX_VALUES} JSON values: send tensors as binary data"
+        raise ResourceExhaustedError(field, expected, values)
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        reason = str(error)
+    if len(data) <= _SHORT and any(name in data for name in _CONSTANTS):
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+    raise InvalidArgumentError(field, "JSON", reason)
+
+
+def as_object(value: Any, field: str) -> dict[str, Any]:
+    """Return a JSON object; an absent one is empty.
+
+    Raises:
+        InvalidArgumentError: It is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(field, "an object", kind_of(value))
+    return value
+
+
+def as_list(value: Any, field: str) -> list[Any]:
+    """Return a JSON array; an absent one is empty.
+
+    Raises:
+        InvalidArgumentError: It is something else.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InvalidArgumentError(field, "an array", kind_of(value))
+    return value
+
+
+def as_text(value: Any, field: str) -> str:
+    """Return a JSON string; an absent one is empty.
+
+    Raises:
+        InvalidArgumentError: It is something else, or no valid Unicode.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidArgumentError(field, "a string", kind_of(value))
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidArgumentError(field, "Unicode text", "a lone surrogate")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """Return a description of a JSON value, for errors."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)[:100]
+    return "an array" if isinstance(value, list) else "an object"
