@@ -132,20 +132,33 @@ compilers:
 		command -v protoc || \
 		$(APT) clang g++-aarch64-linux-gnu qemu-user protobuf-compiler libprotobuf-dev
 
-# The example of a client in TypeScript: needs node and npm.
-TYPESCRIPT := clients/examples/typescript
+# Clients in other languages, built with the packages of Debian and npm, and run against a server.
+LANGUAGES := clients/typescript/build/main.js clients/java/build/.compiled clients/go/build/denoise
 
-.PHONY: typescript
+.PHONY: languages language-tools
 
-typescript: $(TYPESCRIPT)/node_modules/.installed
+languages: install language-tools $(LANGUAGES)
+	$(BIN)/pytest tests/languages
 
-$(TYPESCRIPT)/node_modules/.installed: $(TYPESCRIPT)/package-lock.json
-	cd $(TYPESCRIPT) && npm ci --silent --no-audit --no-fund
+# The packages that clients/java/Makefile and clients/go/Makefile name.
+language-tools:
+	command -v node && command -v npm && command -v grpc_java_plugin && command -v javac && \
+		command -v protoc-gen-go && command -v protoc-gen-go-grpc && command -v go || \
+		$(APT) $$(sed -n 's/^#   //p' clients/java/Makefile clients/go/Makefile) nodejs npm
+
+clients/typescript/build/main.js: $(wildcard clients/typescript/*.ts clients/typescript/*.json) \
+		$(CONTRACTS)
+	cd $(@D)/.. && npm ci --silent --no-audit --no-fund && npm run --silent generate && \
+		npm run --silent build
 	touch $@
 
+clients/java/build/.compiled clients/go/build/denoise: $(CONTRACTS) \
+		$(wildcard clients/go/*.go clients/java/els/example/*.java)
+	$(MAKE) --directory $(word 1,$(subst /build/, ,$@)) BUF=$(abspath $(BIN))/buf \
+		$(patsubst $(word 1,$(subst /build/, ,$@))/%,%,$@)
+
 # What tests use where it is installed; without one of them they are skipped.
-test-tools: $(DEPLOY)/.installed prometheus compilers client-environments locust typescript \
-	$(TERRAIN)
+test-tools: $(DEPLOY)/.installed prometheus compilers client-environments locust $(TERRAIN)
 
 # The oldest and the newest packages that the client may be installed with.
 CLIENTS := .venv-client-oldest .venv-client-newest
@@ -225,4 +238,5 @@ image-test: install image-bases
 
 clean:
 	rm -rf $(VENV) $(PEER) $(CLIENTS) $(ADAPTERS) $(DEPLOY) $(POLICY) .terrain proto/python
+	rm -rf clients/typescript/node_modules clients/typescript/generated clients/*/build
 	rm -f demo.png demo-sources.png demo-remix.png

@@ -16,27 +16,29 @@ from google.protobuf.descriptor_pb2 import (
 )
 from tests.golden.make_contract import CONTRACT, compiled
 
-RULES = Path(__file__).parents[1] / "proto" / "buf.yaml"
+MODULE = Path(__file__).parents[1] / "proto"
+RULES = MODULE / "buf.yaml"
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
 
 pytestmark = pytest.mark.skipif(BUF is None, reason="needs buf: pip install buf-bin")
 
 
-def buf(command: str, contract: FileDescriptorSet, folder: Path, *arguments: str) -> str:
+def run(*arguments: object) -> str:
     """Return what buf finds, one fault a line."""
-    image = folder / "contract.binpb"
-    image.write_bytes(contract.SerializeToString())
     done = subprocess.run(
-        [str(BUF), command, str(image), "--config", str(RULES), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [str(BUF), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
     )
     # 100 with faults.
     assert done.returncode in (0, 100), done.stderr
     assert (done.returncode == 0) == (not done.stdout)
     return done.stdout
+
+
+def buf(command: str, contract: FileDescriptorSet, folder: Path, *arguments: str) -> str:
+    """Return what buf finds in a compiled contract."""
+    image = folder / "contract.binpb"
+    image.write_bytes(contract.SerializeToString())
+    return run(command, image, "--config", RULES, *arguments)
 
 
 def test_no_client_of_the_released_contract_breaks(tmp_path: Path) -> None:
@@ -45,6 +47,31 @@ def test_no_client_of_the_released_contract_breaks(tmp_path: Path) -> None:
 
 def test_the_contract_keeps_the_rules(tmp_path: Path) -> None:
     assert buf("lint", compiled(), tmp_path) == ""
+
+
+def test_the_folder_of_contracts_is_a_module_that_needs_no_other(tmp_path: Path) -> None:
+    assert run("lint", MODULE) == ""
+    image = tmp_path / "module.binpb"
+    assert run("build", MODULE, "--as-file-descriptor-set", "-o", image) == ""
+    built = FileDescriptorSet.FromString(image.read_bytes())
+    assert {file.name for file in built.file if not file.name.startswith("google/protobuf/")} == {
+        "denoise/v1/denoise.proto",
+        "google/rpc/error_details.proto",
+        "google/rpc/status.proto",
+        "inference/grpc_service.proto",
+    }
+
+
+def test_a_method_that_is_removed_from_the_module_breaks_its_clients(tmp_path: Path) -> None:
+    changed = tmp_path / "proto"
+    shutil.copytree(MODULE, changed, ignore=shutil.ignore_patterns("python"))
+    assert run("breaking", changed, "--against", MODULE) == ""
+    contract = changed / "denoise" / "v1" / "denoise.proto"
+    text = contract.read_text()
+    method = "  rpc Score(ScoreRequest) returns (ScoreResponse);\n"
+    assert method in text
+    contract.write_text(text.replace(method, ""))
+    assert 'RPC "Score"' in run("breaking", changed, "--against", MODULE)
 
 
 def scalar(file: FileDescriptorProto) -> FieldDescriptorProto:
