@@ -30,9 +30,11 @@ _AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma")
 KERNELS: dict[str, tuple[str, ...]] = {
     "avx512": (*_AVX512, "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
-    "baseline": (),
+    "baseline": ("-DELS_ANY_CHANNELS",),
 }
-"""Kernel → compiler flags; processors other than x86-64 have only the baseline."""
+"""Kernel → compiler flags on x86-64, where processors without AVX2 are older than 2013."""
+_ONLY: dict[str, tuple[str, ...]] = {"baseline": ()}
+"""The same on other processors."""
 
 
 class NativeBuildError(Exception):
@@ -66,14 +68,14 @@ def compile_objects(
     ``library`` replaces the library's own source, which it includes; used by tests.
     """
     source = root / NATIVE / "src"
-    kernels = KERNELS if machine.lower() in ("x86_64", "amd64") else ("baseline",)
+    kernels = KERNELS if machine.lower() in ("x86_64", "amd64") else _ONLY
     sources = f'-DELS_SOURCES="{digest(source)}"'
     jobs: dict[Path, tuple[str, ...]] = {
         folder / "library.o": (f"-I{source}", sources, str(library or source / "library.cpp"))
     }
-    for name in kernels:
+    for name, flags in kernels.items():
         symbol = (f"-DELS_KERNEL=els_kernel_{name}", f'-DELS_KERNEL_NAME="{name}"')
-        jobs[folder / f"{name}.o"] = (*KERNELS[name], *symbol, str(source / "kernel.cpp"))
+        jobs[folder / f"{name}.o"] = (*flags, *symbol, str(source / "kernel.cpp"))
 
     def compile_one(job: tuple[Path, tuple[str, ...]]) -> None:
         run(*compiler, *COMMON, *job[1], "-c", "-o", str(job[0]))

@@ -314,11 +314,9 @@ void fold_normalise(const FoldCell& cell, const FoldUnit& unit, Control& control
                     FoldSums sums) {
   FoldScratch scratch(cell, cell.channels, memory);
   for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
-    switch (cell.channels) {
-      case 1: return fold_normalise_unit<1>(cell, keys, control, sums, scratch);
-      case 3: return fold_normalise_unit<3>(cell, keys, control, sums, scratch);
-      default: return fold_normalise_unit<0>(cell, keys, control, sums, scratch);
-    }
+    by_channels(cell.channels, [&](auto c) {
+      fold_normalise_unit<c.value>(cell, keys, control, sums, scratch);
+    });
   });
 }
 
@@ -326,11 +324,9 @@ void fold_accumulate(const FoldCell& cell, const FoldUnit& unit, Control& contro
                      const FoldNormaliser& z, double* fold) {
   FoldScratch scratch(cell, cell.channels, memory);
   for_each_shift(cell, unit, control, scratch, [&](const FoldKeys& keys, int) {
-    switch (cell.channels) {
-      case 1: return fold_accumulate_unit<1>(cell, keys, control, z, fold, scratch);
-      case 3: return fold_accumulate_unit<3>(cell, keys, control, z, fold, scratch);
-      default: return fold_accumulate_unit<0>(cell, keys, control, z, fold, scratch);
-    }
+    by_channels(cell.channels, [&](auto c) {
+      fold_accumulate_unit<c.value>(cell, keys, control, z, fold, scratch);
+    });
   });
 }
 

@@ -269,11 +269,9 @@ std::size_t fold_moment_scratch_bytes(const FoldCell& cell, FoldPass pass) {
 template <FoldPass P>
 void fold_moments_by_channels(const FoldCell& cell, const FoldUnit& unit, Control& control,
                               char* memory, const FoldMoments& moments, FoldMomentSums out) {
-  switch (cell.channels) {
-    case 1: return fold_moments_of<P, 1>(cell, unit, control, memory, moments, out);
-    case 3: return fold_moments_of<P, 3>(cell, unit, control, memory, moments, out);
-    default: return fold_moments_of<P, 0>(cell, unit, control, memory, moments, out);
-  }
+  by_channels(cell.channels, [&](auto c) {
+    fold_moments_of<P, c.value>(cell, unit, control, memory, moments, out);
+  });
 }
 
 void fold_moments(const FoldCell& cell, FoldPass pass, const FoldUnit& unit, Control& control,

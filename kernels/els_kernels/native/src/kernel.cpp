@@ -42,11 +42,9 @@ void attend(const Bank& bank, const Geometry& geometry, const Query& query, cons
     return whole_every(bank, query, share.first, share.last, control, memory, out);
   }
   Scratch scratch(bank, memory);
-  switch (bank.channels) {
-    case 1: return attend_windows<1>(bank, geometry, query, share, control, scratch, out);
-    case 3: return attend_windows<3>(bank, geometry, query, share, control, scratch, out);
-    default: return attend_windows<0>(bank, geometry, query, share, control, scratch, out);
-  }
+  by_channels(bank.channels, [&](auto c) {
+    attend_windows<c.value>(bank, geometry, query, share, control, scratch, out);
+  });
 }
 
 }  // namespace

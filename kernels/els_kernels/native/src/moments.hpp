@@ -746,11 +746,9 @@ template <MomentPass P>
 void moments_by_channels(const Bank& bank, const Geometry& geometry, const MomentQuery& query,
                          const Share& share, Control& control, MomentScratch& scratch,
                          MomentSums out) {
-  switch (bank.channels) {
-    case 1: return moments_of<P, 1>(bank, geometry, query, share, control, scratch, out);
-    case 3: return moments_of<P, 3>(bank, geometry, query, share, control, scratch, out);
-    default: return moments_of<P, 0>(bank, geometry, query, share, control, scratch, out);
-  }
+  by_channels(bank.channels, [&](auto c) {
+    moments_of<P, c.value>(bank, geometry, query, share, control, scratch, out);
+  });
 }
 
 std::size_t moment_scratch_floats(const Bank& bank, int window) {
