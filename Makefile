@@ -92,6 +92,14 @@ bench: install
 	$(BIN)/python -m benchmarks.service.peers install
 	$(BIN)/python -m benchmarks.service
 
+# Peak memory of a bank that is built from an archive of MIB megabytes.
+MIB ?= 400
+
+.PHONY: bank-memory
+
+bank-memory: install
+	$(BIN)/python -m benchmarks.bank_memory --mib $(MIB)
+
 # What is generated for operators; a test compares.
 .PHONY: deploy-monitoring
 

@@ -10,6 +10,9 @@ from PIL import Image
 from tests.support.commands import run
 from tests.support.training import bars
 
+from els_service.denoisers.bank_build_records import Request
+from els_service.denoisers.bank_builds import build_parts
+from els_service.denoisers.bank_selection import Source
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.training import load_training_data
@@ -34,6 +37,14 @@ def test_data_may_come_in_parts_of_any_format(tmp_path: Path) -> None:
         load_training_data(parts[:1], resize=(8, 4097))
     with pytest.raises(InvalidArgumentError, match="data: expected a data set where"):
         load_training_data([parts[1]], limit=3)
+
+
+def test_a_bank_in_parts_is_data_too(tmp_path: Path) -> None:
+    pixels, labels = bars()
+    source = Source(tmp_path, pixels[..., None], labels=np.asarray(labels))
+    build_parts(source, (), tmp_path / "bank", Request(7))
+    loaded = load_training_data([tmp_path / "bank"], source="bars")
+    assert loaded.fingerprint == make_bank(pixels[:, None], labels).fingerprint
 
 
 def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:

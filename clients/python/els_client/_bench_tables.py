@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from els_client.bench import Outcome, Report, Sweep
+from els_client.bench.sweep import served_per_s
 
 
 def show(report: Report) -> None:
@@ -43,14 +44,15 @@ def _cells(outcome: Outcome) -> list[str]:
 
 def show_sweep(sweep: Sweep) -> None:
     """Print latencies and waits by rate, ceiling and gain of a sweep."""
-    names = ("rate/s", "ok/s", "failed", "p50", "p99", "admission p50", "p99", "generator")
-    columns = (Column(name, justify="right") for name in names)
-    table = Table(*columns, box=SIMPLE_HEAD, caption="ms, from the scheduled start of a call")
+    names = ("rate/s", "ok/s", "failed", "p50", "p99", "wait p50", "wait p99", "load")
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    caption = "ms, from the scheduled start of a call; wait: for admission"
+    table = Table(*columns, box=SIMPLE_HEAD, caption=caption)
     for point in sweep.points:
         latency, waits = point.total.latency, sweep.admission_ms(point)
         table.add_row(
             f"{point.plan['rate_per_s']:.3g}",
-            f"{point.throughput_per_s:.3g}",
+            f"{served_per_s(point):.3g}",
             str(point.total.calls - point.total.ok),
             *(f"{ms:.1f}" for ms in (latency.p50_ms, latency.p99_ms, *waits)),
             "kept up" if sweep.generator_kept_up(point) else "too slow",
@@ -58,7 +60,7 @@ def show_sweep(sweep: Sweep) -> None:
     Console().print(table)
     typer.echo(
         f"ceiling: {sweep.ceiling_per_s:.3g} requests/s;"
-        f" one caller: {sweep.serial.throughput_per_s:.3g}; gain: {sweep.gain:.2f} times"
+        f" one caller: {served_per_s(sweep.serial):.3g}; gain: {sweep.gain:.2f} times"
     )
     alone, latency = sweep.serial.total.first, sweep.serial.total.latency
     typer.echo(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,11 @@ def build_parts(
     with locked(out):
         state = opened(out, described(source, label_names, request))
         progress(state.images, order.most)
+        write = partial(_write, out, source, label_names, request, state)
+        # Nothing here holds a part while the next one is decoded.
         while state.images < order.most:
-            part = _Filled(source, order, state, request, progress)
-            if not part.kept:
+            if not write(_Filled(source, order, state, request, progress)):
                 break
-            _write(out, source, label_names, request, state, part)
         if not state.parts:
             raise LoadError(source.path, "holds no images that can be read")
         manifest = _finish(out, label_names, request, state)
@@ -171,6 +172,7 @@ class _Filled:
     def _decode(self, indices: NDArray[np.int64]) -> int:
         """Append the readable images of some candidates, in their order; return their number."""
         first, done = len(self.kept), np.zeros(len(indices), bool)
+        count = self._state.images + first
         # Archives and tables are read fastest in rising order, which the order by label is not.
         for rank in np.argsort(indices, kind="stable"):
             index = int(indices[rank])
@@ -184,7 +186,8 @@ class _Filled:
             self._check_alike(index, image)
             self.images[first + rank] = image.transpose(2, 0, 1)
             done[rank] = True
-            self._progress(self._state.images + first + int(done.sum()), self._most)
+            count += 1
+            self._progress(count, self._most)
         if done.any() and not done.all():
             self.images[first : first + done.sum()] = self.images[first : first + len(done)][done]
         self.kept += indices[done].tolist()
@@ -215,9 +218,11 @@ def _write(
     request: Request,
     state: BuildState,
     part: _Filled,
-) -> None:
-    """Write a part, and then the record that it is whole."""
+) -> bool:
+    """Write a part, and then the record that it is whole; return whether it has any images."""
     count = len(part.kept)
+    if not count:
+        return False
     labels = np.full(count, UNLABELLED) if source.labels is None else source.labels[part.kept]
     labels = labels.astype(np.int64)
     names = source.file_names(part.kept)
@@ -239,6 +244,7 @@ def _write(
         else:
             state.labels.append([label, found])
     write_record(out, state)
+    return True
 
 
 def _finish(

@@ -122,6 +122,11 @@ def manifest_of(path: str | os.PathLike[str]) -> Path | None:
     return path / MANIFEST if path.is_dir() else None
 
 
+def is_in_parts(path: Path) -> bool:
+    """Return whether a path names a manifest, or the folder of one."""
+    return path.name == MANIFEST or (path / MANIFEST).is_file()
+
+
 class BankReader(Labelled):
     """Ranges of the images of a bank, mapped from its files.
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from els_client.bench.report import Outcome, Report, latencies_of
-from els_client.bench.sweep import Sweep
+from els_client.bench.sweep import Sweep, served_per_s
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
@@ -46,10 +46,10 @@ def draw_sweep(sweep: Sweep, path: Path) -> None:
         admission.plot(offered, [wait[number] for wait in waits], style, label=name)
     alone = sweep.serial.total.latency.p50_ms
     latency.axhline(alone, color="grey", linestyle=":", label="one caller, p50")
-    throughputs = [point.throughput_per_s for point in sweep.points]
+    throughputs = [served_per_s(point) for point in sweep.points]
     rates.plot(offered, throughputs, "o-", label="successful")
     rates.plot(offered, offered, color="grey", linestyle=":", label="offered")
-    serial = sweep.serial.throughput_per_s
+    serial = served_per_s(sweep.serial)
     rates.axhline(serial, color="tab:orange", linestyle="-.", label="one caller")
     rates.axhline(sweep.ceiling_per_s, color="tab:red", linestyle="--", label="ceiling")
     latency.set_yscale("log")

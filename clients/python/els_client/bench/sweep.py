@@ -44,12 +44,12 @@ class Sweep:
     @property
     def ceiling_per_s(self) -> float:
         """Highest rate of successful responses of any load."""
-        return max(report.throughput_per_s for report in (self.closed, *self.points))
+        return max(map(served_per_s, (self.closed, *self.points)))
 
     @property
     def gain(self) -> float:
         """Ceiling over the rate of one caller: what batches and overlap of calls gain."""
-        return self.ceiling_per_s / self.serial.throughput_per_s
+        return self.ceiling_per_s / served_per_s(self.serial)
 
     def admission_ms(self, point: Report) -> tuple[float, float]:
         """Return median and 99th percentile of the wait for admission, estimated, in ms.
@@ -71,7 +71,7 @@ class Sweep:
         """Return the sweep as JSON: the numbers by rate, and the reports of all loads."""
         return {
             "ceiling_per_s": self.ceiling_per_s,
-            "serial_per_s": self.serial.throughput_per_s,
+            "serial_per_s": served_per_s(self.serial),
             "gain": self.gain,
             "first_alone_p50_ms": self.serial.total.first.p50_ms,
             "rates": [self._row(point) for point in self.points],
@@ -88,7 +88,7 @@ class Sweep:
         latency, (wait_p50, wait_p99) = point.total.latency, self.admission_ms(point)
         return {
             "rate_per_s": point.plan["rate_per_s"],
-            "throughput_per_s": point.throughput_per_s,
+            "served_per_s": served_per_s(point),
             "failed": point.total.calls - point.total.ok,
             "p50_ms": latency.p50_ms,
             "p99_ms": latency.p99_ms,
@@ -126,18 +126,27 @@ def sweep(
     progress(f"{plan.callers} callers")
     closed = _answered(run(dataclasses.replace(plan, name="ceiling")))
     points = []
-    for rate in rates or [share * closed.throughput_per_s for share in SHARES]:
+    for rate in rates or [share * served_per_s(closed) for share in SHARES]:
         progress(f"{rate:.3g} calls a second")
         name = f"{rate:.3g}/s"
         points.append(run(dataclasses.replace(plan, name=name, callers=None, rate_per_s=rate)))
     return Sweep(serial=serial, closed=closed, points=points)
 
 
+def served_per_s(report: Report) -> float:
+    """Return successful responses per second, in the measurement or until the last response.
+
+    The higher of the two: trajectories share a server step by step, so beyond its capacity nearly
+    all end after the measurement, and responses within it would show less than the server does.
+    """
+    ends = [second.second + 1.0 for second in report.series if second.ok]
+    until_last = report.total.ok / max(report.seconds_counted, *ends[-1:], 1e-9)
+    return max(report.throughput_per_s, until_last)
+
+
 def _answered(report: Report) -> Report:
-    if not report.throughput_per_s:
+    if not report.total.ok:
         errors = ", ".join(f"{code} {count}" for code, count in report.total.errors.items())
-        raise UnavailableError(
-            f"{report.plan['name']}: expected a response within the measurement, got"
-            f" {errors or 'none'}: a longer --duration may help"
-        )
+        expected = f"{report.plan['name']}: expected a successful response"
+        raise UnavailableError(f"{expected}, got {errors or 'none'}")
     return report

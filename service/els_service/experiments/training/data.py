@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els_service.denoisers.bank_parts import is_in_parts
 from els_service.denoisers.bank_sources import read_source
 from els_service.denoisers.banks import UNLABELLED, Bank, make_bank
 from els_service.denoisers.levels import cosine
@@ -68,7 +69,7 @@ def load_training_data(
 def _read(
     path: Path, resize: tuple[int, int] | None, limit: int | None, label_names: tuple[str, ...]
 ) -> Bank:
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not is_in_parts(path):
         bank = read_source(path, resize=resize, limit=limit, label_names=label_names)
     elif resize is not None or limit is not None:
         raise InvalidArgumentError("data", "a data set where it is resized or cut", path)
