@@ -27,9 +27,9 @@ $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	@$(BIN)/python -m els_kernels
 	touch $@
 
-$(PEER)/.installed:
+$(PEER)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc]==2.73.0'
+	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc,http]==2.73.0'
 	touch $@
 
 demo: $(VENV)/.installed
