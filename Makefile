@@ -189,6 +189,19 @@ $(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
 	touch $@
 
+# The live page, operated in Chromium; writes the screenshots in docs/. Needs node and npm.
+PAGE := tests/page
+
+.PHONY: page
+
+page: install $(PAGE)/node_modules/.installed
+	command -v chromium || $(APT) chromium
+	$(BIN)/python -m tests.page.run
+
+$(PAGE)/node_modules/.installed: $(PAGE)/package-lock.json
+	cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --silent --no-audit --no-fund
+	touch $@
+
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py
 	$(PYTHON) -m venv $(DEPLOY)
 	$(DEPLOY)/bin/$(PIP_INSTALL) --requirement deploy/tools.txt

@@ -59,7 +59,7 @@ const isDrawn = (page, id) => page.evaluate((name) => {
 }, id);
 
 async function drawSample(page) {
-  await page.selectOption("#draw-model", "fashion-els");
+  await page.selectOption("#draw-model", "fashion");
   await page.selectOption("#draw-label", { index: 3 });
   await page.fill("#draw-steps", String(STEPS));
   await page.fill("#draw-seed", "5");
@@ -88,7 +88,7 @@ async function withMouse() {
     dropped.items.add(new File([bytes], "picture.png", { type: "image/png" }));
     return dropped;
   }, data);
-  await page.selectOption("#own-model", "fashion-els");
+  await page.selectOption("#own-model", "fashion");
   await page.dispatchEvent("#drop", "dragover", { dataTransfer: transfer });
   await page.dispatchEvent("#drop", "drop", { dataTransfer: transfer });
   await page.locator("#own-progress", { hasText: "ready" }).waitFor();
@@ -101,7 +101,7 @@ async function withMouse() {
   await page.locator("#after-name", { hasText: "remixed" }).waitFor();
   await page.hover("#mosaic", { position: { x: 150, y: 150 } });
   // The batches of these are in the numbers of their model.
-  const card = page.locator('#model-list li[data-model="fashion-els"]');
+  const card = page.locator('#model-list li[data-model="fashion"]');
   await card.locator("dd").nth(5).filter({ hasText: /≤/ }).waitFor();
   await accessible(page, "after drawing");
   await page.evaluate(() => scrollTo(0, 0));
@@ -124,7 +124,7 @@ async function withKeyboard() {
   assert.deepEqual(order.slice(0, 1), ["pause"]);
   assert.deepEqual(order.slice(-4), ["draw-model", "draw-label", "draw-steps", "draw-seed"]);
   await page.focus("#draw-model");
-  await page.keyboard.type("fashion-els");
+  await page.keyboard.type("fashion");
   await page.focus("#draw-steps");
   await page.keyboard.press("Control+A");
   await page.keyboard.type("4");
@@ -158,8 +158,7 @@ async function onPhone() {
     await fits(page);
     await accessible(page, `phone, ${colorScheme}`);
     if (colorScheme === "light") {
-      await page.evaluate(() => document.getElementById("draw").scrollIntoView());
-      await page.screenshot({ path: `${folder}/page-phone.png` });
+      await page.locator("#draw").screenshot({ path: `${folder}/page-phone.png` });
     }
     assert.deepEqual(faults, []);
     await context.close();

@@ -1,7 +1,8 @@
 // Draws a sample step by step, with the mosaic of its sources.
 
 import { stream } from "./api.js";
-import { colour, floats, integers, options, show } from "./pictures.js";
+import { colour, drawable, floats, integers, options, show } from "./pictures.js";
+import { seconds } from "./status.js";
 
 const EXPLAINED = 6;
 const TOP = 4;
@@ -14,9 +15,15 @@ let cursor = { row: 0, column: 0 };
 
 export function setUpDrawing(found) {
   models = found;
-  const drawn = [...models.values()].filter((model) => [1, 3].includes(model.channels) && !model.conditioning);
-  options(at("draw-model"), drawn.map((model) => [model.name, model.name]));
+  const [able, first] = drawable(models);
+  options(at("draw-model"), able.map((model) => [model.name, model.name]), first);
   showLabels();
+}
+
+function showTime() {
+  const needed = model()?.step_seconds * Number(at("draw-steps").value);
+  at("draw-time").textContent = needed > 0
+    ? `Predicted on this server: about ${seconds(needed)} of computation.` : "";
 }
 
 const model = () => models.get(at("draw-model").value);
@@ -27,6 +34,7 @@ function showLabels() {
   at("label-row").hidden = !count;
   const names = Array.from({ length: count }, (_, i) => [i, chosen.label_names[i] ?? String(i)]);
   options(at("draw-label"), [["", "any"], ...names]);
+  showTime();
 }
 
 function body(chosen) {
@@ -55,7 +63,8 @@ async function onStep(message) {
   const explanation = message.explanations[0] ?? steps.at(-1)?.explanation;
   steps.push({ index: message.index, total: message.total, png, explanation });
   at("draw-result").hidden = at("scrub-row").hidden = false;
-  at("scrub").max = at("scrub").value = String(steps.length);
+  at("scrub").max = String(steps.length);
+  at("scrub").value = String(steps.length);
   at("draw-progress").textContent = last ? `Drawn in ${message.total} steps.` : "Drawing…";
   await showStep(steps.at(-1));
 }
@@ -69,7 +78,7 @@ async function showStep(step) {
   if (step.explanation) drawMosaic(step.explanation);
 }
 
-function drawMosaic(explanation) {
+function drawMosaic(explanation, marked = false) {
   const canvas = at("mosaic");
   explanation.parsed ??= {
     sources: integers(explanation.sources),
@@ -87,6 +96,10 @@ function drawMosaic(explanation) {
     pixels.data.set([...colour(sources[i * top * 3]), 255], 4 * i);
   }
   context.putImageData(pixels, 0, 0);
+  if (marked) {
+    context.fillStyle = "white";
+    context.fillRect(cursor.column, cursor.row, 1, 1);
+  }
   cursor = { row: Math.min(cursor.row, height - 1), column: Math.min(cursor.column, width - 1) };
 }
 
@@ -96,6 +109,7 @@ function showSource() {
   const explanation = shown()?.explanation;
   if (!explanation?.parsed) return;
   const { sources, weights, images, shape: [, , width, top] } = explanation.parsed;
+  drawMosaic(explanation, true);
   const { row, column } = cursor;
   const start = (row * width + column) * top;
   const found = Array.from({ length: top }, (_, i) => start + i)
@@ -109,7 +123,7 @@ function showSource() {
   at("source-list").replaceChildren(...found.map((source) => entry(explanation, images, source)));
 }
 
-function entry(explanation, images, { image, weight }) {
+function entry(explanation, images, { image, row, column, weight }) {
   const item = document.createElement("li");
   const position = images.indexOf(image);
   const png = explanation.images?.png?.[position];
@@ -127,7 +141,9 @@ function entry(explanation, images, { image, weight }) {
     item.append(picture);
   }
   const name = explanation.file_names?.[position];
-  item.append(`Image ${image}${name ? ` (${name})` : ""}: ${(100 * weight).toFixed(0)} %`);
+  const place = `row ${row + 1}, column ${column + 1}`;
+  const of = `Image ${image}${name ? ` (${name})` : ""}, ${place}`;
+  item.append(`${of}: ${(100 * weight).toFixed(0)} %`);
   return item;
 }
 
@@ -140,6 +156,7 @@ async function draw() {
   at("draw-progress").classList.remove("error");
   at("draw-progress").textContent = "Waiting for the first step…";
   at("source").textContent = "None chosen.";
+  cursor = { row: 0, column: 0 };
   at("source-list").replaceChildren();
   try {
     await stream(`/v1/models/${encodeURIComponent(chosen.name)}:sample`, body(chosen), running.signal, onStep);
@@ -160,6 +177,7 @@ at("draw-form").addEventListener("submit", (event) => {
 });
 at("draw-stop").addEventListener("click", () => running?.abort());
 at("draw-model").addEventListener("change", showLabels);
+at("draw-steps").addEventListener("input", showTime);
 at("scrub").addEventListener("input", () => shown() && showStep(shown()));
 
 const mosaic = at("mosaic");

@@ -1,7 +1,7 @@
 // Denoises or remixes a picture that a person drops or chooses.
 
 import { post, stream } from "./api.js";
-import { fitted, options, show } from "./pictures.js";
+import { drawable, fitted, options, show } from "./pictures.js";
 
 const at = (id) => document.getElementById(id);
 let models = new Map();
@@ -9,8 +9,8 @@ let file = null;
 
 export function setUpOwn(found) {
   models = found;
-  const able = [...models.values()].filter((model) => [1, 3].includes(model.channels) && !model.conditioning);
-  options(at("own-model"), able.map((model) => [model.name, model.name]));
+  const [able, first] = drawable(models);
+  options(at("own-model"), able.map((model) => [model.name, model.name]), first);
 }
 
 const model = () => models.get(at("own-model").value);

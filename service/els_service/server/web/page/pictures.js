@@ -50,8 +50,16 @@ export function colour(image) {
   return [part(0), part(8), part(4)];
 }
 
-export function options(select, values) {
-  const chosen = select.value;
+// The models that pictures can be drawn with, and the fastest of those whose sources are known.
+export function drawable(models) {
+  const able = [...models.values()]
+    .filter((model) => [1, 3].includes(model.channels) && !model.conditioning);
+  const fast = able.toSorted((a, b) => b.has_sources - a.has_sources || a.step_seconds - b.step_seconds);
+  return [able, fast[0]?.name];
+}
+
+export function options(select, values, first) {
+  const chosen = select.value || first;
   select.replaceChildren(...values.map(([value, text]) => new Option(text, value)));
   if (values.some(([value]) => String(value) === chosen)) select.value = chosen;
 }

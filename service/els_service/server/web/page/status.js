@@ -75,7 +75,11 @@ function card(model) {
   spark.setAttribute("viewBox", `0 0 ${KEPT} 20`);
   spark.setAttribute("preserveAspectRatio", "none");
   spark.setAttribute("aria-hidden", "true");
-  item.append(head, document.createElement("dl"), spark);
+  const name = document.createElement("p");
+  name.className = "spark-name";
+  name.setAttribute("aria-hidden", "true");
+  name.textContent = "Images a second, in the last minute";
+  item.append(head, document.createElement("dl"), name, spark);
   return item;
 }
 
