@@ -64,7 +64,7 @@ def main(screenshots: str = str(DOCS)) -> int:
         server = stack.enter_context(serving(*arguments, program=COMMAND, **options))
         url = f"http://127.0.0.1:{server.ready['http_port']}/"
         script = HERE / "page.mjs"
-        command = ["node", script, url, picture(Path(folder)), screenshots]
+        command = ["node", str(script), url, str(picture(Path(folder))), screenshots]
         return subprocess.run(command, timeout=CHECK_S, check=False).returncode
 
 
