@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,13 @@ async def closed_loop(port: int, request: bytes, seconds: float) -> float:
     loop = asyncio.get_running_loop()
     callers = [_Caller(request, start + seconds) for _ in range(load.CALLERS)]
     for caller in callers:
-        await loop.create_connection(lambda caller=caller: caller, "127.0.0.1", port)
+        await loop.create_connection(partial(_same, caller), "127.0.0.1", port)
     calls = sum([await caller.done for caller in callers])
     return calls / (time.perf_counter() - start)
+
+
+def _same(caller: _Caller) -> _Caller:
+    return caller
 
 
 class _Caller(asyncio.Protocol):

@@ -83,9 +83,9 @@ def els_server(*options: str) -> Iterator[Running]:
         folder.mkdir()
         (folder / "model.yaml").write_text(MODEL_YAML)
         port = free_port()
-        program = Path(sys.executable).with_name("els-server")
-        own = f"--port={port}", "--metrics-port=0"
-        command = (program, "run", "--models", root, *own, *options)
+        program: str | Path = Path(sys.executable).with_name("els-server")
+        command = [program, "run", "--models", root, f"--port={port}", "--metrics-port=0"]
+        command += options
         with running(command, port) as server:
             yield server
 
