@@ -27,9 +27,9 @@ $(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
 	@$(BIN)/python -m els_kernels
 	touch $@
 
-$(PEER)/.installed:
+$(PEER)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc]==2.73.0'
+	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc,http]==2.73.0'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -208,6 +208,19 @@ $(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py
 	$(PYTHON) -m venv --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements locust > $(@D)/requirements.txt
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
+	touch $@
+
+# The live page, operated in Chromium; writes the screenshots in docs/. Needs node and npm.
+PAGE := tests/page
+
+.PHONY: page
+
+page: install $(PAGE)/node_modules/.installed
+	command -v chromium || $(APT) chromium
+	$(BIN)/python -m tests.page.run
+
+$(PAGE)/node_modules/.installed: $(PAGE)/package-lock.json
+	cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --silent --no-audit --no-fund
 	touch $@
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py \

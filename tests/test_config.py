@@ -19,6 +19,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "port": (1, 2, 0),
     "metrics_port": (1, 2, 0),
     "health_port": (1, 2, 0),
+    "http_port": (1, 2, 0),
+    "http_page": ("draw", "off", "draw"),
     "metrics_host": ("10.0.0.1", "10.0.0.2", "::1"),
     "insecure": (True, True, True),
     "tls_certificate": (Path("/a"), Path("/b"), Path("/c")),

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import record
-from benchmarks.service import loads, overhead, perf_analyzer
+from benchmarks.service import http_cost, loads, overhead, perf_analyzer
 from benchmarks.service.peers import installed
 
 PEERS = ("kserve", "mlserver", "pytriton")
 
-PARTS = ("overhead", "perf_analyzer", "batching", "overload", "fairness")
+PARTS = ("overhead", "http", "perf_analyzer", "batching", "overload", "fairness")
 
 _LONG = ("rounds", "table")
 """Columns that are recorded but not printed."""
@@ -47,6 +47,7 @@ def main() -> None:
     rounds, seconds, peers = options.rounds, options.seconds, options.peers
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "overhead": lambda: overhead.measure(rounds=rounds, seconds=seconds, peers=peers),
+        "http": lambda: http_cost.measure(rounds=rounds, seconds=seconds),
         "perf_analyzer": lambda: perf_analyzer.measure(seconds=seconds, peers=peers),
         "batching": lambda: loads.batching(rounds=rounds, seconds=seconds),
         "overload": lambda: [loads.overload(seconds=options.overload_seconds)],

@@ -88,7 +88,7 @@ def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[s
             # In alternating order, so that a slow drift affects both sides of a pair.
             for target in targets if number % 2 == 0 else targets[::-1]:
                 runner.run(_turn(target, seconds))
-    rows = [_summary(target, seconds) for target in targets]
+    rows = [summary(target, seconds) for target in targets]
     return rows + _ratios({target.name: target for target in targets})
 
 
@@ -136,7 +136,8 @@ async def _turn(target: Target, seconds: float) -> None:
     target.cpu_us.append(1e6 * cpu / (rate * seconds))
 
 
-def _summary(target: Target, seconds: float) -> dict[str, Any]:
+def summary(target: Target, seconds: float) -> dict[str, Any]:
+    """Return the row of a target."""
     return {
         "target": target.name,
         "version": " ".join(REQUIREMENTS.get(target.name, ())),
@@ -153,19 +154,22 @@ def _ratios(targets: dict[str, Target]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for ours, theirs, goal in GOALS:
         if ours in targets and theirs in targets:
-            ratio, low, high = ratio_of_pairs(targets[ours].rates, targets[theirs].rates)
-            cpu, _, _ = ratio_of_pairs(targets[theirs].cpu_us, targets[ours].cpu_us)
-            rows.append(
-                {
-                    "ratio": f"{ours} / {theirs}",
-                    "median": round(ratio, 3),
-                    "low": round(low, 3),
-                    "high": round(high, 3),
-                    # Less affected by other processes of the machine.
-                    "by_server_cpu": round(cpu, 3),
-                    "goal": goal,
-                    # Decided by the whole interval.
-                    "reached": "yes" if low >= goal else "no" if high < goal else "open",
-                }
-            )
+            rows.append(ratio_row(targets[ours], targets[theirs], goal))
     return rows
+
+
+def ratio_row(ours: Target, theirs: Target, goal: float) -> dict[str, Any]:
+    """Return the row of the ratio of two rates."""
+    ratio, low, high = ratio_of_pairs(ours.rates, theirs.rates)
+    cpu, _, _ = ratio_of_pairs(theirs.cpu_us, ours.cpu_us)
+    return {
+        "ratio": f"{ours.name} / {theirs.name}",
+        "median": round(ratio, 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
+        # Less affected by other processes of the machine.
+        "by_server_cpu": round(cpu, 3),
+        "goal": goal,
+        # Decided by the whole interval.
+        "reached": "yes" if low >= goal else "no" if high < goal else "open",
+    }

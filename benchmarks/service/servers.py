@@ -76,17 +76,26 @@ def running(
 
 
 @contextmanager
-def els_server() -> Iterator[Running]:
-    """Yield the server with default settings and one Gaussian model."""
+def els_server(*options: str) -> Iterator[Running]:
+    """Yield the server with one Gaussian model and default settings but for the options."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / MODEL
         folder.mkdir()
         (folder / "model.yaml").write_text(MODEL_YAML)
         port = free_port()
-        program = Path(sys.executable).with_name("els-server")
-        command = (program, "run", "--models", root, f"--port={port}", "--metrics-port=0")
+        program: str | Path = Path(sys.executable).with_name("els-server")
+        command = [program, "run", "--models", root, f"--port={port}", "--metrics-port=0"]
+        command += options
         with running(command, port) as server:
             yield server
+
+
+@contextmanager
+def els_server_with_http() -> Iterator[tuple[Running, int]]:
+    """Yield ``els_server`` and its HTTP port."""
+    port = free_port()
+    with els_server(f"--http-port={port}") as server:
+        yield server, port
 
 
 @contextmanager

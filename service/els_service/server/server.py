@@ -307,6 +307,7 @@ class Server:
             self._engine.models,
             lambda: not self._why_not_ready(),
             self._access,
+            self._metrics.collect,
         )
         try:
             self._http = http_listener(settings, served)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import grpc
@@ -70,6 +70,21 @@ class AccessControl:
     def tls_context(self) -> ssl.SSLContext | None:
         """Return the context of TLS for HTTP, with the files of ``bind``; None without TLS."""
         return None if self._tls is None else tls.context_of(self._tls)
+
+    async def check_token(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Check the token in the headers of a request that is no call of a method.
+
+        Raises:
+            UnauthenticatedError: Tokens are required, and there is none, or an unknown one.
+        """
+        if self._tokens is None:
+            return
+        try:
+            self._tokens.caller(metadata, admin=False)
+        except ElsError:
+            if delay := self._pace.delay_s():
+                await asyncio.sleep(delay)
+            raise
 
     def stale(self) -> dict[str, float]:
         """Return for how many seconds the files of ``tokens`` and ``tls`` have been invalid.

@@ -43,9 +43,7 @@ class HttpContext:
     def __init__(self, scope: Any, receive: Any, read: Read, write: Write | None = None) -> None:
         self.scope, self.receive = scope, receive
         self._read, self._write = read, write
-        self._metadata: Metadata = tuple(
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
-        )
+        self._metadata = metadata_of(scope)
         timeout_s = _timeout_s(scope["headers"])
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._peer = peer_of(scope)
@@ -145,6 +143,13 @@ class HttpContext:
             return CallError.of(DeadlineExceededError(text), close=close)
         text = "the server is shutting down; send the request to another replica"
         return CallError.of(UnavailableError(text), close=True)
+
+
+def metadata_of(scope: Any) -> Metadata:
+    """Return the headers of a request, names in lower case."""
+    return tuple(
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
+    )
 
 
 def peer_of(scope: Any) -> str:

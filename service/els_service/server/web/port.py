@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from prometheus_client.metrics_core import Metric
 
 from els_service.config import Settings
 from els_service.engine.registry import ModelRegistry
@@ -16,6 +18,8 @@ from els_service.server.web.bodies import BodyReader
 from els_service.server.web.denoise_routes import DenoiseRoutes
 from els_service.server.web.inference_routes import InferenceRoutes
 from els_service.server.web.listener import Listener
+from els_service.server.web.page_routes import PageRoutes
+from els_service.server.web.status_report import StatusReport
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Served:
         memory: of messages.
         models: served models.
         ready: whether the server is ready.
-        access: TLS of the server.
+        access: TLS and tokens of the server.
+        collect: yields the metric families; thread-safe.
     """
 
     handlers: SharedHandlers
@@ -35,6 +40,7 @@ class Served:
     models: ModelRegistry
     ready: Callable[[], bool]
     access: AccessControl
+    collect: Callable[[], Iterable[Metric]]
 
 
 def http_listener(settings: Settings, served: Served) -> Listener:
@@ -45,9 +51,11 @@ def http_listener(settings: Settings, served: Served) -> Listener:
     """
     assert settings.http_port is not None
     bodies = BodyReader(served.memory, settings.limits, settings.compression)
+    status = StatusReport(served.collect)
     routes = [
         *InferenceRoutes(served.handlers, bodies, served.ready).routes(),
         *DenoiseRoutes(served.handlers, bodies, served.models).routes(),
+        *PageRoutes(settings.http_page, status, served.access.check_token).routes(),
     ]
     host = with_port(settings.host)
     app = application(

@@ -1,0 +1,172 @@
+// Operates the live page in Chromium, as a person with a mouse, a keyboard, a phone.
+//
+// usage: node page.mjs URL PICTURE SCREENSHOTS_FOLDER; prints one line for each check.
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { chromium } from "playwright-core";
+
+const [url, picture, folder] = process.argv.slice(2);
+const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+const STEPS = 12;
+const SIZES = { desktop: { width: 1200, height: 900 }, phone: { width: 375, height: 812 } };
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+});
+
+async function opened(options) {
+  // axe is injected by the test: the page itself loads nothing but its own files.
+  const context = await browser.newContext({ ...options, bypassCSP: false });
+  const page = await context.newPage();
+  const faults = [];
+  page.on("console", (message) => {
+    if (["error", "warning"].includes(message.type())) faults.push(message.text());
+  });
+  page.on("pageerror", (error) => faults.push(String(error)));
+  page.on("request", (request) => {
+    const { protocol } = new URL(request.url());
+    if (protocol !== "data:" && protocol !== "blob:" && !request.url().startsWith(url)) {
+      faults.push(`foreign request: ${request.url()}`);
+    }
+  });
+  await page.goto(url);
+  await page.locator("#state", { hasText: "Serving" }).waitFor();
+  await page.locator("#model-list li").first().waitFor();
+  return { page, faults, context };
+}
+
+async function accessible(page, name) {
+  // Evaluated over the debugging protocol, which the page's policy does not bind.
+  await page.evaluate(axe);
+  const { violations } = await page.evaluate(() => globalThis.axe.run(document, {
+    runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+  }));
+  assert.deepEqual(violations.map((one) => [one.id, one.nodes.map((node) => node.html)]), [], name);
+}
+
+async function fits(page) {
+  const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+  assert.ok(wide <= 0, `${wide} pixels wider than the screen`);
+}
+
+const isDrawn = (page, id) => page.evaluate((name) => {
+  const canvas = document.getElementById(name);
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return new Set(new Uint32Array(data.buffer)).size;
+}, id);
+
+async function drawSample(page) {
+  await page.selectOption("#draw-model", "fashion");
+  await page.selectOption("#draw-label", { index: 3 });
+  await page.fill("#draw-steps", String(STEPS));
+  await page.fill("#draw-seed", "5");
+  await page.click("#draw-start");
+  await page.locator("#draw-progress", { hasText: `Drawn in ${STEPS} steps` }).waitFor();
+  assert.ok(await isDrawn(page, "picture") > 10);
+  assert.ok(await isDrawn(page, "mosaic") > 5);
+}
+
+async function withMouse() {
+  const { page, faults, context } = await opened({ viewport: SIZES.desktop });
+  await accessible(page, "as loaded");
+  await drawSample(page);
+  await page.hover("#mosaic", { position: { x: 150, y: 150 } });
+  await page.locator("#source", { hasText: /Row \d+, column \d+: \d+ % of bank image \d+/ }).waitFor();
+  assert.ok(await page.locator("#source-list li").count() >= 1);
+  await page.fill("#scrub", "4");
+  await page.locator("#step-name", { hasText: `after step 4 of ${STEPS}` }).waitFor();
+  await page.fill("#scrub", String(STEPS));
+  await page.locator("#step-name", { hasText: `after step ${STEPS} of ${STEPS}` }).waitFor();
+  // Dropped, as from a folder of the desktop.
+  const data = readFileSync(picture).toString("base64");
+  const transfer = await page.evaluateHandle(async (content) => {
+    const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
+    const dropped = new DataTransfer();
+    dropped.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+    return dropped;
+  }, data);
+  await page.selectOption("#own-model", "fashion");
+  await page.dispatchEvent("#drop", "dragover", { dataTransfer: transfer });
+  await page.dispatchEvent("#drop", "drop", { dataTransfer: transfer });
+  await page.locator("#own-progress", { hasText: "ready" }).waitFor();
+  await page.click("#denoise");
+  await page.locator("#own-progress", { hasText: "Done" }).waitFor();
+  assert.ok(await isDrawn(page, "after") > 10);
+  await page.click("#remix");
+  await page.locator("#own-progress", { hasText: "Remixed" }).waitFor();
+  await page.locator("#own-progress", { hasText: "Done" }).waitFor();
+  await page.locator("#after-name", { hasText: "remixed" }).waitFor();
+  await page.hover("#mosaic", { position: { x: 150, y: 150 } });
+  // The batches of these are in the numbers of their model.
+  const card = page.locator('#model-list li[data-model="fashion"]');
+  await card.locator("dd").nth(5).filter({ hasText: /≤/ }).waitFor();
+  await accessible(page, "after drawing");
+  await page.evaluate(() => scrollTo(0, 0));
+  await page.screenshot({ path: `${folder}/page-desktop.png`, fullPage: true });
+  assert.deepEqual(faults, []);
+  await context.close();
+}
+
+async function withKeyboard() {
+  const { page, faults, context } = await opened({ viewport: SIZES.desktop, reducedMotion: "reduce" });
+  await page.keyboard.press("Tab");
+  assert.equal(await page.evaluate(() => document.activeElement.className), "skip");
+  const order = [];
+  for (let i = 0; i < 40; i++) {
+    await page.keyboard.press("Tab");
+    const id = await page.evaluate(() => document.activeElement.id);
+    if (id === "draw-start") break;
+    order.push(id);
+  }
+  assert.deepEqual(order.slice(0, 1), ["pause"]);
+  assert.deepEqual(order.slice(-4), ["draw-model", "draw-label", "draw-steps", "draw-seed"]);
+  await page.focus("#draw-model");
+  await page.keyboard.type("fashion");
+  await page.focus("#draw-steps");
+  await page.keyboard.press("Control+A");
+  await page.keyboard.type("4");
+  await page.keyboard.press("Enter");
+  await page.locator("#draw-progress", { hasText: "Drawn in 4 steps" }).waitFor();
+  await page.focus("#mosaic");
+  for (const key of ["ArrowDown", "ArrowRight", "ArrowRight", "ArrowUp", "ArrowDown"]) {
+    await page.keyboard.press(key);
+  }
+  await page.locator("#source", { hasText: "Row 2, column 3" }).waitFor();
+  await page.focus("#scrub");
+  await page.keyboard.press("ArrowLeft");
+  await page.locator("#step-name", { hasText: "after step 3 of 4" }).waitFor();
+  await page.focus("#pause");
+  await page.keyboard.press("Space");
+  await page.locator("#state", { hasText: "Paused" }).waitFor();
+  await page.keyboard.press("Space");
+  await page.locator("#state", { hasText: "Serving" }).waitFor();
+  assert.deepEqual(faults, []);
+  await context.close();
+}
+
+async function onPhone() {
+  for (const colorScheme of ["dark", "light"]) {
+    const { page, faults, context } = await opened({
+      viewport: SIZES.phone, hasTouch: true, isMobile: true, deviceScaleFactor: 1, colorScheme,
+    });
+    await fits(page);
+    await drawSample(page);
+    await page.locator("#mosaic").tap({ position: { x: 120, y: 120 } });
+    await fits(page);
+    await accessible(page, `phone, ${colorScheme}`);
+    if (colorScheme === "light") {
+      await page.locator("#draw").screenshot({ path: `${folder}/page-phone.png` });
+    }
+    assert.deepEqual(faults, []);
+    await context.close();
+  }
+}
+
+for (const check of [withMouse, withKeyboard, onPhone]) {
+  await check();
+  console.log(`${check.name}: ok`);
+}
+await browser.close();
