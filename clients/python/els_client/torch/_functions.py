@@ -93,11 +93,11 @@ class ServedCall:
         """Return D(x), of the dtype and device of x."""
         if self.check is not None:
             self.check(x, level)
-        return like(self.client.denoise(x, **self._query(level)), x)
+        return like(self.client.denoise(_pixels(x), **self._query(level)), x)
 
     def variance(self, x: Tensor, level: Any) -> Tensor:
         """Return the posterior variance of each pixel, of the dtype and device of x."""
-        return like(self.client.denoise_with_variance(x, **self._query(level))[1], x)
+        return like(self.client.denoise_with_variance(_pixels(x), **self._query(level))[1], x)
 
     def product(self, kind: Direction, x: Tensor, level: Any, along: Tensor) -> Tensor:
         """Return Jᵀg (``vjp``) or J u (``jvp``), of the dtype and device of ``along``."""
@@ -105,7 +105,8 @@ class ServedCall:
         # float64, of each pixel one number for each channel and one more, and its signature.
         size = 16 * x.numel() // x.shape[1] * (1 + x.shape[1]) + 8 * x.numel()
         evidence = self.evidence if size < self.max_bytes else None
-        return like(multiply(x, along, evidence=evidence, **self._query(level))[1], along)
+        pixels, direction = _pixels(x), _pixels(along)
+        return like(multiply(pixels, direction, evidence=evidence, **self._query(level))[1], along)
 
     def repeated(self, copies: int) -> ServedCall:
         """Return the call for so many copies of its images, one after another."""
@@ -117,6 +118,12 @@ class ServedCall:
 
     def _query(self, level: Any) -> Any:
         return {**self.options, self.level: level}
+
+
+def _pixels(x: Tensor) -> Pixels:
+    """Return float32 tensors of the host as arrays, which spares the client to find out how."""
+    plain = x.dtype is torch.float32 and x.device.type == "cpu"
+    return x.detach().numpy() if plain else x
 
 
 def like(array: Images, x: Tensor) -> Tensor:
