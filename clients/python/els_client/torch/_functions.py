@@ -69,7 +69,7 @@ class Denoises(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ServedCall:
     """One evaluation of D: all of its query but images and levels.
 
@@ -120,15 +120,21 @@ class ServedCall:
         return {**self.options, self.level: level}
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Return whether x is of the dtype and device of arrays: float32, of the host."""
+    return x.dtype is torch.float32 and x.is_cpu
+
+
 def _pixels(x: Tensor) -> Pixels:
-    """Return float32 tensors of the host as arrays, which spares the client to find out how."""
-    plain = x.dtype is torch.float32 and x.device.type == "cpu"
-    return x.detach().numpy() if plain else x
+    """Return plain tensors as arrays, which spares the client to find out how."""
+    return x.detach().numpy() if _is_plain(x) else x
 
 
 def like(array: Images, x: Tensor) -> Tensor:
     """Return an array as a tensor of the dtype, if floating, and device of x."""
     found = torch.from_numpy(array)
+    if _is_plain(x):
+        return found
     return found.to(x if x.is_floating_point() else x.device)
 
 
