@@ -257,7 +257,36 @@ image-test: install image-bases
 	$(BIN)/python -m deploy.image.build cpu --tag $(IMAGE) $(BASES)
 	IMAGE_UNDER_TEST=$(IMAGE) $(BIN)/pytest -s tests/deploy/test_image_runs.py
 
+# The notebook of clients/examples runs in an environment of the client beside Jupyter's kernel.
+# NOTEBOOK_OUT=FILE.ipynb keeps it with its pictures.
+NOTEBOOK := .venv-notebook
+
+.PHONY: notebook
+
+notebook: install $(NOTEBOOK)/.installed
+	$(BIN)/pytest tests/notebooks
+
+$(NOTEBOOK)/.installed: pyproject.toml tests/support/client_requirements.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(PYTHON) -m tests.support.client_requirements notebook > $(@D)/requirements.txt
+	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
+	touch $@
+
+# The documentation as a site in .site, with tools in an environment of its own. Any warning is an error.
+SITE := .venv-docs
+
+.PHONY: docs
+
+docs: install $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+	$(BIN)/pytest tests/test_docs.py tests/e2e/test_docs_examples.py
+
+$(SITE)/.installed: docs/site/requirements.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/$(PIP_INSTALL) --requirement docs/site/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEER) $(CLIENTS) $(ADAPTERS) $(DEPLOY) $(POLICY) .terrain proto/python
+	rm -rf $(VENV) $(PEER) $(CLIENTS) $(ADAPTERS) $(DEPLOY) $(POLICY) $(SITE) $(NOTEBOOK) .site .terrain proto/python
 	rm -rf clients/typescript/node_modules clients/typescript/generated clients/*/build
 	rm -f demo.png demo-sources.png demo-remix.png

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests.support.environments import ROOT, SOURCES, python_with
 from tests.support.processes import environment, serving
 
@@ -31,6 +32,7 @@ def write_pictures(folder: Path) -> None:
         (model / "model.yaml").write_text(text)
 
 
+@pytest.mark.timeout(900)
 def test_every_library_s_own_algorithms_run_with_its_adapter(tmp_path: Path) -> None:
     python = python_with("deepinv", "adapters")
     write_pictures(tmp_path)
@@ -45,7 +47,7 @@ def test_every_library_s_own_algorithms_run_with_its_adapter(tmp_path: Path) -> 
             env=environment(PYTHONPATH=SOURCES),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=880,
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -118,9 +118,8 @@ class Model:
         height: Height H of its images.
         width: Width W of its images.
         window: Window by noise level; None if it cannot be chosen.
-        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)); "timesteps": those at which the network
-        was
-            trained at.
+        schedule: "cosine": ᾱ(t) = cos²(π t / (2·1.008)); "timesteps": those that the
+            network was trained at.
         label_count: Labels are 0 … label_count-1; 0 means unconditional.
         label_names: Empty, or one name for each label.
         limits: Limits of one call.

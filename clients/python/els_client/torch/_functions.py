@@ -69,7 +69,7 @@ class Denoises(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ServedCall:
     """One evaluation of D: all of its query but images and levels.
 
@@ -93,11 +93,11 @@ class ServedCall:
         """Return D(x), of the dtype and device of x."""
         if self.check is not None:
             self.check(x, level)
-        return like(self.client.denoise(x, **self._query(level)), x)
+        return like(self.client.denoise(_pixels(x), **self._query(level)), x)
 
     def variance(self, x: Tensor, level: Any) -> Tensor:
         """Return the posterior variance of each pixel, of the dtype and device of x."""
-        return like(self.client.denoise_with_variance(x, **self._query(level))[1], x)
+        return like(self.client.denoise_with_variance(_pixels(x), **self._query(level))[1], x)
 
     def product(self, kind: Direction, x: Tensor, level: Any, along: Tensor) -> Tensor:
         """Return Jᵀg (``vjp``) or J u (``jvp``), of the dtype and device of ``along``."""
@@ -105,7 +105,8 @@ class ServedCall:
         # float64, of each pixel one number for each channel and one more, and its signature.
         size = 16 * x.numel() // x.shape[1] * (1 + x.shape[1]) + 8 * x.numel()
         evidence = self.evidence if size < self.max_bytes else None
-        return like(multiply(x, along, evidence=evidence, **self._query(level))[1], along)
+        pixels, direction = _pixels(x), _pixels(along)
+        return like(multiply(pixels, direction, evidence=evidence, **self._query(level))[1], along)
 
     def repeated(self, copies: int) -> ServedCall:
         """Return the call for so many copies of its images, one after another."""
@@ -119,9 +120,21 @@ class ServedCall:
         return {**self.options, self.level: level}
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Return whether x is of the dtype and device of arrays: float32, of the host."""
+    return x.dtype is torch.float32 and x.is_cpu
+
+
+def _pixels(x: Tensor) -> Pixels:
+    """Return plain tensors as arrays, which spares the client to find out how."""
+    return x.detach().numpy() if _is_plain(x) else x
+
+
 def like(array: Images, x: Tensor) -> Tensor:
     """Return an array as a tensor of the dtype, if floating, and device of x."""
     found = torch.from_numpy(array)
+    if _is_plain(x):
+        return found
     return found.to(x if x.is_floating_point() else x.device)
 
 
