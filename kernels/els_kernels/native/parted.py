@@ -94,7 +94,8 @@ class PartedNative(Native):
     """
 
     def __init__(self, parts: BankParts) -> None:
-        self._parts = parts
+        self.parts = parts
+        """The processes."""
         self.kernel = kernel_index(torch.device("cpu"), None)
         first = parts.blocks[0]
         self.blocks = Blocks(first.images, first.size)
@@ -114,7 +115,7 @@ class PartedNative(Native):
     ) -> Posterior:
         """Return the posteriors of the whole bank."""
         arguments = x.contiguous(), a, s, window, ranges, geometry
-        found = [iter(zip(*rows, strict=True)) for rows in self._parts.rows(*arguments)]
+        found = [iter(zip(*rows, strict=True)) for rows in self.parts.rows(*arguments)]
         rows = [row for limits in ranges for row in self._in_order(limits, found)]
         return self.merge(rows, *arguments)
 
@@ -128,18 +129,18 @@ class PartedNative(Native):
         geometry: Geometry,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return mean and log evidence of one image over each block, float64."""
-        found = self._parts.exact_parts(Level(x, a, s, window, geometry), limits)
+        found = self.parts.exact_parts(Level(x, a, s, window, geometry), limits)
         return self._in_order(limits, [iter(part) for part in found])
 
     def passes(self, level: Level, each: MomentPass) -> list[tuple[Tensor, ...]]:
         """Return the answers of all blocks to a pass of moments in torch, in order."""
-        found = self._parts.block_answers(level, each)
+        found = self.parts.block_answers(level, each)
         return self._in_order(each.limits, [iter(part) for part in found])
 
     def moment_rows(self, call: MomentCall) -> MomentRows:
         """Return the results of a pass of moments over all blocks, in order."""
-        found = self._parts.moment_rows(call)
-        blocks = self._parts.blocks
+        found = self.parts.moment_rows(call)
+        blocks = self.parts.blocks
         sums = self._stacked(call.limits, [part.sums for part in found])
         peaks = found[0].peaks
         if call.kind == STATISTICS:
@@ -157,11 +158,11 @@ class PartedNative(Native):
 
     def square_norm(self, window: int) -> float:
         """Return the largest squared norm of a patch of the centred bank, or a bound of it."""
-        return max(self._parts.square_norm(window))
+        return max(self.parts.square_norm(window))
 
     def block_squares(self) -> list[float]:
         """Return the sum of the squared pixels of each block of the centred bank, in order."""
-        found = [iter(part) for part in self._parts.block_squares()]
+        found = [iter(part) for part in self.parts.block_squares()]
         return self._in_order((0, self.blocks.images), found)
 
     def _stacked(self, limits: tuple[int, int], parts: list[Tensor]) -> Tensor:

@@ -38,7 +38,7 @@ class ShardStatistics:
 
     count: int = 0
     seconds: float = 0.0
-    """From the question to the answer."""
+    """From the question to the answer; ``slowest_s`` is without the way."""
     asked_again: int = 0
     """Operations that were asked again after the shard was lost."""
 
@@ -85,6 +85,8 @@ class ShardSet:
         self.bank, self.shape, self.centre = bank, bank.shape, centre
         self.largest = 0.0
         """Set by ``start``."""
+        self.slowest_s = 0.0
+        """Seconds that the slowest shard computed for the latest operation."""
         self.statistics = [ShardStatistics() for _ in shards]
         self._restart_s = restart_s
         self._squares: list[list[float]] = []
@@ -187,6 +189,7 @@ class ShardSet:
         while True:
             waiting = {one.answer: one for one in asked if one.index not in found}
             if not waiting:
+                self.slowest_s = max(answer.fields["seconds"] for answer in found.values())
                 return [found[index] for index in range(len(asked))]
             done, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
             # Also progress of this computation: a shard without progress is ended elsewhere.
