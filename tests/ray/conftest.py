@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
+# Before Ray is imported, here and in what is forked.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 collect_ignore_glob = [] if find_spec("ray") else ["test_*.py"]

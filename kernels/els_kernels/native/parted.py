@@ -20,6 +20,8 @@ from els_kernels.native.binding import _library, kernel_index
 from els_kernels.native.moments_call import STATISTICS, MomentCall, MomentRows
 
 T = TypeVar("T")
+_ABSENT = -3e38
+"""Logit of a block that did not answer, in bits."""
 
 
 class BankParts(Protocol):
@@ -58,6 +60,18 @@ class BankParts(Protocol):
         geometry: Geometry,
     ) -> list[Rows]:
         """Return ``Native.rows``."""
+        ...
+
+    def rows_of_some(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> list[Rows | None]:
+        """Return ``Native.rows``, None of processes that cannot be asked."""
         ...
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
@@ -118,6 +132,53 @@ class PartedNative(Native):
         found = [iter(zip(*rows, strict=True)) for rows in self.parts.rows(*arguments)]
         rows = [row for limits in ranges for row in self._in_order(limits, found)]
         return self.merge(rows, *arguments)
+
+    def has_far(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> bool:
+        """Return whether float32 does not resolve a query: see ``far_queries``."""
+        return bool(self._unresolved(x, a, s, window, geometry))
+
+    def attend_some(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> tuple[Posterior, list[float]]:
+        """Return the posteriors of the processes that can be asked, and each image's share.
+
+        A share is that of the images of a range that answered; if it is 0, there is no posterior.
+        """
+        arguments = x.contiguous(), a, s, window, ranges, geometry
+        found = self.parts.rows_of_some(*arguments)
+        left = [None if rows is None else iter(zip(*rows, strict=True)) for rows in found]
+        channels, height, width = self.shape[1:]
+        # A weight of 0 beside any other.
+        absent = (
+            torch.full((height, width), _ABSENT),
+            torch.zeros(1 + channels, height, width).double(),
+        )
+        rows: list[tuple[Tensor, Tensor]] = []
+        shares = []
+        for lo, hi in ranges:
+            answered = 0
+            for block in range(lo // self.blocks.size, -(-hi // self.blocks.size)):
+                part = left[block % len(left)]
+                rows.append(absent if part is None else next(part))
+                start = block * self.blocks.size
+                own = min(hi, start + self.blocks.size) - max(lo, start)
+                answered += 0 if part is None else own
+            shares.append(answered / (hi - lo))
+        return self.merge(rows, *arguments), shares
 
     def exact_parts(
         self,
