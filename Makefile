@@ -197,6 +197,22 @@ $(ADAPTERS)/.installed: pyproject.toml tests/support/client_requirements.py
 	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt pytest
 	touch $@
 
+# Ray beside what is installed already, in an environment of its own: tests without it prove that it
+# is not needed.
+RAY := .venv-ray
+
+.PHONY: ray
+
+ray: install $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -s tests/ray
+
+$(RAY)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(@D)/bin/$(PIP_INSTALL) 'ray>=2.60,<2.61'
+	touch $@
+
 # Locust patches what imports it and brings a web server, so not in the environment of development.
 LOCUST := .venv-locust
 

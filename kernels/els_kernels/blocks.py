@@ -14,7 +14,7 @@ from torch import Tensor
 
 _ALIGNMENT = 16
 """Images of the widest vector: no block ends within a vector of any kernel."""
-_LEAST, _MOST = 256, 8192
+_LEAST, _MOST = 512, 8192
 """Images of a block: enough that its fixed cost is small, and few enough to be shared evenly."""
 _COUNT = 64
 """Blocks of a bank that is neither small nor very large."""

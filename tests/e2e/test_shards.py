@@ -55,17 +55,17 @@ def image(server: ServerProcess, model: str) -> np.ndarray[Any, Any]:
         return client.denoise(x, model=model, sigma=0.5, label=1)
 
 
-def error_of_one(server: ServerProcess) -> Any:
-    """Ask without retries; return the error, None for an answer."""
+def ask_once(server: ServerProcess, *, partial: bool = False) -> Any:
+    """Ask without retries; return the response, or the error."""
     tensor = denoise_pb2.Tensor(shape=[1, *SHAPE], dtype=denoise_pb2.DTYPE_F32, data=bytes(4 * 30))
     request = denoise_pb2.DenoiseRequest(model="zeros-sharded", x=tensor)
     request.level.sigma.append(0.5)
+    request.allow_partial = partial
     with grpc.insecure_channel(server.target, [("grpc.enable_retries", 0)]) as channel:
         try:
-            DenoiserServiceStub(channel).Denoise(request, timeout=30)
+            return DenoiserServiceStub(channel).Denoise(request, timeout=30)
         except grpc.RpcError as error:
             return error
-    return None
 
 
 def test_a_server_of_shards_answers_as_one_process_and_leaves_none(sharded: ServerProcess) -> None:
@@ -75,10 +75,16 @@ def test_a_server_of_shards_answers_as_one_process_and_leaves_none(sharded: Serv
     assert np.array_equal(image(sharded, "zeros-sharded"), want)
     assert re.search('els_shard_ready{bank="blocks-[0-9a-f]+",shard="1"} 1.0', metrics(sharded))
 
+    complete = ask_once(sharded, partial=True)
+    assert list(complete.bank_shares) == [1.0]
+    assert complete.denoised.data == ask_once(sharded).denoised.data
+
     # Without time to wait for a restart, a caller is asked to come back.
     os.kill(pids[0], signal.SIGKILL)
     eventually(lambda: pids[0] not in shard_pids(sharded))
-    error = error_of_one(sharded)
+    part = ask_once(sharded, partial=True)
+    assert 0.2 < part.bank_shares[0] < 0.8
+    error = ask_once(sharded)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "is incomplete: shard" in error.details()
     status = rpc_status.from_call(error)

@@ -38,6 +38,10 @@ class OwnParts:
     def rows(self, *arguments: Any) -> list[Any]:
         return self._all(lambda native: native.rows(*arguments))
 
+    def rows_of_some(self, *arguments: Any) -> list[Any]:
+        """All but those of the second part."""
+        return [None if i == 1 else rows for i, rows in enumerate(self.rows(*arguments))]
+
     def moment_rows(self, call: MomentCall) -> list[Any]:
         return self._all(lambda native: native.moment_rows(call))
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tests.kernels.bank_parts import OwnParts
 from tests.kernels.cases import NAMES, Case, operator, random_case
-from tests.kernels.moment_cases import arguments
+from tests.kernels.moment_cases import arguments as arguments_of
 
 from els_kernels import PatchAttention, PatchMoments, max_window
 from els_kernels.blocks import Blocks, block_size
 
 PARTS = [1, 2, 3, 8]
-SHAPE = (1900, 1, 4, 5)
+SHAPE = (3900, 1, 4, 5)
 """Eight blocks, the last of which is short."""
 
 
@@ -24,7 +24,7 @@ def case_of(name: str) -> Case:
     geometry = NAMES[name]
     window = 1 if geometry.whole else min(3, max_window(geometry, *SHAPE[2:]))
     case = random_case(geometry, SHAPE, [window, window])
-    case.ranges[:] = torch.tensor([[0, 1900], [250, 777], [3, 200], [0, 1900]])
+    case.ranges[:] = torch.tensor([[0, 3900], [500, 1777], [3, 200], [0, 3900]])
     case.x[3] *= 1e4
     case.s[3] = 0.01
     return case
@@ -58,11 +58,11 @@ def test_moments_of_parts_have_the_bits_of_the_whole(name: str, parts: int) -> N
     along = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
 
     def answers(moments: PatchMoments) -> list[Any]:
-        known = moments.evidence(case.x, **arguments(case))
+        known = moments.evidence(case.x, **arguments_of(case))
         return [
-            *moments.vjp(case.x, along, **arguments(case)),
-            *moments.jvp(case.x, along, **arguments(case), evidence=known),
-            *moments.statistics(case.x, **arguments(case), top=4),
+            *moments.vjp(case.x, along, **arguments_of(case)),
+            *moments.jvp(case.x, along, **arguments_of(case), evidence=known),
+            *moments.statistics(case.x, **arguments_of(case), top=4),
             known,
         ]
 
@@ -70,8 +70,28 @@ def test_moments_of_parts_have_the_bits_of_the_whole(name: str, parts: int) -> N
         assert torch.equal(got, want)
 
 
+def test_an_answer_in_part_is_that_of_the_bank_without_the_absent_blocks() -> None:
+    case = case_of("els-zeros")[[0, 2]]
+    one = parted(case, 4)
+    arguments = one.validate(case.x, **arguments_of(case))
+    native: Any = one.prepared
+    got, shares = native.attend_some(*arguments)
+    size = block_size(SHAPE[0])
+    kept = torch.cat([case.bank[i * size : (i + 1) * size] for i in range(8) if i % 4 != 1])
+    assert shares == [len(kept) / SHAPE[0], 1.0]
+    want = PatchAttention(kept, implementation="native")(
+        case.x[:1],
+        a=case.a[:1],
+        s=case.s[:1],
+        window=None if case.window is None else case.window[:1],
+        geometry=case.geometry,
+    )
+    assert torch.allclose(got.mean[:1], want.mean, atol=1e-5)
+    assert torch.equal(got.mean[1:], case.ask(one).mean[1:])
+
+
 def test_blocks_cover_a_bank_once_and_end_with_whole_vectors() -> None:
-    for images in (1, 16, 255, 256, 257, 60_000, 1_280_000):
+    for images in (1, 16, 511, 512, 513, 60_000, 1_280_000):
         size = block_size(images)
         assert size % 16 == 0
         for shards in PARTS[: Blocks.whole(images).count]:

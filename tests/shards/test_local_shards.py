@@ -57,7 +57,7 @@ def queries() -> Query:
 
 
 def shards_of(model: Any) -> ShardSet:
-    found: ShardSet = model._attention.prepared._parts
+    found: ShardSet = model.attention.prepared.parts
     return found
 
 

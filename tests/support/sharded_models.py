@@ -11,7 +11,7 @@ import numpy as np
 from els_service.denoisers.banks import Bank, make_bank, save_bank
 
 SHAPE = (1, 6, 5)
-IMAGES = 600
+IMAGES = 1200
 """Three blocks of a bank."""
 BANK = "bank: ../_banks/blocks.safetensors\n"
 MACHINES = {

@@ -20,6 +20,8 @@ from els_kernels.native.binding import _library, kernel_index
 from els_kernels.native.moments_call import STATISTICS, MomentCall, MomentRows
 
 T = TypeVar("T")
+_ABSENT = -3e38
+"""Logit of a block that did not answer, in bits."""
 
 
 class BankParts(Protocol):
@@ -60,6 +62,18 @@ class BankParts(Protocol):
         """Return ``Native.rows``."""
         ...
 
+    def rows_of_some(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> list[Rows | None]:
+        """Return ``Native.rows``, None of processes that cannot be asked."""
+        ...
+
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
         """Return ``Native.moment_rows``."""
         ...
@@ -94,7 +108,8 @@ class PartedNative(Native):
     """
 
     def __init__(self, parts: BankParts) -> None:
-        self._parts = parts
+        self.parts = parts
+        """The processes."""
         self.kernel = kernel_index(torch.device("cpu"), None)
         first = parts.blocks[0]
         self.blocks = Blocks(first.images, first.size)
@@ -114,9 +129,56 @@ class PartedNative(Native):
     ) -> Posterior:
         """Return the posteriors of the whole bank."""
         arguments = x.contiguous(), a, s, window, ranges, geometry
-        found = [iter(zip(*rows, strict=True)) for rows in self._parts.rows(*arguments)]
+        found = [iter(zip(*rows, strict=True)) for rows in self.parts.rows(*arguments)]
         rows = [row for limits in ranges for row in self._in_order(limits, found)]
         return self.merge(rows, *arguments)
+
+    def has_far(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> bool:
+        """Return whether float32 does not resolve a query: see ``far_queries``."""
+        return bool(self._unresolved(x, a, s, window, geometry))
+
+    def attend_some(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> tuple[Posterior, list[float]]:
+        """Return the posteriors of the processes that can be asked, and each image's share.
+
+        A share is that of the images of a range that answered; if it is 0, there is no posterior.
+        """
+        arguments = x.contiguous(), a, s, window, ranges, geometry
+        found = self.parts.rows_of_some(*arguments)
+        left = [None if rows is None else iter(zip(*rows, strict=True)) for rows in found]
+        channels, height, width = self.shape[1:]
+        # A weight of 0 beside any other.
+        absent = (
+            torch.full((height, width), _ABSENT),
+            torch.zeros(1 + channels, height, width).double(),
+        )
+        rows: list[tuple[Tensor, Tensor]] = []
+        shares = []
+        for lo, hi in ranges:
+            answered = 0
+            for block in range(lo // self.blocks.size, -(-hi // self.blocks.size)):
+                part = left[block % len(left)]
+                rows.append(absent if part is None else next(part))
+                start = block * self.blocks.size
+                own = min(hi, start + self.blocks.size) - max(lo, start)
+                answered += 0 if part is None else own
+            shares.append(answered / (hi - lo))
+        return self.merge(rows, *arguments), shares
 
     def exact_parts(
         self,
@@ -128,18 +190,18 @@ class PartedNative(Native):
         geometry: Geometry,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return mean and log evidence of one image over each block, float64."""
-        found = self._parts.exact_parts(Level(x, a, s, window, geometry), limits)
+        found = self.parts.exact_parts(Level(x, a, s, window, geometry), limits)
         return self._in_order(limits, [iter(part) for part in found])
 
     def passes(self, level: Level, each: MomentPass) -> list[tuple[Tensor, ...]]:
         """Return the answers of all blocks to a pass of moments in torch, in order."""
-        found = self._parts.block_answers(level, each)
+        found = self.parts.block_answers(level, each)
         return self._in_order(each.limits, [iter(part) for part in found])
 
     def moment_rows(self, call: MomentCall) -> MomentRows:
         """Return the results of a pass of moments over all blocks, in order."""
-        found = self._parts.moment_rows(call)
-        blocks = self._parts.blocks
+        found = self.parts.moment_rows(call)
+        blocks = self.parts.blocks
         sums = self._stacked(call.limits, [part.sums for part in found])
         peaks = found[0].peaks
         if call.kind == STATISTICS:
@@ -157,11 +219,11 @@ class PartedNative(Native):
 
     def square_norm(self, window: int) -> float:
         """Return the largest squared norm of a patch of the centred bank, or a bound of it."""
-        return max(self._parts.square_norm(window))
+        return max(self.parts.square_norm(window))
 
     def block_squares(self) -> list[float]:
         """Return the sum of the squared pixels of each block of the centred bank, in order."""
-        found = [iter(part) for part in self._parts.block_squares()]
+        found = [iter(part) for part in self.parts.block_squares()]
         return self._in_order((0, self.blocks.images), found)
 
     def _stacked(self, limits: tuple[int, int], parts: list[Tensor]) -> Tensor:

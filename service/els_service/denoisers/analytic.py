@@ -126,6 +126,11 @@ class AnalyticDenoiser:
         """Images of the machine."""
         return self._bank
 
+    @property
+    def attention(self) -> PatchAttention:
+        """Patch attention of its bank."""
+        return self._attention
+
     def check(self, query: Query) -> None:
         """Raise InvalidArgumentError if the shape, a label or a window is not supported."""
         check_query(self._info, query)

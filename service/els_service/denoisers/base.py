@@ -381,6 +381,15 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class AnswersInPart(Denoiser, Protocol):
+    """A denoiser that can answer without some of its bank, where a caller allows that."""
+
+    def denoise_partial(self, query: Query) -> tuple[Denoised, list[float]]:
+        """Return the answer, and for each image the share of its bank images that answered."""
+        ...
+
+
+@runtime_checkable
 class Compiling(Protocol):
     """A denoiser that compiles code for its device, which takes seconds at the first use."""
 

@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from els_kernels import MAX_SOURCES
-from els_service.denoisers.base import Denoised, Denoiser, DenoiserInfo, Query
+from els_service.denoisers.base import (
+    AnswersInPart,
+    Denoised,
+    Denoiser,
+    DenoiserInfo,
+    Query,
+)
 from els_service.denoisers.explanations import Explainable
 from els_service.denoisers.gradients import (
     Differentiable,
@@ -25,8 +31,9 @@ from els_service.denoisers.gradients import (
 from els_service.denoisers.originality import HasBank, Originality, report
 
 Computation = Literal[
-    "vjp", "jvp", "explain", "variance", "evidence", "vjp_again", "jvp_again", "originality"
-]
+    "vjp", "jvp", "explain", "variance", "evidence", "vjp_again", "jvp_again", "originality",
+    "partial",
+]  # fmt: skip
 COMPUTATIONS: tuple[Computation, ...] = get_args(Computation)
 AGAIN: dict[Direction, Computation] = {"vjp": "vjp_again", "jvp": "jvp_again"}
 """Product → its computation from evidence."""
@@ -46,6 +53,9 @@ def derived(denoiser: Denoiser, computation: Computation) -> Denoiser | None:
         case "originality":
             if isinstance(denoiser, HasBank):
                 return _originality(denoiser)
+        case "partial":
+            if isinstance(denoiser, AnswersInPart):
+                return _partial(denoiser)
         case "evidence":
             if isinstance(denoiser, ReusesEvidence):
                 return _evidence(denoiser)
@@ -97,7 +107,7 @@ class _Derived:
         x: query → the images alone, of a query with more.
     """
 
-    denoiser: Explainable | HasBank | Differentiable
+    denoiser: Explainable | HasBank | Differentiable | AnswersInPart
     seconds: Callable[[Query], float]
     compute: Callable[[Query], Denoised]
     x: Callable[[Query], Query] = lambda query: query
@@ -129,6 +139,27 @@ def _product(denoiser: Differentiable, direction: Direction) -> Denoiser:
         lambda query: _joined(multiply(*_split(query))),
         lambda query: _split(query)[0],
     )
+
+
+def _partial(denoiser: AnswersInPart) -> Denoiser:
+    """Return the denoiser whose result is D(x), log evidence and share, [B, C + 2, H, W]."""
+
+    def answer(query: Query) -> Denoised:
+        found, shares = denoiser.denoise_partial(query)
+        assert found.log_evidence is not None
+        share = np.array(shares, np.float32)[:, None, None]
+        beside = np.stack([found.log_evidence, np.broadcast_to(share, found.log_evidence.shape)], 1)
+        return Denoised(np.concatenate([found.pixels, beside], axis=1), None)
+
+    return _Derived(denoiser, denoiser.predict_seconds, answer)
+
+
+def partial_of(answer: Denoised) -> tuple[Denoised, list[float]]:
+    """Return the answer to such a query, and the share of each image."""
+    pixels = answer.pixels
+    shares = [float(share) for share in pixels[:, -1, 0, 0]]
+    images = np.ascontiguousarray(pixels[:, :-2])
+    return Denoised(images, np.ascontiguousarray(pixels[:, -2])), shares
 
 
 def _evidence(denoiser: ReusesEvidence) -> Denoiser:

@@ -39,7 +39,7 @@ from els_service.repository.specs import (
     WindowSpec,
 )
 from els_service.repository.window_files import read_folds, read_windows
-from els_service.shards.opening import SHARDED_CALL_S, operator_of
+from els_service.shards.denoiser import ShardedDenoiser
 
 _MAX_NUMBERS = 1 << 29
 """Maximum numbers of an image: what the largest legal message holds."""
@@ -119,16 +119,12 @@ def _sharded(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: st
         raise ValueError(f"shards: expected device cpu, got {device}")
     shards = banks.sharded(files.find(spec.bank), spec.shards, spec.engine or "local")
     check_images(shards.bank, spec.machine, sized=False)
-    attention, moments = operator_of(shards)
-    return AnalyticDenoiser(
-        attention,
-        shards.bank,
+    return ShardedDenoiser(
+        shards,
         machine=spec.machine,
         padding=spec.padding,
         window=_window(files, spec.window),
         clip=isinstance(spec.window, str),
-        moments=moments,
-        call_s=SHARDED_CALL_S,
     )
 
 

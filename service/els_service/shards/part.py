@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ class BankPart:
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The memory does not suffice.
         """
+        began = time.perf_counter()
         found = self._operations[message.op](message)
-        return Message("answer", found.fields, found.arrays, message.number)
+        fields = found.fields | {"seconds": time.perf_counter() - began}
+        return Message("answer", fields, found.arrays, message.number)
 
     @property
     def _packed(self) -> Native:

@@ -22,6 +22,15 @@ _log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 256 << 20
 """Of a cluster that the server starts: messages pass through it, banks do not."""
+_ENVIRONMENT = {
+    # Ray reports usage over the network.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # It starts a cluster of its own when it is asked after its end, by a thread that watches say.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # It gives its workers the priority of nice 15, so that shards starve beside other work.
+    "RAY_worker_niceness": "0",
+}
+"""Variables for Ray, which reads them when it is imported and when a cluster is started."""
 _POLL_S = 0.5
 _LEAST_SHARE = 0.01
 """Share of a core that counts as progress of a shard."""
@@ -34,8 +43,8 @@ def load_ray() -> Any:
     Raises:
         LoadError: It is not installed; names the extra.
     """
-    # Ray reports usage over the network unless this is set before it is imported.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ModuleNotFoundError as error:

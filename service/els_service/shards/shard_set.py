@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class ShardStatistics:
 
     count: int = 0
     seconds: float = 0.0
-    """From the question to the answer."""
+    """From the question to the answer; ``slowest_s`` is without the way."""
     asked_again: int = 0
     """Operations that were asked again after the shard was lost."""
 
@@ -85,6 +85,8 @@ class ShardSet:
         self.bank, self.shape, self.centre = bank, bank.shape, centre
         self.largest = 0.0
         """Set by ``start``."""
+        self.slowest_s = 0.0
+        """Seconds that the slowest shard computed for the latest operation."""
         self.statistics = [ShardStatistics() for _ in shards]
         self._restart_s = restart_s
         self._squares: list[list[float]] = []
@@ -114,7 +116,22 @@ class ShardSet:
     ) -> list[Rows]:
         """Return the rows of every shard; see ``BankParts``."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        return [Rows(*tensors_of(one)) for one in self._ask("rows", fields, [array_of(x)])]
+        found = self._ask("rows", fields, [array_of(x)])
+        return [Rows(*tensors_of(one)) for one in complete(found)]
+
+    def rows_of_some(
+        self,
+        x: Tensor,
+        a: list[float],
+        s: list[float],
+        window: list[int],
+        ranges: list[tuple[int, int]],
+        geometry: Geometry,
+    ) -> list[Rows | None]:
+        """Return the rows of every shard that is there, None of the others; waits for none."""
+        fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
+        found = self._ask("rows", fields, [array_of(x)], partial=True)
+        return [None if one is None else Rows(*tensors_of(one)) for one in found]
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
         """Return the rows of a pass of moments of every shard."""
@@ -127,7 +144,7 @@ class ShardSet:
             "inputs": list(call.inputs),
         } | geometry_fields(call.geometry)
         found = self._ask("moments", fields, [array_of(each) for each in call.inputs.values()])
-        return [MomentRows(*tensors_of(one)) for one in found]
+        return [MomentRows(*tensors_of(one)) for one in complete(found)]
 
     def exact_parts(
         self, level: Level, limits: tuple[int, int]
@@ -135,7 +152,7 @@ class ShardSet:
         """Return mean and log evidence of the blocks of every shard."""
         fields = level_fields(level) | {"limits": limits}
         found = self._ask("exact", fields, [array_of(level.x)])
-        return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in found]
+        return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in complete(found)]
 
     def block_answers(self, level: Level, each: MomentPass) -> list[list[tuple[Tensor, ...]]]:
         """Return the answers of the blocks of every shard to a pass of moments in torch."""
@@ -143,7 +160,7 @@ class ShardSet:
         fields |= {"kind": each.kind, "limits": each.limits, "top": each.top}
         arrays = [array_of(level.x), *(array_of(tensor) for tensor in each.inputs)]
         answers = []
-        for one in self._ask("answers", fields, arrays):
+        for one in complete(self._ask("answers", fields, arrays)):
             tensors, blocks = tensors_of(one), one.fields["blocks"]
             size = len(tensors) // max(1, blocks)
             answers.append([tuple(tensors[i * size : (i + 1) * size]) for i in range(blocks)])
@@ -152,7 +169,7 @@ class ShardSet:
     def square_norm(self, window: int) -> list[float]:
         """Return the largest squared norm of a patch of every shard; asked once."""
         if window not in self._norms:
-            found = self._ask("norm", {"window": window}, [])
+            found = complete(self._ask("norm", {"window": window}, []))
             self._norms[window] = [one.fields["norm"] for one in found]
         return self._norms[window]
 
@@ -160,15 +177,19 @@ class ShardSet:
         """Return the sum of the squared pixels of the blocks of every shard."""
         return self._squares
 
-    def _ask(self, op: str, fields: dict[str, Any], arrays: Sequence[Array]) -> list[Message]:
+    def _ask(
+        self, op: str, fields: dict[str, Any], arrays: Sequence[Array], *, partial: bool = False
+    ) -> list[Message | None]:
         """Return the answers of all shards; a lost shard is asked once more when it is back.
+
+        With ``partial`` it is not, and its answer is None.
 
         Raises:
             ShardsUnavailableError: A shard did not come back in time, or was lost again.
             ComputationStoppedError: The current ``Control`` was stopped.
         """
         control = current() or Control()
-        ask = _Question(op, fields, arrays)
+        ask = _Question(op, fields, arrays, partial)
         with self._lock:
             asked = [self._put(ask, i) for i in range(len(self.shards))]
             try:
@@ -182,11 +203,15 @@ class ShardSet:
         number, answer = self.shards[index].ask(ask.op, ask.fields, ask.arrays)
         return _Asked(index, number, answer, time.monotonic())
 
-    def _gather(self, ask: _Question, asked: list[_Asked], control: Control) -> list[Message]:
-        found: dict[int, Message] = {}
+    def _gather(
+        self, ask: _Question, asked: list[_Asked], control: Control
+    ) -> list[Message | None]:
+        found: dict[int, Message | None] = {}
         while True:
             waiting = {one.answer: one for one in asked if one.index not in found}
             if not waiting:
+                seconds = [one.fields["seconds"] for one in found.values() if one is not None]
+                self.slowest_s = max(seconds, default=0.0)
                 return [found[index] for index in range(len(asked))]
             done, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
             # Also progress of this computation: a shard without progress is ended elsewhere.
@@ -197,6 +222,8 @@ class ShardSet:
                 if error is None:
                     found[one.index] = answer.result()
                     self._count(one)
+                elif isinstance(error, ShardLostError) and ask.partial:
+                    found[one.index] = None
                 elif isinstance(error, ShardLostError):
                     asked[one.index] = self._ask_again(ask, one, error, control)
                 else:
@@ -235,12 +262,20 @@ class ShardSet:
 class _Question:
     op: str
     fields: dict[str, Any]
-    arrays: Sequence[Array] = field(default_factory=list)
+    arrays: Sequence[Array]
+    partial: bool
 
 
 def live_sets() -> list[ShardSet]:
     """Return all sets of shards of this process, for metrics."""
     return sorted(_LIVE, key=lambda one: one.name)
+
+
+def complete(found: Sequence[Message | None]) -> list[Message]:
+    """Return the answers of all shards, none of which is missing."""
+    answers = [one for one in found if one is not None]
+    assert len(answers) == len(found), "a shard is missing"
+    return answers
 
 
 def tensors_of(message: Message) -> list[Tensor]:

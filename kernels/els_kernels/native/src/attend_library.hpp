@@ -119,12 +119,17 @@ double relative(float part, float peak) {
 void merge_block(const Bank& bank, const Partial* parts, int count, std::size_t u, Partial row) {
   const std::size_t pixels = bank.pixels();
   const float peak = row.peak[u] = highest(parts, count, u);
-  for (int v = 0; v <= bank.channels; ++v) row.sums[v * pixels + u] = 0.0;
-  for (int i = 0; i < count; ++i) {
-    const double scale = relative(parts[i].peak[u], peak);
-    if (scale == 0.0) continue;
-    for (int v = 0; v <= bank.channels; ++v)
-      row.sums[v * pixels + u] += scale * parts[i].sums[v * pixels + u];
+  // Sixteen sums at a time, in registers.
+  for (int from = 0; from <= bank.channels; from += 16) {
+    const int vectors = std::min(16, bank.channels + 1 - from);
+    double totals[16] = {};
+    for (int i = 0; i < count; ++i) {
+      const double scale = relative(parts[i].peak[u], peak);
+      if (scale == 0.0) continue;
+      for (int v = 0; v < vectors; ++v)
+        totals[v] += scale * parts[i].sums[(from + v) * pixels + u];
+    }
+    for (int v = 0; v < vectors; ++v) row.sums[(from + v) * pixels + u] = totals[v];
   }
 }
 
@@ -216,6 +221,12 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
     const std::size_t i = t / bank.height, line = t % bank.height * bank.width;
     const int runs = int(images[i].runs.size());
     for (std::size_t u = line; u < line + bank.width; ++u) {
+      if (here && runs == 1) {
+        // The same bits as by way of a row.
+        merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i),
+                   &partials[slots[i][0]], images[i].tasks.count(images[i].runs[0]), u);
+        continue;
+      }
       for (int r = 0; r < runs; ++r) {
         const int own = images[i].tasks.count(images[i].runs[r]);
         if (!here || own > 1) merge_block(bank, &partials[slots[i][r]], own, u, rows[i][r]);

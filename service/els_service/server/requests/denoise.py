@@ -99,6 +99,7 @@ class DenoiseMethod:
         pixels: Tensor | npt.NDArray[np.float32],
         denoised: Denoised,
         variance: npt.NDArray[np.float32] | None = None,
+        shares: Sequence[float] = (),
     ) -> bytes:
         """Return the serialised response.
 
@@ -107,14 +108,17 @@ class DenoiseMethod:
             pixels: of the response, [B, C, H, W].
             denoised: with the log evidence, which is encoded if the form has it.
             variance: of the pixels; None if it is not returned.
+            shares: of the bank, one for each image; empty if they are not returned.
         """
-        if form.log_evidence or variance is not None:
+        if form.log_evidence or variance is not None or shares:
             message, parent = self._message(form.shape, form.output_dtype)
             getattr(parent, self._path[-1]).data = tensors.bytes_of(pixels, form.output_dtype)
             if form.log_evidence:
                 tensors.write_evidence(parent.log_evidence, denoised)
             if variance is not None:
                 tensors.write_tensor(parent.variance, variance)
+            if shares:
+                parent.bank_shares.extend(shares)
             data: bytes = message.SerializeToString()
             return data
         parts: list[Any] = [form.prefix, tensors.buffer_of(pixels, form.output_dtype)]

@@ -10,7 +10,7 @@ from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, one_each, score_array
+from els_service.denoisers.base import Denoised, Query, one_each, score_array
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     ALL_SAMPLERS,
@@ -19,10 +19,12 @@ from els_service.denoisers.samplers import (
     state_shape,
     steps_of,
 )
+from els_service.engine.derived import partial_of
 from els_service.engine.engine import Engine
 from els_service.engine.model_versions import ModelVersion
+from els_service.engine.request_context import RequestContext
 from els_service.engine.sampling import SamplingRun
-from els_service.errors import QueueFullError, UnavailableError
+from els_service.errors import InvalidArgumentError, QueueFullError, UnavailableError
 from els_service.server.requests import tensors
 from els_service.server.requests.conditioning import decode_conditions, decode_guidance
 from els_service.server.requests.denoise import DenoiseForm, DenoiseMethod
@@ -69,6 +71,8 @@ class DenoiserService(OriginalityService):
         """Return the expected clean images."""
         served, form, query, checked = self._denoise.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.allow_partial:
+            return await self._in_part(self._denoise, request, served, form, query, scheduling)
         if request.return_variance:
             return await self._with_variance(self._denoise, served, form, query, scheduling)
         denoised = self._engine.denoise(served, query, scheduling, checked=checked)
@@ -100,12 +104,36 @@ class DenoiserService(OriginalityService):
         check_message(request)
         served, form, query, checked = self._stream.read(request)
         scheduling = context_of(context, request.priority, request.timeout_s)
+        if request.allow_partial:
+            return self._in_part(self._stream, request, served, form, query, scheduling)
         if request.return_variance:
             return self._with_variance(self._stream, served, form, query, scheduling)
         denoised = self._engine.denoise(served, query, scheduling, checked=checked)
         if isinstance(denoised, Denoised):
             return self._stream.write(form, denoised.pixels, denoised)
         return self._write_later(form, denoised)
+
+    async def _in_part(
+        self,
+        method: DenoiseMethod,
+        request: pb.DenoiseRequest,
+        served: ModelVersion,
+        form: DenoiseForm,
+        query: Query,
+        scheduling: RequestContext,
+    ) -> bytes:
+        """Return the response of the shards that are there, with the share of each image."""
+        if request.return_variance:
+            raise InvalidArgumentError("allow_partial", "false with return_variance", "true")
+        loaded = served.loaded
+        if loaded is not None and "partial" in loaded.derived:
+            answer = await self._engine.derive(served, "partial", query, scheduling)
+            denoised, shares = partial_of(answer)
+        else:
+            pending = self._engine.denoise(served, query, scheduling)
+            denoised = pending if isinstance(pending, Denoised) else await pending
+            shares = [1.0] * len(query)
+        return method.write(form, denoised.pixels, denoised, shares=shares)
 
     async def _write_later(self, form: DenoiseForm, pending: Awaitable[Denoised]) -> bytes:
         denoised = await pending

@@ -1,0 +1,1 @@
+"""Banks in shards beside one process."""
