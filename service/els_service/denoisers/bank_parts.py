@@ -274,6 +274,7 @@ def fingerprint_of_parts(
     digest = hashlib.sha256(fingerprint_start([dtype.name, (len(labels), *shape), label_names]))
     for part in parts:
         digest.update(part.images.reshape(-1).view(np.uint8).data)
+        del part  # its memory, before the next one is mapped
     digest.update(labels.view(np.uint8).data)
     return digest.hexdigest()
 
