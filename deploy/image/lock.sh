@@ -14,7 +14,7 @@ lock() { # NAME ARGUMENTS…
         --output-file "$locks/$name.txt" "$@"
 }
 
-kinds="--extra server --extra tracing --extra onnx --extra diffusers"
+kinds="--extra server --extra web --extra tracing --extra onnx --extra diffusers"
 lock tools "$locks/tools.in"
 # shellcheck disable=SC2086  # the options are several words
 lock cpu $kinds pyproject.toml

@@ -20,7 +20,7 @@ LOCKS = HERE / "locks"
 TARGETS = ("cpu", "gpu")
 TEXT = build.FILE.read_text()
 PROJECT = tomllib.loads((build.ROOT / "pyproject.toml").read_text())
-KINDS = ("server", "tracing", "onnx", "diffusers")
+KINDS = ("server", "web", "tracing", "onnx", "diffusers")
 EXTRAS = {"cpu": KINDS, "gpu": (*KINDS, "gpu")}
 
 

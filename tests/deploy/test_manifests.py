@@ -100,12 +100,13 @@ def test_the_grace_period_is_the_pause_before_sigterm_and_what_the_drain_takes(
 def test_ports_are_those_of_the_settings_and_services_find_them(combination: Combination) -> None:
     found, chosen = pods(combination), settings(combination)
     ports = [port["containerPort"] for port in found.server["ports"]]
-    assert ports == [chosen.port, chosen.metrics_port, chosen.health_port]
+    http = [] if chosen.http_port is None else [chosen.http_port]
+    assert ports == [chosen.port, chosen.metrics_port, chosen.health_port, *http]
     services = of_kind(combination, "Service")
     assert {one["metadata"]["name"] for one in services} == {"els-denoise", "els-denoise-headless"}
     for service in services:
         assert selected(service["spec"]["selector"], found.labels)
-        assert [port["port"] for port in service["spec"]["ports"]] == [chosen.port]
+        assert [port["port"] for port in service["spec"]["ports"]] == [chosen.port, *http]
 
 
 @each_combination

@@ -81,6 +81,10 @@ def test_a_call_needs_a_token_before_its_body_is_read(
         assert (reply.status, reply.json["code"]) == (403, "PERMISSION_DENIED")
         admin = {"Authorization": f"Bearer {tokens['admin']}"}
         assert http.post(load, {}, **admin).status == 200
+        assert http.get("/v1/status").status == 401
+        assert http.get("/v1/status", **bearer).json["server"]["serving"] == 1
+        # The page has nothing to protect, and asks for the token.
+        assert http.get("/").status == 200
         # Of probes, which have no token.
         assert http.get("/v2/health/ready").status == 200
 

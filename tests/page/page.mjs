@@ -155,6 +155,7 @@ async function onPhone() {
     await fits(page);
     await drawSample(page);
     await page.locator("#mosaic").tap({ position: { x: 120, y: 120 } });
+    await page.locator("#source", { hasText: /Row 1[12], column 1[12]:/ }).waitFor();
     await fits(page);
     await accessible(page, `phone, ${colorScheme}`);
     if (colorScheme === "light") {

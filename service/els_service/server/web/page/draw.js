@@ -181,7 +181,7 @@ at("draw-steps").addEventListener("input", showTime);
 at("scrub").addEventListener("input", () => shown() && showStep(shown()));
 
 const mosaic = at("mosaic");
-mosaic.addEventListener("pointermove", (event) => {
+function point(event) {
   const box = mosaic.getBoundingClientRect();
   const part = (value, of) => Math.max(0, Math.min(of - 1, Math.floor(value * of)));
   cursor = {
@@ -189,7 +189,11 @@ mosaic.addEventListener("pointermove", (event) => {
     row: part((event.clientY - box.top) / box.height, mosaic.height),
   };
   showSource();
-});
+}
+
+// A finger that taps does not move.
+mosaic.addEventListener("pointermove", point);
+mosaic.addEventListener("pointerdown", point);
 mosaic.addEventListener("keydown", (event) => {
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   const move = moves[event.key];
