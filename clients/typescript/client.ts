@@ -1,6 +1,7 @@
 // A client of els-denoise: the contract is loaded at run time, its types are generated.
 import { credentials, loadPackageDefinition, type ServiceError } from "@grpc/grpc-js";
 import { loadSync, type MessageTypeDefinition } from "@grpc/proto-loader";
+import { fileURLToPath } from "node:url";
 
 import type { ProtoGrpcType } from "./generated/denoise.js";
 import type { DenoiseRequest } from "./generated/denoise/v1/DenoiseRequest.js";
@@ -13,7 +14,7 @@ import type { Status__Output } from "./generated/google/rpc/Status.js";
 
 const FILES = ["denoise/v1/denoise.proto", "google/rpc/status.proto", "google/rpc/error_details.proto"];
 const contract = loadSync(FILES, {
-  includeDirs: [`${import.meta.dirname}/../../../proto`],
+  includeDirs: [fileURLToPath(new URL("../../../proto", import.meta.url))],
   longs: Number,
   enums: String,
   defaults: true,

@@ -71,7 +71,7 @@ def test_k_diffusion_draws_with_a_served_model(server: ServerProcess, tmp_path: 
     arguments = ("--target", server.target, "--model", "zeros", "--steps", 8, "--out", out)
     command = [python, EXAMPLES / "k_diffusion_sampling.py", "--label", 1, *arguments]
     words = [str(word) for word in command]
-    subprocess.run(words, check=True, timeout=120, env={**os.environ, "PYTHONPATH": SOURCES})
+    subprocess.run(words, check=True, timeout=280, env={**os.environ, "PYTHONPATH": SOURCES})
     drawn = np.load(out)
     assert drawn.shape == (4, 1, 6, 5)
     assert np.abs(drawn).max() <= 1.01
