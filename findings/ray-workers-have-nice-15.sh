@@ -2,7 +2,7 @@
 # Guess: an actor that asks for a CPU gets as much of it as any process of the machine.
 #
 # Real behaviour: Ray starts every worker with nice 15 (`worker_niceness`), whatever `num_cpus` says. Beside
-# one busy process of ordinary priority on the same core an actor gets about a thirtieth of it: an import of
+# one busy process of ordinary priority on the same core an actor gets a thirtieth of it or less: an import of
 # two seconds takes a minute, an actor that restarts beside load is away for minutes, and nothing in its
 # state, its logs or the dashboard says so. The reservation of `num_cpus` counts for Ray's scheduler only.
 # Version: ray 2.60.0, CPython 3.11, Linux.
@@ -12,10 +12,10 @@
 # shared with other containers (nice is relative within a cgroup only), tests of recovery times under load.
 # Remedy: start the node with RAY_worker_niceness=0.
 #
-# Output seen:
+# Output seen, on a machine that did other work too:
 #   nice of the driver 0, of an actor 15
-#   one second of CPU beside a busy process on the same core: 29.4 s
-#   with RAY_worker_niceness=0: nice of an actor 0, one second of CPU: 2.0 s
+#   one second of CPU beside a busy process on the same core: 99.3 s
+#   with RAY_worker_niceness=0: nice of an actor 0, one second of CPU: 3.6 s
 #
 # Exits 1 if that is no longer so.
 set -euo pipefail

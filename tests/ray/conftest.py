@@ -6,6 +6,5 @@ import os
 from importlib.util import find_spec
 
 # Before Ray is imported, here and in what is forked.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # spelt so by Ray
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
 collect_ignore_glob = [] if find_spec("ray") else ["test_*.py"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
+import os
 import socket
 import subprocess
 import sys
@@ -14,7 +16,14 @@ from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
-from els_service.shards.messages import Array, ClosedError, Message, receive, send
+from els_service.shards.messages import (
+    SHARED_BYTES,
+    Array,
+    ClosedError,
+    Message,
+    receive,
+    send,
+)
 from els_service.shards.part import PartSpec
 from els_service.shards.shard import ShardLostError, error_of
 
@@ -135,13 +144,18 @@ class LocalShard:
         """Start a process and read its messages until it ends; return whether it was ready."""
         own, other = socket.socketpair()
         # A clean start: a fork would have the threads' locks, and the server's memory.
-        command = [sys.executable, "-m", "els_service.shards.process", str(other.fileno())]
+        memory = os.memfd_create("els-shard")
+        os.ftruncate(memory, SHARED_BYTES)
+        shared = mmap.mmap(memory, SHARED_BYTES)
+        given = [other.fileno(), memory]
+        command = [sys.executable, "-m", "els_service.shards.process", *map(str, given)]
         process = subprocess.Popen(
-            command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command, pass_fds=given, stdin=subprocess.DEVNULL, start_new_session=True
         )
         other.close()
+        os.close(memory)
         self.pid, self._connection = process.pid, own
-        reader = _Reader(self, own)
+        reader = _Reader(self, own, shared)
         try:
             self._load(own, reader)
             while True:
@@ -222,8 +236,8 @@ class LocalShard:
 class _Reader:
     """Reads the messages of one process, and judges its silence."""
 
-    def __init__(self, shard: LocalShard, connection: socket.socket) -> None:
-        self._shard, self._connection = shard, connection
+    def __init__(self, shard: LocalShard, connection: socket.socket, shared: mmap.mmap) -> None:
+        self._shard, self._connection, self._shared = shard, connection, shared
         self._at, self._idle_s = time.monotonic(), 0.0
 
     def step(self) -> None:
@@ -233,7 +247,7 @@ class _Reader:
             ClosedError: The process closed the connection.
             ShardLostError: It was asked and makes no progress.
         """
-        message = receive(self._connection, self._judge)
+        message = receive(self._connection, self._judge, self._shared)
         if self._shard.take(message):
             self._idle_s = 0.0
         self._judge()

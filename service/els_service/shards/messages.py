@@ -2,12 +2,14 @@
 
 A message is a header in JSON and the bytes of arrays. Nothing in it is executed, and arrays are of
 known types. Framed for streams: 8 bytes with the length of the header, the header, the arrays.
+Answers to a server on the same machine have their arrays in memory that both map, if they fit.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import select
 import socket
 from collections.abc import Callable, Sequence
@@ -21,6 +23,10 @@ _DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int
 _MOST_HEADER = 64 << 20
 """Maximum bytes of a header; that of a load has a digest of each block."""
 _POLL_S = 0.25
+_SHARED = 1 << 63
+"""Bit of the length of a header whose arrays are in shared memory."""
+SHARED_BYTES = 64 << 20
+"""Of the memory that a shard and its server share; only what is used takes memory."""
 
 Array = NDArray[Any]
 
@@ -50,24 +56,41 @@ def encode(message: Message) -> list[bytes | memoryview]:
     return [len(header).to_bytes(8, "little"), header, *views]
 
 
-def send(connection: socket.socket, message: Message) -> None:
+def send(connection: socket.socket, message: Message, shared: mmap.mmap | None = None) -> None:
     """Send a message whole; blocks while the other side does not read.
+
+    Args:
+        connection: a blocking socket.
+        message: what to send.
+        shared: memory of both sides for the arrays, which the next message overwrites.
 
     Raises:
         OSError: The connection is closed.
     """
     first, header, *views = encode(message)
-    connection.sendall(bytes(first) + bytes(header))
+    if shared is None or not views or sum(map(len, views)) > len(shared):
+        connection.sendall(bytes(first) + bytes(header))
+        for view in views:
+            connection.sendall(view)
+        return
+    at = 0
     for view in views:
-        connection.sendall(view)
+        shared[at : at + len(view)] = view
+        at += len(view)
+    connection.sendall((len(header) | _SHARED).to_bytes(8, "little") + bytes(header))
 
 
-def receive(connection: socket.socket, idle: Callable[[], None] | None = None) -> Message:
+def receive(
+    connection: socket.socket,
+    idle: Callable[[], None] | None = None,
+    shared: mmap.mmap | None = None,
+) -> Message:
     """Return the next message.
 
     Args:
         connection: a blocking socket.
         idle: called a few times a second while nothing arrives; may raise.
+        shared: memory of both sides for arrays, which are copied from it.
 
     Raises:
         ClosedError: The connection is closed, or what arrived is no message.
@@ -84,10 +107,13 @@ def receive(connection: socket.socket, idle: Callable[[], None] | None = None) -
     length = bytearray(8)
     fill(memoryview(length))
     size = int.from_bytes(length, "little")
+    in_shared, size = bool(size & _SHARED), size & ~_SHARED
     if size > _MOST_HEADER:
         raise ClosedError(f"expected a header of at most {_MOST_HEADER} bytes, got {size}")
     header = bytearray(size)
     fill(memoryview(header))
+    if in_shared and shared is not None:
+        return _decoded(header, _filler(shared, 0))
     return _decoded(header, lambda array: fill(array.reshape(-1).view(np.uint8).data))
 
 
@@ -98,14 +124,22 @@ def parse(data: bytes) -> Message:
         ClosedError: They are no message.
     """
     start = 8 + int.from_bytes(data[:8], "little")
-    view, at = memoryview(data), start
+    return _decoded(memoryview(data)[8:start], _filler(data, start))
+
+
+def _filler(data: bytes | mmap.mmap, start: int) -> Callable[[Array], None]:
+    """Return what fills arrays from bytes, one after another."""
+    at = start
 
     def fill(array: Array) -> None:
         nonlocal at
-        array.reshape(-1).view(np.uint8)[:] = np.frombuffer(view[at : at + array.nbytes], np.uint8)
+        if at + array.nbytes > len(data):
+            raise ClosedError(f"expected {at + array.nbytes} bytes, got {len(data)}")
+        source = np.frombuffer(data, np.uint8, array.nbytes, at)
+        array.reshape(-1).view(np.uint8)[:] = source
         at += array.nbytes
 
-    return _decoded(view[8:start], fill)
+    return fill
 
 
 def _received(connection: socket.socket, view: memoryview) -> int:

@@ -1,11 +1,13 @@
-"""Process of a shard: ``python -m els_service.shards.process FD``, started by ``local``.
+"""Process of a shard: ``python -m els_service.shards.process FD MEMORY``, started by ``local``.
 
-FD is one end of a pair of Unix sockets; the process ends when the other end is closed, in the
-middle of a computation too, so that none outlives its server.
+FD is one end of a pair of Unix sockets, MEMORY a file of shared memory for answers. The process
+ends when the other end is closed, in the middle of a computation too, so that none outlives its
+server.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import socket
@@ -26,8 +28,8 @@ BEAT_S = 0.25
 class _Process:
     """Answers the messages of one connection, one after another."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, shared: mmap.mmap) -> None:
+        self._connection, self._shared = connection, shared
         self._jobs: SimpleQueue[tuple[Message, Control]] = SimpleQueue()
         self._sending = threading.Lock()
         self._asked: dict[int, Control] = {}
@@ -75,7 +77,7 @@ class _Process:
 
     def _send(self, message: Message) -> None:
         with self._sending:
-            send(self._connection, message)
+            send(self._connection, message, self._shared)
 
 
 def failure(error: Exception, number: int) -> Message:
@@ -91,12 +93,13 @@ def failure(error: Exception, number: int) -> Message:
 
 
 def main() -> None:
-    """Serve the connection whose file descriptor is the argument."""
+    """Serve the connection and the memory whose file descriptors are the arguments."""
     # A terminal sends Ctrl-C to all; the server ends its shards itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    shared = mmap.mmap(int(sys.argv[2]), 0)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         try:
-            _Process(connection).run()
+            _Process(connection, shared).run()
         except (ClosedError, OSError):
             # Not at the end of a computation: no one waits for it.
             os._exit(0)
