@@ -1,13 +1,13 @@
 """A bank in parts is the bank of one file, whatever range of it is read."""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.bank_parts import write_parts
 
 from els_service.denoisers.bank_files import save_bank
 from els_service.denoisers.bank_parts import MANIFEST, BankReader, Manifest, Part, load_parts
@@ -32,35 +32,9 @@ def whole() -> Bank:
     )
 
 
-def write_parts(folder: Path, bank: Bank) -> Path:
-    """Write a bank in three parts; returns its folder."""
-    folder.mkdir()
-    parts = []
-    for number, (lo, hi) in enumerate(itertools.pairwise(BOUNDS)):
-        names = None if bank.file_names is None else bank.file_names.part(lo, hi)
-        labels = bank.labels[lo:hi]
-        label_names = bank.label_names[: labels[-1] + 1]
-        part = Bank(bank.images[lo:hi], labels, label_names, bank.source, bank.licence, names)
-        save_bank(part, folder / f"{number}.safetensors")
-        parts.append(Part(f"{number}.safetensors", hi - lo, part.fingerprint))
-    values, counts = np.unique(bank.labels, return_counts=True)
-    manifest = Manifest(
-        dtype=bank.dtype.name,
-        shape=bank.shape,
-        labels=tuple(zip(values.tolist(), counts.tolist(), strict=True)),
-        parts=tuple(parts),
-        fingerprint=bank.fingerprint,
-        label_names=bank.label_names,
-        source=bank.source,
-        licence=bank.licence,
-    )
-    (folder / MANIFEST).write_bytes(manifest.encode())
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_parts(tmp_path / "bank", whole())
+    return write_parts(tmp_path / "bank", whole(), BOUNDS)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -84,7 +58,7 @@ def test_floats_and_banks_without_labels_have_parts_too(tmp_path: Path, kind: st
         bank = make_bank(PIXELS.astype(np.float32) / 255, LABELS)
     else:
         bank = make_bank(PIXELS)
-    assert load_parts(write_parts(tmp_path / "bank", bank)).fingerprint == bank.fingerprint
+    assert load_parts(write_parts(tmp_path / "bank", bank, BOUNDS)).fingerprint == bank.fingerprint
 
 
 @pytest.mark.parametrize("start", range(0, 11, 2))

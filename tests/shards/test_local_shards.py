@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.bank_parts import write_parts
 from tests.support.sharded_models import (
     BANK,
     MACHINES,
@@ -85,6 +86,17 @@ def test_two_processes_have_the_bits_of_one(machine: str, models: ModelRepositor
     one, two = models.load(machine), models.load(f"{machine}-sharded")
     for want, got in zip(answers(one), answers(two), strict=True):
         assert np.array_equal(got, want)
+
+
+def test_shards_of_a_bank_in_parts_have_the_bits_of_the_bank_of_one_file(
+    tmp_path: Path, models: ModelRepository
+) -> None:
+    # Blocks lie within a part and across two.
+    write_parts(tmp_path / "_banks", block_bank(), [0, 500, 900, 1200])
+    add_model(tmp_path, "parts", "machine: els\nwindow: 3\nbank: ../_banks\nshards: 2\n")
+    got = ModelRepository(tmp_path, shards=OPTIONS).load("parts")
+    for one, other in zip(answers(got), answers(models.load("zeros")), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_killed_shard_is_started_again_and_asked_once_more(models: ModelRepository) -> None:

@@ -117,7 +117,7 @@ def _sharded(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: st
         )
     if device != "cpu":
         raise ValueError(f"shards: expected device cpu, got {device}")
-    shards = banks.sharded(files.find(spec.bank), spec.shards, spec.engine or "local")
+    shards = banks.sharded(files.find_bank(spec.bank), spec.shards, spec.engine or "local")
     check_images(shards.bank, spec.machine, sized=False)
     return ShardedDenoiser(
         shards,

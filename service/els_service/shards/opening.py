@@ -13,6 +13,7 @@ import torch
 from els_kernels import PatchAttention, PatchMoments
 from els_kernels.blocks import Blocks
 from els_kernels.native.block_sums import centre_of
+from els_service.denoisers.bank_parts import is_in_parts
 from els_service.denoisers.banks import Bank
 from els_service.errors import LoadError
 from els_service.shards.local import LocalShard
@@ -69,7 +70,7 @@ def open_shards(
         expected = f"expected at most {whole.count}, the number of blocks of this bank"
         raise LoadError(path, f"shards: {expected}, got {count}")
     # The images that it answers with are those that were verified, by their fingerprint.
-    mapped = replace(bank, images=mapped_images(path))
+    mapped = bank if is_in_parts(path) else replace(bank, images=mapped_images(path))
     if mapped.fingerprint != bank.fingerprint:
         raise LoadError(path, "changed while it was loaded")
     threads = max(1, torch.get_num_threads() // count) if engine == "local" else 1

@@ -21,6 +21,7 @@ from els_kernels.geometry import Geometry
 from els_kernels.native import Native
 from els_kernels.native.block_sums import block_sums
 from els_kernels.native.moments_call import MomentCall
+from els_service.denoisers.bank_parts import BankReader, is_in_parts
 from els_service.denoisers.banks import pixels_from
 from els_service.errors import LoadError
 from els_service.shards.messages import Array, Message
@@ -34,7 +35,7 @@ class PartSpec:
     """What a process loads: a file and its blocks of it.
 
     Attributes:
-        path: of a bank of images of one size.
+        path: of a bank of images of one size: a file, or the manifest of its parts.
         blocks: of the process.
         digests: SHA-256 (hex) of the stored images of each of these blocks.
         threads: of a computation.
@@ -84,6 +85,27 @@ def digest(images: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(images).reshape(-1).view(np.uint8).data).hexdigest()
 
 
+class ImagesInParts:
+    """Images of a bank in parts, as those of a file: read and verified by range.
+
+    Args:
+        path: of the manifest or its folder.
+
+    Raises:
+        LoadError: The manifest is damaged; a range, that its part is.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._reader = BankReader(path)
+        self.shape = len(self._reader.labels), *self._reader.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, images: slice) -> NDArray[Any]:
+        return self._reader.images(images.start, images.stop)
+
+
 class BankPart:
     """Blocks of a bank, packed, and the operations on them; one at a time.
 
@@ -98,7 +120,9 @@ class BankPart:
     def __init__(self, spec: PartSpec) -> None:
         torch.set_num_threads(spec.threads)
         self._blocks = spec.blocks
-        self._images = mapped_images(spec.path)
+        self._images: NDArray[Any] | ImagesInParts = (
+            ImagesInParts(spec.path) if is_in_parts(Path(spec.path)) else mapped_images(spec.path)
+        )
         if len(self._images) != spec.blocks.images:
             expected = f"expected {spec.blocks.images} images, as the server has loaded"
             raise LoadError(spec.path, f"{expected}, got {len(self._images)}")
