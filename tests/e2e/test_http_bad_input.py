@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import socket
 from contextlib import closing
 from typing import Any
@@ -337,3 +338,30 @@ def test_what_is_no_http_is_rejected_and_the_connection_closed(
         except ConnectionError:
             pass  # closed before all of it was read
         assert received.startswith(begins) or not received
+
+
+ANY: list[Any] = [
+    *(None, True, 0, -1, 1.5, 2**70, "", "x", float("nan"), [], [1], [[1], [2, 3]], {}, {"a": 1}),
+    *({"png": "AA=="}, {"png": []}, {"data": "AA=="}, "\ud800", [None], [[[]]], {"sigma": [1]}),
+    {"dtype": "DTYPE_F32", "shape": [1, 1, 6, 5], "data": "AAAA"},
+]
+"""JSON of every type, and what resembles a field's."""
+
+
+def test_no_arbitrary_fields_are_an_error_of_the_server(http: HttpClient) -> None:
+    chance = random.Random(0)
+    tensor = ["name", "datatype", "shape", "data", "parameters"]
+
+    def fields(names: list[str], most: int) -> dict[str, Any]:
+        chosen = chance.sample(names, chance.randint(0, most))
+        return {name: chance.choice(ANY) for name in chosen}
+
+    for number in range(200):
+        name, request = (("denoise", QUERIES), ("sample", SAMPLES))[number % 2]
+        of_message = next(iter(request.values())).request.DESCRIPTOR.fields_by_name
+        options = ["sigma", "label", "image", "encoding", "resize", "noise_seed", "strength"]
+        reply = http.post(f"/v1/models/zeros:{name}", fields([*of_message, *options], 4))
+        assert reply.status in (200, 400, 404), reply.body
+        body = {"inputs": [fields(tensor, 5), *good()["inputs"]], **fields(["outputs", "id"], 2)}
+        reply = http.post("/v2/models/zeros/infer", body)
+        assert reply.status == 400, reply.body
