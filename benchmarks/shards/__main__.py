@@ -68,6 +68,9 @@ def write_models(root: Path, options: argparse.Namespace) -> Path:
     shutil.copy(options.bank, root / "_banks" / "bank.safetensors")
     for machine in options.machines:
         text = f"kind: analytic\nbank: ../_banks/bank.safetensors\n{MACHINES[machine]}"
+        if options.sample:
+            # The window by noise level that the server has by default.
+            text = text.replace("window: 5\n", "")
         shards = f"shards: {options.shards}\nengine: {options.engine}\n"
         for name, document in ((machine, text), (f"{machine}-shards", text + shards)):
             (root / name).mkdir()
@@ -84,7 +87,7 @@ def measured(root: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]
     from els_service.repository import ModelRepository
 
     models = ModelRepository(root)
-    coordination, merge_s = 0.0, 0.0
+    coordination = 0.0
     for machine in options.machines:
         one: Any = models.load(machine)
         many: Any = models.load(f"{machine}-shards")
@@ -139,20 +142,26 @@ def _merge_s(models: Any, machine: str) -> float:
     """Return the seconds of merging one number of one row, of one thread."""
     import torch
 
+    from els_kernels.blocks import Blocks
     from els_kernels.native.bank import Native
 
-    shape, count = (3, 64, 64), 20
-    native: Any = Native(torch.zeros(1024, *shape))
+    shape, blocks, count = (3, 64, 64), 64, 10
+    native: Any = Native(torch.zeros(512, *shape))
+    native.blocks = Blocks(blocks * 512, 512)
     rows = [
-        (torch.zeros(shape[1:]), torch.ones(4, *shape[1:], dtype=torch.float64)) for _ in range(4)
+        (torch.zeros(shape[1:]), torch.ones(4, *shape[1:], dtype=torch.float64))
+        for _ in range(blocks)
     ]
     geometry = models.load(machine)._geometry
-    arguments = torch.zeros(1, *shape), [1.0], [1.0], [1], [(0, 1024)], geometry
+    limits = [(0, blocks * 512)]
+    arguments = torch.zeros(1, *shape), [1.0], [1.0], [1], limits, geometry
     native.merge(rows, *arguments)
-    began = time.perf_counter()
+    took = []
     for _ in range(count):
+        began = time.perf_counter()
         native.merge(rows, *arguments)
-    return (time.perf_counter() - began) / count * torch.get_num_threads() / (4 * 4 * 64 * 64)
+        took.append(time.perf_counter() - began)
+    return median(took) * torch.get_num_threads() / (blocks * 4 * 64 * 64)
 
 
 def _pss(root: Path, model: str) -> float:

@@ -73,7 +73,7 @@ def test_a_server_of_shards_answers_as_one_process_and_leaves_none(sharded: Serv
     assert len(pids) == 2
     want = image(sharded, "zeros")
     assert np.array_equal(image(sharded, "zeros-sharded"), want)
-    assert re.search('els_shard_ready{bank="blocks-[0-9a-f]+",shard="1"} 1.0', metrics(sharded))
+    assert re.search('els_shard_ready{bank="fashion-[0-9a-f]+",shard="1"} 1.0', metrics(sharded))
 
     complete = ask_once(sharded, partial=True)
     assert list(complete.bank_shares) == [1.0]

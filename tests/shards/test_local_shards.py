@@ -33,6 +33,7 @@ from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
 
 OPTIONS = ShardOptions(stall_s=3.0)
+PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,15 @@ def test_shards_of_a_bank_in_parts_have_the_bits_of_the_bank_of_one_file(
         assert np.array_equal(one, other)
 
 
+def test_the_example_of_the_page_loads(root: Path, models: ModelRepository) -> None:
+    (root / "page").mkdir()
+    example = PAGE.read_text().split("```yaml\n")[1].split("```")[0]
+    (root / "page" / "model.yaml").write_text(example)
+    model: Any = models.load("page")
+    # Of the same bank, and so of the same processes.
+    assert shards_of(model) is shards_of(models.load("ideal-sharded"))
+
+
 def test_a_killed_shard_is_started_again_and_asked_once_more(models: ModelRepository) -> None:
     model, want = models.load("zeros-sharded"), models.load("zeros").denoise(queries())
     shard: Any = shards_of(model).shards[1]
@@ -150,7 +160,7 @@ def test_an_answer_never_lacks_a_shard_whose_bank_changed(tmp_path: Path) -> Non
     other: Any = repository.load("ideal-sharded")
     assert shards_of(other) is shards_of(model)
     want = model.denoise(queries())
-    path = root / "_banks" / "blocks.safetensors"
+    path = root / "_banks" / "fashion.safetensors"
     original = path.read_bytes()
     save_bank(block_bank(seed=1), path)
     shards = shards_of(model)
@@ -190,7 +200,7 @@ REJECTED = {
 def test_what_shards_do_not_serve_is_rejected_by_name(name: str, tmp_path: Path) -> None:
     root = tmp_path / "models"
     (root / "_banks").mkdir(parents=True)
-    save_bank(block_bank(), root / "_banks" / "blocks.safetensors")
+    save_bank(block_bank(), root / "_banks" / "fashion.safetensors")
     document, reason = REJECTED[name]
     add_model(root, "model", f"machine: els\n{BANK}{document}")
     with pytest.raises(LoadError, match=reason):

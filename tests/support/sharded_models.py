@@ -13,7 +13,7 @@ from els_service.denoisers.banks import Bank, make_bank, save_bank
 SHAPE = (1, 6, 5)
 IMAGES = 1200
 """Three blocks of a bank."""
-BANK = "bank: ../_banks/blocks.safetensors\n"
+BANK = "bank: ../_banks/fashion.safetensors\n"
 MACHINES = {
     "ideal": "machine: ideal\n",
     "local": "machine: local\nwindow: 3\n",
@@ -34,7 +34,7 @@ def block_bank(seed: int = 0) -> Bank:
 def write_sharded_models(root: Path, shards: int = 2) -> Path:
     """Write a models root with ``NAME`` and ``NAME-sharded`` of every machine; return it."""
     (root / "_banks").mkdir(parents=True)
-    save_bank(block_bank(), root / "_banks" / "blocks.safetensors")
+    save_bank(block_bank(), root / "_banks" / "fashion.safetensors")
     for name, machine in MACHINES.items():
         add_model(root, name, machine + BANK)
         add_model(root, f"{name}-sharded", f"{machine}{BANK}shards: {shards}\n")
