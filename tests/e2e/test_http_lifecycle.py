@@ -69,8 +69,8 @@ def test_deadlines_disconnects_and_slow_bodies_end_calls_and_free_what_they_held
     head = b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n{"
     with closing(socket.create_connection(("127.0.0.1", port), TIMEOUT_S)) as connection:
         connection.sendall(head)
-        with connection.makefile("rb") as reply:
-            answer = reply.read()
+        with connection.makefile("rb") as received:
+            answer = received.read()
         assert answer.startswith(b"HTTP/1.1 504")
         assert b"did not arrive within 0.5 s" in answer
     until(lambda: value(slow, "els_memory_in_flight_bytes") == 0)
