@@ -225,6 +225,8 @@ V1: dict[str, tuple[Any, str]] = {
     "label a fraction": ({"sigma": 1, "label": 0.5}, "labels"),
     "label an object": ({"sigma": 1, "label": {}}, "labels"),
     "x a number": ({"sigma": 1, "x": 1}, "x"),
+    "data no base64": ({"sigma": 1, "x": {"data": "A*Q*I*D"}}, "x.data"),
+    "data a number": ({"sigma": 1, "x": {"data": 3}}, "x"),
     "x no base64": ({"sigma": 1, "x": "%%%"}, "x"),
     "x no picture": ({"sigma": 1, "x": "QUJD"}, "x"),
     "no pictures": ({"sigma": 1, "x": []}, "x"),

@@ -29,6 +29,7 @@ _FAULT = re.compile(
 )
 """Text of a parser: reason, and path of the field below the message's type."""
 _TENSOR = pb.Tensor.DESCRIPTOR
+_URL_SAFE = str.maketrans("-_", "+/")
 FieldDescriptor = Any
 """A ``FieldDescriptor`` of the implementation in use, which its stubs do not unite."""
 
@@ -123,6 +124,11 @@ def _names(message: Message) -> str:
 
 def _parse(message: Message, name: str, value: Any) -> None:
     """Set one field from its JSON value."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.message_type is _TENSOR and isinstance(value, dict):
+        _check_base64(f"{name}.data", value.get("data"))
+    elif field.type == Kinds.TYPE_BYTES:
+        _check_base64(name, value)
     try:
         json_format.ParseDict({name: value}, message)
     except json_format.ParseError as error:
@@ -133,6 +139,16 @@ def _parse(message: Message, name: str, value: Any) -> None:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         kind = message.DESCRIPTOR.fields_by_name[name]
         raise InvalidArgumentError(name, f"{_kind(kind)} in JSON", kind_of(value)) from None
+
+
+def _check_base64(field: str, value: Any) -> None:
+    """Check bytes in JSON, of which protobuf's parser drops the characters that are no base64."""
+    if not isinstance(value, str):
+        return
+    try:
+        base64.b64decode(value.translate(_URL_SAFE) + "=" * (-len(value) % 4), validate=True)
+    except ValueError as error:
+        raise InvalidArgumentError(field, "base64", error) from None
 
 
 def _kind(field: FieldDescriptor) -> str:
