@@ -102,14 +102,14 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   return out;
 }
 
-float highest(const Partial* parts, int count, std::size_t u) {
+[[gnu::always_inline]] inline float highest(const Partial* parts, int count, std::size_t u) {
   float peak = parts[0].peak[u];
   for (int i = 1; i < count; ++i) peak = std::max(peak, parts[i].peak[u]);
   return peak;
 }
 
 // What sums relative to `peak` are multiplied by; 0 if they are 2^-1000 of the rest.
-double relative(float part, float peak) {
+[[gnu::always_inline]] inline double relative(float part, float peak) {
   const float behind = part - peak;
   if (behind < -1000.0f) return 0.0;
   return behind == 0.0f ? 1.0 : std::exp2(double(behind));
@@ -175,11 +175,13 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
   const int threads = int(scratch.size());
   std::vector<Task> tasks;
   std::vector<std::vector<std::size_t>> slots(images.size());  // of each run's first result
+  std::vector<std::vector<int>> counts(images.size());         // of each run's results
   std::size_t count = 0, rows_count = 0;
   for (std::size_t i = 0; i < images.size(); ++i)
     for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++rows_count) {
       slots[i].push_back(count);
       const int own = images[i].tasks.count(images[i].runs[r]);
+      counts[i].push_back(own);
       for (int k = 0; k < own; ++k) tasks.push_back({std::int64_t(i), int(r), k, count + k});
       count += own;
     }
@@ -206,31 +208,31 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
 
   // A row of one task is its result, where rows are merged here.
   const bool here = call.row_peaks == nullptr;
-  const auto row_peaks = allocate<float>(here ? rows_count * pixels : 0);
-  const auto row_sums = allocate<double>(here ? rows_count * sums : 0);
+  const bool rows_here = here && count > rows_count;
+  const auto row_peaks = allocate<float>(rows_here ? rows_count * pixels : 0);
+  const auto row_sums = allocate<double>(rows_here ? rows_count * sums : 0);
   std::vector<std::vector<Partial>> rows(images.size());
   for (std::size_t i = 0, row = 0; i < images.size(); ++i)
     for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++row)
       if (!here)
         rows[i].push_back({call.row_peaks[first_row + row], call.row_sums[first_row + row]});
-      else if (images[i].tasks.count(images[i].runs[r]) == 1)
+      else if (counts[i][r] == 1)
         rows[i].push_back(partials[slots[i][r]]);
       else
         rows[i].push_back({row_peaks.get() + row * pixels, row_sums.get() + row * sums});
   for_each(images.size() * bank.height, threads, *call.control, [&](int, std::size_t t) {
     const std::size_t i = t / bank.height, line = t % bank.height * bank.width;
     const int runs = int(images[i].runs.size());
+    const int* own = counts[i].data();
     for (std::size_t u = line; u < line + bank.width; ++u) {
       if (here && runs == 1) {
         // The same bits as by way of a row.
         merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i),
-                   &partials[slots[i][0]], images[i].tasks.count(images[i].runs[0]), u);
+                   &partials[slots[i][0]], own[0], u);
         continue;
       }
-      for (int r = 0; r < runs; ++r) {
-        const int own = images[i].tasks.count(images[i].runs[r]);
-        if (!here || own > 1) merge_block(bank, &partials[slots[i][r]], own, u, rows[i][r]);
-      }
+      for (int r = 0; r < runs; ++r)
+        if (!here || own[r] > 1) merge_block(bank, &partials[slots[i][r]], own[r], u, rows[i][r]);
       if (here)
         merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i), rows[i].data(),
                    runs, u);

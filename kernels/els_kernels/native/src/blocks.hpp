@@ -74,7 +74,9 @@ Tasks plan_tasks(const Bank& bank, const Geometry& geometry, int window, const E
   Tasks out;
   out.chunk = (tiles + kMostChunks - 1) / kMostChunks;
   if (geometry.sources == Sources::kSame) out.chunk = std::max<std::int64_t>(kLeastSame, out.chunk);
-  const std::int64_t cuts = std::max<std::int64_t>(1, block / out.chunk);
+  // Of several blocks, whose own sums are merged too: larger ones where each costs little.
+  const std::int64_t least = geometry.sources == Sources::kSame ? 2 * out.chunk : out.chunk;
+  const std::int64_t cuts = std::max<std::int64_t>(1, block / least);
   if (count > 1) out.chunk = (block + cuts - 1) / cuts;
   const int chunks = int((tiles + out.chunk - 1) / out.chunk);
   if (geometry.sources == Sources::kEvery && !geometry.whole && chunks < kLeastChunks) {
