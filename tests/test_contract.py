@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(BUF is None, reason="needs buf: pip install buf-
 
 
 def run(*arguments: object) -> str:
-    """Return what buf finds, one fault a line."""
+    """Return the faults that buf finds, one a line."""
     done = subprocess.run(
         [str(BUF), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -35,7 +35,7 @@ def run(*arguments: object) -> str:
 
 
 def buf(command: str, contract: FileDescriptorSet, folder: Path, *arguments: str) -> str:
-    """Return what buf finds in a compiled contract."""
+    """Return the faults that buf finds in a compiled contract."""
     image = folder / "contract.binpb"
     image.write_bytes(contract.SerializeToString())
     return run(command, image, "--config", RULES, *arguments)

@@ -72,15 +72,15 @@ def test_build_ends_with_the_command_that_chooses_windows(source: Path) -> None:
 def test_a_dear_bank_is_told_with_what_would_make_it_cheaper() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30_000, 3, 32, 32), np.uint8)
     began = time.monotonic()
-    told = describe_bank_speed(make_bank(pixels))
+    shown = describe_bank_speed(make_bank(pixels))
     assert time.monotonic() - began < 10
     seconds = re.fullmatch(
         r"an ELS machine over all 30000 images: one image takes ([0-9.e+]+) s a step here, "
         r"([0-9.e+]+) (?:s|min) for a sample of 20 steps\. Cheaper: fewer images \(--per-label, "
         r"--limit\), as time grows with their number; smaller ones \(--resize\), .*",
-        told,
+        shown,
     )
-    assert seconds is not None, told
+    assert seconds is not None, shown
     # Two cores take about ten seconds.
     assert 1 < float(seconds[1]) < 120
 
@@ -327,11 +327,11 @@ def test_a_bank_in_parts_is_built_described_and_continued(pictures: Path, tmp_pa
     whole = run("build", pictures, one := tmp_path / "one.safetensors", *options[2:])
     assert result.stderr.splitlines()[-1] == whole.stderr.splitlines()[-1]
     for named in (out, out / "manifest.json"):
-        told = json.loads(run("info", named, "--json").stdout)
-        assert told.pop("parts") == told["images"]
+        shown = json.loads(run("info", named, "--json").stdout)
+        assert shown.pop("parts") == shown["images"]
         alone = json.loads(run("info", one, "--json").stdout)
-        assert alone.pop("file_names") == told["images"]
-        assert told == alone
+        assert alone.pop("file_names") == shown["images"]
+        assert shown == alone
     again = run("build", pictures, out, *options)
     assert_refused(again, "parts: expected an empty folder or an unfinished build, got manifest")
     refused = run("build", pictures, tmp_path / "other", "--shard-size", 1, "--keep-sizes")

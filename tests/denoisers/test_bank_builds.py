@@ -277,7 +277,7 @@ def write_large(path: Path, mib: int) -> Path:
 
 
 def peak_mib(folder: Path, source: Path, shard_size: int) -> int:
-    """Return what a build takes at its peak beside what its process takes before, in MiB."""
+    """Return the peak memory of a build beside that of its process before, in MiB."""
     (script := folder / "script.py").write_text(_MEASURED)
     return int(run_script(script, source, folder, shard_size, timeout_s=400).stdout)
 

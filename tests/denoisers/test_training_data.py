@@ -74,8 +74,8 @@ def test_parts_are_joined_by_the_names_of_their_labels(tmp_path: Path) -> None:
     gap = load_training_data([parts[0], again])
     assert (gap.label_names, np.bincount(gap.labels).tolist()) == (("cat", "dog"), [2, 6])
     assert (gap.source, gap.licence) == ("here; again.safetensors", "MIT; unstated")
-    told = load_training_data(parts, label_names=("a", "b"))
-    assert (told.label_count, told.label_names) == (2, ("a", "b"))
+    read = load_training_data(parts, label_names=("a", "b"))
+    assert (read.label_count, read.label_names) == (2, ("a", "b"))
 
 
 @pytest.mark.parametrize("broken", ["bank.safetensors", "pictures.npz", "folder"])

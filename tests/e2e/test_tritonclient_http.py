@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("tritonclient_http_script.py")
 
 @pytest.fixture(scope="module")
 def report(server: ServerProcess) -> Any:
-    """What the script saw."""
+    """Output of the script."""
     assert PYTHON.exists(), "`make install` makes .venv-tritonclient"
     command = [str(PYTHON), str(SCRIPT), f"127.0.0.1:{server.ready['http_port']}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)

@@ -39,7 +39,7 @@ def wanted(*names: str, binary: bool) -> list[Any]:
 
 
 def repository_states(client: Any, model: str) -> list[Any]:
-    """Return what the index says of a model: served, unloaded, and loaded again."""
+    """Return the entries of a model in the index: served, unloaded, and loaded again."""
 
     def state() -> Any:
         index = client.get_model_repository_index()

@@ -26,7 +26,7 @@ COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
 
 
 def answer(language: str, target: str, model: str) -> dict[str, Any]:
-    """Return what the program of a language prints."""
+    """Return the output of a language's program."""
     done = subprocess.run(
         COMMANDS[language](target, model),
         cwd=CLIENTS / language,

@@ -41,7 +41,7 @@ def graph(
     output: Sequence[int | str] = ("B", *SHAPE),
     domains: Sequence[str] = (),
 ) -> Any:
-    """Return a model whose inputs are x [B, 2, 4, 5] and sigma [B] unless told otherwise."""
+    """Return a model whose inputs are x [B, 2, 4, 5] and sigma [B] by default."""
     inputs = inputs or [value("x", ("B", *SHAPE)), value("sigma", ("B",))]
     made = helper.make_graph(nodes, "net", inputs, [value("y", output)], list(initializers))
     opsets = [helper.make_opsetid(domain, 1) for domain in domains]

@@ -51,7 +51,7 @@ class Request:
 
 @dataclass
 class BuildState:
-    """What is built so far: JSON in ``build.json``."""
+    """Record of an unfinished build: JSON in ``build.json``."""
 
     request: dict[str, Any]
     position: int = 0
@@ -114,7 +114,7 @@ def opened(out: Path, request: dict[str, Any]) -> BuildState:
 
 
 def described(source: Source, label_names: tuple[str, ...], request: Request) -> dict[str, Any]:
-    """Return what decides the bytes of a bank, as JSON has it."""
+    """Return the options that decide the bytes of a bank, as values of JSON."""
     labels = b"" if source.labels is None else source.labels.tobytes()
     options = {
         **dataclasses.asdict(request),

@@ -128,7 +128,7 @@ def parse(data: bytes) -> Message:
 
 
 def _filler(data: bytes | mmap.mmap, start: int) -> Callable[[Array], None]:
-    """Return what fills arrays from bytes, one after another."""
+    """Return a function that fills arrays from bytes, one after another."""
     at = start
 
     def fill(array: Array) -> None:

@@ -92,7 +92,7 @@ def memory_nodes() -> int:
 
 
 def _engine(engine: Engine, options: ShardOptions) -> tuple[Start, int]:
-    """Return what starts shards, and the number of them that ``auto`` means."""
+    """Return the function that starts shards, and the number of them that ``auto`` means."""
     if engine == "local":
         return lambda specs: [
             LocalShard(str(i), spec, options.stall_s) for i, spec in enumerate(specs)

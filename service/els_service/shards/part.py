@@ -32,7 +32,7 @@ _MOST_HEADER = 100 << 20
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What a process loads: a file and its blocks of it.
+    """Bank of one process: a file and the process's blocks of it.
 
     Attributes:
         path: of a bank of images of one size: a file, or the manifest of its parts.
@@ -241,7 +241,7 @@ def array_of(tensor: Tensor) -> Array:
 
 
 def level_fields(level: Level) -> dict[str, Any]:
-    """Return what a message has of a query beside its pixels."""
+    """Return the fields of a query in a message, beside its pixels."""
     return {"a": level.a, "s": level.s, "window": level.window} | geometry_fields(level.geometry)
 
 
@@ -253,7 +253,7 @@ def level_of(message: Message) -> Level:
 
 
 def geometry_fields(geometry: Geometry) -> dict[str, Any]:
-    """Return what a message has of a geometry."""
+    """Return the fields of a geometry in a message."""
     return {"geometry": [geometry.sources, geometry.padding, geometry.whole]}
 
 

@@ -34,11 +34,11 @@ _LIVE: weakref.WeakSet[ShardSet] = weakref.WeakSet()
 
 @dataclass(eq=False)
 class ShardStatistics:
-    """What one shard was asked."""
+    """Counts of the questions to one shard."""
 
     count: int = 0
     seconds: float = 0.0
-    """From the question to the answer; ``slowest_s`` is without the way."""
+    """From the question to the answer; ``slowest_s`` is that of the computation alone."""
     asked_again: int = 0
     """Operations that were asked again after the shard was lost."""
 
@@ -237,7 +237,7 @@ class ShardSet:
         if one.again:
             raise self._unavailable(f"{error}; it was asked twice")
         if time.monotonic() < self._failed_until and not shard.ready:
-            # Others waited for it in vain a moment ago.
+            # A moment ago others waited for it without success.
             raise self._unavailable(str(error))
         while not shard.ready:
             if time.monotonic() > limit:

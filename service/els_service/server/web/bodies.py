@@ -47,7 +47,7 @@ class BodyReader:
     compression: bool
 
     async def converted(self, context: HttpContext, convert: Callable[[bytes], _T]) -> _T:
-        """Return what a function makes of the body, off the event loop if the body is large.
+        """Return the result of a function of the body, off the event loop if the body is large.
 
         Raises:
             InvalidArgumentError: Its encoding is wrong; whatever ``convert`` raises.

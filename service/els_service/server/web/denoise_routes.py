@@ -377,7 +377,7 @@ def _tensor_png(tensor: pb.Tensor, *, scaled: bool = False) -> dict[str, Any]:
 
 
 async def _aside(found: Any, work: Any) -> Any:
-    """Return what a function makes of a response, off the event loop if it is large."""
+    """Return the result of a function of a response, off the event loop if it is large."""
     size = len(found) if isinstance(found, bytes) else found.ByteSize()
     return work() if size <= _LARGE_BYTES else await asyncio.to_thread(work)
 

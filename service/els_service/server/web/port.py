@@ -24,7 +24,7 @@ from els_service.server.web.status_report import StatusReport
 
 @dataclass(frozen=True)
 class Served:
-    """What the HTTP port serves.
+    """Services of the HTTP port.
 
     Args:
         handlers: of the RPCs.
