@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,16 +43,18 @@ TRAJECTORIES, STEPS = 16, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print each row, write the record."""
+    """Measure, print each row, and write the record after each."""
     options = _parser().parse_args(arguments)
     if options.clock == "cpu" and list(options.threads) != [1]:
         raise SystemExit("clock: expected wall, or one thread, as waiting threads spin")
     recorder = record.start("engines-cpu", options)
-    rows = []
+    rows, path = list[Row](), Path()
     for row in measure(options, time.monotonic() + 60 * options.minutes):
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "rounds"))
-    print(f"record: {recorder.write(rows)}")
+        # After each row: a run that is ended keeps what it measured.
+        path = recorder.write(rows)
+    print(f"record: {path}")
 
 
 def measure(options: argparse.Namespace, until: float) -> Iterator[Row]:
