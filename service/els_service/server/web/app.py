@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from els_service.errors import PermissionDeniedError
 from els_service.server.addresses import is_loopback_name
@@ -41,6 +41,7 @@ def application(routes: Iterable[Route], *, tokens: bool, loopback: bool) -> ASG
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        receive, send = _closing(scope, receive, send)
         path = scope["path"]
         strict = not tokens and (loopback or path.startswith(_ADMINISTRATION))
         if reason := _why_foreign(scope, strict=strict):
@@ -49,6 +50,30 @@ def application(routes: Iterable[Route], *, tokens: bool, loopback: bool) -> ASG
         await inner(scope, receive, send)
 
     return app
+
+
+def _closing(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Return both such that a response before the end of the body closes the connection.
+
+    Otherwise the server would read and drop whatever the client still sends.
+    """
+    names = {name for name, _ in scope["headers"]}
+    unread = not names.isdisjoint((b"content-length", b"transfer-encoding"))
+
+    async def receiving() -> Message:
+        nonlocal unread
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            unread = False
+        return message
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and unread:
+            headers = [one for one in message.get("headers", ()) if one[0] != b"connection"]
+            message = {**message, "headers": [*headers, (b"connection", b"close")]}
+        await send(message)
+
+    return receiving, sending
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

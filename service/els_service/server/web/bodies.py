@@ -20,6 +20,7 @@ from els_service.server.transport.call_context import caller_of
 from els_service.server.transport.connections import LARGE_BYTES
 from els_service.server.transport.message_memory import MessageMemory
 from els_service.server.web.context import HttpContext
+from els_service.server.web.pictures import decoded_bytes
 
 MAX_VALUES = 1 << 18
 """Maximum number of values in a JSON document, counted by its commas, colons and brackets."""
@@ -59,9 +60,10 @@ class BodyReader:
         data = await self._received(context)
         if encoding == "gzip":
             data = await self._decompressed(context, data)
-        if len(data) <= LARGE_BYTES:
+        decoded = decoded_bytes(data, self.limits)
+        if len(data) + decoded <= LARGE_BYTES:
             return convert(data)
-        holding = self.memory.reserve(caller_of(context), len(data))
+        holding = self.memory.reserve(caller_of(context), len(data) + decoded)
         try:
             return await asyncio.to_thread(convert, data)
         finally:

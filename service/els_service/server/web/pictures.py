@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import struct
 from typing import Any
 
@@ -26,6 +27,10 @@ _OPAQUE, _BRIGHT = 255, 128
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _HEAD = struct.Struct(">16xII")
 """Start of a PNG file, with width and height."""
+_FILES = re.compile(rb"\x89PNG\r\n\x1a\n[\s\S]{16}|iVBORw0KGgo[A-Za-z0-9+/]{21}")
+"""Start of a PNG file up to its size, as it is or in base64."""
+_DECODED = 8
+"""Bytes for each pixel while a picture is decoded: its copies of one to three channels."""
 _GAP = 2
 """Pixels between the pictures of a sheet."""
 
@@ -45,7 +50,7 @@ def tensor_of(field: str, given: Any, shape: Shape, limits: Limits, *, resize: b
 
     Raises:
         InvalidArgumentError: One is no PNG file in grey or RGB.
-        ResourceExhaustedError: One is too large.
+        ResourceExhaustedError: Together they are too large.
     """
     given = given["png"] if isinstance(given, dict) else given
     files = given if isinstance(given, list) else [given]
@@ -54,7 +59,14 @@ def tensor_of(field: str, given: Any, shape: Shape, limits: Limits, *, resize: b
     if not 0 < len(files) <= limits.max_images:
         raise InvalidArgumentError(field, f"1 to {limits.max_images} pictures", len(files))
     size = (shape[1], shape[2]) if resize else None
-    pixels = [_pixels(field, file, shape[0], size, limits) for file in files]
+    # All before one is decoded: of a hundred bytes come a hundred thousand pixels.
+    data = [_file_of(field, file) for file in files]
+    sizes_given = [_HEAD.unpack_from(file) for file in data]
+    check_pixels(field, shape[0] * sum(width * height for width, height in sizes_given), limits)
+    pixels = [
+        _pixels(field, file, shape[0], given_size, size)
+        for file, given_size in zip(data, sizes_given, strict=True)
+    ]
     if len({each.shape for each in pixels}) > 1:
         sizes = sorted({f"{each.shape[2]}x{each.shape[1]}" for each in pixels})
         raise InvalidArgumentError(field, "pictures of one size", ", ".join(sizes))
@@ -117,10 +129,25 @@ def sheet_of(tensor: pb.Tensor, *, scaled: bool = False) -> bytes | None:
     return _saved(sheet)
 
 
-def _pixels(
-    field: str, file: Any, channels: int, size: tuple[int, int] | None, limits: Limits
-) -> Bytes:
-    """Return one picture [C, H, W]."""
+def decoded_bytes(data: bytes, limits: Limits) -> int:
+    """Return about how many bytes the PNG files in a body take when they are decoded.
+
+    Args:
+        data: a PNG file, or JSON with files in base64.
+        limits: of requests; what exceeds them is rejected before it is decoded.
+    """
+    total = 0
+    for found in _FILES.finditer(data):
+        head = found.group()
+        if not head.startswith(_MAGIC):
+            head = base64.b64decode(head)
+        width, height = _HEAD.unpack_from(head)
+        total += _DECODED * width * height
+    return min(total, _DECODED * limits.max_pixels)
+
+
+def _file_of(field: str, file: Any) -> bytes:
+    """Return the bytes of one PNG file, whose head is complete."""
     if isinstance(file, str):
         try:
             file = base64.b64decode(file.rpartition(",")[2], validate=True)
@@ -130,11 +157,19 @@ def _pixels(
         raise InvalidArgumentError(field, "a PNG file in base64", type(file).__name__)
     if len(file) < _HEAD.size or not file.startswith(_MAGIC):
         raise InvalidArgumentError(field, "a PNG file", "other data")
-    # Before Pillow opens it, which warns of large pictures.
-    width, height = _HEAD.unpack_from(file)
-    check_pixels(field, channels * width * height, limits)
+    return file
+
+
+def _pixels(
+    field: str, file: bytes, channels: int, given: tuple[int, int], size: tuple[int, int] | None
+) -> Bytes:
+    """Return one picture [C, H, W]; ``given`` is the width and height that were judged."""
     try:
         with Image.open(io.BytesIO(file), formats=("PNG",)) as picture:
+            if picture.size != given:
+                # A second head, which Pillow takes instead.
+                expected = f"{given[0]}x{given[1]}, as its head says"
+                raise InvalidArgumentError(field, expected, picture.size)
             upright = _converted(field, picture, channels)
     except ElsError:
         raise

@@ -9,8 +9,11 @@ export class ApiError extends Error {
   }
 }
 
+// A header takes no other characters, and tokens of the server have none.
 export function setToken(token) {
-  sessionStorage.setItem(KEY, token);
+  const sent = token.trim();
+  if (!/^[\x21-\x7e]*$/.test(sent)) throw new ApiError(401, "A token has printable ASCII only.");
+  sessionStorage.setItem(KEY, sent);
 }
 
 function headers(more = {}) {

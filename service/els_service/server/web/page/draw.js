@@ -1,7 +1,7 @@
 // Draws a sample step by step, with the mosaic of its sources.
 
 import { stream } from "./api.js";
-import { colour, drawable, floats, integers, options, show } from "./pictures.js";
+import { colour, drawable, floats, integers, options, show, showLabels } from "./pictures.js";
 import { seconds } from "./status.js";
 
 const EXPLAINED = 6;
@@ -17,7 +17,7 @@ export function setUpDrawing(found) {
   models = found;
   const [able, first] = drawable(models);
   options(at("draw-model"), able.map((model) => [model.name, model.name]), first);
-  showLabels();
+  showModel();
 }
 
 function showTime() {
@@ -28,12 +28,8 @@ function showTime() {
 
 const model = () => models.get(at("draw-model").value);
 
-function showLabels() {
-  const chosen = model();
-  const count = chosen && !chosen.scales.length ? chosen.label_count : 0;
-  at("label-row").hidden = !count;
-  const names = Array.from({ length: count }, (_, i) => [i, chosen.label_names[i] ?? String(i)]);
-  options(at("draw-label"), [["", "any"], ...names]);
+function showModel() {
+  showLabels(model(), at("label-row"), at("draw-label"));
   showTime();
 }
 
@@ -176,7 +172,7 @@ at("draw-form").addEventListener("submit", (event) => {
   if (!running) draw();
 });
 at("draw-stop").addEventListener("click", () => running?.abort());
-at("draw-model").addEventListener("change", showLabels);
+at("draw-model").addEventListener("change", showModel);
 at("draw-steps").addEventListener("input", showTime);
 at("scrub").addEventListener("input", () => shown() && showStep(shown()));
 

@@ -68,7 +68,11 @@ at("pause").addEventListener("click", () => {
 
 at("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  setToken(at("token").value.trim());
+  try {
+    setToken(at("token").value);
+  } catch (error) {
+    say(error.message, true);
+  }
   at("token").value = "";
 });
 

@@ -1,7 +1,7 @@
 // Denoises or remixes a picture that a person drops or chooses.
 
 import { post, stream } from "./api.js";
-import { drawable, fitted, options, show } from "./pictures.js";
+import { drawable, fitted, options, show, showLabels } from "./pictures.js";
 
 const at = (id) => document.getElementById(id);
 let models = new Map();
@@ -11,9 +11,19 @@ export function setUpOwn(found) {
   models = found;
   const [able, first] = drawable(models);
   options(at("own-model"), able.map((model) => [model.name, model.name]), first);
+  showModel();
 }
 
 const model = () => models.get(at("own-model").value);
+
+function showModel() {
+  showLabels(model(), at("own-label-row"), at("own-label"));
+}
+
+function labels() {
+  const label = at("own-label").value;
+  return label === "" || at("own-label-row").hidden ? {} : { labels: [Number(label)] };
+}
 
 function say(text, bad = false) {
   at("own-progress").textContent = text;
@@ -57,6 +67,7 @@ at("own-form").addEventListener("submit", (event) => {
   work("Denoised", async (image, path) => {
     const found = await post(`${path}:denoise`, {
       image, sigma: Number(at("noise").value), noise_seed: Number(at("own-seed").value), encoding: "png",
+      ...labels(),
     });
     await show(at("after"), found.denoised.png[0]);
   });
@@ -64,14 +75,17 @@ at("own-form").addEventListener("submit", (event) => {
 at("remix").addEventListener("click", () => work("Remixed", async (image, path) => {
   const body = {
     image, strength: Number(at("strength").value), seed: Number(at("own-seed").value),
-    return_denoised: true, encoding: "png",
+    return_denoised: true, encoding: "png", ...labels(),
   };
   await stream(`${path}:remix`, body, undefined, async (message) => {
     if (message.denoised?.png) await show(at("after"), message.denoised.png[0]);
   });
 }));
 at("file").addEventListener("change", () => take(at("file").files[0]));
-at("own-model").addEventListener("change", () => file && take(file));
+at("own-model").addEventListener("change", () => {
+  showModel();
+  if (file) take(file);
+});
 
 const drop = at("drop");
 for (const name of ["dragenter", "dragover"]) {

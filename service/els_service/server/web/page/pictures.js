@@ -63,3 +63,13 @@ export function options(select, values, first) {
   select.replaceChildren(...values.map(([value, text]) => new Option(text, value)));
   if (values.some(([value]) => String(value) === chosen)) select.value = chosen;
 }
+
+// Offer the labels of a model; "any" where it has one for no label, or a bank to take all of.
+export function showLabels(model, row, list) {
+  const count = model && !model.scales.length ? model.label_count : 0;
+  const trained = ["network", "diffusers", "latent", "onnx"].includes(model?.kind);
+  const any = trained && !model.label_guidance ? [] : [["", "any"]];
+  const names = Array.from({ length: count }, (_, i) => [i, model.label_names[i] ?? String(i)]);
+  row.hidden = !count;
+  options(list, [...any, ...(count ? names : [])]);
+}
