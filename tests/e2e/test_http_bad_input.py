@@ -237,6 +237,8 @@ V1: dict[str, tuple[Any, str]] = {
     "encoding unknown": ({"sigma": 1, "encoding": "gif"}, "encoding"),
     "resize a number": ({"sigma": 1, "resize": 1}, "resize"),
     "noise seed negative": ({"sigma": 1, "noise_seed": -1}, "noise_seed"),
+    "noise seed for a tensor": ({"sigma": 1, "x": {"data": ""}, "noise_seed": 1}, "noise_seed"),
+    "resize of a tensor": ({"sigma": 1, "x": {"data": ""}, "resize": True}, "resize"),
     "strength elsewhere": ({"sigma": 1, "strength": 3}, "strength"),
     "lone surrogate": (b'{"version": "\\ud800"}', "body"),
     "an array": ([1], "body"),

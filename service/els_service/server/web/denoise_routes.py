@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,10 +248,17 @@ class DenoiseRoutes:
         if exchange.method.rpc == "Sample":
             self._set_defaults(exchange, fields)
 
+        pictured: list[str] = []
+
         def picture(name: str, value: Any) -> pb.Tensor:
+            pictured.append(name)
             return self._picture(exchange, message, name, value)
 
         fill(message, fields, picture)
+        if exchange.options.resize and not pictured:
+            raise InvalidArgumentError("resize", "a picture beside it", "none")
+        if exchange.options.noise_seed is not None and not _takes_noise(message, pictured):
+            raise InvalidArgumentError("noise_seed", "a picture as x and a level beside it", "none")
         content: bytes = message.SerializeToString()
         return content
 
@@ -279,7 +286,7 @@ class DenoiseRoutes:
             height, width = message.height or height, message.width or width
         shape = channels, height, width
         tensor = pictures.tensor_of(name, value, shape, limits, resize=options.resize)
-        if options.noise_seed is None or name != "x" or not hasattr(message, "level"):
+        if options.noise_seed is None or not _takes_noise(message, [name]):
             return tensor
         level = decode_level(message.level, info.levels, limits)
         return pictures.with_noise(tensor, level, options.noise_seed)
@@ -295,6 +302,11 @@ _LINES_START: Any = {
         (b"x-accel-buffering", b"no"),
     ],
 }
+
+
+def _takes_noise(message: Any, pictured: Sequence[str]) -> bool:
+    """Return whether ``noise_seed`` makes a noisy image of a picture among these fields."""
+    return "x" in pictured and hasattr(message, "level")
 
 
 def _path(rpc: str) -> str:
