@@ -156,7 +156,7 @@ def test_health_metadata_configuration_and_statistics_are_those_of_grpc(http: Ht
         (found,) = http.get(f"{path}/stats").json["model_stats"]
         assert found["name"] == "zeros"
     assert http.get("/v2/models/zeros/versions/2").status == 404
-    assert http.get("/v2/models/nobody/ready").json == {"name": "nobody", "ready": False}
+    assert http.get("/v2/models/absent/ready").json == {"name": "absent", "ready": False}
     index = http.post("/v2/repository/index", {"ready": True}).json
     assert {"name": "zeros", "version": "1", "state": "READY", "reason": ""} in index
 
@@ -166,7 +166,7 @@ def test_a_model_is_unloaded_and_loaded_and_the_log_level_set(http: HttpClient) 
     assert http.get("/v2/models/valid/ready").status == 404
     assert http.post("/v2/repository/models/valid/load", {}).status == 200
     assert http.get("/v2/models/valid/ready").status == 200
-    assert http.post("/v2/repository/models/nobody/load", {}).status == 404
+    assert http.post("/v2/repository/models/absent/load", {}).status == 404
     before = http.get("/v2/logging").json
     assert http.post("/v2/logging", {"log_verbose_level": 1}).json["log_level"] == "debug"
     assert http.post("/v2/logging", {"log_level": before["log_level"]}).json == before

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Runs in an environment of its own, where tritonclient is installed.
-import tritonclient.http as triton  # type: ignore[import-not-found]
+import tritonclient.http as triton
 
 SHAPE = [2, 1, 6, 5]
 PIXELS = np.linspace(-1, 1, 60, dtype=np.float32).reshape(SHAPE)
@@ -58,7 +58,7 @@ def main(target: str) -> None:
         "live": client.is_server_live(),
         "ready": client.is_server_ready(),
         "model_ready": client.is_model_ready("zeros"),
-        "other_ready": client.is_model_ready("nobody"),
+        "other_ready": client.is_model_ready("absent"),
         "server": client.get_server_metadata(),
         "model": client.get_model_metadata("zeros"),
         "config": client.get_model_config("zeros"),

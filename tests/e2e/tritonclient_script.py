@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # Runs in an environment of its own, where tritonclient is installed.
-import tritonclient.grpc as triton  # type: ignore[import-not-found]
+import tritonclient.grpc as triton
 
 SHAPE = [2, 1, 6, 5]
 PIXELS = np.linspace(-1, 1, 60, dtype=np.float32).reshape(SHAPE)

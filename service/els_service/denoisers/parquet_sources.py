@@ -6,6 +6,7 @@ larger than memory.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def read_parquet(path: Path, columns: Columns | None = None) -> Source:
             pictures; names the file. Or pyarrow is not installed.
     """
     try:
-        import pyarrow.parquet  # noqa: F401
+        importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         expected = "expected an installation with the extra parquet"
         raise LoadError(path, f"format parquet: {expected}, got no module {error.name}") from error

@@ -278,18 +278,17 @@ class DenoiseRoutes:
 
     def _picture(self, exchange: _Exchange, message: Any, name: str, value: Any) -> pb.Tensor:
         info = self._models.find(message.model, message.version).info
-        options, limits = exchange.options, self._limits
+        limits, resize = self._limits, exchange.options.resize
         if name == "mask":
             return pictures.mask_of(name, value, limits)
         channels, height, width = info.shape
         if exchange.method.rpc == "Sample":
             height, width = message.height or height, message.width or width
-        shape = channels, height, width
-        tensor = pictures.tensor_of(name, value, shape, limits, resize=options.resize)
-        if options.noise_seed is None or not _takes_noise(message, [name]):
+        tensor = pictures.tensor_of(name, value, (channels, height, width), limits, resize=resize)
+        seed = exchange.options.noise_seed
+        if seed is None or not _takes_noise(message, [name]):
             return tensor
-        level = decode_level(message.level, info.levels, limits)
-        return pictures.with_noise(tensor, level, options.noise_seed)
+        return pictures.with_noise(tensor, decode_level(message.level, info.levels, limits), seed)
 
 
 _LINES_START: Any = {

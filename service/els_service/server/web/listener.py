@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import uvicorn
@@ -122,8 +122,10 @@ class _Connection(HttpToolsProtocol):
     _head = 0
     _since = 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept a connection; close it if there are too many."""
+        # That of a stream; uvloop's is of no class of asyncio.
+        transport = cast(asyncio.Transport, transport)
         super().connection_made(transport)
         self._since = self.loop.time()
         self._restart()
