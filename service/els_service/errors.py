@@ -120,12 +120,24 @@ class QueueFullError(ElsError):
 
 
 class DeadlineExceededError(ElsError):
-    """The deadline passed, or would pass before the result is computed."""
+    """The deadline passed, or would pass before the result is computed.
+
+    Args:
+        text: reason.
+        retry_after_s: seconds after which a retry may succeed; None if unknown.
+        left_s: seconds until the deadline, for a request that needs more by prediction; None for
+            others. The text then asks for a longer deadline.
+    """
 
     code = "DEADLINE_EXCEEDED"
 
-    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
-        self.retry_after_s = retry_after_s
+    def __init__(
+        self, text: str, *, retry_after_s: float | None = None, left_s: float | None = None
+    ) -> None:
+        self.retry_after_s, self.is_too_short = retry_after_s, left_s is not None
+        if left_s is not None:
+            left = f"{max(left_s, 0.0):.3g} s are left of the time allowed"
+            text = f"{text}; {left}: raise the call's deadline"
         super().__init__(text)
 
 

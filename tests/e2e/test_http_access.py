@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.security import Certificates, TokenFile
 
 from els_service.server.security.reloaded_file import STALE
 
+HANDSHAKE_S = 5
 SAMPLE = "/v1/models/zeros:sample?steps=2"
 
 
@@ -39,7 +41,11 @@ def secure(
 ) -> Iterator[ServerProcess]:
     """A server with tokens, TLS and client certificates."""
     options = ["--models", models, "--threads", 1, "--http-port", 0, *certificates.options]
-    settings = {"ELS_TLS_CLIENT_CA": str(certificates.client_ca), "ELS_TOKENS": tokens["file"]}
+    settings = {
+        "ELS_TLS_CLIENT_CA": str(certificates.client_ca),
+        "ELS_TOKENS": tokens["file"],
+        "ELS_HANDSHAKE_S": str(HANDSHAKE_S),
+    }
     with serving(*options, **settings) as process:
         yield process
 
@@ -152,6 +158,13 @@ def test_a_rotated_client_authority_admits_its_clients_alone(
         certificates.client_ca.write_bytes(trusted.cert_pem.bytes())
         assert (admitted(old), admitted(new)) == (trusted is first, trusted is second)
     certificates.issue()
+
+
+def test_a_handshake_that_is_not_completed_ends_after_its_time(secure: ServerProcess) -> None:
+    address, began = ("127.0.0.1", secure.ready["http_port"]), time.monotonic()
+    with socket.create_connection(address, TIMEOUT_S) as silent:
+        assert silent.recv(1) == b""
+    assert HANDSHAKE_S - 1 < time.monotonic() - began < TIMEOUT_S - 1
 
 
 def test_plain_http_at_a_port_with_tls_gets_no_answer(secure: ServerProcess) -> None:

@@ -15,6 +15,7 @@ from tests.support.processes import FAULT_SERVER, ServerProcess, serving
 
 LONG = {"steps": 1000, "count": 8, "return_x": True, "return_denoised": True}
 SAMPLE = "/v1/models/slow:sample"
+TENSOR = {"dtype": "DTYPE_F32", "shape": [1, 1, 6, 5], "data": "AAAA" * 40}
 MAX_BYTES = 1 << 16
 
 
@@ -56,6 +57,13 @@ def test_deadlines_disconnects_and_slow_bodies_end_calls_and_free_what_they_held
         # Predicted to be late, and late while it computes.
         reply = late.post("/v1/models/slow:sample?steps=500", Request_Timeout="0.2")
         assert (reply.status, reply.json["code"]) == (504, "DEADLINE_EXCEEDED"), reply.json
+        assert reply.json["error"].endswith("raise the call's deadline (Request-Timeout)")
+        body = {"sigma": 1, "x": TENSOR, "timeout_s": 1e-9}
+        reply = late.post("/v1/models/slow:denoise", body)
+        assert reply.json["error"].endswith(
+            "; 0 s are left of the time allowed: raise the call's deadline"
+            " (Request-Timeout, timeout_s)"
+        )
     for _ in range(3):
         with streamed(port, SAMPLE, LONG) as response:
             response.readline()

@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
+from els_service.errors import DeadlineExceededError
 from els_service.server.transport.call_context import unrounded_s
+from els_service.server.transport.status import status_of
 
 GRANTED_S = (0.2501, 0.9984, 1.0003, 2.5001, 7.7777, 12.3456, 100.31, 3333.3)
 """None is a multiple of what a timeout is rounded to."""
@@ -71,3 +73,14 @@ def test_a_distant_deadline_remains_distant_and_a_passed_one_passed() -> None:
     assert 0.989e9 < unrounded_s(1e9) < 1e9
     assert unrounded_s(-1.0) < -1.0
     assert not math.isnan(unrounded_s(0.0))
+
+
+@pytest.mark.parametrize(("left_s", "left"), [(0.25, "0.25 s are left"), (-0.001, "0 s are left")])
+def test_an_error_of_too_short_a_deadline_names_what_to_raise_and_no_negative_time(
+    left_s: float, left: str
+) -> None:
+    error = DeadlineExceededError("predicted in 1 s", left_s=left_s)
+    text = f"predicted in 1 s; {left} of the time allowed: raise the call's deadline"
+    assert status_of(error).message == f"{text} (timeout_s, --timeout)"
+    assert status_of(error, "Request-Timeout").message == f"{text} (Request-Timeout)"
+    assert status_of(DeadlineExceededError("late")).message == "late"

@@ -13,9 +13,16 @@ from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.inference import grpc_service_pb2 as oip
 from els_service.config import Limits
 from els_service.engine.budget import Budget
+from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.telemetry.metrics import Method
 from els_service.server.transport.message_memory import MessageMemory
-from els_service.server.transport.receiving import Decompressor, Malformed, Parse, parser
+from els_service.server.transport.receiving import (
+    Decompressor,
+    Malformed,
+    Parse,
+    check_message,
+    parser,
+)
 
 MIB = 1 << 20
 PIXELS = bytes(MIB)
@@ -43,6 +50,17 @@ def test_a_large_request_without_bulk_data_keeps_all_its_fields() -> None:
     method = Method("unary", "service", "method", "model_name")
     parse = parser(request.FromString, method, LIMITS, {"served"}.__contains__)
     assert parse(request.SerializeToString()) == request
+
+
+def test_a_gzip_bomb_is_beyond_a_limit_and_other_gzip_malformed() -> None:
+    parse = parse_of(pb.DenoiseRequest, "model")
+    decompress = Decompressor(MessageMemory(Budget(1.0)), pb.DenoiseRequest.FromString, LIMITS)
+    bomb = gzip.compress(bytes(LIMITS.max_message_bytes + 1))
+    for found in (parse(bomb), asyncio.run(decompress("caller", bomb))):
+        with pytest.raises(ResourceExhaustedError, match=r"request: expected at most .* got"):
+            check_message(found)
+    with pytest.raises(InvalidArgumentError, match="its end announces"):
+        check_message(parse(gzip.compress(b"")[:-9]))
 
 
 def test_compressed_structure_is_not_decompressed() -> None:

@@ -14,7 +14,7 @@ from els_service.config import Scheduling
 from els_service.denoisers.base import Query
 from els_service.engine.batching import INLINE_S
 from els_service.engine.loaded_model import LoadedModel, PendingRequest, Statistics
-from els_service.engine.request_context import Observer, RequestContext, allows
+from els_service.engine.request_context import Observer, RequestContext
 from els_service.engine.reservations import NamedBudget, Reservation
 from els_service.errors import DeadlineExceededError, QueueFullError
 
@@ -134,8 +134,9 @@ class Admission:
             raise self.too_late(
                 loaded,
                 f"the answer of {loaded.model} is predicted in {predicted:.3g} s, of which "
-                f"{max(predicted - own, 0.0):.3g} s waiting; {allows(slack)}",
+                f"{max(predicted - own, 0.0):.3g} s waiting",
                 retry_after_s=max(_LEAST_RETRY_S, predicted - slack),
+                left_s=slack,
             )
 
     def reserve_for(self, loaded: LoadedModel, pending: PendingRequest, estimate: float) -> None:
@@ -151,12 +152,16 @@ class Admission:
         pending.reservation = reservation
 
     def too_late(
-        self, loaded: LoadedModel, text: str, retry_after_s: float | None = None
+        self,
+        loaded: LoadedModel,
+        text: str,
+        retry_after_s: float | None = None,
+        left_s: float | None = None,
     ) -> DeadlineExceededError:
         """Count a query rejected for its deadline, and return its error."""
         self._observer.on_dropped(loaded.model, "rejected_late")
         loaded.statistics.failed.add(0.0)
-        return DeadlineExceededError(text, retry_after_s=retry_after_s)
+        return DeadlineExceededError(text, retry_after_s=retry_after_s, left_s=left_s)
 
     def expire(self, loaded: LoadedModel, pending: PendingRequest, now: float) -> None:
         """Drop a request whose deadline has passed, or cannot be met."""

@@ -31,14 +31,6 @@ class RequestContext:
         return self.caller if isinstance(self.caller, str) else self.caller()
 
 
-def allows(slack_s: float) -> str:
-    """Return the end of an error about a deadline: the time left, and what to raise."""
-    return (
-        f"{slack_s:.3g} s are left of the time allowed: raise the call's deadline"
-        " (timeout_s, --timeout)"
-    )
-
-
 def timed_out(left_s: float) -> bool:
     """Return whether a cancelled query timed out at its caller, rather than being abandoned.
 

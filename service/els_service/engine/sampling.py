@@ -12,7 +12,6 @@ from els_service.denoisers.base import Condition, Denoised, Denoiser, Integers, 
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 from els_service.engine.loaded_model import LoadedModel
-from els_service.engine.request_context import allows
 from els_service.errors import DeadlineExceededError
 
 
@@ -140,5 +139,6 @@ def _check_times(
         times = sum(times for _, times in estimates)
         raise DeadlineExceededError(
             f"the trajectory {verb} {loaded.model} {times} times, "
-            f"{total / times:.3g} s each by prediction: {total:.3g} s; {allows(slack)}"
+            f"{total / times:.3g} s each by prediction: {total:.3g} s",
+            left_s=slack,
         )

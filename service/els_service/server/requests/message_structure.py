@@ -35,6 +35,10 @@ GZIP_MAGIC = b"\x1f\x8b"
 _SMALL_GZIP_BYTES = 4 << 10
 """Maximum size of gzip data that is decompressed on the event loop: to four megabytes at most."""
 
+_MOST_RATIO = 1032
+"""Bytes that one of deflate decompresses to at most: 258 of two bits (RFC 1951), as in zlib's
+documentation. Truncated data, whose end is no size, mostly announce more."""
+
 _SLICE_BYTES, _PART_BYTES = 64 << 10, 1 << 20
 """Input and output of one step of decompression."""
 
@@ -44,6 +48,20 @@ _Fields: TypeAlias = dict[int, Descriptor | None]
 
 class MessageStructureError(ValueError):
     """The message is truncated, or has too much structure beside its bulk data."""
+
+
+class MessageSizeError(MessageStructureError):
+    """The message announces more bytes after decompression than are allowed.
+
+    Args:
+        max_bytes: allowed.
+        announced: size of the message.
+    """
+
+    def __init__(self, max_bytes: int, announced: int) -> None:
+        self.expected = f"at most {max_bytes} bytes after decompression"
+        self.got = f"{announced}"
+        super().__init__(f"more than {max_bytes} bytes after decompression")
 
 
 def is_gzip(data: bytes) -> bool:
@@ -69,7 +87,8 @@ def inflated(data: bytes, max_bytes: int) -> bytes:
         max_bytes: maximum size of the message; no more than announced is decompressed.
 
     Raises:
-        MessageStructureError: It exceeds ``max_bytes`` or its announced size, or is malformed.
+        MessageSizeError: It announces more than ``max_bytes``.
+        MessageStructureError: It exceeds its announced size, or is malformed.
     """
     if not is_gzip(data):
         return data
@@ -158,8 +177,10 @@ def check_structure(data: bytes, descriptor: Descriptor, max_images: int) -> Non
 def _announced(data: bytes, max_bytes: int) -> int:
     """Return the announced size of gzip data that is at most ``max_bytes``."""
     announced = announced_bytes(data)
+    if announced > _MOST_RATIO * len(data):
+        raise MessageStructureError("gzip: its end announces more bytes than it can hold")
     if announced > max_bytes:
-        raise MessageStructureError(f"more than {max_bytes} bytes after decompression")
+        raise MessageSizeError(max_bytes, announced)
     return announced
 
 

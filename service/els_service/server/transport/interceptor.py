@@ -40,7 +40,7 @@ from els_service.server.transport.receiving import (
 )
 from els_service.server.transport.responses import response_bytes, write_all
 from els_service.server.transport.small_messages import small_messages
-from els_service.server.transport.status import drop_tracebacks, status_of
+from els_service.server.transport.status import DEADLINE_OPTIONS, drop_tracebacks, status_of
 
 if TYPE_CHECKING:
     from els_service.server.telemetry.tracing import Tracing
@@ -370,7 +370,9 @@ class CallInterceptor:
                 del error  # its traceback references this frame
         if not isinstance(error, Exception):
             raise error
-        status = status_of(error)
+        # gRPC's own contexts have no such attribute.
+        options = getattr(call.context, "deadline_options", DEADLINE_OPTIONS)
+        status = status_of(error, options)
         code = code_pb2.Code.Name(status.code)
         self._end(code, call, status.message, None if isinstance(error, ElsError) else error)
         drop_tracebacks(error)

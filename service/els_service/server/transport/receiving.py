@@ -21,10 +21,11 @@ from google.protobuf.message import DecodeError
 
 from els_service.config import Limits
 from els_service.engine.budget import Budget
-from els_service.errors import InvalidArgumentError
+from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests.message_structure import (
     GZIP_MAGIC,
     SMALL_BYTES,
+    MessageSizeError,
     MessageStructureError,
     check_gzip_head,
     check_structure,
@@ -47,6 +48,16 @@ class Malformed:
     """Request whose bytes are not a message of its type."""
 
     reason: str
+    error: ResourceExhaustedError | None = None
+    """Of a message beyond the limit of size, in place of the reason."""
+
+    @classmethod
+    def of(cls, error: Exception) -> Malformed:
+        """Return the request in place of a message that cannot be read."""
+        if isinstance(error, MessageSizeError):
+            excess = ResourceExhaustedError("request", error.expected, error.got)
+            return cls(str(error), excess)
+        return cls(str(error) or "truncated or garbage bytes")
 
 
 Parse = Callable[[bytes | Malformed | None], Any]
@@ -218,7 +229,7 @@ class Decompressor:
             check_gzip_head(data, self._descriptor, limits.max_images, size)
             return await self._memory.decompressed(caller, data, size)
         except MessageStructureError as error:
-            return Malformed(str(error))
+            return Malformed.of(error)
 
 
 def parser(
@@ -258,7 +269,7 @@ def parser(
                 return large(data)
             return deserializer(data)
         except (DecodeError, MessageStructureError) as error:
-            return Malformed(str(error) or "truncated or garbage bytes")
+            return Malformed.of(error)
 
     return parse
 
@@ -268,8 +279,11 @@ def check_message(request: object) -> None:
 
     Raises:
         InvalidArgumentError: Its bytes are not a message of its type.
+        ResourceExhaustedError: It is too large after decompression.
     """
     if isinstance(request, Malformed):
+        if request.error is not None:
+            raise request.error
         raise InvalidArgumentError("request", "a message of this method", request.reason)
 
 

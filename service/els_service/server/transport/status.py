@@ -9,25 +9,35 @@ from __future__ import annotations
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from els_service.errors import (
+    DeadlineExceededError,
     ElsError,
     InvalidArgumentError,
     ResourceExhaustedError,
     fit_for_headers,
 )
 
+DEADLINE_OPTIONS = "timeout_s, --timeout"
+"""Names of a call's deadline: of ``els_client`` and of its command."""
 
-def status_of(error: Exception) -> status_pb2.Status:
+
+def status_of(error: Exception, deadline_options: str = DEADLINE_OPTIONS) -> status_pb2.Status:
     """Return the status of an exception.
 
     An exception that is no ``ElsError`` becomes INTERNAL with a generic text, so that internals do
     not leak to clients.
+
+    Args:
+        error: any exception.
+        deadline_options: names of what sets a call's deadline, for errors that ask for a longer
+            one.
     """
     if not isinstance(error, ElsError):
         text = "internal error; the server's log has the cause"
         return status_pb2.Status(code=code_pb2.INTERNAL, message=text)
-    status = status_pb2.Status(
-        code=code_pb2.Code.Value(error.code), message=fit_for_headers(str(error))
-    )
+    text = str(error)
+    if isinstance(error, DeadlineExceededError) and error.is_too_short:
+        text += f" ({deadline_options})"
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=fit_for_headers(text))
     if isinstance(error, InvalidArgumentError | ResourceExhaustedError):
         violation = error.violation
         bad_request = error_details_pb2.BadRequest(

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from els_service.errors import PermissionDeniedError
 from els_service.server.addresses import is_loopback_name
-from els_service.server.web.errors import failed, rejected
+from els_service.server.web.errors import failed, method_not_allowed, rejected
 
 _SAFE = ("GET", "HEAD")
 _ADMINISTRATION = ("/v2/repository/models/", "/v2/logging")
@@ -80,9 +80,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
     """Return the response to a path or method that no route has."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        text = f"method: expected {allowed}"
-        return rejected(405, text, allow=allowed)
+        return method_not_allowed((error.headers or {}).get("Allow", "another method"))
     return rejected(error.status_code, "path: expected a route of docs/http.md, got another")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import orjson
 from els_service.config import Limits
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests.message_structure import (
+    MessageSizeError,
     MessageStructureError,
     is_gzip,
 )
@@ -28,6 +30,7 @@ _STRUCTURE = (b",", b":", b"[", b"{")
 _SHORT = 64 << 10
 """Maximum size of what is converted on the event loop."""
 _CONSTANTS = (b"NaN", b"Infinity")
+_CONSTANT = re.compile("NaN|Infinity")
 _IDENTITY = ("", "identity")
 
 _T = TypeVar("_T")
@@ -92,6 +95,8 @@ class BodyReader:
             if not is_gzip(data):
                 raise MessageStructureError("other data")
             return await self.memory.decompressed(caller_of(context), data, most)
+        except MessageSizeError as error:
+            raise ResourceExhaustedError("body", error.expected, error.got) from None
         except MessageStructureError as error:
             raise InvalidArgumentError("body", "gzip data, by Content-Encoding", error) from None
 
@@ -109,7 +114,7 @@ def parsed(data: bytes, field: str = "body") -> Any:
 
     A bare NaN or Infinity, which is no JSON but what Python and Triton's client write, is read as
     that number in a short document: whoever checks the number names its field. In a long one it is
-    rejected.
+    rejected, with its place.
 
     Raises:
         InvalidArgumentError: It is no JSON.
@@ -123,57 +128,13 @@ def parsed(data: bytes, field: str = "body") -> Any:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
         reason = str(error)
+        constant = _CONSTANT.match(error.doc, error.pos)
     if len(data) <= _SHORT and any(name in data for name in _CONSTANTS):
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             reason = str(error)
+    if constant is not None:
+        place = f"{constant.group()} at character {constant.start()}"
+        raise InvalidArgumentError(field, "finite numbers, as JSON has no others", place)
     raise InvalidArgumentError(field, "JSON", reason)
-
-
-def as_object(value: Any, field: str) -> dict[str, Any]:
-    """Return a JSON object; an absent one is empty.
-
-    Raises:
-        InvalidArgumentError: It is something else.
-    """
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise InvalidArgumentError(field, "an object", kind_of(value))
-    return value
-
-
-def as_list(value: Any, field: str) -> list[Any]:
-    """Return a JSON array; an absent one is empty.
-
-    Raises:
-        InvalidArgumentError: It is something else.
-    """
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise InvalidArgumentError(field, "an array", kind_of(value))
-    return value
-
-
-def as_text(value: Any, field: str) -> str:
-    """Return a JSON string; an absent one is empty.
-
-    Raises:
-        InvalidArgumentError: It is something else, or no valid Unicode.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InvalidArgumentError(field, "a string", kind_of(value))
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise InvalidArgumentError(field, "Unicode text", "a lone surrogate")
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """Return a description of a JSON value, for errors."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)[:100]
-    return "an array" if isinstance(value, list) else "an object"

@@ -17,6 +17,7 @@ from els_service.server.web.errors import CallError
 
 TIMEOUT = b"request-timeout"
 """Header of the deadline, in seconds from the arrival of the request."""
+_TIMEOUT_NAME = "Request-Timeout"
 _MAX_TIMEOUT_S = 2e6
 _DETAILS = "grpc-status-details-bin"
 
@@ -35,13 +36,24 @@ class HttpContext:
         receive: of ASGI.
         read: called once, when the handler awaits the message.
         write: called with each message of a stream of responses.
+        timeout_field: of the body, that limits the time of the call beside the header; empty if
+            there is none.
 
     Raises:
         InvalidArgumentError: The header of the deadline is no number of seconds.
     """
 
-    def __init__(self, scope: Any, receive: Any, read: Read, write: Write | None = None) -> None:
+    def __init__(
+        self,
+        scope: Any,
+        receive: Any,
+        read: Read,
+        write: Write | None = None,
+        timeout_field: str = "",
+    ) -> None:
         self.scope, self.receive = scope, receive
+        self.deadline_options = ", ".join(filter(None, (_TIMEOUT_NAME, timeout_field)))
+        """Names of what sets the deadline, for errors."""
         self._read, self._write = read, write
         self._metadata = metadata_of(scope)
         timeout_s = _timeout_s(scope["headers"])
@@ -139,7 +151,7 @@ class HttpContext:
         if self._is_gone:
             return CallError(status_pb2.Status(code=code_pb2.CANCELLED), close=True)
         if self._is_late:
-            text = "the time of the header Request-Timeout passed before the answer"
+            text = f"the time of the header {_TIMEOUT_NAME} passed before the answer"
             return CallError.of(DeadlineExceededError(text), close=close)
         text = "the server is shutting down; send the request to another replica"
         return CallError.of(UnavailableError(text), close=True)
@@ -172,6 +184,6 @@ def _timeout_s(headers: list[tuple[bytes, bytes]]) -> float | None:
                 seconds = math.nan
             if not 0 < seconds <= _MAX_TIMEOUT_S:
                 expected = f"a number of seconds from 0 to {_MAX_TIMEOUT_S:g}"
-                raise InvalidArgumentError("Request-Timeout", expected, repr(text))
+                raise InvalidArgumentError(_TIMEOUT_NAME, expected, repr(text))
             return seconds
     return None

@@ -100,6 +100,11 @@ def failed(error: ElsError) -> Response:
     return CallError.of(error).response()
 
 
+def method_not_allowed(allowed: str) -> Response:
+    """Return the response to another method of HTTP than the route's."""
+    return rejected(405, f"method: expected {allowed}", allow=allowed)
+
+
 def rejected(status: int, text: str, **headers: str) -> Response:
     """Return a response of HTTP's own errors."""
     return Response(orjson.dumps({"error": text}), status, headers, JSON)

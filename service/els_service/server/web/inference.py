@@ -17,14 +17,8 @@ import orjson
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.requests.signatures import FP32, INPUTS, INT64, OUTPUTS
-from els_service.server.web.bodies import (
-    MAX_VALUES,
-    as_list,
-    as_object,
-    as_text,
-    kind_of,
-    parsed,
-)
+from els_service.server.web.bodies import MAX_VALUES, parsed
+from els_service.server.web.json_values import as_list, as_object, as_text, kind_of
 
 HEADER_LENGTH = "inference-header-content-length"
 _BINARY, _BINARY_SIZE, _ALL_BINARY = "binary_data", "binary_data_size", "binary_data_output"

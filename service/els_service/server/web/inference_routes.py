@@ -17,16 +17,11 @@ from els_proto.inference import grpc_service_pb2 as pb
 from els_service.errors import InvalidArgumentError
 from els_service.server.transport.handlers import SharedHandlers
 from els_service.server.web import inference
-from els_service.server.web.bodies import (
-    BodyReader,
-    as_object,
-    header,
-    kind_of,
-    parsed,
-)
+from els_service.server.web.bodies import BodyReader, header, parsed
 from els_service.server.web.calls import call
 from els_service.server.web.context import HttpContext
 from els_service.server.web.errors import JSON
+from els_service.server.web.json_values import as_object, kind_of
 from els_service.server.web.messages import plain
 from els_service.server.web.responses import Answer, Endpoint, PartsResponse
 
@@ -94,7 +89,8 @@ class InferenceRoutes:
             message, wanted = await self._bodies.converted(context, convert)
             return message
 
-        context = HttpContext(request.scope, request.receive, read)
+        timeout = "parameters.timeout"
+        context = HttpContext(request.scope, request.receive, read, timeout_field=timeout)
         data = await call(self._handlers, f"{_SERVICE}ModelInfer", context)
         response = pb.ModelInferResponse.FromString(data)
         del data

@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import orjson
@@ -76,7 +77,7 @@ class Listener:
             reset_contextvars=True,
             ssl_context_factory=None if context is None else lambda *_: context,
         )
-        self._server = _Server(self._config)
+        self._server = _Server(self._config, settings.handshake_s)
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -105,7 +106,39 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    """Server that leaves signals to its process."""
+    """Server that leaves signals to its process, and limits the time of handshakes.
+
+    Args:
+        config: of uvicorn.
+        handshake_s: seconds that the handshake of TLS may take.
+    """
+
+    def __init__(self, config: uvicorn.Config, handshake_s: float) -> None:
+        super().__init__(config)
+        self._handshake_s = handshake_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections on sockets; the inherited method has no limit of handshakes."""
+        await self.lifespan.startup()
+        config, loop = self.config, asyncio.get_running_loop()
+        connection = partial(
+            cast(Any, config.http_protocol_class),
+            config=config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        limit_s = None if config.ssl is None else self._handshake_s
+        self.servers = [
+            await loop.create_server(
+                connection,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=limit_s,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.noise import standard_normal
 from els_service.errors import ElsError, InvalidArgumentError
 from els_service.server.requests.tensors import check_pixels, decode_pixels, encode_tensor
+from els_service.server.web.json_values import kind_of
 
 _MODES = {1: "L", 3: "RGB"}
 """Channels → mode of Pillow."""
@@ -151,10 +152,10 @@ def _file_of(field: str, file: Any) -> bytes:
     if isinstance(file, str):
         try:
             file = base64.b64decode(file.rpartition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise InvalidArgumentError(field, "a PNG file in base64", error) from None
+        except (binascii.Error, ValueError):
+            raise InvalidArgumentError(field, "a PNG file in base64", "another string") from None
     if not isinstance(file, bytes):
-        raise InvalidArgumentError(field, "a PNG file in base64", type(file).__name__)
+        raise InvalidArgumentError(field, "a PNG file in base64", kind_of(file))
     if len(file) < _HEAD.size or not file.startswith(_MAGIC):
         raise InvalidArgumentError(field, "a PNG file", "other data")
     return file
@@ -169,13 +170,14 @@ def _pixels(
             if picture.size != given:
                 # A second head, which Pillow takes instead.
                 expected = f"{given[0]}x{given[1]}, as its head says"
-                raise InvalidArgumentError(field, expected, picture.size)
+                got = f"{picture.width}x{picture.height}"
+                raise InvalidArgumentError(field, expected, got)
             upright = _converted(field, picture, channels)
     except ElsError:
         raise
-    except Exception as error:
-        # A list of all exceptions of a decoder would not be complete.
-        raise InvalidArgumentError(field, "a PNG file", str(error) or "a damaged one") from None
+    except Exception:
+        # A list of all exceptions of a decoder would not be complete; their texts speak of Python.
+        raise InvalidArgumentError(field, "a PNG file", "a damaged one") from None
     if size is not None and upright.size != size[::-1]:
         upright = upright.resize(size[::-1], Image.Resampling.LANCZOS)
     pixels = np.asarray(upright).reshape(upright.height, upright.width, channels)
