@@ -108,3 +108,25 @@ def test_a_wrong_sweep_is_exit_code_two(args: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["bench", *args])
     assert result.exit_code == 2
     assert "expected" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "expected"),
+    [
+        ("--plot", "load.xyz", "expected a name of a picture"),
+        ("--plot", "load", "expected a name of a picture"),
+        ("--plot", "folder.png", "expected a file, got a folder"),
+        ("--json", "folder.png", "expected a file, got a folder"),
+        ("--json", "absent/load.json", "expected an existing folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_rejected_before_the_load(
+    tmp_path: Path, option: str, name: str, expected: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    # No server is there: a load would fail with another text.
+    target = "127.0.0.1:9"
+    command = ["bench", "--target", target, option, str(tmp_path / name)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert expected in result.stderr.replace("\n", " ")

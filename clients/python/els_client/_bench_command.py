@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,14 +185,15 @@ def bench(
             count=count,
             seed=seed,
         )
+        # Before the load, so that its results are not lost.
         for path in (json, plot):
-            # Checked before the load, so that results are not lost.
-            if path and not path.parent.is_dir():
-                raise InvalidArgumentError(f"{path}: expected an existing folder")
+            _check_file(path)
         # Extras, slow to import, and missing ones are better known before the load.
         with _extra():
             if plot:
-                from els_client.bench.plot import draw, draw_sweep
+                from els_client.bench.plot import check_suffix, draw, draw_sweep
+
+                check_suffix(plot)
             if rates is None:
                 with terminal.waiting(f"loading {plan.model} at {plan.target}"):
                     report = run(plan)
@@ -209,6 +211,22 @@ def bench(
             swept.write(json)
         if plot:
             draw_sweep(swept, plot)
+
+
+def _check_file(path: Path | None) -> None:
+    """Check that a file can be written to a path.
+
+    Raises:
+        InvalidArgumentError: It cannot.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise InvalidArgumentError(f"{path}: expected an existing folder")
+    if path.is_dir():
+        raise InvalidArgumentError(f"{path}: expected a file, got a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InvalidArgumentError(f"{path}: expected a file that can be written")
 
 
 def _sweep(plan: Plan, rates: tuple[float, ...]) -> Sweep:

@@ -11,6 +11,18 @@ from matplotlib.figure import Figure
 
 from els_client.bench.report import Outcome, Report, latencies_of
 from els_client.bench.sweep import Sweep, served_per_s
+from els_client.errors import InvalidArgumentError
+
+
+def check_suffix(path: Path) -> None:
+    """Check that a plot can be written to a file of that name.
+
+    Raises:
+        InvalidArgumentError: The suffix is of no format that matplotlib writes.
+    """
+    if path.suffix.lower().removeprefix(".") not in Figure().canvas.get_supported_filetypes():
+        text = f"{path}: expected a name of a picture, such as load.png, .svg or .pdf"
+        raise InvalidArgumentError(text)
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
