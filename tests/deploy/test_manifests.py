@@ -99,14 +99,18 @@ def test_the_grace_period_is_the_pause_before_sigterm_and_what_the_drain_takes(
 @each_combination
 def test_ports_are_those_of_the_settings_and_services_find_them(combination: Combination) -> None:
     found, chosen = pods(combination), settings(combination)
-    ports = [port["containerPort"] for port in found.server["ports"]]
+    ports = {port["name"]: port["containerPort"] for port in found.server["ports"]}
     http = [] if chosen.http_port is None else [chosen.http_port]
-    assert ports == [chosen.port, chosen.metrics_port, chosen.health_port, *http]
+    expected = [chosen.port, chosen.metrics_port, chosen.health_port, *http]
+    assert sorted(ports.values()) == sorted(expected)
     services = of_kind(combination, "Service")
     assert {one["metadata"]["name"] for one in services} == {"els-denoise", "els-denoise-headless"}
     for service in services:
         assert selected(service["spec"]["selector"], found.labels)
         assert [port["port"] for port in service["spec"]["ports"]] == [chosen.port, *http]
+        assert [ports[port["targetPort"]] for port in service["spec"]["ports"]] == [
+            *(chosen.port, *http),
+        ]
 
 
 @each_combination
@@ -123,6 +127,10 @@ def test_nothing_gets_in_or_out_that_no_policy_names(combination: Combination) -
         for policy in policies.values()
         for rule in [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
     ]
+    entries = [rule for one in policies.values() for rule in one["spec"].get("ingress", [])]
+    named = {port["name"] for port in found.server["ports"]}
+    admitted = {port["port"] for entry in entries for port in entry["ports"]}
+    assert {port for port in admitted if isinstance(port, str)} <= named
     # A rule without peers would be one for everybody.
     assert rules
     assert all(peers and all(peers) and ports for peers, ports in rules)
@@ -186,6 +194,29 @@ def test_plain_text_is_asked_for_where_there_is_no_tls_and_nowhere_else(
     chosen = settings(combination)
     assert chosen.insecure is ("tls" not in combination[1])
     assert (chosen.tls_certificate is None) is chosen.insecure
+
+
+@pytest.mark.parametrize(("component", "protocol"), [("kserve", "grpc-v2"), ("kserve-rest", "v2")])
+def test_under_kserve_the_first_port_speaks_the_protocol_of_the_service(
+    component: str, protocol: str
+) -> None:
+    combination = ("cpu", (component,))
+    (runtime,), (service,) = (
+        of_kind(combination, kind) for kind in ("ServingRuntime", "InferenceService")
+    )
+    model, chosen = service["spec"]["predictor"]["model"], settings(combination)
+    assert model["protocolVersion"] == protocol
+    assert runtime["spec"]["protocolVersions"] == ["v2", "grpc-v2"][protocol == "grpc-v2" :]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"]["name"] in {
+        one["name"] for one in runtime["spec"]["supportedModelFormats"]
+    }
+    # The predictor's Service forwards port 80, which KServe's address ends at, to the first.
+    first = runtime["spec"]["containers"][0]["ports"][0]
+    asked = chosen.port if protocol == "grpc-v2" else chosen.http_port
+    assert first["containerPort"] == asked
+    assert first["protocol"] == "TCP"
+    assert first["name"] == ("h2c" if protocol == "grpc-v2" else "http")
 
 
 @pytest.mark.parametrize("scaler", ["hpa", "keda"])
