@@ -14,6 +14,9 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)|<img src=\"([^\"]+)\"")
+_TARGET = re.compile(r"^([a-z][a-z-]*):", re.MULTILINE)
+_CODE = re.compile(r"`([^`\n]+)`")
+_MADE = re.compile(r"`make ([a-z-]+)`")
 _TOUR = re.compile(r"^\| \[`([^`]+)`\]", re.MULTILINE)
 
 
@@ -33,3 +36,11 @@ def test_the_tour_has_at_most_1500_lines() -> None:
     files = _TOUR.findall((ROOT / "docs" / "architecture.md").read_text())
     assert files
     assert sum(len((ROOT / name).read_text().splitlines()) for name in files) <= 1500
+
+
+def test_the_page_of_commands_has_every_target_of_make_and_no_other() -> None:
+    defined = set(_TARGET.findall((ROOT / "Makefile").read_text()))
+    page = (ROOT / "docs" / "commands.md").read_text()
+    named = {name for code in _CODE.findall(page) for name in code.split()}
+    assert defined <= named
+    assert {name for name in _MADE.findall(page)} <= defined
