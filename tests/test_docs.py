@@ -43,4 +43,4 @@ def test_the_page_of_commands_has_every_target_of_make_and_no_other() -> None:
     page = (ROOT / "docs" / "commands.md").read_text()
     named = {name for code in _CODE.findall(page) for name in code.split()}
     assert defined <= named
-    assert {name for name in _MADE.findall(page)} <= defined
+    assert set(_MADE.findall(page)) <= defined

@@ -80,14 +80,7 @@ async function withMouse() {
   await page.locator("#step-name", { hasText: `after step 4 of ${STEPS}` }).waitFor();
   await page.fill("#scrub", String(STEPS));
   await page.locator("#step-name", { hasText: `after step ${STEPS} of ${STEPS}` }).waitFor();
-  // Dropped, as from a folder of the desktop.
-  const data = readFileSync(picture).toString("base64");
-  const transfer = await page.evaluateHandle(async (content) => {
-    const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
-    const dropped = new DataTransfer();
-    dropped.items.add(new File([bytes], "picture.png", { type: "image/png" }));
-    return dropped;
-  }, data);
+  const transfer = await transferOf(page, picture, "image/png");
   await page.selectOption("#own-model", "fashion");
   await page.dispatchEvent("#drop", "dragover", { dataTransfer: transfer });
   await page.dispatchEvent("#drop", "drop", { dataTransfer: transfer });
@@ -106,6 +99,87 @@ async function withMouse() {
   await accessible(page, "after drawing");
   await page.evaluate(() => scrollTo(0, 0));
   await page.screenshot({ path: `${folder}/page-desktop.png`, fullPage: true });
+  assert.deepEqual(faults, []);
+  await context.close();
+}
+
+// A file in a drag, as from a folder of the desktop.
+async function transferOf(page, file, type) {
+  return page.evaluateHandle(async ([content, kind]) => {
+    const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
+    const dropped = new DataTransfer();
+    dropped.items.add(new File([bytes], "picture.png", { type: kind }));
+    return dropped;
+  }, [readFileSync(file).toString("base64"), type]);
+}
+
+async function againstMistakes() {
+  const { page, faults, context } = await opened({ viewport: SIZES.desktop });
+  const posted = [];
+  page.on("request", (request) => request.method() === "POST" && posted.push(request));
+  // A seed beyond what a number of JavaScript holds reaches the server as it was written.
+  await page.selectOption("#draw-model", "fashion");
+  await page.fill("#draw-steps", "4");
+  await page.fill("#draw-seed", "9007199254740993");
+  await page.click("#draw-start");
+  await page.locator("#draw-progress", { hasText: "Drawn in 4 steps" }).waitFor();
+  assert.equal(posted.at(-1).postDataJSON().seed, "9007199254740993");
+  // What is no whole number is not sent.
+  const before = posted.length;
+  await page.fill("#draw-seed", "-1");
+  await page.click("#draw-start");
+  assert.equal(posted.length, before);
+  await page.fill("#draw-seed", "0");
+  // The picture and its mosaic are of the model that drew them.
+  assert.ok(await page.locator("#mosaic-figure").isVisible());
+  await page.selectOption("#draw-model", "fashion-ideal");
+  assert.ok(await page.locator("#draw-result").isHidden());
+  assert.ok(await page.locator("#scrub-row").isHidden());
+  assert.equal(await page.locator("#draw-progress").textContent(), "");
+  // A change while a sample is drawn ends it.
+  await page.fill("#draw-steps", "200");
+  await page.click("#draw-start");
+  await page.locator("#draw-progress", { hasText: /Drawing|Waiting/ }).waitFor();
+  await page.selectOption("#draw-model", "fashion");
+  await page.locator("#draw-stop:disabled").waitFor();
+  await page.locator("#draw-start:enabled").waitFor();
+  assert.ok(await page.locator("#draw-result").isHidden());
+  // A file that is dropped beside the zone neither replaces the page nor is taken.
+  const transfer = await transferOf(page, picture, "image/png");
+  for (const target of ["body", "#models"]) {
+    for (const name of ["dragover", "drop"]) {
+      const prevented = await page.evaluate(([selector, type, dropped]) => {
+        const options = { bubbles: true, cancelable: true, dataTransfer: dropped };
+        return !document.querySelector(selector).dispatchEvent(new DragEvent(type, options));
+      }, [target, name, transfer]);
+      assert.ok(prevented, `${name} on ${target}`);
+    }
+  }
+  assert.ok(await page.locator("#own-result").isHidden());
+  // The button of the remix checks the fields, too.
+  await page.dispatchEvent("#drop", "drop", { dataTransfer: transfer });
+  await page.locator("#own-progress", { hasText: "ready" }).waitFor();
+  const unsent = posted.length;
+  await page.fill("#strength", "7");
+  await page.click("#remix");
+  await page.fill("#strength", "0.6");
+  await page.fill("#own-seed", "1.5");
+  await page.click("#remix");
+  assert.equal(posted.length, unsent);
+  await page.fill("#own-seed", "18446744073709551615");
+  await page.click("#denoise");
+  await page.locator("#own-progress", { hasText: "Done" }).waitFor();
+  assert.equal(posted.at(-1).postDataJSON().noise_seed, "18446744073709551615");
+  assert.ok(await isDrawn(page, "after") > 10);
+  // Another model has no result yet.
+  await page.selectOption("#own-model", "fashion-ideal");
+  await page.locator("#own-progress", { hasText: "ready" }).waitFor();
+  assert.equal(await isDrawn(page, "after"), 1);
+  // What is no picture leaves none to compute with.
+  const text = await transferOf(page, process.argv[1], "text/plain");
+  await page.dispatchEvent("#drop", "drop", { dataTransfer: text });
+  await page.locator("#own-progress", { hasText: "no picture" }).waitFor();
+  assert.ok(await page.locator("#denoise").isDisabled());
   assert.deepEqual(faults, []);
   await context.close();
 }
@@ -166,7 +240,7 @@ async function onPhone() {
   }
 }
 
-for (const check of [withMouse, withKeyboard, onPhone]) {
+for (const check of [withMouse, againstMistakes, withKeyboard, onPhone]) {
   await check();
   console.log(`${check.name}: ok`);
 }

@@ -37,11 +37,12 @@ export async function get(path) {
   return (await check(await fetch(path, { headers: headers() }))).json();
 }
 
-export async function post(path, body) {
+export async function post(path, body, signal) {
   const sent = {
     method: "POST",
     headers: headers({ "Content-Type": "application/json" }),
     body: JSON.stringify(body),
+    signal,
   };
   return (await check(await fetch(path, sent))).json();
 }

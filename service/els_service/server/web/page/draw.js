@@ -16,8 +16,31 @@ let cursor = { row: 0, column: 0 };
 export function setUpDrawing(found) {
   models = found;
   const [able, first] = drawable(models);
+  const before = at("draw-model").value;
   options(at("draw-model"), able.map((model) => [model.name, model.name]), first);
+  if (before && at("draw-model").value !== before) clear();
   showModel();
+}
+
+// Removes what another model drew, and ends what it draws.
+function clear() {
+  running?.abort();
+  running = null;
+  steps = [];
+  at("draw-result").hidden = at("scrub-row").hidden = true;
+  showProgress("");
+  forgetSource();
+}
+
+function forgetSource() {
+  at("source").textContent = "None chosen.";
+  at("source-list").replaceChildren();
+  cursor = { row: 0, column: 0 };
+}
+
+function showProgress(text, bad = false) {
+  at("draw-progress").textContent = text;
+  at("draw-progress").classList.toggle("error", bad);
 }
 
 function showTime() {
@@ -41,7 +64,8 @@ function body(chosen) {
   const explained = Array.from({ length: count }, (_, i) => i + 1)
     .filter((step) => step === count || (count - step) % every === 0).slice(-EXPLAINED);
   return {
-    seed: Number(at("draw-seed").value),
+    // A string, as a number here has no integers beyond 2^53.
+    seed: at("draw-seed").value,
     ...(pyramid ? { sampler: "pyramid", steps: 0 } : { steps: count }),
     ...(label === "" || pyramid ? {} : { labels: [Number(label)] }),
     ...(chosen.has_sources && !pyramid
@@ -52,8 +76,8 @@ function body(chosen) {
   };
 }
 
-async function onStep(message) {
-  if (!message.denoised?.png) return;
+async function onStep(message, drawing) {
+  if (!message.denoised?.png || drawing !== running) return;
   const last = message.index === message.total;
   const png = (last && message.decoded?.png?.[0]) || message.denoised.png[0];
   const explanation = message.explanations[0] ?? steps.at(-1)?.explanation;
@@ -61,7 +85,7 @@ async function onStep(message) {
   at("draw-result").hidden = at("scrub-row").hidden = false;
   at("scrub").max = String(steps.length);
   at("scrub").value = String(steps.length);
-  at("draw-progress").textContent = last ? `Drawn in ${message.total} steps.` : "Drawing…";
+  showProgress(last ? `Drawn in ${message.total} steps.` : "Drawing…");
   await showStep(steps.at(-1));
 }
 
@@ -145,25 +169,24 @@ function entry(explanation, images, { image, row, column, weight }) {
 
 async function draw() {
   const chosen = model();
-  running = new AbortController();
+  const drawing = running = new AbortController();
   steps = [];
   at("draw-start").disabled = true;
   at("draw-stop").disabled = false;
-  at("draw-progress").classList.remove("error");
-  at("draw-progress").textContent = "Waiting for the first step…";
-  at("source").textContent = "None chosen.";
-  cursor = { row: 0, column: 0 };
-  at("source-list").replaceChildren();
+  showProgress("Waiting for the first step…");
+  forgetSource();
+  const path = `/v1/models/${encodeURIComponent(chosen.name)}:sample`;
   try {
-    await stream(`/v1/models/${encodeURIComponent(chosen.name)}:sample`, body(chosen), running.signal, onStep);
+    await stream(path, body(chosen), drawing.signal, (message) => onStep(message, drawing));
   } catch (error) {
     const stopped = error.name === "AbortError";
-    at("draw-progress").textContent = stopped ? "Stopped." : error.message;
-    at("draw-progress").classList.toggle("error", !stopped);
+    if (drawing === running) showProgress(stopped ? "Stopped." : error.message, !stopped);
   } finally {
-    at("draw-start").disabled = false;
-    at("draw-stop").disabled = true;
-    running = null;
+    if (drawing === running || !running) {
+      at("draw-start").disabled = false;
+      at("draw-stop").disabled = true;
+      running = null;
+    }
   }
 }
 
@@ -172,7 +195,10 @@ at("draw-form").addEventListener("submit", (event) => {
   if (!running) draw();
 });
 at("draw-stop").addEventListener("click", () => running?.abort());
-at("draw-model").addEventListener("change", showModel);
+at("draw-model").addEventListener("change", () => {
+  clear();
+  showModel();
+});
 at("draw-steps").addEventListener("input", showTime);
 at("scrub").addEventListener("input", () => shown() && showStep(shown()));
 
