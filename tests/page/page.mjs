@@ -54,7 +54,10 @@ async function fits(page) {
 
 const isDrawn = (page, id) => page.evaluate((name) => {
   const canvas = document.getElementById(name);
-  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  // Read from a copy: Chromium warns of a page's own canvas that is read often.
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
   return new Set(new Uint32Array(data.buffer)).size;
 }, id);
 
