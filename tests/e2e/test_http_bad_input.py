@@ -399,6 +399,9 @@ def test_too_many_json_values_and_too_long_a_body_are_rejected(http: HttpClient)
     assert post_binary(http, "/v2/models/gaussian/infer", many, contents).status == 200
 
 
+CHUNKED = (
+    b"POST /v2/models/zeros/infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
 SENT: dict[str, tuple[bytes, bytes]] = {
     "a length beyond the limit": (
         b"POST /v2/models/zeros/infer HTTP/1.1\r\nHost: localhost\r\n"
@@ -417,6 +420,10 @@ SENT: dict[str, tuple[bytes, bytes]] = {
         b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"",
     ),
+    "trailers without end": (CHUNKED + b"0\r\n" + b"X: " + b"x" * 1_000_000, b""),
+    "many trailers": (CHUNKED + b"0\r\n" + b"X: y\r\n" * 200_000, b""),
+    "a vast extension of a chunk": (CHUNKED + b"1;" + b"x" * 1_000_000, b""),
+    "bytes one by one": (CHUNKED + b"1\r\n \r\n" * 5_000, b""),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +115,26 @@ def test_bodies_beyond_the_limits_are_413_and_full_memory_is_429_with_a_time_to_
         reply = other.post(SAMPLE, large)
         assert (reply.status, reply.json["code"]) == (429, "RESOURCE_EXHAUSTED"), reply.json
         assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_responses_that_are_not_read_stay_in_the_budget(
+    server: ServerProcess, http: HttpClient
+) -> None:
+    shape = [256, 3, 32, 32]
+    tensor = {"dtype": "DTYPE_F16", "shape": shape, "data": "AAAA" * (math.prod(shape) * 2 // 3)}
+    body = json.dumps({"sigma": 1, "x": tensor}).encode()
+    head = b"POST /v1/models/gaussian:denoise HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    with closing(socket.socket()) as lazy:
+        # Else the buffers of the system would take the response.
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.settimeout(TIMEOUT_S)
+        lazy.connect(("127.0.0.1", http.port))
+        lazy.sendall(head + b"%d\r\n\r\n" % len(body) + body)
+        assert lazy.recv(15) == b"HTTP/1.1 200 OK"
+        held = value(server, "els_memory_in_flight_bytes")
+        assert held >= math.prod(shape) * 4
+        assert value(server, "els_memory_in_flight_bytes") == held
+    until(lambda: value(server, "els_memory_in_flight_bytes") < held)
 
 
 def test_a_drain_ends_streams_with_a_resume_token_and_exits(models: Path) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import struct
 import zlib
 from typing import Any
+from unittest.mock import Mock
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from els_service.config import Limits
+from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.web import pictures
 from els_service.server.web.app import application
+from els_service.server.web.denoise_requests import Exchange, RequestConverter
 
 GREY = (1, 4, 4)
 
@@ -58,12 +62,35 @@ def test_a_second_head_with_another_size_is_rejected_before_its_pixels_are_decod
 
 
 def test_the_bytes_that_pictures_take_are_known_from_their_heads() -> None:
-    limits = limited()
-    body = json.dumps({"x": [base64.b64encode(png(30, 20)).decode()] * 2}).encode()
-    assert pictures.decoded_bytes(png(30, 20), limits) == 8 * 600
-    assert pictures.decoded_bytes(body, limits) == 2 * 8 * 600
-    assert pictures.decoded_bytes(b'{"x": [0.5]}', limits) == 0
-    assert pictures.decoded_bytes(png()[:20], limits) == 0
+    def taken(value: Any, *, noisy: bool = False) -> int:
+        return pictures.decoded_bytes({"sigma": 1, "x": value}, limited(), noisy=noisy)
+
+    text = base64.b64encode(png(30, 20)).decode()
+    assert taken(png(30, 20)) == taken(text) == taken(f"data:image/png;base64,{text}") == 8 * 600
+    assert taken([text, text]) == taken({"png": [text, text]}) == 2 * 8 * 600
+    assert taken(text, noisy=True) > 8 * 600
+    assert taken([text] * 60_000) == 8 * 65 * 600  # as many as are counted before all are rejected
+    for other in (0.5, [0.5], None, {}, {"png": None}, "%%%", text[:20], png()[:20], [text[:20]]):
+        assert taken(other) == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [("", '{{"image": "\\u0069{rest}"}}'), ("image=i{rest}", "")],
+    ids=["escaped in JSON", "in the query"],
+)
+def test_pictures_are_counted_however_their_text_is_written(query: str, body: str) -> None:
+    text = base64.b64encode(png(30, 20)).decode()
+    scope = {
+        "type": "http",
+        "headers": [],
+        "query_string": quote(query.format(rest=text[1:]), safe="=").encode(),
+    }
+    exchange = Exchange("denoise", Request(scope))
+    converter = RequestConverter(Mock(spec=ModelRegistry), limited())
+    fields = converter.fields(exchange, body.format(rest=text[1:]).encode())
+    assert fields == {"x": text}
+    assert converter.decoded_bytes(exchange, fields) == 8 * 600
 
 
 @pytest.mark.parametrize(

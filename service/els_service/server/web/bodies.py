@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -22,7 +23,6 @@ from els_service.server.transport.call_context import caller_of
 from els_service.server.transport.connections import LARGE_BYTES
 from els_service.server.transport.message_memory import MessageMemory
 from els_service.server.web.context import HttpContext
-from els_service.server.web.pictures import decoded_bytes
 
 MAX_VALUES = 1 << 18
 """Maximum number of values in a JSON document, counted by its commas, colons and brackets."""
@@ -54,21 +54,41 @@ class BodyReader:
         """Return the result of a function of the body, off the event loop if the body is large.
 
         Raises:
-            InvalidArgumentError: Its encoding is wrong; whatever ``convert`` raises.
+            InvalidArgumentError, ResourceExhaustedError, QueueFullError: As ``received`` and
+                ``aside``.
+        """
+        data = await self.received(context)
+        return await self.aside(context, len(data), partial(convert, data))
+
+    async def received(self, context: HttpContext) -> bytes:
+        """Return the body, decompressed.
+
+        Raises:
+            InvalidArgumentError: Its encoding is wrong.
             ResourceExhaustedError, QueueFullError: It is too large, or there is no memory for it.
         """
         encoding = header(context, "content-encoding").lower()
         if encoding not in (*_IDENTITY, *(("gzip",) if self.compression else ())):
             raise InvalidArgumentError("Content-Encoding", self._encodings(), repr(encoding))
         data = await self._received(context)
-        if encoding == "gzip":
-            data = await self._decompressed(context, data)
-        decoded = decoded_bytes(data, self.limits)
-        if len(data) + decoded <= LARGE_BYTES:
-            return convert(data)
-        holding = self.memory.reserve(caller_of(context), len(data) + decoded)
+        return await self._decompressed(context, data) if encoding == "gzip" else data
+
+    async def aside(self, context: HttpContext, size: int, work: Callable[[], _T]) -> _T:
+        """Return the result of a function, off the event loop if it takes many bytes.
+
+        Args:
+            context: of the call, whose caller is charged.
+            size: bytes that the function reads and writes, about.
+            work: the function; its exceptions are passed on.
+
+        Raises:
+            QueueFullError: There is no memory for it.
+        """
+        if size <= LARGE_BYTES:
+            return work()
+        holding = self.memory.reserve(caller_of(context), size)
         try:
-            return await asyncio.to_thread(convert, data)
+            return await asyncio.to_thread(work)
         finally:
             self.memory.budget.release(holding)
 

@@ -120,16 +120,46 @@ class RequestConverter:
     models: ModelRegistry
     limits: Limits
 
-    def converted(self, exchange: Exchange, data: bytes) -> bytes:
-        """Return the serialised message of a body, and set the options of the exchange.
+    def fields(self, exchange: Exchange, data: bytes) -> dict[str, Any]:
+        """Return the fields of query and body, and set the options of the exchange.
+
+        Returns:
+            JSON values by name, with ``image`` under the name that it stands for.
+
+        Raises:
+            InvalidArgumentError: The body is no JSON object, or an option has a wrong value.
+            ResourceExhaustedError: The body has too many values.
+        """
+        fields = _query(exchange.request)
+        picture = exchange.method.picture
+        if exchange.has_picture:
+            if fields.keys() & {"image", picture}:
+                raise InvalidArgumentError(picture, "none beside a picture as the body", "one")
+            fields[picture] = data
+        elif data:
+            fields |= as_object(parsed(data), "body")
+        image = fields.pop("image", None)
+        if image is not None:
+            if fields.get(picture) is not None:
+                raise InvalidArgumentError("image", f"none beside {picture}", kind_of(image))
+            fields[picture] = image
+        exchange.options = _options(fields)
+        return fields
+
+    def decoded_bytes(self, exchange: Exchange, fields: dict[str, Any]) -> int:
+        """Return about how many bytes ``message`` takes for the pictures among fields."""
+        noisy = exchange.options.noise_seed is not None
+        return pictures.decoded_bytes(fields, self.limits, noisy=noisy)
+
+    def message(self, exchange: Exchange, fields: dict[str, Any]) -> bytes:
+        """Return the serialised message of the fields of an exchange.
 
         Raises:
             InvalidArgumentError: A field is wrong.
             NotFoundError: There is no such model.
-            ResourceExhaustedError: The body exceeds a limit.
+            ResourceExhaustedError: A picture exceeds a limit.
         """
-        fields = self._fields(exchange, data)
-        exchange.options = options = _options(fields)
+        options = exchange.options
         if options.strength is not None and exchange.name != "remix":
             raise InvalidArgumentError("strength", "none but for remix", kind_of(options.strength))
         message: Any = message_class(exchange.method.rpc)()
@@ -155,23 +185,6 @@ class RequestConverter:
             raise InvalidArgumentError("noise_seed", "a picture as x and a level beside it", "none")
         content: bytes = message.SerializeToString()
         return content
-
-    def _fields(self, exchange: Exchange, data: bytes) -> dict[str, Any]:
-        """Return the fields of query and body; ``image`` under the name that it stands for."""
-        fields = _query(exchange.request)
-        picture = exchange.method.picture
-        if exchange.has_picture:
-            if fields.keys() & {"image", picture}:
-                raise InvalidArgumentError(picture, "none beside a picture as the body", "one")
-            fields[picture] = data
-        elif data:
-            fields |= as_object(parsed(data), "body")
-        image = fields.pop("image", None)
-        if image is not None:
-            if fields.get(picture) is not None:
-                raise InvalidArgumentError("image", f"none beside {picture}", kind_of(image))
-            fields[picture] = image
-        return fields
 
     def _set_defaults(self, exchange: Exchange, fields: dict[str, Any]) -> None:
         """Set the fields that a sample or remix has by default."""

@@ -33,7 +33,7 @@ from els_service.server.web.denoise_requests import (
 )
 from els_service.server.web.errors import JSON, CallError, method_not_allowed
 from els_service.server.web.messages import plain
-from els_service.server.web.responses import Endpoint
+from els_service.server.web.responses import Endpoint, send_parts, sized_response
 
 _LARGE_BYTES = 64 << 10
 _SCALED = ("score", "vjp", "jvp")
@@ -126,35 +126,38 @@ class DenoiseRoutes:
             if not started:
                 started = True
                 await send(_LINES_START)
-            await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+            await send_parts(send, (line + b"\n",))
 
         try:
             await call(self._handlers, _path(exchange.method.rpc), self._context(exchange, write))
         except CallError as failure:
             if not started:
                 raise
-            line = orjson.dumps(failure.body())
-            await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+            await send_parts(send, (orjson.dumps(failure.body()) + b"\n",))
         await send({"type": "http.response.body", "body": b""})
 
     async def _response(self, exchange: Exchange, found: Any) -> Response:
         found = _message(exchange.method.rpc, found)
         if not exchange.wants_png:
             described = await _aside(found, lambda: _dumped(_described(exchange, found)))
-            return Response(described, media_type=JSON)
+            return sized_response(described, JSON)
         shown = next(name for name in exchange.method.shown if found.HasField(name))
         tensor, scaled = getattr(found, shown), shown in _SCALED
         sheet = await _aside(found, lambda: pictures.sheet_of(tensor, scaled=scaled))
         if sheet is None:
             got = f"{PNG} of images [C, H, W] = {list(tensor.shape[1:])}"
             raise InvalidArgumentError("Accept", "application/json for this model", got)
-        return Response(sheet, media_type=PNG)
+        return sized_response(sheet, PNG)
 
     def _context(self, exchange: Exchange, write: Any = None) -> HttpContext:
         async def read(context: HttpContext) -> bytes:
-            return await self._bodies.converted(
-                context, lambda data: self._requests.converted(exchange, data)
-            )
+            bodies, requests = self._bodies, self._requests
+            data = await bodies.received(context)
+            size = len(data) + len(exchange.request.scope["query_string"])
+            fields = await bodies.aside(context, size, lambda: requests.fields(exchange, data))
+            # Known from the heads of pictures, which JSON may spell in many ways.
+            size += requests.decoded_bytes(exchange, fields)
+            return await bodies.aside(context, size, lambda: requests.message(exchange, fields))
 
         request, timeout = exchange.request, exchange.method.timeout_field
         return HttpContext(request.scope, request.receive, read, write, timeout)

@@ -23,7 +23,7 @@ from els_service.server.web.context import HttpContext
 from els_service.server.web.errors import JSON
 from els_service.server.web.json_values import as_object, kind_of
 from els_service.server.web.messages import plain
-from els_service.server.web.responses import Answer, Endpoint, PartsResponse
+from els_service.server.web.responses import Answer, Endpoint, PartsResponse, sized_response
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _MODEL = "/v2/models/{model}"
@@ -97,7 +97,7 @@ class InferenceRoutes:
         assert wanted is not None
         parts, head = inference.encoded(response, wanted)
         if head is None:
-            return Response(parts[0], media_type=JSON)
+            return sized_response(parts[0], JSON)
         headers = {"inference-header-content-length": str(head)}
         if sum(map(len, parts)) <= 64 << 10:
             return Response(b"".join(parts), 200, headers, "application/octet-stream")

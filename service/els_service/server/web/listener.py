@@ -23,6 +23,9 @@ _HEAD_BYTES = 16 << 10
 """Maximum size of a request's line and headers that arrive in several parts."""
 _PIPELINED = 16
 """Maximum requests that wait for the response to an earlier one of their connection."""
+_CHUNKS, _LEAST_CHUNK_BYTES = 1024, 64
+"""Chunks of a body after which their mean size has a minimum: each costs the event loop some
+microseconds."""
 _CLOSE_S = 1.0
 
 
@@ -146,13 +149,19 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _TooManyError(Exception):
+    """Too many requests in a row, or chunks of a body; ends the parser's work at once."""
+
+
 class _Connection(HttpToolsProtocol):
-    """One HTTP connection, with limits of number, age, and time and size of a request's head."""
+    """One HTTP connection, with limits of number, age, and time and size of what is no body."""
 
     limits: _Limits
     _timer: asyncio.TimerHandle | None = None
     _in_head = True
     _head = 0
+    """Bytes received since the last part of a body, or the start of a head."""
+    _chunks = _body = 0
     _since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -172,27 +181,46 @@ class _Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse data; reject a head that is too large."""
+        """Parse data; reject a head, an extension of a chunk, or trailers that are too large."""
         self._head += len(data)
         super().data_received(data)
-        if self._in_head and self._head > _HEAD_BYTES and not self.transport.is_closing():
+        if self._head > _HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431, f"headers: expected at most {_HEAD_BYTES} bytes, got more")
 
     def on_message_begin(self) -> None:
         """Start the time limit of a head."""
         self._in_head, self._head = True, 0
+        self._chunks = self._body = 0
         self._restart()
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; trailers, which come after the body, are ignored."""
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Begin a request."""
         self._in_head = False
         self._stop()
+        if len(self.pipeline) >= _PIPELINED:
+            raise _TooManyError
         super().on_headers_complete()
         if self.loop.time() - self._since > self.limits.age_s:
             self.cycle.keep_alive = False
-        if len(self.pipeline) > _PIPELINED:
-            self.transport.abort()
+
+    def on_chunk_header(self) -> None:
+        """Count a chunk; called by the parser, also for the last, which is empty."""
+        self._head = 0
+        self._chunks += 1
+        if self._chunks > _CHUNKS and self._body < _LEAST_CHUNK_BYTES * self._chunks:
+            raise _TooManyError
+
+    def on_body(self, body: bytes) -> None:
+        """Receive a part of a body."""
+        self._head = 0
+        self._body += len(body)
+        super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
         """Reject a malformed request; if a response has begun, only close the connection."""

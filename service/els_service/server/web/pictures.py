@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import math
-import re
 import struct
 from typing import Any
 
@@ -28,10 +27,12 @@ _OPAQUE, _BRIGHT = 255, 128
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _HEAD = struct.Struct(">16xII")
 """Start of a PNG file, with width and height."""
-_FILES = re.compile(rb"\x89PNG\r\n\x1a\n[\s\S]{16}|iVBORw0KGgo[A-Za-z0-9+/]{21}")
-"""Start of a PNG file up to its size, as it is or in base64."""
+_HEAD_TEXT = 4 * _HEAD.size // 3
+"""Characters of base64 that the head takes: whole groups of four."""
 _DECODED = 8
 """Bytes for each pixel while a picture is decoded: its copies of one to three channels."""
+_NOISY = 48
+"""Bytes for each pixel and channel with noise: five float64 copies, one float32."""
 _GAP = 2
 """Pixels between the pictures of a sheet."""
 
@@ -130,21 +131,34 @@ def sheet_of(tensor: pb.Tensor, *, scaled: bool = False) -> bytes | None:
     return _saved(sheet)
 
 
-def decoded_bytes(data: bytes, limits: Limits) -> int:
-    """Return about how many bytes the PNG files in a body take when they are decoded.
+def decoded_bytes(fields: dict[str, Any], limits: Limits, *, noisy: bool) -> int:
+    """Return about how many bytes the PNG files among fields take when they are decoded.
 
     Args:
-        data: a PNG file, or JSON with files in base64.
+        fields: of a request, as JSON values; pictures are as in ``tensor_of``.
         limits: of requests; what exceeds them is rejected before it is decoded.
+        noisy: whether noise is added to them.
     """
-    total = 0
-    for found in _FILES.finditer(data):
-        head = found.group()
-        if not head.startswith(_MAGIC):
-            head = base64.b64decode(head)
-        width, height = _HEAD.unpack_from(head)
-        total += _DECODED * width * height
-    return min(total, _DECODED * limits.max_pixels)
+    pixels = 0
+    for value in fields.values():
+        given = value.get("png") if isinstance(value, dict) else value
+        files = given if isinstance(given, list) else [given]
+        pixels += sum(map(_pixels_of, files[: limits.max_images + 1]))
+    return (_NOISY if noisy else _DECODED) * min(pixels, limits.max_pixels)
+
+
+def _pixels_of(file: Any) -> int:
+    """Return the number of pixels by the head of a PNG file; 0 of what is none."""
+    if isinstance(file, str):
+        start = file.rpartition(",")[2][:_HEAD_TEXT]
+        try:
+            file = base64.b64decode(start, validate=True)
+        except (binascii.Error, ValueError):
+            return 0
+    if not isinstance(file, bytes) or len(file) < _HEAD.size or not file.startswith(_MAGIC):
+        return 0
+    width, height = _HEAD.unpack_from(file)
+    return int(width * height)
 
 
 def _file_of(field: str, file: Any) -> bytes:

@@ -43,11 +43,28 @@ class Endpoint:
             await response(scope, receive, send)
 
 
-class PartsResponse(Response):
-    """Response whose body is sent in parts, without joining them.
+async def send_parts(send: Send, parts: Iterable[bytes]) -> None:
+    """Send parts of a body, in smaller ones if they are large.
 
-    The next part waits until the client has read most of those before.
+    Each waits until the client has read most of those before: a server that hands over a large body
+    at once would hold it for a client that reads nothing, outside of all budgets.
     """
+    for part in parts:
+        view = memoryview(part)
+        for at in range(0, len(view), _PART_BYTES):
+            body = bytes(view[at : at + _PART_BYTES])
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def sized_response(body: bytes, media_type: str) -> Response:
+    """Return a response that is sent in parts if it is large."""
+    if len(body) <= _PART_BYTES:
+        return Response(body, media_type=media_type)
+    return PartsResponse((body,), {}, media_type)
+
+
+class PartsResponse(Response):
+    """Response whose body is sent in parts, without joining them."""
 
     def __init__(self, parts: Iterable[bytes], headers: dict[str, str], media_type: str) -> None:
         self._parts = list(parts)
@@ -58,9 +75,5 @@ class PartsResponse(Response):
         """Send the response."""
         start: Any = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        for part in self._parts:
-            view = memoryview(part)
-            for at in range(0, len(view), _PART_BYTES):
-                body = bytes(view[at : at + _PART_BYTES])
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send_parts(send, self._parts)
         await send({"type": "http.response.body", "body": b""})
