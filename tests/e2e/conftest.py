@@ -35,6 +35,16 @@ def http(server: ServerProcess) -> Iterator[HttpClient]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def unharmed(server: ServerProcess, http: HttpClient) -> Iterator[None]:
+    """Check after the tests of a module that it answers, and logged no error."""
+    before = len(server.records())
+    yield
+    assert http.get("/v2/models/zeros/ready").status == 200
+    records = server.records()[before:]
+    assert [record for record in records if record["level"] in ("warning", "error")] == []
+
+
 @pytest.fixture(scope="session")
 def folded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of models with a fold and with queries of another size."""

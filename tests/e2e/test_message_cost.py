@@ -82,7 +82,8 @@ def test_a_message_above_the_limit_after_decompression_is_rejected(
 ) -> None:
     before = memory(fresh, "VmRSS")
     call = refused(lambda: raw(zipping, DENOISE, bytes(400 * MIB)))
-    assert_refused(call, "INVALID_ARGUMENT", "request", "a message of this method", "")
+    expected = "at most 67108864 bytes after decompression"
+    assert_refused(call, "RESOURCE_EXHAUSTED", "request", expected, "419430400")
     assert memory(fresh, "VmHWM") - before < 250
 
 

@@ -7,7 +7,6 @@ import io
 import struct
 import zlib
 from typing import Any
-from unittest.mock import Mock
 from urllib.parse import quote
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image
 from starlette.requests import Request
 
-from els_service.config import Limits
+from els_service.config import Limits, Scheduling
 from els_service.engine.registry import ModelRegistry
 from els_service.errors import InvalidArgumentError, ResourceExhaustedError
 from els_service.server.web import pictures
@@ -87,7 +86,7 @@ def test_pictures_are_counted_however_their_text_is_written(query: str, body: st
         "query_string": quote(query.format(rest=text[1:]), safe="=").encode(),
     }
     exchange = Exchange("denoise", Request(scope))
-    converter = RequestConverter(Mock(spec=ModelRegistry), limited())
+    converter = RequestConverter(ModelRegistry((), Scheduling(), print), limited())
     fields = converter.fields(exchange, body.format(rest=text[1:]).encode())
     assert fields == {"x": text}
     assert converter.decoded_bytes(exchange, fields) == 8 * 600
