@@ -63,7 +63,9 @@ test: install
 .PHONY: test-shared test-alone
 
 # Tests that fail while others share the cores are run once more by themselves, and have to pass.
+# One process writes the bytecode before several workers would, each for itself.
 test-shared: install
+	@$(BIN)/pytest --collect-only --quiet -m "not alone" >/dev/null
 	$(BIN)/pytest $(SHARED) --durations 15 -m "not alone" || \
 		$(BIN)/pytest --last-failed --last-failed-no-failures none -m "not alone"
 

@@ -30,15 +30,20 @@ class BuildHook(BuildHookInterface[Any]):
         root = Path(self.root)
         compile_contracts(root)
         if self.target_name == "wheel":
-            self._compile_native(root, build_data)
+            self._compile_native(root, build_data, everywhere=version != "editable")
 
-    def _compile_native(self, root: Path, build_data: dict[str, Any]) -> None:
-        """Compile the kernel and tag the wheel for this platform, or warn and go on without."""
+    def _compile_native(
+        self, root: Path, build_data: dict[str, Any], *, everywhere: bool = True
+    ) -> None:
+        """Compile the kernel and tag the wheel for this platform, or warn and go on without.
+
+        Unless it is to run ``everywhere``, as a wheel is, it is compiled for this processor.
+        """
         sys.path.insert(0, str(root / "kernels"))
         from native_build import NativeBuildError, compile_native
 
         try:
-            compile_native(root)
+            compile_native(root, everywhere=everywhere)
         except NativeBuildError as error:
             self.app.display_warning(f"native CPU kernel not built, torch will serve: {error}")
         else:

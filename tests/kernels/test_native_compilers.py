@@ -99,6 +99,34 @@ def test_its_kernel_equals_the_reference(program: tuple[str, ...], name: str) ->
         assert_within_budget(case, ask(program, case), case.attend("reference"))
 
 
+@pytest.mark.parametrize(
+    ("features", "everywhere", "expected"),
+    [
+        ({"sse2", "avx2", "fma"}, False, ["avx2", "baseline"]),
+        ({"avx2", "fma", "avx512f", "avx512dq"}, False, ["avx512", "avx2", "baseline"]),
+        ({"sse2"}, False, ["baseline"]),
+        ({"sse2"}, True, ["avx512", "avx2", "baseline"]),
+        (set[str](), False, ["avx512", "avx2", "baseline"]),
+    ],
+    ids=["avx2", "avx512", "neither", "wheel", "unknown"],
+)
+def test_an_editable_installation_has_the_kernels_of_its_processor_and_a_wheel_has_all(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    features: set[str],
+    everywhere: bool,
+    expected: list[str],
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(native_build, "run", lambda *command: commands.append(command))
+    monkeypatch.setattr(native_build, "_features", lambda: features)
+    objects = native_build.compile_objects(["c++"], ROOT, tmp_path, "x86_64", everywhere=everywhere)
+    assert [one.stem for one in objects] == ["library", *expected]
+    (library,) = (command for command in commands if command[-1].endswith("library.o"))
+    selected = [one for one in library if one.startswith("-DELS_HAS_")]
+    assert selected == [f"-DELS_HAS_{name.upper()}" for name in expected]
+
+
 @pytest.mark.parametrize("why", ["no compiler", "a compiler that fails"])
 def test_installing_without_a_compiler_works_says_so_and_leaves_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str

@@ -15,23 +15,24 @@
 #include "blocks.hpp"
 
 extern "C" {
-#if defined(__x86_64__)
-extern const els::Kernel els_kernel_avx512, els_kernel_avx2;
-#endif
-extern const els::Kernel els_kernel_baseline;
+extern const els::Kernel els_kernel_avx512, els_kernel_avx2, els_kernel_baseline;
 }
 
 namespace {
 
 using namespace els;
 
-// Kernels that this processor can run, best first.
+// Kernels of this library that this processor can run, best first.
 std::vector<const Kernel*> kernels() {
   std::vector<const Kernel*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#endif
+#if defined(ELS_HAS_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&els_kernel_avx512);
+#endif
+#if defined(ELS_HAS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&els_kernel_avx2);
 #endif
