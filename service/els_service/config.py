@@ -151,9 +151,10 @@ class Settings(BaseModel):
     """Device of the models; auto means all GPUs, or the CPU if there are none."""
     threads: _Positive | None = None
     """Threads of one computation; None for the CPU limit of the container or machine."""
-    engine: Literal["torch", "openvino", "compile", "auto"] = "torch"
-    """Execution engine of trained networks whose model.yaml names none; auto times torch and
-    OpenVINO when a model is loaded. ONNX graphs have onnxruntime in place of torch and compile."""
+    engine: Literal["torch", "openvino", "onnxruntime", "compile", "auto"] = "torch"
+    """Execution engine of trained networks whose model.yaml names none; auto times torch,
+    OpenVINO and onnxruntime when a model is loaded. ONNX graphs have onnxruntime in place of torch
+    and compile."""
     engine_precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of trained networks whose model.yaml names none."""
     engine_fallback: bool = True

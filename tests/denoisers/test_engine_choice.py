@@ -16,11 +16,20 @@ from tests.support.examples import examples
 
 from els_service.denoisers.engines.buckets import launches
 from els_service.denoisers.engines.choice import Engine, choose
+from els_service.denoisers.engines.exported import check_precision
 from els_service.denoisers.engines.modules import Function, choose_engine
 from els_service.denoisers.engines.options import EngineError, EngineOptions, PrecisionError
 from els_service.denoisers.engines.probe import Probe, Runner
 
-SECONDS = {"torch": {1: 4e-3, 16: 40e-3}, "openvino": {1: 2e-3, 16: 30e-3}}
+SECONDS = {
+    "torch": {1: 4e-3, 4: 12e-3, 16: 40e-3},
+    "openvino": {1: 2e-3, 4: 8e-3, 16: 30e-3},
+    "onnxruntime": {1: 1e-3, 4: 7.9e-3, 16: 60e-3},
+}
+
+
+FACTORS = {"torch": 1, "openvino": 2, "onnxruntime": 3}
+"""Engine → its answer to one."""
 
 
 class Clock(Probe):
@@ -32,7 +41,7 @@ class Clock(Probe):
 
 def engine(name: str, precision: str) -> Engine:
     def run(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return x
+        return x * FACTORS[name]
 
     run.__name__ = name
     return Engine(name, run, precision, f"{name} {precision}")
@@ -48,12 +57,21 @@ def openvino(precision: str) -> Engine:
     return engine("openvino", precision)
 
 
+def onnxruntime(precision: str) -> Engine:
+    check_precision(precision)
+    return engine("onnxruntime", precision)
+
+
 def missing(precision: str) -> Engine:
     raise EngineError("openvino: expected an installation, got none")
 
 
-def choice(options: EngineOptions, build: Callable[[str], Engine] = openvino) -> Engine:
-    builders = {"torch": own, "openvino": build, "compile": missing}
+def choice(
+    options: EngineOptions,
+    build: Callable[[str], Engine] = openvino,
+    third: Callable[[str], Engine] = missing,
+) -> Engine:
+    builders = {"torch": own, "openvino": build, "onnxruntime": third, "compile": missing}
     probe = Clock([np.zeros(1)], np.zeros(1, np.float32))
     return choose(options, builders, lambda: probe, "model")
 
@@ -94,8 +112,8 @@ def test_without_fallback_what_is_missing_is_refused_by_name(precision: str) -> 
 
 
 def test_an_engine_that_this_kind_does_not_have_is_refused_by_name() -> None:
-    options = EngineOptions(engine="onnxruntime", fallback=False)
-    with pytest.raises(EngineError, match="engine: expected one of torch, openvino, compile, au"):
+    options = EngineOptions(engine="tensorrt", fallback=False)
+    with pytest.raises(EngineError, match="engine: expected one of torch, openvino, onnxruntime, "):
         choice(options)
 
 
@@ -106,11 +124,37 @@ def test_auto_takes_the_fastest_and_says_what_it_measured(
     chosen = choice(EngineOptions(engine="auto"))
     assert chosen.name == "openvino"
     assert chosen.reason == (
-        "torch takes 4 ms at batch 1 and 2.5 ms at batch 16 an image; "
-        "openvino takes 2 ms at batch 1 and 1.88 ms at batch 16 an image; "
+        "torch takes 4 ms at batch 1 and 3 ms at batch 4 and 2.5 ms at batch 16 an image; "
+        "openvino takes 2 ms at batch 1 and 2 ms at batch 4 and 1.88 ms at batch 16 an image; "
+        "openvino: expected an installation, got none; "
         "compile is not measured, as it takes long to compile"
     )
     assert [record.message for record in caplog.records] == ["engine chosen"]
+
+
+def test_auto_divides_batch_sizes_between_engines_that_differ_clearly() -> None:
+    both = choice(EngineOptions(engine="auto"), third=onnxruntime)
+    assert both.name == "onnxruntime+openvino"
+    assert both.description == "onnxruntime float32; openvino float32"
+    assert both.reason.endswith("onnxruntime from batch 1, openvino from batch 16")
+    for count, answer in ((1, 3), (15, 3), (16, 2), (64, 2)):
+        np.testing.assert_array_equal(both.run(np.ones(count, np.float32)), np.full(count, answer))
+
+
+def test_auto_mixes_no_precisions() -> None:
+    options = EngineOptions(engine="auto", precision="bfloat16")
+    chosen = choice(options, missing, onnxruntime)
+    assert (chosen.name, chosen.precision) == ("onnxruntime", "float32")
+    assert chosen.run(np.ones(16, np.float32))[0] == FACTORS["onnxruntime"]
+
+
+def test_auto_compares_the_batches_that_a_graph_takes() -> None:
+    builders = {"torch": own, "openvino": openvino}
+    probe = Clock([np.zeros(1)], np.zeros(1, np.float32))
+    chosen = choose(EngineOptions(engine="auto"), builders, lambda: probe, "model", (4,))
+    assert chosen.reason == (
+        "torch takes 3 ms at batch 4 an image; openvino takes 2 ms at batch 4 an image"
+    )
 
 
 def test_auto_takes_what_there_is_and_says_what_is_not() -> None:
@@ -125,10 +169,11 @@ def test_auto_does_not_measure_where_bits_are_promised() -> None:
     assert "a measured choice may be another at the next load" in chosen.reason
 
 
-def test_openvino_is_refused_on_a_gpu_before_anything_is_placed_there() -> None:
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_engines_of_a_cpu_are_refused_on_a_gpu_before_anything_is_placed_there(name: str) -> None:
     function = Function(torch.nn.Identity(), ("x",), ("x",), lambda images: [])
-    options = EngineOptions(engine="openvino", fallback=False)
-    with pytest.raises(EngineError, match="engine: expected torch or compile on a GPU, got openv"):
+    options = EngineOptions(engine=name, fallback=False)
+    with pytest.raises(EngineError, match=f"expected torch or compile on a GPU, got {name}"):
         choose_engine(function, torch.device("cuda"), options, "model")
 
 

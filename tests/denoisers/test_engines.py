@@ -1,8 +1,9 @@
-"""Engines of networks: the same answers, within budgets of float64, whatever OpenVINO does."""
+"""Engines of networks: the same answers, within budgets of float64, whatever a library does."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,9 @@ from els_client._model_codec import decode_model
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits, Settings
 from els_service.denoisers.base import DenoiserInfo, Query, concatenate, make_query
-from els_service.denoisers.engines import runtime
+from els_service.denoisers.engines import exported, runtime
+from els_service.denoisers.engines.converted import OpenvinoRunner
+from els_service.denoisers.engines.exported import OnnxruntimeRunner
 from els_service.denoisers.engines.options import EngineError
 from els_service.denoisers.levels import cosine_time, from_sigma
 from els_service.denoisers.networks import Network, NetworkConfig, NetworkDenoiser, build_network
@@ -69,19 +72,25 @@ def served(info: DenoiserInfo) -> ModelVersion:
     return ModelVersion("model", 1, info, None, Statistics(), "content")
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
+LIBRARIES = ("openvino", "onnxruntime")
+
+
+@pytest.fixture(scope="module", params=itertools.product(LIBRARIES, WIDTHS), ids="-".join)
 def converted(request: pytest.FixtureRequest) -> NetworkDenoiser:
-    return denoiser(config(str(request.param)), engine="openvino")
+    engine, architecture = request.param
+    return denoiser(config(architecture), engine=engine, fallback=False)
 
 
-@pytest.fixture(scope="module")
-def fixed() -> NetworkDenoiser:
-    return denoiser(config("unet"), engine="openvino", deterministic=True, buckets=(4,), threads=2)
+@pytest.fixture(scope="module", params=LIBRARIES)
+def fixed(request: pytest.FixtureRequest) -> NetworkDenoiser:
+    options: Any = {"deterministic": True, "buckets": (4,), "threads": 2, "fallback": False}
+    return denoiser(config("unet"), engine=request.param, **options)
 
 
-def test_openvino_answers_within_budget_of_float64(converted: NetworkDenoiser) -> None:
+def test_a_library_answers_within_budget_of_float64(converted: NetworkDenoiser) -> None:
     info, of = converted.info, converted._config
-    assert (info.engine, info.precision, info.engine_reason) == ("openvino", "float32", "")
+    assert (info.precision, info.engine_reason) == ("float32", "")
+    assert info.implementation.startswith(f"{info.engine} ")
     assert 0 < info.precision_error < BUDGETS["float32"]
     want = in_float64(of, query())
     assert error(denoiser(of).denoise(query()).pixels, want) < BUDGETS["float32"]
@@ -131,30 +140,34 @@ def test_a_deterministic_network_keeps_its_bits_in_any_company(fixed: NetworkDen
         np.testing.assert_array_equal(together, np.concatenate([alone[i] for i in order]))
 
 
-def test_a_promise_of_bits_names_threads_and_hint_and_so_does_a_resume_token(
+def test_a_promise_of_bits_names_threads_and_so_does_a_resume_token(
     fixed: NetworkDenoiser,
 ) -> None:
     info = fixed.info
-    assert "float32, threads 2, hint latency" in info.implementation
-    other = dataclasses.replace(info, implementation=info.implementation.replace("2, h", "3, h"))
+    assert "float32, threads 2" in info.implementation
+    assert info.engine != "openvino" or info.implementation.endswith(", hint latency")
+    threads = info.implementation.replace("threads 2", "threads 3")
+    other = dataclasses.replace(info, implementation=threads)
     request = pb.SampleRequest(model="model", count=1)
     assert _digest(request, served(info)) != _digest(request, served(other))
     loose = [dataclasses.replace(one, batch_invariant=False) for one in (info, other)]
     assert len({_digest(request, served(one)) for one in loose}) == 1
 
 
-def test_a_promise_that_openvino_does_not_keep_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("runner", [OpenvinoRunner, OnnxruntimeRunner])
+def test_a_promise_that_a_library_does_not_keep_is_refused_by_name(
+    runner: type[OpenvinoRunner | OnnxruntimeRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = runtime.Compiled.__call__
+    call = runner.__call__
 
-    def placed(self: Any, inputs: Any, batch: int) -> Any:
-        rows = np.arange(batch, dtype=np.float32).reshape(-1, 1, 1, 1)
-        return call(self, inputs, batch) * (1 + 1e-6 * rows)
+    def placed(self: Any, *inputs: Any) -> Any:
+        rows = np.arange(len(inputs[0]), dtype=np.float32).reshape(-1, 1, 1, 1)
+        return call(self, *inputs) * (1 + 1e-6 * rows)
 
-    monkeypatch.setattr(runtime.Compiled, "__call__", placed)
-    with pytest.raises(ValueError, match="deterministic: expected the same bits at every place"):
-        denoiser(config(), engine="openvino", deterministic=True)
+    monkeypatch.setattr(runner, "__call__", placed)
+    engine = runner.__name__.removesuffix("Runner").lower()
+    with pytest.raises(ValueError, match=f"deterministic: expected the same bits .* {engine} "):
+        denoiser(config(), engine=engine, deterministic=True, fallback=False)
 
 
 def test_auto_with_determinism_is_torch_as_a_measurement_is_none() -> None:
@@ -163,11 +176,14 @@ def test_auto_with_determinism_is_torch_as_a_measurement_is_none() -> None:
     assert "deterministic" in info.engine_reason
 
 
-def test_auto_measures_both_engines_and_says_so() -> None:
-    info = denoiser(config(), engine="auto").info
-    assert info.engine in ("torch", "openvino")
-    for engine in ("torch takes", "openvino takes", "compile is not measured"):
-        assert engine in info.engine_reason
+def test_auto_measures_its_engines_and_says_so() -> None:
+    model = denoiser(config(), engine="auto")
+    assert set(model.info.engine.split("+")) <= {"torch", *LIBRARIES}
+    for engine in ("torch", *LIBRARIES):
+        assert f"{engine} takes" in model.info.engine_reason
+    assert "compile is not measured" in model.info.engine_reason
+    want = in_float64(model._config, query())
+    assert error(model.denoise(query()).pixels, want) < BUDGETS["float32"]
 
 
 def test_bfloat16_is_computed_or_replaced_with_a_word_or_refused() -> None:
@@ -184,6 +200,14 @@ def test_bfloat16_is_computed_or_replaced_with_a_word_or_refused() -> None:
         denoiser(of, engine="openvino", precision="bfloat16", fallback=False)
 
 
+def test_onnxruntime_has_float32_alone_and_says_so() -> None:
+    info = denoiser(config(), engine="onnxruntime", precision="bfloat16", buckets=(2,)).info
+    assert (info.engine, info.precision) == ("onnxruntime", "float32")
+    assert info.engine_reason == "precision: expected float32 for onnxruntime, got bfloat16"
+    with pytest.raises(EngineError, match="precision: expected float32 for onnxruntime"):
+        denoiser(config(), engine="onnxruntime", precision="bfloat16", fallback=False)
+
+
 def test_torch_states_the_measured_error_of_bfloat16() -> None:
     of = config(prediction="x0")
     info = denoiser(of, precision="bfloat16").info
@@ -192,8 +216,9 @@ def test_torch_states_the_measured_error_of_bfloat16() -> None:
     assert denoiser(of).info.precision_error == 0
 
 
-def test_a_network_that_openvino_cannot_convert_is_served_by_torch_with_a_reason(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("engine", LIBRARIES)
+def test_a_network_that_cannot_be_converted_is_served_by_torch_with_a_reason(
+    engine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forward = Network.forward
 
@@ -201,20 +226,21 @@ def test_a_network_that_openvino_cannot_convert_is_served_by_torch_with_a_reason
         return forward(self, torch.special.bessel_j0(x), time, labels)
 
     monkeypatch.setattr(Network, "forward", unknown)
-    model = denoiser(config(), engine="openvino")
+    model = denoiser(config(), engine=engine)
     assert model.info.engine == "torch"
-    assert model.info.engine_reason.startswith("openvino cannot co")
+    assert model.info.engine_reason.startswith(engine)
     assert "bessel" in model.info.engine_reason
     assert [record.message for record in caplog.records] == ["engine replaced"]
     np.testing.assert_array_equal(
         model.denoise(query()).pixels, denoiser(config()).denoise(query()).pixels
     )
     with pytest.raises(EngineError, match="bessel"):
-        denoiser(config(), engine="openvino", fallback=False)
+        denoiser(config(), engine=engine, fallback=False)
 
 
+@pytest.mark.parametrize("engine", LIBRARIES)
 def test_a_conversion_that_answers_otherwise_than_the_network_is_found_at_load(
-    monkeypatch: pytest.MonkeyPatch,
+    engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As tracing fixes a branch that depends on values to that of its example."""
     forward = Network.forward
@@ -224,20 +250,35 @@ def test_a_conversion_that_answers_otherwise_than_the_network_is_found_at_load(
         return forward(self, x, time, labels) * (2.0 if is_positive else 1.0)
 
     monkeypatch.setattr(Network, "forward", scaled)
-    with pytest.raises(EngineError, match="openvino: expected known answers within"):
-        denoiser(config(), engine="openvino", fallback=False)
+    with pytest.raises(EngineError, match=f"{engine}: expected known answers within"):
+        denoiser(config(), engine=engine, fallback=False)
 
 
-def test_a_network_without_labels_is_converted_although_it_does_not_use_them() -> None:
+def test_a_graph_of_one_batch_size_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tracing fixes a size that a module computes with."""
+    forward = Network.forward
+
+    def reshaped(self: Any, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        y = forward(self, x, time, labels)
+        return y + torch.zeros(len(y.tolist()), 1, 1, 1, device=y.device) if not y.is_meta else y
+
+    monkeypatch.setattr(Network, "forward", reshaped)
+    with pytest.raises(EngineError, match="onnxruntime: batches of 1 fail: "):
+        denoiser(config(), engine="onnxruntime", fallback=False)
+
+
+@pytest.mark.parametrize("engine", LIBRARIES)
+def test_a_network_without_labels_is_converted_although_it_does_not_use_them(engine: str) -> None:
     of = config(label_count=0)
     asked = make_query(random_images((3, *SHAPE)), from_sigma(np.array([0.1, 1.0, 9.0])))
-    model = denoiser(of, engine="openvino")
-    assert model.info.engine == "openvino"
+    model = denoiser(of, engine=engine)
+    assert model.info.engine == engine
     assert error(model.denoise(asked).pixels, in_float64(of, asked)) < BUDGETS["float32"]
 
 
+@pytest.mark.parametrize("engine", LIBRARIES)
 def test_a_conversion_leaves_the_log_of_the_process_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forward, levels = Network.forward, []
 
@@ -248,7 +289,7 @@ def test_a_conversion_leaves_the_log_of_the_process_alone(
 
     monkeypatch.setattr(Network, "forward", logging_)
     before = logging.getLogger().level
-    assert denoiser(config(), engine="openvino", buckets=(2,)).info.engine == "openvino"
+    assert denoiser(config(), engine=engine, buckets=(2,)).info.engine == engine
     assert set(levels) == {before}
     assert len([one for one in caplog.records if one.name == "els"]) == len(levels)
 
@@ -260,17 +301,27 @@ def test_openvino_reports_nothing_to_its_vendor() -> None:
     assert type(reporter).__module__ == "openvino.tools.ovc.telemetry_stub"
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.load_openvino.cache_clear()
-    monkeypatch.setitem(cast(dict[str, Any], sys.modules), "openvino", None)
+@pytest.mark.parametrize(
+    ("engine", "load", "extra"),
+    [
+        ("openvino", runtime.load_openvino, "openvino"),
+        ("onnxruntime", exported.load_onnxruntime, "onnx"),
+    ],
+)
+def test_without_the_package_the_extra_is_named(
+    engine: str, load: Any, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load.cache_clear()
+    monkeypatch.setitem(cast(dict[str, Any], sys.modules), engine, None)
     try:
-        info = denoiser(config(), engine="openvino").info
+        info = denoiser(config(), engine=engine).info
         assert info.engine == "torch"
-        assert "openvino: expected an installation with the extra openvino" in info.engine_reason
-        with pytest.raises(EngineError, match="the extra openvino"):
-            denoiser(config(), engine="openvino", fallback=False)
+        expected = f"{engine}: expected an installation with the extra {extra}, got "
+        assert info.engine_reason.startswith(expected)
+        with pytest.raises(EngineError, match=expected):
+            denoiser(config(), engine=engine, fallback=False)
     finally:
-        runtime.load_openvino.cache_clear()
+        load.cache_clear()
 
 
 def test_gradients_are_those_of_the_network_whatever_computes_it(fixed: NetworkDenoiser) -> None:
@@ -282,7 +333,7 @@ def test_gradients_are_those_of_the_network_whatever_computes_it(fixed: NetworkD
 def test_a_client_sees_engine_precision_reason_and_error(converted: NetworkDenoiser) -> None:
     info = dataclasses.replace(converted.info, engine_reason="as it is" * 500)
     model = decode_model(encode_model(served(info), Limits(1, 1, 1, 1)))
-    assert (model.engine, model.precision) == ("openvino", "float32")
+    assert (model.engine, model.precision) == (info.engine, "float32")
     assert model.precision_error == info.precision_error
     assert model.engine_reason.startswith("as it is")
     assert len(model.engine_reason) == 1000
@@ -310,7 +361,7 @@ def test_the_server_s_engine_holds_where_a_model_names_none(tmp_path: Path) -> N
     [
         ("execution: fast", "execution: expected a mapping, got 'fast'"),
         ("execution: {motor: torch}", "execution.motor: expected one of buckets, channels_last"),
-        ("execution: {engine: onnxruntime}", "engine: expected one of torch, openvino, compile, a"),
+        ("execution: {engine: tensorrt}", "engine: expected one of torch, openvino, onnxruntime, "),
         ("execution: {threads: 0}", "threads: expected 1 to 1024, got 0"),
         ("execution: {fallback: 1}", "fallback: expected true or false, got 1"),
         ("execution: {buckets: [2]}", "buckets: expected once, got it in execution too"),

@@ -229,7 +229,7 @@ INTEGER_ANSWER.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
         (INTEGERS, "x: expected one of tensor(float), tensor(double), tensor(float16), got"),
         (INTEGER_ANSWER, "y: expected one of tensor(float), tensor(double), tensor(float16), got"),
         (b"\x80\x04}q\x00.", "expected a readable ONNX file"),
-        (b"", "onnxruntime rejects it"),
+        (b"", "onnxruntime rejects the graph"),
     ],
 )
 def test_a_graph_that_no_denoiser_can_be_is_refused_by_name(

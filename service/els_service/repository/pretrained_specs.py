@@ -53,7 +53,7 @@ class _ExecutionSpec(_Spec):
 class ExecutionSpec(_ExecutionSpec):
     """Options of the engine of a torch module."""
 
-    engine: Literal["torch", "openvino", "compile", "auto"] | None = None
+    engine: Literal["torch", "openvino", "onnxruntime", "compile", "auto"] | None = None
 
 
 class OnnxExecutionSpec(_ExecutionSpec):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from els_service.denoisers.engines.options import EngineError, EngineOptions, PrecisionError
-from els_service.denoisers.engines.probe import Probe, Runner
+from els_service.denoisers.engines.probe import Array, Probe, Runner
 
 _log = logging.getLogger(__name__)
 
 NOT_MEASURED = ("compile",)
 """Engines that ``auto`` leaves out: each batch size takes tens of seconds to compile."""
-_COMPARED = (1, 16)
+COMPARED = (1, 4, 16)
 """Batch sizes that ``auto`` compares."""
+_GAIN = 0.97
+"""Fraction of the chosen engine's seconds below which another computes batches of a size."""
 _SLOW_S = 0.25
 """Seconds of a launch from which ``auto`` compares no larger batch."""
 
@@ -26,7 +31,8 @@ class Engine:
     """Engine of a network."""
 
     name: str
-    """``torch``, ``compile``, ``onnxruntime`` or ``openvino``."""
+    """``torch``, ``compile``, ``onnxruntime`` or ``openvino``; of ``auto`` also two or more of
+    them, joined by ``+``, in the order of the batch sizes that they compute."""
     run: Runner
     precision: str
     description: str
@@ -54,6 +60,7 @@ def choose(
     builders: Builders,
     probe: Callable[[], Probe],
     source: object,
+    batches: Sequence[int] = COMPARED,
 ) -> Engine:
     """Return the engine of a network, and log why it was chosen.
 
@@ -62,6 +69,7 @@ def choose(
         builders: of all engines.
         probe: returns known answers, for the comparison of ``auto``.
         source: the model, named in the log.
+        batches: batch sizes to compare, increasing.
 
     Raises:
         EngineError: The machine lacks the engine or precision, and ``fallback`` is off.
@@ -71,7 +79,7 @@ def choose(
         reason = f"{own}, as a measured choice may be another at the next load: deterministic"
         engine = dataclasses.replace(_built(options, builders, own), reason=reason)
     elif options.engine == "auto":
-        engine = _fastest(options, builders, probe)
+        engine = _fastest(options, builders, probe, batches)
     else:
         engine = _named(options, builders)
     extra = {
@@ -113,8 +121,13 @@ def _built(options: EngineOptions, builders: Builders, name: str) -> Engine:
         return dataclasses.replace(engine, reason=_joined(str(error), engine.reason))
 
 
-def _fastest(options: EngineOptions, builders: Builders, probe: Callable[[], Probe]) -> Engine:
-    """Return the engine that takes least time, averaged over the compared batch sizes."""
+def _fastest(
+    options: EngineOptions,
+    builders: Builders,
+    probe: Callable[[], Probe],
+    batches: Sequence[int],
+) -> Engine:
+    """Return the engine that takes least time, or those that do at some batch sizes."""
     built: dict[str, Engine] = {}
     notes = []
     for name in builders:
@@ -127,22 +140,72 @@ def _fastest(options: EngineOptions, builders: Builders, probe: Callable[[], Pro
             notes.append(str(error))
     if not built:
         raise EngineError("; ".join(notes))
-    seconds: Seconds = _compared(built, probe) if len(built) > 1 else {name: {} for name in built}
-    best = min(seconds, key=lambda name: math.prod(seconds[name].values()))
+    seconds: Seconds = {name: {} for name in built}
+    if len(built) > 1:
+        seconds = _compared(built, probe(), batches)
+    winners = _winners(built, seconds)
     if len(built) > 1:
         notes.insert(0, "; ".join(_described(name, seconds[name]) for name in built))
-    chosen = built[best]
+    chosen = _by_batch({first: built[name] for first, name in winners.items()})
     return dataclasses.replace(chosen, reason=_joined(*notes, chosen.reason))
 
 
-def _compared(built: Mapping[str, Engine], probe: Callable[[], Probe]) -> Seconds:
+def _winners(built: Mapping[str, Engine], seconds: Seconds) -> dict[int, str]:
+    """Return the engines that compute batches: smallest batch size of each range → engine.
+
+    One computes all sizes, that of least time on average, unless another of the same precision
+    takes clearly less at some size.
+    """
+    best = min(seconds, key=lambda name: math.prod(seconds[name].values()))
+    winners: dict[int, str] = {}
+    for batch, own in seconds[best].items():
+        rivals = [name for name in built if built[name].precision == built[best].precision]
+        fastest = min(rivals, key=lambda name: seconds[name][batch])
+        name = fastest if seconds[fastest][batch] < _GAIN * own else best
+        if name not in list(winners.values())[-1:]:
+            winners[batch if winners else 1] = name
+    return winners or {1: best}
+
+
+def _by_batch(engines: Mapping[int, Engine]) -> Engine:
+    """Return the engine that computes a batch by the one of its size.
+
+    Args:
+        engines: smallest batch size of each range → its engine; the first is 1.
+    """
+    first, *others = engines.values()
+    if not others:
+        return first
+    distinct = {engine.name: engine for engine in engines.values()}
+    sizes = sorted(engines, reverse=True)
+
+    def run(*inputs: Array) -> npt.NDArray[np.float32]:
+        count = max(len(one) for one in inputs if one.ndim)
+        answer: npt.NDArray[np.float32] = engines[
+            next(size for size in sizes if size <= count)
+        ].run(*inputs)
+        return answer
+
+    ranges = [f"{engine.name} from batch {size}" for size, engine in engines.items()]
+    return Engine(
+        "+".join(distinct),
+        run,
+        first.precision,
+        "; ".join(engine.description for engine in distinct.values()),
+        max(engine.error for engine in distinct.values()),
+        reason=", ".join(ranges),
+        largest=others[-1].largest,
+        memory_bytes=sum(engine.memory_bytes for engine in distinct.values()),
+    )
+
+
+def _compared(built: Mapping[str, Engine], probe: Probe, batches: Sequence[int]) -> Seconds:
     """Return the seconds of the compared batch sizes."""
     seconds: Seconds = {name: {} for name in built}
-    known = probe()
-    for batch in _COMPARED:
+    for batch in batches:
         for _ in range(2):  # alternating, as another process may take the cores for a while
             for name, engine in built.items():
-                taken = known.seconds(engine.run, batch)
+                taken = probe.seconds(engine.run, batch)
                 seconds[name][batch] = min(taken, seconds[name].get(batch, math.inf))
         if max(found[batch] for found in seconds.values()) > _SLOW_S:
             break

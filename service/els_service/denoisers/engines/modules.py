@@ -1,4 +1,4 @@
-"""Engines of a torch module: eager, compiled by torch, or converted to OpenVINO."""
+"""Engines of a torch module: eager, compiled by torch, or converted for another library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,23 @@ from torch import Tensor, nn
 from els_service.denoisers.engines.buckets import SIZES
 from els_service.denoisers.engines.choice import Builder, Engine, choose
 from els_service.denoisers.engines.converted import Inputs, OpenvinoRunner, graph_of_module
+from els_service.denoisers.engines.exported import (
+    SIZES as EXPORTED_SIZES,
+)
+from els_service.denoisers.engines.exported import (
+    OnnxruntimeRunner,
+    check_precision,
+    load_onnxruntime,
+    onnx_of_module,
+)
 from els_service.denoisers.engines.options import EngineError, EngineOptions
 from els_service.denoisers.engines.probe import ERRORS, Array, Probe
 from els_service.denoisers.engines.runtime import Settings
 
 COMPILED_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that torch.compile compiles, each at its first use."""
+ON_CPU = ("openvino", "onnxruntime")
+"""Engines that compute on a CPU alone, from a graph made of the module in float32."""
 _PROBED = 3
 """Images of a probe: not a bucket, so that batches are padded and repeat them."""
 
@@ -134,17 +145,18 @@ def choose_engine(
     builders: dict[str, Builder] = {
         "torch": modules.eager,
         "openvino": modules.converted,
+        "onnxruntime": modules.exported,
         "compile": modules.compiled,
     }
     if device.type != "cpu":
-        builders["openvino"] = _refused
+        builders |= {name: partial(_refused, name) for name in ON_CPU}
     engine = choose(options, builders, lambda: modules.probe, source)
-    own = engine.name != "openvino"
+    own = engine.name in ("torch", "compile")
     return engine, modules.differentiable[engine.precision if own else "float32"]
 
 
-def _refused(precision: str) -> Engine:
-    raise EngineError("engine: expected torch or compile on a GPU, got openvino")
+def _refused(name: str, precision: str) -> Engine:
+    raise EngineError(f"engine: expected torch or compile on a GPU, got {name}")
 
 
 class _Modules:
@@ -185,14 +197,9 @@ class _Modules:
 
     def converted(self, precision: str) -> Engine:
         """Return the module converted to OpenVINO, from the same weights."""
-        settings = Settings(precision, self._options.threads or torch.get_num_threads())
+        settings = Settings(precision, self._options.thread_count)
         settings.check()
-        function = self._function
-        # Of another size than a batch that it is compiled for, and the negative of the probe's
-        # images: what is fixed to size or values is then found.
-        images = 3 if 2 in (self._options.buckets or SIZES) else 2
-        first, *others = map(torch.from_numpy, function.example(images))
-        example = [-first, *others]
+        function, example = self._function, self._example(SIZES)
         graph = graph_of_module(function.module, example)
         inputs = Inputs(
             function.names,
@@ -214,6 +221,34 @@ class _Modules:
             memory_bytes=len(run.seconds) * numbers * dtype_of(precision).itemsize,
         )
 
+    def exported(self, precision: str) -> Engine:
+        """Return the module exported to ONNX and computed by onnxruntime, from the same weights."""
+        check_precision(precision)
+        load_onnxruntime()
+        function, threads = self._function, self._options.thread_count
+        example = self._example(EXPORTED_SIZES)
+        model = onnx_of_module(function.module, function.names, example, function.open)
+        run = OnnxruntimeRunner(model, function.names, threads, self.probe, self._options.buckets)
+        return Engine(
+            "onnxruntime",
+            run,
+            precision,
+            run.description,
+            run.error,
+            largest=run.largest,
+            memory_bytes=len(model),
+        )
+
+    def _example(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return inputs to trace with.
+
+        They are of another size than a batch that is computed, and the negative of the probe's
+        images: what is fixed to size or values is then found.
+        """
+        images = 3 if 2 in (self._options.buckets or sizes) else 2
+        first, *others = map(torch.from_numpy, self._function.example(images))
+        return [-first, *others]
+
     def _in_precision(self, precision: str) -> tuple[TorchRunner, float]:
         """Return the runner of the eager module, and its error; the first call casts it."""
         dtype = dtype_of(precision)
@@ -222,7 +257,7 @@ class _Modules:
             module = self.differentiable["float32"]
             if dtype != torch.float32:
                 _ = self.probe  # computed before the weights are cast
-                if self._options.engine in ("auto", "openvino"):
+                if self._options.engine in ("auto", *ON_CPU):
                     module = copy.deepcopy(module)
                 module = module.to(dtype)
                 _check_weights(module, precision)

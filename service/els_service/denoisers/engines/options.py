@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ENGINES = ("torch", "openvino", "compile", "auto")
-"""Engines of a torch module; that of an ONNX graph is ``onnxruntime`` in place of the first."""
+import torch
+
+ENGINES = ("torch", "openvino", "onnxruntime", "compile", "auto")
+"""Engines of a torch module; of an ONNX graph, ``onnxruntime`` is the own one."""
 MAX_THREADS = 1024
 
 
@@ -33,6 +35,11 @@ class EngineOptions:
     """Whether the choice must not depend on a measurement."""
     buckets: tuple[int, ...] = ()
     """Batch sizes of compiled graphs; empty for a choice by speed."""
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of a computation."""
+        return self.threads or torch.get_num_threads()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,7 @@ class Graph:
         """Return the output by onnxruntime."""
         given = dict(zip(self.inputs.names, inputs, strict=True))
         (output,) = self._session.run([self._document.output], given)
-        answer: npt.NDArray[np.float32] = output.astype(np.float32)
+        answer: npt.NDArray[np.float32] = output.astype(np.float32, copy=False)
         return answer
 
     def fill(

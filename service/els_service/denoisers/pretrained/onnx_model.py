@@ -28,9 +28,14 @@ from els_service.denoisers.base import (
     check_finite,
     make_query,
 )
-from els_service.denoisers.engines.choice import Engine, choose
+from els_service.denoisers.engines.choice import COMPARED, Engine, choose
 from els_service.denoisers.engines.converted import OpenvinoRunner, graph_of_onnx
-from els_service.denoisers.engines.options import EngineOptions, PrecisionError
+from els_service.denoisers.engines.exported import (
+    check_precision,
+    description_of,
+    session_of,
+)
+from els_service.denoisers.engines.options import EngineError, EngineOptions
 from els_service.denoisers.engines.probe import Probe
 from els_service.denoisers.engines.runtime import Settings
 from els_service.denoisers.levels import (
@@ -110,11 +115,12 @@ class OnnxDenoiser:
         engine = choose(
             options,
             {
-                OWN.engine: partial(self._own, session),
+                OWN.engine: partial(self._own, options.thread_count),
                 "openvino": partial(self._converted, options, model),
             },
             self._probe,
             path,
+            COMPARED if self._largest == _LARGEST_BATCH else (self._largest,),
         )
         self._graph.engine = engine.run
         self._info = DenoiserInfo(
@@ -186,17 +192,14 @@ class OnnxDenoiser:
         check_finite(mean, f"{document.output}: the graph")
         return mean
 
-    def _own(self, session: Any, precision: str) -> Engine:
+    def _own(self, threads: int, precision: str) -> Engine:
         """Return onnxruntime, which computes in the types of the graph."""
-        if precision != "float32":
-            expected = "precision: expected float32 for onnxruntime, which has that of the graph"
-            raise PrecisionError(f"{expected}, got {precision}")
-        description = f"onnxruntime {session.get_providers()[0]}"
-        return Engine(OWN.engine, self._graph.computed, precision, description)
+        check_precision(precision)
+        return Engine(OWN.engine, self._graph.computed, precision, description_of(threads))
 
     def _converted(self, options: EngineOptions, model: bytes | Path, precision: str) -> Engine:
         """Return the graph converted to OpenVINO."""
-        settings = Settings(precision, options.threads or torch.get_num_threads())
+        settings = Settings(precision, options.thread_count)
         buckets = options.buckets
         if self._graph.batch or self._document.deterministic:
             buckets = (self._largest,)
@@ -274,23 +277,12 @@ def load_onnx(
         LoadError: The file is rejected, or differs from the document; names the field.
         EngineError: The machine lacks the engine or precision, and there is no fallback.
     """
-    import onnxruntime
-
     path = inside(file)
     model = read_onnx(path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = engine.threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.use_deterministic_compute = True
-    options.log_severity_level = 3
-    # Without spinning threads, which would take the cores from other models.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # onnxruntime's exceptions have no common class.
-        text = " ".join(str(error).split())
-        raise LoadError(path, f"onnxruntime rejects it: {text:.300}") from error
+        session = session_of(model, engine.thread_count)
+    except EngineError as error:
+        raise LoadError(path, str(error)) from error
     return OnnxDenoiser(session, document, path, engine, model)
 
 

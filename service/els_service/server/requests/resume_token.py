@@ -26,6 +26,8 @@ from els_service.server.requests.sample import CHURN_OPTIONS
 _HEAD = struct.Struct("<4s16sQI")
 _MAGIC = b"els2"
 _CHECKSUM_BYTES = 16
+_LIBRARIES = ("openvino", "onnxruntime")
+"""Engines of which the last bits depend on version and threads, with the same batches too."""
 _MAX_STATE = 1e12
 """Maximum of a number of the state; in heun's scale it reaches σ · noise."""
 
@@ -102,8 +104,8 @@ def _digest(request: pb.SampleRequest, model: ModelVersion) -> bytes:
         *((request.height, request.width) if request.height or request.width else ()),
         *((info.fold,) if info.fold else ()),
         *((request.tileable, request.symmetric, info.scales) if info.scales else ()),
-        # The last bits depend on its version and threads; without the promise they may differ.
-        *((info.implementation,) if info.batch_invariant and info.engine == "openvino" else ()),
+        # Without the promise of bits they may differ.
+        *((info.implementation,) if info.batch_invariant and info.engine in _LIBRARIES else ()),
         *(("scaled", request.window_scale) if request.window_scale else ()),
     )
     digest = hashlib.sha256(repr(drawn).encode())
