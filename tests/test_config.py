@@ -44,7 +44,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "health_watchers_per_connection": (1, 2, 3),
     "device": ("cpu", "cuda", "auto"),
     "threads": (1, 2, 3),
-    "engine": ("auto", "openvino", "compile"),
+    "engine": ("auto", "openvino", "onnxruntime"),
     "engine_precision": ("bfloat16", "bfloat16", "bfloat16"),
     "engine_fallback": (False, False, False),
     "ray_address": ("local", "head:6379", "10.0.0.1:6379"),

@@ -1,20 +1,26 @@
 """Images per second of networks: ours behind the denoiser protocol, beside the libraries' own.
 
-    python -m benchmarks.engines [--only fashion-unet …] [--threads 1 2] [--batches 1 16 64]
+    python -m benchmarks.engines --only fashion-resnet fashion-unet --minutes 15
+    python -m benchmarks.engines --only resnet unet diffusers --rounds 3 --seconds .2 --minutes 15
 
 Ours has the engine that ``--engine`` names, ``auto`` by default; the libraries are called directly,
 with the same weights, images, levels, labels and threads, and return D(x) too. Results are compared
 before timing. Rounds alternate; a rate is the median, a ratio the median of pairs of ours and the
-best library with its 95 % bootstrap interval. Rows of bfloat16, where the processor has it, and of
-trajectories compare ours with its torch engine in float32.
+best library with its 95 % bootstrap interval. Rows of bfloat16 and of trajectories compare ours
+with its torch engine in float32; a processor without instructions of bfloat16 computes one batch
+size in it.
+
+The record is written after each row. A run measures what the record of the same day, commit and
+machine lacks: one that was ended, or ran out of minutes, is continued by the same command.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,12 @@ import numpy as np
 import torch
 
 from benchmarks import record
-from benchmarks.engines.cases import CASES, Ours
-from benchmarks.engines.peers import PEERS, Images, Subject
+from benchmarks.engines.cases import CASES, Case
+from benchmarks.engines.peers import PEERS, Images
 from benchmarks.networks.__main__ import CLOCKS
 from benchmarks.service.statistics import ratio_of_pairs
 from els_service.denoisers.base import Denoiser, Query, make_query
-from els_service.denoisers.engines.options import EngineError
+from els_service.denoisers.engines.options import ENGINES, EngineError
 from els_service.denoisers.engines.runtime import Settings
 from els_service.denoisers.levels import from_alpha_bar
 from els_service.denoisers.noise import seeded_noise
@@ -40,6 +46,7 @@ Turn = Callable[[], object]
 BUDGET = 1e-4
 """Maximum ‖difference‖/‖plain‖ of D(x) in float32; above it nothing is timed."""
 TRAJECTORIES, STEPS = 16, 20
+BUNDLED = ("fashion-resnet", "fashion-unet")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.clock == "cpu" and list(options.threads) != [1]:
         raise SystemExit("clock: expected wall, or one thread, as waiting threads spin")
     recorder = record.start("engines-cpu", options)
-    rows, path = list[Row](), Path()
-    for row in measure(options, time.monotonic() + 60 * options.minutes):
+    # Those that were left out are tried again.
+    rows, path = [row for row in recorder.earlier() if "left_out" not in row], Path()
+    done = {_cell(row) for row in rows}
+    for row in measure(options, time.monotonic() + 60 * options.minutes, done):
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items() if key != "rounds"))
         # After each row: a run that is ended keeps what it measured.
@@ -57,75 +66,107 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"record: {path}")
 
 
-def measure(options: argparse.Namespace, until: float) -> Iterator[Row]:
-    """Yield a row per network, threads and batch size; ``until`` is of ``time.monotonic``."""
+def _cell(row: Row) -> tuple[Any, ...]:
+    """Return what a row measures."""
+    return tuple(
+        row.get(key)
+        for key in ("network", "threads", "clock", "precision", "batch", "trajectories", "steps")
+    )
+
+
+def measure(
+    options: argparse.Namespace, until: float, done: Collection[tuple[Any, ...]] = ()
+) -> Iterator[Row]:
+    """Yield a row per network, threads and batch size.
+
+    Args:
+        options: of the command line.
+        until: time of ``time.monotonic`` after which cases are left out.
+        done: cells that are not measured again.
+    """
     before = torch.get_num_threads()
     try:
         for name in options.only:
+            subject, load = CASES[name](options.widths)
             for threads in options.threads:
                 torch.set_num_threads(threads)
+                case = subject, functools.cache(load)
                 row = {"network": name, "threads": threads, "clock": options.clock}
-                if time.monotonic() > until:
-                    yield row | {"left_out": "no time left"}
-                    continue
-                subject, ours = CASES[name](options.widths)
-                yield from _float32(row, subject, ours, options, until)
-                yield from _against_torch(row, ours, options)
+                for cell in _cells(row, options):
+                    if _cell(cell) in done:
+                        continue
+                    if time.monotonic() > until:
+                        yield cell | {"left_out": "no time left"}
+                    elif "trajectories" in cell or cell["precision"] != "float32":
+                        yield _against_torch(cell, case, options)
+                    else:
+                        yield _beside_libraries(cell, case, options)
     finally:
         torch.set_num_threads(before)
 
 
-def _float32(
-    row: Row, subject: Subject, ours: Ours, options: argparse.Namespace, until: float
-) -> Iterator[Row]:
-    denoiser = ours(options.engine, "float32")
-    info = denoiser.info
-    row = row | {"precision": "float32", "engine": info.engine, "reason": info.engine_reason}
+def _cells(row: Row, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield what is measured of a network with some threads, without results."""
     for batch in options.batches:
-        if time.monotonic() > until:
-            yield row | {"batch": batch, "left_out": "no time left"}
-            continue
-        asked = query(denoiser, batch)
-        turns: dict[str, Callable[[], Images]] = {"ours": partial(_denoise, denoiser, asked)}
-        for name in options.peers:
-            peer = PEERS[name](subject, batch, row["threads"])
-            turns[name] = partial(peer, asked.pixels, asked.level, asked.labels)
-        differences = _check(turns)
-        rates = _rates(turns, batch, options)
-        yield row | {"batch": batch} | _compared(rates, differences)
+        yield row | {"precision": "float32", "batch": batch}
+    fast = _has_bfloat16(row["threads"])
+    for batch in options.batches if fast else options.batches[:1]:
+        yield row | {"precision": "bfloat16", "batch": batch}
+    if row["network"] in options.sample:
+        for precision in ("float32", "bfloat16") if fast else ("float32",):
+            drawn = {"trajectories": TRAJECTORIES, "steps": options.steps}
+            yield row | {"precision": precision} | drawn
 
 
-def _against_torch(row: Row, ours: Ours, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield rows of bfloat16 and of trajectories, against the torch engine in float32."""
-    today = ours("torch", "float32")
-    rivals = {"float32": ours(options.engine, "float32")} if options.sample else {}
+def _has_bfloat16(threads: int) -> bool:
     try:
-        Settings("bfloat16", row["threads"]).check()
-        rivals["bfloat16"] = ours("openvino", "bfloat16")
-    except EngineError as error:
-        yield row | {"precision": "bfloat16", "left_out": str(error)}
-    for precision, denoiser in rivals.items():
-        info = denoiser.info
-        about = row | {
-            "precision": precision,
-            "engine": info.engine,
-            "error": float(f"{info.precision_error:.2g}"),
+        Settings("bfloat16", threads).check()
+    except EngineError:
+        return False
+    return True
+
+
+def _beside_libraries(cell: Row, case: Case, options: argparse.Namespace) -> Row:
+    """Return the row of a batch in float32."""
+    subject, ours = case
+    denoiser, batch = ours(options.engine, "float32"), cell["batch"]
+    asked = query(denoiser, batch)
+    turns: dict[str, Callable[[], Images]] = {"ours": partial(_denoise, denoiser, asked)}
+    for name in options.peers:
+        peer = PEERS[name](subject, batch, cell["threads"])
+        turns[name] = partial(peer, asked.pixels, asked.level, asked.labels)
+    differences = _check(turns)
+    rates = _rates(turns, batch, options)
+    return cell | _engine(denoiser) | _compared(rates, differences)
+
+
+def _against_torch(cell: Row, case: Case, options: argparse.Namespace) -> Row:
+    """Return the row of a batch in bfloat16, or of trajectories."""
+    _, ours = case
+    precision = cell["precision"]
+    engine = options.engine
+    if precision == "bfloat16":
+        engine = "openvino" if _has_bfloat16(cell["threads"]) else "torch"
+    denoiser, today = ours(engine, precision), ours("torch", "float32")
+    if "trajectories" in cell:
+        turns: dict[str, Turn] = {
+            name: partial(sample, one, options.steps)
+            for name, one in (("ours", denoiser), ("torch", today))
         }
-        for batch in options.batches if precision == "bfloat16" else ():
-            asked = query(denoiser, batch)
-            turns: Mapping[str, Turn] = {
-                "ours": partial(_denoise, denoiser, asked),
-                "torch": partial(_denoise, today, asked),
-            }
-            yield about | {"batch": batch} | _compared(_rates(turns, batch, options), {})
-        if options.sample:
-            turns = {
-                "ours": partial(sample, denoiser, options.steps),
-                "torch": partial(sample, today, options.steps),
-            }
-            rates = _rates(turns, TRAJECTORIES, options)
-            about |= {"trajectories": TRAJECTORIES, "steps": options.steps}
-            yield about | _compared(rates, {})
+        images = TRAJECTORIES
+    else:
+        asked, images = query(denoiser, cell["batch"]), cell["batch"]
+        turns = {
+            "ours": partial(_denoise, denoiser, asked),
+            "torch": partial(_denoise, today, asked),
+        }
+    return cell | _engine(denoiser) | _compared(_rates(turns, images, options), {})
+
+
+def _engine(denoiser: Denoiser) -> Row:
+    info = denoiser.info
+    error = float(f"{info.precision_error:.2g}")
+    return {"engine": info.engine, "reason": info.engine_reason, "error": error}
 
 
 def _denoise(denoiser: Denoiser, asked: Query) -> Images:
@@ -216,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="networks")
     add("--peers", nargs="+", choices=tuple(PEERS), default=tuple(PEERS), help="libraries")
-    add("--engine", default="auto", choices=("auto", "torch", "openvino"), help="of ours")
+    add("--engine", default="auto", choices=ENGINES, help="of ours")
     add("--batches", nargs="+", type=int, default=(1, 16, 64), metavar="B", help="batch sizes")
     add("--threads", nargs="+", type=int, default=(1, 2), metavar="T", help="CPU threads")
     add("--rounds", type=int, default=7, help="alternating rounds")
@@ -225,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=60.0, help="limit; further cases are left out")
     add("--widths", nargs="+", type=int, default=(), metavar="W", help="narrower networks")
     add("--steps", type=int, default=STEPS, help="of a trajectory")
-    add("--no-sample", dest="sample", action="store_false", help="without trajectories")
+    add("--sample", nargs="*", choices=tuple(CASES), default=BUNDLED, help="of trajectories")
     record.add_arguments(parser)
     return parser
 

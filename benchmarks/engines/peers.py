@@ -55,6 +55,8 @@ def plain(subject: Subject, batch: int, threads: int) -> Peer:
 
 def compiled(subject: Subject, batch: int, threads: int) -> Peer:
     """Return torch.compile's module, for fixed shapes."""
+    # Forms of other batches and threads count towards a limit, beyond which it computes eagerly.
+    torch._dynamo.reset()
     form = torch.compile(subject.module, dynamic=False)
 
     def network(*inputs: npt.NDArray[Any]) -> Images:

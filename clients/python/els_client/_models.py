@@ -145,7 +145,8 @@ class Model:
             kind "picture", whose labels are the scales; otherwise empty.
         scale_steps: Default steps of each scale for the sampler pyramid; 0 without scales.
         has_originality: Whether ``originality`` is supported: it holds the images of its bank.
-        engine: Trained networks: "torch", "compile", "onnxruntime" or "openvino"; otherwise empty.
+        engine: Trained networks: "torch", "compile", "onnxruntime" or "openvino", or several of
+            these joined by "+", of small batches first; otherwise empty.
         engine_reason: Why engine and precision are not what the server's configuration asks for,
             or why they were chosen; otherwise empty.
         precision: Precision of a trained network's arithmetic; otherwise empty.
