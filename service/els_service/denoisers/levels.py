@@ -86,7 +86,8 @@ class NoiseLevel:
     @property
     def sigma(self) -> Floats:
         """Noise-to-signal ratio s/a of each image, [B] float64."""
-        return self.s / self.a
+        a, s = self._both()
+        return s / a
 
     @property
     def alpha_bar(self) -> Floats:

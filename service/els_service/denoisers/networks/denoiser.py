@@ -128,11 +128,12 @@ class NetworkDenoiser:
         """
         if query.guidance is not None:
             return denoise_guided(self.denoise, query)
-        parts = [
-            self._denoise_part(query[images], bucket)
-            for images, bucket in self._launches(len(query))
-        ]
-        return Denoised(parts[0] if len(parts) == 1 else np.concatenate(parts), None)
+        (images, bucket), *others = self._launches(len(query))
+        if not others:
+            return Denoised(self._denoise_part(query, bucket), None)
+        parts = [self._denoise_part(query[images], bucket)]
+        parts += [self._denoise_part(query[images], bucket) for images, bucket in others]
+        return Denoised(np.concatenate(parts), None)
 
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
         """Return D(x) and Jᵀg by automatic differentiation, in the network's precision.

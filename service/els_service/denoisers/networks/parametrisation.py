@@ -45,7 +45,9 @@ class Parametrisation:
     @property
     def time(self) -> Floats:
         """Time of ``sigma`` on the cosine schedule, MIN_TIME ≤ t ≤ 1."""
-        return np.clip(cosine_time(self.sigma), MIN_TIME, 1.0)
+        # In a third of the time of np.clip, for a few numbers.
+        time: Floats = np.minimum(np.maximum(cosine_time(self.sigma), MIN_TIME), 1.0)
+        return time
 
 
 def parametrise(
@@ -62,8 +64,9 @@ def parametrise(
         sigma_data: standard deviation of the data, for ``edm``.
         max_sigma: highest trained s/a; the default 80.2 is that of the cosine schedule at t = 1.
     """
-    sigma = np.minimum(level.sigma, max_sigma)
-    shrink = sigma / (level.sigma * level.a)
+    given_a, given_sigma = level.a, level.sigma
+    sigma = np.minimum(given_sigma, max_sigma)
+    shrink = sigma / (given_sigma * given_a)
     a = 1 / np.sqrt(1 + sigma**2)
     c_in, c_skip, c_out = PREDICTIONS[prediction](a, a * sigma, sigma_data)
     # The table is written for a² + s² = 1; x·shrink·a is x in that scale.
@@ -71,19 +74,19 @@ def parametrise(
     return Parametrisation(c_in * scale, c_skip * scale, c_out, sigma, scale)
 
 
-_Coefficients = tuple[Floats, Floats, Floats]
+_Coefficients = tuple[Floats | float, Floats, Floats]
 
 
 def _eps(a: Floats, s: Floats, _: float) -> _Coefficients:
-    return np.ones_like(a), 1 / a, -s / a
+    return 1.0, 1 / a, -s / a
 
 
 def _x0(a: Floats, s: Floats, _: float) -> _Coefficients:
-    return np.ones_like(a), np.zeros_like(a), np.ones_like(a)
+    return 1.0, np.zeros_like(a), np.ones_like(a)
 
 
 def _v(a: Floats, s: Floats, _: float) -> _Coefficients:
-    return np.ones_like(a), a, -s
+    return 1.0, a, -s
 
 
 def _edm(a: Floats, s: Floats, sigma_data: float) -> _Coefficients:
