@@ -17,7 +17,7 @@ lock() { # NAME ARGUMENTS…
 kinds="--extra server --extra web --extra tracing --extra onnx --extra diffusers"
 lock tools "$locks/tools.in"
 # shellcheck disable=SC2086  # the options are several words
-lock cpu $kinds pyproject.toml
+lock cpu $kinds --extra openvino pyproject.toml
 export PIP_CONFIG_FILE=/dev/null
 unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL
 # shellcheck disable=SC2086

@@ -9,6 +9,13 @@ find "$site/torch/bin" -type f ! -name torch_shm_manager -delete # torch needs i
 rm -f "$site"/torch/lib/lib*test.so "$site"/torch/lib/libaoti_custom_ops.so \
     "$site"/torch/lib/libbackend_with_compiler.so
 rm -rf "$site"/onnx/backend/test
+# Of OpenVINO, all but its CPU plugin and the readers of torch modules and ONNX graphs.
+for name in cmake include libs/cache.json 'libs/libopenvino_intel_[gn]pu_plugin.so' \
+    'libs/libopenvino_tensorflow*' 'libs/libopenvino_paddle*' 'libs/libopenvino_gguf*' \
+    'libs/libopenvino_jax*'; do
+    # shellcheck disable=SC2086  # a pattern
+    rm -rf "$site"/openvino/$name
+done
 find "$site" -name '*.a' -delete
 find "$site/torch" -name '*.h' -delete
 find "$site/sympy" "$site/networkx" "$site/numpy" -depth -type d -name tests \

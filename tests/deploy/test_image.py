@@ -21,7 +21,9 @@ TARGETS = ("cpu", "gpu")
 TEXT = build.FILE.read_text()
 PROJECT = tomllib.loads((build.ROOT / "pyproject.toml").read_text())
 KINDS = ("server", "web", "tracing", "onnx", "diffusers")
-EXTRAS = {"cpu": KINDS, "gpu": (*KINDS, "gpu")}
+EXTRAS = {"cpu": (*KINDS, "openvino"), "gpu": (*KINDS, "gpu")}
+ENGINES = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
+"""Engine → the package that it needs."""
 
 
 def stages() -> dict[str, tuple[str, list[str]]]:
@@ -102,6 +104,17 @@ def test_a_lock_pins_all_that_the_project_asks_for(target: str) -> None:
         target == "cpu",
         target == "gpu",
     )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_engines_of_a_target_are_those_that_the_page_says(target: str) -> None:
+    page = (build.ROOT / "docs/engines.md").read_text().partition("## Images")[2]
+    (row,) = re.findall(rf"^\| `{target}` \|(.*)\|$", page, re.MULTILINE)
+    pinned = pins(target)
+    # torch.compile needs a C++ compiler on a CPU, and Triton on a GPU.
+    found = {engine for engine, package in ENGINES.items() if package in pinned}
+    found |= {"compile"} if "triton" in pinned else set()
+    assert set(re.findall(r"`(\w+)`", row)) == found
 
 
 def test_no_target_can_get_the_others_torch() -> None:

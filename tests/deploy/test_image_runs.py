@@ -109,6 +109,8 @@ def test_every_kind_of_model_answers_from_a_volume(tmp_path: Path) -> None:
     root = write_models(tmp_path / "models")
     for architecture in networks.WIDTHS:
         networks.write_folder(root / f"net-{architecture}", networks.config(architecture))
+    for engine in ("openvino", "onnxruntime"):
+        networks.write_folder(root / engine, networks.config(), engine=engine, fallback=False)
     parts = {"unet": conditional_unet(), "vae": autoencoder(), "scheduler": scheduler()}
     write_folder(root / "latent", "kind: latent\n", **parts)
     write_folder(root / "pixels", "kind: diffusers\n", unet=unet(), scheduler=scheduler())

@@ -6,7 +6,7 @@ A network is defined once, by a torch module or an ONNX graph, and has one file 
     engine       computes           kinds of models               by
     torch        the module         network, diffusers, latent    eager kernels
     compile      the module         network, diffusers, latent    torch.compile
-    onnxruntime  the graph          onnx                          its own kernels
+    onnxruntime  an export          all, on a CPU                 its own kernels
     openvino     what it converts   all, on a CPU                 graphs of fixed batch sizes
 
 Public names, by module:
@@ -14,13 +14,15 @@ Public names, by module:
     options    EngineOptions, EngineDefaults: engine, precision, threads, fallback, buckets
     choice     choose(options, builders, probe, source) → Engine. A named engine is built or, with
                ``fallback``, replaced by the first builder; ``auto`` builds and times them and takes
-               the fastest. Logs what it did and why.
+               the fastest, by batch size where they differ. Logs what it did and why.
     probe      Probe: known inputs and answers; finds wrong conversions and mixed rows, measures
                errors and seconds. Runner: the function type of all engines.
     buckets    launches(count, seconds): the cheapest batch sizes for a number of images
     runtime    load_openvino(), Settings, Compiled: the library, and a graph of one batch size
     converted  OpenvinoRunner: a graph compiled for several batch sizes; graph_of_module,
                graph_of_onnx: conversions
+    exported   session_of, OnnxruntimeRunner: sessions of onnxruntime, and a module in one;
+               onnx_of_module: the export
     modules    choose_engine(function, device, options, source): engines of a torch module
 
 A runner takes numpy arrays, [B, …] each, and returns float32 [B, …]; it keeps none of them.

@@ -186,14 +186,14 @@ def _by_batch(engines: Mapping[int, Engine]) -> Engine:
         ].run(*inputs)
         return answer
 
-    ranges = [f"{engine.name} from batch {size}" for size, engine in engines.items()]
+    ranges = ", ".join(f"{engine.name} from batch {size}" for size, engine in engines.items())
     return Engine(
         "+".join(distinct),
         run,
         first.precision,
         "; ".join(engine.description for engine in distinct.values()),
         max(engine.error for engine in distinct.values()),
-        reason=", ".join(ranges),
+        reason=_joined(*(engine.reason for engine in distinct.values()), ranges),
         largest=others[-1].largest,
         memory_bytes=sum(engine.memory_bytes for engine in distinct.values()),
     )
