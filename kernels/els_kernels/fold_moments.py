@@ -15,19 +15,22 @@ A pair of p and y is counted once, however many patches, wrapped or clipped, con
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, Unpack
 
 import torch
 from torch import Tensor
 
+from els_kernels.attention import Compiling
 from els_kernels.fold import FoldedAttention
 from els_kernels.fold_arguments import FoldArguments
 from els_kernels.fold_plan import FoldQuery
+from els_kernels.geometry import Geometry
 from els_kernels.moments import check_direction, gathered
 from els_kernels.native import NativeFoldMoments
 from els_kernels.posterior_statistics import MAX_SOURCES, PosteriorStatistics, Removal
 from els_kernels.torch_fold_moments import TiledFoldMoments
+from els_kernels.triton import create_fold_moments
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class FoldMomentImplementation(Protocol):
 FOLD_MOMENT_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldMomentImplementation]] = {
     "torch": TiledFoldMoments,
     "native": NativeFoldMoments,
+    "triton": create_fold_moments,
 }
 
 
@@ -75,7 +79,7 @@ class FoldedMoments:
 
     Raises:
         ValueError: The implementation is unknown.
-        RuntimeError: ``native`` is requested but not available; gives the reason.
+        RuntimeError: ``native`` or ``triton`` is requested but not available; gives the reason.
     """
 
     @torch.no_grad()
@@ -92,6 +96,13 @@ class FoldedMoments:
         self.attention, self.implementation = attention, implementation
         with torch.autocast(attention.device.type, enabled=False):
             self._moments = FOLD_MOMENT_IMPLEMENTATIONS[implementation](attention.groups)
+
+    @torch.no_grad()
+    def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
+        """Compile what moments with these windows take, if the implementation compiles at all."""
+        if isinstance(self._moments, Compiling):
+            with torch.autocast(self.attention.device.type, enabled=False):
+                self._moments.warm_up(windows, geometry)
 
     def statistics(
         self, x: Tensor, *, top: int = 8, shares: bool = True, **arguments: Unpack[FoldArguments]

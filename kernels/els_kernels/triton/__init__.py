@@ -16,9 +16,10 @@ from els_kernels.triton.chips import unsuited
 if TYPE_CHECKING:
     from els_kernels.triton.attention import TritonAttention
     from els_kernels.triton.fold import TritonFold
+    from els_kernels.triton.fold_moments import TritonFoldMoments
     from els_kernels.triton.moments import TritonMoments
 
-__all__ = ["create", "create_fold", "create_moments", "unavailable"]
+__all__ = ["create", "create_fold", "create_fold_moments", "create_moments", "unavailable"]
 
 
 def unavailable(bank: Tensor) -> str | None:
@@ -72,3 +73,17 @@ def create_moments(bank: Tensor) -> TritonMoments:
     from els_kernels.triton.moments import TritonMoments
 
     return TritonMoments(bank)
+
+
+def create_fold_moments(groups: Sequence[Tensor]) -> TritonFoldMoments:
+    """Return the implementation of the moments of a fold for a bank, as ``create_fold``.
+
+    Raises:
+        RuntimeError: As ``create``.
+    """
+    reason = unavailable(groups[0])
+    if reason is not None:
+        raise RuntimeError(f"implementation triton: {reason}")
+    from els_kernels.triton.fold_moments import TritonFoldMoments
+
+    return TritonFoldMoments(groups)

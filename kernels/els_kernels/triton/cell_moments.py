@@ -23,9 +23,9 @@ from els_kernels.triton.ranking_kernel import ranking_kernel
 from els_kernels.triton.statistics_kernel import statistics_kernel
 from els_kernels.triton.tuning import PROGRAMS
 
-_LIST_BYTES = 1 << 26
+LIST_BYTES = 1 << 26
 """Maximum memory of the lists of sources of a launch."""
-_ROUNDING = 2.0**-18
+ROUNDING = 2.0**-18
 """Relative distance below the least logit of a list from which sources are looked at."""
 
 
@@ -112,7 +112,7 @@ class CellMoments(CellPlanes):
         sources = torch.full((top, *self.peak.shape, 3), -1)
         # As many chunks have a source that reaches it.
         least = self._tops[top - 1]
-        least = self._tiled((least - _ROUNDING * least.abs())[None], 3e38)
+        least = self._tiled((least - ROUNDING * least.abs())[None], 3e38)
         for slab in self._slabs():
             found, places = self._lists(slab, least, top)
             order = torch.cat([logits, found]).sort(dim=0, descending=True, stable=True)
@@ -126,7 +126,7 @@ class CellMoments(CellPlanes):
     def _lists(self, slab: Slab, least: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Return the lists of all chunks, [chunks·m, Q, P] logits and [chunks·m, Q, P, 3]."""
         count = self._tiles.count
-        most = max(count, min(PROGRAMS, _LIST_BYTES // (8 * top * BLOCK * BLOCK)))
+        most = max(count, min(PROGRAMS, LIST_BYTES // (8 * top * BLOCK * BLOCK)))
         work = chunks(slab, count, most)
         shape = work.total, count, top, BLOCK, BLOCK
         logits = self._query.new_full(shape, -math.inf)

@@ -175,24 +175,11 @@ class CellPlanes:
 
     def _tiled(self, fields: Tensor, fill: float) -> Tensor:
         """Return numbers of patches [K, Q, P] as [tiles, K, 32, 32]; ``fill`` is no patch's."""
-        shape = self._tiles
-        rows = (shape.rows - 1) * shape.step + BLOCK - fields.shape[1]
-        cols = (shape.cols - 1) * shape.step + BLOCK - fields.shape[2]
-        own = torch.arange(BLOCK) < shape.step
-        every = pad(fields, (0, cols, 0, rows), value=fill)
-        every = every.unfold(1, BLOCK, shape.step).unfold(2, BLOCK, shape.step)
-        every = every.masked_fill(~(own[:, None] & own), fill)
-        return every.flatten(1, 2).transpose(0, 1).contiguous()
+        return self._tiles.split(fields, fill)
 
     def _untiled(self, tiled: Tensor) -> Tensor:
         """Return numbers of patches [..., Q, P] of those of tiles, [..., tiles, 32, 32]."""
-        shape = self._tiles
-        *others, _, _, _ = tiled.shape
-        own = tiled[..., : shape.step, : shape.step]
-        own = own.reshape(*others, shape.rows, shape.cols, shape.step, shape.step)
-        rows, cols = shape.rows * shape.step, shape.cols * shape.step
-        every: Tensor = own.transpose(-3, -2).reshape(*others, rows, cols)
-        return every[..., : self.peak.shape[0], : self.peak.shape[1]]
+        return self._tiles.joined(tiled, tuple(self.peak.shape))
 
     def _overlapped(self, parts: Tensor) -> Tensor:
         """Return the crop [C, X, Y] of the blocks of pixels [tiles·blocks², C, side, side]."""

@@ -7,11 +7,13 @@ import triton.language as tl
 
 from els_kernels.triton.online import kernel
 from els_kernels.triton.planes import (
+    between,
     block_offsets,
     col_band,
     halves,
     is_source,
     row_band,
+    taps_of,
     window_sums,
 )
 
@@ -107,29 +109,14 @@ def normaliser_kernel(
 def row_taps(p_taps, first, row0, ROWS, STEP, WINDOW, BLOCK: tl.constexpr):
     """Return [pixels, patches] float32: the weight of the pixel ``first + i`` in the patch at j."""
     i_pixel, i_patch = tl.arange(0, BLOCK)[:, None] + first, tl.arange(0, BLOCK)[None, :]
-    offset = i_pixel - i_patch
-    inside = (offset >= 0) & (offset < WINDOW) & (i_patch < STEP) & (row0 + i_pixel < ROWS)
-    return tl.load(p_taps + (row0 + i_pixel) * WINDOW + offset, mask=inside, other=0.0)
+    return taps_of(p_taps, row0 + i_pixel, row0 + i_patch, i_patch < STEP, ROWS, WINDOW)
 
 
 @triton.jit
 def col_taps(p_taps, first, col0, COLS, STEP, WINDOW, BLOCK: tl.constexpr):
     """Return [patches, pixels] float32: the transpose of ``row_taps``, of columns."""
     i_pixel, i_patch = tl.arange(0, BLOCK)[None, :] + first, tl.arange(0, BLOCK)[:, None]
-    offset = i_pixel - i_patch
-    inside = (offset >= 0) & (offset < WINDOW) & (i_patch < STEP) & (col0 + i_pixel < COLS)
-    return tl.load(p_taps + (col0 + i_pixel) * WINDOW + offset, mask=inside, other=0.0)
-
-
-@triton.jit
-def spread(weights, row_high, row_low, col_high, col_low):
-    """Return ``row_taps · weights · col_taps`` with taps in two terms, |weights| ≤ 2^14."""
-    high, low = halves(weights)
-    lower = tl.dot(low, col_high, tl.dot(high, col_low))
-    part = tl.dot(high, col_high, lower * (1.0 / 2048))
-    high, low = halves(part)
-    lower = tl.dot(row_high, low, tl.dot(row_low, high))
-    return tl.dot(row_high, high, lower * (1.0 / 2048))
+    return taps_of(p_taps, col0 + i_pixel, col0 + i_patch, i_patch < STEP, COLS, WINDOW)
 
 
 @kernel
@@ -220,7 +207,7 @@ def fold_kernel(
             weights = tl.exp2(logits - tl.load(p_again)) * tl.load(p_again + BLOCK * BLOCK)
             # A plane of weights below 2^-50 is skipped: at low noise nearly all are.
             if tl.max(tl.max(weights, axis=1), axis=0) > 1.5e-11:
-                reach = spread(weights, row_high, row_low, col_high, col_low)
+                reach = between(row_high, row_low, weights, col_high, col_low)
                 p_value = p_image + (key_row + pixel_row) * COLS + key_col + pixel_col
                 p_value += FIRST * KEY_PLANE + again
                 sum0 += reach * tl.load(p_value + block_offsets(COLS, BLOCK))

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from els_kernels.fold_plan import Cell, cells, own_patch
 from els_kernels.geometry import Geometry
-from els_kernels.torch_fold import bank_centre, decoded
 from els_kernels.triton.cell_moments import CellMoments
 from els_kernels.triton.cell_planes import BankLevels
 from els_kernels.triton.chips import architecture
+from els_kernels.triton.gaussian import GaussianPrior
 from els_kernels.triton.plane_plan import extremes, on_device
-
-_TILE = 4096
-"""Bank images of which squares are summed together."""
 
 
 class TritonMoments:
@@ -30,13 +27,7 @@ class TritonMoments:
         self.bank = bank
         self.levels = BankLevels([bank])
         self.arch = architecture(bank.device)
-        self.centre = bank_centre([bank])
-        squares = torch.zeros_like(self.centre[:, 0, 0])
-        for first in range(0, len(bank), _TILE):
-            gaps = decoded(bank[first : first + _TILE]).double() - self.centre
-            squares += gaps.square_().sum((0, 2, 3))
-        self.variance = (squares / (bank.numel() / bank.shape[1]))[:, None, None]
-        """Variance of each channel, [C, 1, 1] float64."""
+        self.prior = GaussianPrior([bank], self.levels.largest)
 
     def query(
         self,
@@ -79,12 +70,7 @@ class TritonQuery:
         self.is_unresolved = moments.levels.is_unresolved(x, a, s, window)
         """Whether the query is far from the bank and needs float64: see ``far_queries``."""
         self._level = moments.levels.level(x, a, s, window)
-        # The mean of a posterior whose prior is Gaussian: near enough to centre sums.
-        signal = a * a * moments.variance
-        own = x.double() - a * moments.centre
-        reference = moments.centre + own * (signal / (signal + s * s) / a)
-        largest = moments.levels.largest
-        self._reference = reference.clamp(-largest, largest).float()
+        self._reference = moments.prior.reference(x, a, s)
         self.known: Tensor | None = None
         """``evidence``, if it was computed before."""
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from els_kernels.control import checkpoint
 from els_kernels.fold_plan import OUTSIDE, Axis, Cell, crop
@@ -28,7 +29,10 @@ single block and others; more of them spill."""
 _MIN_SHIFTS = 32
 """Minimum planes of one program, where there are enough: its start costs as much as a few."""
 
-PlaneKernel = Literal["normaliser", "fold", "entropy", "moments", "ranking", "jvp", "vjp"]
+PlaneKernel = Literal[
+    "normaliser", "fold", "entropy", "moments", "ranking", "jvp", "vjp",
+    "fold entropy", "fold moments", "fold ranking", "fold scalars", "fold jvp", "fold vjp",
+]  # fmt: skip
 _TILE = Config(32, 32, 32, 2, 1)
 _FOUR, _EIGHT = replace(_TILE, num_warps=4), replace(_TILE, num_warps=8)
 _LARGE: dict[PlaneKernel, Config] = {
@@ -39,6 +43,12 @@ _LARGE: dict[PlaneKernel, Config] = {
     "ranking": _FOUR,
     "jvp": _FOUR,
     "vjp": _FOUR,
+    "fold entropy": _FOUR,
+    "fold moments": _FOUR,
+    "fold ranking": _FOUR,
+    "fold scalars": _FOUR,
+    "fold jvp": _FOUR,
+    "fold vjp": _FOUR,
 }
 LARGE_WINDOWS: dict[Arch, dict[PlaneKernel, Config]] = {
     "sm80": _LARGE,
@@ -95,12 +105,21 @@ class Ring(NamedTuple):
     """int64: place in the image of each row of the crop of keys; -1 outside of it."""
     sources: int
     """Patches that are sources: those that start at one of the first rows."""
+    image: int
+    """Length of the bank image."""
 
-    def continued(self, pixels: int) -> Tensor:
-        """Return the places of the rows that ``pixels`` rows meet at all displacements; or -1."""
+    def continued(self, pixels: int, before: int = 0) -> Tensor:
+        """Return the places of the rows that ``pixels`` rows meet at all displacements; or -1.
+
+        Of the rows, ``before`` are before the first of the crop.
+        """
         gap = self.keys.new_full((self.length - len(self.keys),), OUTSIDE)
-        rows = torch.arange(self.shifts + pixels - 1, device=self.keys.device) % self.length
-        return torch.cat([self.keys, gap])[rows]
+        return torch.cat([self.keys, gap])[self.rows(pixels, before)]
+
+    def rows(self, pixels: int, before: int = 0) -> Tensor:
+        """Return the same as rows of the ring, from 0."""
+        met = torch.arange(self.shifts + pixels - 1, device=self.keys.device)
+        return (met - before) % self.length
 
 
 def ring(axis: Axis, length: int, torus: bool) -> Ring:
@@ -109,10 +128,11 @@ def ring(axis: Axis, length: int, torus: bool) -> Ring:
     On the torus every row starts a patch, and the image itself is the ring.
     """
     if torus:
-        return Ring(length, length, torch.arange(length), length)
+        return Ring(length, length, torch.arange(length), length, length)
     keys = axis.keys(length)
     around = max(len(keys), len(axis.query))
-    return Ring(around, 1 if axis.same else around, keys, len(keys) - axis.window + 1)
+    sources = len(keys) - axis.window + 1
+    return Ring(around, 1 if axis.same else around, keys, sources, length)
 
 
 @dataclass(frozen=True)
@@ -134,8 +154,32 @@ class Tiles:
     @property
     def pixels(self) -> tuple[int, int]:
         """Rows and columns of pixels of all tiles."""
-        reach = self.blocks * BLOCK
+        reach = self.reach
         return (self.rows - 1) * self.step + reach, (self.cols - 1) * self.step + reach
+
+    @property
+    def reach(self) -> int:
+        """Side of the pixels of a tile."""
+        return self.blocks * BLOCK
+
+    def split(self, fields: Tensor, fill: float) -> Tensor:
+        """Return numbers [K, Q, P] as [tiles, K, 32, 32]; ``fill`` is outside of a tile's own."""
+        rows = (self.rows - 1) * self.step + BLOCK - fields.shape[1]
+        cols = (self.cols - 1) * self.step + BLOCK - fields.shape[2]
+        own = torch.arange(BLOCK, device=fields.device) < self.step
+        every = pad(fields, (0, cols, 0, rows), value=fill)
+        every = every.unfold(1, BLOCK, self.step).unfold(2, BLOCK, self.step)
+        every = every.masked_fill(~(own[:, None] & own), fill)
+        return every.flatten(1, 2).transpose(0, 1).contiguous()
+
+    def joined(self, tiled: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Return numbers [..., *size] of those of tiles, [..., tiles, 32, 32]."""
+        *others, _, _, _ = tiled.shape
+        own = tiled[..., : self.step, : self.step]
+        own = own.reshape(*others, self.rows, self.cols, self.step, self.step)
+        rows, cols = self.rows * self.step, self.cols * self.step
+        every: Tensor = own.transpose(-3, -2).reshape(*others, rows, cols)
+        return every[..., : size[0], : size[1]]
 
 
 def tiles(cell: Cell) -> Tiles:
@@ -164,9 +208,17 @@ class Slab(NamedTuple):
 
 
 def slabs(
-    groups: Sequence[Tensor], limits: tuple[int, int], cell: Cell, geometry: Geometry, shape: Tiles
+    groups: Sequence[Tensor],
+    limits: tuple[int, int],
+    cell: Cell,
+    geometry: Geometry,
+    shape: Tiles,
+    before: tuple[int, int] = (0, 0),
 ) -> Iterator[Slab]:
-    """Yield the images of a range of a bank, slab by slab."""
+    """Yield the images of a range of a bank, slab by slab.
+
+    Tiles start ``before`` rows and columns before the crop.
+    """
     torus = geometry.padding == "circular" and geometry.sources == "every"
     first = limits[0]
     for group in within(groups, limits):
@@ -175,7 +227,8 @@ def slabs(
         # Centres of patches are read beyond the last pixels of tiles.
         margin = cell.rows.window // 2
         places = [
-            axis.continued(n + margin) for axis, n in zip((rows, cols), shape.pixels, strict=True)
+            axis.continued(n + margin, extra)
+            for axis, n, extra in zip((rows, cols), shape.pixels, before, strict=True)
         ]
         each = 4 * group.shape[1] * len(places[0]) * len(places[1])
         together = max(1, _SLAB_BYTES // each)

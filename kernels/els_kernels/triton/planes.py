@@ -27,6 +27,17 @@ def halves(values):
 
 
 @triton.jit
+def between(left_high, left_low, values, right_high, right_low):
+    """Return ``left · values · right`` with factors in two terms, |values| ≤ 2^14."""
+    high, low = halves(values)
+    lower = tl.dot(low, right_high, tl.dot(high, right_low))
+    part = tl.dot(high, right_high, lower * (1.0 / 2048))
+    high, low = halves(part)
+    lower = tl.dot(left_high, low, tl.dot(left_low, high))
+    return tl.dot(left_high, high, lower * (1.0 / 2048))
+
+
+@triton.jit
 def dot_right(values, band, sums):
     """Return ``sums + values · band``, with a 0/1 matrix on the right."""
     high, low = halves(values)
@@ -131,6 +142,42 @@ def window_sums(
                 part = dot_right(plane, col_band(i_col * BLOCK, WINDOW, BLOCK), part)
             sums = dot_left(row_band(i_row * BLOCK, WINDOW, BLOCK), part * shrink, sums)
     return sums
+
+
+@triton.jit
+def taps_of(p_taps, pixel, patch, inside, ROWS, WINDOW):
+    """Return the weights of pixels in patches that start at ``patch``; 0 unless ``inside``.
+
+    ``pixel`` and ``patch`` are of one axis, and are broadcast. ``p_taps`` is [ROWS, WINDOW].
+    """
+    offset = pixel - patch
+    inside = inside & (offset >= 0) & (offset < WINDOW) & (pixel < ROWS)
+    return tl.load(p_taps + pixel * WINDOW + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def window_adjoint(
+    weights,
+    rows_band,
+    cols_band,
+    pixel_row,
+    pixel_col,
+    shrink,
+    WINDOW,
+    BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    """Return what the patches of a tile give to a block of its pixels: the adjoint of their sums.
+
+    The band of patches by pixels is the same for rows and columns, up to the side that it is on.
+    """
+    nothing = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if SINGLE:
+        part = dot_right(weights, rows_band, nothing) * shrink
+        return dot_left(cols_band, part, nothing)
+    else:
+        part = dot_right(weights, row_band(pixel_col, WINDOW, BLOCK), nothing) * shrink
+        return dot_left(col_band(pixel_row, WINDOW, BLOCK), part, nothing)
 
 
 @triton.jit

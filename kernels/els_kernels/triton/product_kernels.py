@@ -22,6 +22,7 @@ from els_kernels.triton.planes import (
     dot_right,
     is_source,
     row_band,
+    window_adjoint,
     window_sums,
 )
 
@@ -270,13 +271,10 @@ def vjp_kernel(
                     along += gap * tl.load(p_cotangent + o_plane)
                 weights *= along * factor
                 # The adjoint of the sums over windows: bands of pixels by patches.
-                nothing = tl.zeros((BLOCK, BLOCK), tl.float32)
-                if SINGLE:
-                    part = dot_right(weights, rows_band, nothing) * shrink
-                    reach = dot_left(cols_band, part, nothing)
-                else:
-                    part = dot_right(weights, row_band(pixel_col, WINDOW, BLOCK), nothing) * shrink
-                    reach = dot_left(col_band(pixel_row, WINDOW, BLOCK), part, nothing)
+                reach = window_adjoint(
+                    weights, rows_band, cols_band, pixel_row, pixel_col, shrink,
+                    WINDOW, BLOCK, SINGLE,
+                )  # fmt: skip
                 p_value = p_key + FIRST * KEY_PLANE + pixel_row * COLS + pixel_col + again
                 o_block = block_offsets(COLS, BLOCK)
                 sum0 += reach * (tl.load(p_value + o_block) - tl.load(p_pixels + again + o_block))
