@@ -18,6 +18,7 @@ from els_kernels.triton.plane_plan import (
     chunks,
     options,
     sizes,
+    tap_blocks,
     values_of,
 )
 
@@ -35,7 +36,7 @@ class _Work:
     scales: Tensor
     """[7] float32, as of ``fold_scalar_kernel``."""
     taps: tuple[Tensor, Tensor]
-    """[X, k] and [Y, k] float32."""
+    """Of rows and columns, float16, as of ``fold_scalar_kernel``."""
     direction: Tensor
     """u or g of the crop, [C, X, Y] float32."""
     reference: Tensor
@@ -72,12 +73,25 @@ class CellProducts(CellPlanes):
         shrink = float(self._scales[3])
         squeeze = shrink / 4
         scales = torch.cat([self._scales, self._scales.new_tensor([factor, squeeze])])
-        rows, cols = (each.float().contiguous() for each in taps)
-        work = _Work(kind, scales, (rows, cols), direction, reference)
+        rows = self._taps(taps[0], self._tiles.rows)
+        cols = self._taps(taps[1], self._tiles.cols).mT
+        if kind == "vjp":
+            rows, cols = rows.mT, cols.mT
+        work = _Work(kind, scales, (rows.contiguous(), cols.contiguous()), direction, reference)
         mean = self._means(work, torch.zeros_like(self.total))
         if gain > _REFINED:
             mean += self._means(work, mean)
         return self._overlapped(self._parts(work, mean)) / (factor * shrink * squeeze)
+
+    def _taps(self, taps: Tensor, count: int) -> Tensor:
+        """Return the weights between tiles of patches and the blocks of pixels that they reach.
+
+        [tiles, blocks, 2, 32, 32], pixels by patches.
+        """
+        first = torch.arange(count)[:, None] * self._tiles.step
+        pixels = first + torch.arange(self._tiles.blocks) * BLOCK
+        own = BLOCK, self._tiles.step
+        return tap_blocks(taps, pixels, first.expand_as(pixels), own)
 
     def _means(self, work: _Work, centre: Tensor) -> Tensor:
         """Return the mean of c - centre of each patch, [Q, P] float64."""
@@ -88,7 +102,7 @@ class CellProducts(CellPlanes):
             sums = self._query.new_empty(split.total, count, 2, BLOCK, BLOCK)
             fold_scalar_kernel[(count, split.shifts, split.images)](
                 *self._tensors(work, slab, terms), sums,
-                *sizes(self.cell, slab, split, self._tiles), *self._query.shape[1:],
+                *sizes(self.cell, slab, split, self._tiles),
                 CHANNELS=len(self._query), VJP=int(work.kind == "vjp"),
                 **options("fold scalars", self._tiles, self._arch),
             )  # fmt: skip
@@ -111,7 +125,7 @@ class CellProducts(CellPlanes):
                 sums = self._query.new_empty(split.total, blocks, values, BLOCK, BLOCK)
                 fold_product_kernel[(blocks, split.shifts, split.images)](
                     *self._tensors(work, slab, terms), sums,
-                    *sizes(self.cell, slab, split, self._tiles), *self._query.shape[1:], first,
+                    *sizes(self.cell, slab, split, self._tiles), first,
                     CHANNELS=channels, VALUES=values, VJP=int(vjp),
                     **options("fold vjp" if vjp else "fold jvp", self._tiles, self._arch),
                 )  # fmt: skip

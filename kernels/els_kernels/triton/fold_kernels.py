@@ -13,7 +13,6 @@ from els_kernels.triton.planes import (
     halves,
     is_source,
     row_band,
-    taps_of,
     window_sums,
 )
 
@@ -109,14 +108,18 @@ def normaliser_kernel(
 def row_taps(p_taps, first, row0, ROWS, STEP, WINDOW, BLOCK: tl.constexpr):
     """Return [pixels, patches] float32: the weight of the pixel ``first + i`` in the patch at j."""
     i_pixel, i_patch = tl.arange(0, BLOCK)[:, None] + first, tl.arange(0, BLOCK)[None, :]
-    return taps_of(p_taps, row0 + i_pixel, row0 + i_patch, i_patch < STEP, ROWS, WINDOW)
+    offset = i_pixel - i_patch
+    inside = (offset >= 0) & (offset < WINDOW) & (i_patch < STEP) & (row0 + i_pixel < ROWS)
+    return tl.load(p_taps + (row0 + i_pixel) * WINDOW + offset, mask=inside, other=0.0)
 
 
 @triton.jit
 def col_taps(p_taps, first, col0, COLS, STEP, WINDOW, BLOCK: tl.constexpr):
     """Return [patches, pixels] float32: the transpose of ``row_taps``, of columns."""
     i_pixel, i_patch = tl.arange(0, BLOCK)[None, :] + first, tl.arange(0, BLOCK)[:, None]
-    return taps_of(p_taps, col0 + i_pixel, col0 + i_patch, i_patch < STEP, COLS, WINDOW)
+    offset = i_pixel - i_patch
+    inside = (offset >= 0) & (offset < WINDOW) & (i_patch < STEP) & (col0 + i_pixel < COLS)
+    return tl.load(p_taps + (col0 + i_pixel) * WINDOW + offset, mask=inside, other=0.0)
 
 
 @kernel

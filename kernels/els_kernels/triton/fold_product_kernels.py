@@ -15,14 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from els_kernels.triton.fold_kernels import col_taps, row_taps
 from els_kernels.triton.online import kernel
 from els_kernels.triton.planes import (
     between,
     block_offsets,
     col_band,
-    halves,
     is_source,
+    load_halves,
     row_band,
     window_adjoint,
     window_sums,
@@ -32,43 +31,36 @@ from els_kernels.triton.product_kernels import product_sums, products
 
 @triton.jit
 def tap_sums(
-    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps, row0, col0,
-    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, BLOCKS, TAP_ROWS, TAP_COLS,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps,
+    COLS, QUERY_PLANE, KEY_PLANE, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return ``Σ_p g(p - q)·⟨left(p), (φ - r)(p)⟩`` of the patches of a tile, scaled."""
     factor = tl.load(p_level + 5)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for i_block in range(BLOCKS * BLOCKS):
-        down, right = i_block // BLOCKS * BLOCK, i_block % BLOCKS * BLOCK
-        first = down * COLS + right
+        i_down, i_right = i_block // BLOCKS, i_block % BLOCKS
+        first = i_down * BLOCK * COLS + i_right * BLOCK
         plane = products(
             p_left + first, p_keys + first, p_pixels + first, factor,
             COLS, QUERY_PLANE, KEY_PLANE, CHANNELS, BLOCK,
         )  # fmt: skip
-        # From pixels to patches: the transposes of the taps of the fold.
-        row_high, row_low = halves(
-            col_taps(p_row_taps, down, row0, TAP_ROWS, STEP, WINDOW, BLOCK)
-        )
-        col_high, col_low = halves(
-            row_taps(p_col_taps, right, col0, TAP_COLS, STEP, WINDOW, BLOCK)
-        )
+        row_high, row_low = load_halves(p_row_taps + i_down * (2 * BLOCK * BLOCK), BLOCK)
+        col_high, col_low = load_halves(p_col_taps + i_right * (2 * BLOCK * BLOCK), BLOCK)
         sums += between(row_high, row_low, plane, col_high, col_low)
     return sums
 
 
 @triton.jit
 def scalars(
-    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps, rows_band, cols_band, row0, col0,
-    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, BLOCKS, TAP_ROWS, TAP_COLS,
+    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps, rows_band, cols_band,
+    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS,
     CHANNELS: tl.constexpr, VJP: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Return c of the patches of a tile, [BLOCK, BLOCK], scaled."""
     if VJP:
         return tap_sums(
-            p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps, row0, col0,
-            COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, BLOCKS, TAP_ROWS, TAP_COLS,
-            CHANNELS, BLOCK,
+            p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps,
+            COLS, QUERY_PLANE, KEY_PLANE, BLOCKS, CHANNELS, BLOCK,
         )  # fmt: skip
     else:
         return product_sums(
@@ -109,9 +101,6 @@ def fold_scalar_kernel(
     TILE_COLS,
     BLOCKS,
     ZERO,
-    # Size of the taps.
-    TAP_ROWS,
-    TAP_COLS,
     CHANNELS: tl.constexpr,
     VJP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -120,7 +109,10 @@ def fold_scalar_kernel(
     """Write ``Σ w`` and ``Σ w (c - centre)`` of the patches of a tile; c is scaled.
 
     Tensors:
-        p_query, p_keys: as of ``normaliser_kernel``. p_row_taps, p_col_taps: as of ``fold_kernel``.
+        p_query, p_keys: as of ``normaliser_kernel``.
+        p_row_taps: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: pixels of a block by patches,
+            in two terms; patches by pixels if VJP. p_col_taps: the transpose of the same, of
+            columns.
         p_level: [7] float32: ``PlaneLevel``, a factor of the direction, and one of c.
         p_reference: [tiles, 2, BLOCK, BLOCK] float32: peak and 1 / Σ 2^(ℓ - peak) of each patch.
         p_centre: [tiles, 2, BLOCK, BLOCK] float32: the centre of each patch, in two terms.
@@ -128,7 +120,10 @@ def fold_scalar_kernel(
         p_out: [chunks, tiles, 2, BLOCK, BLOCK] float32, written.
     """
     i_tile = tl.program_id(0)
-    row0, col0 = i_tile // TILE_COLS * STEP, i_tile % TILE_COLS * STEP
+    i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
+    row0, col0 = i_row * STEP, i_col * STEP
+    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -164,9 +159,8 @@ def fold_scalar_kernel(
             if tl.max(tl.max(weights, axis=1), axis=0) > 8.9e-16:
                 along = scalars(
                     p_direction + first + again, p_key + again, p_pixels + first + again, p_level,
-                    p_row_taps + again, p_col_taps + again, rows_band, cols_band, row0, col0,
-                    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, BLOCKS, TAP_ROWS, TAP_COLS,
-                    CHANNELS, VJP, BLOCK, SINGLE,
+                    p_row_taps + again, p_col_taps + again, rows_band, cols_band,
+                    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, VJP, BLOCK, SINGLE,
                 )  # fmt: skip
                 p_mean = p_centre + again + o_tile
                 along = (along - tl.load(p_mean)) - tl.load(p_mean + BLOCK * BLOCK)
@@ -210,9 +204,7 @@ def fold_product_kernel(
     TILE_COLS,
     BLOCKS,
     ZERO,
-    # Size of the taps, and the first channel of the product.
-    TAP_ROWS,
-    TAP_COLS,
+    # The first channel of the product.
     FIRST,
     CHANNELS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -231,7 +223,10 @@ def fold_product_kernel(
     i_block = tl.program_id(0) % (BLOCKS * BLOCKS)
     i_tile = tl.program_id(0) // (BLOCKS * BLOCKS)
     pixel_row, pixel_col = i_block // BLOCKS * BLOCK, i_block % BLOCKS * BLOCK
-    row0, col0 = i_tile // TILE_COLS * STEP, i_tile % TILE_COLS * STEP
+    i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
+    row0, col0 = i_row * STEP, i_col * STEP
+    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -245,6 +240,8 @@ def fold_product_kernel(
     o_tile, first = block_offsets(BLOCK, BLOCK), row0 * COLS + col0
     o_block, block = block_offsets(COLS, BLOCK), pixel_row * COLS + pixel_col
     p_value = p_pixels + FIRST * QUERY_PLANE + first + block
+    p_row_block = p_row_taps + pixel_row * (2 * BLOCK)
+    p_col_block = p_col_taps + pixel_col * (2 * BLOCK)
 
     # One sum for each channel, [BLOCK, BLOCK]; unused ones are removed by the compiler.
     sum0 = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -271,9 +268,8 @@ def fold_product_kernel(
             if tl.max(tl.max(weights, axis=1), axis=0) > 8.9e-16:
                 along = scalars(
                     p_direction + first + again, p_key + again, p_pixels + first + again, p_level,
-                    p_row_taps + again, p_col_taps + again, rows_band, cols_band, row0, col0,
-                    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, BLOCKS, TAP_ROWS, TAP_COLS,
-                    CHANNELS, VJP, BLOCK, SINGLE,
+                    p_row_taps + again, p_col_taps + again, rows_band, cols_band,
+                    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, VJP, BLOCK, SINGLE,
                 )  # fmt: skip
                 p_mean = p_centre + again + o_tile
                 along = (along - tl.load(p_mean)) - tl.load(p_mean + BLOCK * BLOCK)
@@ -284,16 +280,8 @@ def fold_product_kernel(
                         WINDOW, BLOCK, SINGLE,
                     )  # fmt: skip
                 else:
-                    row_high, row_low = halves(
-                        row_taps(
-                            p_row_taps + again, pixel_row, row0, TAP_ROWS, STEP, WINDOW, BLOCK
-                        )
-                    )
-                    col_high, col_low = halves(
-                        col_taps(
-                            p_col_taps + again, pixel_col, col0, TAP_COLS, STEP, WINDOW, BLOCK
-                        )
-                    )
+                    row_high, row_low = load_halves(p_row_block + again, BLOCK)
+                    col_high, col_low = load_halves(p_col_block + again, BLOCK)
                     reach = between(row_high, row_low, weights, col_high, col_low)
                 p_pixel = p_key + FIRST * KEY_PLANE + block + again
                 gap = tl.load(p_pixel + o_block) - tl.load(p_value + again + o_block)

@@ -17,9 +17,8 @@ from els_kernels.triton.planes import (
     between,
     block_offsets,
     col_band,
-    halves,
+    load_halves,
     row_band,
-    taps_of,
     window_sums,
 )
 from els_kernels.triton.ranking_kernel import insert
@@ -29,13 +28,11 @@ from els_kernels.triton.ranking_kernel import insert
 def block_weights(
     p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
     p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
-    pixel_row, pixel_col, patch_row, patch_col,
-    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS, TAP_ROWS, TAP_COLS,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Return what a block of patches adds to the weights of a block of pixels, [BLOCK, BLOCK].
+    """Return what a block of patches adds to the weights of a tile's pixels, [BLOCK, BLOCK].
 
-    Pointers are those of its first patch, but for those of the taps.
+    Pointers are those of its first patch, and of the taps between both.
     """
     o_block = tl.arange(0, BLOCK)
     sums = window_sums(
@@ -52,19 +49,8 @@ def block_weights(
     reach = tl.zeros((BLOCK, BLOCK), tl.float32)
     # A plane of weights below 2^-50 is skipped: at low noise nearly all are.
     if tl.max(tl.max(weights, axis=1), axis=0) > 1.5e-11:
-        down, across = o_block[:, None], o_block[None, :]
-        row_high, row_low = halves(
-            taps_of(
-                p_row_taps, pixel_row + down, patch_row + across,
-                (down < STEP) & (across < PATCHES), TAP_ROWS, WINDOW,
-            )  # fmt: skip
-        )
-        col_high, col_low = halves(
-            taps_of(
-                p_col_taps, pixel_col + across, patch_col + down,
-                (across < STEP) & (down < PATCHES), TAP_COLS, WINDOW,
-            )  # fmt: skip
-        )
+        row_high, row_low = load_halves(p_row_taps, BLOCK)
+        col_high, col_low = load_halves(p_col_taps, BLOCK)
         reach = between(row_high, row_low, weights, col_high, col_low)
     return reach
 
@@ -73,34 +59,30 @@ def block_weights(
 def pixel_weights(
     p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
     p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
-    row0, col0, COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS, TAP_ROWS, TAP_COLS,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Return the weights 2^14·π of a tile's pixels at one displacement, [BLOCK, BLOCK]; or 0.
 
-    Pointers are those of the tile's first patch, but for those of the taps.
+    Pointers are those of the tile's first patch, and of its taps.
     """
-    pixel_row, pixel_col = row0 + WINDOW - 1, col0 + WINDOW - 1
     if SINGLE:
         return block_weights(
             p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
             p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
-            pixel_row, pixel_col, row0, col0,
-            COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS, TAP_ROWS, TAP_COLS,
-            CHANNELS, BLOCK, SINGLE,
+            COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
         )  # fmt: skip
     else:
         reach = tl.zeros((BLOCK, BLOCK), tl.float32)
         for i_block in range(BLOCKS * BLOCKS):
-            down, right = i_block // BLOCKS * BLOCK, i_block % BLOCKS * BLOCK
+            i_down, i_right = i_block // BLOCKS, i_block % BLOCKS
+            down, right = i_down * BLOCK, i_right * BLOCK
             first = down * COLS + right
             reach += block_weights(
                 p_query + first, p_keys + first, p_level, p_reference + first,
-                p_row_taps, p_col_taps, p_query_rows + down, p_query_cols + right,
-                p_key_rows + down, p_key_cols + right, rows_band, cols_band,
-                pixel_row, pixel_col, row0 + down, col0 + right,
-                COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS, TAP_ROWS, TAP_COLS,
-                CHANNELS, BLOCK, SINGLE,
+                p_row_taps + i_down * (2 * BLOCK * BLOCK),
+                p_col_taps + i_right * (2 * BLOCK * BLOCK), p_query_rows + down,
+                p_query_cols + right, p_key_rows + down, p_key_cols + right, rows_band, cols_band,
+                COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
             )  # fmt: skip
         return reach
 
@@ -125,7 +107,7 @@ def line_statistics_kernel(
     QUERY_PLANE,
     KEY_PLANE,
     WINDOW,
-    # Work: images × displacements; pixels of a tile, patches of a block.
+    # Work: images × displacements; pixels of a tile.
     IMAGES,
     CHUNK_IMAGES,
     SHIFTS,
@@ -133,10 +115,7 @@ def line_statistics_kernel(
     SHIFT_COLS,
     STEP,
     TILE_COLS,
-    PATCHES,
     BLOCKS,
-    TAP_ROWS,
-    TAP_COLS,
     ZERO,
     # Channel of e.
     CHANNEL,
@@ -153,15 +132,18 @@ def line_statistics_kernel(
         p_level: [5] float32, see ``PlaneLevel``.
         p_reference: [2, rows, COLS] float32: the peak of each patch, and 2^14 / Σ 2^(ℓ - peak);
             3e38 and 0 where there is no patch.
-        p_row_taps: [TAP_ROWS, WINDOW] float32, p_col_taps: [TAP_COLS, WINDOW] float32: 0 of pixels
-            that are not answered.
+        p_row_taps: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: pixels by patches of a block,
+            in two terms; 0 of pixels that are not answered. p_col_taps: patches by pixels.
         p_query_rows, p_query_cols, p_key_rows, p_key_cols: int32, classes of patches.
         p_centre: [tiles, BLOCK, BLOCK] float32: r of the pixels, if MOMENTS.
         p_out: [chunks, tiles, 3, BLOCK, BLOCK] float32, written; two numbers of MOMENTS.
         p_shares: [IMAGES, chunks of displacements, tiles] float32, written unless MOMENTS.
     """
     i_tile = tl.program_id(0)
-    row0, col0 = i_tile // TILE_COLS * STEP, i_tile % TILE_COLS * STEP
+    i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
+    row0, col0 = i_row * STEP, i_col * STEP
+    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -187,8 +169,7 @@ def line_statistics_kernel(
                 p_row_taps + again, p_col_taps + again,
                 p_query_rows + row0 + again, p_query_cols + col0 + again,
                 p_key_rows + key_row, p_key_cols + key_col, rows_band, cols_band,
-                row0, col0, COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS,
-                TAP_ROWS, TAP_COLS, CHANNELS, BLOCK, SINGLE,
+                COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
             )  # fmt: skip
             if MOMENTS:
                 p_value = p_key + CHANNEL * KEY_PLANE + (WINDOW - 1) * (COLS + 1)
@@ -242,10 +223,7 @@ def line_ranking_kernel(
     SHIFT_COLS,
     STEP,
     TILE_COLS,
-    PATCHES,
     BLOCKS,
-    TAP_ROWS,
-    TAP_COLS,
     ZERO,
     # Sources that are listed.
     TOP,
@@ -262,7 +240,10 @@ def line_ranking_kernel(
         p_ids: the same, int32: image·SHIFTS + displacement.
     """
     i_tile = tl.program_id(0)
-    row0, col0 = i_tile // TILE_COLS * STEP, i_tile % TILE_COLS * STEP
+    i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
+    row0, col0 = i_row * STEP, i_col * STEP
+    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -286,8 +267,7 @@ def line_ranking_kernel(
                 p_reference + first + again, p_row_taps + again, p_col_taps + again,
                 p_query_rows + row0 + again, p_query_cols + col0 + again,
                 p_key_rows + key_row, p_key_cols + key_col, rows_band, cols_band,
-                row0, col0, COLS, QUERY_PLANE, KEY_PLANE, WINDOW, STEP, PATCHES, BLOCKS,
-                TAP_ROWS, TAP_COLS, CHANNELS, BLOCK, SINGLE,
+                COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
             )  # fmt: skip
             near = tl.where(reach >= tl.load(p_least + again), reach, 0.0)
             if tl.max(tl.max(near, axis=1), axis=0) > 0:

@@ -174,6 +174,5 @@ class LineMoments:
         return (
             cols, tiles.pixels[0] * cols, rows * cols, plan.query.window,
             len(slab.keys), work.each_image, slab.rows.shifts * slab.cols.shifts, work.each_shift,
-            slab.cols.shifts, tiles.step, tiles.cols, tiles.patches, tiles.blocks,
-            len(plan.row_taps), len(plan.col_taps), 0,
+            slab.cols.shifts, tiles.step, tiles.cols, tiles.blocks, 0,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from els_kernels.fold_plan import OUTSIDE, Cell, FoldQuery
 from els_kernels.native.fold_lines import Line, line
-from els_kernels.triton.plane_plan import BLOCK, Ring, Slab, Tiles, slabs
+from els_kernels.triton.plane_plan import BLOCK, Ring, Slab, Tiles, slabs, tap_blocks
 
 _NO_PATCH = -2
 """Class of a key that is no patch; no patch of a query has it."""
@@ -86,14 +86,22 @@ class LinePlan:
             )
         )
         rows, cols = query.taps(self.cell)
-        self.row_taps = self._answered(rows, self.rows, self.before[0])
-        self.col_taps = self._answered(cols, self.cols, self.before[1])
+        self.row_taps = self._taps(rows, self.rows, self.tiles.rows)
+        self.col_taps = self._taps(cols, self.cols, self.tiles.cols).mT.contiguous()
 
-    def _answered(self, taps: Tensor, one: Line, before: int) -> Tensor:
-        """Return the taps of answered pixels alone, from ``before`` rows earlier on, float32."""
-        first, last = one.image.start, one.image.stop
-        own = pad(taps[first:last], (0, 0, first + before, 0))
-        return own.float().contiguous()
+    def _taps(self, taps: Tensor, one: Line, count: int) -> Tensor:
+        """Return the weights between the pixels of tiles and their blocks of patches.
+
+        [tiles, blocks, 2, 32, 32], pixels by patches.
+        """
+        tiles, image = self.tiles, one.image
+        halo = tiles.window - 1
+        # From the first patch of the first tile on, so that the first pixel is ``halo`` rows later.
+        answered = pad(taps[image], (0, 0, halo, 0))
+        first = torch.arange(count)[:, None] * tiles.step
+        patches = first + torch.arange(tiles.blocks) * BLOCK
+        pixels = (first + halo).expand_as(patches)
+        return tap_blocks(answered, pixels, patches, (tiles.step, tiles.patches))
 
     def slabs(self, groups: Sequence[Tensor]) -> Iterator[LineSlab]:
         """Yield the images of the query's range, slab by slab."""

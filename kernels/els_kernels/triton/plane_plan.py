@@ -196,6 +196,30 @@ def tiles(cell: Cell) -> Tiles:
     )
 
 
+def tap_blocks(
+    taps: Tensor, pixels: Tensor, patches: Tensor, own: tuple[int, int]
+) -> Tensor:
+    """Return the weights of the fold along one axis between blocks, [..., 2, 32, 32] float16.
+
+    Pixels of a block by patches of a block, in two terms, the lower 2^11 times as large.
+
+    Args:
+        taps: [X, k] of ``Axis.taps``; 0 beyond.
+        pixels: the first pixel of each pair of blocks, [...].
+        patches: its first patch.
+        own: pixels and patches of a block that count.
+    """
+    place = torch.arange(BLOCK, device=taps.device)
+    pixel = pixels[..., None, None] + place[:, None]
+    offset = pixel - patches[..., None, None] - place
+    inside = (offset >= 0) & (offset < taps.shape[1]) & (pixel < len(taps))
+    inside = inside & (place < own[0])[:, None] & (place < own[1])
+    chosen = taps[pixel.clamp(max=len(taps) - 1), offset.clamp(0, taps.shape[1] - 1)]
+    values = (chosen * inside).float()
+    high = values.half()
+    return torch.stack([high, ((values - high.float()) * 2048).half()], -3)
+
+
 class Slab(NamedTuple):
     """Bank images of one size in one launch."""
 

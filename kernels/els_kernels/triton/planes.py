@@ -38,6 +38,13 @@ def between(left_high, left_low, values, right_high, right_low):
 
 
 @triton.jit
+def load_halves(p_high, BLOCK: tl.constexpr):
+    """Return the two terms of a matrix [2, BLOCK, BLOCK] of float16."""
+    o_block = block_offsets(BLOCK, BLOCK)
+    return tl.load(p_high + o_block), tl.load(p_high + BLOCK * BLOCK + o_block)
+
+
+@triton.jit
 def dot_right(values, band, sums):
     """Return ``sums + values · band``, with a 0/1 matrix on the right."""
     high, low = halves(values)
@@ -142,17 +149,6 @@ def window_sums(
                 part = dot_right(plane, col_band(i_col * BLOCK, WINDOW, BLOCK), part)
             sums = dot_left(row_band(i_row * BLOCK, WINDOW, BLOCK), part * shrink, sums)
     return sums
-
-
-@triton.jit
-def taps_of(p_taps, pixel, patch, inside, ROWS, WINDOW):
-    """Return the weights of pixels in patches that start at ``patch``; 0 unless ``inside``.
-
-    ``pixel`` and ``patch`` are of one axis, and are broadcast. ``p_taps`` is [ROWS, WINDOW].
-    """
-    offset = pixel - patch
-    inside = inside & (offset >= 0) & (offset < WINDOW) & (pixel < ROWS)
-    return tl.load(p_taps + pixel * WINDOW + offset, mask=inside, other=0.0)
 
 
 @triton.jit
