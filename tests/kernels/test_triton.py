@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_nothing_is_read_before_or_after_a_bank(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(layout, made, lambda *args, of=real: between_infinities(of(*args)))
     case = random_case(NAMES[name], (2, 2, 5, 5), [5])
     assert_within_budget(case, case.attend("triton"), case.attend("reference"))
+
+
+@needs_triton
+def test_states_of_many_slots_are_merged_in_runs_and_empty_ones_weigh_nothing() -> None:
+    from els_kernels.triton import launch
+
+    generator = torch.Generator().manual_seed(0)
+    peak = 100 * torch.randn(1, 70, 5, generator=generator)
+    sums = torch.rand(1, 70, 5, 2, generator=generator)
+    # A whole run, and single slots, without pairs.
+    empty = (torch.arange(70) < 40) | (torch.arange(70) % 9 == 0)
+    peak[:, empty], sums[:, empty] = -math.inf, 0
+    if torch.cuda.is_available():
+        peak, sums = peak.cuda(), sums.cuda()
+    state = launch._merge(peak, sums, (5, 1))
+    weights = torch.exp2((peak - peak.amax(1, keepdim=True)).double())
+    want = (weights[..., None] * sums).sum(1)
+    assert torch.equal(state.peak.flatten(), peak.amax(1).flatten())
+    assert torch.allclose(state.sums.view(1, 5, 2).double(), want, rtol=1e-6)
 
 
 @needs_triton

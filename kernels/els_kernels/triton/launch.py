@@ -274,12 +274,26 @@ def _empty(size: int, slots: int, places: int, values: Tensor) -> tuple[Tensor, 
 
 
 def _merge(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
-    size, slots, places = peak.shape
-    values = 1 << (sums.shape[-1] - 1).bit_length()
-    top, total = peak.new_empty(size, places), peak.new_empty(size, places, sums.shape[-1])
-    config = tuning.MERGE
-    merge_kernel[(-(-places // config.block_m), size)](
-        peak, sums, top, total, slots, places,
-        VALUES=sums.shape[-1], BLOCK_V=values, BLOCK_M=config.block_m, **config.options(),
-    )  # fmt: skip
+    """Return the merged state of all slots: of runs of slots in parallel, then of these."""
+    slots = peak.shape[1]
+    # Both passes are as long as the other.
+    span = max(tuning.MERGE_SLOTS, math.ceil(math.sqrt(slots)))
+    top, total = _merged_runs(peak, sums, span)
+    if top.shape[1] > 1:
+        top, total = _merged_runs(top, total, top.shape[1])
+    size = len(top)
     return State(top.view(size, *shape), total.view(size, *shape, -1))
+
+
+def _merged_runs(peak: Tensor, sums: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """Return the states [B, runs, places] and [B, runs, places, V] of runs of ``span`` slots."""
+    size, slots, places = peak.shape
+    values, runs = sums.shape[-1], -(-slots // span)
+    top, total = peak.new_empty(size, runs, places), peak.new_empty(size, runs, places, values)
+    config = tuning.MERGE
+    merge_kernel[(-(-places // config.block_m), size, runs)](
+        peak, sums, top, total, slots, span, places,
+        VALUES=values, BLOCK_V=1 << (values - 1).bit_length(), BLOCK_M=config.block_m,
+        **config.options(),
+    )  # fmt: skip
+    return top, total

@@ -51,23 +51,26 @@ def merge_kernel(
     p_top,
     p_total,
     SLOTS,
+    SPAN,
     PLACES,
     VALUES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Merge partial states by log-sum-exp, in the order of their slots.
+    """Merge every SPAN partial states in a row by log-sum-exp, in the order of their slots.
 
     ``top = max_i peak_i``, ``total = Σ_i 2^(peak_i - top)·sums_i``. An empty slot has
-    peak -inf.
+    peak -inf and sums 0; of empty slots alone top is -3e38.
+    Programs: (block of places, batch, run of slots).
 
     Tensors:
         p_peak: [B, SLOTS, PLACES] float32.
         p_sums: [B, SLOTS, PLACES, VALUES] float32.
-        p_top: [B, PLACES] float32, written.
-        p_total: [B, PLACES, VALUES] float32, written.
+        p_top: [B, runs, PLACES] float32, written.
+        p_total: [B, runs, PLACES, VALUES] float32, written.
     """
     i_batch = tl.cast(tl.program_id(1), tl.int64)
+    i_run = tl.program_id(2)
     o_place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_value = tl.arange(0, BLOCK_V)
     m_place, m_value = o_place < PLACES, o_value < VALUES
@@ -75,20 +78,19 @@ def merge_kernel(
     # [BLOCK_M], [BLOCK_M, BLOCK_V]. Finite and below any logit: no difference is NaN.
     top = tl.full((BLOCK_M,), -3e38, tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for i_slot in range(SLOTS):
+    for i_slot in range(i_run * SPAN, tl.minimum(i_run * SPAN + SPAN, SLOTS)):
         o_state = (i_batch * SLOTS + i_slot) * PLACES + o_place
         peak = tl.load(p_peak + o_state, mask=m_place, other=float("-inf"))
-        some = peak > float("-inf")
         sums = tl.load(
             p_sums + o_state[:, None] * VALUES + o_value[None, :],
-            mask=some[:, None] & m_value[None, :],
+            mask=m_place[:, None] & m_value[None, :],
             other=0.0,
         )
         higher = tl.maximum(top, peak)
         total = total * tl.exp2(top - higher)[:, None] + sums * tl.exp2(peak - higher)[:, None]
         top = higher
 
-    o_out = i_batch * PLACES + o_place
+    o_out = (i_batch * tl.num_programs(2) + i_run) * PLACES + o_place
     tl.store(p_top + o_out, top, mask=m_place)
     tl.store(
         p_total + o_out[:, None] * VALUES + o_value[None, :],

@@ -140,6 +140,8 @@ SHIFTS: dict[Arch, Config] = {
 
 MERGE = Config(64, 0, 0, 4, 1)
 """Tile of the merge, of places alone."""
+MERGE_SLOTS = 32
+"""Minimum slots that a program merges, one after the other."""
 
 PROGRAMS = 1024
 """Programs that one image should launch: several for each of a chip's 108 to 304 processors."""
