@@ -69,9 +69,9 @@ def test_a_model_compiles_the_kernels_of_its_windows_for_all_that_it_answers(
     def recorded(self: Any, windows: Any, geometry: object) -> None:
         compiled.append((type(self).__name__, min(windows), max(windows)))
 
-    for kind in (PatchAttention, PatchMoments, FoldedAttention):
+    for kind in (PatchAttention, PatchMoments, FoldedAttention, FoldedMoments):
         monkeypatch.setattr(kind, "warm_up", recorded)
     plain(bank, "triton").warm_up()
     folded(bank, "triton").warm_up()
-    expected = ["PatchAttention", "PatchMoments", "FoldedAttention"]
+    expected = ["PatchAttention", "PatchMoments", "FoldedAttention", "FoldedMoments"]
     assert compiled == [(name, 3, 5) for name in expected]

@@ -16,6 +16,7 @@ from torch import Tensor
 from els_kernels import (
     FOLD_MOMENT_IMPLEMENTATIONS,
     FoldedMoments,
+    PosteriorStatistics,
 )
 from els_kernels.native import NativeFoldMoments
 from els_kernels.native.fold_moments_binding import NativeFoldQuery
@@ -64,14 +65,60 @@ def budgets(
     """Return the budgets of one image: float64, or as far as logits may be wrong."""
     weights, mean = torch.cat(once("weights", reference), 1), once("mean", reference)
     implementation = operator._moments
+    values = torch.cat([image.double().flatten(1) for image in reference.bank], 1)
+    if operator.implementation == "triton":
+        # A logit is wrong by 2^-21 of itself at most: its terms are split into two of 11 bits, and
+        # added to float32 a few times. Those 64 bits below the largest have no weight.
+        logits, _ = reference._logits(reference.x.double())
+        largest = float(logits.amax(1).abs().max()) * math.log2(math.e)
+        return posterior_budgets(weights, values, mean, 2.0**-21 * (largest + 64), ROUNDING)
     if not isinstance(implementation, NativeFoldMoments):
         # A logit of size 1e8 rounds at 1e-8, and with it the weights.
         even = torch.full_like(mean, 1e-7)
         return Budgets(even, even, even[0] + 1e-6, 1e-7, torch.full_like(weights, 1e-7))
     (query,) = operator.attention.validate(case[[b]].x, **arguments(case[[b]]))
     error = NativeFoldQuery(implementation, query).crop.units.error
-    values = torch.cat([image.double().flatten(1) for image in reference.bank], 1)
     return posterior_budgets(weights, values, mean, error, ROUNDING)
+
+
+def assert_statistics(
+    got: PosteriorStatistics, b: int, reference: ReferenceFoldPosterior, lo: int, slack: Budgets
+) -> None:
+    """Assert the statistics of one image whose range starts at bank image ``lo``."""
+    hi = lo + len(reference.bank)
+    assert ((got.mean[b] - once("mean", reference)).abs() <= slack.mean).all()
+    assert ((got.variance[b] - once("variance", reference)).abs() <= slack.variance).all()
+    assert ((got.entropy[b] - once("entropy", reference)).abs() <= slack.entropy).all()
+    assert (got.shares[b, lo:hi] - once("shares", reference)).abs().max() <= slack.shares
+    assert abs(float(got.shares[b].sum()) - 1) <= 1e-9
+    every = torch.cat(once("weights", reference), 1)
+    given = got.weights[b].flatten(0, 1)
+    largest = every.sort(descending=True).values[:, : given.shape[1]]
+    within = slack.weights.amax(1)[:, None]
+    assert ((given[:, : largest.shape[1]] - largest).abs() <= within).all()
+    assert (given.diff(dim=1) <= 0).all()
+    width = torch.tensor([image.shape[2] for image in reference.bank])
+    sizes = torch.tensor([image[0].numel() for image in reference.bank])
+    starts = sizes.cumsum(0) - sizes
+    sources = got.sources[b].flatten(0, 1)
+    listed = sources[..., 0] >= 0
+    assert (listed.sum(1) >= (largest > LEAST).sum(1)).all()
+    image = (sources[..., 0] - lo).clamp(min=0)
+    place = starts[image] + sources[..., 1] * width[image] + sources[..., 2]
+    place = place.masked_fill(~listed, -1)
+    for row in place.tolist():
+        kept = [source for source in row if source >= 0]
+        assert len(set(kept)) == len(kept)
+    at = place.clamp(min=0)
+    gaps = (given - every.gather(1, at)).abs().masked_fill(~listed, 0)
+    assert (gaps <= slack.weights.gather(1, at) + 1e-5 * given).all()
+    assert (given[~listed] == 0).all()
+
+
+def assert_product(got: Tensor, want: Tensor, direction: Tensor) -> None:
+    """Assert 1e-4 of a Jacobian product, or of a tenth of what it would be if D were x."""
+    size = max(float(want.abs().max()), 0.1 * float(direction.abs().max()))
+    assert (got - want).abs().max() <= 1e-4 * size
 
 
 def arguments(case: FoldCase) -> dict[str, Any]:

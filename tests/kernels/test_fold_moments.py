@@ -15,6 +15,8 @@ from tests.kernels.fold_moment_cases import (
     PAIRS,
     TOP,
     arguments,
+    assert_product,
+    assert_statistics,
     budgets,
     cases,
     directions,
@@ -23,14 +25,8 @@ from tests.kernels.fold_moment_cases import (
     once,
     references,
 )
-from tests.kernels.moment_budgets import Budgets
 
-from els_kernels import (
-    PatchAttention,
-    PatchMoments,
-    PosteriorStatistics,
-)
-from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
+from els_kernels import PatchAttention, PatchMoments
 
 
 @pytest.fixture(params=[variant(name) for name in FOLD_VARIANTS])
@@ -46,40 +42,6 @@ def test_statistics_equal_brute_force(form: str, name: str) -> None:
         got = operator.statistics(case.x, **arguments(case), top=TOP)
         for b, reference in enumerate(references(case)):
             assert_statistics(got, b, reference, 0, budgets(operator, case, b, reference))
-
-
-def assert_statistics(
-    got: PosteriorStatistics, b: int, reference: ReferenceFoldPosterior, lo: int, slack: Budgets
-) -> None:
-    """Assert the statistics of one image whose range starts at bank image ``lo``."""
-    hi = lo + len(reference.bank)
-    assert ((got.mean[b] - once("mean", reference)).abs() <= slack.mean).all()
-    assert ((got.variance[b] - once("variance", reference)).abs() <= slack.variance).all()
-    assert ((got.entropy[b] - once("entropy", reference)).abs() <= slack.entropy).all()
-    assert (got.shares[b, lo:hi] - once("shares", reference)).abs().max() <= slack.shares
-    assert abs(float(got.shares[b].sum()) - 1) <= 1e-9
-    every = torch.cat(once("weights", reference), 1)
-    largest = every.sort(descending=True).values[:, :TOP]
-    given = got.weights[b].flatten(0, 1)
-    within = slack.weights.amax(1)[:, None]
-    assert ((given[:, : largest.shape[1]] - largest).abs() <= within).all()
-    assert (given.diff(dim=1) <= 0).all()
-    width = torch.tensor([image.shape[2] for image in reference.bank])
-    sizes = torch.tensor([image[0].numel() for image in reference.bank])
-    starts = sizes.cumsum(0) - sizes
-    sources = got.sources[b].flatten(0, 1)
-    listed = sources[..., 0] >= 0
-    assert (listed.sum(1) >= (largest > LEAST).sum(1)).all()
-    image = (sources[..., 0] - lo).clamp(min=0)
-    place = starts[image] + sources[..., 1] * width[image] + sources[..., 2]
-    place = place.masked_fill(~listed, -1)
-    for row in place.tolist():
-        kept = [source for source in row if source >= 0]
-        assert len(set(kept)) == len(kept)
-    at = place.clamp(min=0)
-    gaps = (given - every.gather(1, at)).abs().masked_fill(~listed, 0)
-    assert (gaps <= slack.weights.gather(1, at) + 1e-5 * given).all()
-    assert (given[~listed] == 0).all()
 
 
 @pytest.mark.parametrize("name", FOLD_NAMES)
@@ -103,9 +65,7 @@ def test_jacobian_products_equal_automatic_differentiation_and_are_adjoint(
                     # At s = 1e-4 one patch has all the weight, and both are 0 up to rounding.
                     assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
                 else:
-                    # Of the product, or of a tenth of what it would be if D were x.
-                    size = max(float(want.abs().max()), 0.1 * float(g[b].abs().max()))
-                    assert (got - want).abs().max() <= 1e-4 * size
+                    assert_product(got, want, g[b])
             left, right = (pulled[b].double() * u[b]).sum(), (g[b] * pushed[b].double()).sum()
             tolerance = 1e-5 if form == "torch" else 1e-4
             assert float(left) == pytest.approx(float(right), rel=tolerance, abs=10 * tolerance)

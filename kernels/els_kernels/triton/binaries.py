@@ -19,6 +19,9 @@ from els_kernels.triton.targets import compiling_for
 from els_kernels.triton.tuning import Arch, Config
 
 _HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
+_INTEGERS = {
+    "p_row_spans", "p_ids", "p_query_rows", "p_query_cols", "p_key_rows", "p_key_cols",
+}  # fmt: skip
 _TERMS = {"": (1, 2), " one term": (1, 1), " floats": (2, 2), " floats one term": (2, 1)}
 """Suffix of a name → terms of the bank and of the query."""
 
@@ -147,8 +150,10 @@ def compiled(binary: Binary, chip: str | None = None) -> Any:
 
 
 def _type(name: str, binary: Binary) -> torch.dtype:
-    if name in ("p_row_spans", "p_ids"):
+    if name in _INTEGERS:
         return torch.int32
+    if name.endswith("_halves"):
+        return torch.float16
     floats = "SINGLE" in binary.constants or (
         binary.kernel is same_place_kernel and name == "p_query"
     )

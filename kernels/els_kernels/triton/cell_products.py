@@ -13,13 +13,12 @@ from els_kernels.triton.cell_planes import CellPlanes
 from els_kernels.triton.fold_product_kernels import fold_product_kernel, fold_scalar_kernel
 from els_kernels.triton.plane_plan import (
     BLOCK,
-    PRODUCT_VALUES,
+    PlaneKernel,
     Slab,
     chunks,
     options,
     sizes,
     tap_blocks,
-    values_of,
 )
 
 _REFINED = 500.0
@@ -97,39 +96,40 @@ class CellProducts(CellPlanes):
         """Return the mean of c - centre of each patch, [Q, P] float64."""
         mass, total = torch.zeros(2, *self.peak.shape, dtype=torch.float64)
         count, terms = self._tiles.count, self._terms(centre)
+        vjp = work.kind == "vjp"
+        kernel: PlaneKernel = "fold scalars vjp" if vjp else "fold scalars jvp"
         for slab in self._slabs():
             split = chunks(slab, count)
             sums = self._query.new_empty(split.total, count, 2, BLOCK, BLOCK)
             fold_scalar_kernel[(count, split.shifts, split.images)](
                 *self._tensors(work, slab, terms), sums,
                 *sizes(self.cell, slab, split, self._tiles),
-                CHANNELS=len(self._query), VJP=int(work.kind == "vjp"),
-                **options("fold scalars", self._tiles, self._arch),
+                CHANNELS=len(self._query), VJP=int(vjp),
+                **options(kernel, self._tiles, self._arch),
             )  # fmt: skip
             own = self._untiled(sums.sum(0, dtype=torch.float64).transpose(0, 1))
             mass += own[0]
             total += own[1]
-        return total / mass
+        mean: Tensor = total / mass
+        return mean
 
     def _parts(self, work: _Work, mean: Tensor) -> Tensor:
         """Return the scaled product of every block of pixels, [blocks, C, 32, 32] float64."""
-        channels, large = len(self._query), self._tiles.blocks > 1
+        channels = len(self._query)
         blocks = self._tiles.count * self._tiles.blocks**2
         parts = torch.zeros(blocks, channels, BLOCK, BLOCK, dtype=torch.float64)
-        together = values_of(channels, PRODUCT_VALUES[large])
         terms, vjp = self._terms(mean), work.kind == "vjp"
         for slab in self._slabs():
             split = chunks(slab, blocks)
-            for first in range(0, channels, together):
-                values = min(together, channels - first)
-                sums = self._query.new_empty(split.total, blocks, values, BLOCK, BLOCK)
+            tensors = self._tensors(work, slab, terms)
+            for channel in range(channels):
+                sums = self._query.new_empty(split.total, blocks, BLOCK, BLOCK)
                 fold_product_kernel[(blocks, split.shifts, split.images)](
-                    *self._tensors(work, slab, terms), sums,
-                    *sizes(self.cell, slab, split, self._tiles), first,
-                    CHANNELS=channels, VALUES=values, VJP=int(vjp),
+                    *tensors, sums, *sizes(self.cell, slab, split, self._tiles), channel,
+                    CHANNELS=channels, VJP=int(vjp),
                     **options("fold vjp" if vjp else "fold jvp", self._tiles, self._arch),
                 )  # fmt: skip
-                parts[:, first : first + values] += sums.sum(0, dtype=torch.float64)
+                parts[:, channel] += sums.sum(0, dtype=torch.float64)
         return parts
 
     def _terms(self, centre: Tensor) -> Tensor:

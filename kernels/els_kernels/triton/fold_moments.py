@@ -21,8 +21,7 @@ from els_kernels.triton.cell_products import CellProducts, Product
 from els_kernels.triton.chips import architecture
 from els_kernels.triton.gaussian import GaussianPrior
 from els_kernels.triton.line_moments import LineMoments
-from els_kernels.triton.line_plan import line_tiles
-from els_kernels.triton.plane_plan import on_device, tiles
+from els_kernels.triton.plane_plan import extremes, on_device
 
 
 class TritonFoldMoments:
@@ -69,24 +68,12 @@ class TritonFoldMoments:
 
     def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:
         """Launch every kernel that queries with these windows take, on one image of the bank."""
-        size = self._groups[0].shape[1:]
-        x = torch.zeros(size, device=self._groups[0].device)
-        for k in self._warmed(sorted(set(windows)), x, geometry):
+        x = torch.zeros(self._groups[0].shape[1:], device=self._groups[0].device)
+        for k in extremes(windows):
             query = FoldQuery(x, 1.0, 1.0, k, (0, 1), 1.0, geometry)
             self.statistics(query, 1, shares=True)
             self.vjp(query, x)
             self.jvp(query, x)
-
-    @staticmethod
-    def _warmed(windows: list[int], x: Tensor, geometry: Geometry) -> list[int]:
-        """Return the smallest window of each set of binaries."""
-        kinds: dict[tuple[bool, ...], int] = {}
-        for k in windows:
-            query = FoldQuery(x, 1.0, 1.0, k, (0, 1), 1.0, geometry)
-            single = [tiles(cell).blocks == 1 for cell in query.cells()]
-            key = any(single), all(single), line_tiles(query.size, k).blocks == 1
-            kinds.setdefault(key, k)
-        return list(kinds.values())
 
     def _is_unresolved(self, query: FoldQuery) -> bool:
         return self.levels.is_unresolved(query.x, query.a, query.s, query.window)

@@ -31,7 +31,7 @@ from els_kernels.triton.product_kernels import product_sums, products
 
 @triton.jit
 def tap_sums(
-    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps,
+    p_left, p_keys, p_pixels, p_level, p_row_halves, p_col_halves,
     COLS, QUERY_PLANE, KEY_PLANE, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return ``Σ_p g(p - q)·⟨left(p), (φ - r)(p)⟩`` of the patches of a tile, scaled."""
@@ -44,22 +44,22 @@ def tap_sums(
             p_left + first, p_keys + first, p_pixels + first, factor,
             COLS, QUERY_PLANE, KEY_PLANE, CHANNELS, BLOCK,
         )  # fmt: skip
-        row_high, row_low = load_halves(p_row_taps + i_down * (2 * BLOCK * BLOCK), BLOCK)
-        col_high, col_low = load_halves(p_col_taps + i_right * (2 * BLOCK * BLOCK), BLOCK)
+        row_high, row_low = load_halves(p_row_halves + i_down * (2 * BLOCK * BLOCK), BLOCK)
+        col_high, col_low = load_halves(p_col_halves + i_right * (2 * BLOCK * BLOCK), BLOCK)
         sums += between(row_high, row_low, plane, col_high, col_low)
     return sums
 
 
 @triton.jit
 def scalars(
-    p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps, rows_band, cols_band,
+    p_left, p_keys, p_pixels, p_level, p_row_halves, p_col_halves, rows_band, cols_band,
     COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS,
     CHANNELS: tl.constexpr, VJP: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Return c of the patches of a tile, [BLOCK, BLOCK], scaled."""
     if VJP:
         return tap_sums(
-            p_left, p_keys, p_pixels, p_level, p_row_taps, p_col_taps,
+            p_left, p_keys, p_pixels, p_level, p_row_halves, p_col_halves,
             COLS, QUERY_PLANE, KEY_PLANE, BLOCKS, CHANNELS, BLOCK,
         )  # fmt: skip
     else:
@@ -75,8 +75,8 @@ def fold_scalar_kernel(
     p_keys,
     p_level,
     p_reference,
-    p_row_taps,
-    p_col_taps,
+    p_row_halves,
+    p_col_halves,
     p_centre,
     p_direction,
     p_pixels,
@@ -110,9 +110,9 @@ def fold_scalar_kernel(
 
     Tensors:
         p_query, p_keys: as of ``normaliser_kernel``.
-        p_row_taps: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: pixels of a block by patches,
-            in two terms; patches by pixels if VJP. p_col_taps: the transpose of the same, of
-            columns.
+        p_row_halves: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: taps, pixels of a block by
+            patches, in two terms; patches by pixels if VJP. p_col_halves: the transpose of the
+            same, of columns.
         p_level: [7] float32: ``PlaneLevel``, a factor of the direction, and one of c.
         p_reference: [tiles, 2, BLOCK, BLOCK] float32: peak and 1 / Σ 2^(ℓ - peak) of each patch.
         p_centre: [tiles, 2, BLOCK, BLOCK] float32: the centre of each patch, in two terms.
@@ -122,8 +122,8 @@ def fold_scalar_kernel(
     i_tile = tl.program_id(0)
     i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
     row0, col0 = i_row * STEP, i_col * STEP
-    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
-    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
+    p_row_halves += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_halves += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -159,7 +159,7 @@ def fold_scalar_kernel(
             if tl.max(tl.max(weights, axis=1), axis=0) > 8.9e-16:
                 along = scalars(
                     p_direction + first + again, p_key + again, p_pixels + first + again, p_level,
-                    p_row_taps + again, p_col_taps + again, rows_band, cols_band,
+                    p_row_halves + again, p_col_halves + again, rows_band, cols_band,
                     COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, VJP, BLOCK, SINGLE,
                 )  # fmt: skip
                 p_mean = p_centre + again + o_tile
@@ -178,8 +178,8 @@ def fold_product_kernel(
     p_keys,
     p_level,
     p_reference,
-    p_row_taps,
-    p_col_taps,
+    p_row_halves,
+    p_col_halves,
     p_centre,
     p_direction,
     p_pixels,
@@ -204,29 +204,28 @@ def fold_product_kernel(
     TILE_COLS,
     BLOCKS,
     ZERO,
-    # The first channel of the product.
-    FIRST,
+    # Channel of the product.
+    CHANNEL,
     CHANNELS: tl.constexpr,
-    VALUES: tl.constexpr,
     VJP: tl.constexpr,
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
-    """Write the product of a block of pixels, scaled.
+    """Write one channel of the product of a block of pixels, scaled.
 
     Programs: (block of pixels of a tile of patches, chunk of displacements, chunk of images).
 
     Tensors:
         p_query … p_pixels: as of ``fold_scalar_kernel``; p_centre: the mean of c.
-        p_out: [chunks, tiles·BLOCKS², VALUES, BLOCK, BLOCK] float32, written.
+        p_out: [chunks, tiles·BLOCKS², BLOCK, BLOCK] float32, written.
     """
     i_block = tl.program_id(0) % (BLOCKS * BLOCKS)
     i_tile = tl.program_id(0) // (BLOCKS * BLOCKS)
     pixel_row, pixel_col = i_block // BLOCKS * BLOCK, i_block % BLOCKS * BLOCK
     i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
     row0, col0 = i_row * STEP, i_col * STEP
-    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
-    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
+    p_row_halves += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_halves += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -239,13 +238,11 @@ def fold_product_kernel(
     p_centre += i_tile * (2 * BLOCK * BLOCK)
     o_tile, first = block_offsets(BLOCK, BLOCK), row0 * COLS + col0
     o_block, block = block_offsets(COLS, BLOCK), pixel_row * COLS + pixel_col
-    p_value = p_pixels + FIRST * QUERY_PLANE + first + block
-    p_row_block = p_row_taps + pixel_row * (2 * BLOCK)
-    p_col_block = p_col_taps + pixel_col * (2 * BLOCK)
+    p_value = p_pixels + CHANNEL * QUERY_PLANE + first + block
+    p_row_block = p_row_halves + pixel_row * (2 * BLOCK)
+    p_col_block = p_col_halves + pixel_col * (2 * BLOCK)
 
-    # One sum for each channel, [BLOCK, BLOCK]; unused ones are removed by the compiler.
-    sum0 = tl.zeros((BLOCK, BLOCK), tl.float32)
-    sum1 = sum0
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for i_image in range(first_image, last_image):
         p_image = p_keys + tl.cast(i_image, tl.int64) * (CHANNELS * KEY_PLANE)
         for i_shift in range(first_shift, last_shift):
@@ -268,7 +265,7 @@ def fold_product_kernel(
             if tl.max(tl.max(weights, axis=1), axis=0) > 8.9e-16:
                 along = scalars(
                     p_direction + first + again, p_key + again, p_pixels + first + again, p_level,
-                    p_row_taps + again, p_col_taps + again, rows_band, cols_band,
+                    p_row_halves + again, p_col_halves + again, rows_band, cols_band,
                     COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, VJP, BLOCK, SINGLE,
                 )  # fmt: skip
                 p_mean = p_centre + again + o_tile
@@ -283,16 +280,9 @@ def fold_product_kernel(
                     row_high, row_low = load_halves(p_row_block + again, BLOCK)
                     col_high, col_low = load_halves(p_col_block + again, BLOCK)
                     reach = between(row_high, row_low, weights, col_high, col_low)
-                p_pixel = p_key + FIRST * KEY_PLANE + block + again
+                p_pixel = p_key + CHANNEL * KEY_PLANE + block + again
                 gap = tl.load(p_pixel + o_block) - tl.load(p_value + again + o_block)
-                sum0 += reach * gap
-                if VALUES > 1:
-                    gap = tl.load(p_pixel + KEY_PLANE + o_block)
-                    gap -= tl.load(p_value + QUERY_PLANE + again + o_block)
-                    sum1 += reach * gap
+                total += reach * gap
 
-    p_sum = p_out + (i_chunk * tl.num_programs(0) + tl.program_id(0)) * (VALUES * BLOCK * BLOCK)
-    p_sum += o_tile
-    tl.store(p_sum, sum0)
-    if VALUES > 1:
-        tl.store(p_sum + BLOCK * BLOCK, sum1)
+    i_program = i_chunk * tl.num_programs(0) + tl.program_id(0)
+    tl.store(p_out + i_program * (BLOCK * BLOCK) + o_tile, total)

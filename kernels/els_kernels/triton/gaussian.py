@@ -1,6 +1,6 @@
-"""The mean of a posterior whose prior is Gaussian: near enough to the mean of a bank to centre sums.
+"""Posterior mean under a Gaussian prior: the reference r of sums of e = v - r.
 
-Sums of e = v - r cancel far less than those of v, as r is near the mean at any level.
+It is near the posterior mean of a bank at any level, so that little of these sums cancels.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ from els_kernels.triton.ranking_kernel import insert
 
 @triton.jit
 def block_weights(
-    p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
+    p_query, p_keys, p_level, p_reference, p_row_halves, p_col_halves,
     p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
-    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Return what a block of patches adds to the weights of a tile's pixels, [BLOCK, BLOCK].
 
@@ -49,17 +50,18 @@ def block_weights(
     reach = tl.zeros((BLOCK, BLOCK), tl.float32)
     # A plane of weights below 2^-50 is skipped: at low noise nearly all are.
     if tl.max(tl.max(weights, axis=1), axis=0) > 1.5e-11:
-        row_high, row_low = load_halves(p_row_taps, BLOCK)
-        col_high, col_low = load_halves(p_col_taps, BLOCK)
+        row_high, row_low = load_halves(p_row_halves, BLOCK)
+        col_high, col_low = load_halves(p_col_halves, BLOCK)
         reach = between(row_high, row_low, weights, col_high, col_low)
     return reach
 
 
 @triton.jit
 def pixel_weights(
-    p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
+    p_query, p_keys, p_level, p_reference, p_row_halves, p_col_halves,
     p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
-    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Return the weights 2^14·π of a tile's pixels at one displacement, [BLOCK, BLOCK]; or 0.
 
@@ -67,7 +69,7 @@ def pixel_weights(
     """
     if SINGLE:
         return block_weights(
-            p_query, p_keys, p_level, p_reference, p_row_taps, p_col_taps,
+            p_query, p_keys, p_level, p_reference, p_row_halves, p_col_halves,
             p_query_rows, p_query_cols, p_key_rows, p_key_cols, rows_band, cols_band,
             COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
         )  # fmt: skip
@@ -79,8 +81,8 @@ def pixel_weights(
             first = down * COLS + right
             reach += block_weights(
                 p_query + first, p_keys + first, p_level, p_reference + first,
-                p_row_taps + i_down * (2 * BLOCK * BLOCK),
-                p_col_taps + i_right * (2 * BLOCK * BLOCK), p_query_rows + down,
+                p_row_halves + i_down * (2 * BLOCK * BLOCK),
+                p_col_halves + i_right * (2 * BLOCK * BLOCK), p_query_rows + down,
                 p_query_cols + right, p_key_rows + down, p_key_cols + right, rows_band, cols_band,
                 COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
             )  # fmt: skip
@@ -93,8 +95,8 @@ def line_statistics_kernel(
     p_keys,
     p_level,
     p_reference,
-    p_row_taps,
-    p_col_taps,
+    p_row_halves,
+    p_col_halves,
     p_query_rows,
     p_query_cols,
     p_key_rows,
@@ -132,8 +134,8 @@ def line_statistics_kernel(
         p_level: [5] float32, see ``PlaneLevel``.
         p_reference: [2, rows, COLS] float32: the peak of each patch, and 2^14 / Σ 2^(ℓ - peak);
             3e38 and 0 where there is no patch.
-        p_row_taps: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: pixels by patches of a block,
-            in two terms; 0 of pixels that are not answered. p_col_taps: patches by pixels.
+        p_row_halves: [rows of tiles, BLOCKS, 2, BLOCK, BLOCK] float16: taps, pixels by patches of a
+            block, in two terms; 0 of pixels that are not answered. p_col_halves: patches by pixels.
         p_query_rows, p_query_cols, p_key_rows, p_key_cols: int32, classes of patches.
         p_centre: [tiles, BLOCK, BLOCK] float32: r of the pixels, if MOMENTS.
         p_out: [chunks, tiles, 3, BLOCK, BLOCK] float32, written; two numbers of MOMENTS.
@@ -142,8 +144,8 @@ def line_statistics_kernel(
     i_tile = tl.program_id(0)
     i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
     row0, col0 = i_row * STEP, i_col * STEP
-    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
-    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
+    p_row_halves += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_halves += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -166,7 +168,7 @@ def line_statistics_kernel(
             p_key = p_image + key_row * COLS + key_col
             reach = pixel_weights(
                 p_query + first + again, p_key, p_level, p_reference + first + again,
-                p_row_taps + again, p_col_taps + again,
+                p_row_halves + again, p_col_halves + again,
                 p_query_rows + row0 + again, p_query_cols + col0 + again,
                 p_key_rows + key_row, p_key_cols + key_col, rows_band, cols_band,
                 COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,
@@ -202,8 +204,8 @@ def line_ranking_kernel(
     p_keys,
     p_level,
     p_reference,
-    p_row_taps,
-    p_col_taps,
+    p_row_halves,
+    p_col_halves,
     p_query_rows,
     p_query_cols,
     p_key_rows,
@@ -242,8 +244,8 @@ def line_ranking_kernel(
     i_tile = tl.program_id(0)
     i_row, i_col = i_tile // TILE_COLS, i_tile % TILE_COLS
     row0, col0 = i_row * STEP, i_col * STEP
-    p_row_taps += i_row * BLOCKS * (2 * BLOCK * BLOCK)
-    p_col_taps += i_col * BLOCKS * (2 * BLOCK * BLOCK)
+    p_row_halves += i_row * BLOCKS * (2 * BLOCK * BLOCK)
+    p_col_halves += i_col * BLOCKS * (2 * BLOCK * BLOCK)
     first_shift = tl.program_id(1) * CHUNK_SHIFTS
     last_shift = tl.minimum(first_shift + CHUNK_SHIFTS, SHIFTS)
     first_image = tl.program_id(2) * CHUNK_IMAGES
@@ -264,7 +266,7 @@ def line_ranking_kernel(
             key_row, key_col = row0 + i_shift // SHIFT_COLS, col0 + i_shift % SHIFT_COLS
             reach = pixel_weights(
                 p_query + first + again, p_image + key_row * COLS + key_col, p_level,
-                p_reference + first + again, p_row_taps + again, p_col_taps + again,
+                p_reference + first + again, p_row_halves + again, p_col_halves + again,
                 p_query_rows + row0 + again, p_query_cols + col0 + again,
                 p_key_rows + key_row, p_key_cols + key_col, rows_band, cols_band,
                 COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS, CHANNELS, BLOCK, SINGLE,

@@ -106,16 +106,10 @@ class LinePlan:
     def slabs(self, groups: Sequence[Tensor]) -> Iterator[LineSlab]:
         """Yield the images of the query's range, slab by slab."""
         query = self.query
-        for slab in slabs(
-            groups, query.limits, self.cell, query.geometry, self.tiles, self.before
-        ):
-            rows, cols = (
-                _key_classes(one, ring, before, n)
-                for one, ring, before, n in zip(
-                    (self.rows, self.cols), (slab.rows, slab.cols), self.before,
-                    slab.keys.shape[2:], strict=True,
-                )  # fmt: skip
-            )
+        for slab in slabs(groups, query.limits, self.cell, query.geometry, self.tiles, self.before):
+            height, width = slab.keys.shape[2:]
+            rows = _key_classes(self.rows, slab.rows, self.before[0], height)
+            cols = _key_classes(self.cols, slab.cols, self.before[1], width)
             yield LineSlab(slab, rows, cols)
 
     def patches(self, image: Tensor) -> Tensor:

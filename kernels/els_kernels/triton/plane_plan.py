@@ -31,7 +31,8 @@ _MIN_SHIFTS = 32
 
 PlaneKernel = Literal[
     "normaliser", "fold", "entropy", "moments", "ranking", "jvp", "vjp",
-    "fold entropy", "fold moments", "fold ranking", "fold scalars", "fold jvp", "fold vjp",
+    "fold entropy", "fold moments", "fold ranking", "fold scalars jvp",
+    "fold scalars vjp", "fold jvp", "fold vjp",
 ]  # fmt: skip
 _TILE = Config(32, 32, 32, 2, 1)
 _FOUR, _EIGHT = replace(_TILE, num_warps=4), replace(_TILE, num_warps=8)
@@ -46,18 +47,31 @@ _LARGE: dict[PlaneKernel, Config] = {
     "fold entropy": _FOUR,
     "fold moments": _FOUR,
     "fold ranking": _FOUR,
-    "fold scalars": _FOUR,
+    "fold scalars jvp": _FOUR,
+    "fold scalars vjp": _FOUR,
     "fold jvp": _FOUR,
     "fold vjp": _FOUR,
 }
+_SUMS: dict[PlaneKernel, Config] = {"fold entropy": _EIGHT, "fold moments": _EIGHT}
 LARGE_WINDOWS: dict[Arch, dict[PlaneKernel, Config]] = {
-    "sm80": _LARGE,
-    "sm90": {**_LARGE, "ranking": _TILE},
+    "sm80": {**_LARGE, **_SUMS},
+    "sm90": {**_LARGE, "ranking": _TILE, "fold scalars jvp": _TILE},
     "sm100": {**_LARGE, "entropy": _TILE, "ranking": _EIGHT},
     "gfx942": dict.fromkeys(_LARGE, _TILE),
 }
 """Block of pixels of each kernel for windows that a single one does not serve: more warps compute
 some numbers twice, and need fewer registers. Larger blocks spill."""
+SMALL_WINDOWS: dict[Arch, dict[PlaneKernel, Config]] = {
+    "sm80": {},
+    "sm90": {"fold moments": _FOUR},
+    "sm100": {},
+    "gfx942": {},
+}
+"""The same for windows of a single block, where it is not that of all others."""
+LOOPED: frozenset[PlaneKernel] = frozenset(
+    {"fold scalars jvp", "fold scalars vjp", "fold jvp", "fold vjp"}
+)
+"""Kernels that have one binary for all windows, which loops over blocks: unrolled ones spill."""
 BLOCK = 32
 """Side of a block of pixels, on every chip: tiles, and so bits, depend on the shapes alone."""
 
@@ -196,9 +210,7 @@ def tiles(cell: Cell) -> Tiles:
     )
 
 
-def tap_blocks(
-    taps: Tensor, pixels: Tensor, patches: Tensor, own: tuple[int, int]
-) -> Tensor:
+def tap_blocks(taps: Tensor, pixels: Tensor, patches: Tensor, own: tuple[int, int]) -> Tensor:
     """Return the weights of the fold along one axis between blocks, [..., 2, 32, 32] float16.
 
     Pixels of a block by patches of a block, in two terms, the lower 2^11 times as large.
@@ -306,16 +318,16 @@ def sizes(cell: Cell, slab: Slab, work: Chunks, shape: Tiles) -> tuple[int, ...]
 
 def config_of(kernel: PlaneKernel, arch: Arch, single: bool) -> Config:
     """Return the block of pixels of a kernel, with warps and stages."""
-    return _TILE if single else LARGE_WINDOWS[arch][kernel]
+    return SMALL_WINDOWS[arch].get(kernel, _TILE) if single else LARGE_WINDOWS[arch][kernel]
 
 
 def options(kernel: PlaneKernel, shape: Tiles, arch: Arch) -> dict[str, Any]:
     """Return the constants of a launch that depend on the tile."""
-    config = config_of(kernel, arch, shape.blocks == 1)
+    single = shape.blocks == 1 and kernel not in LOOPED
     return {
         "BLOCK": BLOCK,
-        "SINGLE": int(shape.blocks == 1),
-        **config.options(),
+        "SINGLE": int(single),
+        **config_of(kernel, arch, single).options(),
     }
 
 

@@ -40,9 +40,10 @@ _TRITON_LOGIT_S = (2e-11, 1e-11)
 """Seconds of a GPU for a logit: fixed, and for each channel; three times the static bound of
 ``benchmarks/results/static.md``, as it was not measured."""
 _SLOWEST = "torch"
-_EXPLAIN, _PRODUCT = {"native": 1.5, "torch": 1.8}, {"native": 2.4, "torch": 1.3}
+_EXPLAIN = {"native": 1.5, "torch": 1.8, "triton": 6.0}
+_PRODUCT = {"native": 2.4, "torch": 1.3, "triton": 6.0}
 """Time of an explanation and of a Jacobian product, in multiples of a fold (measured, at the
-noisiest level)."""
+noisiest level; of a GPU counted in passes and instructions of three channels)."""
 LogitSeconds = Callable[[str, int, int], float]
 """Implementation, channels and side of the window → seconds of one thread for a logit."""
 _IMAGE_S = 1e-3
@@ -235,6 +236,7 @@ class FoldedDenoiser:
         if self._plain is not None:
             self._plain.warm_up()
         self._attention.warm_up(self._window.k, self._geometry)
+        self._moments.warm_up(self._window.k, self._geometry)
 
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of logits and the number of torch's threads."""

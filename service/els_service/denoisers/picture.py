@@ -72,6 +72,11 @@ class FoldOfPictures:
         self._attention, self._moments = attention, FoldedMoments(attention)
         self._ranges, self._patch, self._fold = ranges, patch, fold
 
+    def warm_up(self) -> None:
+        """Compile what queries with the patch need; see ``base.Compiling``."""
+        self._attention.warm_up([self._patch], _GEOMETRY)
+        self._moments.warm_up([self._patch], _GEOMETRY)
+
     def _attend(self, query: Query, images: Integers) -> npt.NDArray[np.float32]:
         """Return D of some images of a query, [n, C, H, W]."""
         arguments = {

@@ -1,7 +1,7 @@
 """Arithmetic, logic and conversions of PTX.
 
-Floats round as on a GPU except for ``ex2.approx``, which is exact to a float32 here and to 2 units
-of the last place there.
+Floats round as on a GPU except for ``ex2.approx`` and ``lg2.approx``, which are exact to a float32
+here and to 2 units of the last place there.
 """
 
 from __future__ import annotations
@@ -162,6 +162,13 @@ def _exp2(threads: Threads, one: Instruction, mask: Mask, faults: Faults) -> Non
     threads.write(target, flush(np.exp2(exponents)), mask)
 
 
+def _log2(threads: Threads, one: Instruction, mask: Mask, faults: Faults) -> None:
+    target, source = one.operands
+    values = flush(threads.read(source, np.float32))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        threads.write(target, np.log2(values), mask)
+
+
 def _move(threads: Threads, one: Instruction, mask: Mask, faults: Faults) -> None:
     target, source = one.operands
     if one.kind == "pred":
@@ -222,6 +229,7 @@ ARITHMETIC: dict[str, Execute] = {
     "selp": _select,
     "bfe": _extract,
     "ex2": _exp2,
+    "lg2": _log2,
     "mov": _move,
     "cvt": _convert,
 }
