@@ -29,13 +29,14 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", get_args(Arch))
-@pytest.mark.parametrize("name", ["els-zeros", "els-circular", "els-valid"])
+@pytest.mark.parametrize("arch", [arch for arch in get_args(Arch) if arch != "sm80"])
+@pytest.mark.parametrize("name", ["els-zeros", "els-circular"])
 def test_the_tiles_of_every_chip_give_the_same_answer(
     monkeypatch: pytest.MonkeyPatch, name: str, arch: Arch
 ) -> None:
     from els_kernels.triton import attention
 
+    # Those of sm80 are interpreted by all other tests, with every padding.
     monkeypatch.setattr(attention, "architecture", lambda device: arch)
     for channels, of_bytes in ((1, True), (3, False)):
         case = random_case(NAMES[name], (4, channels, 7, 8), [3, 5], of_bytes=of_bytes)

@@ -100,11 +100,13 @@ def assert_products(case: Case, evidence: Tensor) -> None:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_moments_in_triton_equal_brute_force(name: str) -> None:
     images = 1 if name == "els-zeros" else 2
-    case = random_case(NAMES[name], (images, 1, 3, 4 if name == "els-zeros" else 3), [3])[[1]]
+    case = random_case(NAMES[name], (images, 1, 3, 3), [3])[[1]]
     case = replace(case, ranges=torch.tensor([[0, images]]))
     evidence = evidence_of(case)
     assert_statistics(case, statistics_of(case), evidence)
-    assert_products(case, evidence)
+    # Products are those of each cell; those of els-zeros are cells of the other paddings.
+    if name != "els-zeros":
+        assert_products(case, evidence)
 
 
 @pytest.mark.parametrize(("window", "shape"), [(3, (2, 3, 33, 1)), (19, (2, 1, 34, 1))])

@@ -19,6 +19,7 @@ def main() -> int:
     # Before Triton is imported, which would interpret the source instead of compiling it.
     os.environ.pop("TRITON_INTERPRET", None)
     from tests.kernels.ptx.cases import FAST, everything, outcome
+    from tests.kernels.ptx.planes import PLANES
 
     parser = argparse.ArgumentParser(description="Interpret the compiled kernels of every case.")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
@@ -36,6 +37,17 @@ def main() -> int:
                 flush=True,
             )
             wrong += bool(found.excess or found.faults)
+    for name, case in PLANES.items():
+        if not options.fast and options.only in name:
+            began = time.perf_counter()
+            result = case()
+            seconds = time.perf_counter() - began
+            print(
+                f"{name}: {max(result.errors):.2f} of the budget, {result.new} binaries new, "
+                f"{seconds:.1f} s {result.faults}".rstrip(),
+                flush=True,
+            )
+            wrong += bool(result.faults or result.new or max(result.errors) > 1)
     print(f"{wrong} wrong")
     return 1 if wrong else 0
 
