@@ -60,3 +60,18 @@ def test_every_useful_pair_is_computed_and_few_others(padding: Padding, window: 
     assert 1 <= exact.products <= exact.softmaxes * (1 + window / 3)
     assert wide.products >= exact.products
     assert wide.softmaxes >= exact.softmaxes
+
+
+def test_the_model_of_latency_is_the_issue_bound_without_waits_and_falls_with_them() -> None:
+    from els_kernels.triton import latency
+
+    # 241 registers of 128 threads: two programs.
+    assert latency.programs_of(241, 4) == 2
+    assert latency.programs_of(32, 4) == 16
+    # 8192 pairs, 1000 instructions of each of four warps, which have a scheduler each.
+    assert latency.pairs_a_clock(8192, 1000, 0, 2, 4) == 8.192
+    assert latency.pairs_a_clock(8192, 1000, 3000, 2, 4) == 4.096
+    assert latency.pairs_a_clock(8192, 1000, 3000, 4, 4) == 8.192
+    few, many = latency.Waits(8, 20, 16, 3), latency.Waits(8, 20, 16, 33)
+    assert few.clocks == 8 * 128 + 20 * 30 + 16 * 20 + 3 * 263
+    assert many.clocks == few.clocks + 30 * 41
