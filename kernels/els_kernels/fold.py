@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from els_kernels.attention import Compiling, PatchAttention
-from els_kernels.fold_arguments import FoldArguments, bank_groups, bank_limits, folds
+from els_kernels.fold_arguments import BankLimits, FoldArguments, bank_groups, bank_limits, folds
 from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import GEOMETRIES, Geometry, Posterior
 from els_kernels.moments import gathered
-from els_kernels.native import NativeFold, instruction_sets
+from els_kernels.native import NativeFold, PartedFoldImages, instruction_sets
 from els_kernels.posterior_statistics import Removal
 from els_kernels.reference_fold import FoldReference
 from els_kernels.torch_fold import TiledFold, decoded
@@ -106,9 +106,36 @@ class FoldedAttention:
         with torch.autocast(self.device.type, enabled=False):
             self._attend = FOLD_IMPLEMENTATIONS[implementation](self._groups)
 
+    @classmethod
+    def of_parts(cls, images: PartedFoldImages, largest: float) -> FoldedAttention:
+        """Return the operator of a bank whose blocks are in other processes.
+
+        Queries of the bank's size with ρ = 0 are computed as others are.
+
+        Args:
+            images: in the processes.
+            largest: a bound of |pixel| of the bank.
+        """
+        fold = cls.__new__(cls)
+        channels, height, width = images.shape
+        sizes = frozenset([(height, width)])
+        fold.device = torch.device("cpu")
+        fold._limits = BankLimits(images.count, channels, sizes, largest, fold.device)
+        fold._groups, fold.implementation = [], "native"
+        fold._attend = NativeFold(images)
+        return fold
+
+    @property
+    def prepared(self) -> FoldImplementation:
+        """The bank, prepared by the implementation."""
+        return self._attend
+
     @property
     def groups(self) -> list[Tensor]:
-        """Images of the bank in order, those of one size in a row together: [[N, C, H, W], …]."""
+        """Images of the bank in order, those of one size in a row together: [[N, C, H, W], …].
+
+        None for a bank in other processes.
+        """
         return self._groups
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from els_kernels.fold_arguments import FoldArguments
 from els_kernels.fold_plan import FoldQuery
 from els_kernels.geometry import Geometry
 from els_kernels.moments import check_direction, gathered
-from els_kernels.native import NativeFoldMoments
+from els_kernels.native import FoldSourceImages, NativeFold, NativeFoldMoments
 from els_kernels.posterior_statistics import MAX_SOURCES, PosteriorStatistics, Removal
 from els_kernels.torch_fold_moments import TiledFoldMoments
 from els_kernels.triton import create_fold_moments
@@ -59,7 +59,7 @@ class FoldMomentImplementation(Protocol):
         ...
 
 
-FOLD_MOMENT_IMPLEMENTATIONS: dict[str, Callable[[Sequence[Tensor]], FoldMomentImplementation]] = {
+FOLD_MOMENT_IMPLEMENTATIONS: dict[str, Callable[[Any], FoldMomentImplementation]] = {
     "torch": TiledFoldMoments,
     "native": NativeFoldMoments,
     "triton": create_fold_moments,
@@ -95,7 +95,11 @@ class FoldedMoments:
             )
         self.attention, self.implementation = attention, implementation
         with torch.autocast(attention.device.type, enabled=False):
-            self._moments = FOLD_MOMENT_IMPLEMENTATIONS[implementation](attention.groups)
+            bank: Sequence[Tensor] | FoldSourceImages = attention.groups
+            if implementation == "native" and isinstance(attention.prepared, NativeFold):
+                # Both share what they have found out about a bank.
+                bank = attention.prepared.images
+            self._moments = FOLD_MOMENT_IMPLEMENTATIONS[implementation](bank)
 
     @torch.no_grad()
     def warm_up(self, windows: Iterable[int], geometry: Geometry) -> None:

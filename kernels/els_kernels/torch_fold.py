@@ -83,12 +83,12 @@ def centred(images: Tensor, centre: Tensor) -> Tensor:
 
 def bank_centre(groups: Sequence[Tensor]) -> Tensor:
     """Return the mean of each channel over all images, [C, 1, 1] float64."""
-    total = torch.stack([_channel_sums(group) for group in groups]).sum(0)
+    total = torch.stack([channel_sums(group) for group in groups]).sum(0)
     pixels = sum(g.shape[0] * g.shape[2] * g.shape[3] for g in groups)
     return (total / pixels)[:, None, None]
 
 
-def _channel_sums(group: Tensor) -> Tensor:
+def channel_sums(group: Tensor) -> Tensor:
     """Return the sums over images [N, C, H, W], [C] float64; needs no decoded copy of them."""
     if group.dtype != torch.uint8:
         return group.sum((0, 2, 3), dtype=torch.float64)

@@ -80,8 +80,8 @@ def _library() -> ctypes.CDLL:
     library.els_moments.restype = ctypes.c_int32
     library.els_fold.argtypes = [ctypes.c_void_p]
     library.els_fold.restype = ctypes.c_int32
-    library.els_fold_moments.argtypes = [ctypes.c_void_p]
-    library.els_fold_moments.restype = ctypes.c_int32
+    library.els_fold_normalisers.argtypes = [ctypes.c_void_p]
+    library.els_fold_normalisers.restype = None
     return library
 
 

@@ -53,6 +53,8 @@ class Line:
     geometry: Geometry
     answered: slice
     """Places of the image."""
+    of_cell: bool = False
+    """Whether it is an axis of a cell, in which every patch attends to every other."""
 
     @property
     def size(self) -> int:
@@ -79,7 +81,7 @@ class Line:
         """Return the patch that has the normaliser of each patch: itself, or what it repeats."""
         patch = torch.arange(self.axis.places)
         whole = self.answered == slice(0, self.length)
-        if not whole or self.geometry.padding not in ("circular", "valid"):
+        if self.of_cell or not whole or self.geometry.padding not in ("circular", "valid"):
             return patch
         repeats = self.axis.places - self.length
         return (patch - repeats // 2) % self.length + repeats // 2
@@ -126,10 +128,10 @@ class Line:
 
     @property
     def _periodic(self) -> bool:
-        return self.geometry.padding == "circular" and not self.axis.same
+        return self.geometry.padding == "circular" and not (self.axis.same or self.of_cell)
 
     def _classes(self, patches: int) -> Tensor:
-        if self.geometry.padding != "zeros" or self.axis.same:
+        if self.geometry.padding != "zeros" or self.axis.same or self.of_cell:
             return torch.zeros(patches, dtype=torch.int32)
         r = self.axis.window // 2
         place = torch.arange(patches)
@@ -153,6 +155,12 @@ def line(length: int, window: int, geometry: Geometry) -> Line:
             keys = query if same else _wrapped(r)
         axis, first = Axis(query(length), keys, -r, same, window), 2 * r
     return Line(axis, length, first, geometry, slice(0, length))
+
+
+def cell_line(axis: Axis, geometry: Geometry) -> Line:
+    """Return the line of an axis of a cell, all of whose places are answered."""
+    size = len(axis.query)
+    return Line(axis, size, 0, geometry, slice(0, size), of_cell=True)
 
 
 def plane(height: int, width: int, window: int, geometry: Geometry) -> tuple[Line, Line, Cell]:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from els_kernels.fold_plan import Cell, FoldQuery
 from els_kernels.image_statistics import ImageStatistics
-from els_kernels.native.fold_bank import NativeFoldBank
+from els_kernels.native.fold_bank import FoldPasses, NativeFoldBank
 from els_kernels.native.fold_binding import line_taps
 from els_kernels.native.fold_lines import plane
-from els_kernels.native.fold_moments_call import PRODUCT, STATISTICS, TOTALS, FoldPasses, row_bytes
+from els_kernels.native.fold_pass import PRODUCT, STATISTICS, TOTALS, FoldFrame, FoldRows
 from els_kernels.torch_fold_moments import TiledFoldMoments
 
+_TASKS = 4
+"""Tasks whose sums of a row of pixels are held, at least."""
+_PRECISION = 26
+"""Weights that do not count are together 2^-26 of a patch's normaliser at most."""
 _SCALE = 500.0
 """a/s² from which the mean of a patch's scalars, wrong by 6e-8 of them in float32, is refined."""
 
@@ -46,8 +50,7 @@ class NativeFoldMoments(NativeFoldBank):
             whole = NativeFoldQuery(self, query)
             if not whole.crop.resolved:
                 return self._exact.statistics(query, top, shares)
-            images = sum(map(len, self.groups))
-            answer = ImageStatistics.empty(query.x, images, top, shares=shares)
+            answer = ImageStatistics.empty(query.x, self.images.count, top, shares=shares)
             for part in whole.parts(top):
                 part.statistics(answer.rows(part.rows))
             # What weights lack for being rounded, and not counted where they are small.
@@ -78,17 +81,6 @@ class NativeFoldMoments(NativeFoldBank):
                 return self._exact.jvp(query, tangent)
             return _joined([part.jvp(tangent) for part in whole.parts()])
 
-    @cached_property
-    def spread(self) -> tuple[float, float]:
-        """Mean square and largest norm of a centred pixel of the bank."""
-        total, largest, count = 0.0, 0.0, 0
-        for tile in self.tiles():
-            squares = tile.double().square()
-            total += float(squares.sum())
-            largest = max(largest, float(squares.sum(1).max()))
-            count += tile.numel()
-        return total / count, math.sqrt(largest)
-
 
 class NativeFoldQuery:
     """One query image, which is answered some rows at a time."""
@@ -96,13 +88,13 @@ class NativeFoldQuery:
     def __init__(self, bank: NativeFoldMoments, query: FoldQuery) -> None:
         self.bank, self.query = bank, query
         self.rows, self.cols, cell = plane(*query.size, query.window, query.geometry)
-        self.crop = bank.crop_of(query, cell, (query.window, query.geometry))
+        self.frame = FoldFrame(query.size, query.window, query.geometry)
+        self.crop = bank.crop_of(query, cell, self.frame)
 
     def parts(self, top: int = 0) -> Iterator[NativeFoldPart]:
         """Yield the rows, for so many sources of a pixel."""
-        bank, channels = self.bank, len(self.query.x)
-        ring = self.cols.ring([group.shape[3] for group in bank.groups], bank.lanes)
-        for rows in self.query.blocks(row_bytes(ring, channels, top)):
+        ring = self.bank.images.ring(self.frame)
+        for rows in self.query.blocks(row_bytes(ring, len(self.query.x), top)):
             yield NativeFoldPart(self, rows)
 
 
@@ -117,44 +109,37 @@ class NativeFoldPart:
         self._cell = Cell(self._rows.axis, self._cols.axis)
         first = self._rows.axis.offset
         crop = whole.crop.pixels[:, first : first + self._rows.size]
+        frame = whole.frame._replace(answered=(rows.start, rows.stop))
         self._passes = FoldPasses(
-            bank, self._rows, self._cols, crop, whole.crop.units, query.limits
+            bank.images, frame, crop, whole.crop.units, [query.limits], _PRECISION
         )
         self._row_taps, self._col_table = query.taps(self._cell)
         self._col_taps, self._col_scale = line_taps(
             self._cols.axis, query.size[1], query.fold, query.geometry
         )
-        self._size = rows.stop - rows.start, query.size[1]
         self._jacobian_scale = a / (s * s)
         # The mean of a posterior whose prior is Gaussian: near enough to centre sums. About a place
         # far beyond the pixels of the bank they would cancel.
-        square, farthest = bank.spread
+        square, farthest = bank.images.spread
         signal = a * a * square
         reference = crop * (signal / (signal + s * s) / a)
         self._reference = reference.clamp_(-farthest, farthest).float().contiguous()
 
     def statistics(self, out: ImageStatistics) -> None:
         """Write the statistics, and add what these rows count in the shares."""
-        found = torch.empty(self._passes.images, dtype=torch.float64)
-        rows, cols = self._counts()
-        sums = self._planes(
-            STATISTICS,
-            2 + 2 * len(self._reference),
-            self._passes.normalisers(),
-            reach=torch.outer(rows, cols).float(),
-            shares=found,
-            weights=out.weights,
-            origins=out.sources,
-            numbers={"top": out.weights.shape[2]},
-        )
+        reach = torch.outer(*self._counts()).float()
+        inputs = self._normalisers() | {"reach": reach}
+        found = self._run(STATISTICS, inputs, {"top": out.weights.shape[2]})
+        sums = found.planes
         total = sums[0]
         mean = sums[2::2] / total
         out.mean.copy_(self._pixels(mean))
         out.variance.copy_((sums[3::2] / total - mean.square()).clamp_(min=0))
         out.entropy.copy_((total.log2() - sums[1] / total).mul_(math.log(2)).clamp_(min=0))
-        out.weights.div_(total[..., None]).clamp_(max=1)
+        out.sources.copy_(found.origins)
+        out.weights.copy_(found.weights.div_(total[..., None]).clamp_(max=1))
         if len(out.shares):
-            out.shares[slice(*self._query.limits)] += found
+            out.shares[slice(*self._query.limits)] += found.shares
 
     def vjp(self, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return D(x) and Jᵀg: scalars are folded, their products summed over patches."""
@@ -172,57 +157,51 @@ class NativeFoldPart:
         self, direction: Tensor, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return D(x) and the product of the direction, with taps of rows and columns."""
-        channels = len(direction)
         direction = direction.float().contiguous()
         patches = self._rows.axis.places, self._cols.axis.places
-        scalars = torch.empty(2, *patches, dtype=torch.float64)
-        inputs = self._passes.normalisers() | {
+        inputs = self._normalisers() | {
             "direction": direction,
             "offset": (direction.double() * self._reference).sum(0).float(),
             "inner_rows": inner[0].contiguous(),
             "inner_cols": inner[1].contiguous(),
             "mean": torch.zeros(patches),
             "mean_rest": torch.zeros(patches),
-            "scalars": scalars,
         }
         flags = _flags("inner", inner[1])
-        sums = self._planes(TOTALS, 1 + channels, inputs, numbers=flags)
-        inputs["mean"] = (scalars[1] / scalars[0]).float()
+        found = self._run(TOTALS, inputs, flags)
+        sums = found.planes
+        inputs["mean"] = (found.scalars[1] / found.scalars[0]).float()
         if self._jacobian_scale > _SCALE:
-            self._passes.run(TOTALS, self._taps() | inputs, flags, answered=False)
-            inputs["mean_rest"] = (scalars[1] / scalars[0]).float()
-        product = self._planes(
-            PRODUCT,
-            channels,
-            inputs,
-            outer_rows=outer[0].contiguous(),
-            outer_cols=outer[1].contiguous(),
-            numbers=flags | _flags("outer", outer[1]),
-        )
+            refined = self._run(TOTALS, inputs, flags, answered=False).scalars
+            inputs["mean_rest"] = (refined[1] / refined[0]).float()
+        inputs["outer_rows"], inputs["outer_cols"] = (each.contiguous() for each in outer)
+        product = self._run(PRODUCT, inputs, flags | _flags("outer", outer[1])).planes
         product *= self._jacobian_scale
         return self._pixels(sums[1:] / sums[0]), product.float()
 
-    def _planes(
-        self,
-        kind: int,
-        count: int,
-        inputs: dict[str, Tensor],
-        numbers: dict[str, int],
-        **tensors: Tensor,
-    ) -> Tensor:
-        """Return the sums of a pass, [count, H, W] float64: see ``FoldMomentSums``."""
-        sums = torch.empty(count, *self._size, dtype=torch.float64)
-        given = self._taps() | inputs | tensors | {"planes": sums}
-        self._passes.run(kind, given, numbers | {"table_taps": int(self._col_taps.ndim == 2)})
-        return sums
-
-    def _taps(self) -> dict[str, Tensor]:
-        """Return the common inputs of all passes but the first."""
-        return {
+    def _run(
+        self, kind: int, tensors: dict[str, Tensor], numbers: dict[str, int], **options: bool
+    ) -> FoldRows:
+        """Return the results of a pass with the taps of the fold."""
+        taps = {
             "row_taps": self._row_taps.float(),
             "col_taps": self._col_taps,
             "reference": self._reference,
         }
+        numbers = numbers | {"table_taps": int(self._col_taps.ndim == 2)}
+        return self._passes.run(kind, tensors | taps, numbers, **options)
+
+    def _normalisers(self) -> dict[str, Tensor]:
+        """Return the normalisers of patches, ``whole`` int32 and ``rest``, [Q, P]."""
+        owners = self._rows.own(), self._cols.own()
+        # Patches that repeat others attend to none.
+        rows, cols = (
+            torch.where(own == torch.arange(len(own)), line.classes(), -1).int()
+            for own, line in zip(owners, (self._rows, self._cols), strict=True)
+        )
+        whole, rest, _ = self._passes.normalisers({"row_classes": rows, "col_classes": cols})
+        at = owners[0][:, None], owners[1]
+        return {"whole": whole[at], "rest": rest[at]}
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         """Return the weights of patches in a mean over the pixels: [Q] and [P] float64."""
@@ -247,7 +226,13 @@ class NativeFoldPart:
     def _pixels(self, mean: Tensor) -> Tensor:
         """Return pixels of an image whose mean is measured from the reference."""
         reference = self._reference[:, self._rows.image, self._cols.image]
-        return (mean + reference + self._bank.centre.float()).float()
+        return (mean + reference + self._bank.images.centre.float()).float()
+
+
+def row_bytes(ring: int, channels: int, top: int) -> int:
+    """Return the bytes that a pass holds for a row of pixels: sums of tasks, lists of sources."""
+    planes = 2 + 2 * channels
+    return ring * (8 * _TASKS * planes + 12 * top + 4)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -236,7 +236,12 @@ class PartedNative(Native):
         """Return the answers of the blocks of a range, each the next of the process that has it."""
         lo, hi = limits
         size = self.blocks.size
-        return [next(parts[block % len(parts)]) for block in range(lo // size, -(-hi // size))]
+        return in_turn([block % len(parts) for block in range(lo // size, -(-hi // size))], parts)
+
+
+def in_turn(owners: Sequence[int], parts: Sequence[Iterator[T]]) -> list[T]:
+    """Return the next answer of the owner of each block."""
+    return [next(parts[owner]) for owner in owners]
 
 
 def _ranked(found: list[MomentRows], lanes: int) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def read_bank(
             not contain a valid bank; names the file, and the field or tensor.
     """
     try:
-        data = _mapped(Path(path)) if mapped else Path(path).read_bytes()
+        data = mapped_file(Path(path)) if mapped else Path(path).read_bytes()
         content = _decode(data)
         bank = construct(content)
         _check_unmodified(bank.content, content.fingerprint, data)
@@ -147,8 +147,13 @@ def fingerprint_of(description: list[Any], arrays: Iterable[NDArray[Any]]) -> st
     return digest.hexdigest()
 
 
-def _mapped(path: Path) -> mmap.mmap:
-    """Return a private mapping of a file, which reserves no memory."""
+def mapped_file(path: Path) -> mmap.mmap:
+    """Return a private mapping of a file, which reserves no memory.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is empty.
+    """
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ValueError("header: expected safetensors, got an empty file")

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,14 +198,20 @@ class BankReader(Labelled):
         """
         stop = len(self) if stop is None else stop
         images, labels = self.images(start, stop), self.labels[start:stop]
-        parts = [
+        names = joined_names(
             None if bank.file_names is None else bank.file_names.part(lo, hi)
             for bank, lo, hi in self._pieces(start, stop)
-        ]
-        texts = [names.text for names in parts if names is not None]
-        names = FileNames(np.concatenate(texts)) if len(texts) == len(parts) else None
+        )
         label_names = self.label_names[: int(labels[-1]) + 1]
         return Bank(images, labels, label_names, self.source, self.licence, names)
+
+    def groups(self) -> list[NDArray[Any]]:
+        """Return the stored images of each file in order, mapped; raises as ``images``."""
+        return [bank.images for bank, _, _ in self._pieces(0, len(self))]
+
+    def file_names(self) -> FileNames | None:
+        """Return a copy of the names of the files of all images; raises as ``images``."""
+        return joined_names(bank.file_names for bank in self._one_by_one())
 
     def verify(self) -> None:
         """Read every part and compare all fingerprints; one part is mapped at a time.
@@ -214,11 +220,15 @@ class BankReader(Labelled):
             LoadError: A part is missing, truncated or changed, or the whole differs from its
                 fingerprint; names the file.
         """
-        count = len(self._parts)
-        banks = (self._mapped.get(index) or self._map(index) for index in range(count))
+        banks = self._one_by_one()
         found = fingerprint_of_parts(banks, self.labels, self.label_names, self.shape, self.dtype)
         if found != self.fingerprint:
             _refuse_whole(self.path, self.fingerprint, found)
+
+    def _one_by_one(self) -> Iterator[Bank]:
+        """Yield the parts, of which those that are not mapped yet are unmapped again."""
+        for index in range(len(self._parts)):
+            yield self._mapped.get(index) or self._map(index)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Bank, int, int]]:
         """Yield the parts of a range, each with its range of the part's images."""
@@ -261,6 +271,13 @@ def load_parts(path: str | os.PathLike[str]) -> Bank:
     if bank.fingerprint != reader.fingerprint:
         _refuse_whole(reader.path, reader.fingerprint, bank.fingerprint)
     return bank
+
+
+def joined_names(parts: Iterable[FileNames | None]) -> FileNames | None:
+    """Return a copy of the names of several banks in order; None if those of one are not known."""
+    found = [None if names is None else names.text.copy() for names in parts]
+    texts = [text for text in found if text is not None]
+    return FileNames(np.concatenate(texts)) if len(texts) == len(found) else None
 
 
 def fingerprint_of_parts(

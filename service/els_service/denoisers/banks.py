@@ -124,6 +124,11 @@ class Bank(Labelled):
         return int(self.images.size)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the stored images."""
+        return self.images.nbytes
+
+    @property
     def groups(self) -> list[NDArray[Any]]:
         """Stored images in order, those of one size in a row together: [N, C, H, W], no copy."""
         return [self.images]
@@ -209,17 +214,14 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
             not contain a valid bank, or has images of several sizes; names the file and the reason.
     """
 
-    def construct(content: BankContent) -> Bank:
-        if "extents" in content.arrays:
-            raise LoadError(path, "extents: expected images of one size, got several sizes")
-        return bank_from(content)
-
-    return read_bank(path, construct)
+    return read_bank(path, bank_from)
 
 
 def bank_from(content: BankContent) -> Bank:
     """Return the bank of the content of a file of version 1 or 2; raises as ``read_bank`` says."""
     arrays = content.arrays
+    if "extents" in arrays:
+        raise ValueError("extents: expected images of one size, got several sizes")
     return Bank(arrays["images"], arrays["labels"], *provenance_of(content))
 
 

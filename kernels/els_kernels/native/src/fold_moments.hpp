@@ -277,7 +277,8 @@ void fold_moments_by_channels(const FoldCell& cell, const FoldUnit& unit, Contro
 void fold_moments(const FoldCell& cell, FoldPass pass, const FoldUnit& unit, Control& control,
                   char* memory, const FoldMoments& moments, FoldMomentSums out) {
   switch (pass) {
-    case FoldPass::kNormalise: return;
+    case FoldPass::kNormalise:
+    case FoldPass::kMean: return;
     case FoldPass::kStatistics:
       return fold_moments_by_channels<FoldPass::kStatistics>(cell, unit, control, memory, moments, out);
     case FoldPass::kTotals:

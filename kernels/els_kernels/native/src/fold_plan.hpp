@@ -1,5 +1,6 @@
-// What the planners of a fold share: a query crop in the layout of the kernel, split into tasks whose
-// results are merged in order, so that they do not depend on the number of threads. Included by
+// What the passes of a fold share: a query crop in the layout of the kernel, and tasks. Tasks are
+// within a block of the bank (see blocks.hpp), and their results are merged in order, so that those of a
+// block depend neither on the number of threads nor on the other blocks of the process. Included by
 // library.cpp.
 #pragma once
 
@@ -9,16 +10,14 @@ namespace {
 
 using namespace els;
 
-constexpr int kMostFoldTasks = 32, kLeastFoldTasks = 4;
-constexpr std::size_t kLeastSeeded = 8;  // tasks from which their maxima are started together
-constexpr std::size_t kFoldBytes = std::size_t(24) << 20;  // of partial results
+constexpr std::size_t kLeastSeeded = 8;  // tasks of a block whose maxima are started together
 
 struct FoldPlan {
   FoldCell cell{};
   std::vector<FoldSource> sources;
   std::vector<std::vector<FoldUnit>> tasks;
+  std::vector<std::size_t> blocks;  // block b has tasks [blocks[b], blocks[b + 1])
   std::vector<Buffer<float>> kept;
-  std::vector<std::vector<std::int32_t>> lines;
   double scale, lowest;  // see FoldCell; whole units below every logit, by less than 2^31 for any
   std::size_t row;       // floats of a striped row
   int threads;
@@ -52,15 +51,6 @@ struct FoldPlan {
     return to;
   }
 
-  // Taps of rows: [window], or with `table` [rows][window].
-  const float* repeated_taps(const float* taps, int rows, bool table) {
-    if (table) return taps;
-    const std::size_t k = cell.window;
-    kept.push_back(allocate<float>(rows * k));
-    for (int i = 0; i < rows; ++i) std::copy_n(taps, k, kept.back().get() + i * k);
-    return kept.back().get();
-  }
-
   // Start the threads' memory, one for each.
   std::vector<Buffer<char>> scratch(std::size_t bytes) const {
     std::vector<Buffer<char>> out;
@@ -82,24 +72,32 @@ void measure_fold(FoldPlan& plan, int ring, int lanes) {
   cell.key_cols = (cell.key_cols + cell.vectors - 1) / cell.vectors * cell.vectors;
 }
 
-// Split images × horizontal displacements into equal runs; their number depends on shapes only.
-void split_fold(FoldPlan& plan, std::size_t bytes) {
-  std::int64_t units = 0;
-  for (const FoldSource& source : plan.sources) units += (source.hi - source.lo) * source.shifts;
-  const int most = int(std::min<std::size_t>(kMostFoldTasks, kFoldBytes / bytes));
-  const std::int64_t count = std::min<std::int64_t>(units, std::max(kLeastFoldTasks, most));
-  plan.tasks.assign(count, {});
-  plan.threads = int(std::max<std::int64_t>(1, std::min<std::int64_t>(plan.threads, count)));
-  std::int64_t index = 0;  // of the first unit of an image
-  for (const FoldSource& source : plan.sources)
-    for (std::int64_t n = source.lo; n < source.hi; ++n, index += source.shifts)
-      for (std::int64_t dx = 0; dx < source.shifts;) {
-        const std::int64_t task = (index + dx) * count / units;
-        const std::int64_t end = ((task + 1) * units + count - 1) / count - index;
-        const std::int64_t last = std::min<std::int64_t>(source.shifts, std::max(dx + 1, end));
-        plan.tasks[task].push_back({&source, n, int(dx), int(last)});
-        dx = last;
-      }
+// Split images × horizontal displacements of each block into equal runs, at most `parts` of them.
+void split_fold(FoldPlan& plan, const std::int64_t* block_sources, std::int64_t blocks, int parts) {
+  plan.blocks.assign(1, 0);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const FoldSource* first = plan.sources.data() + block_sources[b];
+    const FoldSource* last = plan.sources.data() + block_sources[b + 1];
+    std::int64_t units = 0;
+    for (const FoldSource* source = first; source < last; ++source)
+      units += (source->hi - source->lo) * source->shifts;
+    const std::int64_t count = std::min<std::int64_t>(units, parts);
+    const std::size_t before = plan.tasks.size();
+    plan.tasks.resize(before + count);
+    plan.blocks.push_back(plan.tasks.size());
+    std::int64_t index = 0;  // of the first unit of an image
+    for (const FoldSource* source = first; source < last; ++source)
+      for (std::int64_t n = source->lo; n < source->hi; ++n, index += source->shifts)
+        for (std::int64_t dx = 0; dx < source->shifts;) {
+          const std::int64_t task = (index + dx) * count / units;
+          const std::int64_t end = ((task + 1) * units + count - 1) / count - index;
+          const std::int64_t to = std::min<std::int64_t>(source->shifts, std::max(dx + 1, end));
+          plan.tasks[before + task].push_back({source, n, int(dx), int(to)});
+          dx = to;
+        }
+  }
+  const std::int64_t most = std::max<std::int64_t>(1, plan.tasks.size());
+  plan.threads = int(std::max<std::int64_t>(1, std::min<std::int64_t>(plan.threads, most)));
 }
 
 // Call work(worker, task, unit) for every unit of every task, in order within a task.
@@ -111,27 +109,27 @@ void for_each_unit(const FoldPlan& plan, Work work) {
   });
 }
 
-// The normaliser of each patch, in units, from the sums of all tasks: call out(i, j, place, units).
-template <class Out>
-void merge_peaks(const FoldPlan& plan, const std::int32_t* peaks, const double* totals, Out out) {
-  const std::size_t patches = plan.patches();
-  const auto lowest = std::uint32_t(std::int64_t(plan.lowest));
-  for (int i = 0; i < plan.cell.patch_rows(); ++i)
-    for (int j = 0; j < plan.cell.patch_cols(); ++j) {
-      const std::size_t q = i * plan.row + plan.at(j);
-      std::uint32_t top = 0;
-      for (std::size_t t = 0; t < plan.tasks.size(); ++t)
-        if (totals[t * patches + q] > 0)
-          top = std::max(top, std::uint32_t(peaks[t * patches + q]) - lowest);
-      double total = 0;
-      for (std::size_t t = 0; t < plan.tasks.size(); ++t) {
-        const double below = double(top) - double(std::uint32_t(peaks[t * patches + q]) - lowest);
-        if (totals[t * patches + q] > 0)
-          total += totals[t * patches + q] * std::exp2(-below * plan.scale);
-      }
-      if (total > 0) out(i, j, q, plan.lowest + double(top) + std::log2(total) / plan.scale);
+// The sum in bits of several normalisers of one patch: peaks in units, and totals relative to them.
+struct FoldNormal {
+  std::uint32_t top = 0;  // above the lowest unit
+  double total = 0;
+
+  template <class At>
+  FoldNormal(std::int64_t lowest, double scale, std::size_t count, At at) {
+    const auto low = std::uint32_t(lowest);
+    for (std::size_t t = 0; t < count; ++t)
+      if (at(t).total > 0) top = std::max(top, std::uint32_t(at(t).peak) - low);
+    for (std::size_t t = 0; t < count; ++t) {
+      const double below = double(top) - double(std::uint32_t(at(t).peak) - low);
+      if (at(t).total > 0) total += at(t).total * std::exp2(-below * scale);
     }
-}
+  }
+};
+
+struct FoldPart {
+  std::int32_t peak;
+  double total;
+};
 
 // A normaliser in units, as FoldNormaliser has it.
 void split_normaliser(double units, double scale, std::int32_t& whole, float& rest) {
@@ -140,35 +138,23 @@ void split_normaliser(double units, double scale, std::int32_t& whole, float& re
   rest = float((down - units) * scale);
 }
 
-// Start the maxima of all tasks at those of one displacement: to raise a maximum costs as much as
-// a hundred logits. The same for any number of threads, as all results must be.
-void seed_peaks(const FoldPlan& plan, const Kernel& kernel, char* scratch, std::int32_t* peaks,
-                double* totals) {
-  const std::size_t count = plan.tasks.size(), patches = plan.patches();
-  if (count < kLeastSeeded) return;
-  FoldUnit unit = plan.tasks[0].front();
-  unit.last = unit.first + 1;
-  kernel.fold_normalise(plan.cell, unit, *plan.control, scratch, {peaks, totals});
-  std::fill_n(totals, patches, 0.0);
-  for (std::size_t t = 1; t < count; ++t) std::copy_n(peaks, patches, peaks + t * patches);
-}
-
-// Find the normaliser of each patch; see merge_peaks.
-template <class Out>
-void normalise_fold(const FoldPlan& plan, const Kernel& kernel, Out out) {
-  const std::size_t count = plan.tasks.size(), patches = plan.patches();
-  const auto scratch = plan.scratch(kernel.fold_scratch_bytes(plan.cell));
-  const auto peaks = allocate<std::int32_t>(count * patches);
-  const auto totals = allocate<double>(count * patches);
-  std::fill_n(peaks.get(), count * patches,
-              std::int32_t(std::uint32_t(std::int64_t(plan.lowest))));
-  std::fill_n(totals.get(), count * patches, 0.0);
-  seed_peaks(plan, kernel, scratch[0].get(), peaks.get(), totals.get());
-  for_each_unit(plan, [&](int worker, std::size_t t, const FoldUnit& unit) {
+// Start the maxima of the tasks of a block at those of one displacement: to raise a maximum costs as
+// much as a hundred logits. Of each block by itself, as its results must not depend on others.
+void seed_peaks(const FoldPlan& plan, const Kernel& kernel, const std::vector<Buffer<char>>& scratch,
+                std::int32_t* peaks, double* totals) {
+  const std::size_t patches = plan.patches();
+  for_each(plan.blocks.size() - 1, plan.threads, *plan.control, [&](int worker, std::size_t b) {
+    const std::size_t first = plan.blocks[b], last = plan.blocks[b + 1];
+    if (last - first < kLeastSeeded) return;
+    FoldUnit unit = plan.tasks[first].front();
+    unit.last = unit.first + 1;
+    std::int32_t* seeds = peaks + first * patches;
     kernel.fold_normalise(plan.cell, unit, *plan.control, scratch[worker].get(),
-                          {peaks.get() + t * patches, totals.get() + t * patches});
+                          {seeds, totals + first * patches});
+    std::fill_n(totals + first * patches, patches, 0.0);
+    for (std::size_t t = first + 1; t < last; ++t)
+      std::copy_n(seeds, patches, peaks + t * patches);
   });
-  if (!is_stopped(*plan.control)) merge_peaks(plan, peaks.get(), totals.get(), out);
 }
 
 }  // namespace

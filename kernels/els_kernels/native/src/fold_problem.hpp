@@ -77,8 +77,14 @@ struct FoldNormaliser {
   const float* rest;          // what is left of it, in bits, negated; -1e30 where there is no patch
 };
 
-// Passes over the sources. The first finds the normalisers that the others need.
-enum class FoldPass : std::int32_t { kNormalise = 0, kStatistics = 1, kTotals = 2, kProduct = 3 };
+// Passes over the sources. The first finds the normalisers that the others need, the last the mean.
+enum class FoldPass : std::int32_t {
+  kNormalise = 0,
+  kStatistics = 1,
+  kTotals = 2,
+  kProduct = 3,
+  kMean = 4
+};
 
 // The sources of largest weight of every pixel, of one thread: a thread meets sources in the order of
 // their codes, so that of equal weights the one of smaller code is listed first.

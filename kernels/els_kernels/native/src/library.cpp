@@ -82,7 +82,6 @@ void for_each(std::size_t tasks, int threads, const Control& control,
 }  // namespace
 
 #include "attend_library.hpp"
-#include "fold_library.hpp"
 #include "fold_moments_library.hpp"
 #include "moments_library.hpp"
 
@@ -137,7 +136,7 @@ std::int32_t els_moments(const ElsMomentsCall* call) {
   }
 }
 
-// The same for a fold.
+// The same for a pass of a fold.
 std::int32_t els_fold(const ElsFoldCall* call) {
   try {
     fold(*call, *kernels()[call->kernel]);
@@ -147,14 +146,7 @@ std::int32_t els_fold(const ElsFoldCall* call) {
   }
 }
 
-// The same for a pass of moments of a fold.
-std::int32_t els_fold_moments(const ElsFoldMomentsCall* call) {
-  try {
-    fold_moments(*call, *kernels()[call->kernel]);
-    return is_stopped(*call->control) ? 2 : 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
+// Merge the normalisers of the blocks of a whole bank, from any number of processes.
+void els_fold_normalisers(const ElsFoldNormalisers* call) { merge_normalisers(*call); }
 }
 #pragma GCC visibility pop
