@@ -129,9 +129,10 @@ def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
     got, want = case.ask(together), alone.attend(fold_variant)
     assert torch.equal(got.mean, want.mean)
     assert torch.equal(got.log_evidence, want.log_evidence)
-    held = [group.data_ptr() for group in together._groups]
+    held = [group.data_ptr() for group in together.groups]
     assert held == [group.data_ptr() for group in groups]
-    kept = vars(together._attend)["groups" if fold_variant.startswith("native") else "_groups"]
+    native = fold_variant.startswith("native")
+    kept = together.prepared.groups if native else together.prepared._groups
     assert held == [group.data_ptr() for group in kept]
 
 
