@@ -131,8 +131,8 @@ def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
     assert torch.equal(got.log_evidence, want.log_evidence)
     held = [group.data_ptr() for group in together.groups]
     assert held == [group.data_ptr() for group in groups]
-    native = fold_variant.startswith("native")
-    kept = together.prepared.groups if native else together.prepared._groups
+    prepared: Any = together.prepared
+    kept = prepared.groups if fold_variant.startswith("native") else prepared._groups
     assert held == [group.data_ptr() for group in kept]
 
 

@@ -15,6 +15,7 @@ import pytest
 from tests.support.bank_parts import write_parts
 from tests.support.sharded_models import (
     BANK,
+    FOLDS,
     MACHINES,
     SHAPE,
     add_model,
@@ -67,6 +68,9 @@ def answers(model: Any) -> list[np.ndarray[Any, Any]]:
     query = queries()
     along = np.random.default_rng(2).normal(size=query.pixels.shape).astype(np.float32)
     denoised, explained = model.denoise(query), model.explain(query, 4)
+    known = []
+    if model.info.reuses_evidence:
+        known = [model.product_from(query, along, model.evidence(query), "vjp").product]
     return [
         denoised.pixels,
         denoised.log_evidence,
@@ -78,15 +82,24 @@ def answers(model: Any) -> list[np.ndarray[Any, Any]]:
         model.variance(query),
         model.vjp(query, along).product,
         model.jvp(query, along).product,
-        model.product_from(query, along, model.evidence(query), "vjp").product,
+        *known,
     ]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", [*MACHINES, *FOLDS])
 def test_two_processes_have_the_bits_of_one(machine: str, models: ModelRepository) -> None:
     one, two = models.load(machine), models.load(f"{machine}-sharded")
     for want, got in zip(answers(one), answers(two), strict=True):
         assert np.array_equal(got, want)
+
+
+def test_a_fold_of_another_size_has_the_bits_of_one_process(models: ModelRepository) -> None:
+    x = np.random.default_rng(3).normal(size=(2, 1, 9, 8)).astype(np.float32)
+    query = make_query(x, NoiseLevel.of([(1.0, 0.3), (0.8, 0.6)]), labels=[-1, 2])
+    one: Any = models.load("sized").denoise(query)
+    two: Any = models.load("sized-sharded").denoise(query)
+    assert np.array_equal(two.pixels, one.pixels)
+    assert np.array_equal(two.log_evidence, one.log_evidence)
 
 
 def test_shards_of_a_bank_in_parts_have_the_bits_of_the_bank_of_one_file(
@@ -186,9 +199,6 @@ def is_alive(pid: int) -> bool:
 
 
 REJECTED = {
-    "fold": ("fold: 0.2\nshards: 2\n", "shards: expected a machine without fold"),
-    "sizes": ("sizes: any\nshards: 2\n", "shards: expected a machine without fold"),
-    "inside": ("padding: inside\nshards: 2\n", "shards: expected a machine without fold"),
     "many": ("shards: 4\n", "shards: expected at most 3, the number of blocks of this bank, got 4"),
     "alone": ("engine: local\n", "engine: expected shards beside it, got local alone"),
     "none": ("shards: 0\n", "shards"),

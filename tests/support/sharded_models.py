@@ -23,6 +23,12 @@ MACHINES = {
     "circular": "machine: els\npadding: circular\nwindow: 3\n",
     "valid": "machine: els\npadding: valid\nwindow: 3\n",
 }
+FOLDS = {
+    "fold": "machine: els\nwindow: 3\nfold: 0.2\n",
+    "mean-of-patches": "machine: local\npadding: inside\nwindow: 3\nfold: inf\n",
+    "sized": "machine: els\nwindow: 3\nsizes: any\n",
+}
+"""Machines whose patches are folded, and one that answers any size."""
 
 
 def block_bank(seed: int = 0) -> Bank:
@@ -35,7 +41,7 @@ def write_sharded_models(root: Path, shards: int = 2) -> Path:
     """Write a models root with ``NAME`` and ``NAME-sharded`` of every machine; return it."""
     (root / "_banks").mkdir(parents=True)
     save_bank(block_bank(), root / "_banks" / "fashion.safetensors")
-    for name, machine in MACHINES.items():
+    for name, machine in (MACHINES | FOLDS).items():
         add_model(root, name, machine + BANK)
         add_model(root, f"{name}-sharded", f"{machine}{BANK}shards: {shards}\n")
     return root

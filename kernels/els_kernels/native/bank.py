@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -101,25 +101,62 @@ class Native:
         bank = bank.contiguous()
         self.centre = centre_of(block_sums(bank, self.blocks)) if centre is None else centre
         """[C] float64: what is subtracted from the bank, as float32."""
-        images, *image = bank.shape
+        self._allocate()
+        self._pack(0, bank)
+        self.largest = self._largest()
+        """Largest |pixel| of the centred bank."""
+
+    @classmethod
+    def of_blocks(cls, pixels: Iterable[Tensor], blocks: Blocks, centre: Tensor) -> Native:
+        """Return the packed bank of blocks, of which one is in memory unpacked at a time.
+
+        Args:
+            pixels: of each block, [n, C, H, W] float32.
+            blocks: of the process.
+            centre: of the whole bank, [C] float64.
+
+        Raises:
+            RuntimeError: The library was not built, or cannot be loaded.
+        """
+        native = cls.__new__(cls)
+        native.kernel = kernel_index(torch.device("cpu"), None)
+        native.blocks, native.centre = blocks, centre
+        images = sum(hi - lo for lo, hi in blocks.limits)
+        first = 0
+        for block in pixels:
+            if not first:
+                native.shape = torch.Size((images, *block.shape[1:]))
+                native._allocate()
+            # A block before another one is whole vectors.
+            native._pack(first // native.lanes, block)
+            first += len(block)
+        native.largest = native._largest()
+        return native
+
+    def _allocate(self) -> None:
+        images, *image = self.shape
         self.lanes = int(_library().els_kernel_lanes(self.kernel))
         """Images of a vector."""
         tiles = -(-images // self.lanes)
         # Aligned to cache lines, which torch's allocator does not guarantee.
         numbers = tiles * math.prod(image) * self.lanes
-        memory = bank.new_empty(numbers + 16)
+        memory = torch.empty(numbers + 16, dtype=torch.float32, device="cpu")
         aligned = -memory.data_ptr() % 64 // 4
         self.packed = memory[aligned : aligned + numbers].view(tiles, *image, self.lanes)
         """[tiles, C, H, W, lanes]: the centred bank; lanes past the last image are 0."""
+
+    def _pack(self, tile: int, pixels: Tensor) -> None:
+        """Write images [n, C, H, W] float32, in C order, from a tile on."""
         _library().els_pack(
             self.kernel,
-            bank.data_ptr(),
+            pixels.data_ptr(),
             self.centre.data_ptr(),
-            *bank.shape,
-            self.packed.data_ptr(),
+            *pixels.shape,
+            self.packed[tile:].data_ptr(),
         )
-        self.largest = max(abs(float(end)) for end in self.packed.aminmax())
-        """Largest |pixel| of the centred bank."""
+
+    def _largest(self) -> float:
+        return max(abs(float(end)) for end in self.packed.aminmax())
 
     def __call__(
         self,

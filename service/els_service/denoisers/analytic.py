@@ -23,6 +23,7 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.explanations import Explanation, explanation
 from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.mapped_banks import MappedBank
 from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import WindowTable, default_windows
@@ -71,7 +72,7 @@ class AnalyticDenoiser:
     def __init__(
         self,
         attention: PatchAttention,
-        bank: Bank,
+        bank: Bank | MappedBank,
         *,
         machine: str,
         padding: str = "zeros",
@@ -122,7 +123,7 @@ class AnalyticDenoiser:
         return self._info
 
     @property
-    def bank(self) -> Bank:
+    def bank(self) -> Bank | MappedBank:
         """Images of the machine."""
         return self._bank
 
@@ -297,4 +298,4 @@ def bank_info(bank: SourceBank) -> BankInfo:
 def bank_bytes(bank: SourceBank, *, copies: int = 1) -> int:
     """Return the memory of a bank: images, their float32 copies for computation, file names."""
     names = 0 if bank.file_names is None else bank.file_names.nbytes
-    return sum(group.nbytes for group in bank.groups) + 4 * copies * bank.size + names
+    return bank.nbytes + 4 * copies * bank.size + names

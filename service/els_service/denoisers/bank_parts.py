@@ -296,6 +296,11 @@ def fingerprint_of_parts(
     return digest.hexdigest()
 
 
+def digest(images: NDArray[Any]) -> str:
+    """Return SHA-256 (hex) of stored images."""
+    return hashlib.sha256(np.ascontiguousarray(images).reshape(-1).view(np.uint8).data).hexdigest()
+
+
 def map_part(path: Path, fingerprint: str | None = None) -> Bank:
     """Return the bank of a file of images of one size, mapped; its fingerprint is checked if given.
 

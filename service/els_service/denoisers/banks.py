@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from els_service.denoisers.bank_files import BankContent, fingerprint_of, read_bank, save_bank
 from els_service.denoisers.file_names import FileNames
-from els_service.errors import InvalidArgumentError, LoadError
+from els_service.errors import InvalidArgumentError
 
 __all__ = ["UNLABELLED", "Bank", "load_bank", "make_bank", "pixels_from", "save_bank"]
 
@@ -213,7 +213,6 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
         LoadError: the file is missing, truncated, modified, of another format or version, does
             not contain a valid bank, or has images of several sizes; names the file and the reason.
     """
-
     return read_bank(path, bank_from)
 
 

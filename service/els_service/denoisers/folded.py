@@ -22,6 +22,7 @@ from els_service.denoisers.base import (
 )
 from els_service.denoisers.explanations import Explanation, explanation
 from els_service.denoisers.gradients import Direction, Product
+from els_service.denoisers.mapped_banks import MappedBank
 from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.query_checks import check_query, largest_window, odd
 from els_service.denoisers.source_banks import SourceBank
@@ -75,6 +76,8 @@ def check_images(bank: SourceBank, machine: str, *, sized: bool) -> None:
     Raises:
         ValueError: They have several sizes, and the machine needs one, or has no ``sizes``.
     """
+    if isinstance(bank, MappedBank):
+        return
     if machine != "els":
         why = "sources are at the same place" if machine == "local" else "window is the whole image"
         one_size(bank, f"machine {machine}, as its {why}")
@@ -151,6 +154,7 @@ class FoldedDenoiser:
         clip: whether windows larger than the images are reduced, or rejected.
         sizes: of queries; None for the size of the bank's images.
         plain: with ρ = 0, the same machine for queries of the bank's size.
+        call_s: seconds that a call takes beside its logits.
 
     Raises:
         ValueError: Unknown machine and padding, ρ or a window out of range, or images of several
@@ -169,11 +173,12 @@ class FoldedDenoiser:
         clip: bool = False,
         sizes: SizeRange | None = None,
         plain: AnalyticDenoiser | None = None,
+        call_s: float = 0.0,
     ) -> None:
         check_fold(machine, padding, fold, sized=sizes is not None)
         check_images(bank, machine, sized=sizes is not None)
         self._attention, self._moments = moments.attention, moments
-        self._bank, self._fold, self._plain = bank, fold, plain
+        self._bank, self._fold, self._plain, self._call_s = bank, fold, plain, call_s
         self._geometry = FOLD_GEOMETRIES[machine, padding]
         self._size = bank.shape[1], bank.shape[2]
         self._typical: dict[tuple[int, int], tuple[int, int]] = {}
@@ -266,7 +271,7 @@ class FoldedDenoiser:
             taps = 1 if math.isinf(self._fold) else k
             logit = each(implementation, channels, taps)
             seconds += (hi - lo) * (logit * work + _PIXEL_S * channels * math.prod(image))
-        return len(query) * _IMAGE_S + seconds / torch.get_num_threads()
+        return self._call_s + len(query) * _IMAGE_S + seconds / torch.get_num_threads()
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means and log evidences."""

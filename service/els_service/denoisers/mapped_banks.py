@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from els_service.denoisers.bank_parts import BankReader
+from els_service.denoisers.bank_parts import BankReader, digest
 from els_service.denoisers.banks import Labelled, pixels_from
 from els_service.denoisers.file_names import FileNames
 from els_service.errors import LoadError
@@ -66,6 +66,12 @@ class MappedBank(Labelled):
         """Bytes of the stored images."""
         return self.size * self.dtype.itemsize
 
+    def digests(self, limits: list[tuple[int, int]]) -> list[str]:
+        """Return SHA-256 (hex) of the stored images of each range; raises as ``groups``."""
+        # Of another reader, so that they are unmapped again.
+        reader = self._open()
+        return [digest(reader.images(lo, hi)) for lo, hi in limits]
+
     @property
     def groups(self) -> list[NDArray[Any]]:
         """Stored images of each file in order, [n, C, H, W], mapped.
@@ -91,9 +97,12 @@ class MappedBank(Labelled):
 
     def _opened(self) -> BankReader:
         if self._reader is None:
-            reader = BankReader(self._path)
-            if reader.fingerprint != self.fingerprint:
-                expected = f"fingerprint: expected {self.fingerprint}, as it was loaded"
-                raise LoadError(self._path, f"{expected}, got {reader.fingerprint}")
-            self._reader = reader
+            self._reader = self._open()
         return self._reader
+
+    def _open(self) -> BankReader:
+        reader = BankReader(self._path)
+        if reader.fingerprint != self.fingerprint:
+            expected = f"fingerprint: expected {self.fingerprint}, as it was loaded"
+            raise LoadError(self._path, f"{expected}, got {reader.fingerprint}")
+        return reader

@@ -113,6 +113,11 @@ class MixedBank(Labelled):
         return int(self.images.size)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the stored images."""
+        return self.images.nbytes
+
+    @property
     def groups(self) -> list[NDArray[Any]]:
         """Stored images in order, those of one size in a row together: [n, C, H, W], no copies."""
         changes = np.flatnonzero((self.extents[1:] != self.extents[:-1]).any(1)) + 1

@@ -80,6 +80,11 @@ class PictureBank(Labelled):
         """Numbers of all images together."""
         return sum(group.size for group in self.groups)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored images."""
+        return sum(group.nbytes for group in self.groups)
+
     @cached_property
     def file_names(self) -> FileNames | None:
         """Name of the file of each image: of the picture that was resampled to its scale."""

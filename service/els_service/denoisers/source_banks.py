@@ -69,6 +69,11 @@ class SourceBank(Protocol):
         ...
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the stored images."""
+        ...
+
+    @property
     def groups(self) -> Sequence[npt.NDArray[Any]]:
         """Stored images in order, those of one size in a row together: [n, C, H, W], no copies."""
         ...

@@ -13,9 +13,12 @@ from els_service.denoisers.folded import fold_of
 from els_service.denoisers.mixed_banks import load_any_bank, one_size
 from els_service.denoisers.source_banks import SourceBank
 from els_service.repository.folders import FileState, file_state
+from els_service.shards.fold_shards import fold_of_shards
 from els_service.shards.opening import Engine, open_shards
 from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet
+
+_Shards = tuple[FileState, int | Literal["auto"], Engine]
 
 
 class BankCache:
@@ -30,9 +33,8 @@ class BankCache:
 
     def __init__(self, implementation: str = "auto", options: ShardOptions | None = None) -> None:
         self._options = options or ShardOptions()
-        self._sharded: WeakValueDictionary[
-            tuple[FileState, int | Literal["auto"], Engine], ShardSet
-        ] = WeakValueDictionary()
+        self._sharded: WeakValueDictionary[_Shards, ShardSet] = WeakValueDictionary()
+        self._sharded_folds: WeakValueDictionary[_Shards, FoldedMoments] = WeakValueDictionary()
         self.implementation = implementation
         """Implementation of patch attention, as in ``PatchAttention``."""
         self._locks: WeakValueDictionary[FileState, Lock] = WeakValueDictionary()
@@ -82,18 +84,30 @@ class BankCache:
             return bank, fold
 
     def sharded(self, path: Path, shards: int | Literal["auto"], engine: Engine) -> ShardSet:
-        """Return the shards of the bank of a file; raises as ``open_shards`` and ``bank``.
-
-        Raises InvalidArgumentError for a bank of images of several sizes.
-        """
+        """Return the shards of the bank of a file; raises as ``open_shards``."""
         state = file_state(path)
         with self._lock(state):
             found = self._sharded.get((state, shards, engine))
             if found is None:
-                bank = one_size(self._bank(state), "a bank in shards")
-                found = open_shards(path, bank, shards, engine, self._options)
+                # The server reads it once, and does not hold it.
+                found = open_shards(path, shards, engine, self._options)
                 self._sharded[state, shards, engine] = found
             return found
+
+    def sharded_fold(
+        self, path: Path, shards: int | Literal["auto"], engine: Engine
+    ) -> tuple[ShardSet, FoldedMoments]:
+        """Return the shards of the bank of a file and their fold's moments; raises as ``sharded``.
+
+        Raises ShardsUnavailableError if a shard is lost and does not come back in time.
+        """
+        found, state = self.sharded(path, shards, engine), file_state(path)
+        with self._lock(state):
+            fold = self._sharded_folds.get((state, shards, engine))
+            if fold is None:
+                fold = fold_of_shards(found)
+                self._sharded_folds[state, shards, engine] = fold
+            return found, fold
 
     def _lock(self, state: FileState) -> Lock:
         return self._locks.setdefault(state, Lock())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,9 @@ from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.engines.options import EngineDefaults
 from els_service.denoisers.fold_levels import LevelFoldDenoiser, Machine
 from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
+from els_service.denoisers.mapped_banks import MappedBank
 from els_service.denoisers.mixed_banks import one_size
+from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
@@ -40,6 +44,7 @@ from els_service.repository.specs import (
 )
 from els_service.repository.window_files import read_folds, read_windows
 from els_service.shards.denoiser import ShardedDenoiser
+from els_service.shards.opening import SHARDED_CALL_S, Engine
 
 _MAX_NUMBERS = 1 << 29
 """Maximum numbers of an image: what the largest legal message holds."""
@@ -85,52 +90,77 @@ def build(
 
 def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
     """Return a machine: with a fold where its document asks for what only that answers."""
-    if spec.shards is not None:
-        return _sharded(spec, files, banks, device)
-    if spec.engine is not None:
+    if spec.shards is None and spec.engine is not None:
         raise ValueError(f"engine: expected shards beside it, got {spec.engine} alone")
+    if spec.shards is not None and device != "cpu":
+        raise ValueError(f"shards: expected device cpu, got {device}")
+    images = _Images(banks, files.find_bank(spec.bank), device, spec.shards, spec.engine or "local")
     if spec.fold == "auto":
         table = read_folds(files.find(FOLDS_FILE))
         windows = WindowSpec(sigma=list(table.sigma), k=list(table.k))
         machines = {
-            rho: _machine(
-                spec.model_copy(update={"fold": rho, "window": windows}), files, banks, device
-            )
+            rho: _machine(spec.model_copy(update={"fold": rho, "window": windows}), files, images)
             for rho in sorted(set(table.rho))
         }
         return LevelFoldDenoiser(machines, table)
-    return _machine(spec, files, banks, device)
+    return _machine(spec, files, images)
 
 
-def _sharded(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
-    """Return a machine whose bank is in shards.
+@dataclass(frozen=True)
+class _Images:
+    """Images of a machine, in this process or in shards.
 
-    Raises:
-        ValueError: It has a fold or sizes, or is on a GPU.
-        LoadError: A shard cannot be loaded, or Ray is not installed.
+    Attributes:
+        banks: cache of banks.
+        path: of the bank.
+        device: that holds it.
+        shards: number of shards; None for this process.
+        engine: of shards.
     """
-    assert spec.shards is not None
-    if spec.fold != 0.0 or spec.sizes is not None or spec.padding == "inside":
-        raise ValueError(
-            "shards: expected a machine without fold, sizes and padding inside, whose bank is not "
-            f"served in shards, got fold {spec.fold}, padding {spec.padding}"
-        )
-    if device != "cpu":
-        raise ValueError(f"shards: expected device cpu, got {device}")
-    shards = banks.sharded(files.find_bank(spec.bank), spec.shards, spec.engine or "local")
-    check_images(shards.bank, spec.machine, sized=False)
-    return ShardedDenoiser(
-        shards,
-        machine=spec.machine,
-        padding=spec.padding,
-        window=_window(files, spec.window),
-        clip=isinstance(spec.window, str),
-    )
+
+    banks: BankCache
+    path: Path
+    device: str
+    shards: int | Literal["auto"] | None
+    engine: Engine
+
+    def bank(self) -> SourceBank:
+        """Return the bank; raises as the next."""
+        if self.shards is None:
+            return self.banks.bank(self.path)
+        return self.banks.sharded(self.path, self.shards, self.engine).bank
+
+    def plain(self, **options: Any) -> AnalyticDenoiser:
+        """Return a machine without a fold.
+
+        Args:
+            **options: of ``AnalyticDenoiser``.
+
+        Raises:
+            LoadError: The bank is damaged, a shard cannot be loaded, or Ray is not installed.
+        """
+        if self.shards is None:
+            bank, attention = self.banks.attention(self.path, self.device)
+            return AnalyticDenoiser(attention, bank, **options)
+        shards = self.banks.sharded(self.path, self.shards, self.engine)
+        return ShardedDenoiser(shards, **options)
+
+    def folded(self, plain: AnalyticDenoiser | None, **options: Any) -> FoldedDenoiser:
+        """Return a machine with a fold; raises as ``plain``.
+
+        Args:
+            plain: for queries of the bank's size, or None.
+            **options: of ``FoldedDenoiser``.
+        """
+        if self.shards is None:
+            bank, moments = self.banks.fold(self.path, self.device)
+            return FoldedDenoiser(moments, bank, plain=plain, **options)
+        shards, moments = self.banks.sharded_fold(self.path, self.shards, self.engine)
+        return FoldedDenoiser(moments, shards.bank, plain=plain, call_s=SHARDED_CALL_S, **options)
 
 
-def _machine(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Machine:
+def _machine(spec: AnalyticSpec, files: ModelFiles, images: _Images) -> Machine:
     """Return a machine with one fold, or none."""
-    path = files.find_bank(spec.bank)
     common: dict[str, Any] = {
         "machine": spec.machine,
         "padding": spec.padding,
@@ -141,21 +171,17 @@ def _machine(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: st
         math.inf if isinstance(spec.fold, str) else float(spec.fold),
         spec.sizes is not None,
     )
-    bank = banks.bank(path)
+    bank = images.bank()
     if rho == 0 and spec.padding != "inside" and not sized:
         check_images(bank, spec.machine, sized=False)
-        one, attention = banks.attention(path, device)
-        return AnalyticDenoiser(attention, one, **common)
+        return images.plain(**common)
     check_fold(spec.machine, spec.padding, rho, sized=sized)
     check_images(bank, spec.machine, sized=sized)
-    bank, moments = banks.fold(path, device)
     plain = None
-    if rho == 0 and spec.padding != "inside" and isinstance(bank, Bank):
+    if rho == 0 and spec.padding != "inside" and isinstance(bank, Bank | MappedBank):
         # Queries of the bank's size keep the bits that they have without ``sizes``.
-        plain = AnalyticDenoiser(banks.attention(path, device)[1], bank, **common)
-    return FoldedDenoiser(
-        moments, bank, **common, fold=rho, sizes=_sizes(spec.sizes, bank.shape), plain=plain
-    )
+        plain = images.plain(**common)
+    return images.folded(plain, **common, fold=rho, sizes=_sizes(spec.sizes, bank.shape))
 
 
 def _sizes(sizes: Literal["any"] | SizesSpec | None, shape: tuple[int, ...]) -> SizeRange | None:

@@ -55,9 +55,7 @@ class LocalShard:
         """Of the current process."""
         self.sums: Future[Array] = Future()
         """Sums of its blocks, [K, 1 + C]; fails with what the first load failed with."""
-        self.prepared: Future[Message] = Future()
-        """The first answer to ``prepare``."""
-        self._centre: Future[Array] = Future()
+        self._centre: Array | None = None
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
         self._pending: dict[int, Future[Message]] = {}
@@ -93,15 +91,13 @@ class LocalShard:
         if connection is not None and number in self._pending:
             self._send(connection, Message("stop", number=number))
 
-    def prepare(self, centre: Array) -> None:
-        """Pack the bank about its centre, now and after every restart."""
-        self._centre.set_result(centre)
+    def keep(self, centre: Array) -> None:
+        """Pack the bank about its centre after every restart."""
+        self._centre = centre
 
     def close(self) -> None:
         """End the process."""
         self._closed.set()
-        if not self._centre.done():
-            self._centre.cancel()
         connection = self._connection
         if connection is not None:
             # Wakes the reading thread, which a close does not.
@@ -125,20 +121,15 @@ class LocalShard:
             was_ready = self._serve()
             if self._closed.is_set():
                 return
-            if not self.sums.done() or not self.prepared.done():
-                # The first load: its caller is waiting to hear of it.
-                self._fail_first(ShardLostError(self._lost()))
+            if not self.sums.done():
+                # The first load, for which its caller waits.
+                self.sums.set_exception(ShardLostError(self._lost()))
                 return
             pause_s = _FIRST_PAUSE_S if was_ready else min(2 * pause_s, _MOST_PAUSE_S)
             extra = {"shard": self.name, "reason": self.reason}
             _log.warning("shard lost, starting it again", extra=extra)
             self.restarts += 1
             self._closed.wait(pause_s)
-
-    def _fail_first(self, error: Exception) -> None:
-        for first in (self.sums, self.prepared):
-            if not first.done():
-                first.set_exception(error)
 
     def _serve(self) -> bool:
         """Start a process and read its messages until it ends; return whether it was ready."""
@@ -170,19 +161,14 @@ class LocalShard:
         return was_ready
 
     def _load(self, own: socket.socket, reader: _Reader) -> None:
-        """Load the slice and pack it, and be ready."""
+        """Load the slice, pack it if it was packed before, and be ready."""
         sums = self._wait(own, reader, Message("load", self._spec.fields))
-        if not self.sums.done():
-            self.sums.set_result(sums.arrays[0])
-        # Until then only the process can end this: the first load of the other shards.
-        while not self._centre.done():
-            if self._closed.wait(0.005):
-                raise ClosedError("the shard is closed")
-        answer = self._wait(own, reader, Message("prepare", arrays=[self._centre.result()]))
-        if not self.prepared.done():
-            self.prepared.set_result(answer)
+        if self._centre is not None:
+            self._wait(own, reader, Message("prepare", arrays=[self._centre]))
         self.reason = ""
         self._ready.set()
+        if not self.sums.done():
+            self.sums.set_result(sums.arrays[0])
 
     def _wait(self, own: socket.socket, reader: _Reader, message: Message) -> Message:
         number, answer = next(_NUMBERS), Future[Message]()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,12 +12,11 @@ import torch
 from els_kernels import PatchAttention, PatchMoments
 from els_kernels.blocks import Blocks
 from els_kernels.native.block_sums import centre_of
-from els_service.denoisers.bank_parts import is_in_parts
-from els_service.denoisers.banks import Bank
+from els_service.denoisers.mapped_banks import MappedBank
 from els_service.errors import LoadError
 from els_service.shards.local import LocalShard
-from els_service.shards.messages import Array, Message
-from els_service.shards.part import PartSpec, digest, mapped_images
+from els_service.shards.messages import Array
+from els_service.shards.part import PartSpec
 from els_service.shards.shard import Shard, ShardLostError, ShardOptions
 from els_service.shards.shard_set import ShardSet
 
@@ -36,49 +34,43 @@ class Loading(Shard, Protocol):
         """Sums of its blocks, [K, 1 + C]; fails with ShardLostError."""
         ...
 
-    @property
-    def prepared(self) -> Future[Message]:
-        """The first answer to ``prepare``."""
-        ...
-
 
 Start = Callable[[list[PartSpec]], Sequence[Loading]]
 
 
 def open_shards(
-    path: Path, bank: Bank, shards: int | Literal["auto"], engine: Engine, options: ShardOptions
+    path: Path, shards: int | Literal["auto"], engine: Engine, options: ShardOptions
 ) -> ShardSet:
     """Return the shards of a bank, all of which are loaded.
 
     Args:
-        path: file of the bank.
-        bank: its content.
+        path: of a bank of images of one size: a file, or the manifest of its parts.
         shards: number of shards; ``auto``: one for each memory node of the machine, or for each
             node of the cluster.
         engine: where they are.
         options: settings of the server.
 
     Raises:
-        LoadError: There are more shards than blocks, a shard cannot be loaded, or Ray is not
-            installed.
+        LoadError: The bank is damaged, there are more shards than blocks, a shard cannot be loaded,
+            or Ray is not installed.
+        OSError: The file cannot be read.
         RuntimeError: The native kernel is not available.
     """
+    bank = MappedBank(path)
     whole = Blocks.whole(len(bank))
     start, most = _engine(engine, options)
     count = min(most, whole.count) if shards == "auto" else shards
     if count > whole.count:
         expected = f"expected at most {whole.count}, the number of blocks of this bank"
         raise LoadError(path, f"shards: {expected}, got {count}")
-    # The images that it answers with are those that were verified, by their fingerprint.
-    mapped = bank if is_in_parts(path) else replace(bank, images=mapped_images(path))
-    if mapped.fingerprint != bank.fingerprint:
-        raise LoadError(path, "changed while it was loaded")
     threads = max(1, torch.get_num_threads() // count) if engine == "local" else 1
     blocks = [whole.shard(index, count) for index in range(count)]
-    specs = [_spec(path, mapped, own, threads) for own in blocks]
+    # Shards answer with the images that were verified here.
+    digests = bank.digests(whole.limits)
+    specs = [PartSpec(str(path), own, digests[own.first :: count], threads) for own in blocks]
     found = start(specs)
     try:
-        return _loaded(path, mapped, found, blocks, options)
+        return _loaded(path, bank, found, blocks, options)
     except BaseException:
         for shard in found:
             shard.close()
@@ -103,34 +95,27 @@ def _engine(engine: Engine, options: ShardOptions) -> tuple[Start, int]:
     return cluster.start, cluster.nodes
 
 
-def _spec(path: Path, bank: Bank, own: Blocks, threads: int) -> PartSpec:
-    digests = [digest(bank.images[lo:hi]) for lo, hi in own.limits]
-    return PartSpec(str(path), own, digests, threads)
-
-
 def _loaded(
-    path: Path, bank: Bank, found: Sequence[Loading], blocks: list[Blocks], options: ShardOptions
+    path: Path,
+    bank: MappedBank,
+    found: Sequence[Loading],
+    blocks: list[Blocks],
+    options: ShardOptions,
 ) -> ShardSet:
     try:
         sums = [torch.from_numpy(shard.sums.result(options.load_s)) for shard in found]
-        count = blocks[0].count
-        centre = centre_of(sums[i % len(found)][i // len(found)] for i in range(count))
-        for shard in found:
-            shard.prepare(centre.numpy())
-        prepared = [shard.prepared.result(options.load_s) for shard in found]
     except ShardLostError as error:
         raise LoadError(path, f"shards: {error}") from error
     except TimeoutError as error:
         raise LoadError(path, f"shards: not loaded within {options.load_s:g} s") from error
-    shards = ShardSet(
-        f"{path.stem}-{bank.fingerprint[:8]}", bank, found, blocks, centre, options.restart_s
-    )
-    shards.start(prepared)
-    return shards
+    centre = centre_of(sums[i % len(found)][i // len(found)] for i in range(blocks[0].count))
+    name = f"{path.stem}-{bank.fingerprint[:8]}"
+    return ShardSet(name, bank, found, blocks, centre, options.restart_s)
 
 
 def operator_of(shards: ShardSet) -> tuple[PatchAttention, PatchMoments]:
-    """Return patch attention of a bank in shards, and its moments."""
+    """Return patch attention of a bank in shards, and its moments; packs the bank."""
+    shards.pack()
     attention = PatchAttention.of_parts(shards, largest=1.0)
     # The shape and type of the bank alone: its images are in the shards.
     shape = torch.empty(1, dtype=torch.uint8).expand(len(shards.bank), *shards.shape)

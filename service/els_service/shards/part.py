@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from els_kernels.blocked_moments import Level, MomentPass, block_answers
+from els_kernels.blocked_moments import MomentPass, block_answers
 from els_kernels.blocks import Blocks
-from els_kernels.geometry import Geometry
 from els_kernels.native import Native
 from els_kernels.native.block_sums import block_sums
 from els_kernels.native.moments_call import MomentCall
-from els_service.denoisers.bank_parts import BankReader, is_in_parts
+from els_service.denoisers.bank_parts import digest
 from els_service.denoisers.banks import pixels_from
 from els_service.errors import LoadError
-from els_service.shards.messages import Array, Message
-
-_DTYPES = {"U8": np.uint8, "F32": np.float32}
-_MOST_HEADER = 100 << 20
+from els_service.shards.fold_messages import FoldPart
+from els_service.shards.mapped_images import MappedImages
+from els_service.shards.messages import Message
+from els_service.shards.values import geometry_of, level_of, reply
 
 
 @dataclass(frozen=True)
@@ -58,56 +53,8 @@ class PartSpec:
         return cls(fields["path"], blocks, fields["digests"], fields["threads"])
 
 
-def mapped_images(path: str | Path) -> NDArray[Any]:
-    """Return the images of a bank's file, [N, C, H, W] uint8 or float32, mapped read-only.
-
-    Raises:
-        LoadError: The file is no bank of images of one size.
-        OSError: It cannot be read.
-    """
-    with Path(path).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _MOST_HEADER:
-            raise LoadError(path, f"header: expected at most {_MOST_HEADER} bytes, got {length}")
-        try:
-            entry = json.loads(file.read(length))["images"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            offset = 8 + length + entry["data_offsets"][0]
-        except (ValueError, KeyError, TypeError) as error:
-            raise LoadError(path, f"not a bank: {error}") from error
-    if len(shape) != 4:
-        raise LoadError(path, f"images: expected shape [N, C, H, W], got {list(shape)}")
-    return np.memmap(path, dtype, "r", offset, shape)
-
-
-def digest(images: NDArray[Any]) -> str:
-    """Return SHA-256 (hex) of stored images."""
-    return hashlib.sha256(np.ascontiguousarray(images).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-class ImagesInParts:
-    """Images of a bank in parts, as those of a file: read and verified by range.
-
-    Args:
-        path: of the manifest or its folder.
-
-    Raises:
-        LoadError: The manifest is damaged; a range, that its part is.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._reader = BankReader(path)
-        self.shape = len(self._reader.labels), *self._reader.shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, images: slice) -> NDArray[Any]:
-        return self._reader.images(images.start, images.stop)
-
-
 class BankPart:
-    """Blocks of a bank, packed, and the operations on them; one at a time.
+    """Blocks of a bank and the operations on them; one at a time.
 
     Args:
         spec: what it loads.
@@ -120,33 +67,26 @@ class BankPart:
     def __init__(self, spec: PartSpec) -> None:
         torch.set_num_threads(spec.threads)
         self._blocks = spec.blocks
-        self._images: NDArray[Any] | ImagesInParts = (
-            ImagesInParts(spec.path) if is_in_parts(Path(spec.path)) else mapped_images(spec.path)
-        )
+        self._images = MappedImages(spec.path)
         if len(self._images) != spec.blocks.images:
             expected = f"expected {spec.blocks.images} images, as the server has loaded"
             raise LoadError(spec.path, f"{expected}, got {len(self._images)}")
-        limits = spec.blocks.limits
-        pixels = np.empty((sum(hi - lo for lo, hi in limits), *self._images.shape[1:]), np.float32)
-        at = 0
-        for (lo, hi), expected in zip(limits, spec.digests, strict=True):
-            block = self._images[lo:hi]
-            if digest(block) != expected:
+        for (lo, hi), expected in zip(spec.blocks.limits, spec.digests, strict=True):
+            if digest(self._images[lo:hi]) != expected:
                 raise LoadError(
                     spec.path, f"images {lo} to {hi - 1}: changed since they were loaded"
                 )
-            pixels[at : at + hi - lo] = pixels_from(block)
-            at += hi - lo
-        self._pixels: Tensor | None = torch.from_numpy(pixels)
         self._native: Native | None = None
         self._operations: dict[str, Callable[[Message], Message]] = {
             "sums": self._sums,
             "prepare": self._prepare,
+            "ready": lambda message: reply(),
             "rows": self._rows,
             "moments": self._moments,
             "exact": self._exact,
             "answers": self._answers,
             "norm": self._norm,
+            **FoldPart(self._images, spec.blocks).operations,
         }
 
     def answer(self, message: Message) -> Message:
@@ -166,17 +106,23 @@ class BankPart:
         assert self._native is not None, "prepare comes first"
         return self._native
 
+    def _decoded(self) -> Iterator[Tensor]:
+        """Yield the pixels of each block, [n, C, H, W] float32."""
+        for lo, hi in self._blocks.limits:
+            yield torch.from_numpy(pixels_from(self._images[lo:hi]))
+
     def _sums(self, message: Message) -> Message:
         """Answer sums of the pixels of each block, [K, 1 + C]."""
-        assert self._pixels is not None
-        return reply(torch.stack(block_sums(self._pixels, self._blocks)))
+        sums = [block_sums(pixels, self._blocks)[0] for pixels in self._decoded()]
+        self._images.release()
+        return reply(torch.stack(sums))
 
     def _prepare(self, message: Message) -> Message:
-        """Answer the largest |pixel| and the squares of each block, [K]; packs the bank."""
-        assert self._pixels is not None
-        centre = torch.from_numpy(message.arrays[0])
-        self._native = Native(self._pixels, blocks=self._blocks, centre=centre)
-        self._pixels = None
+        """Answer the largest |pixel| and the squares of each block, [K]; packs the bank once."""
+        if self._native is None:
+            centre = torch.from_numpy(message.arrays[0])
+            self._native = Native.of_blocks(self._decoded(), self._blocks, centre)
+            self._images.release()
         squares = torch.tensor(self._native.block_squares(), dtype=torch.float64)
         return reply(squares, largest=self._native.largest)
 
@@ -227,37 +173,3 @@ class BankPart:
     def _stored(self, lo: int, hi: int) -> Tensor:
         """Return a copy of stored images of the whole bank, [n, C, H, W]."""
         return torch.from_numpy(np.array(self._images[lo:hi]))
-
-
-def reply(*tensors: Tensor, **fields: Any) -> Message:
-    """Return an answer of tensors and values."""
-    return Message("answer", fields, [array_of(tensor) for tensor in tensors])
-
-
-def array_of(tensor: Tensor) -> Array:
-    """Return a tensor as an array."""
-    array: Array = tensor.contiguous().numpy()
-    return array
-
-
-def level_fields(level: Level) -> dict[str, Any]:
-    """Return the fields of a query in a message, beside its pixels."""
-    return {"a": level.a, "s": level.s, "window": level.window} | geometry_fields(level.geometry)
-
-
-def level_of(message: Message) -> Level:
-    """Return the query in a message; its pixels are the first array."""
-    fields = message.fields
-    x = torch.from_numpy(message.arrays[0])
-    return Level(x, fields["a"], fields["s"], fields["window"], geometry_of(fields))
-
-
-def geometry_fields(geometry: Geometry) -> dict[str, Any]:
-    """Return the fields of a geometry in a message."""
-    return {"geometry": [geometry.sources, geometry.padding, geometry.whole]}
-
-
-def geometry_of(fields: dict[str, Any]) -> Geometry:
-    """Return the geometry in a message."""
-    sources, padding, whole = fields["geometry"]
-    return Geometry(sources, padding, whole)

@@ -42,7 +42,8 @@ class ShardActor:
 
         Args:
             frame: of the operation.
-            centre: of the whole bank, float64; an actor that was started again packs about it.
+            centre: of the whole bank, float64, about which an actor that was started again packs;
+                empty if it was not packed.
         """
         message = parse(frame)
         control = Control()
@@ -93,7 +94,7 @@ class ShardActor:
             self._load()
         if self._part is None:
             return Message("failure", {"kind": "lost", "text": self.fault}, number=message.number)
-        if not self._prepared and message.op not in ("sums", "prepare"):
+        if centre and not self._prepared and message.op != "prepare":
             known = torch.frombuffer(bytearray(centre), dtype=torch.float64)
             self._part.answer(Message("prepare", arrays=[known.numpy()]))
             self._prepared = True

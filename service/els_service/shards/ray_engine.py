@@ -142,8 +142,6 @@ class RayShard:
         self.restarts, self.reason, self.pid = 0, "", 0
         self.sums: Future[Array] = Future()
         """Sums of its blocks, [K, 1 + C]; fails with what the first load failed with."""
-        self.prepared: Future[Message] = Future()
-        """The first answer to ``prepare``."""
         self._centre = b""
         self._ready, self._closed = threading.Event(), threading.Event()
         self._silent_s, self._seen = 0.0, (0, 0.0)
@@ -181,13 +179,9 @@ class RayShard:
         """Stop an operation between two tiles."""
         self._actor.stop.options(concurrency_group="control").remote(number)
 
-    def prepare(self, centre: Array) -> None:
-        """Pack the bank about its centre, now and after every restart."""
+    def keep(self, centre: Array) -> None:
+        """Pack the bank about its centre after every restart."""
         self._centre = centre.tobytes()
-        _passed_on(
-            self._send(Message("prepare", arrays=[centre], number=next(_NUMBERS))), self.prepared
-        )
-        self.prepared.add_done_callback(self._take_again)
 
     def close(self) -> None:
         """End the process."""
@@ -256,38 +250,37 @@ class RayShard:
             self._silent_s, self._seen = 0.0, seen
         else:
             self._silence(_POLL_S)
-        if state["pid"] == self.pid and (self._ready.is_set() or not self.prepared.done()):
+        if state["pid"] == self.pid and (self._ready.is_set() or not self.sums.done()):
             return
         self.restarts += self.pid not in (0, state["pid"])
         self.pid = state["pid"]
         if state["fault"]:
             self.reason = state["fault"]
-            self._fail_first(ShardLostError(self._lost()))
+            if not self.sums.done():
+                self.sums.set_exception(ShardLostError(self._lost()))
             return
         if not self.sums.done():
             sums = self._send(Message("sums", number=next(_NUMBERS)))
             sums.add_done_callback(self._take_sums)
-        elif self.prepared.done():
+        else:
             # Packs the bank, too: ready means that a question is answered at once.
-            again = self._send(Message("norm", {"window": 1}, number=next(_NUMBERS)))
+            again = self._send(Message("ready", number=next(_NUMBERS)))
             again.add_done_callback(self._take_again)
 
     def _take_sums(self, done: Future[Message]) -> None:
         error = done.exception()
-        if error is not None:
-            self._fail_first(error)
-        elif not self.sums.done():
+        if self.sums.done():
+            return
+        if error is None:
+            self._take_again(done)
             self.sums.set_result(done.result().arrays[0])
+        else:
+            self.sums.set_exception(error)
 
     def _take_again(self, done: Future[Message]) -> None:
         if done.exception() is None:
             self.reason = ""
             self._ready.set()
-
-    def _fail_first(self, error: BaseException) -> None:
-        for first in (self.sums, self.prepared):
-            if not first.done():
-                first.set_exception(error)
 
     def _silence(self, passed_s: float) -> None:
         """Count time without progress; end a process that has had none for too long."""

@@ -70,8 +70,8 @@ class Shard(Protocol):
         """Stop an operation between two tiles; it then fails with ComputationStoppedError."""
         ...
 
-    def prepare(self, centre: Array) -> None:
-        """Pack the bank about its centre, now and after every restart."""
+    def keep(self, centre: Array) -> None:
+        """Pack the bank about its centre after every restart."""
         ...
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from els_kernels.blocked_moments import Level, MomentPass
@@ -19,11 +18,11 @@ from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry
 from els_kernels.native.bank import Rows
 from els_kernels.native.moments_call import MomentCall, MomentRows
-from els_service.denoisers.banks import Bank
+from els_service.denoisers.mapped_banks import MappedBank
 from els_service.errors import UnavailableError
 from els_service.shards.messages import Array, Message
-from els_service.shards.part import array_of, geometry_fields, level_fields
 from els_service.shards.shard import Shard, ShardLostError
+from els_service.shards.values import array_of, geometry_fields, level_fields, tensors_of
 
 _POLL_S = 0.05
 """Seconds between two looks at the control of a call."""
@@ -65,7 +64,7 @@ class ShardSet:
 
     Args:
         name: of the bank, in metrics.
-        bank: its images, mapped.
+        bank: its labels and provenance; its images are in the shards.
         shards: loaded, not yet packed.
         blocks: of each of them.
         centre: of the whole bank, [C] float64.
@@ -75,7 +74,7 @@ class ShardSet:
     def __init__(
         self,
         name: str,
-        bank: Bank,
+        bank: MappedBank,
         shards: Sequence[Shard],
         blocks: Sequence[Blocks],
         centre: Tensor,
@@ -84,7 +83,7 @@ class ShardSet:
         self.name, self.shards, self.blocks = name, list(shards), list(blocks)
         self.bank, self.shape, self.centre = bank, bank.shape, centre
         self.largest = 0.0
-        """Set by ``start``."""
+        """Set by ``pack``."""
         self.slowest_s = 0.0
         """Seconds that the slowest shard computed for the latest operation."""
         self.statistics = [ShardStatistics() for _ in shards]
@@ -96,8 +95,18 @@ class ShardSet:
         self._finalizer = weakref.finalize(self, _close_all, self.shards)
         _LIVE.add(self)
 
-    def start(self, prepared: Sequence[Message]) -> None:
-        """Take the answers to ``prepare``, after which it can be asked."""
+    def pack(self) -> None:
+        """Pack the bank for patch attention, in all shards; once.
+
+        Raises:
+            ShardsUnavailableError: A shard is lost and does not come back in time.
+        """
+        if self._squares:
+            return
+        centre = self.centre.numpy()
+        for shard in self.shards:
+            shard.keep(centre)
+        prepared = complete(self.ask("prepare", {}, [centre]))
         self.largest = max(answer.fields["largest"] for answer in prepared)
         self._squares = [answer.arrays[0].tolist() for answer in prepared]
 
@@ -116,7 +125,7 @@ class ShardSet:
     ) -> list[Rows]:
         """Return the rows of every shard; see ``BankParts``."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self._ask("rows", fields, [array_of(x)])
+        found = self.ask("rows", fields, [array_of(x)])
         return [Rows(*tensors_of(one)) for one in complete(found)]
 
     def rows_of_some(
@@ -130,7 +139,7 @@ class ShardSet:
     ) -> list[Rows | None]:
         """Return the rows of every shard that is there, None of the others; waits for none."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self._ask("rows", fields, [array_of(x)], partial=True)
+        found = self.ask("rows", fields, [array_of(x)], partial=True)
         return [None if one is None else Rows(*tensors_of(one)) for one in found]
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
@@ -143,7 +152,7 @@ class ShardSet:
             "numbers": call.numbers,
             "inputs": list(call.inputs),
         } | geometry_fields(call.geometry)
-        found = self._ask("moments", fields, [array_of(each) for each in call.inputs.values()])
+        found = self.ask("moments", fields, [array_of(each) for each in call.inputs.values()])
         return [MomentRows(*tensors_of(one)) for one in complete(found)]
 
     def exact_parts(
@@ -151,7 +160,7 @@ class ShardSet:
     ) -> list[list[tuple[Tensor, Tensor]]]:
         """Return mean and log evidence of the blocks of every shard."""
         fields = level_fields(level) | {"limits": limits}
-        found = self._ask("exact", fields, [array_of(level.x)])
+        found = self.ask("exact", fields, [array_of(level.x)])
         return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in complete(found)]
 
     def block_answers(self, level: Level, each: MomentPass) -> list[list[tuple[Tensor, ...]]]:
@@ -160,7 +169,7 @@ class ShardSet:
         fields |= {"kind": each.kind, "limits": each.limits, "top": each.top}
         arrays = [array_of(level.x), *(array_of(tensor) for tensor in each.inputs)]
         answers = []
-        for one in complete(self._ask("answers", fields, arrays)):
+        for one in complete(self.ask("answers", fields, arrays)):
             tensors, blocks = tensors_of(one), one.fields["blocks"]
             size = len(tensors) // max(1, blocks)
             answers.append([tuple(tensors[i * size : (i + 1) * size]) for i in range(blocks)])
@@ -169,7 +178,7 @@ class ShardSet:
     def square_norm(self, window: int) -> list[float]:
         """Return the largest squared norm of a patch of every shard; asked once."""
         if window not in self._norms:
-            found = complete(self._ask("norm", {"window": window}, []))
+            found = complete(self.ask("norm", {"window": window}, []))
             self._norms[window] = [one.fields["norm"] for one in found]
         return self._norms[window]
 
@@ -177,7 +186,7 @@ class ShardSet:
         """Return the sum of the squared pixels of the blocks of every shard."""
         return self._squares
 
-    def _ask(
+    def ask(
         self, op: str, fields: dict[str, Any], arrays: Sequence[Array], *, partial: bool = False
     ) -> list[Message | None]:
         """Return the answers of all shards; a lost shard is asked once more when it is back.
@@ -276,11 +285,6 @@ def complete(found: Sequence[Message | None]) -> list[Message]:
     answers = [one for one in found if one is not None]
     assert len(answers) == len(found), "a shard is missing"
     return answers
-
-
-def tensors_of(message: Message) -> list[Tensor]:
-    """Return the arrays of a message as tensors that share their memory."""
-    return [torch.from_numpy(array) for array in message.arrays]
 
 
 def _pause(control: Control) -> None:
