@@ -72,13 +72,22 @@ def is_images(images: object, dtype: torch.dtype = torch.float32) -> TypeGuard[T
 
 def magnitudes(name: str, images: Tensor) -> list[float]:
     """Return the largest |pixel| of each image; raise ValueError if a pixel is not finite."""
-    # aminmax propagates NaN, and allocates no mask of the size of the images.
-    ends = torch.stack(images.flatten(1).aminmax(dim=1), dim=1).tolist()
-    for pair in ends:
+    found = ends(images)
+    for pair in found:
         for end in pair:
             if not math.isfinite(end):
                 raise ValueError(f"{name}: expected finite pixels, got {end}")
-    return [max(-low, high) for low, high in ends]
+    return [max(-low, high) for low, high in found]
+
+
+def ends(images: Tensor) -> list[tuple[float, float]]:
+    """Return the least and the largest pixel of each image [B, ...]; NaN if one is."""
+    # aminmax allocates no mask of the size of the images. One image takes a third of the time.
+    if len(images) == 1:
+        low, high = images.aminmax()
+        return [(low.item(), high.item())]
+    low, high = images.flatten(1).aminmax(dim=1)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def positive(name: str, scale: Tensor, batch: int) -> list[float]:

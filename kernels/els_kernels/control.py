@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 _CACHE_LINE = 64
 
@@ -37,12 +37,18 @@ class Control:
     """Stop flag and progress counter of one computation; any thread may use it at any time.
 
     As a context manager it is the ``current`` control of the thread; not reentrant.
+
+    Args:
+        memory: writable memory of ``Control.BYTES`` or more, which other processes may map too;
+            None for memory of its own. Native code reads it, so it must stay mapped.
     """
+
+    BYTES = ctypes.sizeof(_Shared)
 
     __slots__ = ("_shared", "_token")
 
-    def __init__(self) -> None:
-        self._shared = _Shared()
+    def __init__(self, memory: Any = None) -> None:
+        self._shared = _Shared() if memory is None else _Shared.from_buffer(memory)
         self._token: Token[Control | None] | None = None
 
     def __enter__(self) -> Self:
@@ -76,6 +82,10 @@ class Control:
     def stop(self) -> None:
         """Stop the computation at its next tile, or at its first if it has not started."""
         self._shared.stop = 1
+
+    def resume(self) -> None:
+        """Withdraw a stop, for another computation."""
+        self._shared.stop = 0
 
     def advance(self) -> None:
         """Count a unit of work that starts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ class OwnParts:
 
     def _all(self, ask: Callable[[Native], Any]) -> list[Any]:
         return [ask(native) for native in self._natives]
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def rows(self, *arguments: Any) -> list[Any]:
         return self._all(lambda native: native.rows(*arguments))

@@ -7,6 +7,8 @@ merged, is in this process. See ``blocks``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from els_kernels.blocked_moments import Level, MomentPass
 from els_kernels.blocks import Blocks
 from els_kernels.geometry import Geometry, Posterior
-from els_kernels.native.bank import Native, Rows
+from els_kernels.native.attend_call import Rows
+from els_kernels.native.bank import Native
 from els_kernels.native.binding import _library, kernel_index
 from els_kernels.native.moments_call import STATISTICS, MomentCall, MomentRows
 
@@ -48,6 +51,10 @@ class BankParts(Protocol):
     @property
     def largest(self) -> float:
         """Largest |pixel| of the whole bank, from its centre."""
+        ...
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Return a context in which this thread alone asks; rows are valid to its end."""
         ...
 
     def rows(
@@ -129,9 +136,9 @@ class PartedNative(Native):
     ) -> Posterior:
         """Return the posteriors of the whole bank."""
         arguments = x.contiguous(), a, s, window, ranges, geometry
-        found = [iter(zip(*rows, strict=True)) for rows in self.parts.rows(*arguments)]
-        rows = [row for limits in ranges for row in self._in_order(limits, found)]
-        return self.merge(rows, *arguments)
+        with self.parts.exclusive():
+            found = self.parts.rows(*arguments)
+            return self.merge(self._addresses(ranges, found), *arguments)
 
     def has_far(
         self,
@@ -159,26 +166,43 @@ class PartedNative(Native):
         A share is that of the images of a range that answered; if it is 0, there is no posterior.
         """
         arguments = x.contiguous(), a, s, window, ranges, geometry
-        found = self.parts.rows_of_some(*arguments)
-        left = [None if rows is None else iter(zip(*rows, strict=True)) for rows in found]
-        channels, height, width = self.shape[1:]
-        # A weight of 0 beside any other.
-        absent = (
-            torch.full((height, width), _ABSENT),
-            torch.zeros(1 + channels, height, width).double(),
-        )
-        rows: list[tuple[Tensor, Tensor]] = []
+        with self.parts.exclusive():
+            found = self.parts.rows_of_some(*arguments)
+            answer = self.merge(self._addresses(ranges, found), *arguments)
         shares = []
         for lo, hi in ranges:
+            parts = [part is not None for part in found]
             answered = 0
             for block in range(lo // self.blocks.size, -(-hi // self.blocks.size)):
-                part = left[block % len(left)]
-                rows.append(absent if part is None else next(part))
                 start = block * self.blocks.size
                 own = min(hi, start + self.blocks.size) - max(lo, start)
-                answered += 0 if part is None else own
+                answered += own * parts[block % len(parts)]
             shares.append(answered / (hi - lo))
-        return self.merge(rows, *arguments), shares
+        return answer, shares
+
+    def _addresses(
+        self, ranges: list[tuple[int, int]], found: Sequence[Rows | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the addresses of peaks and sums of the rows of all images, in order."""
+        size, parts = self.blocks.size, len(found)
+        blocks = torch.cat([torch.arange(lo // size, -(-hi // size)) for lo, hi in ranges])
+        owner = blocks % parts
+        peaks, sums = torch.empty_like(blocks), torch.empty_like(blocks)
+        for index, rows in enumerate(found):
+            mine = owner == index
+            here = (self._absent if rows is None else rows).addresses()
+            for out, each in zip((peaks, sums), here, strict=True):
+                out[mine] = each
+        return peaks, sums
+
+    @cached_property
+    def _absent(self) -> Rows:
+        """A row of a block that did not answer: a weight of 0 beside any other."""
+        channels, height, width = self.shape[1:]
+        return Rows(
+            torch.full((1, height, width), _ABSENT),
+            torch.zeros(1, 1 + channels, height, width, dtype=torch.float64),
+        )
 
     def exact_parts(
         self,

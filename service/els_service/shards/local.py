@@ -21,11 +21,12 @@ from els_service.shards.messages import (
     Array,
     ClosedError,
     Message,
-    receive,
+    Receiver,
     send,
 )
 from els_service.shards.part import PartSpec
 from els_service.shards.shard import ShardLostError, error_of
+from els_service.shards.shared_control import SharedControl
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class LocalShard:
         self._centre: Array | None = None
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
+        self._control: SharedControl | None = None
         self._pending: dict[int, Future[Message]] = {}
         self._ready = threading.Event()
         self._closed = threading.Event()
@@ -87,9 +89,9 @@ class LocalShard:
 
     def stop(self, number: int) -> None:
         """Stop an operation between two tiles."""
-        connection = self._connection
-        if connection is not None and number in self._pending:
-            self._send(connection, Message("stop", number=number))
+        control = self._control
+        if control is not None and number in self._pending:
+            control.stop(number)
 
     def keep(self, centre: Array) -> None:
         """Pack the bank about its centre after every restart."""
@@ -145,7 +147,7 @@ class LocalShard:
         )
         other.close()
         os.close(memory)
-        self.pid, self._connection = process.pid, own
+        self.pid, self._connection, self._control = process.pid, own, SharedControl(shared)
         reader = _Reader(self, own, shared)
         try:
             self._load(own, reader)
@@ -223,7 +225,7 @@ class _Reader:
     """Reads the messages of one process, and judges its silence."""
 
     def __init__(self, shard: LocalShard, connection: socket.socket, shared: mmap.mmap) -> None:
-        self._shard, self._connection, self._shared = shard, connection, shared
+        self._shard, self._receiver = shard, Receiver(connection, shared)
         self._at, self._idle_s = time.monotonic(), 0.0
 
     def step(self) -> None:
@@ -233,7 +235,7 @@ class _Reader:
             ClosedError: The process closed the connection.
             ShardLostError: It was asked and makes no progress.
         """
-        message = receive(self._connection, self._judge, self._shared)
+        message = self._receiver.receive(self._judge)
         if self._shard.take(message):
             self._idle_s = 0.0
         self._judge()

@@ -2,7 +2,8 @@
 
 A message is a header in JSON and the bytes of arrays. Nothing in it is executed, and arrays are of
 known types. Framed for streams: 8 bytes with the length of the header, the header, the arrays.
-Answers to a server on the same machine have their arrays in memory that both map, if they fit.
+Answers to a server on the same machine have their arrays in memory that both map, if they fit: the
+server reads them where the kernel wrote them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ _SHARED = 1 << 63
 """Bit of the length of a header whose arrays are in shared memory."""
 SHARED_BYTES = 64 << 20
 """Of the memory that a shard and its server share; only what is used takes memory."""
+ARRAYS_AT = 4096
+"""Where arrays start in it; before, the process has the control of its operation."""
+_ALIGNMENT = 64
+_TOGETHER = 1 << 16
+"""Bytes that are sent or received at once."""
 
 Array = NDArray[Any]
 
@@ -62,59 +68,107 @@ def send(connection: socket.socket, message: Message, shared: mmap.mmap | None =
     Args:
         connection: a blocking socket.
         message: what to send.
-        shared: memory of both sides for the arrays, which the next message overwrites.
+        shared: memory of both sides for the arrays, which the next message overwrites. Those that
+            are in it already stay where they are.
 
     Raises:
         OSError: The connection is closed.
     """
+    if shared is not None and message.arrays:
+        placed = _placed(message, shared)
+        if placed is not None:
+            connection.sendall(placed)
+            return
     first, header, *views = encode(message)
-    if shared is None or not views or sum(map(len, views)) > len(shared):
-        connection.sendall(bytes(first) + bytes(header))
-        for view in views:
-            connection.sendall(view)
+    if sum(map(len, views)) <= _TOGETHER:
+        connection.sendall(b"".join([first, header, *views]))
         return
-    at = 0
+    connection.sendall(bytes(first) + bytes(header))
     for view in views:
-        shared[at : at + len(view)] = view
-        at += len(view)
-    connection.sendall((len(header) | _SHARED).to_bytes(8, "little") + bytes(header))
+        connection.sendall(view)
 
 
-def receive(
-    connection: socket.socket,
-    idle: Callable[[], None] | None = None,
-    shared: mmap.mmap | None = None,
-) -> Message:
-    """Return the next message.
+def _placed(message: Message, shared: mmap.mmap) -> bytes | None:
+    """Return the frame of a message whose arrays are in shared memory; None if they do not fit."""
+    whole = np.frombuffer(shared, np.uint8)
+    begin, size = whole.ctypes.data, len(whole)
+    described = []
+    arrays = [np.ascontiguousarray(array) for array in message.arrays]
+    places = [array.ctypes.data - begin for array in arrays]
+    # Behind those that are there.
+    here = [
+        place + array.nbytes
+        for place, array in zip(places, arrays, strict=True)
+        if 0 <= place < size
+    ]
+    end = max([ARRAYS_AT, *here])
+    for array, place in zip(arrays, places, strict=True):
+        if not 0 <= place < size:
+            place = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = place + array.nbytes
+            if end > size:
+                return None
+            whole[place:end] = array.reshape(-1).view(np.uint8)
+        described.append([array.dtype.name, array.shape, place])
+    header = json.dumps([message.op, message.number, message.fields, described]).encode()
+    return (len(header) | _SHARED).to_bytes(8, "little") + header
+
+
+class Receiver:
+    """The messages of a connection, one after another.
 
     Args:
         connection: a blocking socket.
-        idle: called a few times a second while nothing arrives; may raise.
-        shared: memory of both sides for arrays, which are copied from it.
-
-    Raises:
-        ClosedError: The connection is closed, or what arrived is no message.
+        shared: memory of both sides for arrays, of which messages have views: the next message
+            overwrites them.
     """
 
-    def fill(view: memoryview) -> None:
-        while len(view):
-            if idle is not None and not select.select([connection], [], [], _POLL_S)[0]:
-                idle()
-                continue
-            count = _received(connection, view)
-            view = view[count:]
+    def __init__(self, connection: socket.socket, shared: mmap.mmap | None = None) -> None:
+        self._connection, self._shared = connection, shared
+        self._buffer = memoryview(bytearray(_TOGETHER))
+        self._received = self._buffer[:0]
 
-    length = bytearray(8)
-    fill(memoryview(length))
-    size = int.from_bytes(length, "little")
-    in_shared, size = bool(size & _SHARED), size & ~_SHARED
-    if size > _MOST_HEADER:
-        raise ClosedError(f"expected a header of at most {_MOST_HEADER} bytes, got {size}")
-    header = bytearray(size)
-    fill(memoryview(header))
-    if in_shared and shared is not None:
-        return _decoded(header, _filler(shared, 0))
-    return _decoded(header, lambda array: fill(array.reshape(-1).view(np.uint8).data))
+    def receive(self, idle: Callable[[], None] | None = None) -> Message:
+        """Return the next message.
+
+        Args:
+            idle: called a few times a second while nothing arrives; may raise.
+
+        Raises:
+            ClosedError: The connection is closed, or what arrived is no message.
+        """
+
+        def fill(view: memoryview) -> None:
+            self._fill(view, idle)
+
+        length = bytearray(8)
+        fill(memoryview(length))
+        size = int.from_bytes(length, "little")
+        in_shared, size = bool(size & _SHARED), size & ~_SHARED
+        if size > _MOST_HEADER:
+            raise ClosedError(f"expected a header of at most {_MOST_HEADER} bytes, got {size}")
+        header = bytearray(size)
+        fill(memoryview(header))
+        if in_shared and self._shared is not None:
+            return _viewed(header, self._shared)
+        return _decoded(header, lambda array: fill(array.reshape(-1).view(np.uint8).data))
+
+    def _fill(self, view: memoryview, idle: Callable[[], None] | None) -> None:
+        while len(view):
+            if not len(self._received):
+                if idle is not None and not select.select([self._connection], [], [], _POLL_S)[0]:
+                    idle()
+                    continue
+                # What is large is not copied twice.
+                to = view if len(view) >= len(self._buffer) else self._buffer
+                count = _received(self._connection, to)
+                if to is view:
+                    view = view[count:]
+                    continue
+                self._received = self._buffer[:count]
+            count = min(len(view), len(self._received))
+            view[:count] = self._received[:count]
+            view, self._received = view[count:], self._received[count:]
 
 
 def parse(data: bytes) -> Message:
@@ -127,7 +181,7 @@ def parse(data: bytes) -> Message:
     return _decoded(memoryview(data)[8:start], _filler(data, start))
 
 
-def _filler(data: bytes | mmap.mmap, start: int) -> Callable[[Array], None]:
+def _filler(data: bytes, start: int) -> Callable[[Array], None]:
     """Return a function that fills arrays from bytes, one after another."""
     at = start
 
@@ -153,8 +207,8 @@ def _received(connection: socket.socket, view: memoryview) -> int:
 
 
 def _decoded(header: bytearray | memoryview, fill: Callable[[Array], None]) -> Message:
+    op, number, fields, described = _header(header)
     try:
-        op, number, fields, described = json.loads(bytes(header))
         arrays = [np.empty(shape, _DTYPES[name]) for name, shape in described]
     except (ValueError, TypeError, KeyError) as error:
         raise ClosedError(f"expected a message, got {error!r}") from error
@@ -162,3 +216,23 @@ def _decoded(header: bytearray | memoryview, fill: Callable[[Array], None]) -> M
         if math.prod(array.shape):
             fill(array)
     return Message(op, fields, arrays, number)
+
+
+def _viewed(header: bytearray, shared: mmap.mmap) -> Message:
+    op, number, fields, described = _header(header)
+    try:
+        arrays = [
+            np.frombuffer(shared, _DTYPES[name], math.prod(shape), at).reshape(shape)
+            for name, shape, at in described
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ClosedError(f"expected a message, got {error!r}") from error
+    return Message(op, fields, arrays, number)
+
+
+def _header(header: bytearray | memoryview) -> tuple[str, int, dict[str, Any], list[Any]]:
+    try:
+        op, number, fields, described = json.loads(bytes(header))
+    except (ValueError, TypeError) as error:
+        raise ClosedError(f"expected a message, got {error!r}") from error
+    return op, number, fields, described

@@ -58,15 +58,16 @@ class BankPart:
 
     Args:
         spec: what it loads.
+        memory: for the sums of blocks, uint8 [bytes]; the next answer overwrites it.
 
     Raises:
         LoadError: The file is no bank, or has other images than the server loaded.
         OSError: The file cannot be read.
     """
 
-    def __init__(self, spec: PartSpec) -> None:
+    def __init__(self, spec: PartSpec, memory: Tensor | None = None) -> None:
         torch.set_num_threads(spec.threads)
-        self._blocks = spec.blocks
+        self._blocks, self._memory = spec.blocks, memory
         self._images = MappedImages(spec.path)
         if len(self._images) != spec.blocks.images:
             expected = f"expected {spec.blocks.images} images, as the server has loaded"
@@ -131,7 +132,7 @@ class BankPart:
         x = torch.from_numpy(message.arrays[0])
         ranges = [(lo, hi) for lo, hi in fields["ranges"]]
         rows = self._packed.rows(
-            x, fields["a"], fields["s"], fields["window"], ranges, geometry_of(fields)
+            x, fields["a"], fields["s"], fields["window"], ranges, geometry_of(fields), self._memory
         )
         return reply(*rows)
 

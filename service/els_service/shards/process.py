@@ -7,19 +7,24 @@ server.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from queue import SimpleQueue
 
-from els_kernels import ComputationStoppedError, Control
+import torch
+from torch import Tensor
+
+from els_kernels import ComputationStoppedError
 from els_service.errors import ElsError
-from els_service.shards.messages import ClosedError, Message, receive, send
+from els_service.shards.messages import ARRAYS_AT, ClosedError, Message, Receiver, send
 from els_service.shards.part import BankPart, PartSpec
+from els_service.shards.shared_control import SharedControl
 
 BEAT_S = 0.25
 """Seconds between two reports of the progress of a computation."""
@@ -30,54 +35,54 @@ class _Process:
 
     def __init__(self, connection: socket.socket, shared: mmap.mmap) -> None:
         self._connection, self._shared = connection, shared
-        self._jobs: SimpleQueue[tuple[Message, Control]] = SimpleQueue()
+        self._control = SharedControl(shared)
         self._sending = threading.Lock()
-        self._asked: dict[int, Control] = {}
+        self._busy = False
         self._part: BankPart | None = None
 
     def run(self) -> None:
-        """Read messages until the connection is closed."""
-        for work in (self._work, self._report):
-            threading.Thread(target=work, daemon=True).start()
-        while True:
-            message = receive(self._connection)
-            if message.op == "stop":
-                control = self._asked.get(message.number)
-                if control is not None:
-                    control.stop()
-            else:
-                control = self._asked[message.number] = Control()
-                self._jobs.put((message, control))
+        """Report progress until the connection is closed."""
+        # One thread receives and computes, so that a question wakes no other.
+        threading.Thread(target=self._work, daemon=True).start()
+        poll = select.poll()
+        poll.register(self._connection, select.POLLRDHUP)
+        while not poll.poll(1000 * BEAT_S):
+            if self._busy:
+                progress = self._control.control.progress
+                self._send(Message("beat", {"progress": progress, "cpu_s": time.process_time()}))
 
     def _work(self) -> None:
+        receiver = Receiver(self._connection)
         while True:
-            message, control = self._jobs.get()
             try:
-                with control:
+                message = receiver.receive()
+            except ClosedError:
+                return
+            self._busy = True
+            try:
+                with self._control.begin(message.number):
                     answer = self._answer(message)
             except Exception as error:
                 answer = failure(error, message.number)
             self._send(answer)
-            del self._asked[message.number], message, answer
+            self._busy = False
+            del message, answer
 
     def _answer(self, message: Message) -> Message:
         if message.op == "load":
-            self._part = BankPart(PartSpec.of(message.fields))
+            self._part = BankPart(PartSpec.of(message.fields), _memory(self._shared))
             message = Message("sums", number=message.number)
         assert self._part is not None, "load comes first"
         return self._part.answer(message)
 
-    def _report(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
-            asked = list(self._asked.values())
-            if asked:
-                progress = sum(control.progress for control in asked)
-                self._send(Message("beat", {"progress": progress, "cpu_s": time.process_time()}))
-
     def _send(self, message: Message) -> None:
         with self._sending:
             send(self._connection, message, self._shared)
+
+
+def _memory(shared: mmap.mmap) -> Tensor:
+    """Return the memory of arrays, uint8."""
+    return torch.frombuffer(shared, dtype=torch.uint8, offset=ARRAYS_AT)
 
 
 def failure(error: Exception, number: int) -> Message:
@@ -98,11 +103,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     shared = mmap.mmap(int(sys.argv[2]), 0)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        try:
+        # Closed while it sent.
+        with contextlib.suppress(OSError):
             _Process(connection, shared).run()
-        except (ClosedError, OSError):
-            # Not at the end of a computation: no one waits for it.
-            os._exit(0)
+        # Not at the end of a computation: no one waits for it.
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from els_kernels.blocked_moments import Level, MomentPass
 from els_kernels.blocks import Blocks
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry
-from els_kernels.native.bank import Rows
+from els_kernels.native.attend_call import Rows
 from els_kernels.native.moments_call import MomentCall, MomentRows
 from els_service.denoisers.mapped_banks import MappedBank
 from els_service.errors import UnavailableError
@@ -91,7 +92,7 @@ class ShardSet:
         self._squares: list[list[float]] = []
         self._norms: dict[int, list[float]] = {}
         self._failed_until = 0.0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._finalizer = weakref.finalize(self, _close_all, self.shards)
         _LIVE.add(self)
 
@@ -114,6 +115,10 @@ class ShardSet:
         """End all processes; done anyway with the last reference."""
         self._finalizer()
 
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Return a context in which this thread alone asks; rows are valid to its end."""
+        return self._lock
+
     def rows(
         self,
         x: Tensor,
@@ -125,7 +130,7 @@ class ShardSet:
     ) -> list[Rows]:
         """Return the rows of every shard; see ``BankParts``."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self.ask("rows", fields, [array_of(x)])
+        found = self.ask("rows", fields, [array_of(x)], views=True)
         return [Rows(*tensors_of(one)) for one in complete(found)]
 
     def rows_of_some(
@@ -139,7 +144,7 @@ class ShardSet:
     ) -> list[Rows | None]:
         """Return the rows of every shard that is there, None of the others; waits for none."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self.ask("rows", fields, [array_of(x)], partial=True)
+        found = self.ask("rows", fields, [array_of(x)], partial=True, views=True)
         return [None if one is None else Rows(*tensors_of(one)) for one in found]
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
@@ -187,11 +192,22 @@ class ShardSet:
         return self._squares
 
     def ask(
-        self, op: str, fields: dict[str, Any], arrays: Sequence[Array], *, partial: bool = False
+        self,
+        op: str,
+        fields: dict[str, Any],
+        arrays: Sequence[Array],
+        *,
+        partial: bool = False,
+        views: bool = False,
     ) -> list[Message | None]:
         """Return the answers of all shards; a lost shard is asked once more when it is back.
 
-        With ``partial`` it is not, and its answer is None.
+        Args:
+            op: operation of ``BankPart``.
+            fields: its values.
+            arrays: its arrays.
+            partial: a lost shard is not asked again, and its answer is None.
+            views: arrays may be in memory that the next operation overwrites.
 
         Raises:
             ShardsUnavailableError: A shard did not come back in time, or was lost again.
@@ -202,7 +218,8 @@ class ShardSet:
         with self._lock:
             asked = [self._put(ask, i) for i in range(len(self.shards))]
             try:
-                return self._gather(ask, asked, control)
+                found = self._gather(ask, asked, control)
+                return found if views else [one and _owned(one) for one in found]
             except BaseException:
                 for one in asked:
                     self.shards[one.index].stop(one.number)
@@ -222,7 +239,7 @@ class ShardSet:
                 seconds = [one.fields["seconds"] for one in found.values() if one is not None]
                 self.slowest_s = max(seconds, default=0.0)
                 return [found[index] for index in range(len(asked))]
-            done, _ = wait(waiting, _POLL_S, FIRST_COMPLETED)
+            done, _ = wait(waiting, _POLL_S, FIRST_EXCEPTION)
             # Also progress of this computation: a shard without progress is ended elsewhere.
             control.advance()
             for answer in done:
@@ -285,6 +302,12 @@ def complete(found: Sequence[Message | None]) -> list[Message]:
     answers = [one for one in found if one is not None]
     assert len(answers) == len(found), "a shard is missing"
     return answers
+
+
+def _owned(message: Message) -> Message:
+    """Return a message whose arrays have memory of their own."""
+    arrays = [array if array.flags.owndata else array.copy() for array in message.arrays]
+    return replace(message, arrays=arrays)
 
 
 def _pause(control: Control) -> None:

@@ -6,12 +6,14 @@
 // that its tiles are still in the cache for the next query.
 #pragma once
 
-#include "blocks.hpp"
+#include "merge.hpp"
 
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of partial results at a time
+constexpr std::size_t kPiece = 64;  // pixels that are merged by one thread
+constexpr std::size_t kMergedAlone = std::size_t(1) << 17;  // numbers of rows merged by one thread
 
 // ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the term of a logit that depends on the query only.
 void energies(const Bank& bank, const Geometry& geometry, const double* squares, int window,
@@ -102,62 +104,28 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   return out;
 }
 
-[[gnu::always_inline]] inline float highest(const Partial* parts, int count, std::size_t u) {
-  float peak = parts[0].peak[u];
-  for (int i = 1; i < count; ++i) peak = std::max(peak, parts[i].peak[u]);
-  return peak;
-}
-
-// What sums relative to `peak` are multiplied by; 0 if they are 2^-1000 of the rest.
-[[gnu::always_inline]] inline double relative(float part, float peak) {
-  const float behind = part - peak;
-  if (behind < -1000.0f) return 0.0;
-  return behind == 0.0f ? 1.0 : std::exp2(double(behind));
-}
-
-// Merge one pixel's partial results of a block in the order of the chunks.
-void merge_block(const Bank& bank, const Partial* parts, int count, std::size_t u, Partial row) {
-  const std::size_t pixels = bank.pixels();
-  const float peak = row.peak[u] = highest(parts, count, u);
-  // Sixteen sums at a time, in registers.
-  for (int from = 0; from <= bank.channels; from += 16) {
-    const int vectors = std::min(16, bank.channels + 1 - from);
-    double totals[16] = {};
-    for (int i = 0; i < count; ++i) {
-      const double scale = relative(parts[i].peak[u], peak);
-      if (scale == 0.0) continue;
-      for (int v = 0; v < vectors; ++v)
-        totals[v] += scale * parts[i].sums[(from + v) * pixels + u];
-    }
-    for (int v = 0; v < vectors; ++v) row.sums[(from + v) * pixels + u] = totals[v];
-  }
-}
-
-// The answer of one pixel: its rows, merged in the order of the blocks.
+// The answer of `count` pixels: their rows, merged in the order of the blocks.
 void merge_rows(const ElsCall& call, const Bank& bank, const double* energy, std::int64_t b,
-                const Partial* rows, int count, std::size_t u) {
+                const Partial* rows, int number, std::size_t u, int count) {
   const std::size_t pixels = bank.pixels();
-  const float peak = highest(rows, count, u);
-  double weight = 0.0;
-  double responses[16] = {};
-  // More than 16 channels are merged 16 at a time; the weight is the same each time.
-  for (int from = 0; from < bank.channels; from += 16) {
-    const int channels = std::min(16, bank.channels - from);
-    std::fill_n(responses, channels, 0.0);
-    weight = 0.0;
-    for (int i = 0; i < count; ++i) {
-      const double scale = relative(rows[i].peak[u], peak);
-      if (scale == 0.0) continue;
-      weight += scale * rows[i].sums[u];
-      for (int c = 0; c < channels; ++c)
-        responses[c] += scale * rows[i].sums[(1 + from + c) * pixels + u];
-    }
-    for (int c = 0; c < channels; ++c)
-      call.mean[(b * bank.channels + from + c) * pixels + u] =
-          float(responses[c] / weight + double(float(call.centre[from + c])));
+  Doubles weight = {};
+  // More than 16 sums are merged 16 at a time; the weight is the first of them.
+  for (int from = 0; from <= bank.channels; from += kMostSums) {
+    const int sums = std::min(kMostSums, bank.channels + 1 - from);
+    const Floats peak = merge_pixels(
+        rows, number, u, count, pixels, from, sums, [&](int v, const Doubles& sum) {
+          if (v == 0) {
+            weight = sum;
+            return;
+          }
+          float* mean = call.mean + (b * bank.channels + v - 1) * pixels + u;
+          const Doubles centred = sum / weight + double(float(call.centre[v - 1]));
+          store_pixels(__builtin_convertvector(centred, Floats), count, mean);
+        });
+    for (int k = 0; k < count && from == 0; ++k)
+      call.log_evidence[b * pixels + u + k] =
+          float((double(peak[k]) + std::log2(weight[k])) / kLog2E - energy[u + k]);
   }
-  call.log_evidence[b * pixels + u] =
-      float((double(peak) + std::log2(weight)) / kLog2E - energy[u]);
 }
 
 struct Task {
@@ -220,22 +188,26 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
         rows[i].push_back(partials[slots[i][r]]);
       else
         rows[i].push_back({row_peaks.get() + row * pixels, row_sums.get() + row * sums});
-  for_each(images.size() * bank.height, threads, *call.control, [&](int, std::size_t t) {
-    const std::size_t i = t / bank.height, line = t % bank.height * bank.width;
+  const std::size_t pieces = (pixels + kPiece - 1) / kPiece;
+  for_each(images.size() * pieces, threads, *call.control, [&](int, std::size_t t) {
+    const std::size_t i = t / pieces, begins = t % pieces * kPiece;
+    const std::size_t ends = std::min(pixels, begins + kPiece);
     const int runs = int(images[i].runs.size());
     const int* own = counts[i].data();
-    for (std::size_t u = line; u < line + bank.width; ++u) {
+    for (std::size_t u = begins; u < ends; u += kTogether) {
+      const int some = int(std::min<std::size_t>(kTogether, ends - u));
       if (here && runs == 1) {
         // The same bits as by way of a row.
         merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i),
-                   &partials[slots[i][0]], own[0], u);
+                   &partials[slots[i][0]], own[0], u, some);
         continue;
       }
       for (int r = 0; r < runs; ++r)
-        if (!here || own[r] > 1) merge_block(bank, &partials[slots[i][r]], own[r], u, rows[i][r]);
+        if (!here || own[r] > 1)
+          merge_block(bank, &partials[slots[i][r]], own[r], u, some, rows[i][r]);
       if (here)
         merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i), rows[i].data(),
-                   runs, u);
+                   runs, u, some);
     }
   });
 }
@@ -271,14 +243,21 @@ void merge(const ElsCall& call, const Kernel& kernel) {
   const Bank bank = {nullptr, call.images, call.channels, call.height, call.width};
   const Geometry geometry = {Sources(call.sources), Padding(call.padding), call.whole != 0};
   std::size_t row = 0;
+  // Threads cost as much as some thousand numbers.
+  const std::size_t numbers = bank.pixels() * (2 + bank.channels);
   for (std::int64_t b = 0; b < call.batch; ++b) {
     const Prepared image = prepare(call, bank, geometry, kernel.lanes, b);
     std::vector<Partial> rows;
     for (std::size_t r = 0; r < image.runs.size(); ++r, ++row)
       rows.push_back({call.row_peaks[row], call.row_sums[row]});
-    for_each(bank.height, std::max(1, int(call.threads)), *call.control, [&](int, std::size_t i) {
-      for (std::size_t u = i * bank.width; u < (i + 1) * bank.width; ++u)
-        merge_rows(call, bank, image.energy.get(), b, rows.data(), int(rows.size()), u);
+    const std::size_t most = 1 + rows.size() * numbers / kMergedAlone;
+    const int threads = int(std::min<std::size_t>(most, std::max(1, int(call.threads))));
+    const std::size_t pixels = bank.pixels(), pieces = (pixels + kPiece - 1) / kPiece;
+    for_each(pieces, threads, *call.control, [&](int, std::size_t i) {
+      const std::size_t end = std::min(pixels, (i + 1) * kPiece);
+      for (std::size_t u = i * kPiece; u < end; u += kTogether)
+        merge_rows(call, bank, image.energy.get(), b, rows.data(), int(rows.size()), u,
+                   int(std::min<std::size_t>(kTogether, end - u)));
     });
   }
 }

@@ -1,0 +1,72 @@
+"""Arguments and results of a call of patch attention in C++."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from els_kernels.native.binding import BlocksArgument
+
+
+class AttendCall(ctypes.Structure):
+    """``ElsCall`` of attend_library.hpp."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("bank", ctypes.c_void_p),
+        ("centre", ctypes.c_void_p),
+        ("images", ctypes.c_int64),
+        ("channels", ctypes.c_int32),
+        ("height", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("sources", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+        ("whole", ctypes.c_int32),
+        ("blocks", BlocksArgument),
+        ("batch", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("s", ctypes.c_void_p),
+        ("window", ctypes.c_void_p),
+        ("ranges", ctypes.c_void_p),
+        ("row_peaks", ctypes.c_void_p),
+        ("row_sums", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("log_evidence", ctypes.c_void_p),
+        ("control", ctypes.c_void_p),
+    )
+
+
+class Rows(NamedTuple):
+    """Sums of images over the blocks of a process: for each image its blocks in order."""
+
+    peaks: Tensor
+    """[R, H, W] float32: the largest logit, in bits."""
+    sums: Tensor
+    """[R, 1 + C, H, W] float64: weights relative to it, and responses from the centre."""
+
+    def addresses(self) -> tuple[Tensor, Tensor]:
+        """Return the addresses of each row's peaks and sums, int64 [R]."""
+        count = torch.arange(len(self.peaks))
+        peaks, sums = (
+            count * (each.stride(0) * each.element_size()) + each.data_ptr() for each in self
+        )
+        return peaks, sums
+
+
+def empty_rows(count: int, shape: Sequence[int], memory: Tensor | None = None) -> Rows:
+    """Return the memory of the results for ``count`` rows of images of a shape (C, H, W)."""
+    channels, height, width = shape
+    shapes = (count, height, width), (count, 1 + channels, height, width)
+    sums_bytes, peaks_bytes = 8 * math.prod(shapes[1]), 4 * math.prod(shapes[0])
+    if memory is None or len(memory) < sums_bytes + peaks_bytes:
+        return Rows(torch.empty(shapes[0]), torch.empty(shapes[1], dtype=torch.float64))
+    sums = memory[:sums_bytes].view(torch.float64).view(shapes[1])
+    peaks = memory[sums_bytes : sums_bytes + peaks_bytes].view(torch.float32).view(shapes[0])
+    return Rows(peaks, sums)
