@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,13 +51,19 @@ class Rows(NamedTuple):
     sums: Tensor
     """[R, 1 + C, H, W] float64: weights relative to it, and responses from the centre."""
 
-    def addresses(self) -> tuple[Tensor, Tensor]:
-        """Return the addresses of each row's peaks and sums, int64 [R]."""
-        count = torch.arange(len(self.peaks))
+    def addresses(self) -> tuple[range, range]:
+        """Return the addresses of each row's peaks and sums."""
         peaks, sums = (
-            count * (each.stride(0) * each.element_size()) + each.data_ptr() for each in self
+            range(first, first + len(each) * step, step) if len(each) else range(0)
+            for each in self
+            for first, step in [(each.data_ptr(), each.stride(0) * each.element_size())]
         )
         return peaks, sums
+
+
+def pointers(addresses: Collection[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """Return an array of addresses, for C++."""
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def empty_rows(count: int, shape: Sequence[int], memory: Tensor | None = None) -> Rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -19,7 +19,7 @@ from els_kernels.blocks import Blocks
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, Posterior
 from els_kernels.moment_queries import merge_posteriors
-from els_kernels.native.attend_call import AttendCall, Rows, empty_rows
+from els_kernels.native.attend_call import AttendCall, Rows, empty_rows, pointers
 from els_kernels.native.binding import (
     _PADDING,
     _SOURCES,
@@ -31,6 +31,8 @@ from els_kernels.native.binding import (
 from els_kernels.native.block_sums import block_sums, centre_of, largest_window, squares_of
 from els_kernels.native.far_queries import MOST_ERROR, exact_posterior, float_error, is_far
 from els_kernels.native.moments_call import MomentCall, MomentRows, moment_rows
+
+_Arguments = tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]
 
 
 class Native:
@@ -258,8 +260,7 @@ class Native:
         """Return the posteriors that the library computes, of a process with all blocks."""
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        results = {"mean": answer.mean, "log_evidence": answer.log_evidence}
-        self._run(_library().els_attend, x, a, s, window, ranges, geometry, results)
+        self._run(_library().els_attend, x, a, s, window, ranges, geometry, answer._asdict())
         return answer
 
     def rows(
@@ -279,15 +280,22 @@ class Native:
         count = sum(len(self.blocks.runs(*limits)) for limits in ranges)
         rows = empty_rows(count, self.shape[1:], memory)
         if count:
-            self._run(
-                _library().els_attend, x.contiguous(), a, s, window, ranges, geometry,
-                dict(zip(("row_peaks", "row_sums"), rows.addresses(), strict=True)),
-            )  # fmt: skip
+            self._run_rows(
+                _library().els_attend,
+                rows.addresses(),
+                {},
+                x.contiguous(),
+                a,
+                s,
+                window,
+                ranges,
+                geometry,
+            )
         return rows
 
     def merge(
         self,
-        addresses: tuple[Tensor, Tensor],
+        addresses: tuple[Collection[int], Collection[int]],
         x: Tensor,
         a: list[float],
         s: list[float],
@@ -308,9 +316,23 @@ class Native:
         """
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        results = dict(zip(("row_peaks", "row_sums"), addresses, strict=True)) | answer._asdict()
-        self._run(_library().els_merge, x, a, s, window, ranges, geometry, results)
+        results = answer._asdict()
+        self._run_rows(_library().els_merge, addresses, results, x, a, s, window, ranges, geometry)
         return answer
+
+    def _run_rows(
+        self,
+        function: Callable[[object], int],
+        addresses: tuple[Collection[int], Collection[int]],
+        results: dict[str, Tensor],
+        *arguments: *_Arguments,
+    ) -> None:
+        """Call the library with the addresses of peaks and sums of rows, which the caller holds."""
+        peaks, sums = map(pointers, addresses)
+        rows = {"row_peaks": ctypes.addressof(peaks), "row_sums": ctypes.addressof(sums)}
+        self._run(function, *arguments, results, rows)
+        # The arrays live until here.
+        del peaks, sums
 
     def _run(
         self,
@@ -322,8 +344,21 @@ class Native:
         ranges: list[tuple[int, int]],
         geometry: Geometry,
         results: dict[str, Tensor],
+        rows: dict[str, int] | None = None,
     ) -> None:
-        """Call the library with x in C order, and its results by the names of ``AttendCall``."""
+        """Call the library with its results by the names of ``AttendCall``.
+
+        Args:
+            function: of the library.
+            x: in C order.
+            a: as of ``attend``, like the next.
+            s: of each image.
+            window: of each image.
+            ranges: of each image.
+            geometry: of all.
+            results: that are written.
+            rows: addresses of addresses of rows.
+        """
         # Arrays of ctypes take a tenth of the time of tensors.
         scales = (ctypes.c_double * (2 * len(a)))(*a, *s)
         windows = (ctypes.c_int64 * len(window))(*window)
@@ -351,6 +386,7 @@ class Native:
             ranges=ctypes.addressof(limits),
             control=control.address,
             **{name: result.data_ptr() for name, result in results.items()},
+            **(rows or {}),
         )
         # Keeps the buffers alive until the library returns.
         alive = (self, x, scales, windows, limits, results)

@@ -6,6 +6,7 @@ merged, is in this process. See ``blocks``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -182,18 +183,21 @@ class PartedNative(Native):
 
     def _addresses(
         self, ranges: list[tuple[int, int]], found: Sequence[Rows | None]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[int], list[int]]:
         """Return the addresses of peaks and sums of the rows of all images, in order."""
-        size, parts = self.blocks.size, len(found)
-        blocks = torch.cat([torch.arange(lo // size, -(-hi // size)) for lo, hi in ranges])
-        owner = blocks % parts
-        peaks, sums = torch.empty_like(blocks), torch.empty_like(blocks)
-        for index, rows in enumerate(found):
-            mine = owner == index
-            here = (self._absent if rows is None else rows).addresses()
-            for out, each in zip((peaks, sums), here, strict=True):
-                out[mine] = each
-        return peaks, sums
+        size = self.blocks.size
+        owners = [
+            block % len(found) for lo, hi in ranges for block in range(lo // size, -(-hi // size))
+        ]
+        peaks, sums = zip(*(self._own_addresses(rows) for rows in found), strict=True)
+        return in_turn(owners, peaks), in_turn(owners, sums)
+
+    def _own_addresses(self, rows: Rows | None) -> tuple[Iterator[int], Iterator[int]]:
+        if rows is None:
+            (peak,), (sums,) = self._absent.addresses()
+            return itertools.repeat(peak), itertools.repeat(sums)
+        peaks, sums_of = rows.addresses()
+        return iter(peaks), iter(sums_of)
 
     @cached_property
     def _absent(self) -> Rows:
