@@ -1,20 +1,24 @@
 """Measures a bank in shards beside one process, in one run, and writes a record.
 
     python -m benchmarks.shards BANK [--shards 2] [--engine local] [--rounds 5] [--out FILE.json]
+    python -m benchmarks.shards BANK --memory [--engine ray]
     python -m benchmarks.shards BANK --sample FILE.png [--machine els] [--label 0] [--steps 10]
 
 Per machine: seconds of a denoise of one image over the whole bank, in one process with all cores
 and in shards that have the cores between them, alternating; the median of the rounds with the
-extremes of their ratios; ``coordination_ms``, the time of a call beside that of its slowest shard;
-and PSS of a process with the model, of its shards too. Answers that differ in a bit are not timed.
-A model of more devices follows, see ``cluster_model``. With ``--sample`` an image is drawn over the
-bank instead: seconds a step, and the image.
+extremes of their ratios; ``coordination_ms``, the time of a call beside that of its slowest shard.
+Answers that differ in a bit are not timed. Memory is PSS: of a process with the model; of one with
+its bank in shards and of these; of Ray's own processes apart; and ``banks``, by which shards of the
+bank exceed shards of its first images, beside the packed bank. A model of more devices follows, see
+``cluster_model``. With ``--memory`` memory alone is measured; with ``--sample`` an image is drawn
+over the bank instead: seconds a step, and the image.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -35,6 +39,8 @@ MACHINES = {
     "els": "machine: els\nwindow: 5\n",
 }
 SIGMA = 0.5
+_FEW_FOR_EACH = 512
+"""Images of a bank of one block for each shard."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="of shards")
     parser.add_argument("--rounds", type=int, default=5, help="of alternating timed runs")
     parser.add_argument("--machines", nargs="+", default=list(MACHINES), choices=list(MACHINES))
+    parser.add_argument("--memory", action="store_true", help="measure memory alone")
     parser.add_argument("--sample", type=Path, metavar="FILE.png", help="draw an image instead")
     parser.add_argument("--label", type=int, default=-1, help="of the sample; -1 for none")
     parser.add_argument("--steps", type=int, default=10, help="of the sample")
@@ -54,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         root = write_models(Path(folder), options)
         if options.sample:
             print(json.dumps(sampled(root, options)))
+            return
+        if options.memory:
+            print(json.dumps(memory_row(root, options)))
             return
         recorder = record.start("shards", options)
         rows = []
@@ -65,15 +75,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write_models(root: Path, options: argparse.Namespace) -> Path:
     """Write every machine twice, in one process and in shards; return the models root."""
+    from els_service.denoisers.bank_parts import BankReader
+    from els_service.denoisers.banks import save_bank
+
     (root / "_banks").mkdir()
     shutil.copy(options.bank, root / "_banks" / "bank.safetensors")
+    few = _FEW_FOR_EACH * options.shards
+    save_bank(BankReader(options.bank).bank(0, few), root / "_banks" / "few.safetensors")
     for machine in options.machines:
         text = f"kind: analytic\nbank: ../_banks/bank.safetensors\n{MACHINES[machine]}"
         if options.sample:
             # The window by noise level that the server has by default.
             text = text.replace("window: 5\n", "")
         shards = f"shards: {options.shards}\nengine: {options.engine}\n"
-        for name, document in ((machine, text), (f"{machine}-shards", text + shards)):
+        documents = {
+            machine: text,
+            f"{machine}-shards": text + shards,
+            f"{machine}-few": text.replace("bank.safetensors", "few.safetensors") + shards,
+        }
+        for name, document in documents.items():
             (root / name).mkdir()
             (root / name / "model.yaml").write_text(document)
     return root
@@ -115,9 +135,7 @@ def measured(root: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]
         coordination = max(coordination, row["coordination_ms"])
         yield row
     merge_s = _merge_s(models, options.machines[0])
-    memory = {name: _pss(root, f"{options.machines[0]}{end}") for name, end in
-              (("one_mb", ""), ("shards_mb", "-shards"))}  # fmt: skip
-    yield {"memory": "PSS of all processes", "shards": options.shards, **memory}
+    yield memory_row(root, options)
     yield from cluster_rows(coordination / 1e3, merge_s)
 
 
@@ -168,11 +186,33 @@ def _merge_s(models: Any, machine: str) -> float:
     return median(took) * torch.get_num_threads() / (blocks * 4 * 64 * 64)
 
 
-def _pss(root: Path, model: str) -> float:
-    """Return the PSS of a process that has answered, and of all its children, in MB."""
+def memory_row(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return PSS in MB with the first machine: see above."""
+    from els_service.denoisers.bank_parts import BankReader
+
+    reader, machine = BankReader(options.bank), options.machines[0]
+    one, shards, few = (_pss(root, f"{machine}{end}") for end in ("", "-shards", "-few"))
+    packed_mb = 4 * len(reader) * math.prod(reader.shape) / 1e6
+    banks_mb = shards["shards_mb"] - few["shards_mb"]
+    return {
+        "memory": "PSS in MB",
+        "machine": machine,
+        "engine": options.engine,
+        "shards": options.shards,
+        "one_mb": one["pss_mb"],
+        **shards,
+        "banks_mb": round(banks_mb, 1),
+        "packed_bank_mb": round(packed_mb, 1),
+        "banks": round(banks_mb / packed_mb, 3),
+    }
+
+
+def _pss(root: Path, model: str) -> dict[str, float]:
+    """Return the memory of a process that has answered, and of those that it started."""
     command = [sys.executable, "-m", "benchmarks.shards.memory", str(root), model]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(found.stdout)["pss_mb"])
+    memory: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    return memory
 
 
 def sampled(root: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class BankPart:
         if self._native is None:
             centre = torch.from_numpy(message.arrays[0])
             self._native = Native.of_blocks(self._decoded(), self._blocks, centre)
-            self._release()
         squares = torch.tensor(self._native.block_squares(), dtype=torch.float64)
+        self._release()
         return reply(squares, largest=self._native.largest)
 
     def _release(self) -> None:
