@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 from tests.support.processes import ServerProcess, serving
-from tests.support.sharded_models import MACHINES, SHAPE, eventually, write_sharded_models
+from tests.support.sharded_models import (
+    FOLDS,
+    MACHINES,
+    SHAPE,
+    eventually,
+    write_sharded_models,
+)
 
 from els_client import Client, UnavailableError
 
@@ -44,7 +50,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     root = write_sharded_models(tmp_path_factory.mktemp("ray") / "models", shards=3)
-    for name in MACHINES:
+    for name in [*MACHINES, *FOLDS]:
         path = root / f"{name}-sharded" / "model.yaml"
         path.write_text(f"{path.read_text()}engine: ray\n")
     options = {
@@ -78,7 +84,7 @@ OPTIONS: dict[str, Any] = {"sigma": [0.3, 0.5, 2.0], "label": [-1, 1, 2]}
 """Levels, and labels whose ranges are on several shards."""
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", [*MACHINES, *FOLDS])
 def test_three_nodes_have_the_bits_of_one_process(machine: str, server: ServerProcess) -> None:
     with Client(server.target, timeout_s=120) as client:
         x = images()
