@@ -89,7 +89,7 @@ def _git(*arguments: str) -> str:
 def main() -> None:
     """Build the target; unknown options are passed to buildah."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=("cpu", "gpu"))
+    parser.add_argument("target", choices=("cpu", "ray", "gpu"))
     parser.add_argument("--tag", required=True)
     known, options = parser.parse_known_args()
     try:

@@ -18,6 +18,10 @@ kinds="--extra server --extra web --extra tracing --extra onnx --extra diffusers
 lock tools "$locks/tools.in"
 # shellcheck disable=SC2086  # the options are several words
 lock cpu $kinds --extra openvino pyproject.toml
+# What both have is of one version: pins that are there are kept.
+cp "$locks/cpu.txt" "$locks/ray.txt"
+# shellcheck disable=SC2086
+lock ray $kinds --extra openvino --extra ray pyproject.toml
 export PIP_CONFIG_FILE=/dev/null
 unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL
 # shellcheck disable=SC2086

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from deploy.image import build
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -17,11 +18,15 @@ from els_service.config import Settings
 
 HERE = build.FILE.parent
 LOCKS = HERE / "locks"
-TARGETS = ("cpu", "gpu")
+TARGETS = ("cpu", "ray", "gpu")
 TEXT = build.FILE.read_text()
 PROJECT = tomllib.loads((build.ROOT / "pyproject.toml").read_text())
 KINDS = ("server", "web", "tracing", "onnx", "diffusers")
-EXTRAS = {"cpu": (*KINDS, "openvino"), "gpu": (*KINDS, "gpu")}
+EXTRAS = {
+    "cpu": (*KINDS, "openvino"),
+    "ray": (*KINDS, "openvino", "ray"),
+    "gpu": (*KINDS, "gpu"),
+}
 ENGINES = {"torch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime"}
 """Engine → the package that it needs."""
 
@@ -66,7 +71,8 @@ def test_the_linter_finds_no_fault() -> None:
 
 def test_the_cpu_target_is_the_last_and_gets_no_compiler() -> None:
     assert next(reversed(stages())) == "cpu"
-    assert not [line for line in instructions("cpu") if line.startswith("RUN")]
+    for target in ("cpu", "ray"):
+        assert not [line for line in instructions(target) if line.startswith("RUN")]
     assert "gcc" in " ".join(instructions("gpu"))
 
 
@@ -101,7 +107,7 @@ def test_a_lock_pins_all_that_the_project_asks_for(target: str) -> None:
     for requirement in map(Requirement, wanted):
         assert pinned[requirement.name] in requirement.specifier, requirement
     assert (str(pinned["torch"].local) == "cpu", "triton" in pinned) == (
-        target == "cpu",
+        target != "gpu",
         target == "gpu",
     )
 
@@ -117,6 +123,18 @@ def test_the_engines_of_a_target_are_those_that_the_page_says(target: str) -> No
     assert set(re.findall(r"`(\w+)`", row)) == found
 
 
+def test_the_ray_target_has_the_packages_of_the_cpu_target_and_the_manifests_its_version() -> None:
+    ray = pins("ray")
+    assert pins("cpu").items() <= ray.items()
+    component = yaml.safe_load(
+        (build.ROOT / "deploy/components/ray/kustomization.yaml").read_text()
+    )
+    (image,) = component["images"]
+    assert image["newTag"].endswith("-ray")
+    cluster = (build.ROOT / "deploy/components/ray/raycluster.yaml").read_text()
+    assert f'rayVersion: "{ray["ray"]}"' in cluster
+
+
 def test_no_target_can_get_the_others_torch() -> None:
     hashes = [
         set(
@@ -125,7 +143,7 @@ def test_no_target_can_get_the_others_torch() -> None:
                 (LOCKS / f"{target}.txt").read_text().split("\ntorch==")[1].split("\ntqdm")[0],
             )
         )
-        for target in TARGETS
+        for target in ("cpu", "gpu")
     ]
     assert hashes[0].isdisjoint(hashes[1])
 
