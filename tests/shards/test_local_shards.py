@@ -28,6 +28,7 @@ from els_kernels import ComputationStoppedError, Control
 from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import Query, make_query
 from els_service.denoisers.levels import NoiseLevel
+from els_service.denoisers.mixed_banks import make_mixed_bank
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository
 from els_service.shards.shard import ShardOptions
@@ -204,6 +205,15 @@ REJECTED = {
     "none": ("shards: 0\n", "shards"),
     "engine": ("shards: 2\nengine: dask\n", "engine: input should be 'local' or 'ray'"),
 }
+
+
+def test_a_bank_of_several_sizes_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "_banks").mkdir()
+    images = [np.zeros((1, 4 + i, 5), np.uint8) for i in range(2)]
+    save_bank(make_mixed_bank(images), tmp_path / "_banks" / "fashion.safetensors")
+    add_model(tmp_path, "model", f"machine: els\n{BANK}shards: 1\n")
+    with pytest.raises(LoadError, match="extents: expected images of one size, got several"):
+        ModelRepository(tmp_path).load("model")
 
 
 @pytest.mark.parametrize("name", REJECTED)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from els_service.denoisers.bank_files import fingerprint_start, read_bank
-from els_service.denoisers.banks import Bank, Labelled, bank_from
+from els_service.denoisers.banks import Bank, Labelled, one_size_from
 from els_service.denoisers.file_names import FileNames
 from els_service.errors import InvalidArgumentError, LoadError
 
@@ -307,7 +307,7 @@ def map_part(path: Path, fingerprint: str | None = None) -> Bank:
     Raises:
         LoadError: The file is missing, truncated, damaged or changed; names it.
     """
-    bank = read_bank(path, bank_from, mapped=True)
+    bank = read_bank(path, one_size_from(path), mapped=True)
     if fingerprint not in (None, bank.fingerprint):
         raise LoadError(path, f"fingerprint: expected {fingerprint}, got {bank.fingerprint}")
     return bank

@@ -6,7 +6,7 @@ A ``Bank`` has images of one size; those of ``mixed_banks.MixedBank`` have sever
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from els_service.denoisers.bank_files import BankContent, fingerprint_of, read_bank, save_bank
 from els_service.denoisers.file_names import FileNames
-from els_service.errors import InvalidArgumentError
+from els_service.errors import InvalidArgumentError, LoadError
 
 __all__ = ["UNLABELLED", "Bank", "load_bank", "make_bank", "pixels_from", "save_bank"]
 
@@ -213,14 +213,23 @@ def load_bank(path: str | os.PathLike[str]) -> Bank:
         LoadError: the file is missing, truncated, modified, of another format or version, does
             not contain a valid bank, or has images of several sizes; names the file and the reason.
     """
-    return read_bank(path, bank_from)
+    return read_bank(path, one_size_from(path))
+
+
+def one_size_from(path: str | os.PathLike[str]) -> Callable[[BankContent], Bank]:
+    """Return ``bank_from``, which raises LoadError for images of several sizes; names the file."""
+
+    def construct(content: BankContent) -> Bank:
+        if "extents" in content.arrays:
+            raise LoadError(path, "extents: expected images of one size, got several sizes")
+        return bank_from(content)
+
+    return construct
 
 
 def bank_from(content: BankContent) -> Bank:
     """Return the bank of the content of a file of version 1 or 2; raises as ``read_bank`` says."""
     arrays = content.arrays
-    if "extents" in arrays:
-        raise ValueError("extents: expected images of one size, got several sizes")
     return Bank(arrays["images"], arrays["labels"], *provenance_of(content))
 
 
