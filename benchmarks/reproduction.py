@@ -3,8 +3,9 @@
     python -m benchmarks.reproduction FMNIST=DIR/compare.json MNIST=DIR/compare.json …
         [--note TEXT …] [--out FILE.json]
 
-A comparison is the output of ``els-server compare``, preferably with ``--network-steps 150,20``;
-its row is found by data, architecture, padding and labels. Writes a dated record and a table.
+A comparison is the output of ``els-server compare``, preferably with ``--protocols
+paper,ten-steps``, whose measures stand in a second table; its row is found by data, architecture,
+padding and labels. Writes a dated record and the tables.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ NOT_RUN = (
     "Not yet run at the paper's size, for want of a GPU",
     "Not run, as the data set of faces is not available",
 )
+
+
+MEASURES = ("median_pearson_r", "mean_pearson_r", "median_explained", "mean_explained", "mean_mse")
+PUBLISHED = {
+    "CIFAR10": {
+        "ideal": (-0.401, 0.030),
+        "wiener": (0.553, 0.008),
+        "els": (0.411, 0.011),
+        "pca": (0.670, 0.008),
+    }
+}
+"""Mean explained variance and MSE, from the comparison of GoldDiff: 128 images, 10 DDIM steps,
+against a UNet without attention, machines without calibrated windows."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,40 @@ def _ours(content: dict[str, Any]) -> dict[str, Any]:
             steps: {name: _figures(one) for name, one in machines.items() if name in MACHINES}
             for steps, machines in content["at_network_steps"].items()
         },
+        "protocols": {
+            name: _protocol(content, protocol)
+            for name, protocol in content.get("protocols", {}).items()
+        },
     }
+
+
+def _protocol(content: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of all machines in a protocol, and the seconds a step of each."""
+    steps = protocol["machine_steps"]
+    ending = "" if steps == content["machine_steps"] else f"-{steps}"
+    results = protocol["at_network_steps"]
+    return {
+        "machine_steps": steps,
+        "seconds_per_step": {
+            name: content["seconds_per_step"][name + ending]
+            for name in next(iter(results.values()))
+        },
+        "at_network_steps": {
+            steps: {name: _all_figures(one) for name, one in machines.items()}
+            for steps, machines in results.items()
+        },
+    }
+
+
+def _all_figures(one: dict[str, Any]) -> dict[str, Any]:
+    """Return medians and means with their intervals."""
+    figures = {name: one[name] for name in MEASURES}
+    return figures | {name: one[name] for name in map(_interval_of, MEASURES)}
+
+
+def _interval_of(measure: str) -> str:
+    """Return the name of the interval of a measure in a comparison."""
+    return f"{measure.removeprefix('median_')}_interval"
 
 
 def _figures(one: dict[str, Any]) -> dict[str, Any]:
@@ -156,12 +203,52 @@ def table(rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> str:
     ]
     for row in rows:
         lines += _lines(row)
+    lines += _terms(rows)
     missing = [(_missing(row), _title(row)) for row in rows]
     for why in NOT_RUN:
         if titles := [title for reason, title in missing if reason == why]:
             lines += ["", f"{why}: {'; '.join(titles)}."]
     lines += [""] + [f"- {note}" for note in notes] if notes else []
     return "\n".join(lines) + "\n"
+
+
+def _terms(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table of all measures in both protocols, if a comparison has them."""
+    cells = [
+        [ours["network"], f"{protocol}, {steps} / {results['machine_steps']}", name]
+        + [_with_interval(one, measure) for measure in MEASURES]
+        + [f"{results['seconds_per_step'][name]:.3g}"]
+        for row in rows
+        for ours in row["ours"]
+        for protocol, results in ours["protocols"].items()
+        for steps, machines in results["at_network_steps"].items()
+        for name, one in machines.items()
+    ]
+    if not cells:
+        return
+    yield from (
+        "",
+        "## All measures",
+        "",
+        "Steps are those of network / machines. r: Pearson's; EV: explained variance, 1 - SSE/SST; "
+        "MSE of pixels from 0 to 1; seconds a step of one image; in brackets 95 % bootstrap "
+        "intervals.",
+        "",
+        "| network | protocol, steps | machine | median r | mean r | median EV | mean EV | MSE "
+        "| s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    )
+    yield from (f"| {' | '.join(line)} |" for line in cells)
+    for data in sorted({row["data"] for row in rows if row["ours"]} & PUBLISHED.keys()):
+        found = PUBLISHED[data].items()
+        text = "; ".join(f"{name} {ev:.3f}, {mse:.3f}" for name, (ev, mse) in found)
+        yield from ("", f"Published for {data} at 10 / 10 steps, mean EV and MSE: {text}.")
+
+
+def _with_interval(one: dict[str, Any], measure: str) -> str:
+    low, high = one[_interval_of(measure)]
+    digits = 4 if "mse" in measure else 3
+    return f"{one[measure]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _missing(row: dict[str, Any]) -> str | None:

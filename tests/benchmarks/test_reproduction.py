@@ -97,6 +97,25 @@ def test_machines_and_steps_that_were_not_tried_are_dashes(
     ]
 
 
+def test_all_measures_of_both_protocols_stand_in_a_second_table(
+    tmp_path: Path, comparison: Path
+) -> None:
+    settings = Settings.of_protocols(("paper", "ten-steps"), count=2)
+    found = compare(subjects(squares(), None, "els", "ideal"), settings, tmp_path / "both")
+    found["network"] = json.loads(comparison.read_text())["network"]
+    (tmp_path / "both.json").write_text(json.dumps(found))
+    record, text = written(tmp_path, f"CIFAR10={tmp_path}/both.json")
+    (ours,) = next(row["ours"] for row in record["rows"] if row["ours"])
+    one = ours["protocols"]["ten-steps"]["at_network_steps"]["10"]["ideal"]
+    low, high = one["mean_explained_interval"]
+    lines = [line.split(" | ") for line in text.splitlines() if " / 10 | " in line]
+    assert [line[2] for line in lines] == ["els", "ideal"]
+    assert lines[1][6] == f"{one['mean_explained']:.3f} [{low:.3f}, {high:.3f}]"
+    assert "paper, 150 / 20 | els | " in text
+    assert "mean EV and MSE: ideal -0.401, 0.030; wiener 0.553, 0.008" in text
+    assert "All measures" not in written(tmp_path, f"FMNIST={comparison}")[1]
+
+
 @pytest.mark.parametrize("argument", ["KMNIST=x", "MNIST=nowhere", "MNIST"])
 def test_what_is_no_comparison_is_refused(
     tmp_path: Path, argument: str, capsys: pytest.CaptureFixture[str]

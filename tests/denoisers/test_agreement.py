@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from els_service.experiments.comparison.agreement import agreement, median_interval
+from els_service.experiments.comparison.agreement import (
+    agreement,
+    mean_interval,
+    median_interval,
+)
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,6 +24,7 @@ def test_agreement_is_that_of_the_textbook() -> None:
         got, want = (of.double()[i].flatten().numpy() for of in (0.5 * target + other, target))
         assert found.pearson_r[i] == pytest.approx(np.corrcoef(got, want)[0, 1])
         assert found.explained[i] == pytest.approx(1 - ((got - want) ** 2).mean() / want.var())
+        assert found.mse[i] == pytest.approx((((got + 1) / 2 - (want + 1) / 2) ** 2).mean())
     np.testing.assert_allclose(found.r2, found.pearson_r**2)
 
 
@@ -49,3 +54,11 @@ def test_the_interval_holds_the_median_and_shrinks_with_more_images() -> None:
     # The standard error of a normal median is 1.2533 / √N.
     assert many[2] - many[1] == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.3)
     assert median_interval(values) == many
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+    values = np.random.default_rng(1).exponential(size=400)
+    mean, low, high = mean_interval(values)
+    assert mean == values.mean()
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)

@@ -27,6 +27,7 @@ from tests.support.comparing import (
     write_network,
 )
 
+from els_service.cli.compare import lines
 from els_service.denoisers.base import Denoised, Denoiser, Query
 from els_service.denoisers.closed_forms import GaussianDenoiser
 from els_service.denoisers.noise import seeded_noise
@@ -50,7 +51,9 @@ def samples(out: Path, name: str) -> torch.Tensor:
 def record(out: Path) -> dict[str, Any]:
     """What is written, without what differs from run to run."""
     content: dict[str, Any] = json.loads((out / "compare.json").read_text())
-    return {name: value for name, value in content.items() if name not in ("command", "seconds")}
+    return {
+        name: value for name, value in content.items() if not name.startswith(("command", "sec"))
+    }
 
 
 def test_a_machine_compared_with_itself_agrees_entirely(tmp_path: Path) -> None:
@@ -257,12 +260,35 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
         (net, bank, ["--steps", "1", "--indexing", "released"], "steps: expected at least 2"),
         (net, bank, ["--windows", "4"], "windows: expected an odd number, got 4"),
         (net, bank, ["--seed", "-1"], "seed: expected"),
+        (net, bank, ["--protocols", "paper,x"], "protocols: expected some of paper, ten-steps"),
+        (net, bank, ["--protocols", "paper", "--steps", "9"], "steps: expected none beside"),
         (net, bank, ["--threads", "-1"], "threads: expected"),
     ):
         arguments = ("--network", network, "--bank", images, *extra)
         result = run("compare", *arguments, "--out", tmp_path / "out")
         assert (result.exit_code, expected in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_each_protocol_has_its_own_steps_of_network_and_machines(tmp_path: Path) -> None:
+    one = subjects(squares(labelled=False), None, "els")
+    settings = Settings.of_protocols(("ten-steps", "paper"), count=2)
+    found = compare(one, settings, tmp_path)
+    assert (settings.network_steps, settings.machine_steps) == ((10,), 10)
+    assert found["seconds_per_step"].keys() == {
+        *("network-10", "network-20", "network-150"),
+        *("els", "els-20"),
+    }
+    paper, later = found["protocols"]["paper"], found["protocols"]["ten-steps"]
+    assert later["at_network_steps"] == found["at_network_steps"]
+    # The network is the same machine, so it agrees entirely at equal numbers of steps alone.
+    at_20, at_150 = (paper["at_network_steps"][steps]["els"] for steps in ("20", "150"))
+    assert at_20["mean_mse"] == 0 < at_150["mean_mse"]
+    want = (samples(tmp_path, "network-150") - samples(tmp_path, "els-20")).double() / 2
+    assert at_150["mean_mse"] == pytest.approx(want.square().mean().item(), rel=1e-6)
+    assert at_150["mean_explained"] == pytest.approx(np.mean(at_150["explained"]))
+    assert lines(found)[1] == "protocol ten-steps, machines at 10 steps"
+    assert "explained 1.000 (mean 1.000), MSE 0.0000" in lines(found)[2]
 
 
 @pytest.mark.slow

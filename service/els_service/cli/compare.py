@@ -24,7 +24,13 @@ from els_service.cli.experiments import (
 )
 from els_service.cli.progress import Progress
 from els_service.errors import InvalidArgumentError
-from els_service.experiments.comparison.run import INDEXINGS, FigureOptions, Settings, Subjects
+from els_service.experiments.comparison.run import (
+    INDEXINGS,
+    PROTOCOLS,
+    FigureOptions,
+    Settings,
+    Subjects,
+)
 from els_service.experiments.comparison.run import compare as run_comparison
 from els_service.experiments.comparison.subjects import (
     build_machines,
@@ -52,9 +58,10 @@ Windows = Annotated[
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of record and figure.")]
 Count = Annotated[int, typer.Option(parser=positive_integer("count"), help="Number of images.")]
 Steps = Annotated[
-    int,
+    int | None,
     typer.Option(
-        parser=positive_integer("steps"), help="Steps of the network and of the machines."
+        parser=positive_integer("steps"),
+        help=f"Steps of the network and of the machines. [default: {Settings.machine_steps}]",
     ),
 ]
 NetworkSteps = Annotated[
@@ -77,6 +84,13 @@ Indexing = Annotated[
         help=f"Step indexing of the machines: {', '.join(INDEXINGS)}.",
     ),
 ]
+Protocols = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help=f"Published numbers of steps, {', '.join(PROTOCOLS)}, in place of the options above.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Columns = Annotated[
     int, typer.Option(parser=positive_integer("columns"), help="Number of images in the figure.")
@@ -97,9 +111,10 @@ def compare(
     device: Device = "auto",
     threads: Threads = 0,
     count: Count = Settings.count,
-    steps: Steps = Settings.machine_steps,
+    steps: Steps = None,
     network_steps: NetworkSteps = None,
     machine_steps: MachineSteps = None,
+    protocols: Protocols = None,
     indexing: Indexing = Settings.indexing,
     seed: Seed = Settings.seed,
     columns: Columns = FigureOptions.columns,
@@ -109,11 +124,11 @@ def compare(
 
     Writes compare.json and compare.png. The same command resumes an interrupted run.
     """
-    settings = Settings(
+    settings = _settings(
+        protocols,
+        {"steps": steps, "network-steps": network_steps, "machine-steps": machine_steps},
         count=count,
         seed=seed,
-        network_steps=positive_integers("network-steps", network_steps) or (steps,),
-        machine_steps=machine_steps or steps,
         indexing=indexing,
     )
     names = words(machines)
@@ -142,16 +157,39 @@ def compare(
     print(f"written: {out}")
 
 
+def _settings(protocols: str | None, steps: dict[str, Any], **others: Any) -> Settings:
+    """Return the settings of a command line, which has protocols or numbers of steps."""
+    if protocols is not None:
+        for field, given in steps.items():
+            if given is not None:
+                raise InvalidArgumentError(field, "none beside protocols", given)
+        return Settings.of_protocols(words(protocols), **others)
+    both = steps["steps"] or Settings.machine_steps
+    return Settings(
+        network_steps=positive_integers("network-steps", steps["network-steps"]) or (both,),
+        machine_steps=steps["machine-steps"] or both,
+        **others,
+    )
+
+
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a table of medians with intervals, one line for each machine and number of steps."""
     found = [f"network {record['network']['name']}, windows {record['windows']}"]
-    for steps, machines in record["at_network_steps"].items():
-        for name, one in machines.items():
-            low, high = one["pearson_r_interval"]
-            text = f"{name:<12} network at {steps} steps: "
-            text += f"median r {one['median_pearson_r']:.3f} ({low:.3f} to {high:.3f}), "
-            text += f"explained {one['median_explained']:.3f}"
-            if "share_above_ideal" in one:
-                text += f", above ideal in {100 * one['share_above_ideal']:.0f} %"
-            found.append(text)
+    protocols = record["protocols"] or {"": record}
+    for protocol, results in protocols.items():
+        if protocol:
+            found.append(f"protocol {protocol}, machines at {results['machine_steps']} steps")
+        for steps, machines in results["at_network_steps"].items():
+            found += [_line(name, steps, one) for name, one in machines.items()]
     return found
+
+
+def _line(name: str, steps: str, one: dict[str, Any]) -> str:
+    low, high = one["pearson_r_interval"]
+    text = f"{name:<12} network at {steps} steps: "
+    text += f"median r {one['median_pearson_r']:.3f} ({low:.3f} to {high:.3f}), "
+    text += f"explained {one['median_explained']:.3f} (mean {one['mean_explained']:.3f}), "
+    text += f"MSE {one['mean_mse']:.4f}"
+    if "share_above_ideal" in one:
+        text += f", above ideal in {100 * one['share_above_ideal']:.0f} %"
+    return text

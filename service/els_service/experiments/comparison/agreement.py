@@ -1,8 +1,10 @@
-"""Agreement of images, and medians with bootstrap intervals."""
+"""Agreement of images, and medians and means with bootstrap intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +24,8 @@ class Agreement:
     explained: Floats
     """1 - SSE/SST: 1 for equal images, 0 for one as good as the target's mean, negative for a worse
     one; 0 if the target is constant."""
+    mse: Floats
+    """Mean squared error of pixels from 0 to 1, that is of (x + 1) / 2, which is not clipped."""
 
     @property
     def r2(self) -> Floats:
@@ -39,21 +43,33 @@ def agreement(predicted: Tensor, target: Tensor) -> Agreement:
         raise ValueError(f"expected images {list(target.shape)}, got {list(predicted.shape)}")
     got, want = (images.double().flatten(1).numpy() for images in (predicted, target))
     error = np.square(got - want).sum(1)
+    mse = error / (4 * got.shape[1])
     got, want = (images - images.mean(1, keepdims=True) for images in (got, want))
     total = np.square(want).sum(1)
     size = np.sqrt(np.square(got).sum(1) * total)
     product = (got * want).sum(1)
     pearson_r = np.divide(product, size, out=np.zeros_like(size), where=size > 0)
     unexplained = np.divide(error, total, out=np.ones_like(total), where=total > 0)
-    return Agreement(pearson_r, 1 - unexplained)
+    return Agreement(pearson_r, 1 - unexplained, mse)
 
 
 def median_interval(values: Floats, seed: int = 0) -> tuple[float, float, float]:
     """Return the median and the ends of its 95 % percentile bootstrap interval."""
+    return _interval(np.median, values, seed)
+
+
+def mean_interval(values: Floats, seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean and the ends of its 95 % percentile bootstrap interval."""
+    return _interval(np.mean, values, seed)
+
+
+def _interval(
+    statistic: Callable[..., Any], values: Floats, seed: int
+) -> tuple[float, float, float]:
     draw = np.random.default_rng(seed)
-    medians = [
-        np.median(draw.choice(values, (_BLOCK, len(values))), axis=1)
+    resampled = [
+        statistic(draw.choice(values, (_BLOCK, len(values))), axis=1)
         for _ in range(_RESAMPLES // _BLOCK)
     ]
-    low, high = np.quantile(np.concatenate(medians), (0.025, 0.975))
-    return float(np.median(values)), float(low), float(high)
+    low, high = np.quantile(np.concatenate(resampled), (0.025, 0.975))
+    return float(statistic(values)), float(low), float(high)

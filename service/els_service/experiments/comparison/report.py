@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from els_service.experiments.comparison.agreement import Agreement, agreement, median_interval
+from els_service.experiments.comparison.agreement import (
+    Agreement,
+    agreement,
+    mean_interval,
+    median_interval,
+)
 
-_MEASURES = ("pearson_r", "r2", "explained")
+_MEASURES = ("pearson_r", "r2", "explained", "mse")
 _BASELINE = "ideal"
 
 
 def summarise(network: Tensor, machines: Mapping[str, Tensor], seed: int = 0) -> dict[str, Any]:
     """Return the agreement of each machine with the network's images, as JSON.
 
-    ``median_pearson_r``, its 95 % bootstrap interval ``pearson_r_interval``, the values of all
-    images under ``pearson_r``; likewise ``r2`` and ``explained`` (see ``Agreement``). If there is
-    an ideal machine, ``share_above_ideal`` is the share of images with a larger Pearson r.
+    ``median_pearson_r``, its 95 % bootstrap interval ``pearson_r_interval``, ``mean_pearson_r``,
+    its interval ``mean_pearson_r_interval``, the values of all images under ``pearson_r``; likewise
+    ``r2``, ``explained`` and ``mse`` (see ``Agreement``). If there is an ideal machine,
+    ``share_above_ideal`` is the share of images with a larger Pearson r.
 
     Args:
         network: [N, C, H, W].
@@ -39,7 +45,14 @@ def _summary(one: Agreement, seed: int) -> dict[str, Any]:
     for name in _MEASURES:
         values = getattr(one, name)
         median, *interval = median_interval(values, seed)
-        summary |= {f"median_{name}": median, f"{name}_interval": interval, name: values.tolist()}
+        mean, *about_mean = mean_interval(values, seed)
+        summary |= {
+            f"median_{name}": median,
+            f"{name}_interval": interval,
+            f"mean_{name}": mean,
+            f"mean_{name}_interval": about_mean,
+            name: values.tolist(),
+        }
     return summary
 
 

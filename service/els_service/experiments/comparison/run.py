@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +33,24 @@ RECORD_FILE, FIGURE_FILE = "compare.json", "compare.png"
 SAMPLES = "samples"
 INDEXINGS = {"aligned": "ddim", "released": "ddim_released"}
 """Step indexing of machines; networks are always aligned, as in the published code."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Numbers of steps of a published comparison.
+
+    Attributes:
+        network_steps: of the network; the first is that of its figure.
+        machine_steps: of the machines.
+    """
+
+    network_steps: tuple[int, ...]
+    machine_steps: int
+
+
+PROTOCOLS = {"paper": Protocol((20, 150), 20), "ten-steps": Protocol((10,), 10)}
+"""``paper``: Kamb & Ganguli (ICML 2025), median r. ``ten-steps``: Lukoianov et al. (2025) and later
+papers, mean explained variance and MSE, both of 10 DDIM steps."""
 _SHORT = {"local": "LS", "els": "ELS"}
 
 
@@ -48,6 +67,38 @@ class Settings:
     network_steps: tuple[int, ...] = (20,)
     machine_steps: int = 20
     indexing: str = "aligned"
+    protocols: tuple[str, ...] = ()
+    """Keys of ``PROTOCOLS`` that are run beside the numbers of steps above."""
+
+    @classmethod
+    def of_protocols(cls, names: tuple[str, ...], **others: Any) -> Settings:
+        """Return settings with the numbers of steps of the first protocol.
+
+        Raises:
+            InvalidArgumentError: A name is unknown or given twice, or another setting is wrong.
+        """
+        if not names or len(set(names)) < len(names) or not set(names) <= PROTOCOLS.keys():
+            expected = f"some of {', '.join(PROTOCOLS)}, each once"
+            raise InvalidArgumentError("protocols", expected, ", ".join(names) or "none")
+        first = PROTOCOLS[names[0]]
+        return cls(
+            network_steps=first.network_steps,
+            machine_steps=first.machine_steps,
+            protocols=names,
+            **others,
+        )
+
+    @property
+    def every_network_steps(self) -> list[int]:
+        """All numbers of steps of the network, each once."""
+        of_protocols = (PROTOCOLS[name].network_steps for name in self.protocols)
+        return list(dict.fromkeys(itertools.chain(self.network_steps, *of_protocols)))
+
+    @property
+    def every_machine_steps(self) -> list[int]:
+        """All numbers of steps of the machines, each once."""
+        of_protocols = (PROTOCOLS[name].machine_steps for name in self.protocols)
+        return list(dict.fromkeys((self.machine_steps, *of_protocols)))
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -114,7 +165,8 @@ def compare(
     record = _record(subjects, settings, networks, machines, command)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     write_atomically(out / RECORD_FILE, text.encode())
-    rows = _rows(settings, networks, machines, figure or FigureOptions())
+    shown = machines[settings.machine_steps]
+    rows = _rows(settings, networks, shown, figure or FigureOptions())
     write_atomically(out / FIGURE_FILE, draw_figure(rows))
     return record
 
@@ -133,26 +185,36 @@ def _sample_networks(
             network.described(),
             reporter(f"network {steps}"),
         )
-        for steps in settings.network_steps
+        for steps in settings.every_network_steps
     }
 
 
 def _sample_machines(
     subjects: Subjects, settings: Settings, out: Path, reporter: Callable[[str], Report]
-) -> dict[str, Samples]:
+) -> dict[int, dict[str, Samples]]:
+    """Return number of steps → machine → images."""
     labels = subjects.network.denoiser.info.label_count
-    how = SampleSpec(settings.seed, settings.machine_steps, INDEXINGS[settings.indexing], labels)
-    return {
-        name: sample_images(
-            machine,
-            how,
-            settings.count,
-            out / SAMPLES / f"{name}.safetensors",
-            describe_machine(machine) | {"bank": subjects.bank.fingerprint},
-            reporter(name),
-        )
-        for name, machine in subjects.machines.items()
-    }
+    sampled: dict[int, dict[str, Samples]] = {}
+    for steps in settings.every_machine_steps:
+        how = SampleSpec(settings.seed, steps, INDEXINGS[settings.indexing], labels)
+        ending = _ending(settings, steps)
+        sampled[steps] = {
+            name: sample_images(
+                machine,
+                how,
+                settings.count,
+                out / SAMPLES / f"{name}{ending}.safetensors",
+                describe_machine(machine) | {"bank": subjects.bank.fingerprint},
+                reporter(name + ending),
+            )
+            for name, machine in subjects.machines.items()
+        }
+    return sampled
+
+
+def _ending(settings: Settings, steps: int) -> str:
+    """Return the end of the names of machines at a number of steps."""
+    return "" if steps == settings.machine_steps else f"-{steps}"
 
 
 def describe_machine(machine: Denoiser) -> dict[str, Any]:
@@ -171,15 +233,16 @@ def _record(
     subjects: Subjects,
     settings: Settings,
     networks: Mapping[int, Samples],
-    machines: Mapping[str, Samples],
+    machines: Mapping[int, Mapping[str, Samples]],
     command: str,
 ) -> dict[str, Any]:
-    images = {name: one.images for name, one in machines.items()}
-    results = {
-        str(steps): summarise(one.images, images, settings.seed) for steps, one in networks.items()
-    }
+    own = Protocol(settings.network_steps, settings.machine_steps)
+    results = _results(own, networks, machines, settings.seed)
     described = {name: describe_machine(one) for name, one in subjects.machines.items()}
-    seconds = {f"network-{steps}": one.seconds for steps, one in networks.items()}
+    sampled = {f"network-{steps}": one for steps, one in networks.items()}
+    for steps, of_steps in machines.items():
+        ending = _ending(settings, steps)
+        sampled |= {name + ending: one for name, one in of_steps.items()}
     return {
         "format": "els-compare-1",
         "command": command,
@@ -188,13 +251,36 @@ def _record(
         "network": subjects.network.described(),
         "bank": describe_bank(subjects.bank, subjects.network.denoiser.info),
         "windows": subjects.windows.source,
-        "seconds": seconds | {name: one.seconds for name, one in machines.items()},
+        "seconds": {name: one.seconds for name, one in sampled.items()},
+        "seconds_per_step": {name: one.seconds_per_step for name, one in sampled.items()},
         # Compared with the network at the first number of steps.
         "machines": {
             name: described[name] | summary
             for name, summary in results[str(settings.network_steps[0])].items()
         },
         "at_network_steps": results,
+        "protocols": {
+            name: {
+                "network_steps": list(PROTOCOLS[name].network_steps),
+                "machine_steps": PROTOCOLS[name].machine_steps,
+                "at_network_steps": _results(PROTOCOLS[name], networks, machines, settings.seed),
+            }
+            for name in settings.protocols
+        },
+    }
+
+
+def _results(
+    protocol: Protocol,
+    networks: Mapping[int, Samples],
+    machines: Mapping[int, Mapping[str, Samples]],
+    seed: int,
+) -> dict[str, Any]:
+    """Return number of network steps → machine → agreement."""
+    images = {name: one.images for name, one in machines[protocol.machine_steps].items()}
+    return {
+        str(steps): summarise(networks[steps].images, images, seed)
+        for steps in protocol.network_steps
     }
 
 
@@ -209,7 +295,7 @@ def _rows(
     noise = seeded_noise(settings.seed, shown, (shape[0], shape[1], shape[2]))(0)
     # At a third of its contrast; otherwise most of it would be black or white.
     rows = {"noise": noise / 3}
-    rows |= {f"network {steps}": one.images[:shown] for steps, one in networks.items()}
+    rows |= {f"network {n}": networks[n].images[:shown] for n in settings.network_steps}
     rows |= {
         _SHORT.get(name, name): one.images[:shown]
         for name, one in machines.items()

@@ -53,10 +53,17 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [N, C, H, W] float32, and the seconds they took in all runs."""
+    """Images of a denoiser.
+
+    Attributes:
+        images: [N, C, H, W] float32.
+        seconds: that all images of the file took, in all runs.
+        seconds_per_step: of one image.
+    """
 
     images: Tensor
     seconds: float
+    seconds_per_step: float
 
 
 def sample_images(
@@ -105,7 +112,8 @@ def sample_images(
         parts.append(step.x.float())
         seconds += time.monotonic() - begin
         _write(file, torch.cat(parts), settings, seconds)
-    return Samples(torch.cat(parts)[:count], seconds)
+    images = torch.cat(parts)
+    return Samples(images[:count], seconds, seconds / (len(images) * steps))
 
 
 def chunk_size(denoiser: Denoiser, how: SampleSpec) -> int:
