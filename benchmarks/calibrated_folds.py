@@ -30,9 +30,9 @@ from benchmarks import record
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import Floats
 from els_service.experiments.comparison.calibration import Point, trajectory
+from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
-    build_machines,
     find_windows,
     open_network,
     open_network_and_bank,

@@ -8,8 +8,9 @@ from tests.support.denoisers import SHAPE, build, random_images
 
 from els_service.denoisers.banks import Bank, make_bank
 from els_service.denoisers.base import make_query
-from els_service.denoisers.closed_forms import MAX_DIMENSIONS, GaussianDenoiser, WienerDenoiser
+from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.levels import from_alpha_bar, from_sigma, from_time
+from els_service.denoisers.spectra import MAX_DIMENSIONS
 from els_service.errors import InvalidArgumentError
 
 Array = npt.NDArray[np.float64]

@@ -34,9 +34,9 @@ from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
 from els_service.errors import ElsError, LoadError
 from els_service.experiments.comparison.figure import cell_corner, draw_figure
+from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.run import FigureOptions, Settings, compare
 from els_service.experiments.comparison.subjects import (
-    build_machines,
     open_network,
 )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.support.comparing import (
+    SHAPE,
     squares,
     subjects,
     write_bank,
@@ -16,9 +19,15 @@ from tests.support.comparing import (
 )
 
 from els_service.denoisers.banks import make_bank
+from els_service.denoisers.base import make_query
+from els_service.denoisers.levels import from_sigma
+from els_service.denoisers.noise import standard_normal
+from els_service.denoisers.pca_masks import ThresholdTable
+from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
+from els_service.experiments.comparison.machines import build_machines, read_thresholds_of
+from els_service.experiments.comparison.run import describe_machine
 from els_service.experiments.comparison.subjects import (
-    build_machines,
     find_windows,
     open_bank,
     open_network,
@@ -43,6 +52,59 @@ def test_machines_take_the_network_s_padding_unless_they_are_told_another() -> N
             "els-valid": "valid",
             "els-circular": "circular",
         }
+
+
+def test_machines_without_a_padding_have_names_and_a_description_of_their_own() -> None:
+    bank = squares(labelled=False)
+    info = subjects(bank, None, "els").network.denoiser.info
+    names = ("wiener", "pca", "pca-released", "pspc")
+    machines = build_machines(names, bank, info, thresholds=ThresholdTable.constant(0.2))
+    table = {"sigma": [1.0], "tau": [0.2]}
+    described = {name: describe_machine(machine) for name, machine in machines.items()}
+    assert described["wiener"] == {"machine": "wiener", "padding": ""}
+    for name in ("pca", "pca-released"):
+        assert described[name] == {"machine": name, "padding": "", "thresholds": table}
+    pspc = described["pspc"]
+    assert (pspc["machine"], pspc["padding"], pspc["fold"]) == ("local", "inside", "inf")
+    with pytest.raises(InvalidArgumentError, match="thresholds: expected a number or a table for"):
+        build_machines(["pca-released"], bank, info)
+    lone = replace(bank, images=bank.images[:1], labels=bank.labels[:1])
+    with pytest.raises(InvalidArgumentError, match=r"machines: .* expected at least 2 images"):
+        build_machines(["pca"], lone, info)
+
+
+def test_pspc_is_the_mean_of_the_mean_crops_that_hold_a_pixel() -> None:
+    # Niedoba et al. 2025, equations 9 to 11, crop by crop in float64.
+    bank, k, sigma = squares(labelled=False), 3, 0.7
+    info = subjects(bank, None, "els").network.denoiser.info
+    machine = build_machines(["pspc"], bank, info, windows=WindowTable.constant(k))["pspc"]
+    z = bank.pixels()[:1].double() + sigma * torch.from_numpy(standard_normal(0, 0, 0, 64)).view(
+        1, *SHAPE
+    )
+    images, total = bank.pixels().double(), torch.zeros(SHAPE, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for top, left in itertools.product(range(SHAPE[1] - k + 1), range(SHAPE[2] - k + 1)):
+        crop = (..., slice(top, top + k), slice(left, left + k))
+        distance = (z.float().double()[crop] - images[crop]).square().sum((1, 2, 3))
+        weights = (-distance / (2 * sigma**2)).softmax(0)
+        total[crop] += torch.einsum("n,nchw->chw", weights, images[crop])
+        count[crop] += 1
+    got = machine.denoise(make_query(z.float(), from_sigma([sigma]))).mean[0]
+    torch.testing.assert_close(got.double(), total / count, rtol=0, atol=2e-5)
+
+
+def test_thresholds_of_a_command_line_are_a_number_or_a_table(tmp_path: Path) -> None:
+    (tmp_path / "thresholds.yaml").write_text("sigma: [0.1, 1.0]\ntau: [0.2, 0.05]\n")
+    assert read_thresholds_of(None) is None
+    assert read_thresholds_of("0.2") == ThresholdTable.constant(0.2)
+    for name in (tmp_path, tmp_path / "thresholds.yaml"):
+        assert read_thresholds_of(str(name)) == ThresholdTable((0.1, 1.0), (0.2, 0.05))
+    for wrong in ("0", "2", "nan", "nowhere", ""):
+        with pytest.raises(InvalidArgumentError, match="thresholds: expected a number above 0"):
+            read_thresholds_of(wrong)
+    (tmp_path / "thresholds.yaml").write_text("sigma: [0.1]\ntau: [x]\n")
+    with pytest.raises(LoadError, match="expected thresholds: tau: numbers"):
+        read_thresholds_of(str(tmp_path))
 
 
 def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) -> None:

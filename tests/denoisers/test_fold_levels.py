@@ -24,8 +24,9 @@ from els_service.engine.derived import derived
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
 from els_service.experiments.comparison.folds import parse_folds
+from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.run import describe_machine
-from els_service.experiments.comparison.subjects import build_machines, find_windows
+from els_service.experiments.comparison.subjects import find_windows
 from els_service.repository import ModelRepository, read_folds
 
 INFO = DenoiserInfo(kind="network", shape=SHAPE, padding="zeros")

@@ -122,6 +122,22 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
     ),
     "sizes too large": (f"{ELS}sizes: {{height: [1, 9], width: [1, 5000]}}\n", "4096"),
     "sizes of three": (f"{ELS}sizes: {{height: [1, 9, 9], width: [1, 9]}}\n", "height"),
+    "pca without a threshold of its rule": (
+        f"kind: pca\nrule: released\n{BANK}",
+        "threshold: expected a number, a table or thresholds.yaml with rule released, got auto",
+    ),
+    "pca with a threshold of 0": (
+        f"kind: pca\nthreshold: 0.0\n{BANK}",
+        "threshold.tau: expected above 0, at most 1, got 0.0",
+    ),
+    "pca with a ragged threshold": (
+        f"kind: pca\nthreshold: {{sigma: [1.0], tau: [0.1, 0.2]}}\n{BANK}",
+        "threshold: expected as many tau as sigma",
+    ),
+    "pca in shards": (
+        f"kind: pca\nshards: 2\n{BANK}",
+        "pca.shards: extra inputs are not permitted",
+    ),
     "gaussian without mean": (f"{GAUSSIAN}variance: 1\n", "gaussian.mean"),
     "gaussian of two axes": ("kind: gaussian\nshape: [2, 3]\nmean: 0\nvariance: 1\n", "shape"),
     "gaussian of no width": ("kind: gaussian\nshape: [2, 3, 0]\nmean: 0\nvariance: 1\n", "shape"),

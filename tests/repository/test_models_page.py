@@ -28,7 +28,13 @@ from els_service.denoisers.networks import (
 )
 from els_service.repository import ModelRepository
 from els_service.repository.pretrained_specs import DiffusersSpec, LatentSpec, OnnxSpec
-from els_service.repository.specs import AnalyticSpec, GaussianSpec, PictureSpec, WienerSpec
+from els_service.repository.specs import (
+    AnalyticSpec,
+    GaussianSpec,
+    PcaSpec,
+    PictureSpec,
+    WienerSpec,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _SECTION = re.compile(r"^## kind: (\w+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -56,6 +62,7 @@ SECTION = {"engine", "threads", "fallback"}
 KEYS = {
     "analytic": set(keys_of(AnalyticSpec)),
     "gaussian": set(keys_of(GaussianSpec)),
+    "pca": set(keys_of(PcaSpec)),
     "picture": set(keys_of(PictureSpec)),
     "wiener": set(keys_of(WienerSpec)),
     "network": {

@@ -11,8 +11,9 @@ from tests.support.networks import config, write_folder
 from els_service.denoisers.banks import Bank, make_bank, save_bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.denoisers.windows import WindowTable
+from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.run import Subjects
-from els_service.experiments.comparison.subjects import Network, Windows, build_machines
+from els_service.experiments.comparison.subjects import Network, Windows
 
 SHAPE = (1, 8, 8)
 LABELS = 2

@@ -14,12 +14,13 @@ from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
+from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
 
 Answer = Callable[[DenoiseCall], Tensor]
 
 SHAPE = (2, 5, 6)
-KINDS = [*("-".join(name) for name in GEOMETRIES), "els-inside", "gaussian", "wiener"]
+KINDS = [*("-".join(name) for name in GEOMETRIES), "els-inside", "gaussian", "wiener", "pca"]
 
 
 def random_images(shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -28,12 +29,14 @@ def random_images(shape: Sequence[int], seed: int = 0) -> Tensor:
 
 
 def build(kind: str, bank: Bank, **options: Any) -> Denoiser:
-    """A denoiser of a kind: ``gaussian``, ``wiener``, or ``MACHINE-PADDING``; inside has a fold."""
+    """A denoiser of a closed form, or ``MACHINE-PADDING``; inside has a fold."""
     if kind == "gaussian":
         mean, variance = random_images(bank.shape, 1), random_images(bank.shape, 2).square() + 0.01
         return GaussianDenoiser(bank.shape, mean, variance)
     if kind == "wiener":
         return WienerDenoiser(bank)
+    if kind == "pca":
+        return PcaDenoiser(bank)
     machine, padding = kind.split("-")
     if padding == "inside":
         moments = FoldedMoments(fold_of(bank, "cpu"))

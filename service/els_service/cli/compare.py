@@ -24,6 +24,7 @@ from els_service.cli.experiments import (
 )
 from els_service.cli.progress import Progress
 from els_service.errors import InvalidArgumentError
+from els_service.experiments.comparison.machines import build_machines, read_thresholds_of
 from els_service.experiments.comparison.run import (
     INDEXINGS,
     PROTOCOLS,
@@ -32,11 +33,7 @@ from els_service.experiments.comparison.run import (
     Subjects,
 )
 from els_service.experiments.comparison.run import compare as run_comparison
-from els_service.experiments.comparison.subjects import (
-    build_machines,
-    find_windows,
-    open_network_and_bank,
-)
+from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -45,7 +42,7 @@ Machines = Annotated[
     str,
     typer.Option(
         help="els, local, ideal, equivariant, with the network's padding; or MACHINE-PADDING; "
-        "els+fold has the folds of `calibrate --folds`."
+        "els+fold has the folds of `calibrate --folds`; wiener, pca, pca-released, pspc."
     ),
 ]
 Windows = Annotated[
@@ -54,6 +51,10 @@ Windows = Annotated[
         metavar="TABLE",
         help="calibrated: those of the network's folder, or auto; an odd number; file or folder.",
     ),
+]
+Thresholds = Annotated[
+    str | None,
+    typer.Option(metavar="TABLE", help="Of pca: a number, or a file or folder with thresholds."),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of record and figure.")]
 Count = Annotated[int, typer.Option(parser=positive_integer("count"), help="Number of images.")]
@@ -106,6 +107,7 @@ def compare(
     out: Out,
     machines: Machines = "els,local,ideal",
     windows: Windows = "calibrated",
+    thresholds: Thresholds = None,
     bank_limit: BankLimit = None,
     models: Models = None,
     device: Device = "auto",
@@ -141,7 +143,13 @@ def compare(
     table = find_windows(trained, windows)
     info = trained.denoiser.info
     built = build_machines(
-        names, images, info, windows=table.table, folds=table.folds, device=torch_device
+        names,
+        images,
+        info,
+        windows=table.table,
+        folds=table.folds,
+        thresholds=read_thresholds_of(thresholds),
+        device=torch_device,
     )
     with ExitStack() as bars:
         record = run_comparison(

@@ -16,10 +16,7 @@ from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoised, DenoiserInfo, Query, per_image
 from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.query_checks import check_query
-
-MAX_DIMENSIONS = 4096
-"""Maximum C·H·W of a bank: the covariance and its eigenvectors grow with its square."""
-
+from els_service.denoisers.spectra import check_dimensions, count_numbers, spectrum_of
 
 _LARGEST = {"mean": 1e9, "variance": 1e18}
 """Limits of the statistics, beyond which scores overflow at the lowest noise level."""
@@ -129,7 +126,7 @@ def _float_or_array(statistic: Tensor) -> _Statistic:
 
 @dataclass(frozen=True, eq=False)
 class _Spectrum:
-    """Mean [D], eigenvectors [D, R] and eigenvalues [R] of a set of images; float32."""
+    """Mean [D] and eigenvectors [D, R] in float32, eigenvalues [R] in float64."""
 
     mean: Tensor
     vectors: Tensor
@@ -151,11 +148,7 @@ class WienerDenoiser:
     """
 
     def __init__(self, bank: Bank) -> None:
-        dimensions = math.prod(bank.shape)
-        if dimensions > MAX_DIMENSIONS:
-            raise ValueError(
-                f"bank: expected at most {MAX_DIMENSIONS} dimensions, got {dimensions}"
-            )
+        check_dimensions(math.prod(bank.shape))
         self._bank, self._pixels = bank, bank.pixels().flatten(1)
         self._spectra = {-1: _spectrum(self._pixels)}
         self._info = DenoiserInfo(
@@ -166,7 +159,7 @@ class WienerDenoiser:
             bank=bank_info(bank),
             has_originality=True,
             has_gradients=True,
-            memory_bytes=bank_bytes(bank) + _spectra_bytes(bank),
+            memory_bytes=bank_bytes(bank) + 4 * count_numbers(bank),
         )
 
     @property
@@ -240,22 +233,7 @@ class WienerDenoiser:
         return spectrum.mean + torch.mv(spectrum.vectors, gain * coordinates)
 
 
-def _spectra_bytes(bank: Bank) -> int:
-    """Return the memory of the eigenvectors of all labels."""
-    dimensions = math.prod(bank.shape)
-    counts = [len(bank.labels), *np.unique_counts(bank.labels).counts.tolist()]
-    return sum(4 * dimensions * min(count, dimensions) for count in counts)
-
-
 def _spectrum(images: Tensor) -> _Spectrum:
-    """Return mean and principal axes of images [N, D], computed in float64."""
-    exact = images.double()
-    mean = exact.mean(0)
-    centred = exact - mean
-    if len(images) < images.shape[1]:
-        # Fewer images than dimensions: the remaining axes have no variance.
-        _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
-        values, vectors = singular.square() / len(images), axes.T
-    else:
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(images))
-    return _Spectrum(mean.float(), vectors.contiguous().float(), values.clamp(min=0))
+    """Return mean and principal axes of images [N, D]."""
+    exact = spectrum_of(images)
+    return _Spectrum(exact.mean.float(), exact.vectors.float(), exact.values)

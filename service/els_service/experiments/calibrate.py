@@ -26,11 +26,11 @@ from els_service.experiments.comparison.calibration import (
     trajectory,
 )
 from els_service.experiments.comparison.folds import best_folds, described, folded_machines
+from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
     RECORD_FILE,
     Network,
-    build_machines,
     describe_bank,
 )
 from els_service.repository import FOLDS_FILE, WINDOWS_FILE, bundled_models, model_folder

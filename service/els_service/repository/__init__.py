@@ -4,12 +4,19 @@ Serving and experiments share this reader; the engine calls it by a protocol. Ne
 without pydantic, so that training and comparison run where it is not installed.
 """
 
-from els_service.repository.folders import FOLDS_FILE, WINDOWS_FILE, model_folder, newest_version
+from els_service.repository.folders import (
+    FOLDS_FILE,
+    THRESHOLDS_FILE,
+    WINDOWS_FILE,
+    model_folder,
+    newest_version,
+)
 from els_service.repository.repository import ModelRepository, bundled_models, load_network_folder
-from els_service.repository.window_files import read_folds, read_windows
+from els_service.repository.window_files import read_folds, read_thresholds, read_windows
 
 __all__ = [
     "FOLDS_FILE",
+    "THRESHOLDS_FILE",
     "WINDOWS_FILE",
     "ModelRepository",
     "bundled_models",
@@ -17,5 +24,6 @@ __all__ = [
     "model_folder",
     "newest_version",
     "read_folds",
+    "read_thresholds",
     "read_windows",
 ]

@@ -21,11 +21,18 @@ from els_service.denoisers.fold_levels import LevelFoldDenoiser, Machine
 from els_service.denoisers.folded import MAX_SIDE, FoldedDenoiser, check_fold, check_images
 from els_service.denoisers.mapped_banks import MappedBank
 from els_service.denoisers.mixed_banks import one_size
+from els_service.denoisers.pca import PcaDenoiser
+from els_service.denoisers.pca_masks import DEFAULT_THRESHOLD, ThresholdTable
 from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
 from els_service.repository.bank_cache import BankCache
-from els_service.repository.folders import FOLDS_FILE, WINDOWS_FILE, ModelFiles
+from els_service.repository.folders import (
+    FOLDS_FILE,
+    THRESHOLDS_FILE,
+    WINDOWS_FILE,
+    ModelFiles,
+)
 from els_service.repository.picture_models import load_picture_model
 from els_service.repository.pretrained_specs import (
     DiffusersSpec,
@@ -36,13 +43,15 @@ from els_service.repository.pretrained_specs import (
 from els_service.repository.specs import (
     AnalyticSpec,
     GaussianSpec,
+    PcaSpec,
     PictureSpec,
     SizesSpec,
     Spec,
+    ThresholdSpec,
     WienerSpec,
     WindowSpec,
 )
-from els_service.repository.window_files import read_folds, read_windows
+from els_service.repository.window_files import read_folds, read_thresholds, read_windows
 from els_service.shards.denoiser import ShardedDenoiser
 from els_service.shards.opening import SHARDED_CALL_S, Engine
 
@@ -80,12 +89,36 @@ def build(
                 _statistic(files, "mean", spec.mean),
                 _statistic(files, "variance", spec.variance),
             )
+        case PcaSpec():
+            return _pca(spec, files, banks, device)
         case PictureSpec():
             return load_picture_model(spec, files, banks.implementation, device)
         case WienerSpec():
             return WienerDenoiser(one_size(banks.bank(files.find_bank(spec.bank)), "kind wiener"))
         case DiffusersSpec() | LatentSpec() | OnnxSpec():
             return load_pretrained(spec, files, device, engines)
+
+
+def _pca(spec: PcaSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:
+    """Return the machine of PCA-locality."""
+    if isinstance(spec.threshold, ThresholdSpec):
+        table = ThresholdTable(tuple(spec.threshold.sigma), tuple(spec.threshold.tau))
+    elif spec.threshold != "auto":
+        table = ThresholdTable.constant(spec.threshold)
+    elif (files.folder / THRESHOLDS_FILE).exists():
+        table = read_thresholds(files.find(THRESHOLDS_FILE))
+    elif spec.rule == "correlation":
+        table = ThresholdTable.constant(DEFAULT_THRESHOLD)
+    else:
+        expected = f"a number, a table or {THRESHOLDS_FILE} with rule released"
+        raise ValueError(f"threshold: expected {expected}, got auto")
+    return PcaDenoiser(
+        one_size(banks.bank(files.find_bank(spec.bank)), "kind pca"),
+        rule=spec.rule,
+        threshold=table,
+        covariance=spec.covariance,
+        device=device,
+    )
 
 
 def _analytic(spec: AnalyticSpec, files: ModelFiles, banks: BankCache, device: str) -> Denoiser:

@@ -12,6 +12,7 @@ from els_service.errors import LoadError
 
 WINDOWS_FILE = "windows.yaml"
 FOLDS_FILE = "folds.yaml"
+THRESHOLDS_FILE = "thresholds.yaml"
 """Table {sigma, k} in a model folder, used by ``window: auto`` before ``PUBLISHED``."""
 _FILE_SYSTEM_FOLDER = "lost+found"
 """Present on a volume of its own; only root may read it."""

@@ -93,13 +93,32 @@ class WienerSpec(_Spec):
     bank: str
 
 
+class ThresholdSpec(BaseModel):
+    """Thresholds by noise level, see ``ThresholdTable``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sigma: list[float]
+    tau: list[float]
+
+
+class PcaSpec(_Spec):
+    """PCA-locality over a bank."""
+
+    kind: Literal["pca"]
+    bank: str
+    rule: Literal["correlation", "released"] = "correlation"
+    threshold: float | Literal["auto"] | ThresholdSpec = "auto"
+    covariance: Literal["label", "all"] = "label"
+
+
 class _NetworkSpec(BaseModel):
     """Lists the kind in errors; ``parse_network`` validates the document without pydantic."""
 
     kind: Literal["network"]
 
 
-Spec = AnalyticSpec | GaussianSpec | PictureSpec | WienerSpec | PretrainedSpec
+Spec = AnalyticSpec | GaussianSpec | PcaSpec | PictureSpec | WienerSpec | PretrainedSpec
 _SPEC: TypeAdapter[Spec | _NetworkSpec] = TypeAdapter(
     Annotated[Spec | _NetworkSpec, Field(discriminator="kind")]
 )

@@ -1,4 +1,4 @@
-"""Tables in model folders: windows ``{sigma: […], k: […]}``, and folds with ``rho`` beside."""
+"""Tables in model folders: windows, folds and thresholds by noise level."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from els_service.denoisers.fold_levels import FoldTable
+from els_service.denoisers.pca_masks import ThresholdTable
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import LoadError
 from els_service.yaml_files import read_yaml
@@ -43,6 +44,23 @@ def read_folds(path: Path) -> FoldTable:
         return FoldTable(sigma, tuple(content["k"]), rho)
     except (ValueError, OverflowError) as error:
         raise LoadError(path, f"expected folds: {error}") from error
+
+
+def read_thresholds(path: Path) -> ThresholdTable:
+    """Return the table of thresholds of a file.
+
+    Raises:
+        LoadError: The file cannot be read, or is no such table.
+    """
+    content = _mapping(path, "thresholds", ("sigma", "tau"))
+    for name in ("sigma", "tau"):
+        if not _is_list_of(content[name], (int, float)):
+            raise LoadError(path, f"expected thresholds: {name}: numbers, got {content[name]}")
+    sigma, tau = (tuple(map(float, content[name])) for name in ("sigma", "tau"))
+    try:
+        return ThresholdTable(sigma, tau)
+    except (ValueError, OverflowError) as error:
+        raise LoadError(path, f"expected thresholds: {error}") from error
 
 
 def _mapping(path: Path, what: str, names: tuple[str, ...]) -> dict[str, Any]:

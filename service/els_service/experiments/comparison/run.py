@@ -15,7 +15,9 @@ from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser
 from els_service.denoisers.files import write_atomically
 from els_service.denoisers.fold_levels import LevelFoldDenoiser, as_text
+from els_service.denoisers.folded import FoldedDenoiser
 from els_service.denoisers.noise import seeded_noise
+from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.samplers import Options, check_options
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.comparison.figure import draw_figure
@@ -220,12 +222,17 @@ def _ending(settings: Settings, steps: int) -> str:
 def describe_machine(machine: Denoiser) -> dict[str, Any]:
     """Return the description of a machine in a record."""
     info = machine.info
-    described: dict[str, Any] = {"machine": info.machine, "padding": info.padding}
+    described: dict[str, Any] = {"machine": info.machine or info.kind, "padding": info.padding}
     if info.window is not None:
         described["windows"] = {"sigma": list(info.window.sigma), "k": list(info.window.k)}
+    if isinstance(machine, FoldedDenoiser):
+        described["fold"] = as_text(info.fold)
+    if isinstance(machine, PcaDenoiser):
+        table = machine.threshold
+        described["thresholds"] = {"sigma": list(table.sigma), "tau": list(table.tau)}
     if isinstance(machine, LevelFoldDenoiser):
-        table = machine.table
-        described["folds"] = {"sigma": list(table.sigma), "rho": list(map(as_text, table.rho))}
+        folds = machine.table
+        described["folds"] = {"sigma": list(folds.sigma), "rho": list(map(as_text, folds.rho))}
     return described
 
 

@@ -1,10 +1,9 @@
-"""Subjects of a comparison: a network by name or folder, a bank, machines, and windows."""
+"""Subjects of a comparison: a network by name or folder, a bank, and windows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from els_kernels import GEOMETRIES, PatchAttention
-from els_service.denoisers.analytic import AnalyticDenoiser, bank_info
+from els_service.denoisers.analytic import bank_info
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.denoisers.fold_levels import FoldTable
 from els_service.denoisers.networks import MODEL_FILE, WEIGHTS_FILE
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import InvalidArgumentError, LoadError
-from els_service.experiments.comparison.folds import leveled_machine
 from els_service.experiments.training import load_training_data
 from els_service.repository import (
     FOLDS_FILE,
@@ -34,8 +31,6 @@ from els_service.repository import (
 )
 
 RECORD_FILE = "calibration.json"
-_FOLD = "+fold"
-MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
 
 
 @dataclass(frozen=True)
@@ -157,59 +152,6 @@ def describe_bank(bank: Bank, info: DenoiserInfo) -> dict[str, Any]:
     """Return the description of a bank, and whether the network was trained on exactly it."""
     trained_on = info.bank.fingerprint if info.bank else None
     return vars(bank_info(bank)) | {"is_training_data": bank.fingerprint == trained_on}
-
-
-def build_machines(
-    names: Sequence[str],
-    bank: Bank,
-    info: DenoiserInfo,
-    *,
-    windows: WindowTable | None = None,
-    folds: FoldTable | None = None,
-    device: str = "cpu",
-) -> dict[str, Denoiser]:
-    """Return machines by name, with the padding of the network unless the name has another.
-
-    Args:
-        names: keys of ``MACHINES``, or MACHINE-PADDING, such as ``els-valid``; also with
-            +fold.
-        bank: images of all machines.
-        info: description of the network.
-        windows: by noise level, clipped to the maximum; None for the default ones.
-        folds: windows and folds of machines with +fold.
-        device: device of the bank.
-
-    Raises:
-        InvalidArgumentError: A name is unknown or given twice, or there are no folds for it.
-    """
-    if not names or len(set(names)) < len(names):
-        raise InvalidArgumentError("machines", "at least one, each once", ", ".join(names))
-    own = info.padding or "zeros"
-    chosen = {name: _machine(name.removesuffix(_FOLD), own) for name in names}
-    attention = PatchAttention(bank.pixels().to(device))
-    machines: dict[str, Denoiser] = {}
-    for name, (machine, padding) in chosen.items():
-        table = windows
-        if name.endswith(_FOLD):
-            if folds is None:
-                expected = f"a folder of windows with {FOLDS_FILE}, from calibrate --folds"
-                raise InvalidArgumentError("windows", expected, f"none for {name}")
-            table = folds.windows
-        plain = AnalyticDenoiser(
-            attention, bank, machine=machine, padding=padding, window=table, clip=True
-        )
-        machines[name] = plain
-        if folds is not None and name.endswith(_FOLD):
-            machines[name] = leveled_machine(plain, bank, folds, device)
-    return machines
-
-
-def _machine(name: str, padding: str) -> tuple[str, str]:
-    machine, _, own = name.partition("-")
-    if machine not in MACHINES or (own and (machine, own) not in GEOMETRIES):
-        expected = f"some of {', '.join(MACHINES)}, or MACHINE-PADDING"
-        raise InvalidArgumentError("machines", expected, name)
-    return machine, own or padding
 
 
 @dataclass(frozen=True)
