@@ -96,6 +96,9 @@ def test_build_passes_every_option_on(source: Path) -> None:
     assert bank.images.shape == (3, 1, 7, 6)
     assert (bank.source, bank.licence, bank.label_names) == ("there", "MIT", ("a", "b"))
     np.testing.assert_array_equal(bank.labels, [0, 1, 1])
+    both = load_bank(build(source, "--mirror", "--limit", 2))
+    np.testing.assert_array_equal(both.images[1::2], both.images[::2, ..., ::-1])
+    assert (len(both), both.source) == (4, f"{source.name}: each image and its mirror image")
 
 
 def test_build_reads_the_labels_file_it_is_given(tmp_path: Path) -> None:

@@ -104,6 +104,36 @@ def test_skipped_pictures_are_replaced_and_counted_as_at_once(
         build(source, tmp_path / "other", shard_size)
 
 
+@pytest.mark.parametrize("options", [{}, {"per_label": 2}, {"limit": 5}])
+@pytest.mark.parametrize("kind", ["folder", "npz", "tar", "parquet"])
+def test_mirror_images_follow_their_images_in_parts_as_at_once(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    source = SOURCES[kind](tmp_path / "source")
+    plain, both = read_source(source, **options), read_source(source, mirror=True, **options)
+    np.testing.assert_array_equal(both.images[::2], plain.images)
+    np.testing.assert_array_equal(both.images[1::2], plain.images[..., ::-1])
+    np.testing.assert_array_equal(both.labels, np.repeat(plain.labels, 2))
+    assert list(both.file_names or ())[1::2] == list(plain.file_names or ())
+    # Parts of an odd number of images have an image and its mirror image apart.
+    built = build(source, out := tmp_path / "bank", 3, mirror=True, **options)
+    assert built.manifest.fingerprint == both.fingerprint
+    assert json.loads((out / MANIFEST).read_text())["built_from"]["mirror"] is True
+
+
+def test_a_skipped_picture_is_counted_once_and_has_no_mirror_image(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", LABELS)
+    for name in ("0/03.png", "2/00.png"):
+        (source / name).write_bytes(b"damaged")
+    errors: list[LoadError] = []
+    whole = read_source(source, skipped=errors.append, mirror=True, per_label=1)
+    options: dict[str, Any] = {"skip_unreadable": True, "mirror": True, "per_label": 1}
+    built = build(source, tmp_path / "bank", 1, **options)
+    assert built.manifest.fingerprint == whole.fingerprint
+    assert len(whole) == 2 * len(set(LABELS))
+    assert built.manifest.skipped == len(errors) == len({str(error) for error in errors})
+
+
 def test_a_limit_of_readable_pictures_needs_labels_in_order(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="limit: expected none with skip_unreadable"):
         build(tar(tmp_path / "source"), tmp_path / "bank", limit=3, skip_unreadable=True)
@@ -242,6 +272,7 @@ def test_the_manifest_says_what_it_was_built_from(tmp_path: Path) -> None:
         "per_label": 2,
         "size": None,
         "skip_unreadable": False,
+        "mirror": False,
     }
     assert (content["source"], content["licence"]) == ("there", "MIT")
     assert (content["images"], content["shape"]) == (6, [1, 3, 4])

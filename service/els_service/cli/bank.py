@@ -18,6 +18,7 @@ from rich.text import Text
 from els_service.cli.progress import Progress
 from els_service.denoisers.bank_build_records import Request
 from els_service.denoisers.bank_builds import build_parts
+from els_service.denoisers.bank_mirrors import PROVENANCE
 from els_service.denoisers.bank_parts import BankReader, manifest_of
 from els_service.denoisers.bank_sources import (
     FORMATS,
@@ -76,6 +77,9 @@ def build(
     keep_sizes: Annotated[
         bool, typer.Option(help="Keep the size of each picture, for models with sizes.")
     ] = False,
+    mirror: Annotated[
+        bool, typer.Option(help="Add the mirror image of each image, as training with flips does.")
+    ] = False,
     source_name: Annotated[
         str | None, typer.Option(help="Origin of the images. [default: name of SOURCE]")
     ] = None,
@@ -103,9 +107,10 @@ def build(
             "label_names": _split_names(label_names),
             "columns": Columns(image_column, label_column),
         }
-        chosen: dict[str, Any] = {"limit": limit, "per_label": per_label}
+        chosen: dict[str, Any] = {"limit": limit, "per_label": per_label, "mirror": mirror}
         size = None if resize is None else _parse_size(resize)
         name = source_name or source.resolve().name
+        name = f"{name}: {PROVENANCE}" if mirror else name
 
         def report(done: int, total: int) -> None:
             progress(done, total, f"{done} of {total} images")
@@ -117,7 +122,15 @@ def build(
             given = {"format": format, "image_column": image_column, "label_column": label_column}
             described = {**given, "labels": labels and labels.name}
             request = Request(
-                shard_size, limit, per_label, sizes, skip_unreadable, name, licence, described
+                shard_size,
+                limit,
+                per_label,
+                sizes,
+                skip_unreadable,
+                name,
+                licence,
+                described,
+                mirror,
             )
             built = build_parts(*opened, out, request, report)
             _print_table(out, BankReader(out))

@@ -37,6 +37,7 @@ class Request:
         source: origin of the images.
         licence: licence of the images.
         built_from: source and options as the command has them, for the manifest.
+        mirror: follow each image by its mirror image, which limits do not count.
     """
 
     shard_size: int
@@ -47,6 +48,7 @@ class Request:
     source: str = ""
     licence: str = ""
     built_from: dict[str, Any] = field(default_factory=dict)
+    mirror: bool = False
 
 
 @dataclass

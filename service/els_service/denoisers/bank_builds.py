@@ -26,6 +26,7 @@ from els_service.denoisers.bank_build_records import (
     write_record,
 )
 from els_service.denoisers.bank_files import save_bank
+from els_service.denoisers.bank_mirrors import mirrored
 from els_service.denoisers.bank_parts import (
     MANIFEST,
     Manifest,
@@ -77,6 +78,7 @@ def build_parts(
         raise InvalidArgumentError("skip_unreadable", "a folder of pictures", source.path)
     if request.shard_size < 1:
         raise InvalidArgumentError("shard_size", "at least 1 image", request.shard_size)
+    source = mirrored(source) if request.mirror else source
     order = _Order(source, request)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -98,8 +100,8 @@ class _Order:
 
     def __init__(self, source: Source, request: Request) -> None:
         labels = source.labels
-        choice = Choice(labels, source.count, request.limit, request.per_label)
-        self.most, self.per_label = choice.most, request.per_label
+        choice = Choice(source, request.limit, request.per_label)
+        self.most, self.per_label = choice.most, choice.per_label
         in_order = labels is None or bool(np.all(labels[1:] >= labels[:-1]))
         if request.skip_unreadable:
             if request.limit is not None and not in_order:
@@ -181,7 +183,8 @@ class _Filled:
             except LoadError as error:
                 if not self._skip:
                     raise
-                self._skipped(str(error))
+                if not self._source.is_mirror(index):
+                    self._skipped(str(error))
                 continue
             self._check_alike(index, image)
             self.images[first + rank] = image.transpose(2, 0, 1)

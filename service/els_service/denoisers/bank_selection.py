@@ -87,11 +87,17 @@ class Source:
     pictures: Pictures | None = None
     labels: NDArray[np.int64] | None = None
     label_names: tuple[str, ...] = ()
+    mirrors: bool = False
+    """Whether images 2i and 2i + 1 are an image and its mirror image, see ``mirrored``."""
 
     @property
     def count(self) -> int:
         """N."""
         return len(self.images if self.images is not None else self.pictures or ())
+
+    def is_mirror(self, index: int) -> bool:
+        """Return whether an image is the mirror image of the one before."""
+        return self.mirrors and index % 2 == 1
 
     def image(self, index: int) -> NDArray[Any]:
         """Return one image, [H, W, C]."""
@@ -116,34 +122,31 @@ class Choice:
     """Selection of images: the first of each label, and of these the first.
 
     Args:
-        labels: labels of the source, [N], or None.
-        count: number of images N of the source.
-        limit: maximum number of images.
-        per_label: maximum number of images of each label.
+        source: the source.
+        limit: maximum number of images, beside mirror images.
+        per_label: maximum number of images of each label, beside mirror images.
 
     Raises:
         InvalidArgumentError: A number is less than 1, or there are no labels.
     """
 
-    def __init__(
-        self,
-        labels: NDArray[np.int64] | None,
-        count: int,
-        limit: int | None,
-        per_label: int | None,
-    ) -> None:
+    def __init__(self, source: Source, limit: int | None, per_label: int | None) -> None:
+        labels, count = source.labels, source.count
         for field, value in (("limit", limit), ("per_label", per_label)):
             if value is not None and value < 1:
                 raise InvalidArgumentError(field, "at least 1", value)
         if per_label is not None and labels is None:
             raise InvalidArgumentError("per_label", "a labelled source", "an unlabelled one")
+        if source.mirrors:
+            limit, per_label = (None if most is None else 2 * most for most in (limit, per_label))
         self._labels, self._count = labels, count
         self.most = count if limit is None else min(limit, count)
         """Maximum number of selected images."""
         if per_label is not None and labels is not None:
             _, counts = np.unique(labels, return_counts=True)
             self.most = min(self.most, int(np.minimum(counts, per_label).sum()))
-        self._per_label = per_label
+        self.per_label = per_label
+        """Maximum number of selected images of each label, with mirror images."""
 
     def indices(self, taken: Sequence[int]) -> Iterator[int]:
         """Yield candidates in file order; the caller appends accepted ones to ``taken``."""
@@ -152,7 +155,7 @@ class Choice:
             if len(taken) == self.most:
                 return
             label = -1 if self._labels is None else int(self._labels[index])
-            if self._per_label is not None and counts[label] == self._per_label:
+            if self.per_label is not None and counts[label] == self.per_label:
                 continue
             before = len(taken)
             yield index
@@ -177,7 +180,8 @@ def decode(
         try:
             image = resized(source.image(index), size)
         except LoadError as error:
-            skipped(error)
+            if not source.is_mirror(index):
+                skipped(error)
             continue
         if not kept:
             # The operating system allocates the memory as it is written.
@@ -201,7 +205,8 @@ def decode_each(
         try:
             image = source.image(index)
         except LoadError as error:
-            skipped(error)
+            if not source.is_mirror(index):
+                skipped(error)
             continue
         if images and image.shape[2] != images[0].shape[2]:
             channels = f"{image.shape[2]}, but {source.place(kept[0])} of {images[0].shape[2]}"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from els_service.denoisers.array_files import GZIP, IDX, opened_npz, read_at_most, read_idx
+from els_service.denoisers.bank_mirrors import mirrored
 from els_service.denoisers.bank_selection import (
     Choice,
     FolderPictures,
@@ -64,6 +65,7 @@ def read_source(
     per_label: int | None = None,
     resize: tuple[int, int] | None = None,
     crop: bool = False,
+    mirror: bool = False,
     skipped: Refuse | None = None,
     progress: Report = lambda done, total: None,
 ) -> Bank:
@@ -81,6 +83,8 @@ def read_source(
         resize: (H, W) of the images of the bank; bilinear, ignores the aspect ratio.
         crop: cut images about their centre to the aspect ratio of ``resize`` first, as the client
             does.
+        mirror: each image is followed by its mirror image, which ``limit`` and ``per_label`` do not
+            count.
         skipped: callback for each unreadable picture of a folder, archive or table, which is
             replaced by the next one; None means that the first unreadable picture raises LoadError.
         progress: callback with the number of images done, and the maximum number to do.
@@ -92,7 +96,8 @@ def read_source(
     size = size_of(resize, crop)
     source, names = open_source(Path(path), format, labels, label_names, columns)
     _check_skipped(source, skipped)
-    chosen = Choice(source.labels, source.count, limit, per_label)
+    source = mirrored(source) if mirror else source
+    chosen = Choice(source, limit, per_label)
     images, kept = decode(source, chosen, size, skipped or refuse, progress)
     if not images.size:
         raise LoadError(path, "holds no images that can be read" if skipped else "holds no images")
@@ -107,6 +112,7 @@ def read_pictures(
     label_names: tuple[str, ...] = (),
     limit: int | None = None,
     per_label: int | None = None,
+    mirror: bool = False,
     skipped: Refuse | None = None,
     progress: Report = lambda done, total: None,
 ) -> AnyBank:
@@ -119,6 +125,7 @@ def read_pictures(
         label_names: one for each label.
         limit: maximum number of pictures.
         per_label: maximum number of pictures of each label.
+        mirror: each picture is followed by its mirror image.
         skipped: callback for each unreadable picture.
         progress: callback with the number of pictures done, and the maximum number to do.
 
@@ -130,7 +137,8 @@ def read_pictures(
     if source.images is not None:
         expected = "a folder of pictures, as arrays have images of one size"
         raise InvalidArgumentError("keep_sizes", expected, path)
-    chosen = Choice(source.labels, source.count, limit, per_label)
+    source = mirrored(source) if mirror else source
+    chosen = Choice(source, limit, per_label)
     pictures, kept = decode_each(source, chosen, skipped or refuse, progress)
     if not pictures:
         raise LoadError(path, "holds no images that can be read")
