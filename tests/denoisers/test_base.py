@@ -91,6 +91,8 @@ def test_every_kind_tells_what_it_keeps_in_memory(denoiser: Denoiser, labelled: 
         "gaussian": 2 * 8 * dimensions,
         # All images, then five of one label and four of the other: fewer than dimensions.
         "wiener": images + 4 * dimensions * (9 + 5 + 4),
+        # Three perturbations.
+        "smoothed": images + 3 * 4 * dimensions,
         # Eigenvectors in float64, and the most that masks may take.
         "pca": images + 8 * dimensions * (9 + 5 + 4) + (64 << 20),
     }

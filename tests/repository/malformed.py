@@ -134,6 +134,11 @@ MALFORMED: dict[str, tuple[str | bytes, str]] = {
         f"kind: pca\nthreshold: {{sigma: [1.0], tau: [0.1, 0.2]}}\n{BANK}",
         "threshold: expected as many tau as sigma",
     ),
+    "smoothed by less than nothing": (
+        f"kind: smoothed\nsmoothing: -1.0\n{BANK}",
+        "smoothed.smoothing: ",
+    ),
+    "smoothed without draws": (f"kind: smoothed\nsmoothing: 1.0\ndraws: 0\n{BANK}", "draws: "),
     "pca in shards": (
         f"kind: pca\nshards: 2\n{BANK}",
         "pca.shards: extra inputs are not permitted",

@@ -33,6 +33,7 @@ from els_service.repository.specs import (
     GaussianSpec,
     PcaSpec,
     PictureSpec,
+    SmoothedSpec,
     WienerSpec,
 )
 
@@ -63,6 +64,7 @@ KEYS = {
     "analytic": set(keys_of(AnalyticSpec)),
     "gaussian": set(keys_of(GaussianSpec)),
     "pca": set(keys_of(PcaSpec)),
+    "smoothed": set(keys_of(SmoothedSpec)),
     "picture": set(keys_of(PictureSpec)),
     "wiener": set(keys_of(WienerSpec)),
     "network": {

@@ -16,11 +16,13 @@ from els_service.denoisers.closed_forms import GaussianDenoiser, WienerDenoiser
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
 from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.samplers import DenoiseCall, Step, Trajectory, windows_for
+from els_service.denoisers.smoothed import SmoothedDenoiser
 
 Answer = Callable[[DenoiseCall], Tensor]
 
 SHAPE = (2, 5, 6)
-KINDS = [*("-".join(name) for name in GEOMETRIES), "els-inside", "gaussian", "wiener", "pca"]
+CLOSED = ("gaussian", "wiener", "pca", "smoothed")
+KINDS = [*("-".join(name) for name in GEOMETRIES), "els-inside", *CLOSED]
 
 
 def random_images(shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -37,6 +39,9 @@ def build(kind: str, bank: Bank, **options: Any) -> Denoiser:
         return WienerDenoiser(bank)
     if kind == "pca":
         return PcaDenoiser(bank)
+    if kind == "smoothed":
+        ideal = AnalyticDenoiser(PatchAttention(bank.pixels()), bank, machine="ideal")
+        return SmoothedDenoiser(ideal, smoothing=0.1, draws=3)
     machine, padding = kind.split("-")
     if padding == "inside":
         moments = FoldedMoments(fold_of(bank, "cpu"))

@@ -109,7 +109,7 @@ class Model:
 
     Attributes:
         name: Name in calls.
-        kind: "analytic", "gaussian", "wiener", "pca", "network", "diffusers", "onnx", "latent" or
+        kind: "analytic", "gaussian", "wiener", "pca", "smoothed", "network", "diffusers", "onnx", "latent" or
             "picture".
         machine: "ideal", "local", "equivariant" or "els" for analytic models; for networks their
             architecture; otherwise empty.

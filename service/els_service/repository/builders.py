@@ -23,6 +23,7 @@ from els_service.denoisers.mapped_banks import MappedBank
 from els_service.denoisers.mixed_banks import one_size
 from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.pca_masks import DEFAULT_THRESHOLD, ThresholdTable
+from els_service.denoisers.smoothed import SmoothedDenoiser
 from els_service.denoisers.source_banks import SourceBank
 from els_service.denoisers.windows import PUBLISHED, WindowTable
 from els_service.errors import LoadError
@@ -46,6 +47,7 @@ from els_service.repository.specs import (
     PcaSpec,
     PictureSpec,
     SizesSpec,
+    SmoothedSpec,
     Spec,
     ThresholdSpec,
     WienerSpec,
@@ -91,6 +93,12 @@ def build(
             )
         case PcaSpec():
             return _pca(spec, files, banks, device)
+        case SmoothedSpec():
+            bank, attention = banks.attention(files.find_bank(spec.bank), device)
+            ideal = AnalyticDenoiser(attention, bank, machine="ideal")
+            return SmoothedDenoiser(
+                ideal, smoothing=spec.smoothing, draws=spec.draws, seed=spec.seed
+            )
         case PictureSpec():
             return load_picture_model(spec, files, banks.implementation, device)
         case WienerSpec():

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from els_service.denoisers.folded import LEAST_FOLD, MAX_SIDE
 from els_service.denoisers.picture import MAX_PICTURE_SIDE
 from els_service.denoisers.pyramids import MAX_SCALES
+from els_service.denoisers.smoothed import MAX_DRAWS
 from els_service.repository.pretrained_specs import PretrainedSpec
 from els_service.yaml_files import validate
 
@@ -112,13 +113,24 @@ class PcaSpec(_Spec):
     covariance: Literal["label", "all"] = "label"
 
 
+class SmoothedSpec(_Spec):
+    """The ideal machine of a bank with a smoothed score."""
+
+    kind: Literal["smoothed"]
+    bank: str
+    smoothing: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 16
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+
+
 class _NetworkSpec(BaseModel):
     """Lists the kind in errors; ``parse_network`` validates the document without pydantic."""
 
     kind: Literal["network"]
 
 
-Spec = AnalyticSpec | GaussianSpec | PcaSpec | PictureSpec | WienerSpec | PretrainedSpec
+_ClosedForm = GaussianSpec | PcaSpec | SmoothedSpec | WienerSpec
+Spec = AnalyticSpec | PictureSpec | _ClosedForm | PretrainedSpec
 _SPEC: TypeAdapter[Spec | _NetworkSpec] = TypeAdapter(
     Annotated[Spec | _NetworkSpec, Field(discriminator="kind")]
 )

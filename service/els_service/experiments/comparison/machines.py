@@ -15,6 +15,7 @@ from els_service.denoisers.fold_levels import FoldTable
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
 from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.pca_masks import Rule, ThresholdTable
+from els_service.denoisers.smoothed import SmoothedDenoiser
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.comparison.folds import leveled_machine
@@ -22,9 +23,12 @@ from els_service.repository import FOLDS_FILE, THRESHOLDS_FILE, read_thresholds
 
 _FOLD = "+fold"
 MACHINES = tuple(sorted({machine for machine, _ in GEOMETRIES}))
-CLOSED = ("pca", "pca-released", "pspc", "wiener")
+CLOSED = ("pca", "pca-released", "pspc", "smoothed", "wiener")
 """``pca``: PCA-locality by correlation, or by the ``released`` rule; ``pspc``: patch posterior
-composites of squares (Niedoba et al. 2025), which is ``local`` inside, with a uniform fold."""
+composites of squares (Niedoba et al. 2025), which is ``local`` inside, with a uniform fold;
+``smoothed``: smoothed closed forms (Scarvelis et al. 2025)."""
+_SMOOTHING, _DRAWS = 0.2, 16
+"""η and M of ``smoothed``."""
 
 
 def build_machines(
@@ -98,6 +102,10 @@ def _closed(
             window=windows,
             clip=True,
         )
+    if name == "smoothed":
+        attention = PatchAttention(bank.pixels().to(device))
+        ideal = AnalyticDenoiser(attention, bank, machine="ideal")
+        return SmoothedDenoiser(ideal, smoothing=_SMOOTHING, draws=_DRAWS)
     if name == "pca-released" and thresholds is None:
         raise InvalidArgumentError("thresholds", "a number or a table for pca-released", "none")
     try:

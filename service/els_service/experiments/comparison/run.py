@@ -19,6 +19,7 @@ from els_service.denoisers.folded import FoldedDenoiser
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.samplers import Options, check_options
+from els_service.denoisers.smoothed import SmoothedDenoiser
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.comparison.figure import draw_figure
 from els_service.experiments.comparison.report import summarise
@@ -230,6 +231,8 @@ def describe_machine(machine: Denoiser) -> dict[str, Any]:
     if isinstance(machine, PcaDenoiser):
         table = machine.threshold
         described["thresholds"] = {"sigma": list(table.sigma), "tau": list(table.tau)}
+    if isinstance(machine, SmoothedDenoiser):
+        described |= {"smoothing": machine.smoothing, "draws": machine.draws, "seed": machine.seed}
     if isinstance(machine, LevelFoldDenoiser):
         folds = machine.table
         described["folds"] = {"sigma": list(folds.sigma), "rho": list(map(as_text, folds.rho))}
