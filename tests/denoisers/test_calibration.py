@@ -15,6 +15,8 @@ from tests.support.comparing import SHAPE, squares, subjects, write_bank, write_
 
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import cosine
+from els_service.denoisers.pca import PcaDenoiser
+from els_service.denoisers.pca_masks import ThresholdTable
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import LoadError
 from els_service.experiments.comparison.calibration import (
@@ -24,12 +26,14 @@ from els_service.experiments.comparison.calibration import (
     calibrate,
     trajectory,
 )
+from els_service.experiments.comparison.calibration import cosine as score_cosine
+from els_service.experiments.comparison.machines import read_thresholds_of
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
     find_windows,
     open_network,
 )
-from els_service.repository import ModelRepository, bundled_models
+from els_service.repository import ModelRepository, bundled_models, read_thresholds
 
 STEPS, SAMPLES = 5, 4
 HIDDEN = (3, 3, 5, 7, 5)
@@ -151,6 +155,38 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     assert ours | {"command": ""} == record | {"command": ""}
 
 
+def test_calibrated_thresholds_serve_and_are_those_of_a_comparison(
+    tmp_path: Path, models: Path
+) -> None:
+    options = [word for word in options_of(tmp_path) if word not in ("--windows", "7,3,5")]
+    told = [*options, "--machine", "pca", "--thresholds", "0.3,0.05"]
+    result = run("calibrate", *told)
+    assert result.exit_code == 0, result.output
+    out = models / "net-pca"
+    assert {path.name for path in out.iterdir()} == {
+        *("calibration.json", "model.yaml", "thresholds.yaml"),
+    }
+    table = read_thresholds(out / "thresholds.yaml")
+    levels = json.loads((out / "calibration.json").read_text())["levels"]
+    for level, tau in zip(levels, table.tau, strict=True):
+        medians = level["median_cosine"]
+        assert set(medians) == {"0.05", "0.3"}
+        assert f"{tau:g}" == max(medians, key=medians.__getitem__)
+    # The same trajectories, each machine by itself.
+    network, bank = open_network("net", models), squares()
+    how = SampleSpec(1, 3, "ddim", 2)
+    lowest = trajectory(network.denoiser, how, 3)[0]
+    machine = PcaDenoiser(bank, threshold=ThresholdTable.constant(0.3))
+    found = np.median(score_cosine(machine, lowest, 0, how.labels(0, 3)))
+    assert levels[0]["median_cosine"]["0.3"] == pytest.approx(found)
+    served = ModelRepository(models).load("net-pca")
+    assert isinstance(served, PcaDenoiser)
+    assert served.threshold == table == read_thresholds_of(str(out))
+    (out / "model.yaml").write_text("kind: pca\nrule: released\nbank: x\n")
+    refused = run("calibrate", *told)
+    assert "rule: expected correlation, got released" in refused.stderr
+
+
 def test_windows_are_written_into_a_model_that_is_there_and_fits(
     tmp_path: Path, models: Path
 ) -> None:
@@ -178,6 +214,9 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path, models: Pa
         (["--windows", "4"], "windows: expected odd numbers from 1 to 15, got 4"),
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
         (["--seed", "-1"], "seed: expected"),
+        (["--thresholds", "0.1"], "thresholds: expected none for els"),
+        (["--machine", "pca"], "windows: expected none for pca"),
+        (["--machine", "pspc", "--folds", "0.5"], "folds: expected none for pspc"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
         (["--out", str(bundled_models() / "new")], "out: expected a folder outside the package"),
     ):

@@ -21,7 +21,14 @@ from els_service.cli.experiments import (
     prepare_device,
 )
 from els_service.cli.progress import Progress
+from els_service.errors import InvalidArgumentError
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
+from els_service.experiments.calibrate_thresholds import (
+    MACHINES,
+    ThresholdSettings,
+    calibrate_thresholds_folder,
+    parse_thresholds,
+)
 from els_service.experiments.comparison.calibration import SEARCHES
 from els_service.experiments.comparison.folds import parse_folds
 from els_service.experiments.comparison.sampling import check_seed
@@ -48,7 +55,7 @@ Network = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Name of a served model, or a network's model folder."),
 ]
-Machine = Annotated[str, typer.Option(help="els or local, or MACHINE-PADDING.")]
+Machine = Annotated[str, typer.Option(help="els, local, MACHINE-PADDING, pspc, pca, pca-released.")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -79,6 +86,12 @@ Windows = Annotated[
 ]
 
 
+Thresholds = Annotated[
+    str | None,
+    typer.Option(metavar="TAU[,TAU]", help="Candidates of pca. [default: 0.005 to 0.3]"),
+]
+
+
 @app.command("calibrate", cls=_Calibrate)
 def calibrate(
     context: typer.Context,
@@ -92,6 +105,7 @@ def calibrate(
     search: Search = CalibrationSettings.search,
     windows: Windows = None,
     folds: Folds = None,
+    thresholds: Thresholds = None,
     bank_limit: BankLimit = None,
     models: Models = None,
     device: Device = "auto",
@@ -100,32 +114,50 @@ def calibrate(
     """Find the windows by noise level for which a machine's score is closest to a network's.
 
     Writes windows.yaml and calibration.json to an analytic model folder; with --folds also
-    folds.yaml, window and fold by level. The same command resumes an interrupted run. Without a
-    network: --held-out MODEL_FOLDER, with a --help of its own.
+    folds.yaml, window and fold by level; with --machine pca thresholds.yaml. The same command
+    resumes an interrupted run. Without a network: --held-out MODEL_FOLDER, with a --help of its
+    own.
     """
     check_seed(seed)
-    settings = CalibrationSettings(
-        machine=machine,
-        samples=samples,
-        steps=steps,
-        seed=seed,
-        search=search,
-        windows=positive_integers("windows", windows),
-        folds=parse_folds(folds),
-    )
+    if machine in MACHINES:
+        for field, given in (("windows", windows), ("folds", folds)):
+            if given is not None:
+                raise InvalidArgumentError(field, f"none for {machine}", given)
+        fitted = ThresholdSettings(
+            machine=machine,
+            samples=samples,
+            steps=steps,
+            seed=seed,
+            thresholds=parse_thresholds(thresholds),
+        )
+    elif thresholds is not None:
+        raise InvalidArgumentError("thresholds", f"none for {machine}", thresholds)
+    else:
+        settings = CalibrationSettings(
+            machine=machine,
+            samples=samples,
+            steps=steps,
+            seed=seed,
+            search=search,
+            windows=positive_integers("windows", windows),
+            folds=parse_folds(folds),
+        )
     torch_device = prepare_device(device, threads)
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)
     with Progress("calibrate") as progress:
-        written, table = calibrate_folder(
-            trained,
-            images,
-            settings,
-            out,
-            bank_file=bank,
-            device=torch_device,
-            command=command_line(context),
-            progress=progress,
-        )
+        common: dict[str, Any] = {
+            "bank_file": bank,
+            "device": torch_device,
+            "command": command_line(context),
+            "progress": progress,
+        }
+        if machine in MACHINES:
+            written, tau = calibrate_thresholds_folder(trained, images, fitted, out, **common)
+        else:
+            written, table = calibrate_folder(trained, images, settings, out, **common)
+    if machine in MACHINES:
+        print(f"thresholds {' '.join(map(str, tau.tau))}\nwritten: {written}")
+        return
     print(f"windows {' '.join(map(str, table.k))}\nwritten: {written}")
     if find_windows(trained).source != f"{written.resolve().name}/{WINDOWS_FILE}":
         print(f"for a comparison with these windows: --windows {written}")

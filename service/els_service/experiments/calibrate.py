@@ -90,9 +90,10 @@ def calibrate_folder(
     name = settings.machine
     machine = build_machines([name], bank, info, device=device)[name]
     windows = _candidates(settings.windows, machine)
-    out = out or _beside(network, name)
-    if out.resolve().is_relative_to(bundled_models().resolve()):
-        raise InvalidArgumentError("out", "a folder outside the package", out)
+    if machine.info.fold and settings.folds:
+        raise InvalidArgumentError("folds", f"none for {name}", list(settings.folds))
+    out = out or beside(network, name)
+    check_outside_package(out)
     _check_folder(out, machine)
     description = {
         "network": network.described(),
@@ -165,7 +166,14 @@ def _candidates(requested: tuple[int, ...] | None, machine: Denoiser) -> tuple[i
     return tuple(sorted(set(requested)))
 
 
-def _beside(network: Network, machine: str) -> Path:
+def check_outside_package(out: Path) -> None:
+    """Raise InvalidArgumentError if a folder is in the installed package."""
+    if out.resolve().is_relative_to(bundled_models().resolve()):
+        raise InvalidArgumentError("out", "a folder outside the package", out)
+
+
+def beside(network: Network, machine: str) -> Path:
+    """Return the folder of a machine that is calibrated to a network."""
     model = model_folder(network.folder)
     return model.with_name(f"{model.name}-{machine}")
 
@@ -218,12 +226,29 @@ def _write(
 ) -> None:
     """Write tables and record, and a model if there is none and it can be served."""
     table = {"sigma": list(found.sigma), "k": list(found.k)}
-    write_atomically(out / WINDOWS_FILE, _text(table))
+    write_atomically(out / WINDOWS_FILE, as_yaml(table))
     if folds is not None:
         columns = {"sigma": list(folds.sigma), "k": list(folds.k), "rho": list(folds.rho)}
-        write_atomically(out / FOLDS_FILE, _text(columns))
+        write_atomically(out / FOLDS_FILE, as_yaml(columns))
     # Last, because it identifies the network of the windows.
     write_atomically(out / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    info = machine.info
+    model = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
+    auto = {"window": "auto"}
+    if folds is not None or info.fold:
+        auto["fold"] = "auto" if folds is not None else as_text(info.fold)
+    write_model(out, bank, model, auto)
+
+
+def write_model(out: Path, bank: Path, model: Mapping[str, Any], auto: Mapping[str, Any]) -> None:
+    """Write a ``model.yaml`` if there is none and it can be served.
+
+    Args:
+        out: model folder.
+        bank: file of its bank.
+        model: keys before the bank.
+        auto: keys after it.
+    """
     if (out / MODEL_FILE).exists():
         return
     root = model_folder(out).parent
@@ -231,12 +256,10 @@ def _write(
         print(f"no {MODEL_FILE} was written: {bank} is not a bank (.safetensors) inside {root}")
         return
     where = os.path.relpath(bank.resolve(), out.resolve())
-    info = machine.info
-    model = {"kind": "analytic", "machine": info.machine, "padding": info.padding}
-    model |= {"bank": where, "window": "auto", **({} if folds is None else {"fold": "auto"})}
-    write_atomically(out / MODEL_FILE, _text(model))
+    write_atomically(out / MODEL_FILE, as_yaml({**model, "bank": where, **auto}))
 
 
-def _text(document: Mapping[str, Any]) -> bytes:
+def as_yaml(document: Mapping[str, Any]) -> bytes:
+    """Return a document as text."""
     # Lists on one line, everything else indented.
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=100).encode()
