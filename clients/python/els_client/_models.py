@@ -109,8 +109,8 @@ class Model:
 
     Attributes:
         name: Name in calls.
-        kind: "analytic", "gaussian", "wiener", "pca", "smoothed", "network", "diffusers", "onnx", "latent" or
-            "picture".
+        kind: "analytic", "gaussian", "wiener", "pca", "smoothed", "network", "diffusers", "onnx",
+            "latent" or "picture".
         machine: "ideal", "local", "equivariant" or "els" for analytic models; for networks their
             architecture; otherwise empty.
         padding: "zeros", "circular", "valid" or "inside" for analytic models; otherwise empty.
