@@ -23,6 +23,7 @@ from tests.support.onnx_models import (
 )
 
 from els_service.denoisers.base import make_query
+from els_service.denoisers.engines.exported import load_onnxruntime
 from els_service.denoisers.levels import from_sigma
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository
@@ -104,6 +105,7 @@ def test_an_absolute_location_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_onnxruntime.cache_clear()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     error = refusal(tmp_path, gaussian())
     assert "expected an installation with the extra" in error.reason
