@@ -102,7 +102,7 @@ def compile_objects(
 
 
 def _features() -> set[str]:
-    """Return what Linux says of this processor; empty where it is not read."""
+    """Return the features of this processor by Linux's names; empty where they cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _cell(row: Row) -> tuple[Any, ...]:
-    """Return what a row measures."""
+    """Return the case of a row: network, threads, clock, precision and size."""
     return tuple(
         row.get(key)
         for key in ("network", "threads", "clock", "precision", "batch", "trajectories", "steps")

@@ -17,8 +17,8 @@ def test_every_level_is_timed_and_one_without_masks(
 ) -> None:
     monkeypatch.setitem(pca.SHAPES, "grey", (1, 12, 12))
     out = tmp_path / "pca.json"
-    told = ["--images", "30", "--rounds", "1", "--only", "grey", "--dirty", "--out", str(out)]
-    pca.main(told)
+    options = ["--images", "30", "--rounds", "1", "--only", "grey", "--dirty", "--out", str(out)]
+    pca.main(options)
     rows = json.loads(out.read_text())["rows"]
     assert [row["sigma"] for row in rows[:-1]] == list(pca.SIGMAS)
     assert rows[-1]["threshold"] == "dense"

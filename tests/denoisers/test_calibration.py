@@ -159,8 +159,8 @@ def test_calibrated_thresholds_serve_and_are_those_of_a_comparison(
     tmp_path: Path, models: Path
 ) -> None:
     options = [word for word in options_of(tmp_path) if word not in ("--windows", "7,3,5")]
-    told = [*options, "--machine", "pca", "--thresholds", "0.3,0.05"]
-    result = run("calibrate", *told)
+    arguments = [*options, "--machine", "pca", "--thresholds", "0.3,0.05"]
+    result = run("calibrate", *arguments)
     assert result.exit_code == 0, result.output
     out = models / "net-pca"
     assert {path.name for path in out.iterdir()} == {
@@ -183,7 +183,7 @@ def test_calibrated_thresholds_serve_and_are_those_of_a_comparison(
     assert isinstance(served, PcaDenoiser)
     assert served.threshold == table == read_thresholds_of(str(out))
     (out / "model.yaml").write_text("kind: pca\nrule: released\nbank: x\n")
-    refused = run("calibrate", *told)
+    refused = run("calibrate", *arguments)
     assert "rule: expected correlation, got released" in refused.stderr
 
 

@@ -183,8 +183,10 @@ async def test_a_fresh_server_refuses_a_trajectory_that_cannot_be_in_time(engine
     recorder = Recorder(1.0)
     engine.models.add("model", recorder)
     run = run_of(recorder.info.shape, options=Options(steps=20))
-    told = r"model 20 times, 1 s each by prediction: 20 s; 4\.\d* s are left of .* raise .*deadline"
-    with pytest.raises(DeadlineExceededError, match=told):
+    expected = (
+        r"model 20 times, 1 s each by prediction: 20 s; 4\.\d* s are left of .* raise .*deadline"
+    )
+    with pytest.raises(DeadlineExceededError, match=expected):
         await anext(engine.sample("model", run, RequestContext(deadline=time.monotonic() + 4.9)))
     assert recorder.batches == []
 

@@ -38,7 +38,7 @@ class FoldFrame(NamedTuple):
 
     @property
     def keys_name(self) -> tuple[object, ...]:
-        """What its patches of bank images follow from, whatever the query."""
+        """Key of its patches of bank images, which no other property of the query changes."""
         return self.window, self.geometry, self.cell
 
     @property

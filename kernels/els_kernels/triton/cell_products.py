@@ -29,7 +29,7 @@ Product = Literal["jvp", "vjp"]
 
 @dataclass(frozen=True)
 class _Work:
-    """What the launches of one product have in common."""
+    """Arguments common to the launches of one product."""
 
     kind: Product
     scales: Tensor

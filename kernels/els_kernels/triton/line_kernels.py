@@ -31,7 +31,7 @@ def block_weights(
     COLS, QUERY_PLANE, KEY_PLANE, WINDOW, BLOCKS,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Return what a block of patches adds to the weights of a tile's pixels, [BLOCK, BLOCK].
+    """Return the share of a block of patches in the weights of a tile's pixels, [BLOCK, BLOCK].
 
     Pointers are those of its first patch, and of the taps between both.
     """

@@ -163,7 +163,7 @@ def window_adjoint(
     BLOCK: tl.constexpr,
     SINGLE: tl.constexpr,
 ):
-    """Return what the patches of a tile give to a block of its pixels: the adjoint of their sums.
+    """Return the sums over the patches of a tile at a block of its pixels: the adjoint of theirs.
 
     The band of patches by pixels is the same for rows and columns, up to the side that it is on.
     """
