@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from els_kernels.geometry import Geometry
 from els_kernels.ranking import Ranking
 
 Direction = Literal["vjp", "jvp"]
+_TILE = 1 << 21
+"""Numbers of bank images that are unpacked together: 16 MiB."""
 
 
 class Spread(NamedTuple):
@@ -176,6 +178,38 @@ def merge_posteriors(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
         mean = mean * (log_sum - total).exp() + part * (part_sum - total).exp()
         log_sum = total
     return mean, log_sum
+
+
+def exact_posterior(
+    images: Callable[[int, int], Tensor],
+    x: Tensor,
+    a: float,
+    s: float,
+    window: int,
+    limits: tuple[int, int],
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean [C, H, W] and log evidence [H, W] of one image [C, H, W], float64.
+
+    Args:
+        images: first and last + 1 → images of the bank, [n, C, H, W].
+        x: image.
+        a: signal scale.
+        s: noise scale.
+        window: odd side of the patch; 1 where ``geometry.whole``.
+        limits: range of bank images.
+        geometry: window shape, sources and padding.
+
+    Raises:
+        ComputationStoppedError: The current ``Control`` was stopped.
+    """
+    kind = WholeQuery if geometry.whole else PatchQuery
+    together = max(1, _TILE // x.numel())
+    parts = []
+    for first in range(limits[0], limits[1], together):
+        bank = images(first, min(first + together, limits[1]))
+        parts.append(kind(x, a, s, bank, window, geometry).posterior())
+    return merge_posteriors(parts)
 
 
 def _weights(pairs: Pairs, log_sum: Tensor) -> Tensor:

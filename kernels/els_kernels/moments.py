@@ -276,7 +276,7 @@ class PatchMoments:
             geometry: window shape, sources and padding.
         """
         if geometry.whole:
-            return whole_moments.sweep_steps(images, self._attention.shape, geometry)
+            return whole_moments.sweep_steps(images, self._attention.shape, self._bank.device)
         return sweep_steps(images, self._attention.shape, window, geometry)
 
     @contextmanager

@@ -1,10 +1,10 @@
 """Patch attention on CPUs in torch: tiles of keys that fit the cache, online softmax.
 
-Two exact forms cover every geometry:
+Two exact forms cover every geometry but translations of whole images, which are Fourier transforms
+(see ``whole_moments``):
 
 - *direct*: a matmul of unfolded query patches with unfolded key patches, one span at a time (see
-  ``geometry``). A whole-image window is a single patch; on the torus the query is unfolded into its
-  shifts instead of the bank, and the shifts are merged by log-sum-exp.
+  ``geometry``). A whole-image window is a single patch.
 - *same place*: the box-sum identity ``⟨x[u+Ω], φ[u+Ω]⟩ = (band · (x ⊙ φ) · bandᵀ)[u]``, whose cost
   does not depend on the window.
 
@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 
 from els_kernels.control import checkpoint
 from els_kernels.geometry import Geometry, Padding, Posterior, band, group_by, zero_padded_spans
+from els_kernels.moment_queries import exact_posterior
 
 _LOG2E = math.log2(math.e)
 _TILE = 1 << 20
@@ -64,6 +65,15 @@ class Tiled:
     ) -> Posterior:
         """Return the posteriors; images that share window and range share their key tiles."""
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        if geometry.whole and geometry.sources == "every":
+            centre = self._centre.float()
+            for b, limits in enumerate(ranges):
+                mean, answer.log_evidence[b] = exact_posterior(
+                    lambda lo, hi: self._bank[lo:hi],
+                    x[b] - a[b] * centre.double(), a[b], s[b], 1, limits, geometry,
+                )  # fmt: skip
+                answer.mean[b] = mean + centre
+            return answer
         for (k, (lo, hi)), members in group_by(window, ranges).items():
             queries = [_Query(x[b] - a[b] * self._centre, a[b], s[b]) for b in members]
             states = _attend(queries, self._bank[lo:hi], k, geometry)
@@ -102,8 +112,6 @@ def _bands(images: Tensor, window: int, geometry: Geometry) -> tuple[Tensor, Ten
 
 def _attend(queries: list[_Query], bank: Tensor, window: int, geometry: Geometry) -> list[State]:
     """Return for each query maximum [H, W] and sums [C+1, H, W]."""
-    if geometry.whole and geometry.sources == "every":
-        return [_whole_on_torus(query, bank) for query in queries]
     if geometry.whole:
         return _whole(queries, bank)
     if geometry.sources == "same":
@@ -289,35 +297,6 @@ def _whole(queries: list[_Query], bank: Tensor) -> list[State]:
     cell = _image_cell(torch.stack([query.scaled for query in queries]), bank)
     states = cell.attend([query.bias for query in queries])
     return [_spread(peak[0], sums[:-1, 0].view_as(bank[0]), sums[-1, 0]) for peak, sums in states]
-
-
-def _whole_on_torus(query: _Query, bank: Tensor) -> State:
-    """Return the state of the equivariant machine: every shift of the query attends to every image.
-
-    Shift p of the query against the bank equals the query against the bank shifted by -p, so its
-    response is moved by p; all shifts share one softmax.
-    """
-    channels, height, width = bank.shape[1:]
-    u = torch.arange(height * width, device=bank.device)
-    shift = u[:, None]
-    row, col = u // width - shift // width, u % width - shift % width
-    source = row % height * width + col % width
-    peak, mean, weight = bank.new_full((), -math.inf), torch.zeros_like(bank[0]), bank.new_zeros(())
-    rows = max(1, _BLOCK // (width * (bank[0].numel() + 1)))
-    for first in range(0, height, rows):
-        last = min(height, first + rows)
-        shifts = _wrap(query.scaled[None], 0, width - 1, 0, height - 1)[
-            :, :, first : last + height - 1
-        ]
-        ((peaks, sums),) = _image_cell(shifts, bank).attend([query.bias])
-        top = torch.maximum(peak, peaks.amax())
-        scale = torch.exp2(peaks - top)
-        responses = sums[:-1].T.reshape(-1, channels, height * width)
-        moved = responses.gather(2, source[first * width : last * width, None].expand_as(responses))
-        mean = mean * torch.exp2(peak - top) + (moved * scale[:, None, None]).sum(0).view_as(mean)
-        weight = weight * torch.exp2(peak - top) + (sums[-1] * scale).sum()
-        peak = top
-    return _spread(peak, mean, weight)
 
 
 def _image_cell(query: Tensor, bank: Tensor) -> _Cell:

@@ -1,14 +1,19 @@
 """Posterior moments of the machines whose window is the whole image: ideal and equivariant.
 
 One softmax over the bank images (ideal), or over every translation of every bank image
-(equivariant: the ideal machine of the bank with its translations). All sums are matrix products of
-the bank with the query's translations, float64; the response of a translation is moved back.
+(equivariant: the ideal machine of the bank with its translations). All sums are float64. Those over
+translations are circular correlations, by Fourier transforms in H·W·log(H·W) operations an image; F
+is the transform, d a displacement::
+
+    Σ_u q[u] v[u+d] = F⁻¹(conj(F q) · F v)[d]        Σ_d w[d] v[u+d] = F⁻¹(conj(F w) · F v)[u]
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,37 +22,102 @@ from els_kernels.control import checkpoint
 from els_kernels.displacements import decode
 from els_kernels.geometry import Geometry
 
-_TILE = 1 << 18
-"""Numbers of one tile of bank images, and of its logits: 2 MiB."""
+_TILE, _GPU_TILE = 1 << 17, 1 << 22
+"""Numbers of one tile of bank images: they fit a core's cache with their transforms; busy a GPU."""
+
+
+class _Tile(ABC):
+    """Some bank images v [T, C, H, W] float64, each a source under one or more displacements."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self._keys = keys
+
+    @abstractmethod
+    def distances(self, image: Tensor) -> Tensor:
+        """Return ‖z − v‖² for every displacement of v, [T, rows, columns]."""
+
+    @abstractmethod
+    def products(self, image: Tensor) -> Tensor:
+        """Return ⟨u, v⟩ for every displacement of v, [T, rows, columns]."""
+
+    @abstractmethod
+    def responses(self, weights: Tensor) -> Tensor:
+        """Return the sum of v under all displacements with weights, [C, H, W]."""
+
+    @abstractmethod
+    def squares(self, weights: Tensor, mean: Tensor) -> Tensor:
+        """Return Σ w (v − D)², over several displacements Σ w v², [C, H, W]."""
+
+
+class _Images(_Tile):
+    """Images at their own place: displacement 0 alone."""
+
+    def distances(self, image: Tensor) -> Tensor:
+        return (self._keys - image).square_().sum((1, 2, 3))[:, None, None]
+
+    def products(self, image: Tensor) -> Tensor:
+        return (self._keys * image).sum((1, 2, 3))[:, None, None]
+
+    def responses(self, weights: Tensor) -> Tensor:
+        return torch.einsum("t,tchw->chw", weights.flatten(), self._keys)
+
+    def squares(self, weights: Tensor, mean: Tensor) -> Tensor:
+        gaps = (self._keys - mean).square_()
+        return torch.einsum("t,tchw->chw", weights.flatten(), gaps)
+
+
+class _Translations(_Tile):
+    """Images under every displacement on the torus."""
+
+    def distances(self, image: Tensor) -> Tensor:
+        norms = self._keys.square().sum((1, 2, 3))[:, None, None] + image.square().sum()
+        return norms.sub(self.products(image), alpha=2)
+
+    def products(self, image: Tensor) -> Tensor:
+        spectra = (self._spectra * torch.fft.rfft2(image).conj()).sum(1)
+        return torch.fft.irfft2(spectra, s=image.shape[1:])
+
+    def responses(self, weights: Tensor) -> Tensor:
+        return _correlation(weights, self._spectra)
+
+    def squares(self, weights: Tensor, mean: Tensor) -> Tensor:
+        return _correlation(weights, torch.fft.rfft2(self._keys.square()))
+
+    @cached_property
+    def _spectra(self) -> Tensor:
+        return torch.fft.rfft2(self._keys)
+
+
+def _correlation(weights: Tensor, spectra: Tensor) -> Tensor:
+    """Return Σ w[t, d] v[t, u+d], [C, H, W], of the spectra [T, C, H, ·] of v."""
+    products = torch.fft.rfft2(weights).conj()[:, None] * spectra
+    return torch.fft.irfft2(products.sum(0), s=weights.shape[1:])
 
 
 class Shifts:
-    """Pairs of one query image with every translation of a range of bank images.
+    """Pairs of one query image with the displacements of a range of bank images.
 
     Args:
         image: z = x/a, [C, H, W] float64.
         sigma: s/a.
-        bank: the range, [N, C, H, W], float32 or uint8.
+        bank: the range, [N, C, H, W], float32, float64 or uint8.
         geometry: whole.
     """
 
     def __init__(self, image: Tensor, sigma: float, bank: Tensor, geometry: Geometry) -> None:
         self._image, self._bank, self._scale = image, bank, -0.5 / (sigma * sigma)
-        _, self._height, self._width = image.shape
-        every = geometry.sources == "every"
-        self._rows = self._height if every else 1
-        self._cols = self._width if every else 1
+        self._every = geometry.sources == "every"
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Return the mean [C, H, W] and log Σ exp(logit) []."""
         peak = self._image.new_full((), -math.inf)
         total, mean = self._image.new_zeros(()), torch.zeros_like(self._image)
-        for _, keys, dy, logits in self._tiles():
+        for _, tile, logits in self._tiles():
             top = torch.maximum(peak, logits.amax())
-            weights = (logits - top).exp_()
+            weights = logits.sub_(top).exp_()
             scale = (peak - top).exp()
             total = total * scale + weights.sum()
-            mean = mean * scale + self._moved_back(weights @ keys, dy)
+            mean = mean * scale + tile.responses(weights)
             peak = top
         return mean / total, peak + total.log()
 
@@ -60,19 +130,20 @@ class Shifts:
             log_sum: of ``posterior``.
         """
         total, product = self._image.new_zeros(()), torch.zeros_like(self._image)
+        direction = direction.double()
         offset = (mean * direction).sum()
-        for _, keys, dy, logits in self._tiles():
-            weights = (logits - log_sum).exp_()
-            weights *= self._moved(direction, dy) @ keys.T - offset
+        for _, tile, logits in self._tiles():
+            weights = logits.sub_(log_sum).exp_()
+            weights *= tile.products(direction) - offset
             total = total + weights.sum()
-            product += self._moved_back(weights @ keys, dy)
+            product += tile.responses(weights)
         return product - total * mean
 
     def statistics(self, top: int, mean: Tensor, log_sum: Tensor) -> tuple[Tensor, ...]:
         """Return the fields of ``moment_queries.Spread``.
 
-        Over translations the first is Σ w v², as one centre does not fit all of them in a matrix
-        product: exact to 1e-15 of the pixels' squares, far below what float32 shows beside D.
+        Over translations the first is Σ w v², as one centre does not fit all of them in a
+        correlation: exact to 1e-15 of the pixels' squares, far below what float32 shows beside D.
 
         Args:
             top: number of sources.
@@ -83,22 +154,19 @@ class Shifts:
         shares = mean.new_zeros(len(self._bank))
         best = mean.new_zeros(0)
         where = torch.zeros(0, 3, dtype=torch.int64, device=mean.device)
-        for first, keys, dy, logits in self._tiles():
+        for first, tile, logits in self._tiles():
             surprise = log_sum - logits
             weights = surprise.neg().exp_()
-            if self._rows == 1:
-                second += (weights @ (keys - mean.flatten()).square()).view_as(mean)
-            else:
-                second += self._moved_back(weights @ keys.square(), dy)
+            second += tile.squares(weights, mean)
             entropy += (weights * surprise).sum()
-            shares[first : first + len(keys)] += weights.sum(0)
-            best, where = _best(best, where, weights, (first, dy), top)
+            shares[first : first + len(weights)] += weights.sum((1, 2))
+            best, where = _best(best, where, weights, first, top)
         listed = self._of_pixels(best, where, top)
         return second, entropy.expand_as(mean[0]), *listed, shares
 
     def _of_pixels(self, best: Tensor, where: Tensor, top: int) -> tuple[Tensor, Tensor]:
-        """Return sources [H, W, top, 3] and weights [H, W, top] of the listed translations."""
-        height, width = self._height, self._width
+        """Return sources [H, W, top, 3] and weights [H, W, top] of the listed displacements."""
+        height, width = self._image.shape[1:]
         row = torch.arange(height, device=best.device)[:, None, None]
         col = torch.arange(width, device=best.device)[None, :, None]
         shape = (height, width, len(best))
@@ -110,57 +178,35 @@ class Shifts:
         largest[..., : len(best)] = best
         return sources, largest
 
-    def _tiles(self) -> Iterator[tuple[int, Tensor, int, Tensor]]:
-        """Yield the first image, keys [T, CHW], the rows moved, and logits [columns, T]."""
-        channels = len(self._image)
-        together = _together((channels, self._height, self._width), self._cols)
-        energy = self._image.square().sum()
+    def _tiles(self) -> Iterator[tuple[int, _Tile, Tensor]]:
+        """Yield the first image, a tile, and its logits [T, rows, columns]."""
+        kind = _Translations if self._every else _Images
+        together = _together(self._image.shape, self._image.device)
         for first in range(0, len(self._bank), together):
-            keys = decode(self._bank[first : first + together]).flatten(1)
-            norms = keys.square().sum(1)
-            for dy in range(self._rows):
-                checkpoint()
-                if self._rows == 1:
-                    distances = (keys - self._image.flatten()).square_().sum(1)[None]
-                else:
-                    products = self._moved(self._image, dy) @ keys.T
-                    distances = (norms + energy).sub(products, alpha=2)
-                yield first, keys, dy, distances.mul(self._scale)
-
-    def _moved(self, image: Tensor, dy: int) -> Tensor:
-        """Return an image moved by dy rows and each number of columns: [columns, CHW]."""
-        moved = [torch.roll(image, (dy, dx), (1, 2)).flatten() for dx in range(self._cols)]
-        return torch.stack(moved)
-
-    def _moved_back(self, responses: Tensor, dy: int) -> Tensor:
-        """Return the sum of responses [columns, CHW], each moved back: [C, H, W]."""
-        total = torch.zeros_like(self._image)
-        for dx, response in enumerate(responses):
-            total += torch.roll(response.view_as(total), (-dy, -dx), (1, 2))
-        return total
+            checkpoint()
+            tile = kind(decode(self._bank[first : first + together]))
+            yield first, tile, tile.distances(self._image).mul_(self._scale)
 
 
-def sweep_steps(images: int, shape: tuple[int, int, int], geometry: Geometry) -> int:
+def sweep_steps(images: int, shape: tuple[int, int, int], device: torch.device) -> int:
     """Return the number of steps of a pass over bank images of a shape (C, H, W)."""
-    every = geometry.sources == "every"
-    tiles = math.ceil(images / _together(shape, shape[2] if every else 1))
-    return tiles * (shape[1] if every else 1)
+    return math.ceil(images / _together(shape, device))
 
 
-def _together(shape: tuple[int, int, int], columns: int) -> int:
+def _together(shape: tuple[int, ...], device: torch.device) -> int:
     """Return the bank images of one tile."""
-    return max(1, min(_TILE // math.prod(shape), _TILE // columns))
+    numbers = _TILE if device.type == "cpu" else _GPU_TILE
+    return max(1, numbers // math.prod(shape))
 
 
 def _best(
-    best: Tensor, where: Tensor, weights: Tensor, at: tuple[int, int], top: int
+    best: Tensor, where: Tensor, weights: Tensor, first: int, top: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the largest weights with (image, dy, dx), those of a tile [columns, T] included."""
-    first, dy = at
+    """Return the largest weights with (image, dy, dx), those of a tile [T, H, W] included."""
+    height, width = weights.shape[1:]
     found, order = weights.flatten().sort(descending=True, stable=True)
     found, order = found[:top], order[:top]
-    count = weights.shape[1]
-    rows = torch.full_like(order, dy)
-    listed = torch.stack([order % count + first, rows, order // count], -1)
+    image, place = order // (height * width), order % (height * width)
+    listed = torch.stack([image + first, place // width, place % width], -1)
     merged, order = torch.cat([best, found]).sort(descending=True, stable=True)
     return merged[:top], torch.cat([where, listed])[order[:top]]

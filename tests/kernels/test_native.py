@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,25 @@ def with_large_windows(name: str, shape: tuple[int, int, int, int]) -> tuple[Cas
     windows = [1, 3, 9, 69] if name.endswith("zeros") else [1, 3]
     case = random_case(NAMES[name], shape, windows)
     return case, case.attend("reference")
+
+
+SIDES = [(1, 1), (1, 2), (2, 3), (4, 8), (9, 7), (5, 16), (11, 6), (1, 37), (3, 25)]
+"""Of radix 2, 4 and the odd primes, once and several times, on either axis."""
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+def test_translations_equal_the_reference_whatever_the_factors_of_the_sides(
+    native: str, side: tuple[int, int]
+) -> None:
+    # More images than a vector of lanes, and a range that starts and ends within one.
+    case = random_case(NAMES["equivariant-circular"], (19, 2, *side), [1, 1])
+    case = replace(case, ranges=torch.tensor([[0, 19], [0, 19], [3, 18], [3, 18]]))
+    got, want = case.attend(native), case.attend("reference")
+    assert_within_budget(case, got, want)
+    # Double precision: what is left is the rounding of the bank, of its centre and of the answer.
+    assert (got.log_evidence - want.log_evidence).abs().max() <= 1e-5 * (
+        1 + want.log_evidence.abs().max()
+    )
 
 
 @pytest.mark.slow

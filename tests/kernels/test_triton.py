@@ -49,11 +49,10 @@ def test_the_tiles_of_every_chip_give_the_same_answer(
 def test_a_bank_and_a_batch_too_large_for_one_launch_are_merged_exactly(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from els_kernels.triton import attention, equivariant, launch
+    from els_kernels.triton import attention, launch
 
-    # Two images a slab, or a few more, and three queries a launch.
+    # Two images a slab, and three queries a launch.
     monkeypatch.setattr(launch, "_SLAB_BYTES", 2048)
-    monkeypatch.setattr(equivariant, "_LOGITS", 64)
     monkeypatch.setattr(attention, "_TOGETHER", 3)
     case = random_case(NAMES[name], (5, 1, 5, 6), [1, 1] if NAMES[name].whole else [5, 5])
     assert_within_budget(case, case.attend("triton"), case.attend("reference"))

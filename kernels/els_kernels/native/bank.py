@@ -18,7 +18,7 @@ from els_kernels.arguments import ends
 from els_kernels.blocks import Blocks
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, Posterior
-from els_kernels.moment_queries import merge_posteriors
+from els_kernels.moment_queries import exact_posterior, merge_posteriors
 from els_kernels.native.attend_call import AttendCall, Rows, empty_rows, pointers
 from els_kernels.native.binding import (
     _PADDING,
@@ -29,7 +29,7 @@ from els_kernels.native.binding import (
     run_apart,
 )
 from els_kernels.native.block_sums import block_sums, centre_of, largest_window, squares_of
-from els_kernels.native.far_queries import MOST_ERROR, exact_posterior, float_error, is_far
+from els_kernels.native.far_queries import MOST_ERROR, float_error, is_far
 from els_kernels.native.moments_call import MomentCall, MomentRows, moment_rows
 
 _Arguments = tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]

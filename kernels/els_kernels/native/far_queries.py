@@ -11,13 +11,6 @@ more than ``MOST_ERROR``. The choice depends on the query, its level and the ban
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from els_kernels.geometry import Geometry
-from els_kernels.moment_queries import PatchQuery, WholeQuery, merge_posteriors
-
 MOST_ERROR = 0.004
 """Nats that a native logit of a far query may be wrong by. An error of δ moves a mean by at most
 w(1 - w)·δ ≤ δ/4 of its sources' spread, by a thousandth here; and roundings of independent numbers
@@ -28,8 +21,6 @@ _FAR = 2.0
 """Multiple of the largest pixel of the bank's own queries from which a query is far."""
 _ROUNDINGS = 8
 """Roundings to float32 that a logit of the plain kernel is wrong by, as its tests allow."""
-_TILE = 1 << 21
-"""Numbers of bank images that are unpacked together: 16 MiB."""
 
 
 def is_far(query: float, key: float, a: float, s: float) -> bool:
@@ -48,35 +39,3 @@ def float_error(query: float, key: float, depth: int, a: float, s: float) -> flo
     """Return the nats that a float32 logit of a patch of ``depth`` numbers may be wrong by."""
     largest = depth * (query * (a / s) * key / s + (a / s * key) ** 2 / 2)
     return _ROUNDINGS * 2.0**-24 * largest
-
-
-def exact_posterior(
-    images: Callable[[int, int], Tensor],
-    x: Tensor,
-    a: float,
-    s: float,
-    window: int,
-    limits: tuple[int, int],
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """Return the mean [C, H, W] and log evidence [H, W] of one image [C, H, W], float64.
-
-    Args:
-        images: first and last + 1 → images of the bank, [n, C, H, W].
-        x: image.
-        a: signal scale.
-        s: noise scale.
-        window: odd side of the patch; 1 where ``geometry.whole``.
-        limits: range of bank images.
-        geometry: window shape, sources and padding.
-
-    Raises:
-        ComputationStoppedError: The current ``Control`` was stopped.
-    """
-    kind = WholeQuery if geometry.whole else PatchQuery
-    together = max(1, _TILE // x.numel())
-    parts = []
-    for first in range(limits[0], limits[1], together):
-        bank = images(first, min(first + together, limits[1]))
-        parts.append(kind(x, a, s, bank, window, geometry).posterior())
-    return merge_posteriors(parts)

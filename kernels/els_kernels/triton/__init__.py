@@ -1,4 +1,4 @@
-"""Patch attention on GPUs in Triton: direct, diagonal, same-place and shift forms.
+"""Patch attention on GPUs in Triton: direct, diagonal and same-place forms.
 
 Importing this package needs neither triton nor a GPU; creating an implementation does.
 """

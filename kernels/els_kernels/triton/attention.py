@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from els_kernels.geometry import Geometry, Posterior, group_by, zero_padded_spans
+from els_kernels.moment_queries import exact_posterior
 from els_kernels.triton import launch, layout, precision, queries, tuning
 from els_kernels.triton.chips import architecture
-from els_kernels.triton.equivariant import equivariant
 from els_kernels.triton.launch import Cell, Queries, State
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,12 @@ class TritonAttention:
     ) -> Posterior:
         """Return the posteriors; images that share window, range and precision share launches."""
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
+        if geometry.whole and geometry.sources == "every":
+            for b, limits in enumerate(ranges):
+                answer.mean[b], answer.log_evidence[b] = self._translated(
+                    x[b], a[b], s[b], limits, geometry
+                )
+            return answer
         channels, *size = x.shape[1:]
         sides = (size if geometry.whole else [min(k, n) for n in size] for k in window)
         terms_of = map(precision.query_terms, a, s, (channels * math.prod(side) for side in sides))
@@ -94,6 +100,17 @@ class TritonAttention:
         seconds = time.perf_counter() - began
         _log.info("triton: kernels of windows %s ready after %.1f s", windows, seconds)
 
+    def _translated(
+        self, x: Tensor, a: float, s: float, limits: tuple[int, int], geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and log evidence over all translations, by Fourier transforms in float64."""
+        centre, unit = self._keys.centre, self._keys.unit
+        mean, log_sum = exact_posterior(
+            lambda lo, hi: self._keys.terms[:, lo:hi].double().sum(0),
+            (x / a - centre) / unit, 1.0, s / a / unit, 1, limits, geometry,
+        )  # fmt: skip
+        return mean * unit + centre, log_sum
+
     def _range(self, lo: int, hi: int) -> _Part:
         keys, values = self._keys.terms[:, lo:hi].contiguous(), self._values[lo:hi]
         return _Part(keys, values, self._arch, self._form)
@@ -111,8 +128,6 @@ class _Part:
 
     def attend(self, batch: Queries, window: int, geometry: Geometry) -> Answer:
         """Return mean and base-2 log sum of a batch."""
-        if geometry.whole and geometry.sources == "every":
-            return equivariant(batch, self._keys, self._arch)
         if geometry.whole:
             return self._same_place(batch, None, geometry)
         if geometry.sources == "same":

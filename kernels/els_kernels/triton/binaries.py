@@ -14,7 +14,6 @@ from els_kernels.triton.direct import direct_kernel
 from els_kernels.triton.online import merge_kernel
 from els_kernels.triton.plane_binaries import plane_binaries
 from els_kernels.triton.same_place import same_place_kernel
-from els_kernels.triton.shifts import shift_logits_kernel, shift_responses_kernel
 from els_kernels.triton.targets import compiling_for
 from els_kernels.triton.tuning import Arch, Config
 
@@ -50,13 +49,6 @@ def binaries(arch: Arch, channels: tuple[int, ...] = (1, 3)) -> Iterator[Binary]
             for window in _largest_windows(arch, c, suffix):
                 yield diagonal(arch, window, c, suffix)
         yield from _same_place(arch, c)
-        yield from _shifts(arch, c)
-    config = tuning.SHIFTS[arch]
-    for suffix, key_terms in (("", 1), (" floats", 2)):
-        respond = {"KEY_TERMS": key_terms, "BLOCK_M": config.block_m}
-        respond |= {"BLOCK_N": config.block_k, "BLOCK_D": config.block_n}
-        name = f"shift responses{suffix}"
-        yield Binary(name, shift_responses_kernel, respond, config, arch, 0)
     sums = {layout.value_width(c, terms) for c in channels for terms in (1, 2)}
     for values in sorted(sums | {c + 1 for c in channels}):
         yield merge(arch, values)
@@ -120,17 +112,6 @@ def _same_place(arch: Arch, channels: int) -> Iterator[Binary]:
         constants["BLOCK_C"] = 1 << (channels - 1).bit_length()
         name = f"same place C={channels}{suffix}"
         yield Binary(name, same_place_kernel, constants, config, arch, 0)
-
-
-def _shifts(arch: Arch, channels: int) -> Iterator[Binary]:
-    config = tuning.SHIFTS[arch]
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    # A bank of floats and a query of one term take one term of the bank.
-    for suffix in (" one term", "", " floats"):
-        key_terms, terms = _TERMS[suffix]
-        constants = {"CHANNELS": channels, "TERMS": terms, "KEY_TERMS": key_terms, **blocks}
-        name = f"shift logits C={channels}{suffix}"
-        yield Binary(name, shift_logits_kernel, constants, config, arch, 0)
 
 
 def compiled(binary: Binary, chip: str | None = None) -> Any:

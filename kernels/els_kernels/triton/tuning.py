@@ -131,13 +131,6 @@ SAME_PLACE: dict[Arch, Config] = {
     "gfx942": Config(32, 32, 32, 4, 1),
 }
 
-SHIFTS: dict[Arch, Config] = {
-    "sm80": Config(64, 64, 16, 4, 2),
-    "sm90": Config(64, 64, 32, 4, 2),
-    "sm100": Config(64, 64, 32, 4, 2),
-    "gfx942": Config(64, 64, 32, 4, 1),
-}
-
 MERGE = Config(64, 0, 0, 4, 1)
 """Tile of the merge, of places alone."""
 MERGE_SLOTS = 32

@@ -12,7 +12,7 @@ from tests.kernels.cases import NAMES, VARIANTS, Case, assert_within_budget, ran
 from tests.kernels.ptx.driver import InterpretingDriver, Launch, interpreting
 from tests.kernels.ptx.matrix import Rounding
 
-from els_kernels.triton import equivariant, launch
+from els_kernels.triton import launch
 from els_kernels.triton.attention import TritonAttention
 
 _ONE_TERM_NOISE = 2e4
@@ -74,10 +74,8 @@ FAST = [
     Shape("els-valid", (2, 3, 5, 5), (3,), of_bytes=False),
     Shape("local-zeros", (2, 1, 4, 5), (3,), of_bytes=False),
     Shape("local-circular", (2, 3, 4, 5), (3,), chip="sm80"),
-    Shape("equivariant-circular", (5, 1, 4, 5)),
-    Shape("equivariant-circular", (3, 3, 3, 4), of_bytes=False, chip="sm80"),
 ]
-"""A dozen, for every run of the tests: each kernel, chip, number of terms and rounding."""
+"""Ten, for every run of the tests: each kernel, chip, number of terms and rounding."""
 
 
 def everything() -> Iterator[Shape]:
@@ -104,7 +102,6 @@ def everything() -> Iterator[Shape]:
         yield Shape("els-circular", (2, 4, 10, 11), (5,), True, chip)
         yield Shape("els-zeros", (3, 2, 9, 7), (3, 5), False, chip)
         yield Shape("els-valid", (3, 3, 27, 27), (25,), True, chip)
-        yield Shape("equivariant-circular", (70, 3, 9, 8), (1,), True, chip)
         yield Shape("local-circular", (4, 3, 7, 33), (3, 5), False, chip)
 
 
@@ -128,7 +125,6 @@ def outcome(shape: Shape, mutate: Callable[[str, str], str] | None = None) -> Ou
     with pytest.MonkeyPatch.context() as patch, interpreting(device, shape.chip):
         if shape.slabs:
             patch.setattr(launch, "_SLAB_BYTES", 2048)
-            patch.setattr(equivariant, "_LOGITS", 64)
         patch.setitem(VARIANTS, "triton", TritonAttention)
         got = case.attend("triton")
     want = case.attend("reference")

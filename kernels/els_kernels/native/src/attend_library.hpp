@@ -78,6 +78,7 @@ namespace {
 struct Prepared {
   Query query;
   Buffer<float> scaled;
+  Buffer<double> exact;
   Buffer<double> energy;
   std::vector<Run> runs;
   Tasks tasks;
@@ -88,17 +89,19 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
                  std::int64_t b) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   const double a = call.a[b], s = call.s[b];
-  Prepared out{{}, allocate<float>(values), allocate<double>(pixels), {}, {}, 0};
+  Prepared out{{}, allocate<float>(values), allocate<double>(values), allocate<double>(pixels), {}, {}, 0};
   std::vector<double> squares(pixels, 0.0);
   for (std::size_t v = 0; v < values; ++v) {
     const double q = double(call.x[b * values + v]) - a * call.centre[v / pixels];
-    out.scaled[v] = float(q * (a / s / s * kLog2E));
+    out.exact[v] = q * (a / s / s * kLog2E);
+    out.scaled[v] = float(out.exact[v]);
     squares[v % pixels] += q * q;
   }
   const int window = int(call.window[b]);
   energies(bank, geometry, squares.data(), window, 1.0 / (2.0 * s * s), out.energy.get());
   const std::int64_t lo = call.ranges[2 * b], hi = call.ranges[2 * b + 1];
-  out.query = {out.scaled.get(), float(-(a / s) * (a / s) * kLog2E / 2.0), window, 0, 0};
+  const double bias = -(a / s) * (a / s) * kLog2E / 2.0;
+  out.query = {out.scaled.get(), float(bias), window, 0, 0, out.exact.get(), bias};
   out.runs = runs_of(call.blocks, lo, hi, lanes);
   out.tasks = plan_tasks(bank, geometry, window, call.blocks, lo, hi, lanes);
   return out;
@@ -219,7 +222,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
   const std::size_t partial_bytes = pixels * sizeof(float) + sums * sizeof(double);
   const int threads = std::max(1, int(call.threads));
   std::vector<Buffer<float>> scratch;
-  for (int i = 0; i < threads; ++i) scratch.push_back(allocate<float>(kernel.scratch_floats(bank)));
+  for (int i = 0; i < threads; ++i) scratch.push_back(allocate<float>(kernel.scratch_floats(bank, geometry)));
 
   std::size_t row = 0;
   for (std::int64_t begin = 0; begin < call.batch && !is_stopped(*call.control);) {

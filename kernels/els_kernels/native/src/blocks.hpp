@@ -29,6 +29,7 @@ using namespace els;
 constexpr int kMostChunks = 64;
 constexpr int kLeastChunks = 24;  // so that a small bank keeps every core busy to the end
 constexpr int kLeastSame = 16;  // tiles of a chunk where each costs little: same place, ideal
+constexpr int kLeastWhole = 8;  // of translations, as a chunk takes as many transforms as a tile
 
 // The part of a block that a query attends to: images of this process, of which its tiles.
 struct Run {
@@ -74,6 +75,7 @@ Tasks plan_tasks(const Bank& bank, const Geometry& geometry, int window, const E
   Tasks out;
   out.chunk = (tiles + kMostChunks - 1) / kMostChunks;
   if (geometry.sources == Sources::kSame) out.chunk = std::max<std::int64_t>(kLeastSame, out.chunk);
+  else if (geometry.whole) out.chunk = std::max<std::int64_t>(kLeastWhole, out.chunk);
   // Of several blocks, whose own sums are merged too: larger ones where each costs little.
   const std::int64_t least = geometry.sources == Sources::kSame ? 2 * out.chunk : out.chunk;
   const std::int64_t cuts = std::max<std::int64_t>(1, block / least);

@@ -1,6 +1,7 @@
 // The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
 #include "fold_moments.hpp"
 #include "moments.hpp"
+#include "translations.hpp"
 #include "whole.hpp"
 
 namespace {
@@ -19,9 +20,9 @@ void pack(const Bank& shape, const float* images, const double* centre, float* p
         }
 }
 
-std::size_t scratch_floats(const Bank& bank) {
-  const std::size_t sweeps = Scratch(bank, nullptr).floats, whole = whole_scratch_floats(bank);
-  return sweeps > whole ? sweeps : whole;
+std::size_t scratch_floats(const Bank& bank, const Geometry& geometry) {
+  if (!geometry.whole) return Scratch(bank, nullptr).floats;
+  return geometry.sources == Sources::kSame ? 0 : TranslationScratch(bank, nullptr).floats;
 }
 
 template <int C>
@@ -38,8 +39,8 @@ void attend(const Bank& bank, const Geometry& geometry, const Query& query, cons
   const FlushToZero flush_to_zero;
   if (geometry.whole) {
     if (geometry.sources == Sources::kSame)
-      return whole_same(bank, query, share.first, share.last, control, out);
-    return whole_every(bank, query, share.first, share.last, control, memory, out);
+      return attend_images(bank, query, share.first, share.last, control, out);
+    return attend_translations(bank, query, share.first, share.last, control, memory, out);
   }
   Scratch scratch(bank, memory);
   by_channels(bank.channels, [&](auto c) {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "blocks.hpp"
+#include "doubles.hpp"
 
 namespace {
 
@@ -15,7 +16,6 @@ constexpr int kTogether = 8;  // pixels
 constexpr int kMostSums = 16;  // of a pixel, in registers or close by
 typedef double Doubles __attribute__((vector_size(kTogether * sizeof(double))));
 typedef float Floats __attribute__((vector_size(kTogether * sizeof(float))));
-typedef std::int64_t Longs __attribute__((vector_size(kTogether * sizeof(std::int64_t))));
 
 // Values of `count` pixels, and of as many more as are missing the last.
 template <class V, class T>
@@ -35,34 +35,6 @@ template <class V, class T>
     std::memcpy(to, &values, sizeof values);
   else
     for (int k = 0; k < count; ++k) to[k] = values[k];
-}
-
-// 2^x for x up to 0, to 3e-16 relative; 0 below -1000. In step, which std::exp2 is not.
-[[gnu::always_inline]] inline Doubles exp2_down(Doubles x) {
-  constexpr double kWhole = 6755399441055744.0;  // 1.5·2^52: the last bits of a sum are its integer
-  // (ln 2)^n / n!
-  constexpr double c[] = {1.0,
-                          0.6931471805599453,
-                          0.2402265069591007,
-                          0.055504108664821576,
-                          0.009618129107628477,
-                          0.0013333558146428441,
-                          0.00015403530393381606,
-                          1.5252733804059838e-05,
-                          1.3215486790144305e-06,
-                          1.0178086009239696e-07,
-                          7.054911620801121e-09,
-                          4.44553827187081e-10,
-                          2.5678435993488196e-11,
-                          1.3691488853904124e-12};
-  const Longs small = x < -1000.0;
-  x = (Doubles)((Longs)x & ~small);
-  const Doubles shifted = x + kWhole;
-  const Doubles rest = x - (shifted - kWhole);
-  Doubles power = rest * c[13] + c[12];
-#pragma GCC unroll 12
-  for (int n = 11; n >= 0; --n) power = power * rest + c[n];
-  return (Doubles)(((Longs)power + ((Longs)shifted << 52)) & ~small);
 }
 
 // Merge `count` pixels from u on: call out(v, sums) for values [from, from + sums) of 1 + channels.

@@ -33,6 +33,8 @@ struct Query {
   float bias;
   int window;
   std::int64_t lo, hi;  // range of bank images
+  const double* exact;  // `scaled` and `bias` in double precision
+  double exact_bias;
 };
 
 // A task's share of the sources: tiles [first, last) of the bank and, of the vertical displacements
@@ -70,7 +72,7 @@ struct Kernel {
   const char* name;
   int lanes;
   void (*pack)(const Bank& shape, const float* images, const double* centre, float* packed);
-  std::size_t (*scratch_floats)(const Bank&);
+  std::size_t (*scratch_floats)(const Bank&, const Geometry&);
   // Partial result of one query for a share of the bank; incomplete if the control is stopped.
   void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
                  float* scratch, Partial out);
