@@ -158,7 +158,7 @@ def _levels(
     trained, images = open_network_and_bank(network, None, bank, limit, "cpu")
     info = trained.denoiser.info
     table, folds = find_windows(trained, str(fitted)), read_folds(fitted / "folds.yaml")
-    machines = build_machines(MACHINES, images, info, windows=table.table, folds=folds)
+    machines = build_machines(MACHINES, images, info, windows=table)
     how = SampleSpec(UNSEEN, plan.steps, "ddim", info.label_count)
     labels = how.labels(0, plan.count)
     points = trajectory(trained.denoiser, how, plan.count)

@@ -181,7 +181,7 @@ def test_calibrated_thresholds_serve_and_are_those_of_a_comparison(
     assert levels[0]["median_cosine"]["0.3"] == pytest.approx(found)
     served = ModelRepository(models).load("net-pca")
     assert isinstance(served, PcaDenoiser)
-    assert served.threshold == table == read_thresholds_of(str(out))
+    assert served.threshold == table == read_thresholds_of(str(out))[""]
     (out / "model.yaml").write_text("kind: pca\nrule: released\nbank: x\n")
     refused = run("calibrate", *arguments)
     assert "rule: expected correlation, got released" in refused.stderr

@@ -32,13 +32,12 @@ from els_service.denoisers.base import Denoised, Denoiser, Query
 from els_service.denoisers.closed_forms import GaussianDenoiser
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample
+from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, LoadError
 from els_service.experiments.comparison.figure import cell_corner, draw_figure
 from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.run import FigureOptions, Settings, compare
-from els_service.experiments.comparison.subjects import (
-    open_network,
-)
+from els_service.experiments.comparison.subjects import Windows, open_network
 
 SMALL = Settings(count=4, network_steps=(3,), machine_steps=3)
 TABLE = "sigma: [0.1, 1.0]\nk: [3, 5]\n"
@@ -212,16 +211,32 @@ def test_a_folder_of_another_run_is_refused_by_the_setting(tmp_path: Path) -> No
     one = subjects(squares(labelled=False), None, "els")
     compare(one, SMALL, tmp_path)
     smaller = subjects(squares(labelled=False, images=20), None, "els")
+    wider = subjects(squares(labelled=False), WindowTable.constant(5), "els")
     for again, settings, expected in (
         (one, replace(SMALL, seed=1), "seed: expected 0 as begun, got 1"),
         (one, replace(SMALL, machine_steps=2), "steps: expected 3 as begun, got 2"),
         (replace(one, bank=smaller.bank), SMALL, "bank: expected"),
+        (replace(one, machines=wider.machines), SMALL, "windows: expected"),
     ):
         with pytest.raises(LoadError, match=expected):
             compare(again, settings, tmp_path)
     (tmp_path / "samples" / "els.safetensors").write_bytes(b"torn")
     with pytest.raises(LoadError, match=r"els\.safetensors: expected images of a comparison"):
         compare(one, SMALL, tmp_path)
+
+
+def test_the_record_says_which_table_each_machine_had(tmp_path: Path) -> None:
+    bank = squares(labelled=False)
+    one = subjects(bank, None, "els", "ideal", "pspc")
+    told = Windows(None, "auto", of_machines={"pspc": Windows(WindowTable.constant(3), "constant")})
+    names = ("els", "ideal", "pspc")
+    machines = build_machines(names, bank, one.network.denoiser.info, windows=told)
+    found = compare(replace(one, windows=told, machines=machines), SMALL, tmp_path)
+    assert found["windows"] == "auto"
+    assert found["windows_by_machine"] == {"els": "auto", "pspc": "constant"}
+    assert found["machines"]["pspc"]["windows"]["k"] == [3]
+    assert found["machines"]["els"]["windows"]["k"] != [3]
+    assert lines(found)[0] == "network pretended, windows auto, pspc constant"
 
 
 def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
@@ -259,6 +274,12 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
         (net, bank, ["--network-steps", "3,3"], "network-steps: expected numbers, each once"),
         (net, bank, ["--steps", "1", "--indexing", "released"], "steps: expected at least 2"),
         (net, bank, ["--windows", "4"], "windows: expected an odd number, got 4"),
+        (net, bank, ["--windows", "els=3,4"], "windows: expected one table, then MACHINE=TABLE"),
+        (net, bank, ["--windows", "ideal=3"], "windows: expected tables of machines with windows"),
+        (net, bank, ["--thresholds", "els=0.1"], "thresholds: expected one table"),
+        (net, bank, ["--smoothing", "-1"], "smoothing: expected a number, 0 or more, got -1"),
+        (net, bank, ["--draws", "0"], "draws: expected a whole number above 0, got 0"),
+        (net, bank, ["--draws", "2000"], "draws: expected 1 to 1024, got 2000"),
         (net, bank, ["--seed", "-1"], "seed: expected"),
         (net, bank, ["--protocols", "paper,x"], "protocols: expected some of paper, ten-steps"),
         (net, bank, ["--protocols", "paper", "--steps", "9"], "steps: expected none beside"),

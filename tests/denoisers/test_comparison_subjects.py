@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +24,21 @@ from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.noise import standard_normal
 from els_service.denoisers.pca_masks import ThresholdTable
+from els_service.denoisers.smoothed import SmoothedDenoiser
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import ElsError, InvalidArgumentError, LoadError
-from els_service.experiments.comparison.machines import build_machines, read_thresholds_of
+from els_service.experiments.comparison.machines import (
+    Smoothing,
+    build_machines,
+    read_thresholds_of,
+)
 from els_service.experiments.comparison.run import describe_machine
 from els_service.experiments.comparison.subjects import (
+    Windows,
     find_windows,
     open_bank,
     open_network,
+    windows_of,
 )
 from els_service.repository import bundled_models, model_folder
 
@@ -58,7 +66,7 @@ def test_machines_without_a_padding_have_names_and_a_description_of_their_own() 
     bank = squares(labelled=False)
     info = subjects(bank, None, "els").network.denoiser.info
     names = ("wiener", "pca", "pca-released", "pspc")
-    machines = build_machines(names, bank, info, thresholds=ThresholdTable.constant(0.2))
+    machines = build_machines(names, bank, info, thresholds={"": ThresholdTable.constant(0.2)})
     table = {"sigma": [1.0], "tau": [0.2]}
     described = {name: describe_machine(machine) for name, machine in machines.items()}
     assert described["wiener"] == {"machine": "wiener", "padding": ""}
@@ -77,7 +85,8 @@ def test_pspc_is_the_mean_of_the_mean_crops_that_hold_a_pixel() -> None:
     # Niedoba et al. 2025, equations 9 to 11, crop by crop in float64.
     bank, k, sigma = squares(labelled=False), 3, 0.7
     info = subjects(bank, None, "els").network.denoiser.info
-    machine = build_machines(["pspc"], bank, info, windows=WindowTable.constant(k))["pspc"]
+    told = Windows(WindowTable.constant(k), "told")
+    machine = build_machines(["pspc"], bank, info, windows=told)["pspc"]
     z = bank.pixels()[:1].double() + sigma * torch.from_numpy(standard_normal(0, 0, 0, 64)).view(
         1, *SHAPE
     )
@@ -95,10 +104,13 @@ def test_pspc_is_the_mean_of_the_mean_crops_that_hold_a_pixel() -> None:
 
 def test_thresholds_of_a_command_line_are_a_number_or_a_table(tmp_path: Path) -> None:
     (tmp_path / "thresholds.yaml").write_text("sigma: [0.1, 1.0]\ntau: [0.2, 0.05]\n")
-    assert read_thresholds_of(None) is None
-    assert read_thresholds_of("0.2") == ThresholdTable.constant(0.2)
+    constant, table = ThresholdTable.constant(0.2), ThresholdTable((0.1, 1.0), (0.2, 0.05))
+    assert read_thresholds_of(None) == {}
+    assert read_thresholds_of("0.2") == {"": constant}
     for name in (tmp_path, tmp_path / "thresholds.yaml"):
-        assert read_thresholds_of(str(name)) == ThresholdTable((0.1, 1.0), (0.2, 0.05))
+        assert read_thresholds_of(str(name)) == {"": table}
+    each = read_thresholds_of(f"pca-released=0.2,pca={tmp_path}")
+    assert each == {"pca-released": constant, "pca": table}
     for wrong in ("0", "2", "nan", "nowhere", ""):
         with pytest.raises(InvalidArgumentError, match="thresholds: expected a number above 0"):
             read_thresholds_of(wrong)
@@ -134,6 +146,54 @@ def test_windows_are_those_shipped_with_the_network_else_auto(tmp_path: Path) ->
     constant = find_windows(network, "5").table
     assert constant is not None
     assert constant.at(np.array([0.1, 10])).tolist() == [5, 5]
+
+
+def test_a_machine_with_a_table_of_its_own_has_that_and_all_others_the_general_one(
+    tmp_path: Path,
+) -> None:
+    network, bank = open_network(str(write_network(tmp_path / "net"))), squares()
+    (tmp_path / "fitted").mkdir()
+    (tmp_path / "fitted" / "windows.yaml").write_text(TABLE)
+    names = ("els", "local", "pspc", "wiener")
+    told = windows_of(network, f"7,pspc={tmp_path}/fitted,els=3", names)
+    machines = build_machines(names, bank, network.denoiser.info, windows=told)
+    tables = {name: machine.info.window for name, machine in machines.items()}
+    assert tables == {
+        "els": WindowTable.constant(3),
+        "local": WindowTable.constant(7),
+        "pspc": WindowTable((0.1, 1.0), (3, 5)),
+        "wiener": None,
+    }
+    assert [told.of(name).source for name in names[:3]] == [
+        *("constant", "constant", "fitted/windows.yaml"),
+    ]
+    only = windows_of(network, "pspc=5", names)
+    assert (only.source, only.of("els").source, only.of("pspc").table) == (
+        *("auto", "auto", WindowTable.constant(5)),
+    )
+    # A folder whose name has what separates tables.
+    odd = tmp_path / "a=b,c"
+    shutil.copytree(tmp_path / "fitted", odd)
+    assert windows_of(network, str(odd), names).source == "a=b,c/windows.yaml"
+    for wrong, got in (("5,7,els=3", "7"), ("els=3,els=5", "els=5"), ("elz=3", "elz=3")):
+        with pytest.raises(InvalidArgumentError, match=f"windows: expected one table.* got {got}"):
+            windows_of(network, wrong, names)
+    none = windows_of(network, "wiener=3", names)
+    with pytest.raises(InvalidArgumentError, match="tables of machines with windows, got wiener"):
+        build_machines(names, bank, network.denoiser.info, windows=none)
+
+
+def test_smoothing_and_draws_are_those_of_the_machine() -> None:
+    bank = squares(labelled=False)
+    info = subjects(bank, None, "els").network.denoiser.info
+    for given, eta, draws in ((None, 0.2, 16), (Smoothing(0.05, 3), 0.05, 3)):
+        machine = build_machines(["smoothed"], bank, info, smoothing=given)["smoothed"]
+        assert isinstance(machine, SmoothedDenoiser)
+        assert (machine.smoothing, machine.draws) == (eta, draws)
+    with pytest.raises(InvalidArgumentError, match="smoothing: expected a number, 0 or more, got"):
+        Smoothing(float("inf"))
+    with pytest.raises(InvalidArgumentError, match="draws: expected 1 to 1024, got 1025"):
+        Smoothing(draws=1025)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from els_service.experiments.calibrate import CalibrationSettings, calibrate_fol
 from els_service.experiments.comparison.folds import parse_folds
 from els_service.experiments.comparison.machines import build_machines
 from els_service.experiments.comparison.run import describe_machine
-from els_service.experiments.comparison.subjects import find_windows
+from els_service.experiments.comparison.subjects import Windows, find_windows
 from els_service.repository import ModelRepository, read_folds
 
 INFO = DenoiserInfo(kind="network", shape=SHAPE, padding="zeros")
@@ -56,7 +56,9 @@ def folded(rho: float, table: WindowTable) -> FoldedDenoiser:
 
 
 def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch() -> None:
-    built = build_machines(["els", "els+fold"], squares(), INFO, folds=TABLE)
+    built = build_machines(
+        ["els", "els+fold"], squares(), INFO, windows=Windows(None, "told", TABLE)
+    )
     machine = built["els+fold"]
     assert isinstance(machine, LevelFoldDenoiser)
     assert machine.info.window == TABLE.windows
@@ -76,7 +78,9 @@ def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch(
 
 
 def test_sources_and_products_of_each_image_are_those_of_the_machine_of_its_level() -> None:
-    machine = build_machines(["els+fold"], squares(), INFO, folds=TABLE)["els+fold"]
+    machine = build_machines(["els+fold"], squares(), INFO, windows=Windows(None, "told", TABLE))[
+        "els+fold"
+    ]
     assert isinstance(machine, LevelFoldDenoiser)
     info = machine.info
     assert (info.has_sources, info.has_gradients, info.has_originality) == (True, True, True)

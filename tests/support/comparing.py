@@ -48,10 +48,11 @@ def pretended(denoiser: Denoiser, name: str = "pretended") -> Network:
 def subjects(bank: Bank, windows: WindowTable | None, *names: str) -> Subjects:
     """Return machines that are compared with the first of them in the place of the network."""
     info = DenoiserInfo(kind="network", shape=bank.shape, padding="zeros")
-    machines = build_machines(names, bank, info, windows=windows)
+    told = Windows(windows, "told")
+    machines = build_machines(names, bank, info, windows=told)
     return Subjects(
         network=pretended(machines[names[0]]),
         bank=bank,
-        windows=Windows(windows, "told"),
+        windows=told,
         machines=machines,
     )

@@ -16,6 +16,7 @@ from els_service.cli.experiments import (
     Models,
     Threads,
     command_line,
+    non_negative,
     one_of,
     positive_integer,
     positive_integers,
@@ -24,7 +25,12 @@ from els_service.cli.experiments import (
 )
 from els_service.cli.progress import Progress
 from els_service.errors import InvalidArgumentError
-from els_service.experiments.comparison.machines import build_machines, read_thresholds_of
+from els_service.experiments.comparison.machines import (
+    RULES,
+    Smoothing,
+    build_machines,
+    read_thresholds_of,
+)
 from els_service.experiments.comparison.run import (
     INDEXINGS,
     PROTOCOLS,
@@ -33,7 +39,7 @@ from els_service.experiments.comparison.run import (
     Subjects,
 )
 from els_service.experiments.comparison.run import compare as run_comparison
-from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
+from els_service.experiments.comparison.subjects import open_network_and_bank, windows_of
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -42,19 +48,32 @@ Machines = Annotated[
     str,
     typer.Option(
         help="els, local, ideal, equivariant, with the network's padding; or MACHINE-PADDING; "
-        "els+fold has the folds of `calibrate --folds`; wiener, pca, pca-released, pspc."
+        "els+fold has the folds of `calibrate --folds`; wiener, pca, pca-released, pspc, "
+        "smoothed."
     ),
 ]
 Windows = Annotated[
     str,
     typer.Option(
-        metavar="TABLE",
-        help="calibrated: those of the network's folder, or auto; an odd number; file or folder.",
+        metavar="[TABLE][,MACHINE=TABLE]",
+        help="calibrated: those of the network's folder, or auto; an odd number; file or folder. "
+        "For single machines: els=FOLDER,pspc=FOLDER.",
     ),
 ]
 Thresholds = Annotated[
     str | None,
-    typer.Option(metavar="TABLE", help="Of pca: a number, or a file or folder with thresholds."),
+    typer.Option(
+        metavar="[TABLE][,MACHINE=TABLE]",
+        help="Of pca: a number, or a file or folder with thresholds. For one: pca=FOLDER.",
+    ),
+]
+Eta = Annotated[
+    float,
+    typer.Option("--smoothing", parser=non_negative("smoothing"), help="η of smoothed, from 0."),
+]
+Draws = Annotated[
+    int,
+    typer.Option(parser=positive_integer("draws"), help="Draws of smoothed, from 1 to 1024."),
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of record and figure.")]
 Count = Annotated[int, typer.Option(parser=positive_integer("count"), help="Number of images.")]
@@ -108,6 +127,8 @@ def compare(
     machines: Machines = "els,local,ideal",
     windows: Windows = "calibrated",
     thresholds: Thresholds = None,
+    smoothing: Eta = Smoothing.eta,
+    draws: Draws = Smoothing.draws,
     bank_limit: BankLimit = None,
     models: Models = None,
     device: Device = "auto",
@@ -133,22 +154,23 @@ def compare(
         seed=seed,
         indexing=indexing,
     )
-    names = words(machines)
+    names, smooth = words(machines), Smoothing(smoothing, draws)
+    tau = read_thresholds_of(thresholds, [name for name in names if name in RULES])
     figure = FigureOptions(columns=columns, hidden=words(figure_without))
     for name in figure.hidden:
         if name not in names:
             raise InvalidArgumentError("figure-without", f"some of {', '.join(names)}", name)
     torch_device = prepare_device(device, threads)
     trained, images = open_network_and_bank(network, models, bank, bank_limit, torch_device)
-    table = find_windows(trained, windows)
+    table = windows_of(trained, windows, names)
     info = trained.denoiser.info
     built = build_machines(
         names,
         images,
         info,
-        windows=table.table,
-        folds=table.folds,
-        thresholds=read_thresholds_of(thresholds),
+        windows=table,
+        thresholds=tau,
+        smoothing=smooth,
         device=torch_device,
     )
     with ExitStack() as bars:
@@ -182,7 +204,9 @@ def _settings(protocols: str | None, steps: dict[str, Any], **others: Any) -> Se
 
 def lines(record: dict[str, Any]) -> list[str]:
     """Return a table of medians with intervals, one line for each machine and number of steps."""
-    found = [f"network {record['network']['name']}, windows {record['windows']}"]
+    own = {name: w for name, w in record["windows_by_machine"].items() if w != record["windows"]}
+    windows = ", ".join([record["windows"], *(f"{name} {table}" for name, table in own.items())])
+    found = [f"network {record['network']['name']}, windows {windows}"]
     protocols = record["protocols"] or {"": record}
     for protocol, results in protocols.items():
         if protocol:

@@ -61,6 +61,7 @@ class PcaDenoiser:
         covariance: of masks for a label: that of its images, or of all.
         device: device of the bank.
         spectra: covariances of another machine over the same bank and device, to be shared.
+        masks_bytes: maximum size of cached masks, one bit an entry.
 
     Raises:
         ValueError: The images have more than ``MAX_DIMENSIONS`` numbers, or there are less than 2.
@@ -75,11 +76,12 @@ class PcaDenoiser:
         covariance: Covariance = "label",
         device: str = "cpu",
         spectra: BankSpectra | None = None,
+        masks_bytes: int = _MASKS_BYTES,
     ) -> None:
         self._bank, self._rule, self._covariance = bank, rule, covariance
         self.threshold = threshold or ThresholdTable.constant(DEFAULT_THRESHOLD)
         self.spectra = spectra or BankSpectra(bank, device)
-        self._masks = _Masks()
+        self._masks = _Masks(masks_bytes)
         self._info = DenoiserInfo(
             kind="pca",
             shape=bank.shape,
@@ -91,7 +93,7 @@ class PcaDenoiser:
             has_gradients=True,
             has_originality=True,
             implementation="torch",
-            memory_bytes=bank_bytes(bank) + 8 * count_numbers(bank) + _MASKS_BYTES,
+            memory_bytes=bank_bytes(bank) + 8 * count_numbers(bank) + masks_bytes,
         )
 
     def with_threshold(self, tau: float) -> PcaDenoiser:
@@ -102,6 +104,7 @@ class PcaDenoiser:
             threshold=ThresholdTable.constant(tau),
             covariance=self._covariance,
             spectra=self.spectra,
+            masks_bytes=self._masks.max_bytes,
         )
 
     @property
@@ -253,7 +256,8 @@ class BankSpectra:
 class _Masks:
     """Cache of masks, one bit an entry; the least recently used leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._packed: OrderedDict[_Key, npt.NDArray[np.uint8]] = OrderedDict()
         self._last: tuple[_Key, TiledMask] | None = None
 
@@ -269,7 +273,7 @@ class _Masks:
             found = mask_of(spectra.of_label(key.label), key.sigma, key.tau, rule)
             self._packed[key] = np.packbits(found.numpy(), axis=1)
         self._packed.move_to_end(key)
-        while len(self._packed) > 1 and len(self._packed) * size * size // 8 > _MASKS_BYTES:
+        while len(self._packed) > 1 and len(self._packed) * size * size // 8 > self.max_bytes:
             self._packed.popitem(last=False)
         bits = np.unpackbits(self._packed[key], axis=1, count=size)
         mask = TiledMask(torch.from_numpy(bits).bool(), spectra.tiles, spectra.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from els_kernels import GEOMETRIES, FoldedMoments, PatchAttention
@@ -11,14 +13,13 @@ from els_service.denoisers.analytic import AnalyticDenoiser
 from els_service.denoisers.banks import Bank
 from els_service.denoisers.base import Denoiser, DenoiserInfo
 from els_service.denoisers.closed_forms import WienerDenoiser
-from els_service.denoisers.fold_levels import FoldTable
 from els_service.denoisers.folded import FoldedDenoiser, fold_of
-from els_service.denoisers.pca import PcaDenoiser
+from els_service.denoisers.pca import BankSpectra, PcaDenoiser
 from els_service.denoisers.pca_masks import Rule, ThresholdTable
-from els_service.denoisers.smoothed import SmoothedDenoiser
-from els_service.denoisers.windows import WindowTable
+from els_service.denoisers.smoothed import MAX_DRAWS, SmoothedDenoiser
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.comparison.folds import leveled_machine
+from els_service.experiments.comparison.subjects import Windows, by_machine
 from els_service.repository import FOLDS_FILE, THRESHOLDS_FILE, read_thresholds
 
 _FOLD = "+fold"
@@ -27,8 +28,28 @@ CLOSED = ("pca", "pca-released", "pspc", "smoothed", "wiener")
 """``pca``: PCA-locality by correlation, or by the ``released`` rule; ``pspc``: patch posterior
 composites of squares (Niedoba et al. 2025), which is ``local`` inside, with a uniform fold;
 ``smoothed``: smoothed closed forms (Scarvelis et al. 2025)."""
-_SMOOTHING, _DRAWS = 0.2, 16
-"""η and M of ``smoothed``."""
+RULES: dict[str, Rule] = {"pca": "correlation", "pca-released": "released"}
+"""Rules of the machines of PCA-locality."""
+_MASKS_BYTES = 512 << 20
+"""Masks of 20 levels of 10 labels of 3,072 coordinates are 236 MB: each is computed once."""
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Smoothing η ≥ 0 and number M of draws of ``smoothed``.
+
+    Raises:
+        InvalidArgumentError: One is out of range.
+    """
+
+    eta: float = 0.2
+    draws: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta < math.inf:
+            raise InvalidArgumentError("smoothing", "a number, 0 or more", self.eta)
+        if not 1 <= self.draws <= MAX_DRAWS:
+            raise InvalidArgumentError("draws", f"1 to {MAX_DRAWS}", self.draws)
 
 
 def build_machines(
@@ -36,9 +57,9 @@ def build_machines(
     bank: Bank,
     info: DenoiserInfo,
     *,
-    windows: WindowTable | None = None,
-    folds: FoldTable | None = None,
-    thresholds: ThresholdTable | None = None,
+    windows: Windows | None = None,
+    thresholds: Mapping[str, ThresholdTable] | None = None,
+    smoothing: Smoothing | None = None,
     device: str = "cpu",
 ) -> dict[str, Denoiser]:
     """Return machines by name, with the padding of the network unless the name has another.
@@ -48,73 +69,103 @@ def build_machines(
             ``CLOSED``, which have no padding.
         bank: images of all machines.
         info: description of the network.
-        windows: by noise level, clipped to the maximum; None for the default ones.
-        folds: windows and folds of machines with +fold.
-        thresholds: τ of ``pca`` and ``pca-released``; None for the default of ``pca``.
+        windows: by noise level, clipped to the maximum, with the folds of machines with +fold; None
+            for the default ones.
+        thresholds: τ of ``pca`` and ``pca-released``, by name, "" for both; None for the default
+            of ``pca``.
+        smoothing: of ``smoothed``; None for the default one.
         device: device of the bank.
 
     Raises:
         InvalidArgumentError: A name is unknown or given twice, or there are no folds or thresholds
-            for it, or the bank has too few or too large images for it.
+            for it, or a machine without windows has some, or the bank has too few or too large
+            images for it.
     """
     if not names or len(set(names)) < len(names):
         raise InvalidArgumentError("machines", "at least one, each once", ", ".join(names))
-    own = info.padding or "zeros"
-    chosen = {name: _machine(name.removesuffix(_FOLD), own) for name in names if name not in CLOSED}
-    attention = PatchAttention(bank.pixels().to(device)) if chosen else None
+    padding, windows = info.padding or "zeros", windows or Windows(None, "auto")
+    # Before anything is computed, which takes long for some.
+    chosen = {
+        name: _machine(name.removesuffix(_FOLD), padding) for name in names if name not in CLOSED
+    }
+    build = _Build(bank, windows, thresholds or {}, smoothing, device)
     machines: dict[str, Denoiser] = {}
     for name in names:
-        if attention is None or name in CLOSED:
-            machines[name] = _closed(name, bank, windows, thresholds, device)
-            continue
-        machine, padding = chosen[name]
-        table = windows
-        if name.endswith(_FOLD):
-            if folds is None:
-                expected = f"a folder of windows with {FOLDS_FILE}, from calibrate --folds"
-                raise InvalidArgumentError("windows", expected, f"none for {name}")
-            table = folds.windows
-        plain = AnalyticDenoiser(
-            attention, bank, machine=machine, padding=padding, window=table, clip=True
-        )
-        machines[name] = plain
-        if folds is not None and name.endswith(_FOLD):
-            machines[name] = leveled_machine(plain, bank, folds, device)
+        if name in CLOSED:
+            machines[name] = build.closed(name)
+        else:
+            machines[name] = build.analytic(name, *chosen[name])
+        if name in windows.of_machines and machines[name].info.window is None:
+            raise InvalidArgumentError("windows", "tables of machines with windows", name)
     return machines
 
 
-def _closed(
-    name: str,
-    bank: Bank,
-    windows: WindowTable | None,
-    thresholds: ThresholdTable | None,
-    device: str,
-) -> Denoiser:
-    """Return a machine of ``CLOSED``."""
-    if name == "pspc":
-        moments = FoldedMoments(fold_of(bank, device))
-        return FoldedDenoiser(
-            moments,
-            bank,
-            machine="local",
-            padding="inside",
-            fold=math.inf,
-            window=windows,
+@dataclass(frozen=True, eq=False)
+class _Build:
+    """Arguments of ``build_machines``, and what several machines share."""
+
+    bank: Bank
+    windows: Windows
+    thresholds: Mapping[str, ThresholdTable]
+    smoothing: Smoothing | None
+    device: str
+
+    @cached_property
+    def attention(self) -> PatchAttention:
+        return PatchAttention(self.bank.pixels().to(self.device))
+
+    @cached_property
+    def spectra(self) -> BankSpectra:
+        return BankSpectra(self.bank, self.device)
+
+    def analytic(self, name: str, machine: str, padding: str) -> Denoiser:
+        """Return a machine of ``MACHINES``, with folds if its name ends with +fold."""
+        own = self.windows.of(name)
+        folds = own.folds if name.endswith(_FOLD) else None
+        if folds is None and name.endswith(_FOLD):
+            expected = f"a folder of windows with {FOLDS_FILE}, from calibrate --folds"
+            raise InvalidArgumentError("windows", expected, f"none for {name}")
+        plain = AnalyticDenoiser(
+            self.attention,
+            self.bank,
+            machine=machine,
+            padding=padding,
+            window=own.table if folds is None else folds.windows,
             clip=True,
         )
-    if name == "smoothed":
-        attention = PatchAttention(bank.pixels().to(device))
-        ideal = AnalyticDenoiser(attention, bank, machine="ideal")
-        return SmoothedDenoiser(ideal, smoothing=_SMOOTHING, draws=_DRAWS)
-    if name == "pca-released" and thresholds is None:
-        raise InvalidArgumentError("thresholds", "a number or a table for pca-released", "none")
-    try:
-        if name == "wiener":
-            return WienerDenoiser(bank)
-        rule: Rule = "released" if name == "pca-released" else "correlation"
-        return PcaDenoiser(bank, rule=rule, threshold=thresholds, device=device)
-    except ValueError as error:
-        raise InvalidArgumentError("machines", "none that rejects the bank", error) from error
+        return plain if folds is None else leveled_machine(plain, self.bank, folds, self.device)
+
+    def closed(self, name: str) -> Denoiser:
+        """Return a machine of ``CLOSED``."""
+        if name == "pspc":
+            return FoldedDenoiser(
+                FoldedMoments(fold_of(self.bank, self.device)),
+                self.bank,
+                machine="local",
+                padding="inside",
+                fold=math.inf,
+                window=self.windows.of(name).table,
+                clip=True,
+            )
+        if name == "smoothed":
+            ideal = AnalyticDenoiser(self.attention, self.bank, machine="ideal")
+            chosen = self.smoothing or Smoothing()
+            return SmoothedDenoiser(ideal, smoothing=chosen.eta, draws=chosen.draws)
+        threshold = self.thresholds.get(name, self.thresholds.get(""))
+        if name == "pca-released" and threshold is None:
+            raise InvalidArgumentError("thresholds", "a number or a table for pca-released", "none")
+        try:
+            if name == "wiener":
+                return WienerDenoiser(self.bank)
+            return PcaDenoiser(
+                self.bank,
+                rule=RULES[name],
+                threshold=threshold,
+                spectra=self.spectra,
+                masks_bytes=_MASKS_BYTES,
+            )
+        except ValueError as error:
+            raise InvalidArgumentError("machines", "none that rejects the bank", error) from error
 
 
 def _machine(name: str, padding: str) -> tuple[str, str]:
@@ -125,15 +176,29 @@ def _machine(name: str, padding: str) -> tuple[str, str]:
     return machine, own or padding
 
 
-def read_thresholds_of(text: str | None) -> ThresholdTable | None:
-    """Return the thresholds of a command line: a number, or a file or folder with a table.
+def read_thresholds_of(
+    text: str | None, machines: Sequence[str] = tuple(RULES)
+) -> dict[str, ThresholdTable]:
+    """Return the thresholds of a command line, by machine, "" for all others; none for None.
+
+    Args:
+        text: ``TABLE``, or ``[TABLE,]MACHINE=TABLE[,MACHINE=TABLE]``; each a number, or a file or
+            folder with a table.
+        machines: names that may have a table.
 
     Raises:
-        InvalidArgumentError: It is neither, or the number is no threshold.
-        LoadError: The table is rejected.
+        InvalidArgumentError: A table is neither, or the number is no threshold.
+        LoadError: A table is rejected.
     """
     if text is None:
-        return None
+        return {}
+    return {
+        machine: _thresholds(table)
+        for machine, table in by_machine("thresholds", text, machines).items()
+    }
+
+
+def _thresholds(text: str) -> ThresholdTable:
     path = Path(text)
     path = path / THRESHOLDS_FILE if path.is_dir() else path
     if path.is_file():

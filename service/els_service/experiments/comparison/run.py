@@ -261,6 +261,11 @@ def _record(
         "network": subjects.network.described(),
         "bank": describe_bank(subjects.bank, subjects.network.denoiser.info),
         "windows": subjects.windows.source,
+        "windows_by_machine": {
+            name: subjects.windows.of(name).source
+            for name, machine in subjects.machines.items()
+            if machine.info.window is not None
+        },
         "seconds": {name: one.seconds for name, one in sampled.items()},
         "seconds_per_step": {name: one.seconds_per_step for name, one in sampled.items()},
         # Compared with the network at the first number of steps.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,53 @@ class Windows:
     table: WindowTable | None
     source: str
     folds: FoldTable | None = None
+    of_machines: Mapping[str, Windows] = field(default_factory=dict)
+    """Tables of single machines, by name; all others have this one."""
+
+    def of(self, machine: str) -> Windows:
+        """Return the windows of a machine."""
+        return self.of_machines.get(machine, self)
+
+
+def windows_of(network: Network, requested: str, machines: Sequence[str]) -> Windows:
+    """Return the windows for a comparison of several machines.
+
+    Args:
+        network: network whose calibration is used.
+        requested: ``TABLE``; or ``[TABLE,]MACHINE=TABLE[,MACHINE=TABLE]``, with tables of single
+            machines; each as for ``find_windows``. Machines without a table of their own have the
+            first one, by default ``calibrated``.
+        machines: names that may have a table.
+
+    Raises:
+        LoadError: A table or record cannot be read.
+        InvalidArgumentError: A named file does not exist, or a machine is unknown or named twice.
+    """
+    tables = by_machine("windows", requested, machines)
+    general = find_windows(network, tables.pop("", "calibrated"))
+    own = {machine: find_windows(network, table) for machine, table in tables.items()}
+    return replace(general, of_machines=own)
+
+
+def by_machine(field: str, text: str, machines: Sequence[str]) -> dict[str, str]:
+    """Return machine → table of ``[TABLE,]MACHINE=TABLE[,MACHINE=TABLE]``; "" for the first one.
+
+    Raises:
+        InvalidArgumentError: A machine is unknown or named twice, or the second table has none.
+    """
+    if "=" not in text or Path(text).exists():
+        return {"": text}
+    found: dict[str, str] = {}
+    for i, part in enumerate(text.split(",")):
+        machine, assigned, table = part.strip().partition("=")
+        if not assigned and i == 0:
+            found[""] = machine
+            continue
+        if not assigned or machine in found or machine not in machines:
+            expected = f"one table, then MACHINE=TABLE for some of {', '.join(machines)}, each once"
+            raise InvalidArgumentError(field, expected, part)
+        found[machine] = table
+    return found
 
 
 def find_windows(network: Network, requested: str = "calibrated") -> Windows:
@@ -169,10 +217,9 @@ def find_windows(network: Network, requested: str = "calibrated") -> Windows:
     Args:
         network: network whose calibration is used.
         requested: ``calibrated`` for the table in the network's folder, unless its record names
-        other
-            weights; otherwise in a sibling folder whose record names these weights, otherwise the
-            default; ``auto`` or ``fashion-mnist-resnet`` for the default; an odd number; or a file
-            or folder with a table.
+            other weights; otherwise in a sibling folder whose record names these weights, otherwise
+            the default; ``auto`` or ``fashion-mnist-resnet`` for the default; an odd number; or a
+            file or folder with a table.
 
     Raises:
         LoadError: A table or record cannot be read.
