@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import cosine
 from els_service.denoisers.pca import PcaDenoiser
 from els_service.denoisers.pca_masks import ThresholdTable
+from els_service.denoisers.smoothed import SmoothedDenoiser
 from els_service.denoisers.windows import WindowTable
 from els_service.errors import LoadError
+from els_service.experiments.calibrate_numbers import NumberSettings, calibrate_number_folder
 from els_service.experiments.comparison.calibration import (
     Calibration,
     Journal,
@@ -27,7 +30,11 @@ from els_service.experiments.comparison.calibration import (
     trajectory,
 )
 from els_service.experiments.comparison.calibration import cosine as score_cosine
-from els_service.experiments.comparison.machines import read_thresholds_of
+from els_service.experiments.comparison.machines import (
+    Smoothing,
+    build_machines,
+    read_thresholds_of,
+)
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import (
     find_windows,
@@ -187,6 +194,55 @@ def test_calibrated_thresholds_serve_and_are_those_of_a_comparison(
     assert "rule: expected correlation, got released" in refused.stderr
 
 
+def test_the_smoothing_of_a_machine_is_found_again_and_serves(tmp_path: Path, models: Path) -> None:
+    network, bank = open_network("net", models), squares()
+    names, info = ["smoothed"], network.denoiser.info
+    hidden = build_machines(names, bank, info, smoothing=Smoothing(0.1, 3))["smoothed"]
+    settings = NumberSettings(
+        machine="smoothed", samples=3, steps=3, candidates=(0.0, 0.1, 0.4), draws=3
+    )
+    out, best = calibrate_number_folder(
+        replace(network, denoiser=hidden),
+        bank,
+        settings,
+        models / "net-smoothed",
+        bank_file=models / "_banks" / "squares.safetensors",
+        device="cpu",
+        command="",
+        progress=lambda done, total: None,
+    )
+    assert best == (0.1,)
+    record = json.loads((out / "calibration.json").read_text())
+    assert (record["eta"], record["draws"], record["smoothing"]) == (0.1, 3, [0.0, 0.1, 0.4])
+    for level in record["levels"]:
+        assert level["median_cosine"]["0.1"] == pytest.approx(1, abs=1e-12)
+    served = ModelRepository(models).load("net-smoothed")
+    assert isinstance(served, SmoothedDenoiser)
+    assert (served.smoothing, served.draws) == (0.1, 3)
+
+
+@pytest.mark.parametrize("text", ["x", "", "-0.1", "inf", "nan"])
+def test_what_is_no_smoothing_is_refused(tmp_path: Path, models: Path, text: str) -> None:
+    options = [word for word in options_of(tmp_path) if word not in ("--windows", "7,3,5")]
+    result = run("calibrate", *options, "--machine", "smoothed", "--smoothing", text)
+    assert result.exit_code == 2
+    assert "smoothing: expected numbers, 0 or more" in result.stderr
+
+
+def test_the_command_fits_a_smoothing_and_keeps_a_model_that_is_there(
+    tmp_path: Path, models: Path
+) -> None:
+    options = [word for word in options_of(tmp_path) if word not in ("--windows", "7,3,5")]
+    arguments = [*options, *["--machine", "smoothed", "--smoothing", "0.3,0", "--draws", "2"]]
+    result = run("calibrate", *arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads((models / "net-smoothed" / "calibration.json").read_text())
+    assert f"smoothing {record['eta']}" in result.output
+    assert record["smoothing"] == [0.0, 0.3]
+    refused = run("calibrate", *arguments)
+    assert "model.yaml: expected no model" in refused.stderr
+
+
 def test_windows_are_written_into_a_model_that_is_there_and_fits(
     tmp_path: Path, models: Path
 ) -> None:
@@ -215,7 +271,10 @@ def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path, models: Pa
         (["--windows", "17"], "windows: expected odd numbers from 1 to 15, got 17"),
         (["--seed", "-1"], "seed: expected"),
         (["--thresholds", "0.1"], "thresholds: expected none for els"),
+        (["--smoothing", "0.1"], "smoothing: expected none for els"),
         (["--machine", "pca"], "windows: expected none for pca"),
+        (["--machine", "pca", "--smoothing", "0.1"], "smoothing: expected none for pca"),
+        (["--machine", "smoothed", "--draws", "2000"], "windows: expected none for smoothed"),
         (["--machine", "pspc", "--folds", "0.5"], "folds: expected none for pspc"),
         (["--bank-limit", "1"], "bank-limit: expected at least 2"),
         (["--out", str(bundled_models() / "new")], "out: expected a folder outside the package"),

@@ -23,14 +23,18 @@ from els_service.cli.experiments import (
 from els_service.cli.progress import Progress
 from els_service.errors import InvalidArgumentError
 from els_service.experiments.calibrate import CalibrationSettings, calibrate_folder
-from els_service.experiments.calibrate_thresholds import (
+from els_service.experiments.calibrate_numbers import (
     MACHINES,
-    ThresholdSettings,
-    calibrate_thresholds_folder,
-    parse_thresholds,
+    SMOOTHING,
+    THRESHOLD,
+    NumberSettings,
+    calibrate_number_folder,
+    number_of,
+    parse_candidates,
 )
 from els_service.experiments.comparison.calibration import SEARCHES
 from els_service.experiments.comparison.folds import parse_folds
+from els_service.experiments.comparison.machines import Smoothing
 from els_service.experiments.comparison.sampling import check_seed
 from els_service.experiments.comparison.subjects import find_windows, open_network_and_bank
 from els_service.repository import WINDOWS_FILE
@@ -55,7 +59,9 @@ Network = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Name of a served model, or a network's model folder."),
 ]
-Machine = Annotated[str, typer.Option(help="els, local, MACHINE-PADDING, pspc, pca, pca-released.")]
+Machine = Annotated[
+    str, typer.Option(help="els, local, MACHINE-PADDING, pspc, pca, pca-released, smoothed.")
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -90,6 +96,15 @@ Thresholds = Annotated[
     str | None,
     typer.Option(metavar="TAU[,TAU]", help="Candidates of pca. [default: 0.005 to 0.3]"),
 ]
+Etas = Annotated[
+    str | None,
+    typer.Option(
+        "--smoothing", metavar="ETA[,ETA]", help="Candidates of smoothed. [default: 0 to 0.5]"
+    ),
+]
+Draws = Annotated[
+    int, typer.Option(parser=positive_integer("draws"), help="Draws of smoothed, up to 1024.")
+]
 
 
 @app.command("calibrate", cls=_Calibrate)
@@ -106,6 +121,8 @@ def calibrate(
     windows: Windows = None,
     folds: Folds = None,
     thresholds: Thresholds = None,
+    smoothing: Etas = None,
+    draws: Draws = Smoothing.draws,
     bank_limit: BankLimit = None,
     models: Models = None,
     device: Device = "auto",
@@ -114,24 +131,27 @@ def calibrate(
     """Find the windows by noise level for which a machine's score is closest to a network's.
 
     Writes windows.yaml and calibration.json to an analytic model folder; with --folds also
-    folds.yaml, window and fold by level; with --machine pca thresholds.yaml. The same command
-    resumes an interrupted run. Without a network: --held-out MODEL_FOLDER, with a --help of its
-    own.
+    folds.yaml, window and fold by level; with --machine pca thresholds.yaml; with --machine
+    smoothed one smoothing for all levels. The same command resumes an interrupted run. Without a
+    network: --held-out MODEL_FOLDER, with a --help of its own.
     """
     check_seed(seed)
+    options = {"windows": windows, "folds": folds}
+    candidates = {THRESHOLD.field: thresholds, SMOOTHING.field: smoothing}
+    own = candidates.pop(number_of(machine).field) if machine in MACHINES else None
+    others = candidates | options if machine in MACHINES else candidates
+    for field, given in others.items():
+        if given is not None:
+            raise InvalidArgumentError(field, f"none for {machine}", given)
     if machine in MACHINES:
-        for field, given in (("windows", windows), ("folds", folds)):
-            if given is not None:
-                raise InvalidArgumentError(field, f"none for {machine}", given)
-        fitted = ThresholdSettings(
+        number = NumberSettings(
             machine=machine,
             samples=samples,
             steps=steps,
             seed=seed,
-            thresholds=parse_thresholds(thresholds),
+            candidates=parse_candidates(number_of(machine), own),
+            draws=Smoothing(draws=draws).draws,
         )
-    elif thresholds is not None:
-        raise InvalidArgumentError("thresholds", f"none for {machine}", thresholds)
     else:
         settings = CalibrationSettings(
             machine=machine,
@@ -152,11 +172,11 @@ def calibrate(
             "progress": progress,
         }
         if machine in MACHINES:
-            written, tau = calibrate_thresholds_folder(trained, images, fitted, out, **common)
+            written, found = calibrate_number_folder(trained, images, number, out, **common)
         else:
             written, table = calibrate_folder(trained, images, settings, out, **common)
     if machine in MACHINES:
-        print(f"thresholds {' '.join(map(str, tau.tau))}\nwritten: {written}")
+        print(f"{number_of(machine).field} {' '.join(map(str, found))}\nwritten: {written}")
         return
     print(f"windows {' '.join(map(str, table.k))}\nwritten: {written}")
     if find_windows(trained).source != f"{written.resolve().name}/{WINDOWS_FILE}":

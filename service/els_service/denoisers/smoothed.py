@@ -21,11 +21,18 @@ MAX_DRAWS = 1024
 class SmoothedDenoiser:
     """The ideal machine with a smoothed score: D(x) = (1/M) Σ_m D_ideal(x + a η (1 + σ) ε_m).
 
-    Scarvelis, Haitz Sáez de Ocáriz Borde & Solomon, "Closed-form diffusion models", TMLR 2025. They
-    write z = t·x0 + (1 - t)·noise and smooth the score by N(0, η²) in z; with t = 1/(1 + σ) for
-    σ = s/a, that is η (1 + σ) in x/a. ε_m is drawn once from (seed, m), so that answers depend on
-    the image alone. ``log_evidence`` is the mean of those of the perturbed images, whose gradient
-    is the smoothed score up to the mean of ε_m.
+    Scarvelis, Haitz Sáez de Ocáriz Borde & Solomon, "Closed-form diffusion models", TMLR 2025
+    (σ-CFDM; their σ is η here). The paper's: with z = t·x0 + (1 - t)·noise and
+    k(z) = Σ_v softmax_v(-‖z - t·v‖² / (2 (1 - t)²)) t·v, the score of the bank is
+    (k(z) - z) / (1 - t)², and the smoothed one has (1/M) Σ_m k(z + η ε_m) in place of k(z), with
+    ε_m ~ N(0, I), M of them. The mean of η ε_m itself, which is 0 in expectation, is left out.
+
+    Ours: x and σ = s/a in place of z and t, with t = 1/(1 + σ) and z = t·x/a, which makes η in z
+    η (1 + σ) in x/a; ε_m that are drawn once from (seed, m), so that answers depend on the image
+    alone; and the exact sum over the bank, where the paper has an estimator from the nearest images
+    and random ones among the rest, and begins its trajectories at a t above 0. ``log_evidence`` is
+    the mean of those of the perturbed images, whose gradient is the smoothed score up to the mean
+    of ε_m.
 
     Args:
         ideal: the machine ``ideal``.
