@@ -1,27 +1,47 @@
-"""The table beside the paper's: rows by kind of network, those not yet run, differences."""
+"""The table beside published figures, the verdicts, and the page that shows both."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.reproduction import PAPER, main
-from tests.support.comparing import squares, subjects
+from benchmarks.reproduction.__main__ import main
+from benchmarks.reproduction.page import BEGIN, END, generated, newest, parts_of
+from benchmarks.reproduction.published import PAPER
+from benchmarks.reproduction.statements import Verdict, verdicts
+from tests.support.comparing import squares, subjects, write_network
 
 from els_service.experiments.comparison.run import Settings, compare
 
 SETTINGS = Settings(count=3, network_steps=(150, 20), machine_steps=2)
+PAGE = Path(__file__).parents[2] / "docs" / "claim.md"
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real one, but for what it says of the network."""
+    """A real one, apart from its description of the network."""
     out = tmp_path_factory.mktemp("comparison")
-    found = compare(subjects(squares(), None, "els", "local", "ideal"), SETTINGS, out)
-    found["network"] |= {"architecture": "resnet", "parameters": 221_000, "label_count": 10}
+    return renamed(compare(subjects(squares(), None, "els", "local", "ideal"), SETTINGS, out), out)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real comparison in both protocols, apart from its description of the network."""
+    out = tmp_path_factory.mktemp("both")
+    settings = Settings.of_protocols(("paper", "ten-steps"), count=3)
+    return renamed(compare(subjects(squares(), None, "els", "wiener"), settings, out), out)
+
+
+def renamed(found: dict[str, Any], out: Path, **network: Any) -> Path:
+    """Write a comparison with another description of the network; return its file."""
+    found = deepcopy(found)
+    labels = {"architecture": "resnet", "parameters": 221_000, "label_count": 10}
+    found["network"] |= labels | network
     (out / "compare.json").write_text(json.dumps(found))
     return out / "compare.json"
 
@@ -32,7 +52,7 @@ def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
-def test_a_comparison_stands_beside_its_row_and_the_rest_is_not_yet_run(
+def test_a_row_a_network_and_machine_and_the_rest_is_not_yet_run(
     tmp_path: Path, comparison: Path
 ) -> None:
     record, text = written(tmp_path, f"FMNIST={comparison}", "--note", "Tried: nothing else.")
@@ -40,86 +60,199 @@ def test_a_comparison_stands_beside_its_row_and_the_rest_is_not_yet_run(
     assert len(rows) == len(PAPER) == 11
     (had,) = [row for row in rows if row["ours"]]
     assert had["paper"]["els"] == [0.94, 0.90]
-    els = had["ours"][0]["at_network_steps"]["150"]["els"]
-    lines = text.splitlines()
-    at = lines.index("| **FMNIST resnet zeros, with labels**: paper | | | 0.94 / 0.90 | "
-                     "0.88 / 0.88 | 0.68 / 0.74 | | |")  # fmt: skip
-    assert f"{els['median_pearson_r']:.3f} [" in lines[at + 1]
-    assert f"{els['median_pearson_r'] - 0.94:+.3f} / " in lines[at + 1]
-    assert "221,000, told | 3 of 24" in lines[at + 1]
-    assert text.count("| ours | not yet run |") == 10
+    ours = had["ours"][0]
+    els = ours["at_network_steps"]["150"]["els"]
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    found = {line[1]: line for line in lines if "`pretended`" in line[0]}
+    assert list(found) == ["ELS", "LS", "IS"]
+    low, high = els["pearson_r_interval"]
+    assert found["ELS"][2] == f"{els['median_pearson_r']:.3f} [{low:.3f}, {high:.3f}]"
+    assert found["ELS"][4].startswith("0.94 / 0.90 (")
+    assert f"({els['median_pearson_r'] - 0.94:+.3f} / " in found["ELS"][4]
+    assert found["ELS"][5:] == ["–", "–", "–", "– |"]
+    assert "FMNIST resnet zeros, with labels; 221,000 parameters; 3 images, bank of 24" in text
     assert "Not yet run: MNIST unet zeros, no labels; FMNIST unet zeros, with labels; MNIST" in text
     assert "Not yet run, for want of a GPU: CIFAR10 unet zeros, with labels; CIFAR10 resnet" in text
     assert "for want of a GPU: FMNIST resnet zeros, with labels." in text
     assert "faces is not available: CelebA unet zeros, no labels; CelebA resnet" in text
-    assert lines[-1] == "- Tried: nothing else."
+    assert "- Tried: nothing else." in text
+    assert "All measures" not in text
+    figure = tmp_path / "claim-pretended.png"
+    assert figure.read_bytes() == comparison.with_name("compare.png").read_bytes()
 
 
-def test_a_network_of_another_kind_has_a_row_of_its_own(tmp_path: Path, comparison: Path) -> None:
-    _, text = written(tmp_path, f"MNIST={comparison}")
-    assert "**MNIST resnet zeros, with labels**, no row of the paper: ours: " in text
-    assert text.count("| ours | not yet run |") == 11
+def test_both_protocols_published_figures_and_seconds_stand_in_one_row(
+    tmp_path: Path, both: Path
+) -> None:
+    record, text = written(tmp_path, f"CIFAR10={both}")
+    (ours,) = next(row["ours"] for row in record["rows"] if row["ours"])
+    one = ours["protocols"]["ten-steps"]["at_network_steps"]["10"]["wiener"]
+    low, high = one["mean_explained_interval"]
+    (line,) = [line for line in text.splitlines() if line.startswith("| `pretended` | `wiener` |")]
+    cells = line.split(" | ")
+    assert cells[5] == f"{one['mean_explained']:.3f} [{low:.3f}, {high:.3f}]"
+    assert cells[7] == "0.553, 0.008"
+    seconds = ours["protocols"]["ten-steps"]["seconds_per_step"]["wiener"]
+    assert cells[8] == f"{seconds:.3g} |"
+    assert "| `pretended` | paper, 150 / 20 | wiener | " in text
+    # The machine is the network itself: Wiener does not beat it.
+    at = ours["differences"]["ten-steps"]["10"]["wiener - els"]["explained"]
+    assert at[2] < 0
+    assert at[0] == pytest.approx(one["mean_explained"] - 1)
+    (verdict,) = [line for line in text.splitlines() if line.startswith("| Wiener (.553)")]
+    assert verdict.split(" | ")[2].startswith("`pretended`: ")
+
+
+def test_comparisons_of_a_network_are_merged_unless_a_machine_is_there_twice(
+    tmp_path: Path, both: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings.of_protocols(("ten-steps",), count=3)
+    others = replace(
+        subjects(squares(), None, "els", "pca"), machines=subjects(squares(), None, "pca").machines
+    )
+    again = renamed(compare(others, settings, tmp_path), tmp_path)
+    record, text = written(tmp_path, f"CIFAR10={both}", f"CIFAR10={again}")
+    (ours,) = next(row["ours"] for row in record["rows"] if row["ours"])
+    assert list(ours["protocols"]["ten-steps"]["at_network_steps"]["10"]) == [
+        "els",
+        "wiener",
+        "pca",
+    ]
+    assert set(ours["differences"]["ten-steps"]["10"]) == {"wiener - els", "pca - els"}
+    assert "| `pretended` | `pca` | – | – | – | " in text
+    content = json.loads(again.read_text())
+    content["protocols"]["ten-steps"]["at_network_steps"]["10"]["wiener"] = {"pearson_r": [0.0]}
+    content["seconds_per_step"]["wiener"] = 1.0
+    again.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        written(tmp_path, f"CIFAR10={both}", f"CIFAR10={again}")
+    assert "expected each once, got two: ten-steps, " in capsys.readouterr().err
 
 
 def test_networks_of_one_row_stand_together_and_one_of_the_paper_s_size_settles_it(
     tmp_path: Path, comparison: Path
 ) -> None:
-    found = json.loads(comparison.read_text())
-    found["network"] |= {"name": "wide", "parameters": 4_000_000}
-    (tmp_path / "wide.json").write_text(json.dumps(found))
-    record, text = written(tmp_path, f"FMNIST={comparison}", f"FMNIST={tmp_path}/wide.json")
+    content = json.loads(comparison.read_text())
+    wide = renamed(content, tmp_path, name="wide", parameters=4_000_000)
+    record, text = written(tmp_path, f"FMNIST={comparison}", f"FMNIST={wide}")
     (row,) = [row for row in record["rows"] if row["ours"]]
-    assert len(row["ours"]) == 2
-    lines = text.splitlines()
-    (second,) = [i for i, line in enumerate(lines) if line.startswith("| ours: wide | 4,000,000")]
-    assert "221,000" in lines[second - 1]
+    assert [ours["network"] for ours in row["ours"]] == ["pretended", "wide"]
     assert "paper's size, for want of a GPU" not in text
 
 
-def test_machines_and_steps_that_were_not_tried_are_dashes(
-    tmp_path: Path, comparison: Path
-) -> None:
-    found = compare(
-        subjects(squares(), None, "els"), replace(SETTINGS, network_steps=(20,)), tmp_path / "els"
-    )
-    found["network"] = json.loads(comparison.read_text())["network"]
-    (tmp_path / "few.json").write_text(json.dumps(found))
-    _, text = written(tmp_path, f"FMNIST={tmp_path}/few.json")
-    (line,) = [line for line in text.splitlines() if "221,000" in line]
-    median = found["machines"]["els"]["median_pearson_r"]
-    low, high = found["machines"]["els"]["pearson_r_interval"]
-    assert line.split(" | ")[3:] == [
-        f"– / {median:.3f} [{low:.3f}, {high:.3f}]",
-        "– / –",
-        "– / –",
-        "– / –",
-        f"– / {median - 0.9:+.3f} |",
-    ]
+def test_other_networks_of_an_earlier_record_are_kept(tmp_path: Path, comparison: Path) -> None:
+    content = json.loads(comparison.read_text())
+    first = tmp_path / "first"
+    first.mkdir()
+    other = renamed(content, first, name="other", architecture="unet-attention")
+    written(first, f"FMNIST={comparison}", f"FMNIST={other}")
+    record, text = written(tmp_path, f"FMNIST={comparison}", "--earlier", str(first / "claim.json"))
+    kept = [(ours["network"], ours.get("record")) for row in record["rows"] for ours in row["ours"]]
+    assert kept == [("pretended", None), ("other", "claim.json")]
+    assert "**`other`**: FMNIST unet-attention zeros, with labels" in text
 
 
-def test_all_measures_of_both_protocols_stand_in_a_second_table(
-    tmp_path: Path, comparison: Path
+def test_conditions_of_training_and_calibration_are_recorded(
+    tmp_path: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = Settings.of_protocols(("paper", "ten-steps"), count=2)
-    found = compare(subjects(squares(), None, "els", "ideal"), settings, tmp_path / "both")
-    found["network"] = json.loads(comparison.read_text())["network"]
-    (tmp_path / "both.json").write_text(json.dumps(found))
-    record, text = written(tmp_path, f"CIFAR10={tmp_path}/both.json")
+    folder = write_network(tmp_path / "trained" / "pretended")
+    training = {"command": "els-server train --seed 0", "step": 5, "steps": 5, "seconds": 7200.0}
+    (folder / "training.json").write_text(json.dumps(training | {"loss": 0.0625}))
+    given = ("--trained", str(tmp_path / "trained"))
+    with pytest.raises(SystemExit):
+        written(tmp_path, f"FMNIST={comparison}", *given)
+    assert "trained: expected weights pretended's of the compared" in capsys.readouterr().err
+    content = json.loads(comparison.read_text())
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    same = renamed(content, tmp_path, fingerprint=digest)
+    fitted = tmp_path / "trained" / "pretended-els"
+    fitted.mkdir()
+    calibration = {"network": {"fingerprint": digest}, "bank": {"images": 9}, "machine": "els"}
+    (fitted / "calibration.json").write_text(json.dumps(calibration | {"command": "c", "seed": 1}))
+    record, text = written(tmp_path, f"FMNIST={same}", *given)
     (ours,) = next(row["ours"] for row in record["rows"] if row["ours"])
-    one = ours["protocols"]["ten-steps"]["at_network_steps"]["10"]["ideal"]
-    low, high = one["mean_explained_interval"]
-    lines = [line.split(" | ") for line in text.splitlines() if " / 10 | " in line]
-    assert [line[2] for line in lines] == ["els", "ideal"]
-    assert lines[1][6] == f"{one['mean_explained']:.3f} [{low:.3f}, {high:.3f}]"
-    assert "paper, 150 / 20 | els | " in text
-    assert "mean EV and MSE: ideal -0.401, 0.030; wiener 0.553, 0.008" in text
-    assert "All measures" not in written(tmp_path, f"FMNIST={comparison}")[1]
+    assert ours["training"]["loss"] == 0.0625
+    assert ours["calibrations"] == [
+        {"folder": "pretended-els", "machine": "els", "command": "c", "seed": 1, "bank_images": 9}
+    ]
+    assert "| 5 of 5 | 0.0625 | 2.0 | `els-server train --seed 0` |" in text
 
 
-@pytest.mark.parametrize("argument", ["KMNIST=x", "MNIST=nowhere", "MNIST"])
+def figures(r: float, width: float = 0.01) -> dict[str, Any]:
+    return {"median_pearson_r": r, "pearson_r_interval": [r - width, r + width]}
+
+
+def one_row(network: str, architecture: str = "resnet", **machines: Any) -> dict[str, Any]:
+    paper = {"els": [0.95, 0.90]} if architecture == "resnet" else None
+    ours = {"network": network, "at_network_steps": {"150": machines}, "protocols": {}}
+    described = {"data": "CIFAR10", "architecture": architecture, "padding": "zeros"}
+    return described | {"paper": paper, "ours": [ours]}
+
+
+def verdict_of(found: list[Verdict], text: str) -> str:
+    return next(one.verdict for one in found if text in one.statement)
+
+
+@pytest.mark.parametrize(
+    ("els", "reached"), [(0.96, "holds"), (0.90, "does not hold"), (0.95, "open")]
+)
+def test_a_published_median_holds_where_the_interval_lies_above_it(
+    els: float, reached: str
+) -> None:
+    found = verdicts([one_row("net", els=figures(els))])
+    assert verdict_of(found, "a median r of 0.95 on CIFAR10 resnet zeros, 150 steps") == reached
+
+
+@pytest.mark.parametrize(
+    ("local", "verdict"), [(0.85, "holds"), (0.95, "does not hold"), (0.91, "open")]
+)
+def test_an_order_is_open_where_intervals_overlap_and_no_difference_decides(
+    local: float, verdict: str
+) -> None:
+    row = one_row("net", els=figures(0.9), local=figures(local))
+    assert verdict_of(verdicts([row]), "closer to the network than LS, 150") == verdict
+    # The same images decide more.
+    row["ours"][0]["protocols"]["paper"] = row["ours"][0]
+    between = {"pearson_r": [0.02, 0.01, 0.03]}
+    row["ours"][0] |= {"differences": {"paper": {"150": {"els - local": between}}}}
+    assert verdict_of(verdicts([row]), "closer to the network than LS, 150") == "holds"
+
+
+def test_attention_is_judged_on_a_pair_of_networks() -> None:
+    rows = [
+        one_row("net-8", "unet", els=figures(0.9)),
+        one_row("net-attention-8", "unet-attention", els=figures(0.8)),
+    ]
+    (found,) = [one for one in verdicts(rows) if "attention" in one.statement]
+    assert (found.network, found.verdict) == ("net-attention-8", "holds")
+    assert "0.800 [0.790, 0.810] against 0.900 [0.890, 0.910] of `net-8`" in found.numbers
+
+
+def test_the_page_has_what_the_newest_record_says() -> None:
+    between = PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    assert between.strip() == generated(newest(), PAGE)
+
+
+def test_only_the_generated_part_of_a_page_is_replaced(tmp_path: Path, comparison: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nreplaced\n{END}\nafter\n")
+    written(tmp_path, f"FMNIST={comparison}", "--page", str(page))
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n\nFrom [claim.json](claim.json)")
+    assert text.endswith(f"{END}\nafter\n")
+    assert '<img src="claim-pretended.png"' in text
+    assert "replaced" not in text
+    main(["--page", str(page)])
+    assert newest().name in page.read_text()
+    page.write_text("none")
+    with pytest.raises(ValueError, match="expected one part from"):
+        parts_of(page)
+
+
+@pytest.mark.parametrize("arguments", [["KMNIST=x"], ["MNIST=nowhere"], ["MNIST"], []])
 def test_what_is_no_comparison_is_refused(
-    tmp_path: Path, argument: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main([argument])
+        main(arguments)
     assert "expected" in capsys.readouterr().err
