@@ -22,8 +22,9 @@ from els_kernels.control import checkpoint
 from els_kernels.displacements import decode
 from els_kernels.geometry import Geometry
 
-_TILE, _GPU_TILE = 1 << 17, 1 << 22
-"""Numbers of one tile of bank images: they fit a core's cache with their transforms; busy a GPU."""
+_TILE, _GPU_TILE = 1 << 16, 1 << 22
+"""Numbers of one tile of bank images. On a CPU one thread multiplies them, as the last bits of torch's
+complex products depend on where threads part; with their transforms they fit the core's cache."""
 
 
 class _Tile(ABC):
@@ -67,31 +68,49 @@ class _Images(_Tile):
 
 
 class _Translations(_Tile):
-    """Images under every displacement on the torus."""
+    """Images under every displacement on the torus, two at a time in a complex transform.
+
+    Complex transforms have the same bits whatever the number of threads; torch's inverse real ones
+    do not.
+    """
 
     def distances(self, image: Tensor) -> Tensor:
         norms = self._keys.square().sum((1, 2, 3))[:, None, None] + image.square().sum()
         return norms.sub(self.products(image), alpha=2)
 
     def products(self, image: Tensor) -> Tensor:
-        spectra = (self._spectra * torch.fft.rfft2(image).conj()).sum(1)
-        return torch.fft.irfft2(spectra, s=image.shape[1:])
+        both = torch.fft.ifft2((self._spectra * torch.fft.fft2(image).conj()).sum(1))
+        return torch.cat([both.real, both.imag])[: len(self._keys)]
 
     def responses(self, weights: Tensor) -> Tensor:
         return _correlation(weights, self._spectra)
 
     def squares(self, weights: Tensor, mean: Tensor) -> Tensor:
-        return _correlation(weights, torch.fft.rfft2(self._keys.square()))
+        return _correlation(weights, torch.fft.fft2(_paired(self._keys.square())))
 
     @cached_property
     def _spectra(self) -> Tensor:
-        return torch.fft.rfft2(self._keys)
+        return torch.fft.fft2(_paired(self._keys))
+
+
+def _paired(images: Tensor) -> Tensor:
+    """Return the first half of [T, ...] plus i times the other, which ends with 0 if T is odd."""
+    half = (len(images) + 1) // 2
+    other = torch.zeros_like(images[:half])
+    other[: len(images) - half] = images[half:]
+    return torch.complex(images[:half], other)
 
 
 def _correlation(weights: Tensor, spectra: Tensor) -> Tensor:
-    """Return Σ w[t, d] v[t, u+d], [C, H, W], of the spectra [T, C, H, ·] of v."""
-    products = torch.fft.rfft2(weights).conj()[:, None] * spectra
-    return torch.fft.irfft2(products.sum(0), s=weights.shape[1:])
+    """Return Σ w[t, d] v[t, u+d], [C, H, W], of the spectra of pairs of v."""
+    products = torch.fft.fft2(_paired(weights)).conj()[:, None] * spectra
+    both: Tensor = torch.fft.ifft2(products.sum(0))
+    return both.real
+
+
+def _of_images(weights: Tensor) -> Tensor:
+    """Return the sum of each image of [T, H, W], an axis at a time: bits as of one thread."""
+    return weights.sum(2).sum(1)
 
 
 class Shifts:
@@ -116,7 +135,7 @@ class Shifts:
             top = torch.maximum(peak, logits.amax())
             weights = logits.sub_(top).exp_()
             scale = (peak - top).exp()
-            total = total * scale + weights.sum()
+            total = total * scale + _of_images(weights).sum()
             mean = mean * scale + tile.responses(weights)
             peak = top
         return mean / total, peak + total.log()
@@ -135,7 +154,7 @@ class Shifts:
         for _, tile, logits in self._tiles():
             weights = logits.sub_(log_sum).exp_()
             weights *= tile.products(direction) - offset
-            total = total + weights.sum()
+            total = total + _of_images(weights).sum()
             product += tile.responses(weights)
         return product - total * mean
 
@@ -158,8 +177,8 @@ class Shifts:
             surprise = log_sum - logits
             weights = surprise.neg().exp_()
             second += tile.squares(weights, mean)
-            entropy += (weights * surprise).sum()
-            shares[first : first + len(weights)] += weights.sum((1, 2))
+            entropy += _of_images(weights * surprise).sum()
+            shares[first : first + len(weights)] += _of_images(weights)
             best, where = _best(best, where, weights, first, top)
         listed = self._of_pixels(best, where, top)
         return second, entropy.expand_as(mean[0]), *listed, shares
