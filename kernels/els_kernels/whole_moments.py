@@ -23,8 +23,8 @@ from els_kernels.displacements import decode
 from els_kernels.geometry import Geometry
 
 _TILE, _GPU_TILE = 1 << 16, 1 << 22
-"""Numbers of one tile of bank images. On a CPU one thread multiplies them, as the last bits of torch's
-complex products depend on where threads part; with their transforms they fit the core's cache."""
+"""Numbers of one tile of bank images. On a CPU one thread multiplies them, as the last bits of
+torch's complex products depend on where threads part; their transforms fit the core's cache."""
 
 
 class _Tile(ABC):
@@ -79,7 +79,8 @@ class _Translations(_Tile):
         return norms.sub(self.products(image), alpha=2)
 
     def products(self, image: Tensor) -> Tensor:
-        both = torch.fft.ifft2((self._spectra * torch.fft.fft2(image).conj()).sum(1))
+        spectra = self._spectra * torch.fft.fft2(image).conj()
+        both: Tensor = torch.fft.ifft2(spectra.sum(1))
         return torch.cat([both.real, both.imag])[: len(self._keys)]
 
     def responses(self, weights: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ class _Translations(_Tile):
 
     @cached_property
     def _spectra(self) -> Tensor:
-        return torch.fft.fft2(_paired(self._keys))
+        spectra: Tensor = torch.fft.fft2(_paired(self._keys))
+        return spectra
 
 
 def _paired(images: Tensor) -> Tensor:
