@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from tests.support.rows import all_rows, nightly
 
 # Without a GPU Triton's kernels are interpreted. Triton asks when it is imported, which may be by
 # torch, long before the tests of the kernels.
@@ -44,11 +45,16 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for folder, mark in MARKED_FOLDERS.items():
             if folder in item.path.parents:
                 item.add_marker(mark)
+    if all_rows():
+        return
+    left = nightly(items)
+    config.hook.pytest_deselected(items=[*left])
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +29,16 @@ def missing(variant: str) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None if name in known else f"{_NO_SUCH_SET} {name}"
+
+
+@functools.cache
+def widest(variant: str) -> bool:
+    """Return whether a variant is not native, or has the widest vectors of this processor.
+
+    The others are the same template with fewer lanes: they get fewer rows, see ``support.rows``.
+    """
+    kind, _, name = variant.partition("-")
+    return kind != "native" or missing(variant) is not None or name == instruction_sets()[0]
 
 
 def variant(name: str) -> Any:

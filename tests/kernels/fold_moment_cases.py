@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.kernels.cases import random_bank
 from tests.kernels.fold_cases import FOLD_NAMES, FoldCase, fold_case
+from tests.kernels.known import KnownFoldPosterior
 from tests.kernels.moment_budgets import Budgets, posterior_budgets
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def budgets(
     operator: FoldedMoments, case: FoldCase, b: int, reference: ReferenceFoldPosterior
 ) -> Budgets:
     """Return the budgets of one image: float64, or as far as logits may be wrong."""
-    weights, mean = torch.cat(once("weights", reference), 1), once("mean", reference)
+    weights, mean = torch.cat(reference.weights(), 1), reference.mean()
     implementation = operator._moments
     values = torch.cat([image.double().flatten(1) for image in reference.bank], 1)
     if operator.implementation == "triton":
@@ -86,12 +87,12 @@ def assert_statistics(
 ) -> None:
     """Assert the statistics of one image whose range starts at bank image ``lo``."""
     hi = lo + len(reference.bank)
-    assert ((got.mean[b] - once("mean", reference)).abs() <= slack.mean).all()
-    assert ((got.variance[b] - once("variance", reference)).abs() <= slack.variance).all()
-    assert ((got.entropy[b] - once("entropy", reference)).abs() <= slack.entropy).all()
-    assert (got.shares[b, lo:hi] - once("shares", reference)).abs().max() <= slack.shares
+    assert ((got.mean[b] - reference.mean()).abs() <= slack.mean).all()
+    assert ((got.variance[b] - reference.variance()).abs() <= slack.variance).all()
+    assert ((got.entropy[b] - reference.entropy()).abs() <= slack.entropy).all()
+    assert (got.shares[b, lo:hi] - reference.shares()).abs().max() <= slack.shares
     assert abs(float(got.shares[b].sum()) - 1) <= 1e-9
-    every = torch.cat(once("weights", reference), 1)
+    every = torch.cat(reference.weights(), 1)
     given = got.weights[b].flatten(0, 1)
     largest = every.sort(descending=True).values[:, : given.shape[1]]
     within = slack.weights.amax(1)[:, None]
@@ -132,10 +133,10 @@ def arguments(case: FoldCase) -> dict[str, Any]:
     }
 
 
-def references(case: FoldCase) -> list[ReferenceFoldPosterior]:
+def references(case: FoldCase) -> list[KnownFoldPosterior]:
     limits = [(0, len(case.bank))] * len(case.x) if case.ranges is None else case.ranges.tolist()
     return [
-        ReferenceFoldPosterior(
+        KnownFoldPosterior(
             case.x[b],
             list(case.bank)[lo:hi],
             float(case.a[b]),
@@ -146,19 +147,6 @@ def references(case: FoldCase) -> list[ReferenceFoldPosterior]:
         )
         for b, (lo, hi) in enumerate(limits)
     ]
-
-
-_KNOWN: dict[tuple[object, ...], Any] = {}
-
-
-def once(name: str, reference: ReferenceFoldPosterior, *along: Tensor) -> Any:
-    """Return a result of the reference; computed once for all implementations."""
-    tensors = [t.numpy().tobytes() for t in (reference.x, *reference.bank, *along)]
-    level = reference.s, reference.window, reference.fold, reference.geometry
-    key = name, *level, *tensors
-    if key not in _KNOWN:
-        _KNOWN[key] = getattr(reference, name)(*along)
-    return _KNOWN[key]
 
 
 def directions(case: FoldCase, seed: int = 3) -> Tensor:

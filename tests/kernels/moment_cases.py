@@ -6,11 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tests.kernels.cases import (
-    VARIANTS,
-    Case,
-    operator,
-)
+from tests.kernels.cases import VARIANTS, Case, operator
+from tests.kernels.known import KnownPosterior
 from torch import Tensor
 
 from els_kernels import (
@@ -18,7 +15,6 @@ from els_kernels import (
     PatchMoments,
     max_window,
 )
-from els_kernels.reference_statistics import ReferencePosterior
 
 SHAPES = [(5, 2, 5, 4), (4, 1, 3, 5)]
 
@@ -47,9 +43,9 @@ def arguments(case: Case) -> dict[str, Any]:
     }
 
 
-def references(case: Case) -> list[ReferencePosterior]:
+def references(case: Case) -> list[KnownPosterior]:
     return [
-        ReferencePosterior(
+        KnownPosterior(
             case.x[b],
             case.bank[slice(*case.ranges[b].tolist())],
             float(case.a[b]),

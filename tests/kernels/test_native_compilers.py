@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from hatchling.bridge.app import Application
-from hypothesis import settings
 from tests.kernels.cases import NAMES, Case, assert_within_budget, random_case
+from tests.support.rows import all_rows
 
 import native_build
 from els_kernels import Posterior
@@ -54,7 +54,7 @@ def compiled(target: Target, folder: Path) -> Path:
     driver = Path(__file__).with_name("native_driver.cpp")
     out = folder / "driver"
     # To optimise takes a minute: of the profile nightly, as its flags are those of the build.
-    optimised = settings().max_examples > 100
+    optimised = all_rows()
     flags = tuple(f for f in native_build.COMMON if optimised or f != "-O3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_build, "COMMON", flags)
