@@ -10,6 +10,7 @@ import torch
 from tests.kernels.bank_parts import OwnParts
 from tests.kernels.cases import NAMES, Case, operator, random_case
 from tests.kernels.moment_cases import arguments as arguments_of
+from tests.support.rows import latin
 
 from els_kernels import PatchAttention, PatchMoments, max_window
 from els_kernels.blocks import Blocks, block_size
@@ -41,6 +42,7 @@ def parted(case: Case, parts: int) -> PatchAttention:
     return PatchAttention.of_parts(own, float(case.bank.abs().max()))
 
 
+@latin(2, "name", "parts")
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_of_a_bank_have_the_bits_of_the_whole(name: str, parts: int) -> None:
@@ -50,6 +52,7 @@ def test_parts_of_a_bank_have_the_bits_of_the_whole(name: str, parts: int) -> No
     assert torch.equal(got.log_evidence, want.log_evidence)
 
 
+@latin(2, "name", "parts")
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_moments_of_parts_have_the_bits_of_the_whole(name: str, parts: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.kernels.cases import NAMES, Case, operator, random_bank, relative_errors
 from tests.kernels.fold_cases import FOLD_NAMES, FoldCase
+from tests.support.rows import latin
 
 from els_kernels import FoldedAttention, FoldedMoments, PatchMoments
 from els_kernels.blocked_moments import BlockedQuery
@@ -90,6 +91,7 @@ def test_a_far_query_has_the_fold_of_its_nearest_patches(name: str) -> None:
         assert (relative_errors(got.mean, want.mean) <= 1e-4).all()
 
 
+@latin(2, "name")
 @pytest.mark.parametrize("name", FOLD_NAMES)
 def test_a_far_query_has_the_moments_of_the_fold_of_its_nearest_patches(name: str) -> None:
     case = far_case(name)[[0, 2, 4, 8]]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.kernels.cases import NAMES
+from tests.support.rows import latin
 from torch import Tensor
 
 from els_kernels import ComputationStoppedError, Control, PatchAttention, max_window
@@ -55,6 +56,7 @@ def by_definition(
     ).mean[0]
 
 
+@latin(2, "name", "channels")
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_it_is_the_reference_on_the_bank_without_the_image(name: str, channels: int) -> None:

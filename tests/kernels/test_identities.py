@@ -14,10 +14,16 @@ from tests.kernels.cases import (
     random_case,
     relative_errors,
 )
+from tests.support.rows import latin, telling
 
 from els_kernels import Posterior
 
 Shape = tuple[int, int, int, int]
+INTERPRETED = ("els-circular", "local-zeros", "equivariant-circular")
+"""Machines of three kernels, which alone are interpreted at every run in Triton."""
+few_interpreted = telling(
+    lambda any_implementation, name: any_implementation != "triton" or name in INTERPRETED
+)
 
 
 def with_geometry(case: Case, name: str, window: int | None = None) -> Case:
@@ -26,6 +32,7 @@ def with_geometry(case: Case, name: str, window: int | None = None) -> Case:
     return replace(case, geometry=NAMES[name], window=windows)
 
 
+@latin(3, "any_implementation", "shape")
 @pytest.mark.parametrize("shape", [(5, 1, 4, 5), (4, 3, 5, 3), (3, 1, 1, 4)], ids=str)
 def test_with_zero_padding_windows_as_large_as_the_image_make_els_local(
     any_implementation: str, shape: Shape
@@ -37,6 +44,7 @@ def test_with_zero_padding_windows_as_large_as_the_image_make_els_local(
         assert_within_budget(els, els.attend(any_implementation), local.attend(any_implementation))
 
 
+@latin(3, "any_implementation", "machine", "shape")
 @pytest.mark.parametrize("shape", [(5, 1, 4, 5), (4, 3, 5, 3), (3, 1, 1, 4)], ids=str)
 @pytest.mark.parametrize("machine", ["els-zeros", "local-zeros"])
 def test_with_zero_padding_the_largest_window_makes_the_ideal_machine(
@@ -58,6 +66,7 @@ def test_on_a_square_torus_a_window_of_its_side_makes_els_equivariant(
     assert_within_budget(els, els.attend(any_implementation), whole.attend(any_implementation))
 
 
+@latin(2, "any_implementation", "name", "shift")
 @pytest.mark.parametrize("name", ["equivariant-circular", "els-circular"])
 @pytest.mark.parametrize("shift", [(1, 0), (0, 2), (3, 4), (-1, 1)], ids=str)
 def test_a_query_rolled_on_the_torus_rolls_the_answer(
@@ -78,6 +87,7 @@ def test_the_ideal_machine_of_one_image_returns_that_image(any_implementation: s
     )
 
 
+@few_interpreted
 @pytest.mark.parametrize("name", NAMES)
 def test_preserving_and_exploding_variance_are_one_problem(
     any_implementation: str, name: str
@@ -95,6 +105,7 @@ def test_preserving_and_exploding_variance_are_one_problem(
     assert_within_budget(exploding, got, want)
 
 
+@few_interpreted
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bank_given_twice_answers_as_given_once_with_log_2_more_evidence(
     any_implementation: str, name: str
@@ -107,6 +118,8 @@ def test_a_bank_given_twice_answers_as_given_once_with_log_2_more_evidence(
     assert_within_budget(once, twice.attend(any_implementation), want)
 
 
+@few_interpreted
+@latin(2, "any_implementation", "name", "shards")
 @pytest.mark.parametrize("shards", ["banks", "ranges"])
 @pytest.mark.parametrize("name", NAMES)
 def test_shards_of_a_bank_merge_by_their_evidence_to_the_answer_of_the_whole(

@@ -10,13 +10,16 @@ import pytest
 import torch
 from benchmarks.fold.matmul import picture
 from tests.kernels.cases import NAMES, VARIANTS, Case, operator, random_bank, random_case
-from tests.kernels.conftest import variant
+from tests.kernels.conftest import variant, widest
+from tests.support.rows import latin, telling
 from torch import Tensor
 
 from els_kernels import GEOMETRIES, PatchMoments, PosteriorStatistics
 from els_kernels.native.moments_binding import NativeQuery, units
 
 WINDOWED = [name for name in NAMES if not NAMES[name].whole]
+few_rows = telling(lambda native, name: widest(native) or name in ("els-zeros", "local-circular"))
+"""Narrower vectors: the machine of two kinds of patches, and the one of one place."""
 
 
 @pytest.fixture(params=[variant(name) for name in VARIANTS if name.startswith("native")])
@@ -53,6 +56,7 @@ def large(name: str) -> Case:
     return random_case(NAMES[name], (70, 3, 9, 8), [5, 7], of_bytes=True)[[0, 3]]
 
 
+@few_rows
 @pytest.mark.parametrize("name", WINDOWED)
 def test_the_number_of_threads_changes_no_bit(native: str, name: str) -> None:
     case = large(name)
@@ -62,6 +66,7 @@ def test_the_number_of_threads_changes_no_bit(native: str, name: str) -> None:
         assert torch.equal(got, want)
 
 
+@few_rows
 @pytest.mark.parametrize("name", WINDOWED)
 def test_it_equals_the_float64_form_where_work_is_split(native: str, name: str) -> None:
     case = large(name)
@@ -151,6 +156,8 @@ def test_logits_fit_their_integers(s: float) -> None:
     assert highest + found.forbidden < found.lowest
 
 
+@few_rows
+@latin(2, "name", "size")
 @pytest.mark.parametrize("size", [3.0, 1e4])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_query_far_from_the_bank_has_the_statistics_of_its_nearest_patches(

@@ -66,6 +66,15 @@ def run_script(
     return _run_forked(script, [*map(str, arguments)], environment(), timeout_s)
 
 
+def printed(program: str, folder: Path, *arguments: object) -> str:
+    """Return what a Python program writes to stdout, run like ``run_script`` from a folder."""
+    script = folder / "program.py"
+    script.write_text(program)
+    done = run_script(script, *arguments, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _are_settings(variables: Iterable[str]) -> bool:
     """Return whether none of these variables can matter when torch is imported."""
     return all(name.startswith("ELS_") for name in variables)
