@@ -1,16 +1,15 @@
-import contextlib
 import json
 import os
 import pty
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
+from select import select
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.support.preloaded import ForkedProcess
 from typer.testing import CliRunner, Result
 
 from els_service.cli.bank import app
@@ -292,20 +291,16 @@ def test_progress_is_a_bar_on_a_terminal(pictures: Path) -> None:
     for path in (pictures / "c.png", *pictures.glob("*.txt")):
         path.unlink()
     leader, follower = pty.openpty()
-    command = [sys.executable, "-c", "from els_service.cli import main; main()", "bank", "build"]
-    out = pictures.with_name("bank.safetensors")
-    with subprocess.Popen(
-        [*command, str(pictures), str(out)],
-        stderr=follower,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
-    ) as process:
-        os.close(follower)
-        shown = b""
-        # A terminal whose other end is gone answers with an error.
-        with contextlib.suppress(OSError), os.fdopen(leader, "rb", 0) as terminal:
-            while block := terminal.read(1 << 16):
-                shown += block
+    command = ["bank", "build", str(pictures), str(pictures.with_name("bank.safetensors"))]
+    variables = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
+    process = ForkedProcess(None, command, Path(os.ttyname(follower)), variables)
+    shown = b""
+    while process.poll() is None or select([leader], [], [], 0)[0]:
+        if select([leader], [], [], 0.1)[0]:
+            shown += os.read(leader, 1 << 16)
+    process.communicate()
+    os.close(follower)
+    os.close(leader)
     assert process.returncode == 0
     assert f"Reading {pictures}".encode() in shown
     assert b"100%" in shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.models_folder import DOCUMENTS, write_models
+from tests.support.processes import run_script
 from typer.testing import CliRunner, Result
 
 from els_service.cli.main import app
@@ -220,8 +220,9 @@ def test_check_takes_ports_that_are_in_use_at_the_moment() -> None:
 
 # No process may write a byte into a file: as on a read-only root, without being root.
 _READ_ONLY = """
-import resource
+import resource, tempfile
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+tempfile.tempdir = None
 import shlex, sys
 from typer.testing import CliRunner
 from els_service.cli.main import app
@@ -232,16 +233,13 @@ for command in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once() -> None:
+def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once(
+    tmp_path: Path,
+) -> None:
     commands = ["run", "check", "check --config-only", "train --data a --out b", "token x"]
-    shown = subprocess.run(
-        [sys.executable, "-c", _READ_ONLY, *commands],
-        env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    (script := tmp_path / "read_only.py").write_text(_READ_ONLY)
+    shown = run_script(script, *commands)
+    assert (shown.returncode, shown.stderr) == (0, "")
     *refused, token = shown.stdout.splitlines()[: len(commands)]
     for command, line in zip(commands, refused, strict=False):
         program = "els-server train" if command.startswith("train") else "els-server"
@@ -249,4 +247,3 @@ def test_without_a_temporary_folder_every_command_that_needs_one_says_so_once() 
         assert line.startswith(start), line
         assert line.endswith("; mount one at /tmp, or name one here"), line
     assert token.startswith("0|"), token
-    assert shown.stderr == ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from tests.support.commands import SEPARATE, run
 from tests.support.comparing import SHAPE, squares, subjects, write_bank, write_network
+from tests.support.processes import printed
 
 from els_service.denoisers.base import make_query
 from els_service.denoisers.levels import cosine
@@ -150,12 +149,7 @@ def test_a_calibrated_machine_serves_and_both_commands_agree(tmp_path: Path, mod
     shown = run("calibrate", "--help")
     assert (shown.exit_code, "--search" in shown.output) == (0, True)
     again = tmp_path / "again" / "net-els"
-    subprocess.run(
-        [sys.executable, "-c", SEPARATE, "calibrate", *options_of(tmp_path, "--out", str(again))],
-        env={"PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        check=True,
-    )
+    printed(SEPARATE, tmp_path, "calibrate", *options_of(tmp_path, "--out", str(again)))
     # Beside no bank it could not be served.
     assert sorted(path.name for path in again.iterdir()) == ["calibration.json", "windows.yaml"]
     ours = json.loads((again / "calibration.json").read_text())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from tests.support.denoisers import answers_of, random_images, run
 from tests.support.pretrained import SHAPE, STEPS, edit, scheduler, unet, write_folder
+from tests.support.processes import printed
 from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query
@@ -385,13 +384,12 @@ def test_a_folder_outside_the_models_root_is_refused(tmp_path: Path, folder: str
 
 
 @pytest.mark.slow
-def test_nothing_of_theirs_is_imported_unless_a_model_needs_it() -> None:
+def test_nothing_of_theirs_is_imported_unless_a_model_needs_it(tmp_path: Path) -> None:
     code = (
         "import sys, els_service.server.server, els_service.denoisers.pretrained.latent\n"
         "print(sorted({'diffusers', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert printed(code, tmp_path) == "[]\n"
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,13 +424,5 @@ sys.exit(sorted(found) != sorted(names))
 
 
 @pytest.mark.slow
-def test_models_that_load_side_by_side_import_diffusers_once_at_a_time() -> None:
-    arguments = [sys.executable, "-c", _TOGETHER]
-    done = subprocess.run(
-        arguments,
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_models_that_load_side_by_side_import_diffusers_once_at_a_time(tmp_path: Path) -> None:
+    assert printed(_TOGETHER, tmp_path) == ""

@@ -75,7 +75,14 @@ def served(info: DenoiserInfo) -> ModelVersion:
 LIBRARIES = ("openvino", "onnxruntime")
 
 
-@pytest.fixture(scope="module", params=itertools.product(LIBRARIES, WIDTHS), ids="-".join)
+# Every operation of "unet" is one of "unet-attention".
+CONVERTED = [
+    pytest.param(pair, marks=pytest.mark.nightly if pair[1] == "unet" else (), id="-".join(pair))
+    for pair in itertools.product(LIBRARIES, WIDTHS)
+]
+
+
+@pytest.fixture(scope="module", params=CONVERTED)
 def converted(request: pytest.FixtureRequest) -> NetworkDenoiser:
     engine, architecture = request.param
     return denoiser(config(architecture), engine=engine, fallback=False)

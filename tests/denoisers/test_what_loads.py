@@ -30,6 +30,7 @@ from tests.support.pretrained import (
     unet,
     write_folder,
 )
+from tests.support.rows import latin
 from torch import Tensor
 
 from els_service.denoisers.base import Denoiser, make_query
@@ -283,6 +284,7 @@ def test_ddim_from_pure_noise_takes_the_steps_of_theirs(tmp_path: Path) -> None:
         assert error_of(Compared(step.x, x)) <= 1e-5
 
 
+@latin(3, "sampler", "kind")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kind", ["zero terminal SNR", "flow", "EDM"])
 def test_every_sampler_ends_with_finite_images(tmp_path: Path, kind: str, sampler: str) -> None:

@@ -13,6 +13,7 @@ from tests.support.models_folder import DOCUMENTS
 from tests.support.processes import BIN, ServerProcess, run
 
 from els_client import Client
+from els_client.cli import main
 from els_proto.build_info import COMMIT
 
 
@@ -104,6 +105,8 @@ def test_each_failure_has_one_line_and_its_exit_code(
     server: ServerProcess,
     picture: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     arguments: tuple[object, ...],
     code: int,
     text: str,
@@ -112,10 +115,14 @@ def test_each_failure_has_one_line_and_its_exit_code(
     given = [files.get(str(argument), argument) for argument in arguments]
     if "sample" in arguments:
         given += ["--out", tmp_path / "out.png"]
-    done = run("els", "--target", server.target, *given)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert text in done.stderr
-    assert done.stderr.count("\n") == 1
+    # In this process: the other tests here start the command.
+    monkeypatch.setattr("sys.argv", ["els", "--target", server.target, *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capfd.readouterr()
+    assert (ended.value.code, shown.out) == (code, "")
+    assert text in shown.err
+    assert shown.err.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
 
 

@@ -50,7 +50,7 @@ async def flooded(target: str) -> AsyncIterator[dict[str, int]]:
             await process.wait()
 
 
-@pytest.mark.parametrize("priority", [1, 3])
+@pytest.mark.parametrize("priority", [pytest.param(1, marks=pytest.mark.nightly), 3])
 async def test_calls_within_the_share_are_never_refused_while_another_process_floods_the_model(
     fault_server: ServerProcess, priority: int
 ) -> None:
