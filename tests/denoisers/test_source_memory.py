@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.denoisers.test_bank_sources import GREY, LABELS, idx
+from tests.support.bank_sources import GREY, LABELS, idx
 
 _MEASURED = """
 import os, sys

@@ -6,10 +6,8 @@ random weights is written by diffusers, served, and compared at several levels.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,21 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from tests.support.compared import (
+    TIMESTEPS,
+    Compared,
+    by_ddim,
+    clean_images,
+    error_of,
+    level_of,
+    made,
+    served,
+)
 from tests.support.denoisers import answers_of, random_images, run
 from tests.support.pretrained import (
     LATENT,
     LEVELS,
     SHAPE,
-    STEPS,
     autoencoder,
     conditional_unet,
     edit,
@@ -31,10 +38,9 @@ from tests.support.pretrained import (
     write_folder,
 )
 from tests.support.rows import latin
-from torch import Tensor
 
-from els_service.denoisers.base import Denoiser, make_query
-from els_service.denoisers.levels import MAX_SIGMA, NoiseLevel, from_alpha_bar, from_sigma
+from els_service.denoisers.base import make_query
+from els_service.denoisers.levels import MAX_SIGMA, NoiseLevel, from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.pretrained.latent import LatentDenoiser
 from els_service.denoisers.samplers import SAMPLERS, Options
@@ -53,17 +59,6 @@ _TABLE = PAGE.read_text().partition("## What loads")[2].partition("\n## ")[0]
 ERRORS = {name: float(error) for name, error in _ROW.findall(_TABLE) if error[0].isdigit()}
 """Case → largest relative error in the table."""
 
-TIMESTEPS = torch.tensor([0, 7, 50, STEPS - 1])
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Our answer and theirs."""
-
-    ours: Tensor
-    theirs: Tensor
-
-
 Case = Callable[[Path], Compared]
 CASES: dict[str, Case] = {}
 """Row of the table → comparison."""
@@ -75,35 +70,6 @@ def case(name: str) -> Callable[[Case], Case]:
         return function
 
     return enter
-
-
-def served(root: Path, document: str = "kind: diffusers\n", **parts: Any) -> Denoiser:
-    write_folder(root / "model", document, **parts)
-    return ModelRepository(root).load("model")
-
-
-def level_of(schedule: Any, timesteps: Tensor) -> NoiseLevel:
-    return from_alpha_bar(schedule.alphas_cumprod[timesteps].double().numpy().clip(1e-12))
-
-
-def clean_images(schedule: Any, outputs: Tensor, x: Tensor) -> Tensor:
-    """Return what DDIM's scheduler makes of outputs at ``TIMESTEPS``."""
-    schedule.set_timesteps(STEPS)
-    steps = [
-        schedule.step(outputs[i : i + 1], int(timestep), x[i : i + 1]).pred_original_sample
-        for i, timestep in enumerate(TIMESTEPS)
-    ]
-    return torch.cat(steps)
-
-
-def by_ddim(root: Path, network: Any, schedule: Any, theirs: Any = None) -> Compared:
-    """Compare D with that of DDIM's scheduler, whose levels are those of ``schedule``."""
-    denoiser = served(root, unet=network, scheduler=schedule)
-    x = random_images((4, *denoiser.info.shape))
-    theirs = theirs or scheduler()
-    outputs = network(x, TIMESTEPS).sample
-    ours = denoiser.denoise(make_query(x, level_of(theirs, TIMESTEPS))).mean
-    return Compared(ours, clean_images(theirs, outputs[:, : x.shape[1]], x))
 
 
 SAME_LEVELS = (
@@ -124,14 +90,6 @@ SAME_LEVELS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-
-
-def made(name: str, **fields: Any) -> Any:
-    """Return a scheduler of theirs with the levels of the tests, without clipping."""
-    kind = getattr(diffusers, name)
-    known = inspect.signature(kind.__init__).parameters
-    clipping = {"clip_sample": False} if "clip_sample" in known else {}
-    return kind(**LEVELS | {"beta_schedule": "linear"} | clipping | fields)
 
 
 def same_levels(name: str) -> Case:
@@ -389,12 +347,6 @@ def _tiny(root: Path) -> Compared:
         num_decoder_blocks=(1, 1),
     )
     return decoded(root, vae.eval().requires_grad_(False))
-
-
-def error_of(compared: Compared) -> float:
-    """Return the relative error in the norm."""
-    ours, theirs = compared.ours.double(), compared.theirs.double()
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.support.processes import ServerProcess, run, serving
+from tests.support.hills import write_hills
+from tests.support.processes import ServerProcess, serving
 from typer.testing import CliRunner
 
 from els_client import AsyncClient, Client, InvalidArgumentError, Step
@@ -33,23 +34,13 @@ from els_service.denoisers.samplers import options_for, sample
 from els_service.repository import ModelRepository
 
 SIZE = (16, 22)
-DOCUMENT = "kind: picture\npictures: [photo.png]\npatch: 5\nfinest: 24\nsteps: 4\n"
-FLAT = "kind: gaussian\nshape: [3, 8, 8]\nmean: 0\nvariance: 0.1\n"
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    row, col = np.mgrid[0:20, 0:24]
-    waves = [np.sin(row / 3 + c) + np.cos(col / (2 + c)) for c in range(3)]
-    pixels = np.clip(np.stack(waves, -1) * 60 + 128, 0, 255).astype(np.uint8)
-    for name, document in (("hills", DOCUMENT), ("flat", FLAT)):
-        (root / name).mkdir()
-        (root / name / "model.yaml").write_text(document)
-    Image.fromarray(pixels).save(root / "hills" / "photo.png")
-    return root
+    return write_hills(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -345,26 +336,6 @@ def test_els_remix_rejects_other_models_and_finds_the_one_that_there_is(
     code, output = remix(server.target, photo, *words)
     assert code == 0
     assert json.loads(output)["model"] == "hills"
-
-
-def test_els_remix_serves_a_photograph_itself(models: Path, tmp_path: Path) -> None:
-    out, gif = tmp_path / "out.png", tmp_path / "steps.gif"
-    photo = str(models / "hills" / "photo.png")
-    words = ("--size", "24x20", "--patch", "5", "--steps", "3", "--seed", "3", "--gif", str(gif))
-    done = run("els", "remix", photo, "--out", str(out), *words, ELS_TOKENS="/none")
-    assert done.returncode == 0, done.stderr
-    with Image.open(out) as picture, Image.open(gif) as frames:
-        assert picture.size == (24, 20)
-        # Small frames are enlarged. Steps of two scales; frames that are alike are one.
-        assert frames.size == (96, 80)
-        assert 4 <= getattr(frames, "n_frames", 1) <= 6
-    model = ModelRepository(models).load("hills")
-    plan = PyramidPlan(asked_sizes(model.info.scales, (20, 24), 5), 5)
-    chosen = options_for(model.info, steps=3, pyramid=plan)
-    *_, last = sample(model, sampler="pyramid", options=chosen, seed=3, count=1)
-    drawn = np.clip(np.rint((last.x[0].float().numpy() + 1) * 127.5), 0, 255)
-    with Image.open(out) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), drawn.transpose(1, 2, 0))
 
 
 def test_a_remix_keeps_what_its_mode_promises(client: Client, models: Path) -> None:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import torch
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from safetensors.torch import save_file
-from tests.support.messages import asked, denoiser, inference
+from tests.support.messages import denoiser, inference
 from tests.support.models_folder import tiny_bank, write_models
 from tests.support.processes import ServerProcess, serving
 from tests.support.refusals import TIMEOUT_S, assert_refused
+from tests.support.repository_calls import X, answer, health, index, load, refusal, unload, until
 
 from els_client import AsyncClient
 from els_proto.denoise.v1 import denoise_pb2 as pb
@@ -29,7 +29,6 @@ from els_service.denoisers.banks import save_bank
 OVER_A = "kind: analytic\nmachine: els\nbank: ../_banks/a.safetensors\n"
 BANKS, BUDGET = 6, 20_000
 SIX = {f"own-{i}": OVER_A.replace("a.s", f"{i}.s") for i in range(BANKS)}
-X = np.random.default_rng(7).normal(size=(4, 1, 6, 5)).astype(np.float32)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -64,51 +63,6 @@ def reset(root: Path) -> Iterator[None]:
     yield
     write_bank(root, "a", seed=1)
     (root / "hot" / "model.yaml").write_text(OVER_A)
-
-
-async def load(channel: grpc.aio.Channel, name: str = "hot") -> None:
-    request = oip.RepositoryModelLoadRequest(model_name=name)
-    await inference(channel).RepositoryModelLoad(request, timeout=TIMEOUT_S)
-
-
-async def unload(channel: grpc.aio.Channel, name: str = "hot") -> None:
-    request = oip.RepositoryModelUnloadRequest(model_name=name)
-    await inference(channel).RepositoryModelUnload(request, timeout=TIMEOUT_S)
-
-
-async def index(channel: grpc.aio.Channel, **options: Any) -> dict[tuple[str, str], Any]:
-    request = oip.RepositoryIndexRequest(**options)
-    models = (await inference(channel).RepositoryIndex(request, timeout=TIMEOUT_S)).models
-    return {(model.name, model.version): (model.state, model.reason) for model in models}
-
-
-async def health(channel: grpc.aio.Channel, service: str) -> int:
-    stub: Any = HealthStub(channel)
-    request = health_pb2.HealthCheckRequest(service=service)
-    return int((await stub.Check(request, timeout=TIMEOUT_S)).status)
-
-
-async def answer(channel: grpc.aio.Channel, version: str = "", model: str = "hot") -> bytes:
-    request = asked(X, model=model, version=version)
-    return bytes((await denoiser(channel).Denoise(request, timeout=TIMEOUT_S)).denoised.data)
-
-
-async def refusal(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
-
-
-async def until(work: asyncio.Task[Any], call: Callable[[], Any], callers: int = 16) -> list[Any]:
-    """Return what callers in a closed loop are answered until ``work`` is done."""
-    answers: list[Any] = []
-
-    async def caller() -> None:
-        while not work.done():
-            answers.append(await call())
-
-    await asyncio.gather(work, *(caller() for _ in range(callers)))
-    return answers
 
 
 @pytest.mark.usefixtures("reset")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import grpc
 import numpy as np
-from tests.support.fake_server import MODELS, FakeDenoiser, explanation, tensor
+from tests.support.fake_answers import explanation, tensor
+from tests.support.fake_server import MODELS, FakeDenoiser
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 
