@@ -24,7 +24,14 @@ from typing import IO, Any, BinaryIO
 import pytest
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "typer", "els_service.config", "els_service.engine.engine"])
+FORKS.set_forkserver_preload(
+    [
+        *("torch", "typer", "structlog", "prometheus_client"),
+        *("els_service.config", "els_service.engine.engine", "els_service.repository"),
+        *("els_service.cli.bank", "els_service.cli.calibrate", "els_proto.denoise.v1.denoise_pb2"),
+        "els_proto.inference.grpc_service_pb2",
+    ]
+)
 """Context of processes that begin with torch imported; tests compile kernels in such too."""
 
 
