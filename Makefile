@@ -73,10 +73,10 @@ test-shared: install
 test-alone: install
 	$(BIN)/pytest -m alone $(shell grep --recursive --files-with-matches --include '*.py' 'mark\.alone' tests)
 
-# Properties with forty times the examples; the native kernel by other compilers, optimised.
+# Properties with forty times the examples; every row of the parametrised tests, of which make test
+# has the telling ones (tests/support/rows.py); the native kernel by other compilers, optimised.
 test-nightly: install
-	$(BIN)/pytest $(SHARED) --hypothesis-profile nightly --timeout 3600 \
-		tests/engine tests/server tests/denoisers tests/fuzz tests/kernels/test_native_compilers.py
+	$(BIN)/pytest $(SHARED) --hypothesis-profile nightly --timeout 3600 -m "not alone"
 
 $(TERRAIN): | $(VENV)/.installed
 	$(BIN)/pip download --quiet --no-deps --dest .terrain adaptive-terrain-diffusion==0.4.1
