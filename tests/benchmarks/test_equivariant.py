@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import equivariant
+from benchmarks.record import ROOT
 
 
 def test_every_shape_is_timed_beside_torch(tmp_path: Path) -> None:
@@ -30,5 +31,5 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_checkout_answers_in_a_process_of_its_own() -> None:
-    with equivariant.another_build(equivariant.record.ROOT, (1, 4, 4), 2) as seconds:
+    with equivariant.another_build(ROOT, (1, 4, 4), 2) as seconds:
         assert seconds() > 0
