@@ -197,6 +197,22 @@ def test_an_unconditional_network_refuses_a_label_and_a_conditional_one_may_need
     denoiser(config()).check(unlabelled)
 
 
+def test_a_clipped_answer_stays_within_the_range_of_images_and_has_no_gradient_outside() -> None:
+    of = config()
+    plain, clipped = denoiser(of), denoiser(of, clip=True)
+    noise = np.random.default_rng(0).normal(size=(2, *of.shape)).astype(np.float32)
+    query = make_query(noise, NoiseLevel.of([(0.1, 0.995)] * 2), labels=[0, 1])
+    free = plain.denoise(query).pixels
+    assert np.abs(free).max() > 2
+    assert np.array_equal(clipped.denoise(query).pixels, free.clip(-1, 1))
+    assert clipped.info.implementation == f"{plain.info.implementation}, clipped"
+    outside = (np.abs(free) > 1).astype(np.float32)
+    answer = clipped.vjp(query, outside)
+    assert np.abs(answer.mean - free.clip(-1, 1)).max() < 1e-4
+    assert not answer.product.any()
+    assert clipped.vjp(query, 1 - outside).product.any()
+
+
 def test_a_wrong_shape_a_wrong_label_and_a_window_are_refused() -> None:
     model, level = denoiser(config("unet")), from_sigma([1.0])
     x = torch.zeros(1, *SHAPE)

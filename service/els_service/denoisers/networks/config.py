@@ -70,6 +70,7 @@ _CHECKS: dict[str, _Check] = {
     "compile": _one_of(*COMPILE_MODES),
     "buckets": _ints(f"batch sizes from 1 to {MAX_BUCKET}", 1, MAX_BUCKET, range(33)),
     "deterministic": _FLAG,
+    "clip": _FLAG,
     "engine": _one_of(*ENGINES),
     "threads": (
         f"1 to {MAX_THREADS}",
@@ -132,6 +133,8 @@ class Execution:
     """Batch sizes: a batch is padded to the next one, or split by the largest."""
     deterministic: bool = False
     """Same bits alone and in any batch; requires exactly one bucket."""
+    clip: bool = False
+    """Whether D is clipped to [-1, 1], the range of images, as by diffusers' ``clip_sample``."""
     engine: str = "torch"
     """One of ``ENGINES``: what computes the network on a CPU."""
     threads: int | None = None

@@ -138,6 +138,8 @@ class NetworkDenoiser:
     def vjp(self, query: Query, cotangent: npt.NDArray[np.float32]) -> Product:
         """Return D(x) and Jᵀg by automatic differentiation, in the network's precision.
 
+        Where D is clipped its derivative is 0.
+
         Raises:
             ElsError: A result is not finite.
         """
@@ -169,7 +171,6 @@ class NetworkDenoiser:
         answer = automatic_product(
             lambda x: self._mean(query, x, bucket), query.pixels, along, kind
         )
-        self._check_finite(answer.mean)
         self._check_finite(answer.product)
         return answer
 
@@ -184,6 +185,9 @@ class NetworkDenoiser:
             mean *= _row(level.c_out)
             mean += query.pixels * _row(level.c_skip)
         self._check_finite(mean)
+        if self._execution.clip:
+            within = True if query.unclipped is None else ~query.unclipped[:, None, None, None]
+            np.clip(mean, -1, 1, out=mean, where=within)
         return mean
 
     def _run(
@@ -212,7 +216,9 @@ class NetworkDenoiser:
         predicted = output[: len(x)].to(
             "cpu", torch.float32, memory_format=torch.contiguous_format, copy=True
         )
-        return predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+        mean = predicted.mul_(_column(level.c_out)).add_(x * _column(level.c_skip))
+        self._check_finite(mean.detach().numpy())
+        return mean.clamp(-1, 1) if self._execution.clip else mean
 
     def _rows(self, labels: Integers) -> Integers:
         """Return the rows of the label embedding; the last is that of no label."""
@@ -298,7 +304,7 @@ class NetworkDenoiser:
             bank=document.data,
             batch_invariant=self._execution.deterministic,
             has_gradients=True,
-            implementation=engine.description,
+            implementation=engine.description + (", clipped" if self._execution.clip else ""),
             memory_bytes=sum(p.numel() * p.element_size() for p in module.parameters())
             + engine.memory_bytes,
             engine=engine.name,
