@@ -158,18 +158,33 @@ class AnalyticDenoiser:
         """Return the cost of one image and one bank image, in pairs of the smallest window."""
         channels, height, width = self._info.shape
         pairs = count_pairs(self._geometry, height, width, k)
+        if self._translates:
+            # Of a pixel in a transform (measured): its logarithm, in pairs.
+            step = 0.1 if self._info.implementation == "torch" else 0.4
+            return step * self._transformed
         if self._info.implementation not in ("native", "torch"):
             return pairs
         # Measured weights, too: products only, and sweeps with a single source for each place.
         if self._geometry.whole:
-            every = self._geometry.sources == "every"
-            return channels * (pairs * pairs / 8 if every else pairs / 2)
+            return channels * pairs / 2
         if self._geometry.sources == "same":
             return 3 * pairs
         if self._info.implementation == "torch":
             return pairs
         # The cost is per displacement, whose number falls as the root of the pairs (measured).
         return math.sqrt(pairs * count_pairs(self._geometry, height, width, 1))
+
+    @property
+    def _translates(self) -> bool:
+        """Whether every translation of whole images is a source: transforms instead of pairs."""
+        return self._geometry.whole and self._geometry.sources == "every"
+
+    @property
+    def _transformed(self) -> float:
+        """Pixels of one bank image in all its transforms, times their logarithm."""
+        channels, height, width = self._info.shape
+        pixels = height * width
+        return (channels + 2) * pixels * math.log2(max(2, pixels))
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means and log evidences."""
@@ -245,15 +260,16 @@ class AnalyticDenoiser:
             factor = native if implementation == "native" else triton
             return factor * self.predict_seconds(query) + _NATIVE_IMAGE_S * len(query)
         channels, height, width = self._info.shape
-        # Measured weights: products with every translation, or elementwise work for each channel.
-        every = self._geometry.whole and self._geometry.sources == "every"
-        each = height * width / 8 if every else (channels + 2) / 3
         rate = _MOMENT_PAIRS * torch.get_num_threads()
         seconds = 0.0
         for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True):
-            pairs = count_pairs(self._geometry, height, width, int(k)) * (hi - lo)
+            # Measured weights: transforms, or elementwise work for each channel.
+            if self._translates:
+                pairs = self._transformed / 14
+            else:
+                pairs = (channels + 2) / 3 * count_pairs(self._geometry, height, width, int(k))
             steps = self._moments.steps(hi - lo, int(k), self._geometry)
-            seconds += _MOMENT_STEP_S * steps + each * pairs / rate
+            seconds += _MOMENT_STEP_S * steps + pairs * (hi - lo) / rate
         return seconds
 
     def _arguments(self, query: Query) -> dict[str, Any]:
