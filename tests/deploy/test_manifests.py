@@ -30,6 +30,7 @@ from tests.deploy.manifests import (
     selected,
     settings,
 )
+from tests.support.environments import python_of
 from tests.support.processes import ServerProcess, run, serving
 
 from els_client import Client
@@ -303,10 +304,8 @@ def test_the_init_container_sees_the_same_settings_and_files_as_the_server() -> 
 
 @pytest.mark.slow
 def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays() -> None:
-    python = rendered.DEPLOY.parent / ".venv-deploy" / "bin" / "python"
-    if not python.exists():
-        # They are fetched, not shipped.
-        pytest.skip("needs the schemas: make deploy-tools")
+    # They are fetched, not shipped.
+    python = python_of(".venv-deploy", "needs the schemas: make deploy-tools")
     done = subprocess.run(
         [python, "-m", "deploy.checks", "--quick"],
         cwd=rendered.DEPLOY.parent,

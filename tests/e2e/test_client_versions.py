@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.support.client_requirements import ROOT, client_requirements
+from tests.support.environments import python_of
 from tests.support.processes import ServerProcess
 
 SCRIPT = Path(__file__).with_name("client_script.py")
@@ -52,9 +53,7 @@ def test_the_script_gets_what_it_asks_for(expected: Any) -> None:
 def test_oldest_and_newest_packages_answer_alike(
     which: str, server: ServerProcess, expected: Any, tmp_path: Path
 ) -> None:
-    python = ROOT / f".venv-client-{which}" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("needs its environments: make client-environments")
+    python = python_of(f".venv-client-{which}", "needs its environments: make client-environments")
     assert report(python, server, tmp_path / which) == expected
 
 

@@ -18,8 +18,16 @@ def python_with(module: str, name: str) -> Path:
     """Return a Python that has a module: this one, or that of ``make NAME``; else skip the test."""
     if find_spec(module):
         return Path(sys.executable)
-    python = ROOT / f".venv-{name}" / "bin" / "python"
-    if not python.exists():
-        # Each is large, or patches what imports it: no part of the environment of development.
-        pytest.skip(f"needs {name}: make {name}")
-    return python
+    # Each is large, or patches what imports it: no part of the environment of development.
+    return python_of(f".venv-{name}", f"needs {name}: make {name}")
+
+
+def python_of(environment: str, reason: str) -> Path:
+    """Return the Python of an environment of the Makefile, or skip the test for a reason.
+
+    An installation that was cut off leaves a Python, but not all of its packages.
+    """
+    folder = ROOT / environment
+    if not (folder / ".installed").exists():
+        pytest.skip(reason)
+    return folder / "bin" / "python"
