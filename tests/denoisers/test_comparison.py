@@ -228,10 +228,11 @@ def test_a_folder_of_another_run_is_refused_by_the_setting(tmp_path: Path) -> No
 def test_the_record_says_which_table_each_machine_had(tmp_path: Path) -> None:
     bank = squares(labelled=False)
     one = subjects(bank, None, "els", "ideal", "pspc")
-    told = Windows(None, "auto", of_machines={"pspc": Windows(WindowTable.constant(3), "constant")})
+    pspc = Windows(WindowTable.constant(3), "constant")
+    given = Windows(None, "auto", of_machines={"pspc": pspc})
     names = ("els", "ideal", "pspc")
-    machines = build_machines(names, bank, one.network.denoiser.info, windows=told)
-    found = compare(replace(one, windows=told, machines=machines), SMALL, tmp_path)
+    machines = build_machines(names, bank, one.network.denoiser.info, windows=given)
+    found = compare(replace(one, windows=given, machines=machines), SMALL, tmp_path)
     assert found["windows"] == "auto"
     assert found["windows_by_machine"] == {"els": "auto", "pspc": "constant"}
     assert found["machines"]["pspc"]["windows"]["k"] == [3]
@@ -318,13 +319,13 @@ def test_the_command_agrees_with_itself_without_the_packages_of_the_server(tmp_p
     write_network(tmp_path / "models" / "net" / "1", padding="circular")
     (tmp_path / "models" / "net" / "2" / "windows.yaml").write_text(TABLE)
     bank = write_bank(tmp_path / "bank.safetensors")
-    told = f"--network net --models {tmp_path}/models --machines els,local,ideal --bank {bank}"
-    told += " --count 3 --steps 2 --network-steps 2,4 --seed 0 --device cpu --threads 1 --out"
-    result = run("compare", *told.split(), tmp_path / "ours")
+    given = f"--network net --models {tmp_path}/models --machines els,local,ideal --bank {bank}"
+    given += " --count 3 --steps 2 --network-steps 2,4 --seed 0 --device cpu --threads 1 --out"
+    result = run("compare", *given.split(), tmp_path / "ours")
     assert result.exit_code == 0, result.output
     assert "network at 4 steps: median r" in result.output
     shown = subprocess.run(
-        [sys.executable, "-c", SEPARATE, "compare", *told.split(), str(tmp_path / "theirs")],
+        [sys.executable, "-c", SEPARATE, "compare", *given.split(), str(tmp_path / "theirs")],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,

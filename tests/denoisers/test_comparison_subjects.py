@@ -85,8 +85,8 @@ def test_pspc_is_the_mean_of_the_mean_crops_that_hold_a_pixel() -> None:
     # Niedoba et al. 2025, equations 9 to 11, crop by crop in float64.
     bank, k, sigma = squares(labelled=False), 3, 0.7
     info = subjects(bank, None, "els").network.denoiser.info
-    told = Windows(WindowTable.constant(k), "told")
-    machine = build_machines(["pspc"], bank, info, windows=told)["pspc"]
+    given = Windows(WindowTable.constant(k), "given")
+    machine = build_machines(["pspc"], bank, info, windows=given)["pspc"]
     z = bank.pixels()[:1].double() + sigma * torch.from_numpy(standard_normal(0, 0, 0, 64)).view(
         1, *SHAPE
     )
@@ -155,8 +155,8 @@ def test_a_machine_with_a_table_of_its_own_has_that_and_all_others_the_general_o
     (tmp_path / "fitted").mkdir()
     (tmp_path / "fitted" / "windows.yaml").write_text(TABLE)
     names = ("els", "local", "pspc", "wiener")
-    told = windows_of(network, f"7,pspc={tmp_path}/fitted,els=3", names)
-    machines = build_machines(names, bank, network.denoiser.info, windows=told)
+    given = windows_of(network, f"7,pspc={tmp_path}/fitted,els=3", names)
+    machines = build_machines(names, bank, network.denoiser.info, windows=given)
     tables = {name: machine.info.window for name, machine in machines.items()}
     assert tables == {
         "els": WindowTable.constant(3),
@@ -164,7 +164,7 @@ def test_a_machine_with_a_table_of_its_own_has_that_and_all_others_the_general_o
         "pspc": WindowTable((0.1, 1.0), (3, 5)),
         "wiener": None,
     }
-    assert [told.of(name).source for name in names[:3]] == [
+    assert [given.of(name).source for name in names[:3]] == [
         *("constant", "constant", "fitted/windows.yaml"),
     ]
     only = windows_of(network, "pspc=5", names)

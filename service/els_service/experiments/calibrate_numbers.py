@@ -66,7 +66,7 @@ SMOOTHING = Number(
 
 
 def number_of(machine: str) -> Number:
-    """Return what is calibrated of one of ``MACHINES``."""
+    """Return the kind of number calibrated for one of ``MACHINES``."""
     return THRESHOLD if machine in RULES else SMOOTHING
 
 
