@@ -189,16 +189,16 @@ class TestFolder:
         (folder / "bag" / "0.png").write_bytes(b"no picture")
         (folder / "coat" / "1.txt").write_text("notes")
         save_frames(folder / "dress" / "0.png")
-        told: list[LoadError] = []
-        bank = read_source(folder, per_label=2, skipped=told.append)
+        errors: list[LoadError] = []
+        bank = read_source(folder, per_label=2, skipped=errors.append)
         assert_holds(bank, COLOUR[[1, 4, 0, 2, 3]], [0, 0, 1, 1, 2])
-        assert [Path(error.path).name for error in told] == ["0.png", "1.txt", "0.png"]
+        assert [Path(error.path).name for error in errors] == ["0.png", "1.txt", "0.png"]
         assert_holds(
-            read_source(folder, limit=3, skipped=told.append), COLOUR[[1, 4, 0]], [0, 0, 1]
+            read_source(folder, limit=3, skipped=errors.append), COLOUR[[1, 4, 0]], [0, 0, 1]
         )
         save_picture(folder / "coat" / "0a.png", COLOUR[0, :3])
         with pytest.raises(LoadError, match=r"0a\.png: of size and channels"):
-            read_source(folder, skipped=told.append)
+            read_source(folder, skipped=errors.append)
 
     def test_a_folder_without_a_readable_picture_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(b"")
@@ -215,6 +215,6 @@ class TestFolder:
             read_source(tmp_path)
 
     def test_progress_counts_up_to_what_is_taken(self, folder: Path) -> None:
-        told: list[tuple[int, int]] = []
-        read_source(folder, limit=4, progress=lambda *now: told.append(now))
-        assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        calls: list[tuple[int, int]] = []
+        read_source(folder, limit=4, progress=lambda *now: calls.append(now))
+        assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -57,7 +57,7 @@ def folded(rho: float, table: WindowTable) -> FoldedDenoiser:
 
 def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch() -> None:
     built = build_machines(
-        ["els", "els+fold"], squares(), INFO, windows=Windows(None, "told", TABLE)
+        ["els", "els+fold"], squares(), INFO, windows=Windows(None, "given", TABLE)
     )
     machine = built["els+fold"]
     assert isinstance(machine, LevelFoldDenoiser)
@@ -78,7 +78,7 @@ def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch(
 
 
 def test_sources_and_products_of_each_image_are_those_of_the_machine_of_its_level() -> None:
-    machine = build_machines(["els+fold"], squares(), INFO, windows=Windows(None, "told", TABLE))[
+    machine = build_machines(["els+fold"], squares(), INFO, windows=Windows(None, "given", TABLE))[
         "els+fold"
     ]
     assert isinstance(machine, LevelFoldDenoiser)

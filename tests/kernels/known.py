@@ -17,7 +17,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _key(value: Any) -> object:
-    """Return what is equal for equal arguments."""
+    """Return a key that is equal for equal arguments."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, value.contiguous().numpy().tobytes()
     return tuple(map(_key, value)) if isinstance(value, list | tuple) else value

@@ -38,7 +38,7 @@ def level_of(schedule: Any, timesteps: Tensor) -> NoiseLevel:
 
 
 def clean_images(schedule: Any, outputs: Tensor, x: Tensor) -> Tensor:
-    """Return what DDIM's scheduler makes of outputs at ``TIMESTEPS``."""
+    """Return the samples of DDIM's scheduler from outputs at ``TIMESTEPS``."""
     schedule.set_timesteps(STEPS)
     steps = [
         schedule.step(outputs[i : i + 1], int(timestep), x[i : i + 1]).pred_original_sample
