@@ -202,10 +202,9 @@ def check_finite(values: npt.NDArray[np.float32], source: str, detail: str = "")
         ElsError: A value is NaN or infinite.
     """
     flat = values.reshape(-1)
-    # One pass without a temporary array; squares may overflow where the values do not.
-    with np.errstate(over="ignore", invalid="ignore"):
-        is_finite = math.isfinite(np.vdot(flat, flat))
-    if not is_finite and not np.isfinite(flat).all():
+    # One pass without a temporary array; squares may overflow where the values do not. Unlike
+    # numpy's element-wise functions, products of vectors never warn of that.
+    if not math.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
         raise ElsError(f"{source} returned NaN or infinity{detail}")
 
 

@@ -177,13 +177,13 @@ class NetworkDenoiser:
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
         checkpoint()
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
+        c_in, c_skip, c_out = level.rows
         # What overflows is found below, in the answer.
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = query.pixels * _row(level.c_in)
-            mean = self._run(scaled, level.time, query.labels, bucket)
+            mean = self._run(query.pixels * c_in, level.time, query.labels, bucket)
             # A separate product and sum: fused ones could round differently by place in the batch.
-            mean *= _row(level.c_out)
-            mean += query.pixels * _row(level.c_skip)
+            mean *= c_out
+            mean += query.pixels * c_skip
         self._check_finite(mean)
         if self._execution.clip:
             within = True if query.unclipped is None else ~query.unclipped[:, None, None, None]
@@ -222,6 +222,8 @@ class NetworkDenoiser:
 
     def _rows(self, labels: Integers) -> Integers:
         """Return the rows of the label embedding; the last is that of no label."""
+        if len(labels) == 1:
+            return labels if labels[0] >= 0 else np.array([self._config.label_count])
         return np.where(labels < 0, self._config.label_count, labels)
 
     def _launches(self, images: int) -> Iterator[tuple[slice, int]]:
@@ -344,10 +346,6 @@ def _buckets(execution: Execution) -> tuple[int, ...]:
     if execution.deterministic:
         return (_DETERMINISTIC_BUCKET,)
     return ()
-
-
-def _row(values: Floats) -> npt.NDArray[np.float32]:
-    return values.astype(np.float32).reshape(-1, 1, 1, 1)
 
 
 def _column(values: Floats) -> Tensor:

@@ -18,10 +18,12 @@ same σ, for any convention of the noise level.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from els_service.denoisers.levels import Floats, NoiseLevel, cosine, cosine_time
 
@@ -30,21 +32,34 @@ MIN_TIME = 1e-3
 _MAX_SIGMA = float(cosine(np.ones(1)).sigma[0])
 
 
-@dataclass(frozen=True, eq=False)
 class Parametrisation:
-    """Coefficients of ``D(x) = c_skip·x + c_out·F(c_in·x, t)``, each [B] float64."""
+    """Coefficients of ``D(x) = c_skip·x + c_out·F(c_in·x, t)``.
 
-    c_in: Floats
-    c_skip: Floats
-    c_out: Floats
-    sigma: Floats
-    """s/a of c_in·x, at most the highest trained level."""
-    scale: Floats
-    """scale·x is the input with a² + s² = 1 at ``sigma``."""
+    Args:
+        numbers: c_in, c_skip, c_out, sigma and scale of each image, [5, B] float64.
+
+    Attributes:
+        c_in, c_skip, c_out: [B] float64.
+        sigma: s/a of c_in·x, at most the highest trained level, [B] float64.
+        scale: scale·x is the input with a² + s² = 1 at ``sigma``, [B] float64.
+    """
+
+    __slots__ = ("_numbers", "c_in", "c_out", "c_skip", "scale", "sigma")
+
+    def __init__(self, numbers: Floats) -> None:
+        self._numbers = numbers
+        self.c_in, self.c_skip, self.c_out, self.sigma, self.scale = numbers
+
+    @property
+    def rows(self) -> npt.NDArray[np.float32]:
+        """c_in, c_skip and c_out as factors of images, [3, B, 1, 1, 1]."""
+        return self._numbers[:3].astype(np.float32).reshape(3, -1, 1, 1, 1)
 
     @property
     def time(self) -> Floats:
-        """Time of ``sigma`` on the cosine schedule, MIN_TIME ≤ t ≤ 1."""
+        """Time of ``sigma`` on the cosine schedule, MIN_TIME ≤ t ≤ 1, [B] float64."""
+        if len(self.sigma) == 1:
+            return np.array([min(max(float(cosine_time(self.sigma)[0]), MIN_TIME), 1.0)])
         # In a third of the time of np.clip, for a few numbers.
         time: Floats = np.minimum(np.maximum(cosine_time(self.sigma), MIN_TIME), 1.0)
         return time
@@ -64,44 +79,69 @@ def parametrise(
         sigma_data: standard deviation of the data, for ``edm``.
         max_sigma: highest trained s/a; the default 80.2 is that of the cosine schedule at t = 1.
     """
-    given_a, given_sigma = level.a, level.sigma
-    sigma = np.minimum(given_sigma, max_sigma)
+    predict = PREDICTIONS[prediction]
+    if len(level) > 1:
+        sigma = np.minimum(level.sigma, max_sigma)
+        numbers = _coefficients(predict, level.a, level.sigma, sigma, sigma_data, np.sqrt)
+        return Parametrisation(np.array(numbers))
+    # The same arithmetic, of plain numbers: beside a network of a millisecond arrays take too long.
+    ((a, s),) = level.pairs
+    numbers = _coefficients(predict, a, s / a, min(s / a, max_sigma), sigma_data, math.sqrt)
+    return Parametrisation(np.array(numbers)[:, np.newaxis])
+
+
+_Numbers = Any
+"""A float, or one for each image: [B] float64."""
+_Coefficients = tuple[_Numbers, _Numbers, _Numbers]
+_Root = Callable[[_Numbers], _Numbers]
+_Prediction = Callable[[_Numbers, _Numbers, float, _Root], _Coefficients]
+
+
+def _coefficients(
+    predict: _Prediction,
+    given_a: _Numbers,
+    given_sigma: _Numbers,
+    sigma: _Numbers,
+    sigma_data: float,
+    sqrt: _Root,
+) -> list[_Numbers]:
+    """Return the numbers of a ``Parametrisation``.
+
+    Squares are products: a power of 2 rounds otherwise for floats than for arrays.
+    """
     shrink = sigma / (given_sigma * given_a)
-    a = 1 / np.sqrt(1 + sigma**2)
-    c_in, c_skip, c_out = PREDICTIONS[prediction](a, a * sigma, sigma_data)
+    a = 1 / sqrt(1 + sigma * sigma)
+    c_in, c_skip, c_out = predict(a, a * sigma, sigma_data, sqrt)
     # The table is written for a² + s² = 1; x·shrink·a is x in that scale.
     scale = shrink * a
-    return Parametrisation(c_in * scale, c_skip * scale, c_out, sigma, scale)
+    return [c_in * scale, c_skip * scale, c_out, sigma, scale]
 
 
-_Coefficients = tuple[Floats | float, Floats, Floats]
-
-
-def _eps(a: Floats, s: Floats, _: float) -> _Coefficients:
+def _eps(a: _Numbers, s: _Numbers, _: float, __: _Root) -> _Coefficients:
     return 1.0, 1 / a, -s / a
 
 
-def _x0(a: Floats, s: Floats, _: float) -> _Coefficients:
-    return 1.0, np.zeros_like(a), np.ones_like(a)
+def _x0(a: _Numbers, s: _Numbers, _: float, __: _Root) -> _Coefficients:
+    return 1.0, 0 * a, a / a
 
 
-def _v(a: Floats, s: Floats, _: float) -> _Coefficients:
+def _v(a: _Numbers, s: _Numbers, _: float, __: _Root) -> _Coefficients:
     return 1.0, a, -s
 
 
-def _edm(a: Floats, s: Floats, sigma_data: float) -> _Coefficients:
+def _edm(a: _Numbers, s: _Numbers, sigma_data: float, sqrt: _Root) -> _Coefficients:
     sigma = s / a
-    total = sigma**2 + sigma_data**2
-    root = np.sqrt(total)
+    total = sigma * sigma + sigma_data * sigma_data
+    root = sqrt(total)
     return 1 / (a * root), sigma_data**2 / (total * a), sigma * sigma_data / root
 
 
-def _flow(a: Floats, s: Floats, _: float) -> _Coefficients:
+def _flow(a: _Numbers, s: _Numbers, _: float, __: _Root) -> _Coefficients:
     total = a + s
     return 1 / total, 1 / total, -s / total
 
 
-PREDICTIONS: dict[str, Callable[[Floats, Floats, float], _Coefficients]] = {
+PREDICTIONS: dict[str, _Prediction] = {
     "eps": _eps,
     "x0": _x0,
     "v": _v,
