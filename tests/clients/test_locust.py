@@ -4,12 +4,15 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from tests.support.environments import SOURCES, python_with
 from tests.support.fake_server import FakeDenoiser
 
 ROOT = Path(__file__).parents[2]
 
 
+# Beside others its two seconds may pass before its users have begun.
+@pytest.mark.alone
 def test_locust_counts_the_calls_of_its_users(target: str, fake: FakeDenoiser) -> None:
     script = "from locust.main import main; main()"
     options = ("--headless", "-u", "2", "-r", "2", "-t", "2s", "--json", "--host", target)

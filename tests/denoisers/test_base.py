@@ -5,8 +5,9 @@ import pytest
 import torch
 from tests.support.denoisers import SHAPE, random_images
 
+from els_service.denoisers.answers import score
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoised, Denoiser, concatenate, make_query, one_each, score
+from els_service.denoisers.base import Denoised, Denoiser, concatenate, make_query, one_each
 from els_service.denoisers.folded import FoldedDenoiser
 from els_service.denoisers.levels import from_sigma, from_time
 from els_service.errors import InvalidArgumentError

@@ -11,8 +11,9 @@ from tests.support.denoisers import KINDS, SHAPE, answers_of, build, random_imag
 from tests.support.examples import examples
 from torch import Tensor
 
+from els_service.denoisers.answers import score
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoiser, Query, concatenate, make_query, score
+from els_service.denoisers.base import Denoiser, Query, concatenate, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import SAMPLERS, Options

@@ -14,8 +14,9 @@ from onnx import helper
 from tests.support import networks, onnx_models, pretrained
 from tests.support.denoisers import KINDS, build, random_images
 
+from els_service.denoisers.answers import score_array
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Condition, Denoiser, Query, make_query, score_array
+from els_service.denoisers.base import Condition, Denoiser, Query, make_query
 from els_service.denoisers.levels import MAX_SIGMA, MIN_SIGMA, NoiseLevel, from_sigma
 from els_service.denoisers.networks import NetworkDenoiser, NetworkDocument, build_network
 from els_service.denoisers.networks.config import Execution

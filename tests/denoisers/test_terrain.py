@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
-from els_service.denoisers.base import Denoiser, make_query, score
+from els_service.denoisers.answers import score
+from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma
 from els_service.denoisers.samplers import Options, sample
 from els_service.repository import ModelRepository

@@ -14,7 +14,8 @@ from tests.support.processes import ServerProcess
 from tests.support.twin import Twin
 
 from els_client import AsyncClient
-from els_service.denoisers.base import Denoiser, make_query, score
+from els_service.denoisers.answers import score
+from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import from_alpha_bar, from_sigma, from_time
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import Options, sample

@@ -29,7 +29,8 @@ from els_client import AsyncClient, Client, Conditioning, InvalidArgumentError, 
 from els_client.cli import app
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
-from els_service.denoisers.base import Condition, make_query, score
+from els_service.denoisers.answers import score
+from els_service.denoisers.base import Condition, make_query
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.pretrained.latent import LatentDenoiser
 from els_service.denoisers.samplers import Options, sample

@@ -13,7 +13,8 @@ from tests.support.models_folder import write_models
 from tests.support.processes import serving
 
 from els_client import Client, ElsError
-from els_service.denoisers.base import Denoiser, make_query, score_array
+from els_service.denoisers.answers import score_array
+from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.gradients import Differentiable
 from els_service.denoisers.levels import from_sigma
 from els_service.denoisers.samplers import Options, sample

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from els_kernels import checkpoint
 from els_service.denoisers.analytic import bank_bytes, bank_info
+from els_service.denoisers.answers import per_image
 from els_service.denoisers.banks import Bank
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, per_image
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.query_checks import check_query
 from els_service.denoisers.spectra import check_dimensions, count_numbers, spectrum_of

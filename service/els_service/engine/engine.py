@@ -26,6 +26,7 @@ from els_service.denoisers.samplers import DenoiseCall, Step
 from els_service.engine.budget import Budget
 from els_service.engine.derived import Computation
 from els_service.engine.device import Device, WorkerDevice
+from els_service.engine.gauges import gauges
 from els_service.engine.loaded_model import LoadedModel
 from els_service.engine.model_versions import ModelVersion
 from els_service.engine.registry import ModelRegistry
@@ -293,29 +294,7 @@ class Engine:
 
     def gauges(self) -> Iterator[tuple[str, dict[str, str], float]]:
         """Yield the current value of each gauge: name, labels, value."""
-        waiting_s = 0.0
-        for served in self.models:
-            # Read once, because this runs in another thread and the model may be unloaded.
-            loaded = served.loaded
-            if loaded is not None:
-                labels = {"model": served.model}
-                for each in loaded.queues:
-                    waiting_s += each.waiting_s
-                    yield "els_queue_items", labels, len(each.queue)
-                    yield "els_queue_cost_seconds", labels, each.waiting_s
-                    yield "els_queue_reserved_seconds", labels, each.seconds.budget.used
-        yield "els_queue_milliseconds", {}, round(1e3 * waiting_s)
-        for model, size in self.models.memory().items():
-            yield "els_model_memory_bytes", {"model": model}, size
-        for device in self._devices:
-            yield "els_device_busy_seconds_total", {"device": device.name}, device.busy_s
-            yield "els_device_running_seconds", {"device": device.name}, device.running_s
-            yield "els_device_stalled_seconds", {"device": device.name}, device.stalled_s
-        for model, refused in self.models.refused().items():
-            yield "els_model_refused", {"model": model}, refused
-        yield "els_memory_in_flight_bytes", {}, self.memory.used
-        yield "els_memory_in_flight_limit_bytes", {}, self.memory.capacity
-        yield "els_trajectories", {}, self._trajectories
+        return gauges(self.models, self._devices, self.memory, self._trajectories)
 
     def close(self) -> None:
         """Wait for the current computation and end the threads."""

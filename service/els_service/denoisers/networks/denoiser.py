@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import (
-    Denoised,
-    DenoiserInfo,
-    Integers,
-    Query,
-    check_finite,
-)
+from els_service.denoisers.answers import check_finite
+from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query
 from els_service.denoisers.engines.modules import (
     COMPILED_BUCKETS,
     Function,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import Denoised, DenoiserInfo, Query, check_finite
+from els_service.denoisers.answers import check_finite
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query
 from els_service.denoisers.gradients import Direction, Product
 from els_service.denoisers.pretrained.folder import Only, Part, build_part, load_part
 from els_service.denoisers.pretrained.unet import (

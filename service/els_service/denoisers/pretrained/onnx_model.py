@@ -21,13 +21,8 @@ import numpy.typing as npt
 import torch
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import (
-    Denoised,
-    DenoiserInfo,
-    Query,
-    check_finite,
-    make_query,
-)
+from els_service.denoisers.answers import check_finite
+from els_service.denoisers.base import Denoised, DenoiserInfo, Query, make_query
 from els_service.denoisers.engines.choice import COMPARED, Engine, choose
 from els_service.denoisers.engines.converted import OpenvinoRunner, graph_of_onnx
 from els_service.denoisers.engines.exported import (

@@ -17,13 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from els_kernels import checkpoint
-from els_service.denoisers.base import (
-    Denoised,
-    DenoiserInfo,
-    Integers,
-    Query,
-    check_finite,
-)
+from els_service.denoisers.answers import check_finite
+from els_service.denoisers.base import Denoised, DenoiserInfo, Integers, Query
 from els_service.denoisers.engines.modules import choose_engine
 from els_service.denoisers.engines.options import EngineOptions
 from els_service.denoisers.engines.probe import Array

@@ -10,7 +10,8 @@ from functools import partial
 
 from els_proto.denoise.v1 import denoise_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, Query, one_each, score_array
+from els_service.denoisers.answers import score_array
+from els_service.denoisers.base import Denoised, Query, one_each
 from els_service.denoisers.noise import seeded_noise
 from els_service.denoisers.samplers import (
     ALL_SAMPLERS,

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from els_proto.inference import grpc_service_pb2 as pb
 from els_service.config import Limits
-from els_service.denoisers.base import Denoised, Query, score_array
+from els_service.denoisers.answers import score_array
+from els_service.denoisers.base import Denoised, Query
 from els_service.engine.engine import Engine
 from els_service.errors import ElsError
 from els_service.server.requests.inference import InferenceMethod, priority_of, timeout_s_of
