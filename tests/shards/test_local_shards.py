@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.bank_parts import write_parts
+from tests.support.preloaded import forked_shards
 from tests.support.sharded_models import (
     BANK,
     FOLDS,
@@ -36,6 +37,13 @@ from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
 
 OPTIONS = ShardOptions(stall_s=3.0)
 PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    # tests/e2e/test_shards.py and test_memory.py have them executed, as a server has.
+    with forked_shards():
+        yield
 
 
 @pytest.fixture(scope="module")

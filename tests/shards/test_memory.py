@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.preloaded import forked_shards
 from tests.support.sharded_models import add_model
 
 from els_service.denoisers.banks import make_bank, save_bank
@@ -31,7 +33,7 @@ def mapped_bytes(pid: int, name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRepository:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelRepository]:
     root = tmp_path_factory.mktemp("memory")
     (root / "_banks").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *SHAPE)).astype(np.uint8)
@@ -39,7 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRepository:
     bank = "bank: ../_banks/held.safetensors\nshards: 2\n"
     add_model(root, "fold", f"machine: local\nwindow: 3\nfold: 0.2\n{bank}")
     add_model(root, "plain", f"machine: ideal\n{bank}")
-    return ModelRepository(root, shards=ShardOptions(stall_s=3.0))
+    with forked_shards():
+        yield ModelRepository(root, shards=ShardOptions(stall_s=3.0))
 
 
 def answer(model: Any) -> None:

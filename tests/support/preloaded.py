@@ -1,4 +1,4 @@
-"""Servers forked from a process that has imported torch: each starts two CPU seconds sooner.
+"""Servers and shards forked from a process that has imported torch: two CPU seconds less for each.
 
 What is imported beforehand does nothing on import, starts no thread, and does not import gRPC, so
 that a forked server does the rest as one that was started by its command. ``tests/e2e`` starts some
@@ -23,13 +23,17 @@ from typing import IO, Any, BinaryIO
 
 import pytest
 
+from els_service.shards import local
+
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("torch", "typer", "structlog", "prometheus_client"),
         *("els_service.config", "els_service.engine.engine", "els_service.repository"),
         *("els_service.cli.bank", "els_service.cli.calibrate", "els_proto.denoise.v1.denoise_pb2"),
-        "els_proto.inference.grpc_service_pb2",
+        *("els_proto.inference.grpc_service_pb2", "google.protobuf.json_format"),
+        *("els_service.shards.process", "tests.support.preloaded"),
+        *("uvloop", "uvicorn", "uvicorn.protocols.http.h11_impl", "tests.support.frozen"),
     ]
 )
 """Context of processes that begin with torch imported; tests compile kernels in such too."""
@@ -174,6 +178,45 @@ def forked_by(*modules: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, "subprocess", _Forking(popen))
+        yield
+
+
+class _ForkedShard:
+    """Process of a shard with the part of the interface of ``subprocess.Popen`` that it uses."""
+
+    def __init__(self, command: Sequence[str], pass_fds: Sequence[int], **_: Any) -> None:
+        assert [*command[:-2]] == [sys.executable, "-m", "els_service.shards.process"], command
+        ends = [Connection(os.dup(number)) for number in pass_fds]
+        self._process = FORKS.Process(target=_be_shard, args=ends)
+        self._process.start()
+        for end in ends:
+            end.close()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _be_shard(connection: Connection, memory: Connection) -> None:
+    """Be the program ``python -m els_service.shards.process``."""
+    from els_service.shards.process import main
+
+    os.setsid()
+    sys.argv = ["process", str(connection.fileno()), str(memory.fileno())]
+    main()
+
+
+@contextmanager
+def forked_shards() -> Iterator[None]:
+    """Have the shards of models that are loaded here forked, not executed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "subprocess", _Forking(_ForkedShard))
         yield
 
 
