@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from els_service.version import COMMIT, VERSION
+
 _SEPARATE = ("probe", "train", "calibrate", "compare")
 """Commands that run without the imports of the others: ``probe`` because it runs every few seconds
 and they take one, the experiments because they work without the packages of the server."""
@@ -14,6 +16,10 @@ and they take one, the experiments because they work without the packages of the
 
 def main() -> None:
     """Run ``els-server``."""
+    if sys.argv[1:] == ["--version"]:
+        # As the option of the same name beside others, without imports of two seconds.
+        print(f"els-server {VERSION} ({COMMIT})")
+        return
     if sys.argv[1:2] == ["run"]:
         # Handled until the server installs its own handlers: importing torch takes seconds, and
         # the default action exits with another code, or is ignored by PID 1 of a container.
