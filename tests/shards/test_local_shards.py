@@ -122,6 +122,13 @@ def test_shards_of_a_bank_in_parts_have_the_bits_of_the_bank_of_one_file(
         assert np.array_equal(one, other)
 
 
+def test_a_shard_that_wakes_does_not_preempt_the_server(models: ModelRepository) -> None:
+    shards: Any = shards_of(models.load("ideal-sharded")).shards
+    for shard in shards:
+        threads = os.listdir(f"/proc/{shard.pid}/task")
+        assert {os.sched_getscheduler(int(thread)) for thread in threads} == {os.SCHED_BATCH}
+
+
 def test_the_example_of_the_page_loads(root: Path, models: ModelRepository) -> None:
     (root / "page").mkdir()
     example = PAGE.read_text().split("```yaml\n")[1].split("```")[0]
