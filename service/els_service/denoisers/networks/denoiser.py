@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -318,8 +318,12 @@ def _check_without_gpu(execution: Execution) -> None:
         raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
 
 
+@lru_cache(64)
 def count_flops(config: NetworkConfig) -> int:
-    """Return the floating-point operations of convolutions and products for one image."""
+    """Return the floating-point operations of convolutions and products for one image.
+
+    Cached: it takes a tenth of a second, and models are reloaded, and have versions.
+    """
     # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,6 +8,7 @@ its range, and samplers and scores derive the noise from the clipped D (as in DD
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,8 @@ _FLOPS_PER_SECOND = {"cpu": 2e11, "cuda": 3e13}
 """Approximate operations per second of two CPU cores and a GPU; determines batch sizes."""
 _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
+_FLOPS: dict[tuple[object, ...], int] = {}
+"""Class, configuration and inputs → operations: counting takes .2 s, and models are reloaded."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -356,10 +359,15 @@ def _count_flops(part: Part, options: UnetOptions) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     shape, width = shape_of(part, options), condition_width(part)
+    labelled = bool(_label_rows(part, options)[0])
+    config = json.dumps(dict(part.config), sort_keys=True, default=str)
+    key = type(part.module).__name__, config, shape, width, labelled
+    if key in _FLOPS:
+        return _FLOPS[key]
     inputs: dict[str, Tensor] = {}
     if width:
         inputs["encoder_hidden_states"] = torch.empty(1, 1, width, device="meta")
-    if _label_rows(part, options)[0]:
+    if labelled:
         inputs["class_labels"] = torch.zeros(1, dtype=torch.int64, device="meta")
     x = torch.empty(1, *shape, device="meta")
     timestep = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -373,7 +381,8 @@ def _count_flops(part: Part, options: UnetOptions) -> int:
         raise part.refuse("sample_size", expected) from error
     if output.shape[2:] != x.shape[2:]:
         raise part.refuse("sample_size", f"the size of the output, {list(output.shape[2:])}")
-    return int(counter.get_total_flops())
+    _FLOPS[key] = int(counter.get_total_flops())
+    return _FLOPS[key]
 
 
 def _column(values: Floats) -> Tensor:
