@@ -131,6 +131,18 @@ void merge_rows(const ElsCall& call, const Bank& bank, const double* energy, std
   }
 }
 
+// Where groups of neighbouring tasks of one share begin, and the end of the last: at most `most` tasks
+// each, or one.
+template <class ShareOf>
+std::vector<std::size_t> groups_of(std::size_t tasks, std::size_t most, ShareOf share_of) {
+  std::vector<std::size_t> begins;
+  for (std::size_t i = 0; i < tasks; ++i)
+    if (begins.empty() || i - begins.back() >= most || !(share_of(i) == share_of(begins.back())))
+      begins.push_back(i);
+  begins.push_back(tasks);
+  return begins;
+}
+
 struct Task {
   std::int64_t image;
   int run, index;  // its partial result: that of the run's first, plus the index
@@ -168,13 +180,22 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
   std::vector<Partial> partials(count);
   for (std::size_t i = 0; i < count; ++i)
     partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
-  for_each(tasks.size(), threads, *call.control, [&](int worker, std::size_t i) {
-    const Prepared& image = images[tasks[i].image];
-    Query query = image.query;
-    query.lo = image.runs[tasks[i].run].lo;
-    query.hi = image.runs[tasks[i].run].hi;
-    kernel.attend(bank, geometry, query, share_of(tasks[i]), *call.control, scratch[worker].get(),
-                  partials[tasks[i].slot]);
+  const std::vector<std::size_t> groups = groups_of(
+      tasks.size(), std::min<std::size_t>(kernel.queries(bank, geometry), tasks.size() / threads),
+      [&](std::size_t i) { return share_of(tasks[i]); });
+  for_each(groups.size() - 1, threads, *call.control, [&](int worker, std::size_t g) {
+    Query queries[kMostQueries];
+    Partial out[kMostQueries];
+    int together = 0;
+    for (std::size_t i = groups[g]; i < groups[g + 1]; ++i, ++together) {
+      const Prepared& image = images[tasks[i].image];
+      queries[together] = image.query;
+      queries[together].lo = image.runs[tasks[i].run].lo;
+      queries[together].hi = image.runs[tasks[i].run].hi;
+      out[together] = partials[tasks[i].slot];
+    }
+    kernel.attend(bank, geometry, queries, together, share_of(tasks[groups[g]]), *call.control,
+                  scratch[worker].get(), out);
   });
 
   // A row of one task is its result, where rows are merged here.

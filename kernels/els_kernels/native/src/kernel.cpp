@@ -34,18 +34,26 @@ void attend_windows(const Bank& bank, const Geometry& geometry, const Query& que
     every_place<C>(bank, geometry, query, share, control, scratch, out);
 }
 
-void attend(const Bank& bank, const Geometry& geometry, const Query& query, const Share& share,
-            Control& control, float* memory, Partial out) {
+int queries(const Bank& bank, const Geometry& geometry) {
+  if (!geometry.whole || geometry.sources == Sources::kSame) return 1;
+  return translated_together(bank);
+}
+
+void attend(const Bank& bank, const Geometry& geometry, const Query* queries, int count,
+            const Share& share, Control& control, float* memory, const Partial* out) {
   const FlushToZero flush_to_zero;
-  if (geometry.whole) {
-    if (geometry.sources == Sources::kSame)
-      return attend_images(bank, query, share.first, share.last, control, out);
-    return attend_translations(bank, query, share.first, share.last, control, memory, out);
+  if (geometry.whole && geometry.sources == Sources::kEvery)
+    return attend_translations(bank, queries, count, share.first, share.last, control, memory, out);
+  for (int i = 0; i < count; ++i) {
+    if (geometry.whole) {
+      attend_images(bank, queries[i], share.first, share.last, control, out[i]);
+      continue;
+    }
+    Scratch scratch(bank, memory);
+    by_channels(bank.channels, [&](auto c) {
+      attend_windows<c.value>(bank, geometry, queries[i], share, control, scratch, out[i]);
+    });
   }
-  Scratch scratch(bank, memory);
-  by_channels(bank.channels, [&](auto c) {
-    attend_windows<c.value>(bank, geometry, query, share, control, scratch, out);
-  });
 }
 
 }  // namespace
@@ -53,6 +61,6 @@ void attend(const Bank& bank, const Geometry& geometry, const Query& query, cons
 extern "C" const els::Kernel ELS_KERNEL;
 const els::Kernel ELS_KERNEL = {
     ELS_KERNEL_NAME, kLanes,  pack,
-    scratch_floats,  attend,  moment_scratch_floats,
+    scratch_floats,  queries, attend,  moment_scratch_floats,
     moments,         fold_scratch_bytes, fold_normalise,
     fold_accumulate, fold_moment_scratch_bytes, fold_moments};

@@ -42,6 +42,11 @@ struct Query {
 struct Share {
   std::int64_t first, last;
   int part, parts;
+
+  bool operator==(const Share& other) const {
+    return first == other.first && last == other.last && part == other.part &&
+           parts == other.parts;
+  }
 };
 
 // Softmax over a part of the sources: Σ 2^(logit - peak)·(1, value), value-major.
@@ -68,14 +73,18 @@ struct FoldMoments;
 struct FoldMomentSums;
 enum class FoldPass : std::int32_t;
 
+constexpr int kMostQueries = 4;
+
 struct Kernel {
   const char* name;
   int lanes;
   void (*pack)(const Bank& shape, const float* images, const double* centre, float* packed);
   std::size_t (*scratch_floats)(const Bank&, const Geometry&);
-  // Partial result of one query for a share of the bank; incomplete if the control is stopped.
-  void (*attend)(const Bank&, const Geometry&, const Query&, const Share&, Control&,
-                 float* scratch, Partial out);
+  // Most queries that `attend` takes, where work on the bank serves all: 1 to kMostQueries.
+  int (*queries)(const Bank&, const Geometry&);
+  // Partial results of `count` queries for a share of the bank; incomplete if the control is stopped.
+  void (*attend)(const Bank&, const Geometry&, const Query* queries, int count, const Share&,
+                 Control&, float* scratch, const Partial* out);
   // A pass for moments: see moments_problem.hpp.
   std::size_t (*moment_scratch_floats)(const Bank&, int window);
   void (*moments)(const Bank&, const Geometry&, MomentPass, const MomentQuery&, const Share&,
