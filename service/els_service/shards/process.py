@@ -100,8 +100,10 @@ def failure(error: Exception, number: int) -> Message:
 def main() -> None:
     """Serve the connection and the memory whose file descriptors are the arguments."""
     # A process that computes does not preempt others when it wakes: its server, which has just sent
-    # it a message, goes on to the next shard, and not after a time slice of 3 ms.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # it a message, goes on to the next shard, and not after a time slice of 3 ms. A sandbox may
+    # forbid the call, which then costs those milliseconds.
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # A terminal sends Ctrl-C to all; the server ends its shards itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     shared = mmap.mmap(int(sys.argv[2]), 0)
