@@ -13,7 +13,9 @@ from benchmarks.record import ROOT
 
 def test_every_shape_is_timed_beside_torch(tmp_path: Path) -> None:
     out = tmp_path / "equivariant.json"
-    equivariant.main(["--images", "3", "--rounds", "2", "--dirty", "--out", str(out)])
+    equivariant.main(
+        ["--images", "3", "--rounds", "2", "--batch", "2", "--dirty", "--out", str(out)]
+    )
     rows = json.loads(out.read_text())["rows"]
     assert [tuple(row["shape"]) for row in rows] == list(equivariant.SHAPES)
     assert all(row["native_ms"] > 0 and row["torch_over_native"] > 0 for row in rows)
@@ -27,9 +29,9 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(equivariant.Subject, "mean", wrong)
     with pytest.raises(ValueError, match="expected answers within"):
-        equivariant.measured((1, 5, 6), 3, 1, None)
+        equivariant.main(["--images", "3", "--rounds", "1", "--dirty"])
 
 
 def test_another_checkout_answers_in_a_process_of_its_own() -> None:
-    with equivariant.another_build(ROOT, (1, 4, 4), 2) as seconds:
+    with equivariant.another_build(ROOT, (1, 4, 4), 2, 2) as seconds:
         assert seconds() > 0

@@ -75,6 +75,23 @@ def test_translations_equal_the_reference_whatever_the_factors_of_the_sides(
     )
 
 
+# Four images share the spectra of small bank images, and two of the large ones.
+@pytest.mark.parametrize("shape", [(20, 2, 5, 4), (3, 16, 48, 40)], ids=str)
+def test_images_that_share_the_spectra_of_a_bank_have_the_bits_of_one_alone(
+    native: str, shape: tuple[int, int, int, int]
+) -> None:
+    case = random_case(NAMES["equivariant-circular"], shape, [1] * 4)
+    # Neighbours of one range, of another, and of one again.
+    ends = [shape[0]] * 3 + [2] + [shape[0]] * 4
+    case = replace(case, ranges=torch.tensor([[0, end] for end in ends]))
+    attention = operator(case.bank, native)
+    together = case.ask(attention)
+    for image in range(8):
+        alone = case[[image]].ask(attention)
+        assert torch.equal(alone.mean[0], together.mean[image])
+        assert torch.equal(alone.log_evidence[0], together.log_evidence[image])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5, 1, 3, 35), (2, 4, 35, 3)], ids=str)
 @pytest.mark.parametrize("name", ["local-zeros", "els-zeros", "els-circular", "els-valid"])

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.mixed_banks import make_mixed_bank
 from els_service.errors import LoadError
 from els_service.repository import ModelRepository
+from els_service.shards.process import do_not_preempt
 from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
 
@@ -41,7 +43,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
 
 @pytest.fixture(scope="module", autouse=True)
 def forked() -> Iterator[None]:
-    # tests/e2e/test_shards.py and test_memory.py have them executed, as a server has.
+    # Those of the servers in tests/e2e/test_shards.py are executed.
     with forked_shards():
         yield
 
@@ -123,10 +125,20 @@ def test_shards_of_a_bank_in_parts_have_the_bits_of_the_bank_of_one_file(
 
 
 def test_a_shard_that_wakes_does_not_preempt_the_server(models: ModelRepository) -> None:
+    # In a thread, whose policy is its own.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(do_not_preempt).result()
+        wanted = thread.submit(os.sched_getscheduler, 0).result()
     shards: Any = shards_of(models.load("ideal-sharded")).shards
-    for shard in shards:
-        threads = os.listdir(f"/proc/{shard.pid}/task")
-        assert {os.sched_getscheduler(int(thread)) for thread in threads} == {os.SCHED_BATCH}
+    assert [os.sched_getscheduler(shard.pid) for shard in shards] == [wanted] * len(shards)
+
+
+def test_a_sandbox_may_forbid_the_scheduling_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    do_not_preempt()
 
 
 def test_the_example_of_the_page_loads(root: Path, models: ModelRepository) -> None:

@@ -1,7 +1,7 @@
 """Imported last by the process that servers are forked from.
 
-What it has imported is then never garbage: a server that collects garbage when it starts would walk
-all of it, and copy the memory that it shares with its parent.
+A collection of garbage then skips what it has imported. A server collects when it starts: it would
+walk all of that, and copy the memory that it shares with its parent.
 """
 
 import gc

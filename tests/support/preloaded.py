@@ -184,7 +184,15 @@ def forked_by(*modules: ModuleType) -> Iterator[None]:
 class _ForkedShard:
     """Process of a shard with the part of the interface of ``subprocess.Popen`` that it uses."""
 
-    def __init__(self, command: Sequence[str], pass_fds: Sequence[int], **_: Any) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        pass_fds: Sequence[int],
+        stdin: int,
+        start_new_session: bool,
+    ) -> None:
+        assert (stdin, start_new_session) == (subprocess.DEVNULL, True)
         assert [*command[:-2]] == [sys.executable, "-m", "els_service.shards.process"], command
         ends = [Connection(os.dup(number)) for number in pass_fds]
         self._process = FORKS.Process(target=_be_shard, args=ends)

@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 
-from els_service.version import COMMIT, VERSION
-
 _SEPARATE = ("probe", "train", "calibrate", "compare")
 """Commands that run without the imports of the others: ``probe`` because it runs every few seconds
 and they take one, the experiments because they work without the packages of the server."""
@@ -17,7 +15,9 @@ and they take one, the experiments because they work without the packages of the
 def main() -> None:
     """Run ``els-server``."""
     if sys.argv[1:] == ["--version"]:
-        # As the option of the same name beside others, without imports of two seconds.
+        # The same text as of cli.main, without imports of two seconds.
+        from els_service.version import COMMIT, VERSION
+
         print(f"els-server {VERSION} ({COMMIT})")
         return
     if sys.argv[1:2] == ["run"]:

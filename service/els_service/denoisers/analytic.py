@@ -39,6 +39,8 @@ _TRITON = 1e11
 _MOMENT_PAIRS = 2.4e7
 """Pairs per second of one thread for a Jacobian product or an explanation: two passes in float64
 (measured)."""
+_MOST_SHARING, _SHARED_BYTES, _SUM_BYTES = 4, 4 << 20, 64
+"""Images that share transforms in the native kernel, bytes of their sums, and of one of these."""
 _MOMENT_STEP_S = 3e-4
 """Seconds of one step of both passes beside its pairs (measured)."""
 _NATIVE_PRODUCT, _NATIVE_EXPLANATION = 2.8, 2.4
@@ -149,19 +151,20 @@ class AnalyticDenoiser:
     def predict_seconds(self, query: Query) -> float:
         """Return a rough estimate from the number of pairs and the number of torch's threads."""
         work = sum(
-            self._work(int(k)) * (hi - lo)
+            self._work(int(k), len(query)) * (hi - lo)
             for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True)
         )
         return self._call_s + work / self._pairs_per_second
 
-    def _work(self, k: int) -> float:
-        """Return the cost of one image and one bank image, in pairs of the smallest window."""
+    def _work(self, k: int, batch: int) -> float:
+        """Return the cost of an image in a batch by bank image, in pairs of the smallest window."""
         channels, height, width = self._info.shape
         pairs = count_pairs(self._geometry, height, width, k)
         if self._translates:
             # Of a pixel in a transform (measured): its logarithm, in pairs.
-            step = 0.1 if self._info.implementation == "torch" else 0.4
-            return step * self._transformed
+            if self._info.implementation == "torch":
+                return 0.1 * self._transformed(1)
+            return 0.4 * self._transformed(min(batch, self._sharing))
         if self._info.implementation not in ("native", "torch"):
             return pairs
         # Measured weights, too: products only, and sweeps with a single source for each place.
@@ -179,12 +182,22 @@ class AnalyticDenoiser:
         """Whether every translation of whole images is a source: transforms instead of pairs."""
         return self._geometry.whole and self._geometry.sources == "every"
 
-    @property
-    def _transformed(self) -> float:
-        """Pixels of one bank image in all its transforms, times their logarithm."""
+    def _transformed(self, sharing: int) -> float:
+        """Return the pixels of one bank image in all its transforms, times their logarithm.
+
+        Args:
+            sharing: images that share those of the bank image alone.
+        """
         channels, height, width = self._info.shape
         pixels = height * width
-        return (channels + 2) * pixels * math.log2(max(2, pixels))
+        return (channels / sharing + 2) * pixels * math.log2(max(2, pixels))
+
+    @property
+    def _sharing(self) -> int:
+        """Most images that share a transform in the native kernel: see ``translations.hpp``."""
+        return min(
+            _MOST_SHARING, max(1, _SHARED_BYTES // (_SUM_BYTES * math.prod(self._info.shape)))
+        )
 
     def denoise(self, query: Query) -> Denoised:
         """Return posterior means and log evidences."""
@@ -265,7 +278,7 @@ class AnalyticDenoiser:
         for k, (lo, hi) in zip(self._windows(query), self._ranges(query), strict=True):
             # Measured weights: transforms, or elementwise work for each channel.
             if self._translates:
-                pairs = self._transformed / 14
+                pairs = self._transformed(1) / 14
             else:
                 pairs = (channels + 2) / 3 * count_pairs(self._geometry, height, width, int(k))
             steps = self._moments.steps(hi - lo, int(k), self._geometry)

@@ -1,4 +1,4 @@
-"""What is computed from answers: the check that they are finite, and scores."""
+"""Scores of answers, and the check that they are finite."""
 
 from __future__ import annotations
 

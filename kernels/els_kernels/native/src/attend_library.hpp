@@ -3,7 +3,8 @@
 // A task is one query and one chunk of a block of the bank, or a part of one. Blocks and chunks depend
 // on the bank and on the range, not on the batch or the number of threads, and results are merged in
 // order, those of a block first, so they are batch invariant. Tasks of one chunk are consecutive, so
-// that its tiles are still in the cache for the next query.
+// that its tiles are still in the cache for the next query, or taken in groups by a kernel for which work
+// on the chunk serves several queries.
 #pragma once
 
 #include "merge.hpp"
@@ -131,8 +132,7 @@ void merge_rows(const ElsCall& call, const Bank& bank, const double* energy, std
   }
 }
 
-// Where groups of neighbouring tasks of one share begin, and the end of the last: at most `most` tasks
-// each, or one.
+// Boundaries of groups of consecutive tasks of one share: at most `most` tasks each, or one.
 template <class ShareOf>
 std::vector<std::size_t> groups_of(std::size_t tasks, std::size_t most, ShareOf share_of) {
   std::vector<std::size_t> begins;

@@ -28,7 +28,7 @@ struct Translated {
   double peak = -__builtin_inf(), weight = 0.0;
 };
 
-// Scratch of a task, in whole vectors.
+// Scratch of a group of tasks, in whole vectors.
 struct TranslationScratch {
   Complex* images;  // [C][HW]: spectra of a tile
   Complex* plane;   // [HW]: logits, weights
@@ -148,7 +148,7 @@ inline void finish_translations(const Bank& bank, Fourier& fourier, Translated& 
   }
 }
 
-// Queries share the spectra of a tile: of C + 2 transforms each has two of its own.
+// Each query needs two of the C + 2 transforms of a tile itself; C are shared.
 inline void attend_translations(const Bank& bank, const Query* queries, int count,
                                 std::int64_t first, std::int64_t last, Control& control,
                                 float* memory, const Partial* out) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 
@@ -172,9 +173,9 @@ class NetworkDenoiser:
     def _denoise_part(self, query: Query, bucket: int) -> npt.NDArray[np.float32]:
         checkpoint()
         level = parametrise(self._config.prediction, query.level, self._config.sigma_data)
-        c_in, c_skip, c_out = level.rows
         # What overflows is found below, in the answer.
         with np.errstate(over="ignore", invalid="ignore"):
+            c_in, c_skip, c_out = level.rows
             mean = self._run(query.pixels * c_in, level.time, query.labels, bucket)
             # A separate product and sum: fused ones could round differently by place in the batch.
             mean *= c_out
@@ -318,12 +319,15 @@ def _check_without_gpu(execution: Execution) -> None:
         raise ValueError("compile: expected none or default on a CPU, got cuda-graphs")
 
 
-@lru_cache(64)
 def count_flops(config: NetworkConfig) -> int:
-    """Return the floating-point operations of convolutions and products for one image.
+    """Return the floating-point operations of convolutions and products for one image."""
+    # Names of labels may be many, and do not matter.
+    return _count_flops(dataclasses.replace(config, label_names=()))
 
-    Cached: it takes a tenth of a second, and models are reloaded, and have versions.
-    """
+
+@lru_cache(64)
+def _count_flops(config: NetworkConfig) -> int:
+    """Return what ``count_flops`` does: a tenth of a second, and models are reloaded."""
     # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 

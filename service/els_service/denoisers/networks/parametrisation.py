@@ -80,7 +80,7 @@ def parametrise(
         max_sigma: highest trained s/a; the default 80.2 is that of the cosine schedule at t = 1.
     """
     predict = PREDICTIONS[prediction]
-    if len(level) > 1:
+    if len(level) != 1:
         sigma = np.minimum(level.sigma, max_sigma)
         numbers = _coefficients(predict, level.a, level.sigma, sigma, sigma_data, np.sqrt)
         return Parametrisation(np.array(numbers))
@@ -107,7 +107,7 @@ def _coefficients(
 ) -> list[_Numbers]:
     """Return the numbers of a ``Parametrisation``.
 
-    Squares are products: a power of 2 rounds otherwise for floats than for arrays.
+    Squares are products: a power of 2 rounds differently for floats than for arrays.
     """
     shrink = sigma / (given_sigma * given_a)
     a = 1 / sqrt(1 + sigma * sigma)

@@ -50,6 +50,8 @@ _LAUNCH_S = 1e-3
 """Minimum duration of a call in seconds: these networks have many layers."""
 _FLOPS: dict[tuple[object, ...], int] = {}
 """Class, configuration and inputs → operations: counting takes .2 s, and models are reloaded."""
+_COUNTED = 64
+"""Most configurations in it."""
 _PRODUCT_COSTS = {"vjp": 3.0, "jvp": 6.0}
 """Cost of a Jacobian product in forward passes."""
 _ONLY: Only = {
@@ -381,8 +383,11 @@ def _count_flops(part: Part, options: UnetOptions) -> int:
         raise part.refuse("sample_size", expected) from error
     if output.shape[2:] != x.shape[2:]:
         raise part.refuse("sample_size", f"the size of the output, {list(output.shape[2:])}")
-    _FLOPS[key] = int(counter.get_total_flops())
-    return _FLOPS[key]
+    flops = int(counter.get_total_flops())
+    _FLOPS[key] = flops
+    if len(_FLOPS) > _COUNTED:
+        del _FLOPS[next(iter(_FLOPS))]
+    return flops
 
 
 def _column(values: Floats) -> Tensor:
