@@ -327,7 +327,7 @@ def count_flops(config: NetworkConfig) -> int:
 
 @lru_cache(64)
 def _count_flops(config: NetworkConfig) -> int:
-    """Return what ``count_flops`` does: a tenth of a second, and models are reloaded."""
+    """Count them once: it takes a tenth of a second, and models are reloaded."""
     # Local import: it imports triton, which a server without networks does not need.
     from torch.utils.flop_counter import FlopCounterMode
 
