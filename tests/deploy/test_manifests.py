@@ -305,7 +305,7 @@ def test_the_init_container_sees_the_same_settings_and_files_as_the_server() -> 
 @pytest.mark.slow
 def test_schemas_of_three_kubernetes_versions_know_every_field_of_the_overlays() -> None:
     # They are fetched, not shipped.
-    python = python_of(".venv-deploy", "needs the schemas: make deploy-tools")
+    python = python_of(".venv-deploy", "make deploy-tools")
     done = subprocess.run(
         [python, "-m", "deploy.checks", "--quick"],
         cwd=rendered.DEPLOY.parent,

@@ -19,15 +19,16 @@ def python_with(module: str, name: str) -> Path:
     if find_spec(module):
         return Path(sys.executable)
     # Each is large, or patches what imports it: no part of the environment of development.
-    return python_of(f".venv-{name}", f"needs {name}: make {name}")
+    return python_of(f".venv-{name}", f"make {name}")
 
 
-def python_of(environment: str, reason: str) -> Path:
-    """Return the Python of an environment of the Makefile, or skip the test for a reason.
+def python_of(environment: str, command: str) -> Path:
+    """Return the Python of an environment of the Makefile; else skip the test.
 
     An installation that was cut off leaves a Python, but not all of its packages.
     """
     folder = ROOT / environment
     if not (folder / ".installed").exists():
-        pytest.skip(reason)
+        # A development environment need not have it: the command that installs it is printed.
+        pytest.skip(f"needs {environment}: {command}")
     return folder / "bin" / "python"
