@@ -7,13 +7,12 @@
 // on the chunk serves several queries.
 #pragma once
 
-#include "merge.hpp"
+#include "blocks.hpp"
 
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr std::size_t kPartialBytes = std::size_t(24) << 20;  // of partial results at a time
-constexpr std::size_t kPiece = 64;  // pixels that are merged by one thread
 constexpr std::size_t kMergedAlone = std::size_t(1) << 17;  // numbers of rows merged by one thread
 
 // ‖q[u+Ω]‖²/2s² of every pixel, in double precision: the term of a logit that depends on the query only.
@@ -108,29 +107,44 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   return out;
 }
 
-// The answer of `count` pixels: their rows, merged in the order of the blocks.
-void merge_rows(const ElsCall& call, const Bank& bank, const double* energy, std::int64_t b,
-                const Partial* rows, int number, std::size_t u, int count) {
-  const std::size_t pixels = bank.pixels();
-  Doubles weight = {};
-  // More than 16 sums are merged 16 at a time; the weight is the first of them.
-  for (int from = 0; from <= bank.channels; from += kMostSums) {
-    const int sums = std::min(kMostSums, bank.channels + 1 - from);
-    const Floats peak = merge_pixels(
-        rows, number, u, count, pixels, from, sums, [&](int v, const Doubles& sum) {
-          if (v == 0) {
-            weight = sum;
-            return;
-          }
-          float* mean = call.mean + (b * bank.channels + v - 1) * pixels + u;
-          const Doubles centred = sum / weight + double(float(call.centre[v - 1]));
-          store_pixels(__builtin_convertvector(centred, Floats), count, mean);
-        });
-    for (int k = 0; k < count && from == 0; ++k)
-      call.log_evidence[b * pixels + u + k] =
-          float((double(peak[k]) + std::log2(weight[k])) / kLog2E - energy[u + k]);
-  }
+// Call work(u, count) for piece `index` of the pixels of an image.
+template <class Work>
+void on_piece(std::size_t pixels, std::size_t index, Work work) {
+  const std::size_t u = index * kPiece;
+  work(u, int(std::min(kPiece, pixels - u)));
 }
+
+// The answer of `count` pixels from their sums over the whole range.
+void answer(const ElsCall& call, const Bank& bank, const double* energy, std::int64_t b,
+            const Partial& row, std::size_t u, int count) {
+  const std::size_t pixels = bank.pixels();
+  for (int c = 0; c < bank.channels; ++c) {
+    const double centre = float(call.centre[c]);
+    float* mean = call.mean + (b * bank.channels + c) * pixels;
+    for (std::size_t k = u; k < u + count; ++k)
+      mean[k] = float(row.sums[(1 + c) * pixels + k] / row.sums[k] + centre);
+  }
+  for (std::size_t k = u; k < u + count; ++k)
+    call.log_evidence[b * pixels + k] =
+        float((double(row.peak[k]) + std::log2(row.sums[k])) / kLog2E - energy[k]);
+}
+
+// A row for each of several images.
+struct RowBuffer {
+  Buffer<float> peaks;
+  Buffer<double> sums;
+  std::size_t pixels, values;
+
+  RowBuffer(const Bank& bank, std::size_t count)
+      : peaks(allocate<float>(count * bank.pixels())),
+        sums(allocate<double>(count * (1 + bank.channels) * bank.pixels())),
+        pixels(bank.pixels()),
+        values((1 + bank.channels) * bank.pixels()) {}
+
+  Partial operator[](std::size_t i) const {
+    return {peaks.get() + i * pixels, sums.get() + i * values};
+  }
+};
 
 // Boundaries of groups of consecutive tasks of one share: at most `most` tasks each, or one.
 template <class ShareOf>
@@ -154,7 +168,7 @@ struct Task {
 void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
                  const Geometry& geometry, std::vector<Prepared>& images, std::int64_t begin,
                  std::size_t first_row, std::vector<Buffer<float>>& scratch) {
-  const std::size_t pixels = bank.pixels(), sums = (1 + bank.channels) * pixels;
+  const std::size_t pixels = bank.pixels();
   const int threads = int(scratch.size());
   std::vector<Task> tasks;
   std::vector<std::vector<std::size_t>> slots(images.size());  // of each run's first result
@@ -175,11 +189,9 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
   std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& left, const Task& right) {
     return share_of(left).first < share_of(right).first;
   });
-  const auto peaks = allocate<float>(count * pixels);
-  const auto totals = allocate<double>(count * sums);
+  const RowBuffer results(bank, count);
   std::vector<Partial> partials(count);
-  for (std::size_t i = 0; i < count; ++i)
-    partials[i] = {peaks.get() + i * pixels, totals.get() + i * sums};
+  for (std::size_t i = 0; i < count; ++i) partials[i] = results[i];
   const std::vector<std::size_t> groups = groups_of(
       tasks.size(), std::min<std::size_t>(kernel.queries(bank, geometry), tasks.size() / threads),
       [&](std::size_t i) { return share_of(tasks[i]); });
@@ -200,9 +212,8 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
 
   // A row of one task is its result, where rows are merged here.
   const bool here = call.row_peaks == nullptr;
-  const bool rows_here = here && count > rows_count;
-  const auto row_peaks = allocate<float>(rows_here ? rows_count * pixels : 0);
-  const auto row_sums = allocate<double>(rows_here ? rows_count * sums : 0);
+  const RowBuffer own_rows(bank, here && count > rows_count ? rows_count : 0);
+  const RowBuffer answers(bank, here ? images.size() : 0);
   std::vector<std::vector<Partial>> rows(images.size());
   for (std::size_t i = 0, row = 0; i < images.size(); ++i)
     for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++row)
@@ -211,28 +222,18 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
       else if (counts[i][r] == 1)
         rows[i].push_back(partials[slots[i][r]]);
       else
-        rows[i].push_back({row_peaks.get() + row * pixels, row_sums.get() + row * sums});
+        rows[i].push_back(own_rows[row]);
   const std::size_t pieces = (pixels + kPiece - 1) / kPiece;
   for_each(images.size() * pieces, threads, *call.control, [&](int, std::size_t t) {
-    const std::size_t i = t / pieces, begins = t % pieces * kPiece;
-    const std::size_t ends = std::min(pixels, begins + kPiece);
-    const int runs = int(images[i].runs.size());
-    const int* own = counts[i].data();
-    for (std::size_t u = begins; u < ends; u += kTogether) {
-      const int some = int(std::min<std::size_t>(kTogether, ends - u));
-      if (here && runs == 1) {
-        // The same bits as by way of a row.
-        merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i),
-                   &partials[slots[i][0]], own[0], u, some);
-        continue;
-      }
-      for (int r = 0; r < runs; ++r)
-        if (!here || own[r] > 1)
-          merge_block(bank, &partials[slots[i][r]], own[r], u, some, rows[i][r]);
-      if (here)
-        merge_rows(call, bank, images[i].energy.get(), begin + std::int64_t(i), rows[i].data(),
-                   runs, u, some);
-    }
+    const std::size_t i = t / pieces;
+    on_piece(pixels, t % pieces, [&](std::size_t u, int some) {
+      for (std::size_t r = 0; r < rows[i].size(); ++r)
+        if (!here || counts[i][r] > 1)
+          kernel.merge(bank, &partials[slots[i][r]], counts[i][r], u, some, rows[i][r]);
+      if (!here) return;
+      kernel.merge(bank, rows[i].data(), int(rows[i].size()), u, some, answers[i]);
+      answer(call, bank, images[i].energy.get(), begin + std::int64_t(i), answers[i], u, some);
+    });
   });
 }
 
@@ -266,6 +267,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
 void merge(const ElsCall& call, const Kernel& kernel) {
   const Bank bank = {nullptr, call.images, call.channels, call.height, call.width};
   const Geometry geometry = {Sources(call.sources), Padding(call.padding), call.whole != 0};
+  const RowBuffer whole(bank, 1);
   std::size_t row = 0;
   // Threads cost as much as some thousand numbers.
   const std::size_t numbers = bank.pixels() * (2 + bank.channels);
@@ -278,10 +280,10 @@ void merge(const ElsCall& call, const Kernel& kernel) {
     const int threads = int(std::min<std::size_t>(most, std::max(1, int(call.threads))));
     const std::size_t pixels = bank.pixels(), pieces = (pixels + kPiece - 1) / kPiece;
     for_each(pieces, threads, *call.control, [&](int, std::size_t i) {
-      const std::size_t end = std::min(pixels, (i + 1) * kPiece);
-      for (std::size_t u = i * kPiece; u < end; u += kTogether)
-        merge_rows(call, bank, image.energy.get(), b, rows.data(), int(rows.size()), u,
-                   int(std::min<std::size_t>(kTogether, end - u)));
+      on_piece(pixels, i, [&](std::size_t u, int some) {
+        kernel.merge(bank, rows.data(), int(rows.size()), u, some, whole[0]);
+        answer(call, bank, image.energy.get(), b, whole[0], u, some);
+      });
     });
   }
 }

@@ -1,5 +1,6 @@
 // The kernel for one instruction set: compiled once for each, with ELS_KERNEL as its symbol.
 #include "fold_moments.hpp"
+#include "merge.hpp"
 #include "moments.hpp"
 #include "translations.hpp"
 #include "whole.hpp"
@@ -61,6 +62,6 @@ void attend(const Bank& bank, const Geometry& geometry, const Query* queries, in
 extern "C" const els::Kernel ELS_KERNEL;
 const els::Kernel ELS_KERNEL = {
     ELS_KERNEL_NAME, kLanes,  pack,
-    scratch_floats,  queries, attend,  moment_scratch_floats,
-    moments,         fold_scratch_bytes, fold_normalise,
+    scratch_floats,  queries, attend,  merge,
+    moment_scratch_floats, moments, fold_scratch_bytes, fold_normalise,
     fold_accumulate, fold_moment_scratch_bytes, fold_moments};

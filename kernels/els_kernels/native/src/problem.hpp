@@ -74,6 +74,7 @@ struct FoldMomentSums;
 enum class FoldPass : std::int32_t;
 
 constexpr int kMostQueries = 4;
+constexpr std::size_t kPiece = 64;  // pixels that are merged together
 
 struct Kernel {
   const char* name;
@@ -85,6 +86,9 @@ struct Kernel {
   // Partial results of `count` queries for a share of the bank; incomplete if the control is stopped.
   void (*attend)(const Bank&, const Geometry&, const Query* queries, int count, const Share&,
                  Control&, float* scratch, const Partial* out);
+  // Merge `count` pixels from u on, kPiece at most, of partial results in their order.
+  void (*merge)(const Bank& shape, const Partial* parts, int number, std::size_t u, int count,
+                Partial out);
   // A pass for moments: see moments_problem.hpp.
   std::size_t (*moment_scratch_floats)(const Bank&, int window);
   void (*moments)(const Bank&, const Geometry&, MomentPass, const MomentQuery&, const Share&,
