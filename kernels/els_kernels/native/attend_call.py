@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,11 +59,6 @@ class Rows(NamedTuple):
             for first, step in [(each.data_ptr(), each.stride(0) * each.element_size())]
         )
         return peaks, sums
-
-
-def pointers(addresses: Collection[int]) -> ctypes.Array[ctypes.c_void_p]:
-    """Return an array of addresses, for C++."""
-    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def empty_rows(count: int, shape: Sequence[int], memory: Tensor | None = None) -> Rows:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -19,7 +20,7 @@ from els_kernels.blocks import Blocks
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, Posterior
 from els_kernels.moment_queries import exact_posterior, merge_posteriors
-from els_kernels.native.attend_call import AttendCall, Rows, empty_rows, pointers
+from els_kernels.native.attend_call import AttendCall, Rows, empty_rows
 from els_kernels.native.binding import (
     _PADDING,
     _SOURCES,
@@ -295,7 +296,7 @@ class Native:
 
     def merge(
         self,
-        addresses: tuple[Collection[int], Collection[int]],
+        addresses: tuple[Iterable[int], Iterable[int]],
         x: Tensor,
         a: list[float],
         s: list[float],
@@ -323,13 +324,13 @@ class Native:
     def _run_rows(
         self,
         function: Callable[[object], int],
-        addresses: tuple[Collection[int], Collection[int]],
+        addresses: tuple[Iterable[int], Iterable[int]],
         results: dict[str, Tensor],
         *arguments: *_Arguments,
     ) -> None:
         """Call the library with the addresses of peaks and sums of rows, which the caller holds."""
-        peaks, sums = map(pointers, addresses)
-        rows = {"row_peaks": ctypes.addressof(peaks), "row_sums": ctypes.addressof(sums)}
+        peaks, sums = (array("Q", each) for each in addresses)
+        rows = {"row_peaks": peaks.buffer_info()[0], "row_sums": sums.buffer_info()[0]}
         self._run(function, *arguments, results, rows)
         # The arrays live until here.
         del peaks, sums

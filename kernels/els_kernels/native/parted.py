@@ -6,7 +6,6 @@ merged, is in this process. See ``blocks``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -185,19 +184,32 @@ class PartedNative(Native):
         self, ranges: list[tuple[int, int]], found: Sequence[Rows | None]
     ) -> tuple[list[int], list[int]]:
         """Return the addresses of peaks and sums of the rows of all images, in order."""
-        size = self.blocks.size
-        owners = [
-            block % len(found) for lo, hi in ranges for block in range(lo // size, -(-hi // size))
-        ]
-        peaks, sums = zip(*(self._own_addresses(rows) for rows in found), strict=True)
-        return in_turn(owners, peaks), in_turn(owners, sums)
+        size, count = self.blocks.size, len(found)
+        peaks: list[int] = []
+        sums: list[int] = []
+        at = [0] * count
+        for lo, hi in ranges:
+            blocks = range(lo // size, -(-hi // size))
+            own_peaks, own_sums = [0] * len(blocks), [0] * len(blocks)
+            for i, rows in enumerate(found):
+                turn = slice((i - blocks.start) % count, None, count)
+                number = len(blocks[turn])
+                from_peaks, from_sums = self._own_addresses(rows, at[i], number)
+                own_peaks[turn], own_sums[turn] = from_peaks, from_sums
+                at[i] += number
+            peaks += own_peaks
+            sums += own_sums
+        return peaks, sums
 
-    def _own_addresses(self, rows: Rows | None) -> tuple[Iterator[int], Iterator[int]]:
+    def _own_addresses(
+        self, rows: Rows | None, first: int, number: int
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the addresses of some rows of one process."""
         if rows is None:
-            (peak,), (sums,) = self._absent.addresses()
-            return itertools.repeat(peak), itertools.repeat(sums)
-        peaks, sums_of = rows.addresses()
-        return iter(peaks), iter(sums_of)
+            (peak,), (sum_,) = self._absent.addresses()
+            return [peak] * number, [sum_] * number
+        peaks, sums = rows.addresses()
+        return peaks[first : first + number], sums[first : first + number]
 
     @cached_property
     def _absent(self) -> Rows:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int64", "uint8")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER = 64 << 20
 """Maximum bytes of a header; that of a load has a digest of each block."""
 _POLL_S = 0.25
@@ -56,7 +57,7 @@ class Message:
 def encode(message: Message) -> list[bytes | memoryview]:
     """Return the parts of a framed message; arrays in C order are not copied."""
     arrays = [np.ascontiguousarray(array) for array in message.arrays]
-    described = [[array.dtype.name, array.shape] for array in arrays]
+    described = [[_NAMES[array.dtype], array.shape] for array in arrays]
     header = json.dumps([message.op, message.number, message.fields, described]).encode()
     views = [array.reshape(-1).view(np.uint8).data for array in arrays]
     return [len(header).to_bytes(8, "little"), header, *views]
@@ -109,7 +110,7 @@ def _placed(message: Message, shared: mmap.mmap) -> bytes | None:
             if end > size:
                 return None
             whole[place:end] = array.reshape(-1).view(np.uint8)
-        described.append([array.dtype.name, array.shape, place])
+        described.append([_NAMES[array.dtype], array.shape, place])
     header = json.dumps([message.op, message.number, message.fields, described]).encode()
     return (len(header) | _SHARED).to_bytes(8, "little") + header
 
