@@ -170,12 +170,13 @@ def _merge_s(models: Any, machine: str) -> float:
 
     shape, blocks, count = (3, 64, 64), 64, 10
     native: Any = Native(torch.zeros(512, *shape))
-    native.blocks = Blocks(blocks * 512, 512)
+    # Of three processes, which send a row for each block.
+    native.blocks = Blocks(3 * blocks * 512, 512, stride=3)
     rows = empty_rows(blocks, shape)
     rows.peaks.zero_()
     rows.sums.fill_(1)
     geometry = models.load(machine)._geometry
-    limits = [(0, blocks * 512)]
+    limits = [(0, 3 * blocks * 512)]
     arguments = torch.zeros(1, *shape), [1.0], [1.0], [1], limits, geometry
     native.merge(rows.addresses(), *arguments)
     took = []

@@ -1,7 +1,7 @@
 """Model of a bank of 1.28 million 64×64 images on 8, 64 and 512 devices.
 
-A step takes the pairs of one device at its speed, and then what grows with the number of blocks:
-their rows come in over the link of the server, and are merged there.
+A step takes the pairs of one device at its speed, and then what grows with the number of rows:
+they come in over the link of the server, and are merged there.
 The measured costs are arguments; what is assumed stands below.
 """
 
@@ -36,9 +36,11 @@ def cluster_rows(coordination_s: float, merge_s: float) -> list[dict[str, Any]]:
     for devices in (8, 64, 512):
         # At most 8,192 images, and a block for each device.
         blocks = max(devices, math.ceil(IMAGES / 8192))
+        # See els_kernels.blocks: eight processes merge a group each.
+        sent = 8 if 8 % devices == 0 else blocks
         compute_s = math.ceil(blocks / devices) / blocks * pairs / PAIRS_PER_S
-        receive_s = blocks * _ROW_BYTES / LINK_BYTES_PER_S
-        merging_s = blocks * (1 + CHANNELS) * SIDE * SIDE * merge_s / _MERGE_THREADS
+        receive_s = sent * _ROW_BYTES / LINK_BYTES_PER_S
+        merging_s = sent * (1 + CHANNELS) * SIDE * SIDE * merge_s / _MERGE_THREADS
         step_s = compute_s + coordination_s + receive_s + merging_s
         rows.append(
             {

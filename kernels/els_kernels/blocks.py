@@ -1,12 +1,17 @@
 """Blocks of a bank: the unit of sums over it, and of shards.
 
 A bank is cut into blocks of one size in its order. Sums over a block depend on its images and on
-the query's range in the whole bank alone, and are merged in the order of the bank in float64. So a
-process with all blocks and several with every n-th each have the same bits.
+the query's range in the whole bank alone, and are merged in one order in float64. So a process with
+all blocks and several with every n-th each have the same bits.
+
+Posteriors are merged by groups: block i is in group i mod 8, the blocks of a group are merged in
+order, and then the groups. Of 1, 2, 4 or 8 processes each has whole groups, merges them itself and
+sends few rows. Other sums are merged in the order of the bank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +21,8 @@ _ALIGNMENT = 16
 """Images of the widest vector: no block ends within a vector of any kernel."""
 _LEAST, _MOST = 512, 8192
 """Images of a block: enough that its fixed cost is small, and few enough to be shared evenly."""
+_GROUPS = 8
+"""Of a bank, as in blocks.hpp."""
 _COUNT = 64
 """Blocks of a bank that is neither small nor very large."""
 
@@ -67,12 +74,30 @@ class Blocks:
         found = [(max(lo, start), min(hi, stop)) for start, stop in self.limits]
         return [(start, stop) for start, stop in found if start < stop]
 
-    def owners(self, lo: int, hi: int) -> list[int]:
-        """Return the first block of the owner of each part of a range, among ``stride`` processes.
+    @property
+    def grouped(self) -> bool:
+        """Whether this process has all blocks of its groups."""
+        return _GROUPS % self.stride == 0
 
-        Parts are in the order of the bank: ``runs`` of all processes, merged.
+    def rows(self, lo: int, hi: int) -> list[int]:
+        """Return what the rows of a posterior over a range of the whole bank are of, in order.
+
+        Numbers of groups, if this process has whole groups, else of its blocks by group.
         """
-        return [block % self.stride for block in range(lo // self.size, -(-hi // self.size))]
+        return self._by_group(start // self.size for start, _ in self.runs(lo, hi))
+
+    def owners(self, lo: int, hi: int) -> list[int]:
+        """Return the first block of the owner of each row of a range, among ``stride`` processes.
+
+        Rows are those of all processes, in the order in which they are merged.
+        """
+        rows = self._by_group(range(lo // self.size, -(-hi // self.size)))
+        return [row % self.stride for row in rows]
+
+    def _by_group(self, blocks: Iterable[int]) -> list[int]:
+        if self.grouped:
+            return sorted({block % _GROUPS for block in blocks})
+        return sorted(blocks, key=lambda block: block % _GROUPS)
 
     def everywhere(self, origins: Tensor) -> Tensor:
         """Return origins [..., 2] of own images as those of the whole bank; −1 stays."""

@@ -28,7 +28,7 @@ int main() {
   const ElsCall call = {0, int(head[5]), packed.get(), centre.data(), images, channels, height,
                         width, std::int32_t(head[6]), std::int32_t(head[7]), std::int32_t(head[8]),
                         {(images + 15) / 16 * 16, 0, 1, images},
-                        batch, x.data(), a.data(), s.data(), window.data(), ranges.data(),
+                        1, batch, x.data(), a.data(), s.data(), window.data(), ranges.data(),
                         nullptr, nullptr, mean.data(), log_evidence.data(), &control};
   if (els_attend(&call) != 0) return 1;
   std::fwrite(mean.data(), sizeof(float), mean.size(), stdout);

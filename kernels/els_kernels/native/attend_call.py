@@ -29,6 +29,7 @@ class AttendCall(ctypes.Structure):
         ("padding", ctypes.c_int32),
         ("whole", ctypes.c_int32),
         ("blocks", BlocksArgument),
+        ("grouped", ctypes.c_int32),
         ("batch", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("a", ctypes.c_void_p),
@@ -44,7 +45,7 @@ class AttendCall(ctypes.Structure):
 
 
 class Rows(NamedTuple):
-    """Sums of images over the blocks of a process: for each image its blocks in order."""
+    """Sums of images over the blocks of a process: see ``Blocks.rows``."""
 
     peaks: Tensor
     """[R, H, W] float32: the largest logit, in bits."""

@@ -278,7 +278,7 @@ class Native:
 
         With ``memory``, uint8 [bytes] aligned to 8 bytes, they are in it, if it is large enough.
         """
-        count = sum(len(self.blocks.runs(*limits)) for limits in ranges)
+        count = sum(len(self.blocks.rows(*limits)) for limits in ranges)
         rows = empty_rows(count, self.shape[1:], memory)
         if count:
             self._run_rows(
@@ -307,7 +307,8 @@ class Native:
         """Return the posteriors of the rows of a whole bank: the bits of ``attend``.
 
         Args:
-            addresses: of peaks and sums of each row; for each image those of all blocks in order.
+            addresses: of peaks and sums of each row of each image, in order: of groups where every
+                process has whole groups, else of blocks.
             x: images [B, C, H, W].
             a: signal scale of each image.
             s: noise scale of each image.
@@ -320,6 +321,11 @@ class Native:
         results = answer._asdict()
         self._run_rows(_library().els_merge, addresses, results, x, a, s, window, ranges, geometry)
         return answer
+
+    @property
+    def _grouped(self) -> bool:
+        """Whether a row is of a group of blocks."""
+        return self.blocks.grouped
 
     def _run_rows(
         self,
@@ -379,6 +385,7 @@ class Native:
             padding=_PADDING[geometry.padding],
             whole=geometry.whole,
             blocks=BlocksArgument.of(self.blocks),
+            grouped=self._grouped,
             batch=len(x),
             x=x.data_ptr(),
             a=at,

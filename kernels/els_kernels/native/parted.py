@@ -6,6 +6,7 @@ merged, is in this process. See ``blocks``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -180,36 +181,25 @@ class PartedNative(Native):
             shares.append(answered / (hi - lo))
         return answer, shares
 
+    @property
+    def _grouped(self) -> bool:
+        return self.parts.blocks[0].grouped
+
     def _addresses(
         self, ranges: list[tuple[int, int]], found: Sequence[Rows | None]
     ) -> tuple[list[int], list[int]]:
         """Return the addresses of peaks and sums of the rows of all images, in order."""
-        size, count = self.blocks.size, len(found)
-        peaks: list[int] = []
-        sums: list[int] = []
-        at = [0] * count
-        for lo, hi in ranges:
-            blocks = range(lo // size, -(-hi // size))
-            own_peaks, own_sums = [0] * len(blocks), [0] * len(blocks)
-            for i, rows in enumerate(found):
-                turn = slice((i - blocks.start) % count, None, count)
-                number = len(blocks[turn])
-                from_peaks, from_sums = self._own_addresses(rows, at[i], number)
-                own_peaks[turn], own_sums[turn] = from_peaks, from_sums
-                at[i] += number
-            peaks += own_peaks
-            sums += own_sums
-        return peaks, sums
+        blocks = self.parts.blocks[0]
+        owners = [owner for limits in ranges for owner in blocks.owners(*limits)]
+        peaks, sums = zip(*(self._own_addresses(rows) for rows in found), strict=True)
+        return in_turn(owners, peaks), in_turn(owners, sums)
 
-    def _own_addresses(
-        self, rows: Rows | None, first: int, number: int
-    ) -> tuple[Sequence[int], Sequence[int]]:
-        """Return the addresses of some rows of one process."""
+    def _own_addresses(self, rows: Rows | None) -> tuple[Iterator[int], Iterator[int]]:
         if rows is None:
-            (peak,), (sum_,) = self._absent.addresses()
-            return [peak] * number, [sum_] * number
-        peaks, sums = rows.addresses()
-        return peaks[first : first + number], sums[first : first + number]
+            (peak,), (sums,) = self._absent.addresses()
+            return itertools.repeat(peak), itertools.repeat(sums)
+        peaks, sums_of = rows.addresses()
+        return iter(peaks), iter(sums_of)
 
     @cached_property
     def _absent(self) -> Rows:

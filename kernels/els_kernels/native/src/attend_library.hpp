@@ -49,7 +49,8 @@ void energies(const Bank& bank, const Geometry& geometry, const double* squares,
 extern "C" {
 
 // Arguments from binding.py: the same fields in the same order. A row is the sums of one image over
-// one block of the bank, see Partial; rows are in the order of the images, then of the blocks.
+// one block of the bank, or one group of blocks, see Partial; rows are in the order of the images, then
+// of groups, then of blocks.
 struct ElsCall {
   std::int32_t kernel;  // index as in els_kernel_name
   std::int32_t threads;
@@ -59,6 +60,7 @@ struct ElsCall {
   std::int32_t channels, height, width;
   std::int32_t sources, padding, whole;
   ElsBlocks blocks;
+  std::int32_t grouped;  // whether a row is of a group, of which the process has all blocks
   std::int64_t batch;
   const float* x;           // [B][C][H][W]
   const double* a;          // [B]
@@ -80,7 +82,8 @@ struct Prepared {
   Buffer<float> scaled;
   Buffer<double> exact;
   Buffer<double> energy;
-  std::vector<Run> runs;
+  std::vector<Run> runs;            // by group
+  std::vector<std::size_t> groups;  // begins of groups of runs, and the end
   Tasks tasks;
   std::size_t slot;  // of its first partial result
 };
@@ -89,7 +92,7 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
                  std::int64_t b) {
   const std::size_t pixels = bank.pixels(), values = bank.channels * pixels;
   const double a = call.a[b], s = call.s[b];
-  Prepared out{{}, allocate<float>(values), allocate<double>(values), allocate<double>(pixels), {}, {}, 0};
+  Prepared out{{}, allocate<float>(values), allocate<double>(values), allocate<double>(pixels), {}, {}, {}, 0};
   std::vector<double> squares(pixels, 0.0);
   for (std::size_t v = 0; v < values; ++v) {
     const double q = double(call.x[b * values + v]) - a * call.centre[v / pixels];
@@ -103,6 +106,11 @@ Prepared prepare(const ElsCall& call, const Bank& bank, const Geometry& geometry
   const double bias = -(a / s) * (a / s) * kLog2E / 2.0;
   out.query = {out.scaled.get(), float(bias), window, 0, 0, out.exact.get(), bias};
   out.runs = runs_of(call.blocks, lo, hi, lanes);
+  std::stable_sort(out.runs.begin(), out.runs.end(),
+                   [](const Run& left, const Run& right) { return left.group < right.group; });
+  for (std::size_t r = 0; r < out.runs.size(); ++r)
+    if (r == 0 || out.runs[r].group != out.runs[r - 1].group) out.groups.push_back(r);
+  out.groups.push_back(out.runs.size());
   out.tasks = plan_tasks(bank, geometry, window, call.blocks, lo, hi, lanes);
   return out;
 }
@@ -112,6 +120,10 @@ template <class Work>
 void on_piece(std::size_t pixels, std::size_t index, Work work) {
   const std::size_t u = index * kPiece;
   work(u, int(std::min(kPiece, pixels - u)));
+}
+
+std::size_t row_count(const ElsCall& call, const Prepared& image) {
+  return call.grouped ? image.groups.size() - 1 : image.runs.size();
 }
 
 // The answer of `count` pixels from their sums over the whole range.
@@ -146,9 +158,9 @@ struct RowBuffer {
   }
 };
 
-// Boundaries of groups of consecutive tasks of one share: at most `most` tasks each, or one.
+// Boundaries of stretches of consecutive tasks of one share: at most `most` tasks each, or one.
 template <class ShareOf>
-std::vector<std::size_t> groups_of(std::size_t tasks, std::size_t most, ShareOf share_of) {
+std::vector<std::size_t> stretches_of(std::size_t tasks, std::size_t most, ShareOf share_of) {
   std::vector<std::size_t> begins;
   for (std::size_t i = 0; i < tasks; ++i)
     if (begins.empty() || i - begins.back() >= most || !(share_of(i) == share_of(begins.back())))
@@ -192,46 +204,52 @@ void attend_some(const ElsCall& call, const Kernel& kernel, const Bank& bank,
   const RowBuffer results(bank, count);
   std::vector<Partial> partials(count);
   for (std::size_t i = 0; i < count; ++i) partials[i] = results[i];
-  const std::vector<std::size_t> groups = groups_of(
+  const std::vector<std::size_t> stretches = stretches_of(
       tasks.size(), std::min<std::size_t>(kernel.queries(bank, geometry), tasks.size() / threads),
       [&](std::size_t i) { return share_of(tasks[i]); });
-  for_each(groups.size() - 1, threads, *call.control, [&](int worker, std::size_t g) {
+  for_each(stretches.size() - 1, threads, *call.control, [&](int worker, std::size_t g) {
     Query queries[kMostQueries];
     Partial out[kMostQueries];
     int together = 0;
-    for (std::size_t i = groups[g]; i < groups[g + 1]; ++i, ++together) {
+    for (std::size_t i = stretches[g]; i < stretches[g + 1]; ++i, ++together) {
       const Prepared& image = images[tasks[i].image];
       queries[together] = image.query;
       queries[together].lo = image.runs[tasks[i].run].lo;
       queries[together].hi = image.runs[tasks[i].run].hi;
       out[together] = partials[tasks[i].slot];
     }
-    kernel.attend(bank, geometry, queries, together, share_of(tasks[groups[g]]), *call.control,
+    kernel.attend(bank, geometry, queries, together, share_of(tasks[stretches[g]]), *call.control,
                   scratch[worker].get(), out);
   });
 
-  // A row of one task is its result, where rows are merged here.
   const bool here = call.row_peaks == nullptr;
-  const RowBuffer own_rows(bank, here && count > rows_count ? rows_count : 0);
+  const RowBuffer own_blocks(bank, count > rows_count ? rows_count : 0);
+  const RowBuffer own_groups(bank, here ? images.size() * kGroups : 0);
   const RowBuffer answers(bank, here ? images.size() : 0);
-  std::vector<std::vector<Partial>> rows(images.size());
-  for (std::size_t i = 0, row = 0; i < images.size(); ++i)
-    for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++row)
-      if (!here)
-        rows[i].push_back({call.row_peaks[first_row + row], call.row_sums[first_row + row]});
-      else if (counts[i][r] == 1)
-        rows[i].push_back(partials[slots[i][r]]);
-      else
-        rows[i].push_back(own_rows[row]);
+  std::vector<std::vector<Partial>> blocks(images.size()), groups(images.size());
+  for (std::size_t i = 0, block = 0; i < images.size(); ++i) {
+    for (std::size_t r = 0; r < images[i].runs.size(); ++r, ++block)
+      blocks[i].push_back(counts[i][r] > 1 ? own_blocks[block] : partials[slots[i][r]]);
+    const std::size_t rows = row_count(call, images[i]);
+    for (std::size_t row = 0; row < rows; ++row, ++first_row)
+      groups[i].push_back(here ? own_groups[i * kGroups + row]
+                               : Partial{call.row_peaks[first_row], call.row_sums[first_row]});
+  }
   const std::size_t pieces = (pixels + kPiece - 1) / kPiece;
   for_each(images.size() * pieces, threads, *call.control, [&](int, std::size_t t) {
     const std::size_t i = t / pieces;
     on_piece(pixels, t % pieces, [&](std::size_t u, int some) {
-      for (std::size_t r = 0; r < rows[i].size(); ++r)
-        if (!here || counts[i][r] > 1)
-          kernel.merge(bank, &partials[slots[i][r]], counts[i][r], u, some, rows[i][r]);
+      for (std::size_t r = 0; r < blocks[i].size(); ++r)
+        if (counts[i][r] > 1)
+          kernel.merge(bank, &partials[slots[i][r]], counts[i][r], u, some, blocks[i][r]);
+      const std::vector<std::size_t>& begins = images[i].groups;
+      for (std::size_t row = 0; row < groups[i].size(); ++row) {
+        const std::size_t first = call.grouped ? begins[row] : row;
+        const std::size_t last = call.grouped ? begins[row + 1] : row + 1;
+        kernel.merge(bank, &blocks[i][first], int(last - first), u, some, groups[i][row]);
+      }
       if (!here) return;
-      kernel.merge(bank, rows[i].data(), int(rows[i].size()), u, some, answers[i]);
+      kernel.merge(bank, groups[i].data(), int(groups[i].size()), u, some, answers[i]);
       answer(call, bank, images[i].energy.get(), begin + std::int64_t(i), answers[i], u, some);
     });
   });
@@ -255,7 +273,7 @@ void attend(const ElsCall& call, const Kernel& kernel) {
     while (end < call.batch && (images.empty() || slots * partial_bytes < kPartialBytes)) {
       images.push_back(prepare(call, bank, geometry, kernel.lanes, end++));
       for (const Run& run : images.back().runs) slots += images.back().tasks.count(run);
-      rows += images.back().runs.size();
+      rows += row_count(call, images.back());
     }
     attend_some(call, kernel, bank, geometry, images, begin, row, scratch);
     row += rows;
@@ -267,21 +285,26 @@ void attend(const ElsCall& call, const Kernel& kernel) {
 void merge(const ElsCall& call, const Kernel& kernel) {
   const Bank bank = {nullptr, call.images, call.channels, call.height, call.width};
   const Geometry geometry = {Sources(call.sources), Padding(call.padding), call.whole != 0};
-  const RowBuffer whole(bank, 1);
+  const RowBuffer own_groups(bank, call.grouped ? 0 : kGroups), whole(bank, 1);
   std::size_t row = 0;
   // Threads cost as much as some thousand numbers.
   const std::size_t numbers = bank.pixels() * (2 + bank.channels);
   for (std::int64_t b = 0; b < call.batch; ++b) {
     const Prepared image = prepare(call, bank, geometry, kernel.lanes, b);
-    std::vector<Partial> rows;
-    for (std::size_t r = 0; r < image.runs.size(); ++r, ++row)
+    std::vector<Partial> rows, groups;
+    for (std::size_t end = row + row_count(call, image); row < end; ++row)
       rows.push_back({call.row_peaks[row], call.row_sums[row]});
+    for (std::size_t g = 0; g + 1 < image.groups.size(); ++g)
+      groups.push_back(call.grouped ? rows[g] : own_groups[g]);
     const std::size_t most = 1 + rows.size() * numbers / kMergedAlone;
     const int threads = int(std::min<std::size_t>(most, std::max(1, int(call.threads))));
     const std::size_t pixels = bank.pixels(), pieces = (pixels + kPiece - 1) / kPiece;
     for_each(pieces, threads, *call.control, [&](int, std::size_t i) {
       on_piece(pixels, i, [&](std::size_t u, int some) {
-        kernel.merge(bank, rows.data(), int(rows.size()), u, some, whole[0]);
+        for (std::size_t g = 0; g < groups.size() && !call.grouped; ++g)
+          kernel.merge(bank, &rows[image.groups[g]], int(image.groups[g + 1] - image.groups[g]), u,
+                       some, groups[g]);
+        kernel.merge(bank, groups.data(), int(groups.size()), u, some, whole[0]);
         answer(call, bank, image.energy.get(), b, whole[0], u, some);
       });
     });

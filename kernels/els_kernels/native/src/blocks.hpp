@@ -3,7 +3,7 @@
 // A bank is cut into blocks of `size` images in its order, a multiple of the lanes of every kernel. A
 // process has all blocks, or every `stride`-th from `first` on, one behind another. What a block
 // answers depends on its images and on the range of the query in the whole bank, not on the other
-// blocks of the process: sums of blocks merged in the order of the bank have the same bits
+// blocks of the process: sums of blocks merged in one order, see blocks.py, have the same bits
 // however many processes share it.
 #pragma once
 
@@ -26,6 +26,7 @@ namespace {
 
 using namespace els;
 
+constexpr int kGroups = 8;  // of a bank: see blocks.py
 constexpr int kMostChunks = 64;
 constexpr int kLeastChunks = 24;  // so that a small bank keeps every core busy to the end
 constexpr int kLeastSame = 16;  // tiles of a chunk where each costs little: same place, ideal
@@ -34,6 +35,7 @@ constexpr int kLeastWhole = 8;  // of translations, as a chunk takes as many tra
 // The part of a block that a query attends to: images of this process, of which its tiles.
 struct Run {
   std::int64_t lo, hi;
+  int group;
   std::int64_t first, last;
 };
 
@@ -61,7 +63,8 @@ std::vector<Run> runs_of(const ElsBlocks& blocks, std::int64_t lo, std::int64_t 
     const std::int64_t from = std::max(lo, start), to = std::min(hi, start + blocks.size);
     if (from >= to) continue;
     const std::int64_t moved = start - j * blocks.size;
-    out.push_back({from - moved, to - moved, (from - moved) / lanes,
+    const int group = int((blocks.first + j * blocks.stride) % kGroups);
+    out.push_back({from - moved, to - moved, group, (from - moved) / lanes,
                    (to - moved + lanes - 1) / lanes});
   }
 }
