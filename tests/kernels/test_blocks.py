@@ -16,8 +16,8 @@ from els_kernels import PatchAttention, PatchMoments, max_window
 from els_kernels.blocks import Blocks, block_size
 
 PARTS = [1, 2, 3, 8]
-SHAPE = (3900, 1, 4, 5)
-"""Eight blocks, the last of which is short."""
+SHAPE = (5500, 1, 4, 5)
+"""Eleven blocks, more than groups, the last of which is short."""
 
 
 def case_of(name: str) -> Case:
@@ -25,7 +25,7 @@ def case_of(name: str) -> Case:
     geometry = NAMES[name]
     window = 1 if geometry.whole else min(3, max_window(geometry, *SHAPE[2:]))
     case = random_case(geometry, SHAPE, [window, window])
-    case.ranges[:] = torch.tensor([[0, 3900], [500, 1777], [3, 200], [0, 3900]])
+    case.ranges[:] = torch.tensor([[0, 5500], [500, 1777], [3, 200], [0, 5500]])
     case.x[3] *= 1e4
     case.s[3] = 0.01
     return case
@@ -80,7 +80,7 @@ def test_an_answer_in_part_is_that_of_the_bank_without_the_absent_blocks() -> No
     native: Any = one.prepared
     got, shares = native.attend_some(*arguments)
     size = block_size(SHAPE[0])
-    kept = torch.cat([case.bank[i * size : (i + 1) * size] for i in range(8) if i % 4 != 1])
+    kept = torch.cat([case.bank[i * size : (i + 1) * size] for i in range(11) if i % 4 != 1])
     assert shares == [len(kept) / SHAPE[0], 1.0]
     want = PatchAttention(kept, implementation="native")(
         case.x[:1],
@@ -103,3 +103,23 @@ def test_blocks_cover_a_bank_once_and_end_with_whole_vectors() -> None:
             )
             assert [lo for lo, _ in limits] == list(range(0, images, size))
             assert [hi for _, hi in limits] == [*range(size, images, size), images]
+
+
+@pytest.mark.parametrize(
+    ("shards", "first", "last"), [(1, [*range(8)], [1]), (2, [0, 2, 4, 6], [1]), (8, [0], [])]
+)
+def test_a_process_with_whole_groups_has_a_row_for_each(
+    shards: int, first: list[int], last: list[int]
+) -> None:
+    blocks = [Blocks(5500, 512).shard(i, shards) for i in range(shards)]
+    assert blocks[0].rows(0, 5500) == first
+    # Of block 9 alone.
+    assert blocks[-1].rows(9 * 512, 10 * 512) == last
+    assert blocks[0].owners(0, 5500) == [group % shards for group in range(8)]
+
+
+def test_a_process_without_whole_groups_has_a_row_for_each_block_by_group() -> None:
+    blocks = [Blocks(5500, 512).shard(i, 3) for i in range(3)]
+    assert [each.rows(0, 5500) for each in blocks] == [[0, 9, 3, 6], [1, 10, 4, 7], [8, 2, 5]]
+    # Groups are 0, 8; 1, 9; 2, 10; 3; 4; 5; 6; 7.
+    assert blocks[0].owners(0, 5500) == [0, 2, 1, 0, 2, 1, 0, 1, 2, 0, 1]
