@@ -47,9 +47,11 @@ lint: install
 WORKERS ?= $(shell echo $$(($$(nproc) * 3 / 2)))
 SHARED := -n $(WORKERS) --dist worksteal
 
-# While developing: no processes of the server, no fuzzing, nothing that takes seconds.
+# While developing: one row of each test, no processes of the server, no fuzzing, nothing that takes
+# a second.
 test-fast: $(VENV)/.installed
-	$(BIN)/pytest $(SHARED) -m "not (e2e or slow or fuzz or alone)" --ignore tests/e2e --ignore tests/fuzz
+	$(BIN)/pytest -n $(shell nproc) --dist worksteal --hypothesis-profile fast \
+		-m "not (e2e or slow or fuzz or alone)" --ignore tests/e2e --ignore tests/fuzz
 
 # All that CI runs. What is skipped is printed with the command that brings what is missing.
 # Lint uses the time in which the tests wait.

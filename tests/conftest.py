@@ -15,7 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
-from tests.support.rows import all_rows, nightly
+from tests.support.rows import all_rows, kept
 
 # Without a GPU Triton's kernels are interpreted. Triton asks when it is imported, which may be by
 # torch, long before the tests of the kernels.
@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 # tests/support/examples.py scales its numbers by max_examples.
 settings.register_profile("ci", max_examples=50, deadline=None)
+settings.register_profile("fast", max_examples=10, deadline=None)
 settings.register_profile("nightly", max_examples=2000, deadline=None)
 settings.load_profile("ci")
 
@@ -56,9 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(mark)
     if all_rows():
         return
-    left = nightly(items)
-    config.hook.pytest_deselected(items=[*left])
-    items[:] = [item for item in items if item not in left]
+    rows = kept(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in rows])
+    items[:] = [item for item in items if item in rows]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -60,6 +60,7 @@ def test_all_that_names_the_project_agrees() -> None:
     assert all(url.startswith(HOME) for url in PYPROJECT["project"]["urls"].values())
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_every_file_that_tests_may_read() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("needs a checkout")

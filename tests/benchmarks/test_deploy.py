@@ -58,6 +58,7 @@ def test_replicas_come_after_the_scrape_the_poll_and_their_start() -> None:
     assert served - wished == pytest.approx(BRIEF.start_s, abs=2 * BRIEF.tick_s)
 
 
+@pytest.mark.slow
 def test_a_scaler_that_sees_the_busy_share_holds_what_one_that_sees_queues_lets_go() -> None:
     long = replace(BRIEF, back_at_s=1200.0, end_s=1200.0)
     # By the manifest's own numbers: the first sees queues alone, the last is the manifest's.

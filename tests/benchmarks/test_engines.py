@@ -14,6 +14,7 @@ TINY = ["--dirty", "--widths", "8", "16", "--batches", "2", "--rounds", "2", "--
 FAST = [*TINY, "--threads", "1", "--steps", "2"]
 
 
+@pytest.mark.slow
 def test_ours_is_timed_beside_every_library_that_answers_alike(tmp_path: Path) -> None:
     out = tmp_path / "engines.json"
     peers = ["--peers", "plain", "onnxruntime", "openvino"]
@@ -55,6 +56,7 @@ def test_a_run_continues_the_record_of_one_that_ended(tmp_path: Path) -> None:
     assert rows() == measured
 
 
+@pytest.mark.slow
 def test_diffusers_is_compared_with_its_own_code(tmp_path: Path) -> None:
     out = tmp_path / "engines.json"
     options = ["--only", "diffusers", "--engine", "torch", "--peers", "plain"]
@@ -63,6 +65,7 @@ def test_diffusers_is_compared_with_its_own_code(tmp_path: Path) -> None:
     assert (row["engine"], row["best"]) == ("torch", "plain")
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "relu", lambda x: x)
     out = tmp_path / "engines.json"

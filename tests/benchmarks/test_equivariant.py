@@ -32,6 +32,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         equivariant.main(["--images", "3", "--rounds", "1", "--dirty"])
 
 
+@pytest.mark.slow
 def test_another_checkout_answers_in_a_process_of_its_own() -> None:
     with equivariant.another_build(ROOT, (1, 4, 4), 2, 2) as seconds:
         assert seconds() > 0

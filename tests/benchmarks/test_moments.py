@@ -26,6 +26,7 @@ def _denormals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: on)
 
 
+@pytest.mark.slow
 def test_every_padding_and_level_is_timed_beside_a_plain_denoise(tmp_path: Path) -> None:
     out = tmp_path / "moments.json"
     benchmark.main([*TINY, "--out", str(out)])
@@ -38,6 +39,7 @@ def test_every_padding_and_level_is_timed_beside_a_plain_denoise(tmp_path: Path)
             assert 0 < low <= row[name] <= high
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = NativeQuery.vjp
 

@@ -13,6 +13,7 @@ from benchmarks.networks import cases, plain
 TINY = ["--dirty", "--widths", "8", "16", "--batches", "2", "--rounds", "2", "--seconds", "0"]
 
 
+@pytest.mark.slow
 def test_every_network_answers_as_plain_code_does_and_is_timed_beside_it(tmp_path: Path) -> None:
     out = tmp_path / "networks.json"
     networks = [*benchmark.ARCHITECTURES, "diffusers"]

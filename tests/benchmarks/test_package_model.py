@@ -34,6 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "net"
 
 
+@pytest.mark.slow
 def test_a_folder_ships_without_checkpoint_or_paths_and_answers_the_same(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

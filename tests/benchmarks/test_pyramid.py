@@ -21,6 +21,7 @@ def _denormals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_flush_denormal", lambda on: on)
 
 
+@pytest.mark.slow
 def test_parts_of_one_day_and_commit_are_collected_in_one_record(tmp_path: Path) -> None:
     out = tmp_path / "pyramid.json"
     for part in ("small", "table", "seeds"):
@@ -32,6 +33,7 @@ def test_parts_of_one_day_and_commit_are_collected_in_one_record(tmp_path: Path)
     assert rows[-1]["alike"] == rows[-1]["seeds"] == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = matmul.MatmulDenoiser.denoise
 

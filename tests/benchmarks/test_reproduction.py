@@ -52,6 +52,7 @@ def written(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text()), out.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_a_row_a_network_and_machine_and_the_rest_is_not_yet_run(
     tmp_path: Path, comparison: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_row_a_network_and_machine_and_the_rest_is_not_yet_run(
     assert figure.read_bytes() == comparison.with_name("compare.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_both_protocols_published_figures_and_seconds_stand_in_one_row(
     tmp_path: Path, both: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_rounds_that_do_not_pair_up_are_refused() -> None:
         ratio_of_pairs([1.0], [1.0, 2.0])
 
 
+@pytest.mark.slow
 def test_bare_handlers_return_the_image_and_bear_the_load() -> None:
     with baselines() as server:
 

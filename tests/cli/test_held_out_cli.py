@@ -84,6 +84,7 @@ def test_a_part_of_a_large_bank_may_choose(folder: Path) -> None:
     assert few != all_
 
 
+@pytest.mark.slow
 def test_of_a_bank_that_would_take_long_a_part_is_used_and_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

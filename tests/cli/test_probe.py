@@ -13,6 +13,8 @@ from tests.support.models_folder import write_models
 from tests.support.processes import ServerProcess, run, serving
 from tests.support.security import Certificates
 
+pytestmark = pytest.mark.slow
+
 UNHEALTHY, FAULT = 1, 2
 
 

@@ -28,6 +28,7 @@ def plan(target: str, **options: Any) -> Plan:
     return Plan(**{"target": target, **defaults, **options})
 
 
+@pytest.mark.slow
 def test_a_closed_loop_asks_every_kind_until_its_count_is_up(
     target: str, fake: FakeDenoiser
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_closed_loop_asks_every_kind_until_its_count_is_up(
     assert latency.p999_ms <= latency.max_ms * 1.001
 
 
+@pytest.mark.slow
 def test_an_open_loop_counts_the_wait_of_calls_that_a_stall_held_back(target: str) -> None:
     """A server stalls for 0.4 s: of 100 calls a second some 40 wait, all but one for others."""
     report = run(plan(target, model="stalls", rate_per_s=100.0, duration_s=1.0))
@@ -63,6 +65,7 @@ def test_an_open_loop_counts_the_wait_of_calls_that_a_stall_held_back(target: st
     assert report.total.latency.p90_ms > 100
 
 
+@pytest.mark.slow
 def test_answers_after_their_deadline_are_late_and_not_good(target: str) -> None:
     in_time = plan(target, name="in time", callers=2, count=10, deadline_s=2.0)
     late = replace(in_time, name="late", model="late", deadline_s=0.05)
@@ -75,6 +78,7 @@ def test_answers_after_their_deadline_are_late_and_not_good(target: str) -> None
     assert lost_report.total.errors == {"DEADLINE_EXCEEDED": 10}
 
 
+@pytest.mark.slow
 def test_deadlines_travel_with_their_calls(target: str, fake: FakeDenoiser) -> None:
     mix = {"denoise": 1.0, "sample": 1.0}
     run(plan(target, callers=1, count=10, deadline_s=3.0, grace_s=10.0, mix=mix))
@@ -88,6 +92,7 @@ def test_deadlines_travel_with_their_calls(target: str, fake: FakeDenoiser) -> N
             assert remaining_s < 4
 
 
+@pytest.mark.slow
 def test_several_loads_run_at_once_each_with_its_own_token(
     target: str, fake: FakeDenoiser, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +113,7 @@ def test_several_loads_run_at_once_each_with_its_own_token(
     ],
 )
 @pytest.mark.parametrize("rate", [None, 200.0])
+@pytest.mark.slow
 def test_streams_answer_question_by_question(
     target: str, fake: FakeDenoiser, model: str, outcome: dict[str, Any], rate: float | None
 ) -> None:
@@ -117,6 +123,7 @@ def test_streams_answer_question_by_question(
     assert fake.calls["stream"] == 2
 
 
+@pytest.mark.slow
 def test_a_stream_that_ends_fails_what_it_held_and_is_opened_anew(
     target: str, fake: FakeDenoiser
 ) -> None:
@@ -126,6 +133,7 @@ def test_a_stream_that_ends_fails_what_it_held_and_is_opened_anew(
     assert fake.calls["stream"] == 3
 
 
+@pytest.mark.slow
 def test_what_is_not_answered_at_the_end_is_counted(target: str) -> None:
     report = run(
         plan(target, model="slow", callers=3, duration_s=0.2, deadline_s=60.0, drain_s=0.1)
@@ -230,6 +238,7 @@ def test_a_wrong_load_is_exit_code_two(args: tuple[str, ...]) -> None:
     assert "expected" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_report_is_written_as_it_is_documented(target: str, tmp_path: Path) -> None:
     report = run(plan(target, callers=1, count=1))
     report.write(tmp_path / "report.json")

@@ -31,6 +31,7 @@ def of_seconds(first: float, last: float, count: int, **options: Any) -> Report:
     return load([(0.0, first, last)] * count, **options)
 
 
+@pytest.mark.slow
 def test_ceiling_and_gain_are_of_successful_calls_and_admission_is_beyond_one_caller() -> None:
     serial = of_seconds(0.1, 0.4, 4, callers=1)
     closed = of_seconds(0.3, 0.9, 10, callers=8)
@@ -55,6 +56,7 @@ def test_responses_after_the_end_of_an_overload_count_over_the_time_that_they_to
     assert served_per_s(overload) == swept.document()["rates"][0]["served_per_s"] == 4 / 7
 
 
+@pytest.mark.slow
 def test_a_generator_that_lags_or_uses_its_core_is_named() -> None:
     report = of_seconds(0.1, 0.4, 4, callers=1)
     swept = Sweep(serial=report, closed=report, points=[])
@@ -66,6 +68,7 @@ def test_a_generator_that_lags_or_uses_its_core_is_named() -> None:
         assert not swept.generator_kept_up(busy)
 
 
+@pytest.mark.slow
 def test_the_first_message_of_a_sample_comes_before_its_last(target: str) -> None:
     options: dict[str, Any] = {"warm_up_s": 0.0, "duration_s": 5.0, "callers": 1, "count": 5}
     report = run(Plan(target=target, mix={"sample": 1.0}, steps=20, **options))
@@ -120,6 +123,7 @@ def test_a_wrong_sweep_is_exit_code_two(args: tuple[str, ...]) -> None:
         ("--json", "absent/load.json", "expected an existing folder"),
     ],
 )
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_rejected_before_the_load(
     tmp_path: Path, option: str, name: str, expected: str
 ) -> None:

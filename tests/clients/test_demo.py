@@ -31,6 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, script: str, out: Path) -> None:
         demo.main()
 
 
+@pytest.mark.slow
 def test_the_demo_draws_a_row_for_each_label_and_tells_where_and_how_long(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ def test_no_grpc_or_protobuf_type_is_in_a_public_signature(kind: type) -> None:
     assert not [hint for hint in hints if "grpc" in hint or "pb2" in hint]
 
 
+@pytest.mark.slow
 def test_importing_the_client_takes_no_torch_no_server_and_no_extra() -> None:
     script = "import sys, els_client, els_client.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)

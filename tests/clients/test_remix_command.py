@@ -80,6 +80,7 @@ def check_gone() -> None:
         os.kill(process, 0)
 
 
+@pytest.mark.slow
 def test_a_server_of_the_photograph_is_started_and_gone_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_photograph_that_the_server_rejects_is_named_with_its_reason(
     check_gone()
 
 
+@pytest.mark.slow
 def test_an_error_of_a_call_stops_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     start_with(monkeypatch, program())
     result = remix("--size", "129x8")
@@ -137,6 +139,7 @@ def test_an_error_of_a_call_stops_the_server(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.slow
 def test_an_interrupted_command_stops_the_server(number: signal.Signals) -> None:
     # The server interrupts the command as soon as it is ready.
     script = program(then=f"os.kill(os.getppid(), {int(number)}); signal.pause()")

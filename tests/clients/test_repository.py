@@ -91,6 +91,7 @@ def els(*args: str) -> Result:
 
 
 @pytest.mark.usefixtures("admin")
+@pytest.mark.slow
 def test_the_command_line_operates_too(target: str, repository: FakeRepository) -> None:
     table = els("--target", target, "repository", "index").stdout
     assert all(text in table for text in ("fashion-els", "READY", "torn", "no bank"))

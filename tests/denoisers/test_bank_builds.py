@@ -313,6 +313,7 @@ def peak_mib(folder: Path, source: Path, shard_size: int) -> int:
     return int(run_script(script, source, folder, shard_size, timeout_s=400).stdout)
 
 
+@pytest.mark.slow
 def test_a_build_takes_memory_for_a_few_parts_not_for_its_source(tmp_path: Path) -> None:
     source = write_large(tmp_path / "a.tar", 24)
     # Parts of 1 MiB: one decoded, one mapped.

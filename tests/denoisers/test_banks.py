@@ -70,6 +70,7 @@ def names_of(bank: Bank) -> list[str] | None:
 
 
 @given(bank=banks())
+@pytest.mark.slow
 def test_a_bank_comes_back_from_its_file_as_it_was(
     bank: Bank, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_file_with_any_byte_changed_is_refused(file: Path, named: bool) -> Non
                 load_bank(file)
 
 
+@pytest.mark.slow
 def test_a_file_of_any_other_length_is_refused(file: Path) -> None:
     data = file.read_bytes()
     for changed in (*(data[:length] for length in range(len(data))), data + b"\0"):

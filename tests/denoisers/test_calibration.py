@@ -237,6 +237,7 @@ def test_the_command_fits_a_smoothing_and_keeps_a_model_that_is_there(
     assert "model.yaml: expected no model" in refused.stderr
 
 
+@pytest.mark.slow
 def test_windows_are_written_into_a_model_that_is_there_and_fits(
     tmp_path: Path, models: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_windows_are_written_into_a_model_that_is_there_and_fits(
     assert ModelRepository(models).load("mine").info.window is not None
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_refused_by_name(tmp_path: Path, models: Path) -> None:
     for extra, expected in (
         (["--machine", "ideal"], "machine: expected one with a window, got ideal"),

@@ -250,6 +250,7 @@ def test_images_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
         compare(replace(one, network=open_network(str(folder))), SMALL, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_refused_by_name(tmp_path: Path) -> None:
     bank = write_bank(tmp_path / "bank.safetensors")
     bare = write_bank(tmp_path / "bare.safetensors", squares(labelled=False))

@@ -106,6 +106,7 @@ def test_the_only_variant_is_taken_and_of_several_one_must_be_named(
     np.testing.assert_array_equal(repository.load("model").denoise(_query()).pixels, want)
 
 
+@pytest.mark.slow
 def test_an_averaged_copy_is_served_from_its_own_folder(tmp_path: Path, want: Any) -> None:
     from diffusers.training_utils import EMAModel
 
@@ -137,6 +138,7 @@ def test_an_unknown_field_that_is_off_changes_nothing(
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_a_network_without_a_sample_size_takes_the_shape_of_the_document(
     tmp_path: Path, want: Any
 ) -> None:

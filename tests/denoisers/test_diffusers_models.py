@@ -136,6 +136,7 @@ def test_ddim_with_clipping_is_theirs_with_the_noise_of_the_clipped_image(tmp_pa
     assert float(steps[-1].x.abs().max()) <= 0.5
 
 
+@pytest.mark.slow
 def test_heun_takes_the_steps_of_theirs_on_our_levels(tmp_path: Path) -> None:
     network = unet()
     schedule = scheduler(HeunDiscreteScheduler, prediction_type="v_prediction")

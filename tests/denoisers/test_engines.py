@@ -36,6 +36,8 @@ from els_service.server.requests.model_descriptions import encode_model
 from els_service.server.requests.resume_token import _digest
 from els_service.server.server import repository
 
+pytestmark = pytest.mark.slow
+
 BUDGETS = {"float32": 3e-6, "bfloat16": 3e-2}
 """Precision → largest relative error of D(x) against float64."""
 SIGMA = [0.05, 20.0, 0.5, 3.0, 0.5, 1.0, 0.1]

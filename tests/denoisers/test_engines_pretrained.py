@@ -64,6 +64,7 @@ def dit() -> Any:
 
 @pytest.mark.parametrize("engine", LIBRARIES)
 @pytest.mark.parametrize("make", [lambda: pretrained.unet(num_class_embeds=3), dit])
+@pytest.mark.slow
 def test_a_library_answers_as_diffusers_with_labels_and_their_guidance(
     tmp_path: Path, make: Any, engine: str
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_library_answers_as_diffusers_with_labels_and_their_guidance(
 
 
 @pytest.mark.parametrize("engine", LIBRARIES)
+@pytest.mark.slow
 def test_conditions_of_any_length_are_answered_by_a_library(tmp_path: Path, engine: str) -> None:
     parts = {
         "unet": pretrained.conditional_unet(),
@@ -147,6 +149,7 @@ FIELDS = {"label": {"input": "label", "count": 5}, "constants": {"shift": [0.25,
     ("batch", "level", "fields"),
     [("B", "B", {}), ("B", "B", {"deterministic": True}), (4, 4, {}), ("B", 1, {}), (1, 1, {})],
 )
+@pytest.mark.slow
 def test_openvino_answers_as_onnxruntime(
     tmp_path: Path, batch: str | int, level: str | int, fields: dict[str, Any]
 ) -> None:
@@ -198,6 +201,7 @@ def test_onnxruntime_has_the_precision_of_the_graph_and_says_so(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("batch", ["B", 4])
+@pytest.mark.slow
 def test_auto_times_a_graph_in_both_engines(tmp_path: Path, batch: str | int) -> None:
     execution = {"engine": "auto", "threads": 1}
     write(tmp_path, network(batch, batch), **FIELDS, execution=execution)

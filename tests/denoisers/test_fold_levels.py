@@ -55,6 +55,7 @@ def folded(rho: float, table: WindowTable) -> FoldedDenoiser:
     )
 
 
+@pytest.mark.slow
 def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch() -> None:
     built = build_machines(
         ["els", "els+fold"], squares(), INFO, windows=Windows(None, "given", TABLE)
@@ -77,6 +78,7 @@ def test_each_image_is_answered_with_the_fold_of_its_level_alone_and_in_a_batch(
     assert "folds" not in describe_machine(built["els"])
 
 
+@pytest.mark.slow
 def test_sources_and_products_of_each_image_are_those_of_the_machine_of_its_level() -> None:
     machine = build_machines(["els+fold"], squares(), INFO, windows=Windows(None, "given", TABLE))[
         "els+fold"
@@ -119,6 +121,7 @@ def test_folds_of_a_command_line_are_numbers_in_range(text: str) -> None:
 
 
 @pytest.mark.parametrize("rho", [0.5, float("inf")])
+@pytest.mark.slow
 def test_calibration_finds_window_and_fold_of_a_machine_in_the_place_of_the_network(
     tmp_path: Path, rho: float
 ) -> None:

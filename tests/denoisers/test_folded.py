@@ -83,6 +83,7 @@ def test_an_answer_is_that_of_brute_force(
 
 @pytest.mark.parametrize("size", [(5, 5), (7, 9), (12, 6), (23, 17)])
 @pytest.mark.parametrize("padding", ["zeros", "circular", "valid", "inside"])
+@pytest.mark.slow
 def test_a_query_of_another_size_is_answered_as_by_brute_force(
     padding: str, size: tuple[int, int]
 ) -> None:
@@ -108,6 +109,7 @@ def test_without_a_fold_queries_of_the_banks_size_have_the_bits_of_the_plain_mac
 
 
 @pytest.mark.parametrize("size", [SAME, (11, 8)])
+@pytest.mark.slow
 def test_an_image_has_the_same_bits_alone_and_in_any_batch(size: tuple[int, int]) -> None:
     model = machine(padding="zeros", sizes=ANY)
     asked = query(size)

@@ -168,6 +168,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "sampling.md"
 
 
 @pytest.mark.parametrize("name", OTHER)
+@pytest.mark.slow
 def test_where_a_scheduler_contradicts_itself_its_pictures_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

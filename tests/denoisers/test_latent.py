@@ -76,6 +76,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert difference <= 1e-5 * torch.linalg.vector_norm(want.double())
 
 
+@pytest.mark.slow
 def test_a_model_says_what_its_latents_are_and_what_they_decode_to(
     denoiser: LatentDenoiser,
 ) -> None:

@@ -243,6 +243,7 @@ def test_a_file_that_holds_no_valid_bank_is_refused(
         load_any_bank(file)
 
 
+@pytest.mark.slow
 def test_a_file_of_any_other_length_is_refused(file: Path) -> None:
     data = file.read_bytes()
     for changed in (*(data[:length] for length in range(0, len(data), 3)), data + b"\0"):
@@ -253,6 +254,7 @@ def test_a_file_of_any_other_length_is_refused(file: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_an_altered_file_is_always_refused_with_the_name_of_a_field(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -59,6 +59,7 @@ def machine(bank: MixedBank, **options: Any) -> FoldedDenoiser:
         ("inside", "torch"),
     ],
 )
+@pytest.mark.slow
 def test_an_answer_is_that_of_brute_force_over_the_images_of_the_label(
     padding: str, kernel: str
 ) -> None:

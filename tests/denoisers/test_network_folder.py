@@ -190,6 +190,7 @@ def test_weights_of_another_network_are_refused_by_tensor(
     assert expected in str(error.value)
 
 
+@pytest.mark.slow
 def test_weights_load_whatever_the_low_byte_of_their_header_length_is(tmp_path: Path) -> None:
     of = config("resnet", widths=(2,), blocks=1)
     path = write_folder(tmp_path, of) / "weights.safetensors"

@@ -119,6 +119,7 @@ def test_alpha_bar_rises_to_one_within_each_scale() -> None:
     assert {step.scales for step in steps} == {2}
 
 
+@pytest.mark.slow
 def test_an_image_has_the_same_bits_alone_and_in_company() -> None:
     model = denoiser()
     together = draw(model, (20, 24), count=3, seed=5)[-1].x
@@ -158,6 +159,7 @@ def finished(model: PictureDenoiser, trajectory: Trajectory) -> list[Step]:
 
 
 @pytest.mark.parametrize("mode", ["new", "tileable", "from a start"])
+@pytest.mark.slow
 def test_a_trajectory_resumed_at_any_step_ends_in_the_same_bits(mode: str) -> None:
     model, size = denoiser(), (14, 16)
     chosen: dict[str, Any] = {"tileable": mode == "tileable"}
@@ -170,6 +172,7 @@ def test_a_trajectory_resumed_at_any_step_ends_in_the_same_bits(mode: str) -> No
         assert torch.equal(again[-1].x, steps[-1].x), step.index
 
 
+@pytest.mark.slow
 def test_the_edges_of_a_tileable_picture_meet_as_smoothly_as_half_of_its_inside() -> None:
     for x in draw(denoiser(), (20, 24), seed=2, count=8, tileable=True)[-1].x:
         for axis in (1, 2):
@@ -224,6 +227,7 @@ def mean_step(x: Tensor, mask: Tensor) -> float:
     return float(torch.cat(across).mean() / torch.cat(other).mean())
 
 
+@pytest.mark.slow
 def test_what_is_painted_joins_its_surroundings_without_a_seam() -> None:
     start, mask = picture()[None].double(), torch.zeros(1, 1, 20, 24, dtype=torch.float64)
     mask[..., 6:14, 8:17] = 1

@@ -77,6 +77,7 @@ def test_all_patches_and_the_uniform_posterior_have_the_bits_of_the_exact_model(
         np.testing.assert_array_equal(found, exact.denoise(asked).pixels)
 
 
+@pytest.mark.slow
 def test_errors_are_printed_as_they_are_and_fall_with_more_patches() -> None:
     few, many, every = (model(sources).errors() for sources in (400, 1600, 10**6))
     assert len(few) == len(PROBED)

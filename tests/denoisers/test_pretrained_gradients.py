@@ -26,6 +26,7 @@ def served(root: Path, **fields: Any) -> Denoiser:
     return ModelRepository(root).load("model")
 
 
+@pytest.mark.slow
 def test_a_unets_products_are_adjoint_and_match_differences(tmp_path: Path) -> None:
     denoiser = served(tmp_path)
     assert isinstance(denoiser, Differentiable)

@@ -15,6 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from tests.support.bank_sources import GREY, LABELS, idx
 
+pytestmark = pytest.mark.slow
+
 _MEASURED = """
 import os, sys
 from els_service.denoisers.bank_sources import read_source
@@ -95,7 +97,6 @@ def measured(reader: subprocess.Popen[str]) -> Callable[[Path], tuple[int, str]]
     return measure
 
 
-@pytest.mark.slow
 def test_of_a_gzipped_idx_file_that_goes_on_no_more_than_announced_is_expanded(
     tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
 ) -> None:
@@ -155,7 +156,6 @@ def test_an_array_that_announces_more_than_any_machine_has_is_refused(
     assert peak < 40
 
 
-@pytest.mark.slow
 def test_an_honest_file_takes_its_images_twice(
     tmp_path: Path, measured: Callable[[Path], tuple[int, str]]
 ) -> None:

@@ -94,6 +94,7 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_serves(
         assert len(plot.convert("RGB").getcolors() or ()) >= 3
 
 
+@pytest.mark.slow
 def test_a_seed_names_a_network_and_another_seed_another(tmp_path: Path, bank: Bank) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(settings(seed=seed), bank, tmp_path / name)
@@ -140,6 +141,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, bank: Bank) -> No
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_pauses_goes_on_to_the_same_bits_and_serves_meanwhile(
     tmp_path: Path, bank: Bank
 ) -> None:

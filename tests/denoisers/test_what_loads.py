@@ -229,6 +229,7 @@ def test_ddim_on_a_flow_takes_the_steps_of_their_euler(tmp_path: Path, shift: fl
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
+@pytest.mark.slow
 def test_ddim_from_pure_noise_takes_the_steps_of_theirs(tmp_path: Path) -> None:
     network, schedule, count = unet(), scheduler(**ZERO_SNR), 10
     denoiser = served(tmp_path, unet=network, scheduler=schedule)

@@ -24,6 +24,7 @@ def cluster(text: str) -> dict[str, Any]:
 
 
 @needs_envoy
+@pytest.mark.slow
 def test_envoy_takes_the_configuration_as_it_is_and_as_it_is_rendered() -> None:
     assert envoy.check(SOURCE.read_text()) == ""
     assert envoy.check(rendered(listen=LISTEN, admin=ADMIN, servers=SERVERS)) == ""

@@ -256,6 +256,7 @@ def test_with_the_settings_of_an_overlay_a_server_is_probed_and_asked(
     assert (done.returncode, out.exists()) == (0, True), done.stderr
 
 
+@pytest.mark.slow
 def test_scalers_ask_for_metrics_and_labels_that_the_server_has(server: ServerProcess) -> None:
     (scaled,) = of_kind(("cpu", ("keda",)), "ScaledObject")
     queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
@@ -290,6 +291,7 @@ def test_names_in_the_certificate_are_those_of_the_services() -> None:
     assert secrets == [certificate["spec"]["secretName"]]
 
 
+@pytest.mark.slow
 def test_the_init_container_sees_the_same_settings_and_files_as_the_server() -> None:
     for combination in rendered.combinations():
         found = pods(combination)

@@ -41,6 +41,7 @@ def a_tile_now_and_then() -> None:
     threading.Event().wait(WATCHDOG_S / 4)
 
 
+@pytest.mark.slow
 async def test_slow_work_that_goes_on_is_not_ended_by_its_tiles(cpu: WorkerDevice) -> None:
     work = for_seconds(4 * WATCHDOG_S, a_tile_now_and_then)
     assert (await cpu.run(work, WATCHDOG_S)).value == "done"
@@ -63,6 +64,7 @@ async def test_work_that_sleeps_is_ended_and_told_so() -> None:
     device.close()
 
 
+@pytest.mark.slow
 async def test_work_that_wakes_up_now_and_then_for_nothing_is_ended() -> None:
     device, go = WorkerDevice("cpu"), threading.Event()
     began = time.monotonic()
@@ -78,6 +80,7 @@ async def test_work_that_wakes_up_now_and_then_for_nothing_is_ended() -> None:
     device.close()
 
 
+@pytest.mark.slow
 async def test_an_endless_loop_without_tiles_is_ended_after_ten_times_its_limit() -> None:
     device, go = WorkerDevice("cpu"), threading.Event()
     began = time.monotonic()
@@ -93,6 +96,7 @@ async def test_an_endless_loop_without_tiles_is_ended_after_ten_times_its_limit(
     device.close()
 
 
+@pytest.mark.slow
 async def test_time_in_which_nothing_ran_is_not_held_against_the_work(cpu: WorkerDevice) -> None:
     entered, go = threading.Event(), threading.Event()
 
@@ -134,6 +138,7 @@ async def test_stopped_work_says_so_and_the_next_is_done(cpu: WorkerDevice) -> N
     assert (await after).value == "done"
 
 
+@pytest.mark.slow
 async def test_stalled_seconds_grow_while_nothing_happens_and_are_none_while_idle(
     cpu: WorkerDevice,
 ) -> None:

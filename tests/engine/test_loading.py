@@ -56,6 +56,7 @@ async def test_good_models_are_served_within_seconds_beside_documents_without_en
         assert (fault.__cause__, fault.__context__, fault.__traceback__) == (None, None, None)
 
 
+@pytest.mark.slow
 async def test_models_are_served_while_one_hangs_which_is_refused_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang: threading.Event
 ) -> None:

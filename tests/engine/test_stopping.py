@@ -139,6 +139,7 @@ def machine() -> AnalyticDenoiser:
 
 
 @pytest.mark.parametrize("leaves", ["cancelled", "expired"])
+@pytest.mark.slow
 async def test_a_slow_answer_of_a_real_machine_is_stopped_and_the_device_free(
     engine: Engine, machine: AnalyticDenoiser, leaves: str
 ) -> None:

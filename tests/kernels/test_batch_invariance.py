@@ -71,6 +71,7 @@ def assert_same_bits(got: Posterior, alone: list[Posterior]) -> None:
     )
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_an_image_is_answered_the_same_alone_and_in_any_batch_in_any_order(
     any_implementation: str, name: str
 ) -> None:

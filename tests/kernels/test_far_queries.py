@@ -107,6 +107,7 @@ def test_a_far_query_has_the_moments_of_the_fold_of_its_nearest_patches(name: st
 
 
 @pytest.mark.parametrize("name", ["els-circular", "els-zeros", "ideal-zeros"])
+@pytest.mark.slow
 def test_a_far_query_has_the_same_bits_alone_and_in_any_batch(name: str) -> None:
     case = far_case(name)
     attention = operator(case.bank, NATIVE)

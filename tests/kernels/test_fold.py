@@ -59,6 +59,7 @@ def cyclic_pairs(offset: int, count: int = 6) -> list[tuple[float, float]]:
 @few_rows
 @pytest.mark.parametrize("name", FOLD_NAMES)
 @pytest.mark.parametrize("turn", [0, 1, 2])
+@pytest.mark.slow
 def test_it_equals_the_reference_at_every_window_level_and_fold(
     fold_variant: str, name: str, turn: int
 ) -> None:
@@ -88,6 +89,7 @@ def test_it_equals_the_reference_at_every_level_with_every_fold(
     ("size", "windows"),
     [((5, 5), (1, 5)), ((5, 11), (3, 5)), ((13, 6), (1, 3)), ((9, 19), (5,))],
 )
+@pytest.mark.slow
 def test_a_query_of_another_size_than_the_bank_equals_the_reference(
     fold_variant: str, name: str, size: tuple[int, int], windows: tuple[int, ...]
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_query_of_another_size_than_the_bank_equals_the_reference(
 
 @few_rows
 @pytest.mark.parametrize("name", ELS)
+@pytest.mark.slow
 def test_a_bank_of_images_of_different_sizes_equals_the_reference(
     fold_variant: str, name: str
 ) -> None:
@@ -111,6 +114,7 @@ def test_a_bank_of_images_of_different_sizes_equals_the_reference(
 
 @few_rows
 @pytest.mark.parametrize("name", ["els-zeros", "els-circular", "els-inside", "local-zeros"])
+@pytest.mark.slow
 def test_a_bank_of_bytes_has_the_bits_of_the_same_bank_in_float32(
     fold_variant: str, name: str
 ) -> None:
@@ -126,6 +130,7 @@ def test_a_bank_of_bytes_has_the_bits_of_the_same_bank_in_float32(
 
 @latin(2, "fold_variant", "dtype")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.slow
 def test_groups_of_images_of_one_size_equal_the_images_alone_and_are_not_copied(
     fold_variant: str, dtype: torch.dtype
 ) -> None:
@@ -230,6 +235,7 @@ def test_native_has_the_same_bits_for_any_number_of_threads(native: str, name: s
 
 @latin(2, "fold_variant", "name")
 @pytest.mark.parametrize("name", ELS)
+@pytest.mark.slow
 def test_a_mean_of_the_bank_does_not_leave_the_bank(fold_variant: str, name: str) -> None:
     bank = random_bank((3, 2, 8, 8))
     case = fold_case(FOLD_NAMES[name], (8, 8), bank, 5, PAIRS)

@@ -71,6 +71,7 @@ def test_any_number_of_parts_has_the_bits_of_the_whole(parts: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["els-zeros", "local-inside"])
+@pytest.mark.slow
 def test_a_bank_of_several_blocks_is_within_the_budgets_of_a_fold(name: str) -> None:
     case = case_of(name, torch.float32)[[0, 1]]
     assert_fold_within_budget(case, case.attend("native-avx2"), case.reference())

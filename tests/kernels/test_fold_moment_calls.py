@@ -61,6 +61,7 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(form: str, name: str)
 # Not torch: a matmul library partitions its work by the number of threads.
 @pytest.mark.parametrize("form", [variant(n) for n in FOLD_VARIANTS if n.startswith("native")])
 @pytest.mark.parametrize("name", ["els-inside", "els-circular", "local-zeros"])
+@pytest.mark.slow
 def test_native_has_the_same_bits_for_any_number_of_threads(form: str, name: str) -> None:
     bank = random_bank((40, 1, 9, 8))
     bank[7:9] = bank[3:5]
@@ -109,6 +110,7 @@ def test_a_large_image_is_answered_some_rows_at_a_time(
             assert torch.allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_callers_modes_change_no_bit(form: str) -> None:
     case = cases("els-zeros")[-1][[0, 1]]
     want = everything(case, form=form)
@@ -131,6 +133,7 @@ def test_shares_may_be_left_out(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", [variant("torch"), variant("native-baseline")])
+@pytest.mark.slow
 def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank(
     form: str, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("form", [variant("native-baseline")])
+@pytest.mark.slow
 def test_a_large_image_needs_less_than_64_mib_beside_bank_and_answer(
     form: str, tmp_path: Path
 ) -> None:

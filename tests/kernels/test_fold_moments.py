@@ -50,6 +50,7 @@ def test_statistics_equal_brute_force(form: str, name: str) -> None:
 
 @few_rows
 @pytest.mark.parametrize("name", FOLD_NAMES)
+@pytest.mark.slow
 def test_jacobian_products_equal_automatic_differentiation_and_are_adjoint(
     form: str, name: str
 ) -> None:
@@ -108,6 +109,7 @@ def test_all_sources_together_are_the_denoised_image(form: str, name: str) -> No
     assert (rebuilt - got.mean).abs().max() <= 2e-6
 
 
+@pytest.mark.slow
 def test_ranges_of_a_bank_of_unequal_sizes_have_indices_of_the_whole_bank(form: str) -> None:
     case = cases("els-zeros")[-1][[0, 1, 2]]
     ranges = torch.tensor([[0, 2], [1, 3], [2, 3]])
@@ -125,6 +127,7 @@ def test_ranges_of_a_bank_of_unequal_sizes_have_indices_of_the_whole_bank(form: 
 
 @few_rows
 @pytest.mark.parametrize("name", ["els-zeros", "els-circular", "els-valid", "local-zeros"])
+@pytest.mark.slow
 def test_a_fold_of_zero_has_the_moments_of_patch_attention(form: str, name: str) -> None:
     bank = random_bank((4, 2, 6, 5))
     case = fold_case(FOLD_NAMES[name], (6, 5), bank, 3, [(0.5, 0.0), (0.1, 0.0)])

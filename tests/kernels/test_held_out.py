@@ -59,6 +59,7 @@ def by_definition(
 @latin(2, "name", "channels")
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.slow
 def test_it_is_the_reference_on_the_bank_without_the_image(name: str, channels: int) -> None:
     bank = bank_of(channels=channels)
     images = [0, 3, 6]

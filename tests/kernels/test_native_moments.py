@@ -94,6 +94,7 @@ def test_it_equals_the_float64_form_where_work_is_split(native: str, name: str) 
             assert error <= (1e-4 + slack) * exact_product[b].abs().max()
 
 
+@pytest.mark.slow
 def test_logits_use_every_unit_that_fits_so_that_products_are_right_to_1e_4(native: str) -> None:
     # Units that were a power of two of a bit, and held logits that no source has: 1.3e-4.
     bank = torch.cat([picture(16, 16, 500 + seed) for seed in range(4)])

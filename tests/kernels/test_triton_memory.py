@@ -50,6 +50,7 @@ def test_a_bank_of_floats_loads_beside_its_own_size_alone(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
+@pytest.mark.slow
 def test_bytes_and_their_pixels_are_the_same_bank(implementation: str) -> None:
     case = random_case(NAMES["local-zeros"], (9, 3, 5, 4), [3], of_bytes=True)
     of_bytes = PatchAttention(bytes_of(case.bank), implementation=implementation)
@@ -59,6 +60,7 @@ def test_bytes_and_their_pixels_are_the_same_bank(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["els-zeros", "els-circular"])
+@pytest.mark.slow
 def test_the_memory_of_states_does_not_grow_with_the_number_of_slabs(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

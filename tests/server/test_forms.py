@@ -284,6 +284,7 @@ def message(answer: Any, form: DenoiseForm, pixels: np.ndarray) -> bytes:
     ),
     torched=st.booleans(),
 )
+@pytest.mark.slow
 def test_an_answer_is_the_message_that_protobuf_would_write(
     answer: Any, dtype: pb.DType.ValueType, pixels: np.ndarray, torched: bool
 ) -> None:
@@ -320,6 +321,7 @@ OUTPUTS: dict[str, Callable[[int], tuple[int, ...]]] = {
     request_id=st.text(max_size=200),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_an_inference_is_the_message_that_protobuf_would_write(
     images: int, names: list[str], request_id: str, seed: int
 ) -> None:

@@ -99,6 +99,7 @@ def test_gzip_that_is_broken_is_rejected(data: bytes) -> None:
         inflated(data, len(PIXELS))
 
 
+@pytest.mark.slow
 def test_a_bomb_costs_no_more_memory_than_the_limit() -> None:
     packer = zlib.compressobj(wbits=31)
     bomb = b"".join(packer.compress(bytes(1 << 24)) for _ in range(16)) + packer.flush()

@@ -206,6 +206,7 @@ def test_an_exemplar_names_the_latest_trace_of_its_bucket_in_openmetrics_alone()
     assert b"trace_id" not in generate_latest(metrics.registry)
 
 
+@pytest.mark.slow
 def test_a_scrape_that_meets_new_models_and_codes_sees_whole_histograms() -> None:
     metrics, stop = Metrics(), Event()
     method = metrics.method("unary", "s", "M")

@@ -96,6 +96,7 @@ async def test_serving_and_limits_are_exported_from_start_to_end(server: Server)
     assert gauge(server, "els_draining_seconds") > 0
 
 
+@pytest.mark.slow
 async def test_a_drain_shorter_than_its_calls_shows_in_gauges_and_in_interrupted_requests(
     server: Server, held: Held
 ) -> None:

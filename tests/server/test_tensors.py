@@ -92,6 +92,7 @@ def outcome(action: Any) -> Any:
 
 @examples(200)
 @given(request=requests)
+@pytest.mark.slow
 def test_a_request_is_a_valid_query_or_an_error_with_its_reason(request: pb.DenoiseRequest) -> None:
     result = outcome(lambda: open_denoise(request, INFO, LIMITS))
     if isinstance(result, Query):

@@ -37,6 +37,8 @@ from els_service.shards.process import do_not_preempt
 from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ShardOptions(stall_s=3.0)
 PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
 

@@ -10,11 +10,14 @@ that prove least to ``make test-nightly``, which has all of them:
   ``pytest.param``.
 
 Several of them on one test: a row has to be kept by each.
+
+``make test-fast`` has one row of each test: the first that is kept.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -55,18 +58,17 @@ def all_rows() -> bool:
     return settings.get_current_profile_name() == "nightly"
 
 
-def nightly(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests, and the rows, that are left to the nightly run."""
+def kept(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Return the rows of tests that this run has, which is not nightly."""
+    most = 1 if settings.get_current_profile_name() == "fast" else None
     tests: dict[tuple[object, str], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("nightly"):
-            test = item.parent, item.name.partition("[")[0]
-            tests.setdefault(test, []).append(item)
-    return {row for rows in tests.values() for row in _left(rows)}
+        tests.setdefault((item.parent, item.name.partition("[")[0]), []).append(item)
+    return {row for rows in tests.values() for row in itertools.islice(_kept(rows), most)}
 
 
-def _left(rows: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield the rows of one test that its marks do not keep."""
+def _kept(rows: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the rows of one test that its marks keep."""
     known: dict[str, dict[int, int]] = {}
     for row in rows:
         call: Any = getattr(row, "callspec", None)
@@ -77,5 +79,5 @@ def _left(rows: list[pytest.Item]) -> Iterator[pytest.Item]:
             seen = known.setdefault(name, {})
             positions[name] = seen.setdefault(id(value), len(seen))
         marks = row.iter_markers("nightly")
-        if any(not mark.args or not mark.args[0](values, positions) for mark in marks):
+        if all(mark.args and mark.args[0](values, positions) for mark in marks):
             yield row
