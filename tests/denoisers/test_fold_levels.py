@@ -120,7 +120,7 @@ def test_folds_of_a_command_line_are_numbers_in_range(text: str) -> None:
     assert parse_folds("0.5,inf,0.2,0") == (0.2, 0.5, float("inf"))
 
 
-@pytest.mark.parametrize("rho", [0.5, float("inf")])
+@pytest.mark.parametrize("rho", [0.5, pytest.param(float("inf"), marks=pytest.mark.nightly)])
 @pytest.mark.slow
 def test_calibration_finds_window_and_fold_of_a_machine_in_the_place_of_the_network(
     tmp_path: Path, rho: float

@@ -41,6 +41,18 @@ def widest(variant: str) -> bool:
     return kind != "native" or missing(variant) is not None or name == instruction_sets()[0]
 
 
+def has_fold_row(variant: str, name: str) -> bool:
+    """Return whether every run has the row of a fold: the widest native kernel has all.
+
+    Narrower vectors have the machine of two kinds of patches, and the one of one place; torch has
+    in addition clipped windows on the torus, and patches inside.
+    """
+    few = {"els-zeros", "local-circular"}
+    if variant == "torch":
+        return name in few | {"els-valid", "els-inside"}
+    return widest(variant) or name in few
+
+
 def variant(name: str) -> Any:
     """Return a parameter that is skipped where the variant cannot be had."""
     reason = missing(name)

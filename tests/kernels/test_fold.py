@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import variant, widest
+from tests.kernels.conftest import has_fold_row, variant
 from tests.kernels.fold_cases import (
     FOLD_NAMES,
     FOLD_VARIANTS,
@@ -35,10 +35,7 @@ from els_kernels import (
 
 ELS = [name for name in FOLD_NAMES if name.startswith("els")]
 PAIRS = list(product(LEVELS, FOLDS))
-few_rows = telling(
-    lambda fold_variant, name: widest(fold_variant) or name in ("els-zeros", "local-circular")
-)
-"""Narrower vectors: the machine of two kinds of patches, and the one of one place."""
+few_rows = telling(lambda fold_variant, name: has_fold_row(fold_variant, name))
 
 
 def variants(kind: str = "") -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import variant, widest
+from tests.kernels.conftest import has_fold_row, variant
 from tests.kernels.fold_cases import FOLD_NAMES, FOLD_VARIANTS, FoldCase, fold_case
 from tests.kernels.fold_moment_cases import (
     PAIRS,
@@ -36,8 +36,7 @@ from els_kernels import (
 )
 from els_kernels.torch_fold import decoded
 
-few_rows = telling(lambda form, name: widest(form) or name in ("els-zeros", "local-circular"))
-"""Narrower vectors: the machine of two kinds of patches, and the one of one place."""
+few_rows = telling(lambda form, name: has_fold_row(form, name))
 
 
 @pytest.fixture(params=[variant(name) for name in FOLD_VARIANTS])
@@ -132,6 +131,7 @@ def test_shares_may_be_left_out(form: str) -> None:
         assert torch.equal(got, want)
 
 
+@telling(lambda form: form != "torch")
 @pytest.mark.parametrize("form", [variant("torch"), variant("native-baseline")])
 @pytest.mark.slow
 def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import variant, widest
+from tests.kernels.conftest import has_fold_row, variant
 from tests.kernels.fold_cases import FOLD_NAMES, FOLD_VARIANTS, fold_case
 from tests.kernels.fold_moment_cases import (
     LEAST,
@@ -28,8 +28,7 @@ from tests.support.rows import telling
 
 from els_kernels import PatchAttention, PatchMoments
 
-few_rows = telling(lambda form, name: widest(form) or name in ("els-zeros", "local-circular"))
-"""Narrower vectors: the machine of two kinds of patches, and the one of one place."""
+few_rows = telling(lambda form, name: has_fold_row(form, name))
 
 
 @pytest.fixture(params=[variant(name) for name in FOLD_VARIANTS])

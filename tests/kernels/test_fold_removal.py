@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.kernels.cases import random_bank
-from tests.kernels.conftest import variant, widest
+from tests.kernels.conftest import has_fold_row, variant
 from tests.kernels.fold_cases import FOLD_NAMES, FOLD_VARIANTS, FoldCase, fold_case
 from tests.kernels.fold_moment_cases import UNEQUAL, arguments, references
 from tests.support.rows import telling
@@ -19,8 +19,7 @@ from els_kernels.reference_fold_statistics import ReferenceFoldPosterior
 PAIRS = [(1.0, 0.5), (0.3, float("inf")), (0.05, 0.2), (1e-4, 0.5), (0.3, 0.0)]
 """(s, ρ). Every other query is the first image of the bank, which has all weight at low noise."""
 
-few_rows = telling(lambda form, name: widest(form) or name in ("els-zeros", "local-circular"))
-"""Narrower vectors: the machine of two kinds of patches, and the one of one place."""
+few_rows = telling(lambda form, name: has_fold_row(form, name))
 
 
 @pytest.fixture(params=[variant(name) for name in ("reference", *FOLD_VARIANTS)])

@@ -98,6 +98,7 @@ def test_the_number_of_steps_is_that_of_a_pass(
     assert moments(case).steps(9, window, geometry) == len(list(passed))
 
 
+@telling(lambda form: form != "torch")
 @pytest.mark.parametrize("form", [variant("torch"), variant("native-baseline")])
 @pytest.mark.slow
 def test_a_batch_of_sixteen_needs_less_than_64_mib_beside_the_bank(
