@@ -211,7 +211,7 @@ def memory_row(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _pss(root: Path, model: str) -> dict[str, float]:
     """Return the memory of a process that has answered, and of those that it started."""
     command = [sys.executable, "-m", "benchmarks.shards.memory", str(root), model]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     memory: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
     return memory
 
