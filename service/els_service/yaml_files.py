@@ -114,18 +114,40 @@ def validate(adapter: TypeAdapter[_T], content: Any, source: object, *, secret: 
     try:
         return adapter.validate_python(content)
     except ValidationError as error:
-        faults = [_fault(fault, secret) for fault in islice(error.errors(), _FAULTS)]
-        if (others := error.error_count() - len(faults)) > 0:
+        fields: dict[tuple[Any, ...], list[Any]] = {}
+        for fault in error.errors():
+            fields.setdefault(_place(content, fault), []).append(fault)
+        faults = [_fault(place, of, secret) for place, of in islice(fields.items(), _FAULTS)]
+        if (others := len(fields) - len(faults)) > 0:
             faults.append(f"and {others} more faults")
         raise LoadError(source, "; ".join(faults)) from (None if secret else error)
 
 
-def _fault(fault: Any, secret: bool) -> str:
-    where = ".".join(shortened(str(part)) for part in fault["loc"]) or "document"
-    message = shortened(fault["msg"])
-    # Its first letter only: it may have names and patterns, where case matters.
-    text = f"{where}: {message[:1].lower()}{message[1:]}"
-    return text if secret else f"{text}, got {_brief(fault['input'])}"
+def _place(content: Any, fault: Any) -> tuple[Any, ...]:
+    """Return the keys of a fault in the document, without pydantic's names of alternatives."""
+    place: list[Any] = []
+    for part in fault["loc"]:
+        known = range(len(content)) if isinstance(content, list) else content
+        if isinstance(content, dict | list) and part in known:
+            place.append(part)
+            content = content[part]
+    if fault["type"] == "missing":
+        place.append(fault["loc"][-1])
+    return tuple(place)
+
+
+def _fault(place: tuple[Any, ...], faults: list[Any], secret: bool) -> str:
+    """Return the text of the faults of one field, by each of its alternatives."""
+    where = ".".join(shortened(str(part)) for part in place) or "document"
+    # The first letter only: a message may have names and patterns, where case matters.
+    messages = [
+        "input should be a mapping"
+        if fault["type"] == "model_type"
+        else f"{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+        for fault in faults
+    ]
+    text = f"{where}: {shortened(', or '.join(dict.fromkeys(messages)))}"
+    return text if secret else f"{text}, got {_brief(faults[0]['input'])}"
 
 
 def _brief(value: object) -> str:

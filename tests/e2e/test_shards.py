@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from grpc_status import rpc_status
 from tests.support.processes import ServerProcess, serving
 from tests.support.sharded_models import SHAPE, eventually, write_sharded_models
 
-from els_client import Client
+from els_client import AsyncClient, Client
 from els_proto.denoise.v1 import denoise_pb2
 from els_proto.denoise.v1.denoise_pb2_grpc import DenoiserServiceStub
 
@@ -55,12 +56,21 @@ def image(server: ServerProcess, model: str) -> np.ndarray[Any, Any]:
         return client.denoise(x, model=model, sigma=0.5, label=1)
 
 
-def ask_once(server: ServerProcess, *, partial: bool = False) -> Any:
+def in_part(server: ServerProcess) -> tuple[np.ndarray[Any, Any], list[float]]:
+    with Client(server.target, timeout_s=60) as client:
+        return client.denoise_partial(np.zeros((1, *SHAPE)), model="zeros-sharded", sigma=0.5)
+
+
+async def in_part_async(server: ServerProcess) -> tuple[np.ndarray[Any, Any], list[float]]:
+    async with AsyncClient(server.target, timeout_s=60) as client:
+        return await client.denoise_partial(np.zeros((1, *SHAPE)), model="zeros-sharded", sigma=0.5)
+
+
+def ask_once(server: ServerProcess) -> Any:
     """Ask without retries; return the response, or the error."""
     tensor = denoise_pb2.Tensor(shape=[1, *SHAPE], dtype=denoise_pb2.DTYPE_F32, data=bytes(4 * 30))
     request = denoise_pb2.DenoiseRequest(model="zeros-sharded", x=tensor)
     request.level.sigma.append(0.5)
-    request.allow_partial = partial
     with grpc.insecure_channel(server.target, [("grpc.enable_retries", 0)]) as channel:
         try:
             return DenoiserServiceStub(channel).Denoise(request, timeout=30)
@@ -75,15 +85,17 @@ def test_a_server_of_shards_answers_as_one_process_and_leaves_none(sharded: Serv
     assert np.array_equal(image(sharded, "zeros-sharded"), want)
     assert re.search('els_shard_ready{bank="fashion-[0-9a-f]+",shard="1"} 1.0', metrics(sharded))
 
-    complete = ask_once(sharded, partial=True)
-    assert list(complete.bank_shares) == [1.0]
-    assert complete.denoised.data == ask_once(sharded).denoised.data
+    complete, shares = in_part(sharded)
+    assert shares == [1.0]
+    assert complete.tobytes() == ask_once(sharded).denoised.data
 
     # Without time to wait for a restart, a caller is asked to come back.
     os.kill(pids[0], signal.SIGKILL)
     eventually(lambda: pids[0] not in shard_pids(sharded))
-    part = ask_once(sharded, partial=True)
-    assert 0.2 < part.bank_shares[0] < 0.8
+    part, shares = in_part(sharded)
+    assert 0.2 < shares[0] < 0.8
+    again, _ = asyncio.run(in_part_async(sharded))
+    assert np.array_equal(again, part)
     error = ask_once(sharded)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "is incomplete: shard" in error.details()

@@ -214,6 +214,7 @@ def test_an_answer_never_lacks_a_shard_whose_bank_changed(tmp_path: Path) -> Non
     with pytest.raises(ShardsUnavailableError, match=incomplete) as found:
         model.denoise(queries())
     assert found.value.retry_after_s == 5
+    assert str(root) not in str(found.value)
     path.write_bytes(original)
     eventually(lambda: shard.ready)
     assert np.array_equal(model.denoise(queries()).pixels, want.pixels)
@@ -224,6 +225,28 @@ def test_an_answer_never_lacks_a_shard_whose_bank_changed(tmp_path: Path) -> Non
     eventually(lambda: not is_alive(shard.pid))
 
 
+def test_others_are_answered_while_a_caller_waits_for_a_lost_shard(tmp_path: Path) -> None:
+    root = write_sharded_models(tmp_path / "models")
+    model: Any = ModelRepository(root, shards=OPTIONS).load("zeros-sharded")
+    want = model.denoise(queries())
+    bank, shards = root / "_banks" / "fashion.safetensors", shards_of(model)
+    lost: Any = shards.shards[1]
+    away = bank.rename(tmp_path / "away")
+    os.kill(lost.pid, signal.SIGKILL)
+    eventually(lambda: "No such file" in lost.reason)
+    with ThreadPoolExecutor(1) as pool:
+        asked = shards._operations
+        waiting = pool.submit(model.denoise, queries())
+        eventually(lambda: shards._operations > asked)
+        # Written where the answers of the first caller were.
+        other = make_query(np.ones_like(queries().x), NoiseLevel.of([(1.0, 0.5)] * len(queries())))
+        _, shares = model.denoise_partial(other)
+        assert not waiting.done()
+        assert all(0 < share < 1 for share in shares)
+        away.rename(bank)
+        assert np.array_equal(waiting.result().pixels, want.pixels)
+
+
 def is_alive(pid: int) -> bool:
     return os.path.exists(f"/proc/{pid}")
 
@@ -231,7 +254,10 @@ def is_alive(pid: int) -> bool:
 REJECTED = {
     "many": ("shards: 4\n", "shards: expected at most 3, the number of blocks of this bank, got 4"),
     "alone": ("engine: local\n", "engine: expected shards beside it, got local alone"),
-    "none": ("shards: 0\n", "shards"),
+    "none": (
+        "shards: 0\n",
+        "shards: input should be 'auto', or input should be greater than or equal to 1, got 0",
+    ),
     "engine": ("shards: 2\nengine: dask\n", "engine: input should be 'local' or 'ray'"),
 }
 

@@ -135,6 +135,16 @@ class AsyncClient:
         answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
 
+    async def denoise_partial(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, list[float]]:
+        """Like ``Client.denoise_partial``."""
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.allow_partial = True
+        answer = await self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), list(answer.bank_shares)
+
     async def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Like ``Client.score``."""
         query = Query(x, **options)

@@ -104,6 +104,21 @@ class DenoiseMethods(Connection):
         answer = self._unary(self._stub.Denoise, request, query.timeout_s)
         return codec.decode_tensor(answer.denoised), codec.decode_tensor(answer.variance)
 
+    def denoise_partial(
+        self, x: Pixels, **options: Unpack[QueryOptions]
+    ) -> tuple[Images, list[float]]:
+        """Return D(x) by the shards of the bank that are there, and each image's share, [B].
+
+        A share is that of the bank images with the image's label, above 0; it is 1 for an answer of
+        all, and of models whose bank is not in shards. Arguments and errors are those of
+        ``denoise``.
+        """
+        query = Query(x, **options)
+        request = codec.encode_query(pb.DenoiseRequest, query)
+        request.allow_partial = True
+        answer = self._unary(self._stub.Denoise, request, query.timeout_s)
+        return codec.decode_tensor(answer.denoised), list(answer.bank_shares)
+
     def score(self, x: Pixels, **options: Unpack[QueryOptions]) -> Images:
         """Return the score of each noisy image, ∇ log p(x), float32 [B, C, H, W] in 1/pixel.
 

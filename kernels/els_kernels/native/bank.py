@@ -274,7 +274,7 @@ class Native:
         geometry: Geometry,
         memory: Tensor | None = None,
     ) -> Rows:
-        """Return the sums of each image over each block of this process in its range.
+        """Return the sums of each image over its range: see ``Blocks.rows``.
 
         With ``memory``, uint8 [bytes] aligned to 8 bytes, they are in it, if it is large enough.
         """

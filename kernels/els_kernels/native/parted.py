@@ -25,7 +25,7 @@ from els_kernels.native.moments_call import STATISTICS, MomentCall, MomentRows
 
 T = TypeVar("T")
 _ABSENT = -3e38
-"""Logit of a block that did not answer, in bits."""
+"""Logit of a row of a process that did not answer, in bits."""
 
 
 class BankParts(Protocol):
@@ -203,7 +203,7 @@ class PartedNative(Native):
 
     @cached_property
     def _absent(self) -> Rows:
-        """A row of a block that did not answer: a weight of 0 beside any other."""
+        """A row of a process that did not answer: a weight of 0 beside any other."""
         channels, height, width = self.shape[1:]
         return Rows(
             torch.full((1, height, width), _ABSENT),

@@ -92,7 +92,10 @@ class ShardSet:
         self._squares: list[list[float]] = []
         self._norms: dict[int, list[float]] = {}
         self._failed_until = 0.0
+        self._operations = 0
         self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
+        """Waits for a lost shard without the lock, which others take meanwhile."""
         self._finalizer = weakref.finalize(self, _close_all, self.shards)
         _LIVE.add(self)
 
@@ -216,18 +219,22 @@ class ShardSet:
         control = current() or Control()
         ask = _Question(op, fields, arrays, partial)
         with self._lock:
+            self._operations += 1
             asked = [self._put(ask, i) for i in range(len(self.shards))]
             try:
                 found = self._gather(ask, asked, control)
                 return found if views else [one and _owned(one) for one in found]
             except BaseException:
-                for one in asked:
-                    self.shards[one.index].stop(one.number)
+                self._stop(asked)
                 raise
 
-    def _put(self, ask: _Question, index: int) -> _Asked:
+    def _put(self, ask: _Question, index: int, *, again: bool = False) -> _Asked:
         number, answer = self.shards[index].ask(ask.op, ask.fields, ask.arrays)
-        return _Asked(index, number, answer, time.monotonic())
+        return _Asked(index, number, answer, time.monotonic(), again)
+
+    def _stop(self, asked: Sequence[_Asked]) -> None:
+        for one in asked:
+            self.shards[one.index].stop(one.number)
 
     def _gather(
         self, ask: _Question, asked: list[_Asked], control: Control
@@ -251,32 +258,40 @@ class ShardSet:
                 elif isinstance(error, ShardLostError) and ask.partial:
                     found[one.index] = None
                 elif isinstance(error, ShardLostError):
-                    asked[one.index] = self._ask_again(ask, one, error, control)
+                    operations = self._operations
+                    self._await(one, control)
+                    self.statistics[one.index].asked_again += 1
+                    if self._operations == operations:
+                        asked[one.index] = self._put(ask, one.index, again=True)
+                        continue
+                    # Answers of others are where those of this call were.
+                    self._stop(asked)
+                    found.clear()
+                    one.again = True
+                    asked[:] = [self._put(ask, each.index, again=each.again) for each in asked]
+                    break
                 else:
                     raise error
 
-    def _ask_again(
-        self, ask: _Question, one: _Asked, error: ShardLostError, control: Control
-    ) -> _Asked:
-        """Wait for a lost shard and ask it once more."""
+    def _await(self, one: _Asked, control: Control) -> None:
+        """Wait for a lost shard; other callers may ask meanwhile."""
         shard, limit = self.shards[one.index], time.monotonic() + self._restart_s
         if one.again:
-            raise self._unavailable(f"{error}; it was asked twice")
+            raise self._unavailable(shard, "; it was asked twice")
         if time.monotonic() < self._failed_until and not shard.ready:
             # A moment ago others waited for it without success.
-            raise self._unavailable(str(error))
+            raise self._unavailable(shard)
         while not shard.ready:
             if time.monotonic() > limit:
                 self._failed_until = time.monotonic() + _RETRY_S
-                raise self._unavailable(f"{error}; not back after {self._restart_s:g} s")
-            _pause(control)
-        self.statistics[one.index].asked_again += 1
-        again = self._put(ask, one.index)
-        again.again = True
-        return again
+                raise self._unavailable(shard, f"; not back after {self._restart_s:g} s")
+            self._turn.wait(_POLL_S)
+            control.advance()
 
-    def _unavailable(self, reason: str) -> ShardsUnavailableError:
-        return ShardsUnavailableError(f"the bank {self.name} is incomplete: {reason}")
+    def _unavailable(self, shard: Shard, more: str = "") -> ShardsUnavailableError:
+        # Why is in the log: the reason may have paths of the server.
+        text = f"the bank {self.name} is incomplete: shard {shard.name} is not ready{more}"
+        return ShardsUnavailableError(text)
 
     def _count(self, one: _Asked) -> None:
         statistics = self.statistics[one.index]
@@ -308,11 +323,6 @@ def _owned(message: Message) -> Message:
     """Return a message whose arrays have memory of their own."""
     arrays = [array if array.flags.owndata else array.copy() for array in message.arrays]
     return replace(message, arrays=arrays)
-
-
-def _pause(control: Control) -> None:
-    time.sleep(_POLL_S)
-    control.advance()
 
 
 def _close_all(shards: Sequence[Shard]) -> None:

@@ -67,9 +67,9 @@ struct ElsCall {
   const double* s;          // [B]
   const std::int64_t* window;  // [B]
   const std::int64_t* ranges;  // [B][2], of the whole bank
-  float* const* row_peaks;   // [rows]: [H][W] each; result of els_sums, argument of els_merge
+  float* const* row_peaks;   // [rows]: [H][W] each; null, result of els_attend or argument of els_merge
   double* const* row_sums;   // [rows]: [1 + C][H][W] each
-  float* mean;              // [B][C][H][W]; results, but of els_sums
+  float* mean;              // [B][C][H][W]; results where there are no rows, and of els_merge
   float* log_evidence;      // [B][H][W]
   els::Control* control;
 };
