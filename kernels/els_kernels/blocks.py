@@ -80,9 +80,9 @@ class Blocks:
         return _GROUPS % self.stride == 0
 
     def rows(self, lo: int, hi: int) -> list[int]:
-        """Return what the rows of a posterior over a range of the whole bank are of, in order.
+        """Return the group of each row of a posterior over a range of the whole bank, in order.
 
-        Numbers of groups, if this process has whole groups, else of its blocks by group.
+        The block of each row, by group, if this process lacks blocks of its groups.
         """
         return self._by_group(start // self.size for start, _ in self.runs(lo, hi))
 

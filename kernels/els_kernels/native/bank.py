@@ -307,8 +307,7 @@ class Native:
         """Return the posteriors of the rows of a whole bank: the bits of ``attend``.
 
         Args:
-            addresses: of peaks and sums of each row of each image, in order: of groups where every
-                process has whole groups, else of blocks.
+            addresses: of peaks and sums of the rows of each image, in order: see ``Blocks.owners``.
             x: images [B, C, H, W].
             a: signal scale of each image.
             s: noise scale of each image.
