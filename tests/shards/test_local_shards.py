@@ -228,23 +228,25 @@ def test_an_answer_never_lacks_a_shard_whose_bank_changed(tmp_path: Path) -> Non
 def test_others_are_answered_while_a_caller_waits_for_a_lost_shard(tmp_path: Path) -> None:
     root = write_sharded_models(tmp_path / "models")
     model: Any = ModelRepository(root, shards=OPTIONS).load("zeros-sharded")
-    want = model.denoise(queries())
+    # Written where the answers to others were.
+    levels = NoiseLevel.of([(1.0, 0.5)] * len(queries()))
+    two = [queries(), make_query(np.ones_like(queries().pixels), levels)]
+    wants = [model.denoise(query).pixels for query in two]
     bank, shards = root / "_banks" / "fashion.safetensors", shards_of(model)
     lost: Any = shards.shards[1]
     away = bank.rename(tmp_path / "away")
     os.kill(lost.pid, signal.SIGKILL)
     eventually(lambda: "No such file" in lost.reason)
-    with ThreadPoolExecutor(1) as pool:
-        asked = shards._operations
-        waiting = pool.submit(model.denoise, queries())
-        eventually(lambda: shards._operations > asked)
-        # Written where the answers of the first caller were.
-        other = make_query(np.ones_like(queries().x), NoiseLevel.of([(1.0, 0.5)] * len(queries())))
-        _, shares = model.denoise_partial(other)
-        assert not waiting.done()
+    with ThreadPoolExecutor(2) as pool:
+        asked = shards._asked
+        waiting = [pool.submit(model.denoise, query) for query in two]
+        eventually(lambda: shards._asked >= asked + 4)
+        _, shares = model.denoise_partial(two[1])
+        assert not any(one.done() for one in waiting)
         assert all(0 < share < 1 for share in shares)
         away.rename(bank)
-        assert np.array_equal(waiting.result().pixels, want.pixels)
+        for one, want in zip(waiting, wants, strict=True):
+            assert np.array_equal(one.result().pixels, want)
 
 
 def is_alive(pid: int) -> bool:

@@ -92,7 +92,8 @@ class ShardSet:
         self._squares: list[list[float]] = []
         self._norms: dict[int, list[float]] = {}
         self._failed_until = 0.0
-        self._operations = 0
+        self._asked = 0
+        """Messages so far: an answer is where the next one to its shard will be."""
         self._lock = threading.RLock()
         self._turn = threading.Condition(self._lock)
         """Waits for a lost shard without the lock, which others take meanwhile."""
@@ -219,7 +220,6 @@ class ShardSet:
         control = current() or Control()
         ask = _Question(op, fields, arrays, partial)
         with self._lock:
-            self._operations += 1
             asked = [self._put(ask, i) for i in range(len(self.shards))]
             try:
                 found = self._gather(ask, asked, control)
@@ -229,6 +229,7 @@ class ShardSet:
                 raise
 
     def _put(self, ask: _Question, index: int, *, again: bool = False) -> _Asked:
+        self._asked += 1
         number, answer = self.shards[index].ask(ask.op, ask.fields, ask.arrays)
         return _Asked(index, number, answer, time.monotonic(), again)
 
@@ -258,13 +259,13 @@ class ShardSet:
                 elif isinstance(error, ShardLostError) and ask.partial:
                     found[one.index] = None
                 elif isinstance(error, ShardLostError):
-                    operations = self._operations
+                    before = self._asked
                     self._await(one, control)
                     self.statistics[one.index].asked_again += 1
-                    if self._operations == operations:
+                    if self._asked == before:
                         asked[one.index] = self._put(ask, one.index, again=True)
                         continue
-                    # Answers of others are where those of this call were.
+                    # Answers to others are where those of this call were.
                     self._stop(asked)
                     found.clear()
                     one.again = True
