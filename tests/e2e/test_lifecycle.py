@@ -236,10 +236,8 @@ def test_sigterm_again_and_again_changes_neither_the_drain_nor_the_exit_code(mod
         stop = threading.Event()
 
         def insist() -> None:
-            # It may end between the question and the signal.
-            with contextlib.suppress(ProcessLookupError):
-                while server.process.poll() is None and not stop.wait(0.005):
-                    server.terminate()
+            while server.process.poll() is None and not stop.wait(0.005):
+                server.terminate()
 
         insisting = threading.Thread(target=insist)
         insisting.start()

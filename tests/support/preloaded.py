@@ -7,6 +7,7 @@ servers by the command too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import signal
@@ -113,8 +114,10 @@ class ForkedProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
+        # As subprocess has it, for a process that ends meanwhile.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
