@@ -55,7 +55,7 @@ class BankParts(Protocol):
         ...
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Return a context in which this thread alone asks; rows are valid to its end."""
+        """Return a context in which the rows that were answered last stay valid."""
         ...
 
     def rows(

@@ -120,7 +120,7 @@ class ShardSet:
         self._finalizer()
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Return a context in which this thread alone asks; rows are valid to its end."""
+        """Return a context in which the rows that were answered last stay valid."""
         return self._lock
 
     def rows(
