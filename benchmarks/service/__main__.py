@@ -3,6 +3,7 @@
     python -m benchmarks.service.peers install
     python -m benchmarks.service [--rounds 12] [--seconds 2] [--peers kserve …] [--out FILE]
     python -m benchmarks.service --only overload fairness
+    python -m benchmarks.service --only overhead --peers --earlier OTHER/.venv/bin/els-server
 
 Loopback only. One process keeps 16 calls of a 12 KB image in flight over the same raw stub for
 every server; rounds alternate, a rate is the median, a ratio the median of pairs with its 95 %
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import record
@@ -36,6 +38,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of a round")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all")
     parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="default: all")
+    parser.add_argument(
+        "--earlier", type=Path, metavar="ELS-SERVER", help="an earlier build, for 'overhead'"
+    )
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     record.add_arguments(parser)
     options = parser.parse_args()
@@ -46,7 +51,9 @@ def main() -> None:
         parser.error(f"run python -m benchmarks.service.peers install {' '.join(missing)}")
     rounds, seconds, peers = options.rounds, options.seconds, options.peers
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "overhead": lambda: overhead.measure(rounds=rounds, seconds=seconds, peers=peers),
+        "overhead": lambda: overhead.measure(
+            rounds=rounds, seconds=seconds, peers=peers, earlier=options.earlier
+        ),
         "http": lambda: http_cost.measure(rounds=rounds, seconds=seconds),
         "perf_analyzer": lambda: perf_analyzer.measure(seconds=seconds, peers=peers),
         "batching": lambda: loads.batching(rounds=rounds, seconds=seconds),

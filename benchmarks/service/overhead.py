@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from benchmarks import record
 from benchmarks.service import load, messages
 from benchmarks.service.messages import (
     DENOISE,
@@ -44,11 +46,22 @@ class Target:
     name: str
     server: Running
     method: Method
+    version: str = ""
+    """Requirements of a peer, or commit of an earlier build."""
     rates: list[float] = field(default_factory=list)
     """Calls per second of each round."""
     cpu_us: list[float] = field(default_factory=list)
     """CPU time of the server's processes per call of each round, in µs."""
 
+
+UNARY: dict[str, Method] = {
+    "denoise": DENOISE,
+    "denoise_new": DENOISE_NEW,
+    "score_new": SCORE_NEW,
+    "infer_new": INFER_NEW,
+    "infer": MODEL_INFER,
+}
+"""Name and method of the unary targets of this build, which an earlier one has, too."""
 
 GOALS: tuple[tuple[str, str, float], ...] = (
     ("denoise", "bare_denoise", 0.80),
@@ -66,6 +79,7 @@ GOALS: tuple[tuple[str, str, float], ...] = (
     ("stream_new", "denoise_new", 1.6),
     ("stream", "bare_stream", 0.0),
     ("bare_stream", "bare_denoise", 0.0),
+    *((name, f"earlier_{name}", 1.0) for name in UNARY),
 )
 """Rate, the rate that it is compared with, and the minimum ratio; 0 for no goal.
 
@@ -73,16 +87,19 @@ GOALS: tuple[tuple[str, str, float], ...] = (
 """
 
 
-def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[str, Any]]:
+def measure(
+    *, rounds: int, seconds: float, peers: Sequence[str], earlier: Path | None = None
+) -> list[dict[str, Any]]:
     """Return a row for each target and each ratio.
 
     Args:
         rounds: number of rounds; each runs all targets, every other one in reverse order.
         seconds: duration of a target in a round.
         peers: other servers to compare with.
+        earlier: ``.venv/bin/els-server`` in the checkout of an earlier build to compare with.
     """
     with ExitStack() as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        targets = _start(stack, peers)
+        targets = _start(stack, peers, earlier)
         runner.run(_warm(targets))
         for number in range(rounds):
             # In alternating order, so that a slow drift affects both sides of a pair.
@@ -92,29 +109,33 @@ def measure(*, rounds: int, seconds: float, peers: Sequence[str]) -> list[dict[s
     return rows + _ratios({target.name: target for target in targets})
 
 
-def _start(stack: ExitStack, peers: Sequence[str]) -> list[Target]:
+def _start(stack: ExitStack, peers: Sequence[str], earlier: Path | None) -> list[Target]:
     """Start every server; targets that are compared are neighbours."""
     ours, bare = stack.enter_context(els_server()), stack.enter_context(baselines())
-    targets = [
-        Target("echo", bare, ECHO),
-        Target("bare_denoise", bare, DENOISE),
-        Target("denoise", ours, DENOISE),
-        Target("denoise_new", ours, DENOISE_NEW),
-        Target("score_new", ours, SCORE_NEW),
-    ]
+    builds = {"": (ours, "")}
+    if earlier:
+        commit = record.commit_of(earlier.absolute().parents[2])
+        builds["earlier_"] = (stack.enter_context(els_server(program=earlier)), commit)
+
+    def unary(*names: str) -> list[Target]:
+        return [
+            Target(prefix + name, server, UNARY[name], commit)
+            for name in names
+            for prefix, (server, commit) in builds.items()
+        ]
+
+    targets = [Target("echo", bare, ECHO), Target("bare_denoise", bare, DENOISE)]
+    targets += unary("denoise", "denoise_new", "score_new")
     if STREAMS:
         targets += [
             Target("stream_new", ours, STREAM_NEW),
             Target("stream", ours, DENOISE_STREAM),
             Target("bare_stream", bare, DENOISE_STREAM),
         ]
-    targets += [
-        Target("infer_new", ours, INFER_NEW),
-        Target("bare_infer", bare, MODEL_INFER),
-        Target("infer", ours, MODEL_INFER),
-    ]
+    targets += [*unary("infer_new"), Target("bare_infer", bare, MODEL_INFER), *unary("infer")]
     for name in peers:
-        targets.append(Target(name, stack.enter_context(peer(name)), MODEL_INFER))
+        server, version = stack.enter_context(peer(name)), " ".join(REQUIREMENTS[name])
+        targets.append(Target(name, server, MODEL_INFER, version))
     return targets
 
 
@@ -140,7 +161,7 @@ def summary(target: Target, seconds: float) -> dict[str, Any]:
     """Return the row of a target."""
     return {
         "target": target.name,
-        "version": " ".join(REQUIREMENTS.get(target.name, ())),
+        "version": target.version,
         "per_second": round(statistics.median(target.rates), 1),
         "server_cpu_us": round(statistics.median(target.cpu_us), 1),
         "callers": load.CALLERS,

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from benchmarks.service.messages import MODEL, MODEL_YAML
 
+PROGRAM = Path(sys.executable).with_name("els-server")
+
 _STOP_S = 10.0
 
 
@@ -76,17 +78,20 @@ def running(
 
 
 @contextmanager
-def els_server(*options: str) -> Iterator[Running]:
-    """Yield the server with one Gaussian model and default settings but for the options."""
+def els_server(*options: str, program: Path = PROGRAM) -> Iterator[Running]:
+    """Yield the server with one Gaussian model and default settings but for the options.
+
+    Args:
+        options: of the command, such as ``--http-port=8080``.
+        program: ``els-server`` of this build or of another.
+    """
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / MODEL
         folder.mkdir()
         (folder / "model.yaml").write_text(MODEL_YAML)
         port = free_port()
-        program: str | Path = Path(sys.executable).with_name("els-server")
-        command = [program, "run", "--models", root, f"--port={port}", "--metrics-port=0"]
-        command += options
-        with running(command, port) as server:
+        arguments = ["run", "--models", root, f"--port={port}", "--metrics-port=0", *options]
+        with running((program, *arguments), port) as server:
             yield server
 
 
