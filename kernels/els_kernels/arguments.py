@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+Numbers = Tensor | Sequence[float]
+"""A number for each image: a tensor [B], or a list or tuple, which costs less."""
+Integers = Tensor | Sequence[int]
+"""An integer for each image, likewise."""
+Ranges = Tensor | Sequence[tuple[int, int]]
+"""Ends of a range for each image: a tensor [B, 2], or a list of pairs."""
 
 _REACH = 1e18
 """Largest distance in units of s: logits (1e36) and their intermediate results fit a float32."""
@@ -39,7 +47,7 @@ def check_logits(
             )
 
 
-def odd_windows(window: Tensor | None, batch: int, largest: int) -> list[int]:
+def odd_windows(window: Integers | None, batch: int, largest: int) -> list[int]:
     """Return the window of each query; raise ValueError unless odd from 1 to ``largest``."""
     windows = integers("window", window, (batch,))
     for k in windows:
@@ -48,11 +56,14 @@ def odd_windows(window: Tensor | None, batch: int, largest: int) -> list[int]:
     return windows
 
 
-def image_ranges(ranges: Tensor | None, batch: int, images: int) -> list[tuple[int, int]]:
+def image_ranges(ranges: Ranges | None, batch: int, images: int) -> list[tuple[int, int]]:
     """Return the range of bank images of each query, by default all; raise ValueError if wrong."""
     if ranges is None:
         return [(0, images)] * batch
-    ends = integers("ranges", ranges, (batch, 2))
+    if _is_list(ranges, batch, list | tuple):
+        ends = [end for pair in ranges for end in integers("ranges", pair, (2,))]
+    else:
+        ends = integers("ranges", ranges, (batch, 2))
     limits = list(zip(ends[::2], ends[1::2], strict=True))
     for lo, hi in limits:
         if not 0 <= lo < hi <= images:
@@ -90,26 +101,51 @@ def ends(images: Tensor) -> list[tuple[float, float]]:
     return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
-def positive(name: str, scale: Tensor, batch: int) -> list[float]:
+def positive(name: str, scale: Numbers, batch: int) -> list[float]:
     """Return numbers [batch]; raise ValueError unless finite and above 0."""
-    if not isinstance(scale, Tensor) or scale.shape != (batch,) or scale.is_complex():
+    if isinstance(scale, Tensor):
+        is_valid = scale.shape == (batch,) and not scale.is_complex()
+    else:
+        is_valid = _is_list(scale, batch, float | int)
+    if not is_valid:
         raise ValueError(f"{name}: expected numbers [{batch}], got {describe(scale)}")
-    values = [float(value) for value in scale.tolist()]
+    values = [float(value) for value in (scale.tolist() if isinstance(scale, Tensor) else scale)]
     for value in values:
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return values
 
 
-def integers(name: str, values: Tensor | None, shape: tuple[int, ...]) -> list[int]:
-    """Return integers of a shape, flattened; raise ValueError for another type or shape."""
-    if not isinstance(values, Tensor) or values.shape != shape or values.dtype not in _INTEGERS:
-        raise ValueError(f"{name}: expected integers {list(shape)}, got {describe(values)}")
-    return [int(value) for value in values.flatten().tolist()]
+def integers(name: str, values: object, shape: tuple[int, ...]) -> list[int]:
+    """Return integers of a shape, flattened; raise ValueError for another type or shape.
+
+    Args:
+        name: of the argument.
+        values: a tensor, or a list or tuple for a shape of one length.
+        shape: to be expected.
+    """
+    if isinstance(values, Tensor):
+        if values.shape == shape and values.dtype in _INTEGERS:
+            return [int(value) for value in values.flatten().tolist()]
+    elif len(shape) == 1 and _is_list(values, shape[0], int):
+        return list(values)
+    raise ValueError(f"{name}: expected integers {list(shape)}, got {describe(values)}")
+
+
+def _is_list(values: object, length: int, kind: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether an object is a list or tuple of a length, of a type other than bool."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == length
+        and all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+    )
 
 
 def describe(value: object) -> str:
     """Return dtype and shape of a tensor, or the type of another object, for errors."""
+    if isinstance(value, list | tuple):
+        kinds = ", ".join(sorted({type(one).__name__ for one in value}))
+        return f"{type(value).__name__} of {len(value)} {kinds}".rstrip()
     if not isinstance(value, Tensor):
         return type(value).__name__
     layout = "" if value.layout == torch.strided else f"{value.layout} "

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from els_kernels.arguments import (
+    Integers,
+    Numbers,
+    Ranges,
     check_logits,
     describe,
     image_ranges,
@@ -140,17 +143,17 @@ class PatchAttention:
         self,
         x: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
     ) -> Posterior:
         """Return posterior mean and log evidence of every pixel.
 
         Args:
             x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
-            a: signal scale of each image [B], > 0.
+            a: signal scale of each image [B], > 0; a tensor or, at less cost, a list, as the next.
             s: noise scale of each image [B], > 0, and large enough that logits fit a float32:
                 ``(|x| + a·|φ|)·√(C·H·W)/s`` and ``a/s`` up to 1e18.
             window: odd side of each image's patch [B] integers; None where ``geometry.whole``.
@@ -181,10 +184,10 @@ class PatchAttention:
         self,
         x: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
     ) -> tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]:
         """Return the arguments of an ``Implementation``.
@@ -212,7 +215,7 @@ class PatchAttention:
                 f"x: expected torch.float32 on {self.device}, got {describe(x)} on {x.device}"
             )
 
-    def _windows(self, window: Tensor | None, batch: int, geometry: Geometry) -> list[int]:
+    def _windows(self, window: Integers | None, batch: int, geometry: Geometry) -> list[int]:
         if geometry.whole:
             if window is not None:
                 raise ValueError(

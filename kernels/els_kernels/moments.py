@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from els_kernels import whole_moments
+from els_kernels.arguments import Integers, Numbers, Ranges
 from els_kernels.attention import Compiling, PatchAttention
 from els_kernels.blocked_moments import BlockedQuery, Level, MomentPass, block_answers
 from els_kernels.blocks import Blocks
@@ -105,10 +106,10 @@ class PatchMoments:
         x: Tensor,
         cotangent: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
         evidence: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -139,10 +140,10 @@ class PatchMoments:
         x: Tensor,
         tangent: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
         evidence: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -175,10 +176,10 @@ class PatchMoments:
         self,
         x: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
     ) -> Tensor:
         """Return the result of the first pass of ``vjp`` and ``jvp``: [B, K, H, W] float64.
@@ -202,10 +203,10 @@ class PatchMoments:
         self,
         x: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
         top: int = 8,
         shares: bool = True,
@@ -238,10 +239,10 @@ class PatchMoments:
         x: Tensor,
         image: int,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None = None,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None = None,
+        ranges: Ranges | None = None,
         geometry: Geometry,
     ) -> Removal:
         """Return D(x) of the bank without one image: ``(D − w_i v_i) / (1 − w_i)``, exactly.
@@ -288,10 +289,10 @@ class PatchMoments:
     def _queries(
         self,
         x: Tensor,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None,
-        ranges: Tensor | None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None,
+        ranges: Ranges | None,
         geometry: Geometry,
         evidence: Tensor | None = None,
     ) -> list[BlockedQuery | NativeQuery | TritonQuery]:
@@ -322,10 +323,10 @@ class PatchMoments:
     def _torch_queries(
         self,
         x: Tensor,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor | None,
-        ranges: Tensor | None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers | None,
+        ranges: Ranges | None,
         geometry: Geometry,
     ) -> list[BlockedQuery]:
         images, scales, noises, windows, limits, geometry = self._attention.validate(

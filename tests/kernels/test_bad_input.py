@@ -64,6 +64,20 @@ def prepared(implementation: str) -> PatchAttention:
     return operator(BANK, implementation)
 
 
+def test_numbers_may_be_lists() -> None:
+    case = random_case(GEOMETRIES["els", "zeros"], SHAPE)
+    assert case.window is not None
+    lists = operator(case.bank, "reference")(
+        case.x,
+        geometry=case.geometry,
+        a=case.a.tolist(),
+        s=case.s.tolist(),
+        window=case.window.tolist(),
+        ranges=case.ranges.tolist(),
+    )
+    assert torch.equal(lists.mean, case.attend("reference").mean)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,7 +110,13 @@ def prepared(implementation: str) -> PatchAttention:
         ({"a": torch.full((2,), 1e30)}, r"s: expected .* fit a float32, s >= .*e\+1\d here, got"),
         ({"x": torch.full((2, 2, 5, 6), 3e38)}, r"s: expected .* fit a float32"),
         ({"window": None}, r"window: expected integers \[2\], got None"),
-        ({"window": [3, 3]}, r"window: expected integers \[2\], got list"),
+        ({"s": [0.5]}, r"s: expected numbers \[2\], got list of 1 float"),
+        ({"s": [0.5, True]}, r"s: expected numbers \[2\], got list of 2 bool, float"),
+        ({"s": [0.5, -1.0]}, "s: expected finite and > 0, got -1.0"),
+        ({"window": [3, 3.0]}, r"window: expected integers \[2\], got list of 2 float, int"),
+        ({"window": [3]}, r"window: expected integers \[2\], got list of 1 int"),
+        ({"ranges": [(0, 1)]}, r"ranges: expected integers \[2, 2\], got list of 1 tuple"),
+        ({"ranges": [(0, 1), (0, 1.0)]}, r"ranges: expected integers \[2\], got tuple of 2"),
         ({"window": torch.tensor([True, True])}, "window: expected integers .* got torch.bool"),
         ({"window": torch.tensor([3])}, r"window: expected integers \[2\], got torch.int64 \[1\]"),
         ({"window": torch.tensor([3.0, 3.0])}, r"window: expected integers .* got torch.float32"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.support.bank_parts import write_parts
 from tests.support.preloaded import forked_shards
 from tests.support.sharded_models import (
@@ -31,8 +34,9 @@ from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.mixed_banks import make_mixed_bank
-from els_service.errors import LoadError
+from els_service.errors import ElsError, LoadError
 from els_service.repository import ModelRepository
+from els_service.shards.messages import Message
 from els_service.shards.process import do_not_preempt
 from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
@@ -48,6 +52,37 @@ def forked() -> Iterator[None]:
     # Those of the servers in tests/e2e/test_shards.py are executed.
     with forked_shards():
         yield
+
+
+class _SpoiltShard:
+    """A shard in this process whose operations fail."""
+
+    def ask(self, operation: Message) -> Future[Message]:
+        answer = Future[Message]()
+        answer.set_exception(ElsError("spoilt"))
+        return answer
+
+    def stop(self, number: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_failed_operation_leaves_no_memory_to_the_garbage_collector() -> None:
+    bank: Any = block_bank()
+    shard: Any = _SpoiltShard()
+    shards = ShardSet("bank", bank, [shard], [], torch.zeros(1), 1.0)
+    array = np.zeros(10)
+    kept = weakref.ref(array)
+    gc.disable()
+    try:
+        with pytest.raises(ElsError, match="spoilt"):
+            shards.ask("rows", {}, [array])
+        del array
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

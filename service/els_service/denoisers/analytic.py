@@ -288,10 +288,10 @@ class AnalyticDenoiser:
     def _arguments(self, query: Query) -> dict[str, Any]:
         """Return the arguments of patch attention other than x."""
         return {
-            "a": torch.tensor(query.level.a),
-            "s": torch.tensor(query.level.s),
-            "window": None if self._window is None else torch.from_numpy(self._windows(query)),
-            "ranges": torch.tensor(self._ranges(query)),
+            "a": [a for a, _ in query.level.pairs],
+            "s": [s for _, s in query.level.pairs],
+            "window": None if self._window is None else self._windows(query).tolist(),
+            "ranges": self._ranges(query),
             "geometry": self._geometry,
         }
 

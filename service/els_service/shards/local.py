@@ -11,10 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import count
-from typing import Any
 
 from els_service.shards.messages import (
     SHARED_BYTES,
@@ -22,6 +19,7 @@ from els_service.shards.messages import (
     ClosedError,
     Message,
     Receiver,
+    numbered,
     send,
 )
 from els_service.shards.part import PartSpec
@@ -37,7 +35,6 @@ _LEAST_SHARE = 0.01
 _POLL_S = 0.5
 _LOAD_S = 120.0
 """Seconds without progress after which a start counts as hung: imports report none."""
-_NUMBERS = count(1)
 
 
 class LocalShard:
@@ -73,19 +70,17 @@ class LocalShard:
         """Whether its slice is loaded and it can be asked."""
         return self._ready.is_set()
 
-    def ask(
-        self, op: str, fields: dict[str, Any], arrays: Sequence[Array] = ()
-    ) -> tuple[int, Future[Message]]:
-        """Return the number and the future answer of an operation; see ``Shard``."""
-        number, answer = next(_NUMBERS), Future[Message]()
+    def ask(self, operation: Message) -> Future[Message]:
+        """Return the future answer of an operation; see ``Shard``."""
+        answer = Future[Message]()
         with self._lock:
             connection = self._connection if self._ready.is_set() else None
             if connection is None:
                 answer.set_exception(ShardLostError(self._lost()))
-                return number, answer
-            self._pending[number] = answer
-        self._send(connection, Message(op, fields, arrays, number))
-        return number, answer
+                return answer
+            self._pending[operation.number] = answer
+        self._send(connection, operation)
+        return answer
 
     def stop(self, number: int) -> None:
         """Stop an operation between two tiles."""
@@ -164,18 +159,17 @@ class LocalShard:
 
     def _load(self, own: socket.socket, reader: _Reader) -> None:
         """Load the slice, pack it if it was packed before, and be ready."""
-        sums = self._wait(own, reader, Message("load", self._spec.fields))
+        sums = self._wait(own, reader, numbered("load", self._spec.fields))
         if self._centre is not None:
-            self._wait(own, reader, Message("prepare", arrays=[self._centre]))
+            self._wait(own, reader, numbered("prepare", arrays=[self._centre]))
         self.reason = ""
         self._ready.set()
         if not self.sums.done():
             self.sums.set_result(sums.arrays[0])
 
     def _wait(self, own: socket.socket, reader: _Reader, message: Message) -> Message:
-        number, answer = next(_NUMBERS), Future[Message]()
-        self._pending[number] = answer
-        self._send(own, Message(message.op, message.fields, message.arrays, number))
+        answer = self._pending[message.number] = Future[Message]()
+        self._send(own, message)
         while not answer.done():
             reader.step()
         error = answer.exception()

@@ -15,6 +15,8 @@ import select
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,21 @@ class Message:
     number: int = 0
     """Of the operation, which its answer repeats."""
 
+    @cached_property
+    def frame(self) -> bytes:
+        """The framed message, the same bytes for every shard that is asked."""
+        return b"".join(encode(self))
+
+
+_NUMBERS = count(1)
+
+
+def numbered(
+    op: str, fields: dict[str, Any] | None = None, arrays: Sequence[Array] = ()
+) -> Message:
+    """Return an operation with a number above those of all operations before."""
+    return Message(op, fields or {}, arrays, next(_NUMBERS))
+
 
 def encode(message: Message) -> list[bytes | memoryview]:
     """Return the parts of a framed message; arrays in C order are not copied."""
@@ -80,10 +97,10 @@ def send(connection: socket.socket, message: Message, shared: mmap.mmap | None =
         if placed is not None:
             connection.sendall(placed)
             return
-    first, header, *views = encode(message)
-    if sum(map(len, views)) <= _TOGETHER:
-        connection.sendall(b"".join([first, header, *views]))
+    if sum(array.nbytes for array in message.arrays) <= _TOGETHER:
+        connection.sendall(message.frame)
         return
+    first, header, *views = encode(message)
     connection.sendall(bytes(first) + bytes(header))
     for view in views:
         connection.sendall(view)

@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import count
 from typing import Any
 
 from els_service.errors import LoadError
-from els_service.shards.messages import Array, Message, encode, parse
+from els_service.shards.messages import Array, Message, numbered, parse
 from els_service.shards.part import PartSpec
 from els_service.shards.ray_actor import ShardActor
 from els_service.shards.shard import ShardLostError, ShardOptions, error_of
@@ -34,7 +33,6 @@ _ENVIRONMENT = {
 _POLL_S = 0.5
 _LEAST_SHARE = 0.01
 """Share of a core that counts as progress of a shard."""
-_NUMBERS = count(1)
 
 
 def load_ray() -> Any:
@@ -164,16 +162,13 @@ class RayShard:
         """Whether its slice is loaded and it can be asked."""
         return self._ready.is_set()
 
-    def ask(
-        self, op: str, fields: dict[str, Any], arrays: Sequence[Array] = ()
-    ) -> tuple[int, Future[Message]]:
-        """Return the number and the future answer of an operation; see ``Shard``."""
-        message = Message(op, fields, arrays, next(_NUMBERS))
+    def ask(self, operation: Message) -> Future[Message]:
+        """Return the future answer of an operation; see ``Shard``."""
         if self._ready.is_set():
-            return message.number, self._send(message)
+            return self._send(operation)
         answer = Future[Message]()
         answer.set_exception(ShardLostError(self._lost()))
-        return message.number, answer
+        return answer
 
     def stop(self, number: int) -> None:
         """Stop an operation between two tiles."""
@@ -197,7 +192,6 @@ class RayShard:
     def _send(self, message: Message) -> Future[Message]:
         """Return the future answer of the actor, ready or not."""
         answer = Future[Message]()
-        frame = b"".join(bytes(part) for part in encode(message))
 
         def take(done: Future[bytes]) -> None:
             error = done.exception()
@@ -215,7 +209,7 @@ class RayShard:
             else:
                 answer.set_exception(error_of(found))
 
-        self._actor.answer.remote(frame, self._centre).future().add_done_callback(take)
+        self._actor.answer.remote(message.frame, self._centre).future().add_done_callback(take)
         return answer
 
     def _lose(self, reason: str) -> None:
@@ -260,11 +254,11 @@ class RayShard:
                 self.sums.set_exception(ShardLostError(self._lost()))
             return
         if not self.sums.done():
-            sums = self._send(Message("sums", number=next(_NUMBERS)))
+            sums = self._send(numbered("sums"))
             sums.add_done_callback(self._take_sums)
         else:
             # Packs the bank, too: ready means that a question is answered at once.
-            again = self._send(Message("ready", number=next(_NUMBERS)))
+            again = self._send(numbered("ready"))
             again.add_done_callback(self._take_again)
 
     def _take_sums(self, done: Future[Message]) -> None:

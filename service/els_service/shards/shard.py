@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from els_kernels import ComputationStoppedError
 from els_service.errors import ElsError
@@ -56,10 +55,8 @@ class Shard(Protocol):
         """Why it is not ready; empty if it is, or was not lost."""
         ...
 
-    def ask(
-        self, op: str, fields: dict[str, Any], arrays: Sequence[Array] = ()
-    ) -> tuple[int, Future[Message]]:
-        """Return the number and the future answer of an operation.
+    def ask(self, operation: Message) -> Future[Message]:
+        """Return the future answer of an operation, which has a number.
 
         The future fails with ShardLostError if the shard is lost before it answers, and with what
         ``error_of`` returns if the operation fails.

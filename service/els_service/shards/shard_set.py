@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from els_kernels.native.attend_call import Rows
 from els_kernels.native.moments_call import MomentCall, MomentRows
 from els_service.denoisers.mapped_banks import MappedBank
 from els_service.errors import UnavailableError
-from els_service.shards.messages import Array, Message
+from els_service.shards.messages import Array, Message, numbered
 from els_service.shards.shard import Shard, ShardLostError
 from els_service.shards.values import array_of, geometry_fields, level_fields, tensors_of
 
@@ -54,7 +55,7 @@ class _Asked:
     """One operation at one shard."""
 
     index: int
-    number: int
+    operation: Message
     answer: Future[Message]
     begun: float
     again: bool = False
@@ -218,61 +219,80 @@ class ShardSet:
             ComputationStoppedError: The current ``Control`` was stopped.
         """
         control = current() or Control()
-        ask = _Question(op, fields, arrays, partial)
         with self._lock:
-            asked = [self._put(ask, i) for i in range(len(self.shards))]
+            asked = self._put(numbered(op, fields, arrays), range(len(self.shards)))
             try:
-                found = self._gather(ask, asked, control)
+                found = self._gather(asked, control, partial=partial)
                 return found if views else [one and _owned(one) for one in found]
             except BaseException:
                 self._stop(asked)
+                asked.clear()
                 raise
 
-    def _put(self, ask: _Question, index: int, *, again: bool = False) -> _Asked:
-        self._asked += 1
-        number, answer = self.shards[index].ask(ask.op, ask.fields, ask.arrays)
-        return _Asked(index, number, answer, time.monotonic(), again)
+    def _put(self, message: Message, shards: Iterable[int]) -> list[_Asked]:
+        found = []
+        for index in shards:
+            self._asked += 1
+            answer = self.shards[index].ask(message)
+            found.append(_Asked(index, message, answer, time.monotonic()))
+        return found
 
     def _stop(self, asked: Sequence[_Asked]) -> None:
         for one in asked:
-            self.shards[one.index].stop(one.number)
+            self.shards[one.index].stop(one.operation.number)
 
     def _gather(
-        self, ask: _Question, asked: list[_Asked], control: Control
+        self, asked: list[_Asked], control: Control, *, partial: bool
     ) -> list[Message | None]:
         found: dict[int, Message | None] = {}
-        while True:
-            waiting = {one.answer: one for one in asked if one.index not in found}
-            if not waiting:
-                seconds = [one.fields["seconds"] for one in found.values() if one is not None]
-                self.slowest_s = max(seconds, default=0.0)
-                return [found[index] for index in range(len(asked))]
-            done, _ = wait(waiting, _POLL_S, FIRST_EXCEPTION)
+        done: SimpleQueue[Future[Message]] = SimpleQueue()
+        for one in asked:
+            one.answer.add_done_callback(done.put)
+        while len(found) < len(asked):
+            try:
+                answer = done.get(timeout=_POLL_S)
+            except Empty:
+                answer = None
             # Also progress of this computation: a shard without progress is ended elsewhere.
             control.advance()
-            for answer in done:
-                one = waiting[answer]
-                error = answer.exception()
+            # None of those that were asked again.
+            for one in [one for one in asked if one.answer is answer]:
+                error = one.answer.exception()
                 if error is None:
-                    found[one.index] = answer.result()
+                    found[one.index] = one.answer.result()
                     self._count(one)
-                elif isinstance(error, ShardLostError) and ask.partial:
+                elif not isinstance(error, ShardLostError):
+                    try:
+                        raise error
+                    finally:
+                        # The error's traceback has this frame: no cycle keeps the arrays.
+                        del error, one, answer
+                elif partial:
                     found[one.index] = None
-                elif isinstance(error, ShardLostError):
-                    before = self._asked
-                    self._await(one, control)
-                    self.statistics[one.index].asked_again += 1
-                    if self._asked == before:
-                        asked[one.index] = self._put(ask, one.index, again=True)
-                        continue
-                    # Answers to others are where those of this call were.
-                    self._stop(asked)
-                    found.clear()
-                    one.again = True
-                    asked[:] = [self._put(ask, each.index, again=each.again) for each in asked]
-                    break
                 else:
-                    raise error
+                    for again in self._ask_again(asked, one, control):
+                        found.pop(again.index, None)
+                        again.answer.add_done_callback(done.put)
+        seconds = [one.fields["seconds"] for one in found.values() if one is not None]
+        self.slowest_s = max(seconds, default=0.0)
+        return [found[index] for index in range(len(asked))]
+
+    def _ask_again(self, asked: list[_Asked], lost: _Asked, control: Control) -> list[_Asked]:
+        """Ask a lost shard once it is back; all, if others asked them meanwhile."""
+        before = self._asked
+        self._await(lost, control)
+        self.statistics[lost.index].asked_again += 1
+        needed = [lost]
+        if self._asked != before:
+            # Answers to others are where those of this call were.
+            self._stop(asked)
+            needed = [*asked]
+        message = numbered(lost.operation.op, lost.operation.fields, lost.operation.arrays)
+        found = self._put(message, [one.index for one in needed])
+        for one, earlier in zip(found, needed, strict=True):
+            one.again = earlier.again or earlier is lost
+            asked[one.index] = one
+        return found
 
     def _await(self, one: _Asked, control: Control) -> None:
         """Wait for a lost shard; other callers may ask meanwhile."""
@@ -298,14 +318,6 @@ class ShardSet:
         statistics = self.statistics[one.index]
         statistics.count += 1
         statistics.seconds += time.monotonic() - one.begun
-
-
-@dataclass(frozen=True, eq=False)
-class _Question:
-    op: str
-    fields: dict[str, Any]
-    arrays: Sequence[Array]
-    partial: bool
 
 
 def live_sets() -> list[ShardSet]:
