@@ -10,6 +10,8 @@ NATIVE := kernels/native_build.py $(wildcard kernels/els_kernels/native/src/*)
 # Compiling all of torch to bytecode takes half a minute; Python compiles what is imported, and has
 # to keep it: without bytecode every process that imports torch takes three CPU seconds more.
 PIP_INSTALL := pip install --quiet --no-compile
+# Into the environment of the target, which has no pip of its own: to install one takes seconds.
+INSTALL_INTO = $(BIN)/pip --python $(@D) install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 # The tests' torch; another of the range in pyproject.toml: make install TORCH='torch==2.14.*'
@@ -21,15 +23,20 @@ TERRAIN := .terrain/terrain.onnx
 
 install: $(VENV)/.installed $(PEER)/.installed
 
-$(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE)
+# The pip that comes with Python 3.11 takes twice as long to choose versions.
+$(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/$(PIP_INSTALL) --upgrade 'pip>=25'
+	touch $@
+
+$(VENV)/.installed: pyproject.toml proto/build_hook.py $(CONTRACTS) $(NATIVE) | $(VENV)/.pip
 	$(BIN)/$(PIP_INSTALL) --editable '.[server,tracing,gpu,dev]' '$(TORCH)'
 	@$(BIN)/python -m els_kernels
 	touch $@
 
-$(PEER)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/$(PIP_INSTALL) 'tritonclient[grpc,http]==2.73.0'
+$(PEER)/.installed: pyproject.toml | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip $(PEER)
+	$(INSTALL_INTO) 'tritonclient[grpc,http]==2.73.0'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -179,10 +186,10 @@ CLIENTS := .venv-client-oldest .venv-client-newest
 
 client-environments: $(CLIENTS:=/.installed)
 
-.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py
-	$(PYTHON) -m venv --clear $(@D)
+.venv-client-%/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements $* > $(@D)/requirements.txt
-	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
+	$(INSTALL_INTO) --requirement $(@D)/requirements.txt
 	touch $@
 
 # Libraries that els_client.torch has adapters for, beside the client as their users install them:
@@ -195,10 +202,10 @@ LIBRARIES := azula deepinv diffusers k-diffusion smalldiffusion
 adapters: install $(ADAPTERS)/.installed
 	$(BIN)/pytest tests/e2e/test_adapters.py tests/e2e/test_newcomers.py
 
-$(ADAPTERS)/.installed: pyproject.toml tests/support/client_requirements.py
-	$(PYTHON) -m venv --clear $(@D)
+$(ADAPTERS)/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements $(LIBRARIES) | sort -u > $(@D)/requirements.txt
-	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt pytest
+	$(INSTALL_INTO) --requirement $(@D)/requirements.txt pytest
 	touch $@
 
 # Ray beside what is installed already, in an environment of its own: tests without it prove that it
@@ -210,11 +217,11 @@ RAY := .venv-ray
 ray: install $(RAY)/.installed
 	$(RAY)/bin/python -m pytest -s tests/ray
 
-$(RAY)/.installed: pyproject.toml
-	$(PYTHON) -m venv --clear $(@D)
+$(RAY)/.installed: pyproject.toml | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
-	$(@D)/bin/$(PIP_INSTALL) 'ray>=2.60,<2.61'
+	$(INSTALL_INTO) 'ray>=2.60,<2.61'
 	touch $@
 
 # Locust patches what imports it and brings a web server, so not in the environment of development.
@@ -224,10 +231,10 @@ LOCUST := .venv-locust
 
 locust: $(LOCUST)/.installed
 
-$(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py
-	$(PYTHON) -m venv --clear $(@D)
+$(LOCUST)/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements locust > $(@D)/requirements.txt
-	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
+	$(INSTALL_INTO) --requirement $(@D)/requirements.txt
 	touch $@
 
 # The live page, operated in Chromium; writes the screenshots in docs/. Needs node and npm.
@@ -244,15 +251,15 @@ $(PAGE)/node_modules/.installed: $(PAGE)/package-lock.json
 	touch $@
 
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py \
-		deploy/kserve_models.py
-	$(PYTHON) -m venv $(DEPLOY)
-	$(DEPLOY)/bin/$(PIP_INSTALL) --requirement deploy/tools.txt
+		deploy/kserve_models.py | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip $(DEPLOY)
+	$(INSTALL_INTO) --requirement deploy/tools.txt
 	$(DEPLOY)/bin/python -m deploy.schemas $(DEPLOY)/crds.json
 	touch $@
 
-$(POLICY)/.installed: deploy/tools-policy.txt
-	$(PYTHON) -m venv $(POLICY)
-	$(POLICY)/bin/$(PIP_INSTALL) --requirement deploy/tools-policy.txt
+$(POLICY)/.installed: deploy/tools-policy.txt | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip $(POLICY)
+	$(INSTALL_INTO) --requirement deploy/tools-policy.txt
 	touch $@
 
 deploy-settings: $(VENV)/.installed
@@ -286,10 +293,10 @@ NOTEBOOK := .venv-notebook
 notebook: install $(NOTEBOOK)/.installed
 	$(BIN)/pytest tests/notebooks
 
-$(NOTEBOOK)/.installed: pyproject.toml tests/support/client_requirements.py
-	$(PYTHON) -m venv --clear $(@D)
+$(NOTEBOOK)/.installed: pyproject.toml tests/support/client_requirements.py | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
 	$(PYTHON) -m tests.support.client_requirements notebook > $(@D)/requirements.txt
-	$(@D)/bin/$(PIP_INSTALL) --requirement $(@D)/requirements.txt
+	$(INSTALL_INTO) --requirement $(@D)/requirements.txt
 	touch $@
 
 # The documentation as a site in .site, with tools in an environment of its own. Any warning is an error.
@@ -301,9 +308,9 @@ docs: install $(SITE)/.installed
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 	$(BIN)/pytest tests/test_docs.py tests/e2e/test_docs_examples.py
 
-$(SITE)/.installed: docs/site/requirements.txt
-	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/$(PIP_INSTALL) --requirement docs/site/requirements.txt
+$(SITE)/.installed: docs/site/requirements.txt | $(VENV)/.pip
+	$(PYTHON) -m venv --without-pip --clear $(@D)
+	$(INSTALL_INTO) --requirement docs/site/requirements.txt
 	touch $@
 
 clean:
