@@ -250,9 +250,10 @@ $(PAGE)/node_modules/.installed: $(PAGE)/package-lock.json
 	cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --silent --no-audit --no-fund
 	touch $@
 
+# With a pip, which deploy.schemas calls.
 $(DEPLOY)/.installed: deploy/tools.txt deploy/tools-schemas.txt deploy/schemas.py \
 		deploy/kserve_models.py | $(VENV)/.pip
-	$(PYTHON) -m venv --without-pip $(DEPLOY)
+	$(PYTHON) -m venv $(DEPLOY)
 	$(INSTALL_INTO) --requirement deploy/tools.txt
 	$(DEPLOY)/bin/python -m deploy.schemas $(DEPLOY)/crds.json
 	touch $@
