@@ -9,11 +9,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-Numbers = Tensor | Sequence[float]
+Numbers = Tensor | list[float] | tuple[float, ...]
 """A number for each image: a tensor [B], or a list or tuple, which costs less."""
-Integers = Tensor | Sequence[int]
+Integers = Tensor | list[int] | tuple[int, ...]
 """An integer for each image, likewise."""
-Ranges = Tensor | Sequence[tuple[int, int]]
+Ranges = Tensor | list[tuple[int, int]] | list[list[int]]
 """Ends of a range for each image: a tensor [B, 2], or a list of pairs."""
 
 _REACH = 1e18
@@ -61,7 +61,7 @@ def image_ranges(ranges: Ranges | None, batch: int, images: int) -> list[tuple[i
     if ranges is None:
         return [(0, images)] * batch
     if _is_list(ranges, batch, list | tuple):
-        ends = [end for pair in ranges for end in integers("ranges", pair, (2,))]
+        ends = [end for pair in ranges for end in integers("ranges, a pair", pair, (2,))]
     else:
         ends = integers("ranges", ranges, (batch, 2))
     limits = list(zip(ends[::2], ends[1::2], strict=True))
@@ -103,17 +103,28 @@ def ends(images: Tensor) -> list[tuple[float, float]]:
 
 def positive(name: str, scale: Numbers, batch: int) -> list[float]:
     """Return numbers [batch]; raise ValueError unless finite and above 0."""
-    if isinstance(scale, Tensor):
-        is_valid = scale.shape == (batch,) and not scale.is_complex()
-    else:
-        is_valid = _is_list(scale, batch, float | int)
-    if not is_valid:
-        raise ValueError(f"{name}: expected numbers [{batch}], got {describe(scale)}")
-    values = [float(value) for value in (scale.tolist() if isinstance(scale, Tensor) else scale)]
+    values = numbers(name, scale, batch)
     for value in values:
         if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected finite and > 0, got {value}")
     return values
+
+
+def numbers(name: str, values: object, batch: int) -> list[float]:
+    """Return numbers [batch] of a tensor, list or tuple; raise ValueError for anything else."""
+    if isinstance(values, Tensor) and values.shape == (batch,) and not values.is_complex():
+        return [float(value) for value in values.tolist()]
+    if _is_list(values, batch, float | int):
+        return [_float(value) for value in values]
+    raise ValueError(f"{name}: expected numbers [{batch}], got {describe(values)}")
+
+
+def _float(value: float) -> float:
+    """Return a number as a float; infinity for an integer beyond the largest."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def integers(name: str, values: object, shape: tuple[int, ...]) -> list[int]:
@@ -133,7 +144,7 @@ def integers(name: str, values: object, shape: tuple[int, ...]) -> list[int]:
 
 
 def _is_list(values: object, length: int, kind: Any) -> TypeGuard[Sequence[Any]]:
-    """Return whether an object is a list or tuple of a length, of a type other than bool."""
+    """Return whether an object is a list or tuple of a length, its elements of a type, no bool."""
     return (
         isinstance(values, list | tuple)
         and len(values) == length

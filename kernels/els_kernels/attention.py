@@ -153,7 +153,8 @@ class PatchAttention:
 
         Args:
             x: noisy images [B, C, H, W] float32, finite, on the bank's device, ``x = a·x0 + s·ε``.
-            a: signal scale of each image [B], > 0; a tensor or, at less cost, a list, as the next.
+            a: signal scale of each image [B], > 0; a tensor, or a list, which costs less: so are
+                ``s``, ``window`` and ``ranges``.
             s: noise scale of each image [B], > 0, and large enough that logits fit a float32:
                 ``(|x| + a·|φ|)·√(C·H·W)/s`` and ``a/s`` up to 1e18.
             window: odd side of each image's patch [B] integers; None where ``geometry.whole``.

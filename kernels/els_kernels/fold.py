@@ -23,6 +23,7 @@ from typing import Protocol, Unpack
 import torch
 from torch import Tensor
 
+from els_kernels.arguments import Integers, Numbers, Ranges
 from els_kernels.attention import Compiling, PatchAttention
 from els_kernels.fold_arguments import BankLimits, FoldArguments, bank_groups, bank_limits, folds
 from els_kernels.fold_plan import FoldQuery
@@ -175,13 +176,12 @@ class FoldedAttention:
         plain = same_size and geometry.padding != "inside" and len(self._groups) == 1
         alone = [b for b, query in enumerate(queries) if plain and query.fold == 0]
         if alone:
-            ranges = arguments.get("ranges")
             answer.mean[alone], answer.log_evidence[alone] = self._centre_alone(
                 x[alone],
-                a=arguments["a"][alone],
-                s=arguments["s"][alone],
-                window=arguments["window"][alone],
-                ranges=None if ranges is None else ranges[alone],
+                a=[queries[b].a for b in alone],
+                s=[queries[b].s for b in alone],
+                window=[queries[b].window for b in alone],
+                ranges=[queries[b].limits for b in alone],
                 geometry=geometry,
             )
         with torch.autocast(self.device.type, enabled=False):
@@ -231,11 +231,11 @@ class FoldedAttention:
         self,
         x: Tensor,
         *,
-        a: Tensor,
-        s: Tensor,
-        window: Tensor,
-        fold: Tensor,
-        ranges: Tensor | None = None,
+        a: Numbers,
+        s: Numbers,
+        window: Integers,
+        fold: Numbers,
+        ranges: Ranges | None = None,
         geometry: Geometry,
     ) -> list[FoldQuery]:
         """Return the validated arguments of each image; see ``FoldArguments``.

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from els_kernels.arguments import (
+    Integers,
+    Numbers,
+    Ranges,
     check_logits,
     describe,
     image_ranges,
     is_images,
     magnitudes,
+    numbers,
     odd_windows,
     positive,
 )
@@ -28,20 +32,20 @@ LEAST_FOLD = 0.05
 
 
 class FoldArguments(TypedDict):
-    """Arguments of the images of a batch of queries beside x."""
+    """Arguments of the images of a batch of queries beside x: tensors, or lists."""
 
-    a: Tensor
+    a: Numbers
     """Signal scale of each image [B], > 0."""
-    s: Tensor
+    s: Numbers
     """Noise scale of each image [B], > 0; see ``PatchAttention``."""
-    window: Tensor
+    window: Integers
     """Odd side of each image's patch [B] integers, at most every side of x and of the bank's
     images; up to ``max_window`` if all are of one size."""
-    fold: Tensor
+    fold: Numbers
     """ρ of each image [B]: 0, or from ``LEAST_FOLD`` to infinity."""
     geometry: Geometry
     """A value of ``FOLD_GEOMETRIES``."""
-    ranges: NotRequired[Tensor | None]
+    ranges: NotRequired[Ranges | None]
     """Half-open ranges of bank images, [B, 2] integers ``lo, hi``; None for all."""
 
 
@@ -101,13 +105,13 @@ class BankLimits:
                 f"{sizes}, got {size[0]}x{size[1]}"
             )
 
-    def levels(self, x: Tensor, a: Tensor, s: Tensor) -> list[tuple[float, float]]:
+    def levels(self, x: Tensor, a: Numbers, s: Numbers) -> list[tuple[float, float]]:
         """Return the scales of each image; logits fit a float32, see ``PatchAttention``."""
         scales = positive("a", a, len(x)), positive("s", s, len(x))
         check_logits(magnitudes("x", x), self.largest, math.prod(x.shape[1:]), *scales)
         return list(zip(*scales, strict=True))
 
-    def windows(self, window: Tensor, x: Tensor, geometry: Geometry) -> list[int]:
+    def windows(self, window: Integers, x: Tensor, geometry: Geometry) -> list[int]:
         """Return the windows, odd and at most every side; or ``max_window`` if sizes are equal."""
         sides = [(x.shape[2], x.shape[3]), *self.sizes]
         if len(set(sides)) == 1:
@@ -117,7 +121,7 @@ class BankLimits:
             largest = side - (side + 1) % 2
         return odd_windows(window, len(x), largest)
 
-    def ranges(self, ranges: Tensor | None, batch: int) -> list[tuple[int, int]]:
+    def ranges(self, ranges: Ranges | None, batch: int) -> list[tuple[int, int]]:
         """Return the ranges of bank images, all of them by default."""
         return image_ranges(ranges, batch, self.images)
 
@@ -140,11 +144,9 @@ def _largest(group: Tensor) -> float:
     return float(decoded(torch.stack(group.aminmax())).abs().max())
 
 
-def folds(fold: Tensor, batch: int) -> list[float]:
+def folds(fold: Numbers, batch: int) -> list[float]:
     """Return ρ of each image: 0, or from ``LEAST_FOLD`` to infinity."""
-    if not isinstance(fold, Tensor) or fold.shape != (batch,) or fold.is_complex():
-        raise ValueError(f"fold: expected numbers [{batch}], got {describe(fold)}")
-    values = [float(value) for value in fold.tolist()]
+    values = numbers("fold", fold, batch)
     for value in values:
         # float32 of .05 is a little less in some roundings, and must pass.
         if not (value == 0 or value >= LEAST_FOLD * (1 - 1e-6)):

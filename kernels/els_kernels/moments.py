@@ -118,7 +118,7 @@ class PatchMoments:
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
             cotangent: g, [B, C, H, W] float32, finite.
-            a: signal scale of each image [B].
+            a: signal scale of each image [B]; a tensor or a list, as of ``PatchAttention``.
             s: noise scale of each image [B].
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
@@ -152,7 +152,7 @@ class PatchMoments:
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
             tangent: u, [B, C, H, W] float32, finite.
-            a: signal scale of each image [B].
+            a: signal scale of each image [B]; a tensor or a list, as of ``PatchAttention``.
             s: noise scale of each image [B].
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
@@ -186,7 +186,7 @@ class PatchMoments:
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
-            a: signal scale of each image [B].
+            a: signal scale of each image [B]; a tensor or a list, as of ``PatchAttention``.
             s: noise scale of each image [B].
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
@@ -215,7 +215,7 @@ class PatchMoments:
 
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
-            a: signal scale of each image [B].
+            a: signal scale of each image [B]; a tensor or a list, as of ``PatchAttention``.
             s: noise scale of each image [B].
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.
@@ -252,7 +252,7 @@ class PatchMoments:
         Args:
             x: noisy images [B, C, H, W] float32, as of ``PatchAttention``.
             image: index in the bank; outside a query's range it changes nothing.
-            a: signal scale of each image [B].
+            a: signal scale of each image [B]; a tensor or a list, as of ``PatchAttention``.
             s: noise scale of each image [B].
             window: odd side of each image's patch [B]; None where ``geometry.whole``.
             ranges: half-open ranges of bank images, [B, 2]; None for all.

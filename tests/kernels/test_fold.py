@@ -293,6 +293,24 @@ GOOD = {
 }
 
 
+@pytest.mark.parametrize("size", [(5, 6), (7, 6)])  # the bank's, and another
+def test_numbers_may_be_lists(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, *size, generator=generator)
+    tensors: dict[str, Any] = {
+        **{name: value for name, value in GOOD.items() if name != "x"},
+        "fold": torch.tensor([0.0, 0.5]),
+        "ranges": torch.tensor([[0, 4], [1, 3]]),
+        "geometry": FOLD_GEOMETRIES["els", "zeros"],
+    }
+    lists: dict[str, Any] = {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in tensors.items()
+    }
+    fold = FoldedAttention(torch.rand(BANK.shape, generator=generator), implementation="torch")
+    assert torch.equal(fold(x, **lists).mean, fold(x, **tensors).mean)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import signal
 import threading
@@ -36,10 +37,11 @@ from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.mixed_banks import make_mixed_bank
 from els_service.errors import ElsError, LoadError
 from els_service.repository import ModelRepository
-from els_service.shards.messages import Message
+from els_service.shards.messages import Array, Message
 from els_service.shards.process import do_not_preempt
 from els_service.shards.shard import ShardOptions
 from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
+from els_service.shards.shared_control import SharedControl
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +56,15 @@ def forked() -> Iterator[None]:
         yield
 
 
-class _SpoiltShard:
-    """A shard in this process whose operations fail."""
+class _HeldShard:
+    """A shard in this process that answers when a test does it."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Message, Future[Message]]] = []
 
     def ask(self, operation: Message) -> Future[Message]:
         answer = Future[Message]()
-        answer.set_exception(ElsError("spoilt"))
+        self.asked.append((operation, answer))
         return answer
 
     def stop(self, number: int) -> None:
@@ -71,18 +76,36 @@ class _SpoiltShard:
 
 def test_a_failed_operation_leaves_no_memory_to_the_garbage_collector() -> None:
     bank: Any = block_bank()
-    shard: Any = _SpoiltShard()
-    shards = ShardSet("bank", bank, [shard], [], torch.zeros(1), 1.0)
-    array = np.zeros(10)
-    kept = weakref.ref(array)
+    held: Any = [_HeldShard(), _HeldShard()]
+    shards = ShardSet("bank", bank, held, [], torch.zeros(1), 1.0)
+    sent, returned = np.zeros(10), np.zeros(10)
+    kept = [weakref.ref(sent), weakref.ref(returned)]
+
+    def answer(rows: Array) -> None:
+        eventually(lambda: held[1].asked)
+        (_, failed), (operation, late) = (shard.asked.pop() for shard in held)
+        failed.set_exception(ElsError("spoilt"))
+        late.set_result(Message("answer", {"seconds": 0.0}, [rows], operation.number))
+
     gc.disable()
     try:
-        with pytest.raises(ElsError, match="spoilt"):
-            shards.ask("rows", {}, [array])
-        del array
-        assert kept() is None
+        with ThreadPoolExecutor(1) as other:
+            answering = other.submit(answer, returned)
+            with pytest.raises(ElsError, match="spoilt"):
+                shards.ask("rows", {}, [sent])
+            answering.result()
+        del sent, returned, answering
+        assert [one() for one in kept] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_later_stop_of_an_earlier_operation_withdraws_no_stop() -> None:
+    shared = SharedControl(mmap.mmap(-1, 4096))
+    shared.stop(7)
+    shared.stop(5)
+    assert shared.begin(7).stopped
+    assert not shared.begin(8).stopped
 
 
 @pytest.fixture(scope="module")

@@ -197,8 +197,9 @@ class RayShard:
             error = done.exception()
             if error is not None:
                 # A dead actor or node: what it is called differs.
-                answer.set_exception(ShardLostError(f"shard {self.name}: {_short(error)}"))
+                # Not ready before its caller wakes, who would ask it at once.
                 self._lose(_short(error))
+                answer.set_exception(ShardLostError(f"shard {self.name}: {_short(error)}"))
                 return
             found = parse(done.result())
             if found.op != "failure":

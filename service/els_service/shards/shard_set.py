@@ -94,7 +94,7 @@ class ShardSet:
         self._norms: dict[int, list[float]] = {}
         self._failed_until = 0.0
         self._asked = 0
-        """Messages so far: an answer is where the next one to its shard will be."""
+        """Messages and stops so far: an answer is where the next one to its shard will be."""
         self._lock = threading.RLock()
         self._turn = threading.Condition(self._lock)
         """Waits for a lost shard without the lock, which others take meanwhile."""
@@ -238,6 +238,9 @@ class ShardSet:
         return found
 
     def _stop(self, asked: Sequence[_Asked]) -> None:
+        # A stop may meet the next operation of a shard, if a caller of it waits for another shard:
+        # that caller then asks all again.
+        self._asked += 1
         for one in asked:
             self.shards[one.index].stop(one.operation.number)
 
@@ -245,34 +248,35 @@ class ShardSet:
         self, asked: list[_Asked], control: Control, *, partial: bool
     ) -> list[Message | None]:
         found: dict[int, Message | None] = {}
-        done: SimpleQueue[Future[Message]] = SimpleQueue()
+        done: SimpleQueue[tuple[int, int]] = SimpleQueue()
         for one in asked:
-            one.answer.add_done_callback(done.put)
+            _notify(one, done)
         while len(found) < len(asked):
             try:
-                answer = done.get(timeout=_POLL_S)
+                index, number = done.get(timeout=_POLL_S)
             except Empty:
-                answer = None
+                index, number = 0, 0
             # Also progress of this computation: a shard without progress is ended elsewhere.
             control.advance()
-            # None of those that were asked again.
-            for one in [one for one in asked if one.answer is answer]:
-                error = one.answer.exception()
-                if error is None:
-                    found[one.index] = one.answer.result()
-                    self._count(one)
-                elif not isinstance(error, ShardLostError):
-                    try:
-                        raise error
-                    finally:
-                        # The error's traceback has this frame: no cycle keeps the arrays.
-                        del error, one, answer
-                elif partial:
-                    found[one.index] = None
-                else:
-                    for again in self._ask_again(asked, one, control):
-                        found.pop(again.index, None)
-                        again.answer.add_done_callback(done.put)
+            one = asked[index]
+            if one.operation.number != number:
+                continue  # no answer yet, or that of an operation that was asked again
+            error = one.answer.exception()
+            if error is None:
+                found[index] = one.answer.result()
+                self._count(one)
+            elif not isinstance(error, ShardLostError):
+                try:
+                    raise error
+                finally:
+                    # Its traceback refers to this frame: a cycle would keep the arrays.
+                    del error, one
+            elif partial:
+                found[index] = None
+            else:
+                for again in self._ask_again(asked, one, control):
+                    found.pop(again.index, None)
+                    _notify(again, done)
         seconds = [one.fields["seconds"] for one in found.values() if one is not None]
         self.slowest_s = max(seconds, default=0.0)
         return [found[index] for index in range(len(asked))]
@@ -318,6 +322,15 @@ class ShardSet:
         statistics = self.statistics[one.index]
         statistics.count += 1
         statistics.seconds += time.monotonic() - one.begun
+
+
+def _notify(one: _Asked, done: SimpleQueue[tuple[int, int]]) -> None:
+    """Put shard and number into a queue when there is an answer, or none will come.
+
+    Neither refers to the answer, which has the callback: a cycle would keep its arrays.
+    """
+    key = one.index, one.operation.number
+    one.answer.add_done_callback(lambda _: done.put(key))
 
 
 def live_sets() -> list[ShardSet]:

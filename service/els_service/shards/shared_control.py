@@ -39,5 +39,5 @@ class SharedControl:
 
     def stop(self, number: int) -> None:
         """Stop an operation and all before it, begun or not."""
-        self._stopped.value = number
+        self._stopped.value = max(self._stopped.value, number)
         self.control.stop()
