@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import mmap
 import os
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.support.bank_parts import write_parts
 from tests.support.preloaded import forked_shards
 from tests.support.sharded_models import (
@@ -35,13 +31,11 @@ from els_service.denoisers.banks import make_bank, save_bank
 from els_service.denoisers.base import Query, make_query
 from els_service.denoisers.levels import NoiseLevel
 from els_service.denoisers.mixed_banks import make_mixed_bank
-from els_service.errors import ElsError, LoadError
+from els_service.errors import LoadError
 from els_service.repository import ModelRepository
-from els_service.shards.messages import Array, Message
 from els_service.shards.process import do_not_preempt
-from els_service.shards.shard import ShardLostError, ShardOptions
-from els_service.shards.shard_set import ShardSet, ShardsUnavailableError, complete
-from els_service.shards.shared_control import SharedControl
+from els_service.shards.shard import ShardOptions
+from els_service.shards.shard_set import ShardSet, ShardsUnavailableError
 
 pytestmark = pytest.mark.slow
 
@@ -54,122 +48,6 @@ def forked() -> Iterator[None]:
     # Those of the servers in tests/e2e/test_shards.py are executed.
     with forked_shards():
         yield
-
-
-class _HeldShard:
-    """A shard in this process that answers when a test does it."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Message, Future[Message]]] = []
-
-    def ask(self, operation: Message) -> Future[Message]:
-        answer = Future[Message]()
-        self.asked.append((operation, answer))
-        return answer
-
-    def stop(self, number: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_failed_operation_leaves_no_memory_to_the_garbage_collector() -> None:
-    bank: Any = block_bank()
-    held: Any = [_HeldShard(), _HeldShard()]
-    shards = ShardSet("bank", bank, held, [], torch.zeros(1), 1.0)
-    sent, returned = np.zeros(10), np.zeros(10)
-    kept = [weakref.ref(sent), weakref.ref(returned)]
-
-    def answer(rows: Array) -> None:
-        eventually(lambda: held[1].asked)
-        (_, failed), (operation, late) = (shard.asked.pop() for shard in held)
-        failed.set_exception(ElsError("spoilt"))
-        late.set_result(Message("answer", {"seconds": 0.0}, [rows], operation.number))
-
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(1) as other:
-            answering = other.submit(answer, returned)
-            with pytest.raises(ElsError, match="spoilt"):
-                shards.ask("rows", {}, [sent])
-            answering.result()
-        del sent, returned, answering
-        assert [one() for one in kept] == [None, None]
-    finally:
-        gc.enable()
-
-
-class _LostShard(_HeldShard):
-    """A shard in this process that is lost until a test has it ready."""
-
-    name, ready = "1", False
-
-    def ask(self, operation: Message) -> Future[Message]:
-        answer = super().ask(operation)
-        if self.ready:
-            answer.set_result(_empty(operation))
-        else:
-            answer.set_exception(ShardLostError("lost"))
-        return answer
-
-
-def _empty(operation: Message) -> Message:
-    return Message("answer", {"seconds": 0.0}, [], operation.number)
-
-
-class _ControlledShard(_HeldShard):
-    """A shard in this process whose operations can be stopped."""
-
-    name = "0"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.control = SharedControl(mmap.mmap(-1, 4096))
-
-    def stop(self, number: int) -> None:
-        if any(operation.number == number for operation, _ in self.asked):
-            self.control.stop(number)
-
-
-def test_who_is_cancelled_ends_no_operation_of_a_caller_that_waits_for_a_shard() -> None:
-    bank: Any = block_bank()
-    one, other = _ControlledShard(), _LostShard()
-    both: Any = [one, other]
-    shards = ShardSet("bank", bank, both, [], torch.zeros(1), 10.0)
-    control = Control()
-
-    def cancelled() -> None:
-        with pytest.raises(ComputationStoppedError), control:
-            shards.ask("rows", {}, [])
-
-    with ThreadPoolExecutor(2) as callers:
-        first = callers.submit(cancelled)
-        eventually(lambda: len(one.asked) == 1)
-        second = callers.submit(shards.ask, "rows", {}, [])
-        eventually(lambda: len(one.asked) == 2)
-        # Both wait for the other shard. The process has begun the operation of the second, and the
-        # server has not read the answer to the first.
-        (earlier, answer), (later, _) = one.asked
-        begun = one.control.begin(later.number)
-        control.stop()
-        first.result()
-        answer.set_result(_empty(earlier))
-        assert begun.stopped
-        one.asked[1][1].set_exception(ComputationStoppedError("stopped"))
-        other.ready = True
-        eventually(lambda: len(one.asked) == 3)
-        operation, again = one.asked[2]
-        again.set_result(_empty(operation))
-        assert [message.op for message in complete(second.result())] == ["answer", "answer"]
-
-
-def test_a_later_stop_of_an_earlier_operation_withdraws_no_stop() -> None:
-    shared = SharedControl(mmap.mmap(-1, 4096))
-    shared.stop(7)
-    shared.stop(5)
-    assert shared.begin(7).stopped
-    assert not shared.begin(8).stopped
 
 
 @pytest.fixture(scope="module")
