@@ -178,11 +178,11 @@ def _merge_s(models: Any, machine: str) -> float:
     geometry = models.load(machine)._geometry
     limits = [(0, 3 * blocks * 512)]
     arguments = torch.zeros(1, *shape), [1.0], [1.0], [1], limits, geometry
-    native.merge(rows.addresses(), *arguments)
+    native.merging(*arguments).run(rows.addresses())
     took = []
     for _ in range(count):
         began = time.perf_counter()
-        native.merge(rows.addresses(), *arguments)
+        native.merging(*arguments).run(rows.addresses())
         took.append(time.perf_counter() - began)
     return median(took) * torch.get_num_threads() / (blocks * 4 * 64 * 64)
 

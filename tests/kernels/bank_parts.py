@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,12 +39,10 @@ class OwnParts:
     def exclusive(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def rows(self, *arguments: Any) -> list[Any]:
-        return self._all(lambda native: native.rows(*arguments))
-
-    def rows_of_some(self, *arguments: Any) -> list[Any]:
-        """All but those of the second part."""
-        return [None if i == 1 else rows for i, rows in enumerate(self.rows(*arguments))]
+    def rows(self, *arguments: Any, partial: bool = False) -> Generator[tuple[int, Any]]:
+        """With ``partial`` all but those of the second part."""
+        for i, native in enumerate(self._natives):
+            yield i, None if partial and i == 1 else native.rows(*arguments)
 
     def moment_rows(self, call: MomentCall) -> list[Any]:
         return self._all(lambda native: native.moment_rows(call))

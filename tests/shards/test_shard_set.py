@@ -17,7 +17,7 @@ from els_kernels import ComputationStoppedError, Control
 from els_service.errors import ElsError
 from els_service.shards.messages import Array, Message
 from els_service.shards.shard import ShardLostError
-from els_service.shards.shard_set import ShardSet, complete
+from els_service.shards.shard_set import ShardSet
 from els_service.shards.shared_control import SharedControl
 
 
@@ -126,7 +126,7 @@ def test_who_is_cancelled_ends_no_operation_of_a_caller_that_waits_for_a_shard()
         eventually(lambda: len(one.asked) == 3)
         operation, again = one.asked[2]
         again.set_result(_empty(operation))
-        assert [message.op for message in complete(second.result())] == ["answer", "answer"]
+        assert [message.op for message in second.result()] == ["answer", "answer"]
 
 
 def test_a_later_stop_of_an_earlier_operation_withdraws_no_stop() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from els_kernels.native.binding import BlocksArgument
+from els_kernels.control import Control
+from els_kernels.geometry import Posterior
+from els_kernels.native.binding import BlocksArgument, _library, run_apart
 
 
 class AttendCall(ctypes.Structure):
@@ -42,6 +46,55 @@ class AttendCall(ctypes.Structure):
         ("log_evidence", ctypes.c_void_p),
         ("control", ctypes.c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class PreparedCall:
+    """Call of patch attention, with the memory that it reads and writes."""
+
+    call: AttendCall
+    control: Control
+    alive: object
+    """Holds the memory."""
+
+    def run(self, function: str, rows: tuple[Iterable[int], Iterable[int]] | None = None) -> None:
+        """Call a function of the library.
+
+        Args:
+            function: ``els_attend`` or ``els_merge``.
+            rows: addresses of the peaks and the sums of rows, which the caller holds.
+
+        Raises:
+            ComputationStoppedError: The ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
+        """
+        peaks, sums = (array("Q", each) for each in rows or ((), ()))
+        if rows is not None:
+            self.call.row_peaks, self.call.row_sums = peaks.buffer_info()[0], sums.buffer_info()[0]
+        alive = self.alive, peaks, sums
+        run_apart(getattr(_library(), function), self.call, self.control, alive, "this batch")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge of rows, prepared before they are there."""
+
+    call: PreparedCall
+    answer: Posterior
+
+    def run(self, rows: tuple[Iterable[int], Iterable[int]]) -> Posterior:
+        """Return the posteriors.
+
+        Args:
+            rows: addresses of the peaks and the sums of each image's rows, in order: see
+                ``Blocks.owners``.
+
+        Raises:
+            ComputationStoppedError: The ``Control`` was stopped.
+            MemoryError: The partial results do not fit in memory.
+        """
+        self.call.run("els_merge", rows)
+        return self.answer
 
 
 class Rows(NamedTuple):

@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -20,20 +19,19 @@ from els_kernels.blocks import Blocks
 from els_kernels.control import Control, current
 from els_kernels.geometry import Geometry, Posterior
 from els_kernels.moment_queries import exact_posterior, merge_posteriors
-from els_kernels.native.attend_call import AttendCall, Rows, empty_rows
+from els_kernels.native.attend_call import AttendCall, Merge, PreparedCall, Rows, empty_rows
 from els_kernels.native.binding import (
     _PADDING,
     _SOURCES,
     BlocksArgument,
     _library,
     kernel_index,
-    run_apart,
 )
 from els_kernels.native.block_sums import block_sums, centre_of, largest_window, squares_of
 from els_kernels.native.far_queries import MOST_ERROR, float_error, is_far
 from els_kernels.native.moments_call import MomentCall, MomentRows, moment_rows
 
-_Arguments = tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]
+Arguments = tuple[Tensor, list[float], list[float], list[int], list[tuple[int, int]], Geometry]
 
 
 class Native:
@@ -261,7 +259,7 @@ class Native:
         """Return the posteriors that the library computes, of a process with all blocks."""
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        self._run(_library().els_attend, x, a, s, window, ranges, geometry, answer._asdict())
+        self._prepared(x, a, s, window, ranges, geometry, answer._asdict()).run("els_attend")
         return answer
 
     def rows(
@@ -281,33 +279,22 @@ class Native:
         count = sum(len(self.blocks.rows(*limits)) for limits in ranges)
         rows = empty_rows(count, self.shape[1:], memory)
         if count:
-            self._run_rows(
-                _library().els_attend,
-                rows.addresses(),
-                {},
-                x.contiguous(),
-                a,
-                s,
-                window,
-                ranges,
-                geometry,
-            )
+            call = self._prepared(x.contiguous(), a, s, window, ranges, geometry, {})
+            call.run("els_attend", rows.addresses())
         return rows
 
-    def merge(
+    def merging(
         self,
-        addresses: tuple[Iterable[int], Iterable[int]],
         x: Tensor,
         a: list[float],
         s: list[float],
         window: list[int],
         ranges: list[tuple[int, int]],
         geometry: Geometry,
-    ) -> Posterior:
-        """Return the posteriors of the rows of a whole bank: the bits of ``attend``.
+    ) -> Merge:
+        """Return the merge of the rows of a whole bank into posteriors: the bits of ``attend``.
 
         Args:
-            addresses: of peaks and sums of the rows of each image, in order: see ``Blocks.owners``.
             x: images [B, C, H, W].
             a: signal scale of each image.
             s: noise scale of each image.
@@ -317,32 +304,16 @@ class Native:
         """
         x = x.contiguous()
         answer = Posterior(torch.empty_like(x), x.new_empty(len(x), *x.shape[2:]))
-        results = answer._asdict()
-        self._run_rows(_library().els_merge, addresses, results, x, a, s, window, ranges, geometry)
-        return answer
+        call = self._prepared(x, a, s, window, ranges, geometry, answer._asdict())
+        return Merge(call, answer)
 
     @property
     def _grouped(self) -> bool:
         """Whether a row is of a group of blocks."""
         return self.blocks.grouped
 
-    def _run_rows(
+    def _prepared(
         self,
-        function: Callable[[object], int],
-        addresses: tuple[Iterable[int], Iterable[int]],
-        results: dict[str, Tensor],
-        *arguments: *_Arguments,
-    ) -> None:
-        """Call the library with the addresses of peaks and sums of rows, which the caller holds."""
-        peaks, sums = (array("Q", each) for each in addresses)
-        rows = {"row_peaks": peaks.buffer_info()[0], "row_sums": sums.buffer_info()[0]}
-        self._run(function, *arguments, results, rows)
-        # The arrays live until here.
-        del peaks, sums
-
-    def _run(
-        self,
-        function: Callable[[object], int],
         x: Tensor,
         a: list[float],
         s: list[float],
@@ -350,20 +321,17 @@ class Native:
         ranges: list[tuple[int, int]],
         geometry: Geometry,
         results: dict[str, Tensor],
-        rows: dict[str, int] | None = None,
-    ) -> None:
-        """Call the library with its results by the names of ``AttendCall``.
+    ) -> PreparedCall:
+        """Return a call of the library.
 
         Args:
-            function: of the library.
             x: in C order.
             a: as of ``attend``, like the next.
             s: of each image.
             window: of each image.
             ranges: of each image.
             geometry: of all.
-            results: that are written.
-            rows: addresses of addresses of rows.
+            results: that are written, by the names of ``AttendCall``.
         """
         # Arrays of ctypes take a tenth of the time of tensors.
         scales = (ctypes.c_double * (2 * len(a)))(*a, *s)
@@ -393,8 +361,6 @@ class Native:
             ranges=ctypes.addressof(limits),
             control=control.address,
             **{name: result.data_ptr() for name, result in results.items()},
-            **(rows or {}),
         )
         # Keeps the buffers alive until the library returns.
-        alive = (self, x, scales, windows, limits, results)
-        run_apart(function, call, control, alive, "this batch")
+        return PreparedCall(call, control, (self, x, scales, windows, limits, results))

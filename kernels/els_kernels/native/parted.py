@@ -6,8 +6,9 @@ merged, is in this process. See ``blocks``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -19,7 +20,7 @@ from els_kernels.blocked_moments import Level, MomentPass
 from els_kernels.blocks import Blocks
 from els_kernels.geometry import Geometry, Posterior
 from els_kernels.native.attend_call import Rows
-from els_kernels.native.bank import Native
+from els_kernels.native.bank import Arguments, Native
 from els_kernels.native.binding import _library, kernel_index
 from els_kernels.native.moments_call import STATISTICS, MomentCall, MomentRows
 
@@ -66,20 +67,14 @@ class BankParts(Protocol):
         window: list[int],
         ranges: list[tuple[int, int]],
         geometry: Geometry,
-    ) -> list[Rows]:
-        """Return ``Native.rows``."""
-        ...
+        *,
+        partial: bool = False,
+    ) -> Generator[tuple[int, Rows | None]]:
+        """Yield the index of each process and its ``Native.rows`` as they arrive.
 
-    def rows_of_some(
-        self,
-        x: Tensor,
-        a: list[float],
-        s: list[float],
-        window: list[int],
-        ranges: list[tuple[int, int]],
-        geometry: Geometry,
-    ) -> list[Rows | None]:
-        """Return ``Native.rows``, None of processes that cannot be asked."""
+        Those of a process that was lost and asked again come again. With ``partial`` they are None
+        of a process that cannot be asked, and no process is asked again.
+        """
         ...
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
@@ -136,10 +131,7 @@ class PartedNative(Native):
         geometry: Geometry,
     ) -> Posterior:
         """Return the posteriors of the whole bank."""
-        arguments = x.contiguous(), a, s, window, ranges, geometry
-        with self.parts.exclusive():
-            found = self.parts.rows(*arguments)
-            return self.merge(self._addresses(ranges, found), *arguments)
+        return self._merged((x.contiguous(), a, s, window, ranges, geometry))[0]
 
     def has_far(
         self,
@@ -167,12 +159,9 @@ class PartedNative(Native):
         A share is that of the images of a range that answered; if it is 0, there is no posterior.
         """
         arguments = x.contiguous(), a, s, window, ranges, geometry
-        with self.parts.exclusive():
-            found = self.parts.rows_of_some(*arguments)
-            answer = self.merge(self._addresses(ranges, found), *arguments)
+        answer, parts = self._merged(arguments, partial=True)
         shares = []
         for lo, hi in ranges:
-            parts = [part is not None for part in found]
             answered = 0
             for block in range(lo // self.blocks.size, -(-hi // self.blocks.size)):
                 start = block * self.blocks.size
@@ -185,14 +174,25 @@ class PartedNative(Native):
     def _grouped(self) -> bool:
         return self.parts.blocks[0].grouped
 
-    def _addresses(
-        self, ranges: list[tuple[int, int]], found: Sequence[Rows | None]
-    ) -> tuple[list[int], list[int]]:
-        """Return the addresses of peaks and sums of the rows of all images, in order."""
-        blocks = self.parts.blocks[0]
-        owners = [owner for limits in ranges for owner in blocks.owners(*limits)]
-        peaks, sums = zip(*(self._own_addresses(rows) for rows in found), strict=True)
-        return in_turn(owners, peaks), in_turn(owners, sums)
+    def _merged(
+        self, arguments: Arguments, *, partial: bool = False
+    ) -> tuple[Posterior, list[bool]]:
+        """Return the posteriors of the rows of all processes, and which of these answered."""
+        _, _, _, _, ranges, _ = arguments
+        with (
+            self.parts.exclusive(),
+            contextlib.closing(self.parts.rows(*arguments, partial=partial)) as answers,
+        ):
+            found = dict([next(answers)])
+            # While the others compute.
+            blocks = self.parts.blocks[0]
+            owners = [owner for limits in ranges for owner in blocks.owners(*limits)]
+            merge = self.merging(*arguments)
+            found.update(answers)
+            rows = [found[i] for i in range(len(found))]
+            peaks, sums = zip(*map(self._own_addresses, rows), strict=True)
+            answer = merge.run((in_turn(owners, peaks), in_turn(owners, sums)))
+        return answer, [one is not None for one in rows]
 
     def _own_addresses(self, rows: Rows | None) -> tuple[Iterator[int], Iterator[int]]:
         if rows is None:

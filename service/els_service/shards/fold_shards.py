@@ -11,7 +11,7 @@ from els_kernels import FoldedAttention, FoldedMoments
 from els_kernels.native import PartedFoldImages
 from els_kernels.native.fold_pass import FoldFrame, FoldPass, FoldRows
 from els_service.shards.fold_messages import frame_fields, pass_fields
-from els_service.shards.shard_set import ShardSet, complete
+from els_service.shards.shard_set import ShardSet
 from els_service.shards.values import array_of, tensors_of
 
 
@@ -32,23 +32,23 @@ class FoldShards:
 
     def fold_sums(self) -> list[tuple[Tensor, Tensor]]:
         """Return the sums of the blocks and the ends of the images of every shard."""
-        found = complete(self.shards.ask("fold_sums", {}, []))
+        found = self.shards.ask("fold_sums", {}, [])
         return [(sums, ends) for sums, ends in map(tensors_of, found)]
 
     def fold_squares(self, centre: Tensor) -> list[Tensor]:
         """Return the squares of the blocks of every shard."""
-        found = complete(self.shards.ask("fold_squares", {}, [array_of(centre)]))
+        found = self.shards.ask("fold_squares", {}, [array_of(centre)])
         return [tensors_of(one)[0] for one in found]
 
     def fold_norms(self, centre: Tensor, frame: FoldFrame) -> list[float]:
         """Return the largest norm of a patch of every shard."""
         found = self.shards.ask("fold_norms", frame_fields(frame), [array_of(centre)])
-        return [one.fields["norm"] for one in complete(found)]
+        return [one.fields["norm"] for one in found]
 
     def fold_rows(self, centre: Tensor, each: FoldPass) -> list[FoldRows]:
         """Return the rows of a pass of every shard."""
         arrays = [array_of(centre), *(array_of(tensor) for tensor in each.tensors.values())]
-        found = complete(self.shards.ask("fold_rows", pass_fields(each), arrays))
+        found = self.shards.ask("fold_rows", pass_fields(each), arrays)
         return [FoldRows(*tensors_of(one)) for one in found]
 
 

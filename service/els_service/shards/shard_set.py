@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -112,7 +112,7 @@ class ShardSet:
         centre = self.centre.numpy()
         for shard in self.shards:
             shard.keep(centre)
-        prepared = complete(self.ask("prepare", {}, [centre]))
+        prepared = self.ask("prepare", {}, [centre])
         self.largest = max(answer.fields["largest"] for answer in prepared)
         self._squares = [answer.arrays[0].tolist() for answer in prepared]
 
@@ -132,25 +132,14 @@ class ShardSet:
         window: list[int],
         ranges: list[tuple[int, int]],
         geometry: Geometry,
-    ) -> list[Rows]:
-        """Return the rows of every shard; see ``BankParts``."""
+        *,
+        partial: bool = False,
+    ) -> Generator[tuple[int, Rows | None]]:
+        """Yield the rows of every shard; see ``BankParts``."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self.ask("rows", fields, [array_of(x)], views=True)
-        return [Rows(*tensors_of(one)) for one in complete(found)]
-
-    def rows_of_some(
-        self,
-        x: Tensor,
-        a: list[float],
-        s: list[float],
-        window: list[int],
-        ranges: list[tuple[int, int]],
-        geometry: Geometry,
-    ) -> list[Rows | None]:
-        """Return the rows of every shard that is there, None of the others; waits for none."""
-        fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
-        found = self.ask("rows", fields, [array_of(x)], partial=True, views=True)
-        return [None if one is None else Rows(*tensors_of(one)) for one in found]
+        # Not copied: no other operation overwrites them before the context ends.
+        for index, one in self._answers("rows", fields, [array_of(x)], partial=partial):
+            yield index, None if one is None else Rows(*tensors_of(one))
 
     def moment_rows(self, call: MomentCall) -> list[MomentRows]:
         """Return the rows of a pass of moments of every shard."""
@@ -163,7 +152,7 @@ class ShardSet:
             "inputs": list(call.inputs),
         } | geometry_fields(call.geometry)
         found = self.ask("moments", fields, [array_of(each) for each in call.inputs.values()])
-        return [MomentRows(*tensors_of(one)) for one in complete(found)]
+        return [MomentRows(*tensors_of(one)) for one in found]
 
     def exact_parts(
         self, level: Level, limits: tuple[int, int]
@@ -171,7 +160,7 @@ class ShardSet:
         """Return mean and log evidence of the blocks of every shard."""
         fields = level_fields(level) | {"limits": limits}
         found = self.ask("exact", fields, [array_of(level.x)])
-        return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in complete(found)]
+        return [[(each[:-1], each[-1]) for each in tensors_of(one)] for one in found]
 
     def block_answers(self, level: Level, each: MomentPass) -> list[list[tuple[Tensor, ...]]]:
         """Return the answers of the blocks of every shard to a pass of moments in torch."""
@@ -179,7 +168,7 @@ class ShardSet:
         fields |= {"kind": each.kind, "limits": each.limits, "top": each.top}
         arrays = [array_of(level.x), *(array_of(tensor) for tensor in each.inputs)]
         answers = []
-        for one in complete(self.ask("answers", fields, arrays)):
+        for one in self.ask("answers", fields, arrays):
             tensors, blocks = tensors_of(one), one.fields["blocks"]
             size = len(tensors) // max(1, blocks)
             answers.append([tuple(tensors[i * size : (i + 1) * size]) for i in range(blocks)])
@@ -188,7 +177,7 @@ class ShardSet:
     def square_norm(self, window: int) -> list[float]:
         """Return the largest squared norm of a patch of every shard; asked once."""
         if window not in self._norms:
-            found = complete(self.ask("norm", {"window": window}, []))
+            found = self.ask("norm", {"window": window}, [])
             self._norms[window] = [one.fields["norm"] for one in found]
         return self._norms[window]
 
@@ -196,38 +185,38 @@ class ShardSet:
         """Return the sum of the squared pixels of the blocks of every shard."""
         return self._squares
 
-    def ask(
-        self,
-        op: str,
-        fields: dict[str, Any],
-        arrays: Sequence[Array],
-        *,
-        partial: bool = False,
-        views: bool = False,
-    ) -> list[Message | None]:
+    def ask(self, op: str, fields: dict[str, Any], arrays: Sequence[Array]) -> list[Message]:
         """Return the answers of all shards; a lost shard is asked once more when it is back.
 
         Args:
             op: operation of ``BankPart``.
             fields: its values.
             arrays: its arrays.
-            partial: a lost shard is not asked again, and its answer is None.
-            views: arrays may be in memory that the next operation overwrites.
 
         Raises:
             ShardsUnavailableError: A shard did not come back in time, or was lost again.
             ComputationStoppedError: The current ``Control`` was stopped.
         """
-        control = current() or Control()
         with self._lock:
-            asked = self._put(numbered(op, fields, arrays), range(len(self.shards)))
-            try:
-                found = self._gather(asked, control, partial=partial)
-                return found if views else [one and _owned(one) for one in found]
-            except BaseException:
-                self._stop(asked)
-                asked.clear()
-                raise
+            found = {index: one for index, one in self._answers(op, fields, arrays) if one}
+            return [_owned(found[index]) for index in range(len(self.shards))]
+
+    def _answers(
+        self, op: str, fields: dict[str, Any], arrays: Sequence[Array], *, partial: bool = False
+    ) -> Generator[tuple[int, Message | None]]:
+        """Yield shard and answer as they arrive; again, if a shard was asked again.
+
+        Arrays may be in memory that the next operation overwrites: the caller has the lock. With
+        ``partial`` a lost shard is not asked again, and its answer is None.
+        """
+        control = current() or Control()
+        asked = self._put(numbered(op, fields, arrays), range(len(self.shards)))
+        try:
+            yield from self._gather(asked, control, partial=partial)
+        except BaseException:
+            self._stop(asked)
+            asked.clear()
+            raise
 
     def _put(self, message: Message, shards: Iterable[int]) -> list[_Asked]:
         found = []
@@ -246,12 +235,13 @@ class ShardSet:
 
     def _gather(
         self, asked: list[_Asked], control: Control, *, partial: bool
-    ) -> list[Message | None]:
-        found: dict[int, Message | None] = {}
+    ) -> Iterator[tuple[int, Message | None]]:
+        missing = {one.index for one in asked}
         done: SimpleQueue[tuple[int, int]] = SimpleQueue()
         for one in asked:
             _notify(one, done)
-        while len(found) < len(asked):
+        self.slowest_s = 0.0
+        while missing:
             try:
                 index, number = done.get(timeout=_POLL_S)
             except Empty:
@@ -263,8 +253,8 @@ class ShardSet:
                 continue  # no answer yet, or that of an operation that was asked again
             error = one.answer.exception()
             if error is None:
-                found[index] = one.answer.result()
-                self._count(one)
+                missing.discard(index)
+                yield index, self._counted(one)
             elif not isinstance(error, ShardLostError):
                 try:
                     raise error
@@ -272,14 +262,12 @@ class ShardSet:
                     # Its traceback refers to this frame: a cycle would keep the arrays.
                     del error, one
             elif partial:
-                found[index] = None
+                missing.discard(index)
+                yield index, None
             else:
                 for again in self._ask_again(asked, one, control):
-                    found.pop(again.index, None)
+                    missing.add(again.index)
                     _notify(again, done)
-        seconds = [one.fields["seconds"] for one in found.values() if one is not None]
-        self.slowest_s = max(seconds, default=0.0)
-        return [found[index] for index in range(len(asked))]
 
     def _ask_again(self, asked: list[_Asked], lost: _Asked, control: Control) -> list[_Asked]:
         """Ask a lost shard once it is back; all, if others asked them meanwhile."""
@@ -318,10 +306,13 @@ class ShardSet:
         text = f"the bank {self.name} is incomplete: shard {shard.name} is not ready{more}"
         return ShardsUnavailableError(text)
 
-    def _count(self, one: _Asked) -> None:
-        statistics = self.statistics[one.index]
+    def _counted(self, one: _Asked) -> Message:
+        """Return the answer of a shard, counted."""
+        answer, statistics = one.answer.result(), self.statistics[one.index]
         statistics.count += 1
         statistics.seconds += time.monotonic() - one.begun
+        self.slowest_s = max(self.slowest_s, answer.fields["seconds"])
+        return answer
 
 
 def _notify(one: _Asked, done: SimpleQueue[tuple[int, int]]) -> None:
@@ -336,13 +327,6 @@ def _notify(one: _Asked, done: SimpleQueue[tuple[int, int]]) -> None:
 def live_sets() -> list[ShardSet]:
     """Return all sets of shards of this process, for metrics."""
     return sorted(_LIVE, key=lambda one: one.name)
-
-
-def complete(found: Sequence[Message | None]) -> list[Message]:
-    """Return the answers of all shards, none of which is missing."""
-    answers = [one for one in found if one is not None]
-    assert len(answers) == len(found), "a shard is missing"
-    return answers
 
 
 def _owned(message: Message) -> Message:
