@@ -1,0 +1,41 @@
+"""Images at few steps of a network are compared with those at many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import network_steps
+
+from els_service.denoisers.samplers import Options, sample
+from els_service.experiments.comparison.subjects import open_network
+
+
+def test_a_row_is_of_the_images_that_a_comparison_draws(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    network_steps.main(
+        ["fashion-unet", "--count", "2", "--many", "20", "--dirty", "--out", str(out)]
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    # As many steps as few: the same images.
+    assert row["r"] == row["r_least"] == 1.0
+    assert 0.9 < row["cut"] <= 1.0
+    assert row["largest_first"] > 1
+
+    denoiser = open_network("fashion-unet").denoiser
+    steps = sample(denoiser, count=2, seed=0, options=Options(steps=20), labels=[0, 1])
+    *_, last = steps
+    got, _ = network_steps._Trajectory(denoiser, 2).drawn(network_steps.times(20))
+    assert np.abs(got - last.x.numpy()).max() < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+def test_correlation_is_that_of_numpy(scale: float) -> None:
+    images = np.random.default_rng(0).standard_normal((3, 1, 4, 4)).astype(np.float32)
+    others = scale * images + np.random.default_rng(1).standard_normal((3, 1, 4, 4)).astype(
+        np.float32
+    )
+    want = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, others, strict=True)]
+    assert network_steps.correlations(images, others) == pytest.approx(want)
