@@ -8,10 +8,11 @@
 A comparison is the output of ``els-server compare --protocols paper,ten-steps``; its row is found
 by data, architecture, padding and labels. Several of one network, with other machines or one
 protocol only, are merged, if number of images and seed are equal. ``--trained`` names a folder of
-model folders, whose records of training and calibration go into the record; ``--earlier`` keeps the
-networks of an earlier record that are not compared again. Writes a dated record,
-its tables, and the figure of each network beside them as ``DATE-claim-NETWORK.png``. ``--page``
-writes tables, verdicts and figures into a page; without comparisons, those of the newest record.
+model folders, whose records of training and calibration go into the record; ``--earlier`` keeps
+the comparisons of an earlier record, but those whose protocols are all compared again. Writes a
+dated record, its tables, and the figure of each network beside them as
+``DATE-claim-NETWORK.png``. ``--page`` writes tables, verdicts and figures into a page; without
+comparisons, those of the newest record.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("comparisons", nargs="*", type=_comparison, metavar="DATA=FILE")
     parser.add_argument("--trained", action="append", default=[], type=Path, metavar="FOLDER")
     parser.add_argument(
-        "--earlier", type=Path, metavar="FILE.json", help="record whose other networks are kept"
+        "--earlier", type=Path, metavar="FILE.json", help="record whose other rows are kept"
     )
     parser.add_argument("--note", action="append", default=[], help="a line below the tables")
     parser.add_argument("--page", type=Path, help="page with a generated part")

@@ -45,20 +45,25 @@ def rows_of(
 def with_earlier(
     rows: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]], source: str
 ) -> list[dict[str, Any]]:
-    """Return rows with those networks of an earlier record that they lack.
+    """Return rows with what an earlier record has of networks and protocols that they lack.
 
     Args:
         rows: of the new record.
         earlier: of the earlier one.
         source: its name, which is added to what is kept.
     """
-    names = {ours["network"] for row in rows for ours in row["ours"]}
+    anew = {name for row in rows for ours in row["ours"] for name in _compared(ours)}
     merged = {_key(row): row | {"ours": list(row["ours"])} for row in rows}
     for row in earlier:
-        kept = [{"record": source} | one for one in row["ours"] if one["network"] not in names]
+        kept = [{"record": source} | one for one in row["ours"] if not _compared(one) <= anew]
         if kept:
             merged.setdefault(_key(row), row | {"ours": []})["ours"] += kept
     return list(merged.values())
+
+
+def _compared(ours: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return network and protocol of each result; a record without protocols has the paper's."""
+    return {(ours["network"], protocol) for protocol in ours.get("protocols") or ("paper",)}
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

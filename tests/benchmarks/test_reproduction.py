@@ -154,6 +154,23 @@ def test_other_networks_of_an_earlier_record_are_kept(tmp_path: Path, comparison
     assert "**`other`**: FMNIST unet-attention zeros, with labels" in text
 
 
+def test_another_protocol_of_a_network_stands_beside_its_earlier_one(
+    tmp_path: Path, both: Path
+) -> None:
+    content = json.loads(both.read_text())
+    first = tmp_path / "first"
+    first.mkdir()
+    written(first, f"FMNIST={both}")
+    protocols = content["protocols"]
+    content |= {"count": content["count"] + 1, "protocols": {"ten-steps": protocols["ten-steps"]}}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    record, _ = written(tmp_path, f"FMNIST={other}", "--earlier", str(first / "claim.json"))
+    found = [ours for row in record["rows"] for ours in row["ours"]]
+    assert [list(ours["protocols"]) for ours in found] == [["ten-steps"], ["paper", "ten-steps"]]
+    assert [ours.get("record") for ours in found] == [None, "claim.json"]
+
+
 def test_conditions_of_training_and_calibration_are_recorded(
     tmp_path: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
