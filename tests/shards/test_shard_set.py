@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import weakref
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tests.support.sharded_models import block_bank, eventually
 
-from els_kernels import ComputationStoppedError, Control
+from els_kernels import GEOMETRIES, ComputationStoppedError, Control
 from els_service.errors import ElsError
 from els_service.shards.messages import Array, Message
 from els_service.shards.shard import ShardLostError
@@ -95,6 +96,33 @@ def test_a_failed_operation_leaves_no_memory_to_the_garbage_collector() -> None:
         assert [one() for one in kept] == [None, None]
     finally:
         gc.enable()
+
+
+def test_rows_come_as_shards_answer_and_no_more_are_computed_for_a_caller_that_leaves() -> None:
+    bank: Any = block_bank()
+    held: Any = [_ControlledShard(), _ControlledShard()]
+    shards = ShardSet("bank", bank, held, [], torch.zeros(1), 1.0)
+    arguments = torch.zeros(1, 1, 2, 2), [1.0], [1.0], [1], [(0, 1)], GEOMETRIES["els", "zeros"]
+
+    def answer(index: int) -> None:
+        eventually(lambda: held[index].asked)
+        operation, future = held[index].asked.pop()
+        rows: list[Array] = [np.zeros((1, 2, 2), np.float32), np.zeros((1, 2, 2, 2))]
+        future.set_result(Message("answer", {"seconds": 0.0}, rows, operation.number))
+
+    with (
+        shards.exclusive(),
+        contextlib.closing(shards.rows(*arguments)) as answers,
+        ThreadPoolExecutor(1) as other,
+    ):
+        other.submit(answer, 1)
+        index, rows = next(answers)
+        assert index == 1
+        assert rows is not None
+        assert rows.sums.shape == (1, 2, 2, 2)
+        ((operation, _),) = held[0].asked
+        begun = held[0].control.begin(operation.number)
+    assert begun.stopped
 
 
 def test_who_is_cancelled_ends_no_operation_of_a_caller_that_waits_for_a_shard() -> None:
