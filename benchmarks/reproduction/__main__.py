@@ -9,8 +9,8 @@ A comparison is the output of ``els-server compare --protocols paper,ten-steps``
 by data, architecture, padding and labels. Several of one network, with other machines or one
 protocol only, are merged, if number of images and seed are equal. ``--trained`` names a folder of
 model folders, whose records of training and calibration go into the record; ``--earlier`` keeps
-the comparisons of an earlier record, but those whose protocols are all compared again. Writes a
-dated record, its tables, and the figure of each network beside them as
+what an earlier record has of networks and protocols that are not compared again. Writes a dated
+record, its tables, and the figure of each network beside them as
 ``DATE-claim-NETWORK.png``. ``--page`` writes tables, verdicts and figures into a page; without
 comparisons, those of the newest record.
 """

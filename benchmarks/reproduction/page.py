@@ -50,7 +50,7 @@ def _figures(path: Path, page: Path, rows: list[dict[str, Any]]) -> Iterator[str
     for ours in (ours for row in rows for ours in row["ours"]):
         source = path.with_name(ours.get("record", path.name))
         if (file := figure_of(source, ours["network"])).exists():
-            shown[ours["network"]] = file
+            shown.setdefault(ours["network"], file)
     if shown:
         yield "## Figures\n\nThe noise, what the network draws, and what machines draw from it."
     for name, file in shown.items():

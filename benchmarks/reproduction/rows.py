@@ -14,6 +14,8 @@ from benchmarks.reproduction.published import MACHINES, MEASURES, PAPER, STATEME
 from els_service.experiments.comparison.agreement import mean_interval, median_interval
 
 _PAIRS = tuple(dict.fromkeys((s.machine, s.over) for s in STATEMENTS if isinstance(s.over, str)))
+_ONLY = "paper"
+"""Protocol of records without protocols."""
 _INTERVALS = {"explained": mean_interval, "pearson_r": median_interval}
 
 
@@ -52,18 +54,33 @@ def with_earlier(
         earlier: of the earlier one.
         source: its name, which is added to what is kept.
     """
-    anew = {name for row in rows for ours in row["ours"] for name in _compared(ours)}
+    anew = {
+        (ours["network"], protocol)
+        for row in rows
+        for ours in row["ours"]
+        for protocol in ours["protocols"] or (_ONLY,)
+    }
     merged = {_key(row): row | {"ours": list(row["ours"])} for row in rows}
     for row in earlier:
-        kept = [{"record": source} | one for one in row["ours"] if not _compared(one) <= anew]
+        kept = [{"record": source} | one for ours in row["ours"] if (one := _without(ours, anew))]
         if kept:
             merged.setdefault(_key(row), row | {"ours": []})["ours"] += kept
     return list(merged.values())
 
 
-def _compared(ours: dict[str, Any]) -> set[tuple[str, str]]:
-    """Return network and protocol of each result; a record without protocols has the paper's."""
-    return {(ours["network"], protocol) for protocol in ours.get("protocols") or ("paper",)}
+def _without(ours: dict[str, Any], anew: set[tuple[str, str]]) -> dict[str, Any] | None:
+    """Return a comparison without the protocols that are compared again; None if none is left."""
+    name = ours["network"]
+    if not ours.get("protocols"):
+        return None if (name, _ONLY) in anew else ours
+    kept = {p: one for p, one in ours["protocols"].items() if (name, p) not in anew}
+    if not kept:
+        return None
+    return ours | {
+        "protocols": kept,
+        "differences": {p: one for p, one in ours["differences"].items() if p in kept},
+        "at_network_steps": _merged(one["at_network_steps"] for one in kept.values()),
+    }
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -112,7 +112,12 @@ def _values(rows: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
 
 def _attention(rows: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
     """Yield whether ELS predicts a network with attention less well than its pair without."""
-    every = {ours["network"]: ours for row in rows for ours in row["ours"]}
+    every = {
+        ours["network"]: ours
+        for row in rows
+        for ours in row["ours"]
+        if any(figures_of(ours, "paper", steps) for steps in STEPS)
+    }
     for name, ours in every.items():
         pair = every.get(name.replace("-attention", ""))
         if pair is None or pair is ours:

@@ -154,16 +154,17 @@ def _verdict_lines(found: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _trainings(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        for ours in row["ours"]:
-            if (training := ours.get("training")) is None:
-                continue
-            steps = f"{training['step']:,} of {training['steps']:,}"
-            yield (
-                f"| `{ours['network']}` | {ours['parameters']:,} | {steps} "
-                f"| {training['loss']:.4f} | {training['seconds'] / 3600:.1f} "
-                f"| `{training['command']}` |"
-            )
+    # A network may be there twice, with other protocols.
+    trained = {
+        ours["network"]: ours for row in rows for ours in row["ours"] if ours.get("training")
+    }
+    for name, ours in trained.items():
+        training = ours["training"]
+        steps = f"{training['step']:,} of {training['steps']:,}"
+        yield (
+            f"| `{name}` | {ours['parameters']:,} | {steps} | {training['loss']:.4f} "
+            f"| {training['seconds'] / 3600:.1f} | `{training['command']}` |"
+        )
 
 
 def not_run(rows: Sequence[dict[str, Any]]) -> str:

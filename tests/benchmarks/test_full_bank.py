@@ -20,7 +20,8 @@ def test_a_data_set_becomes_a_bank_in_parts_whose_steps_are_timed(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8)
     header = struct.pack(">IIII", 0x803, *SHAPE)
-    (tmp_path / "images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "images-idx3-ubyte").write_bytes(header + pixels.tobytes())
     tiny = full_bank.DataSet("tiny", "npm", "images-idx3-ubyte")
     monkeypatch.setitem(full_bank.DATA_SETS, "tiny", tiny)
     out, pictures = tmp_path / "out.json", tmp_path / "pictures"

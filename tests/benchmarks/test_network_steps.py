@@ -31,6 +31,12 @@ def test_a_row_is_of_the_images_that_a_comparison_draws(tmp_path: Path) -> None:
     assert np.abs(got - last.x.numpy()).max() < 1e-3
 
 
+def test_a_step_is_cut_into_equal_parts() -> None:
+    few = network_steps.times(4)
+    assert few == [1.0, 0.75, 0.5, 0.25]
+    assert network_steps.cut_at(few, 1) == [1.0, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.25]
+
+
 @pytest.mark.parametrize("scale", [1.0, -2.0])
 def test_correlation_is_that_of_numpy(scale: float) -> None:
     images = np.random.default_rng(0).standard_normal((3, 1, 4, 4)).astype(np.float32)

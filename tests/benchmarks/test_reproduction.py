@@ -161,13 +161,16 @@ def test_another_protocol_of_a_network_stands_beside_its_earlier_one(
     first = tmp_path / "first"
     first.mkdir()
     written(first, f"FMNIST={both}")
-    protocols = content["protocols"]
-    content |= {"count": content["count"] + 1, "protocols": {"ten-steps": protocols["ten-steps"]}}
+    later = content["protocols"]["ten-steps"]
+    content |= {"count": content["count"] + 1, "protocols": {"ten-steps": later}}
+    content |= {name: later[name] for name in ("machine_steps", "at_network_steps")}
+    content["seconds_per_step"] = {"els": 1.0, "wiener": 1.0}
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
     record, _ = written(tmp_path, f"FMNIST={other}", "--earlier", str(first / "claim.json"))
     found = [ours for row in record["rows"] for ours in row["ours"]]
-    assert [list(ours["protocols"]) for ours in found] == [["ten-steps"], ["paper", "ten-steps"]]
+    assert [list(ours["protocols"]) for ours in found] == [["ten-steps"], ["paper"]]
+    assert [list(ours["at_network_steps"]) for ours in found] == [["10"], ["20", "150"]]
     assert [ours.get("record") for ours in found] == [None, "claim.json"]
 
 

@@ -41,16 +41,16 @@ class _HeldShard:
 
 
 class _LostShard(_HeldShard):
-    """A shard in this process that is lost until a test has it ready."""
+    """A shard in this process that is lost until a test has it ready, and then answers, or not."""
 
-    name, ready = "1", False
+    name, ready, silent = "1", False, False
 
     def ask(self, operation: Message) -> Future[Message]:
         answer = super().ask(operation)
-        if self.ready:
-            answer.set_result(_empty(operation))
-        else:
+        if not self.ready:
             answer.set_exception(ShardLostError("lost"))
+        elif not self.silent:
+            answer.set_result(_empty(operation))
         return answer
 
 
@@ -94,6 +94,35 @@ def test_a_failed_operation_leaves_no_memory_to_the_garbage_collector() -> None:
             answering.result()
         del sent, returned, answering
         assert [one() for one in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_an_operation_that_fails_when_asked_again_leaves_no_memory_either() -> None:
+    bank: Any = block_bank()
+    lost = _LostShard()
+    both: Any = [_HeldShard(), lost]
+    shards = ShardSet("bank", bank, both, [], torch.zeros(1), 10.0)
+    sent = np.zeros(10)
+    kept = weakref.ref(sent)
+
+    def answer() -> None:
+        eventually(lambda: len(lost.asked) == 1)
+        lost.silent = lost.ready = True
+        eventually(lambda: len(lost.asked) == 2)
+        lost.asked[1][1].set_exception(ElsError("spoilt"))
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(1) as other:
+            answering = other.submit(answer)
+            with pytest.raises(ElsError, match="spoilt"):
+                shards.ask("rows", {}, [sent])
+            answering.result()
+        for shard in both:
+            shard.asked.clear()
+        del sent, answering
+        assert kept() is None
     finally:
         gc.enable()
 

@@ -55,7 +55,7 @@ class PreparedCall:
     call: AttendCall
     control: Control
     alive: object
-    """Holds the memory."""
+    """Holds the memory, but that of rows."""
 
     def run(self, function: str, rows: tuple[Iterable[int], Iterable[int]] | None = None) -> None:
         """Call a function of the library.
@@ -77,7 +77,7 @@ class PreparedCall:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge of rows, prepared before they are there."""
+    """Merge of rows, prepared before they are there; runs once."""
 
     call: PreparedCall
     answer: Posterior
@@ -87,7 +87,7 @@ class Merge:
 
         Args:
             rows: addresses of the peaks and the sums of each image's rows, in order: see
-                ``Blocks.owners``.
+                ``Blocks.owners``; the caller holds their memory.
 
         Raises:
             ComputationStoppedError: The ``Control`` was stopped.

@@ -32,7 +32,7 @@ _ABSENT = -3e38
 class BankParts(Protocol):
     """Processes that have the blocks of a bank between them: the i-th every n-th from i on.
 
-    Each method returns the answers of all, in order.
+    Each method but ``rows`` returns the answers of all, in order.
     """
 
     @property
@@ -70,10 +70,11 @@ class BankParts(Protocol):
         *,
         partial: bool = False,
     ) -> Generator[tuple[int, Rows | None]]:
-        """Yield the index of each process and its ``Native.rows`` as they arrive.
+        """Yield the index of each process and its ``Native.rows``, in the order of arrival.
 
-        Those of a process that was lost and asked again come again. With ``partial`` they are None
-        of a process that cannot be asked, and no process is asked again.
+        To be called, exhausted or closed within ``exclusive``. If a process is lost, others may
+        have to answer again: the later rows of an index replace the earlier ones, which are no
+        longer valid. With ``partial`` a lost process is not asked again, and its rows are None.
         """
         ...
 

@@ -135,7 +135,7 @@ class ShardSet:
         *,
         partial: bool = False,
     ) -> Generator[tuple[int, Rows | None]]:
-        """Yield the rows of every shard; see ``BankParts``."""
+        """Yield the rows of every shard; see ``BankParts``. The caller is in ``exclusive``."""
         fields = {"a": a, "s": s, "window": window, "ranges": ranges} | geometry_fields(geometry)
         # Not copied: no other operation overwrites them before the context ends.
         for index, one in self._answers("rows", fields, [array_of(x)], partial=partial):
@@ -265,9 +265,9 @@ class ShardSet:
                 missing.discard(index)
                 yield index, None
             else:
-                for again in self._ask_again(asked, one, control):
-                    missing.add(again.index)
-                    _notify(again, done)
+                again = self._ask_again(asked, one, control)
+                while again:  # of which this frame keeps none, see above
+                    missing.add(_notify(again.pop(), done))
 
     def _ask_again(self, asked: list[_Asked], lost: _Asked, control: Control) -> list[_Asked]:
         """Ask a lost shard once it is back; all, if others asked them meanwhile."""
@@ -315,13 +315,14 @@ class ShardSet:
         return answer
 
 
-def _notify(one: _Asked, done: SimpleQueue[tuple[int, int]]) -> None:
-    """Put shard and number into a queue when there is an answer, or none will come.
+def _notify(one: _Asked, done: SimpleQueue[tuple[int, int]]) -> int:
+    """Put shard and number into a queue when there is an answer, or none will come; return shard.
 
     Neither refers to the answer, which has the callback: a cycle would keep its arrays.
     """
     key = one.index, one.operation.number
     one.answer.add_done_callback(lambda _: done.put(key))
+    return one.index
 
 
 def live_sets() -> list[ShardSet]:
