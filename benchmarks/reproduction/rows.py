@@ -54,7 +54,7 @@ def with_earlier(
         earlier: of the earlier one.
         source: its name, which is added to what is kept.
     """
-    anew = {
+    new = {
         (ours["network"], protocol)
         for row in rows
         for ours in row["ours"]
@@ -62,18 +62,18 @@ def with_earlier(
     }
     merged = {_key(row): row | {"ours": list(row["ours"])} for row in rows}
     for row in earlier:
-        kept = [{"record": source} | one for ours in row["ours"] if (one := _without(ours, anew))]
+        kept = [{"record": source} | one for ours in row["ours"] if (one := _without(ours, new))]
         if kept:
             merged.setdefault(_key(row), row | {"ours": []})["ours"] += kept
     return list(merged.values())
 
 
-def _without(ours: dict[str, Any], anew: set[tuple[str, str]]) -> dict[str, Any] | None:
+def _without(ours: dict[str, Any], new: set[tuple[str, str]]) -> dict[str, Any] | None:
     """Return a comparison without the protocols that are compared again; None if none is left."""
     name = ours["network"]
     if not ours.get("protocols"):
-        return None if (name, _ONLY) in anew else ours
-    kept = {p: one for p, one in ours["protocols"].items() if (name, p) not in anew}
+        return None if (name, _ONLY) in new else ours
+    kept = {p: one for p, one in ours["protocols"].items() if (name, p) not in new}
     if not kept:
         return None
     return ours | {
