@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from benchmarks import record
 from els_service.denoisers.base import Denoiser, make_query
 from els_service.denoisers.levels import NoiseLevel, cosine
 from els_service.denoisers.noise import seeded_noise
+from els_service.experiments.comparison.agreement import agreement
 from els_service.experiments.comparison.sampling import SampleSpec
 from els_service.experiments.comparison.subjects import open_network
 
@@ -64,7 +66,7 @@ def measured(name: str, count: int, many: int) -> dict[str, Any]:
     row: dict[str, Any] = {"network": network.name, "images": count, "steps": FEW, "many": many}
     results = {"r": plain, "cut": cut, "elsewhere": elsewhere, "replaced": replaced}
     for key, images in results.items():
-        found = correlations(images, want)
+        found = agreement(torch.from_numpy(images), torch.from_numpy(want)).pearson_r
         row |= {key: round(float(np.median(found)), 4), f"{key}_least": round(found.min(), 4)}
     return row | {"largest_first": round(largest, 2)}
 
@@ -110,15 +112,6 @@ class _Trajectory:
                 mean = mean if first is None else np.broadcast_to(first, mean.shape)
             x = (next_a * mean + next_s * (x - a * mean) / s).astype(np.float32)
         return x, largest
-
-
-def correlations(images: Images, others: Images) -> npt.NDArray[np.float64]:
-    """Return Pearson's r of each image [N, C, H, W] with another."""
-    rows = [each.reshape(len(each), -1).astype(np.float64) for each in (images, others)]
-    centred = [each - each.mean(1, keepdims=True) for each in rows]
-    scales = [np.linalg.norm(each, axis=1) for each in centred]
-    found: npt.NDArray[np.float64] = np.einsum("ij,ij->i", *centred) / (scales[0] * scales[1])
-    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from benchmarks import network_steps
 
 from els_service.denoisers.samplers import Options, sample
@@ -35,13 +34,3 @@ def test_a_step_is_cut_into_equal_parts() -> None:
     few = network_steps.times(4)
     assert few == [1.0, 0.75, 0.5, 0.25]
     assert network_steps.cut_at(few, 1) == [1.0, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.25]
-
-
-@pytest.mark.parametrize("scale", [1.0, -2.0])
-def test_correlation_is_that_of_numpy(scale: float) -> None:
-    images = np.random.default_rng(0).standard_normal((3, 1, 4, 4)).astype(np.float32)
-    others = scale * images + np.random.default_rng(1).standard_normal((3, 1, 4, 4)).astype(
-        np.float32
-    )
-    want = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, others, strict=True)]
-    assert network_steps.correlations(images, others) == pytest.approx(want)
