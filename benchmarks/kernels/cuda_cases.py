@@ -120,7 +120,8 @@ def _forms(case: Case) -> tuple[Form | None, ...]:
     if case.geometry.whole or case.geometry.sources != "every":
         return (None,)
     small = case.shape[0] * case.window**2 <= 128
-    return ("direct", "diagonal") if small else ("diagonal",)
+    # Without a form Hopper takes a kernel of its own.
+    return (None, "direct", "diagonal") if small else (None, "diagonal")
 
 
 def _timings() -> Iterator[Case]:
@@ -134,6 +135,9 @@ def _timings() -> Iterator[Case]:
             yield Case("form", _CIRCULAR, _GRAY, 4000, k, 4, form)
             if k == 3:
                 yield Case("form", _CIRCULAR, _COLOUR, 2000, k, 4, form)
+    for k in (11, 17):
+        yield Case("form", _CIRCULAR, _COLOUR, 2000, k, 4, "diagonal")
+        yield Case("form", _CIRCULAR, _COLOUR, 2000, k, 4)
     for batch in (1, 4, 16, 64):
         yield Case("batch", _ZEROS, _GRAY, 6000, 9, batch)
     for images in (1000, 6000, 60_000):

@@ -110,7 +110,7 @@ def test_states_of_many_slots_are_merged_in_runs_and_empty_ones_weigh_nothing() 
     peak[:, empty], sums[:, empty] = -math.inf, 0
     if torch.cuda.is_available():
         peak, sums = peak.cuda(), sums.cuda()
-    state = launch._merge(peak, sums, (5, 1))
+    state = launch.merged(peak, sums, (5, 1))
     weights = torch.exp2((peak - peak.amax(1, keepdim=True)).double())
     want = (weights[..., None] * sums).sum(1)
     assert torch.equal(state.peak.flatten(), peak.amax(1).flatten())

@@ -35,9 +35,11 @@ NAMES = [
 ]
 LARGEST = "diagonal C=3 k≤25 floats"
 """The one of them that needs most registers."""
+# Of those for Hopper the one that most calls take, and the one with the widest products.
+HOPPER = ["diagonal C=3 k≤11", "diagonal C=3 k≤19 floats"]
 # The one by displacement that needs most registers, for chips whose binaries are not interpreted
 # either (``ptx/test_ptx_planes.py``).
-FOLD = {"sm80": ["fold C=3 k≤17"], "gfx942": ["fold C=3 k≤17"]}
+OTHERS = {"sm80": ["fold C=3 k≤17"], "gfx942": ["fold C=3 k≤17"], "sm90": HOPPER}
 Facts = tuple[list[str], dict[str, float] | None]
 
 
@@ -64,14 +66,18 @@ def facts(arch: Arch, name: str, **tile: int) -> Facts:
 
 def always(arch: Arch) -> list[str]:
     """Return the binaries of a chip that every run compiles: the largest, and others in turn."""
-    return [*NAMES[get_args(Arch).index(arch) :: len(get_args(Arch))], LARGEST, *FOLD.get(arch, [])]
+    return [
+        *NAMES[get_args(Arch).index(arch) :: len(get_args(Arch))],
+        LARGEST,
+        *OTHERS.get(arch, []),
+    ]
 
 
 @pytest.mark.parametrize("arch", get_args(Arch))
 def test_tuned_kernels_neither_spill_nor_overrun_and_use_the_matrix_units(
     compilers: ProcessPoolExecutor, arch: Arch
 ) -> None:
-    names = [*NAMES, *FOLD.get(arch, [])] if all_rows() else sorted({*always(arch)})
+    names = [*NAMES, *OTHERS.get(arch, [])] if all_rows() else sorted({*always(arch)})
     # Hopper takes the diagonal form from k = 3 on.
     names = [name for name in names if arch != "sm90" or not name.startswith("direct")]
     reports = [compilers.submit(facts, arch, name) for name in names]
@@ -80,10 +86,10 @@ def test_tuned_kernels_neither_spill_nor_overrun_and_use_the_matrix_units(
 
 def test_a_tile_that_spills_is_told(compilers: ProcessPoolExecutor) -> None:
     # One warp instead of four, for the same tile: four times the registers, if there were any.
-    wrong, _ = compilers.submit(facts, "sm90", "diagonal C=1 k≤25", num_warps=1).result()
-    assert "sm90 diagonal C=1 k≤25: expected no spills, got " in wrong[0]
-    # Four warps make the group that Hopper's own instruction needs.
-    assert wrong[1] == "sm90 diagonal C=1 k≤25: expected HGMMA, got HMMA"
+    wrong, _ = compilers.submit(facts, "sm100", "diagonal C=1 k≤25", num_warps=1).result()
+    assert "sm100 diagonal C=1 k≤25: expected no spills, got " in wrong[0]
+    # Four warps make the group that the chip's own instruction needs.
+    assert wrong[1] == "sm100 diagonal C=1 k≤25: expected UTCHMMA, got HMMA"
 
 
 def test_the_static_roofline_reads_one_exp2_a_pair_and_allows_the_target(
@@ -94,3 +100,32 @@ def test_the_static_roofline_reads_one_exp2_a_pair_and_allows_the_target(
     assert 1 <= loop["exp2"] <= 1.25
     # 5e11 pairs a second leave 59 lane instructions a pair to an H200.
     assert loop["all"] < 59
+
+
+def pipeline(name: str) -> tuple[list[str], float]:
+    """Return the order of products, exp2 and waits in each block of PTX, and instructions a pair."""
+    import re
+
+    from els_kernels.triton import sass
+    from els_kernels.triton.binaries import binaries, compiled
+    from els_kernels.triton.counts import step_of
+
+    (binary,) = (binary for binary in binaries("sm90") if binary.name == name)
+    code = compiled(binary).asm
+    kinds = {f"wgmma.mma_async.sync.aligned.m64n{binary.config.block_n}k16": "p"}
+    kinds |= {"ex2.approx": "e", "wgmma.wait_group": "w"}
+    pattern = "|".join(map(re.escape, kinds))
+    blocks = re.split(r"^\$L__BB\w+:", code["ptx"], flags=re.MULTILINE)
+    step = step_of(sass.instructions(code["cubin"]))
+    each = binary.config.num_warps * 32 / binary.pairs * (step.product + step.softmax)
+    return ["".join(kinds[one] for one in re.findall(pattern, block)) for block in blocks], each
+
+
+def test_the_products_of_a_row_run_under_the_softmax_of_the_row_before(
+    compilers: ProcessPoolExecutor,
+) -> None:
+    blocks, each = compilers.submit(pipeline, HOPPER[0]).result()
+    # All products of the next row, then every exp2 of this one, and only then a wait; the loop ends
+    # with the wait of a step without a softmax.
+    assert sorted(filter(None, blocks)) == ["e" * 66 + "w", "p" * 12, "w"]
+    assert each <= 13

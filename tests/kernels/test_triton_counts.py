@@ -66,8 +66,11 @@ def test_the_model_of_latency_is_the_issue_bound_without_waits_and_falls_with_th
     from els_kernels.triton import latency
 
     # 241 registers of 128 threads: two programs.
-    assert latency.programs_of(241, 4) == 2
-    assert latency.programs_of(32, 4) == 16
+    assert latency.programs_of(241, 4, 0) == 2
+    assert latency.programs_of(32, 4, 0) == 16
+    # More than half of a processor's shared memory: one.
+    assert latency.programs_of(241, 4, 115 * 1024) == 1
+    assert latency.programs_of(241, 4, 113 * 1024) == 2
     # 8192 pairs, 1000 instructions of each of four warps, which have a scheduler each.
     assert latency.pairs_a_clock(8192, 1000, 0, 2, 4) == 8.192
     assert latency.pairs_a_clock(8192, 1000, 3000, 2, 4) == 4.096

@@ -68,13 +68,13 @@ def test_the_memory_of_states_does_not_grow_with_the_number_of_slabs(
     from els_kernels.triton.attention import TritonAttention
 
     slots: list[int] = []
-    merge = launch._merge
+    merge = launch.merged
 
     def recorded(peak: torch.Tensor, *rest: Any) -> Any:
         slots.append(peak.shape[1])
         return merge(peak, *rest)
 
-    monkeypatch.setattr(launch, "_merge", recorded)
+    monkeypatch.setattr(launch, "merged", recorded)
     # Two images a slab.
     monkeypatch.setattr(launch, "_SLAB_BYTES", 2048)
 

@@ -16,7 +16,7 @@ import els_kernels
 FOLDER = Path(els_kernels.__file__).parent
 SIGNED = {"FLAT0", "EMIT_FROM", "INNER_LO", "INNER_HI"}
 """Sizes that may be negative, of all kernels."""
-DECORATORS = {"kernel", "triton.jit", "jit"}
+DECORATORS = {"kernel", "triton.jit", "gluon.jit", "jit"}
 SAME_SIGN = {"cast", "to", "broadcast_to", "expand_dims", "reshape", "view", "max", "min", "sum"}
 """Functions and methods whose result is negative only if their first argument is."""
 NEVER_NEGATIVE = {"program_id", "num_programs", "arange", "abs", "zeros"}
@@ -85,7 +85,7 @@ class Signs:
 
 
 def _is_language(called: ast.expr) -> bool:
-    return isinstance(called, ast.Name) and called.id in ("tl", "triton")
+    return isinstance(called, ast.Name) and called.id in ("tl", "gl", "triton")
 
 
 def _is_unsigned(value: ast.expr) -> bool:

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from els_kernels.geometry import Geometry, Posterior, group_by, zero_padded_spans
+from els_kernels.geometry import Geometry, Padding, Posterior, group_by, zero_padded_spans
 from els_kernels.moment_queries import exact_posterior
-from els_kernels.triton import launch, layout, precision, queries, tuning
+from els_kernels.triton import hopper_launch, launch, layout, precision, queries, tuning
 from els_kernels.triton.chips import architecture
-from els_kernels.triton.launch import Cell, Queries, State
+from els_kernels.triton.launch import Cell, DiagonalTraversal, Queries, State
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ _TOGETHER = 16
 """Maximum images in a launch: bounds the memory of their states; results do not depend on it."""
 
 Form = Literal["direct", "diagonal"]
-"""Form for the geometries in which every place is a source."""
+"""Form for the geometries in which every place is a source; ``diagonal`` is the kernel that every
+chip has. Without a form Hopper takes its own where that has a tile."""
 
 
 class TritonAttention:
@@ -180,6 +181,21 @@ class _Part:
             pieces.append((rows, cols, self._finish(state)))
         return pieces
 
+    def _launch(
+        self,
+        batch: Queries,
+        keys: Tensor,
+        half: Tensor,
+        values: Tensor,
+        traversal: DiagonalTraversal,
+        window: int,
+        padding: Padding,
+    ) -> State:
+        """Return the states of a traversal, by Hopper's kernel where it has a tile."""
+        if self._form is None and hopper_launch.serves(self._arch, batch, window, len(keys)):
+            return hopper_launch.diagonal(batch, keys, half, values, traversal, window, padding)
+        return launch.diagonal(batch, keys, half, values, traversal, window, padding, self._arch)
+
     def _diagonal(
         self, batch: Queries, window: int, geometry: Geometry
     ) -> list[tuple[slice, slice, Answer]]:
@@ -189,16 +205,12 @@ class _Part:
         everywhere = slice(0, height), slice(0, width)
         if padding != "zeros":
             traversal = launch.traversal_of(padding, height, width, window)
-            state = launch.diagonal(
-                batch, self._keys, half, self._values, traversal, window, padding, self._arch
-            )
+            state = self._launch(batch, self._keys, half, self._values, traversal, window, padding)
             return [(*everywhere, self._finish(state))]
         pieces: list[tuple[slice, slice, Answer]] = []
         if width >= window:
             traversal = launch.traversal_of(padding, height, width, window)
-            state = launch.diagonal(
-                batch, self._keys, half, self._values, traversal, window, padding, self._arch
-            )
+            state = self._launch(batch, self._keys, half, self._values, traversal, window, padding)
             pieces.append((everywhere[0], slice(r, width - r), self._finish(state)))
         if height >= window and r > 0:
             pieces += self._side_edges(batch, half, window)
@@ -211,9 +223,9 @@ class _Part:
         height, width = self._keys.shape[-2:]
         r = window // 2
         turned = Queries(batch.terms.mT, batch.scale, batch.bias, batch.plain)
-        state = launch.diagonal(
+        state = self._launch(
             turned, self._keys.mT, half.mT.contiguous(), self._values.transpose(1, 2).contiguous(),
-            launch.edge_traversal(width, height, window), window, "zeros", self._arch,
+            launch.edge_traversal(width, height, window), window, "zeros",
         )  # fmt: skip
         mean, log2_z = self._finish(State(state.peak.mT, state.sums.transpose(1, 2)))
         edges = [slice(0, width)] if width < window else [slice(0, r), slice(width - r, width)]

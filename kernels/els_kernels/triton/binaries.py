@@ -11,13 +11,14 @@ import torch
 from els_kernels.triton import layout, tuning
 from els_kernels.triton.diagonal import diagonal_kernel
 from els_kernels.triton.direct import direct_kernel
+from els_kernels.triton.hopper import hopper_kernel
 from els_kernels.triton.online import merge_kernel
 from els_kernels.triton.plane_binaries import plane_binaries
 from els_kernels.triton.same_place import same_place_kernel
 from els_kernels.triton.targets import compiling_for
 from els_kernels.triton.tuning import Arch, Config
 
-_HALVES = {"p_query", "p_keys", "p_values", "p_row_band", "p_col_band"}
+_HALVES = {"p_query", "p_keys", "p_norms", "p_values", "p_row_band", "p_col_band"}
 _INTEGERS = {
     "p_row_spans", "p_ids", "p_query_rows", "p_query_cols", "p_key_rows", "p_key_cols",
 }  # fmt: skip
@@ -71,12 +72,22 @@ def direct(arch: Arch, channels: int, window: int, suffix: str = "") -> Binary:
 def diagonal(arch: Arch, window: int, channels: int, suffix: str = "") -> Binary:
     """Return the diagonal form for a window; ``suffix`` is a key of ``_TERMS``."""
     pair, terms = layout.pair_width(channels), _terms(channels, suffix)
+    name = f"diagonal C={channels} k≤{window}{suffix}"
+    tile = tuning.hopper_tile(window * pair, terms["TERMS"], terms["KEY_TERMS"])
+    if arch == "sm90" and tile is not None:
+        depth, config = tile
+        constants = {
+            **terms, "PAIR": pair, "DEPTH": depth,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "BLOCK_V": max(8, terms["VALUES"]), "BUFFERS": config.num_stages,
+        }  # fmt: skip
+        pairs = config.block_m * config.block_n
+        return Binary(name, hopper_kernel, constants, config, arch, pairs)
     depth, config = tuning.diagonal_depth(window * pair, pair, arch, terms["KEY_TERMS"])
     constants = {
         **terms, "PAIR": pair, "DEPTH": depth,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    name = f"diagonal C={channels} k≤{window}{suffix}"
     return Binary(name, diagonal_kernel, constants, config, arch, config.block_m * config.block_n)
 
 

@@ -5,8 +5,9 @@
 A step of a program multiplies one tile of query places × keys; its softmax is skipped while windows
 are incomplete (warm-up) or where a tile has no pairs. A tile also overhangs the pairs that exist.
 So a useful pair costs more than one of a full step: the table has products and softmaxes per useful
-pair, counted from the traversals of a launch, and instructions per useful pair, which are those of
-a step's two parts times these. The last column is the model of ``latency``. Nothing is measured.
+pair, counted from the traversals of a launch, for one image and for as many as share a tile, and
+instructions per useful pair, which are those of a step's two parts times these. The last column is
+the model of ``latency``. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from els_kernels.geometry import GEOMETRIES, Padding, count_pairs
-from els_kernels.triton import latency, launch, layout, sass
-from els_kernels.triton.binaries import compiled, diagonal
+from els_kernels.triton import latency, launch, layout, sass, tuning
+from els_kernels.triton.binaries import Binary, compiled, diagonal
 from els_kernels.triton.launch import DiagonalTraversal
 from els_kernels.triton.sass import Instruction
 from els_kernels.triton.targets import CHIPS
@@ -156,34 +157,39 @@ def main() -> None:
     chip = parser.parse_args().chip
     arch = CHIPS[chip].arch
     print(
-        "| padding | C | side | k | tile | products | softmaxes | instructions a useful pair "
-        "| full waits a step | barriers | fences | waits for loads | programs a processor "
-        "| issue bound, useful pairs/s | model, useful pairs/s |"
+        "| padding | C | side | k | images a tile | products | softmaxes "
+        "| instructions a useful pair | full waits a step | barriers | fences | waits for loads "
+        "| programs a processor | issue bound, useful pairs/s | model, useful pairs/s |"
     )
     print("|---" * 15 + "|")
     for padding, channels, side, window in _CASES:
         binary = diagonal(arch, window, channels)
-        config = binary.config
-        cubin = compiled(binary, chip).asm["cubin"]
-        step = step_of(sass.instructions(cubin))
-        cover = cover_of(padding, channels, side, window, config.block_m)
-        lanes = config.num_warps * 32 / (config.block_m * config.block_n)
-        instructions = step.product * cover.products + step.softmax * cover.softmaxes
-        each = lanes * instructions
-        # Steps without a softmax are taken to wait as long as those with one.
-        waits = latency.Waits(step.waits, step.barriers, step.fences, step.loads)
-        programs = latency.programs_of(sass.registers(cubin), config.num_warps)
-        rate = latency.pairs_a_clock(
-            config.block_m * config.block_n, instructions, waits.clocks * cover.products,
-            programs, config.num_warps,
-        )  # fmt: skip
-        cells = [
-            padding, channels, side, window, f"{config.block_m}×{config.block_n}",
-            f"{cover.products:.2f}", f"{cover.softmaxes:.2f}", f"{each:.1f}", step.waits,
-            step.barriers, step.fences, step.loads, programs, f"{_CLOCKS * 128 / each:.1e}",
-            f"{_CLOCKS * rate:.1e}",
-        ]  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        code = compiled(binary, chip)
+        step = step_of(sass.instructions(code.asm["cubin"]))
+        programs = latency.programs_of(
+            sass.registers(code.asm["cubin"]), binary.config.num_warps, code.metadata.shared
+        )
+        for share in (1, tuning.SHARED_BY) if "BUFFERS" in binary.constants else (1,):
+            cover = cover_of(padding, channels, side, window, binary.config.block_m // share)
+            cells = [padding, channels, side, window, share, *_rates(binary, step, cover, programs)]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def _rates(binary: Binary, step: Step, cover: Cover, programs: int) -> list[str | int]:
+    """Return the cells of a row of the table, after the case."""
+    warps = binary.config.num_warps
+    instructions = step.product * cover.products + step.softmax * cover.softmaxes
+    each = warps * 32 / binary.pairs * instructions
+    # Steps without a softmax are taken to wait as long as those with one.
+    waits = latency.Waits(step.waits, step.barriers, step.fences, step.loads)
+    rate = latency.pairs_a_clock(
+        binary.pairs, instructions, waits.clocks * cover.products, programs, warps
+    )
+    return [
+        f"{cover.products:.2f}", f"{cover.softmaxes:.2f}", f"{each:.1f}", step.waits,
+        step.barriers, step.fences, step.loads, programs, f"{_CLOCKS * 128 / each:.1e}",
+        f"{_CLOCKS * rate:.1e}",
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

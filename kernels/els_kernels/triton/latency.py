@@ -25,8 +25,8 @@ BARRIER, FENCE = 30, 20
 FAR = 3
 """Waits for loads of a step that the cache of the processor does not serve (assumed): keys, queries
 and, in steps with a softmax, states. All others meet lines that these have fetched."""
-REGISTERS, WARPS = 65536, 64
-"""Of a processor."""
+REGISTERS, WARPS, SHARED = 65536, 64, 233472
+"""Of a processor; shared memory in bytes, of which it keeps 1024 for each program."""
 SCHEDULERS = 4
 
 
@@ -46,15 +46,16 @@ class Waits(NamedTuple):
         return self.matrix * MATRIX + self.barriers * BARRIER + self.fences * FENCE + memory
 
 
-def programs_of(registers: int, warps: int) -> int:
-    """Return the programs that the registers of a processor hold at once.
+def programs_of(registers: int, warps: int, shared: int) -> int:
+    """Return the programs that a processor holds at once.
 
     Args:
         registers: of a thread; allotted by 8.
         warps: of a program.
+        shared: bytes of a program.
     """
     each = -(-registers // 8) * 8 * 32 * warps
-    return min(REGISTERS // each, WARPS // warps)
+    return min(REGISTERS // each, WARPS // warps, SHARED // (shared + 1024))
 
 
 def pairs_a_clock(

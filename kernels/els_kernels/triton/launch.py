@@ -105,7 +105,7 @@ def direct(
     tiles = -(-places // config.block_m)
     elements = key_h * key_w * max(channels, values.shape[-1])
     chunk = tuning.chunk_images(images, key_places, tiles, elements)
-    peak, sums = _empty(len(queries), -(-images // chunk), places, values)
+    peak, sums = empty_states(len(queries), -(-images // chunk), places, values)
     direct_kernel[(tiles, len(queries), peak.shape[1])](
         queries, keys, half, layout.aligned(values), batch.scale, batch.bias, peak, sums,
         *queries.shape[2:4], *cell.query_start, cell.query_places[1], places,
@@ -118,7 +118,7 @@ def direct(
         BLOCK_V=max(16, values.shape[-1]),
         **config.options(),
     )  # fmt: skip
-    return _merge(peak, sums, cell.query_places)
+    return merged(peak, sums, cell.query_places)
 
 
 def diagonal(
@@ -158,12 +158,12 @@ def diagonal(
     table = torch.tensor(spans, dtype=torch.int32, device=keys.device)
 
     images = keys.shape[1]
-    slab = _slab(images, keys.shape[-2:], window, pair * len(keys))
-    elements = _paired_elements(keys.shape[-2:], window, pair * len(keys))
+    slab = slab_images(images, keys.shape[-2:], window, pair * len(keys))
+    elements = paired_elements(keys.shape[-2:], window, pair * len(keys))
     chunk = tuning.chunk_images(min(slab, images), traversal.columns, len(spans), elements)
     chunks = -(-min(slab, images) // chunk)
     places = (rows - window + 1) * cols
-    peak, sums = _empty(size, chunks * traversal.slots, places, values)
+    peak, sums = empty_states(size, chunks * traversal.slots, places, values)
     # A slot without pairs is empty: peak -inf, sums 0.
     peak.fill_(-math.inf)
     sums.zero_()
@@ -183,7 +183,7 @@ def diagonal(
             BLOCK_K=config.block_k, BLOCK_V=max(16, values.shape[-1]),
             **config.options(),
         )  # fmt: skip
-    return _merge(peak, sums, (rows - window + 1, cols))
+    return merged(peak, sums, (rows - window + 1, cols))
 
 
 def same_place(
@@ -213,7 +213,7 @@ def same_place(
         BLOCK_C=1 << (channels - 1).bit_length(), BLOCK=config.block_m,
         **config.options(),
     )  # fmt: skip
-    return _merge(peak, sums, (height, width))
+    return merged(peak, sums, (height, width))
 
 
 def bands(
@@ -257,23 +257,25 @@ def edge_traversal(height: int, width: int, window: int) -> DiagonalTraversal:
     )
 
 
-def _slab(images: int, size: tuple[int, ...], window: int, width: int) -> int:
+def slab_images(images: int, size: tuple[int, ...], window: int, width: int) -> int:
     """Return how many images' paired rows fit the memory limit, at least one."""
-    return max(1, min(images, _SLAB_BYTES // (2 * _paired_elements(size, window, width))))
+    return max(1, min(images, _SLAB_BYTES // (2 * paired_elements(size, window, width))))
 
 
-def _paired_elements(size: tuple[int, ...], window: int, width: int) -> int:
+def paired_elements(size: tuple[int, ...], window: int, width: int) -> int:
+    """Return the elements of an image's paired rows."""
     height, cols = (n + window - 1 for n in size)
     return height * cols * width
 
 
-def _empty(size: int, slots: int, places: int, values: Tensor) -> tuple[Tensor, Tensor]:
+def empty_states(size: int, slots: int, places: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return memory for the states [size, slots, places] and their sums, without values."""
     shape = (size, slots, places)
     peak = torch.empty(shape, dtype=torch.float32, device=values.device)
     return peak, peak.new_empty(*shape, values.shape[-1])
 
 
-def _merge(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
+def merged(peak: Tensor, sums: Tensor, shape: tuple[int, int]) -> State:
     """Return the merged state of all slots: of runs of slots in parallel, then of these."""
     slots = peak.shape[1]
     # Both passes are as long as the other.

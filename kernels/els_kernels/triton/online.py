@@ -21,9 +21,13 @@ def kernel(function: Callable[..., None]) -> Any:
 
     Its parameters are tensors ``p_``, then sizes in capitals, then annotated constants.
     """
+    return triton.jit(function, do_not_specialize=sizes_of(function))
+
+
+def sizes_of(function: Callable[..., None]) -> list[str]:
+    """Return the sizes among the parameters of a kernel."""
     parameters = inspect.signature(function).parameters.values()
-    sizes = [p.name for p in parameters if p.name.isupper() and p.annotation is p.empty]
-    return triton.jit(function, do_not_specialize=sizes)
+    return [p.name for p in parameters if p.name.isupper() and p.annotation is p.empty]
 
 
 @triton.jit

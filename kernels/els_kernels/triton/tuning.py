@@ -6,7 +6,7 @@ spill nor exceed the chip's shared memory. No entry depends on the batch, so nei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
@@ -124,6 +124,14 @@ DIAGONAL_FLOATS: dict[Arch, dict[int, Steps]] = {
 }
 """The same for banks in two terms, whose keys take twice the registers and copies."""
 
+_HOPPER = Config(64, 128, 32, 4, 2)
+NORM_COLUMNS = 8
+"""Columns of a product that are norms of keys, for Hopper: see ``hopper_launch``."""
+HOPPER_UP_TO = 160
+"""Columns of the largest product for Hopper; wider ones spill, and take the tiles above."""
+SHARED_BY = 4
+"""Images of a batch that share a tile for Hopper, at most."""
+
 SAME_PLACE: dict[Arch, Config] = {
     "sm80": Config(32, 32, 32, 8, 1),
     "sm90": Config(32, 32, 32, 8, 1),
@@ -155,6 +163,25 @@ def diagonal_depth(depth: int, pair: int, arch: Arch, key_terms: int = 1) -> tup
         if depth <= largest:
             return -(-depth // config.block_k) * config.block_k, config
     raise AssertionError("the last step serves any depth")
+
+
+def hopper_tile(depth: int, terms: int, key_terms: int) -> tuple[int, Config] | None:
+    """Return all columns of a product, with those of norms, and the tile; None if there is none.
+
+    Args:
+        depth: elements of a row of a window, of both rows of a pair.
+        terms: of the query.
+        key_terms: of the bank, as far as they are multiplied.
+    """
+    block = 16 if depth + NORM_COLUMNS <= 48 else 32
+    columns = -(-(depth + NORM_COLUMNS) // block) * block
+    if columns > HOPPER_UP_TO:
+        return None
+    # Two buffers, if two programs of a processor can have them: less what the chip keeps of each.
+    rows = _HOPPER.block_m * terms + _HOPPER.block_n * key_terms
+    two = 2 * (2 * columns * rows + 32 * _HOPPER.block_n)
+    stages = 2 if two <= SHARED_BYTES["sm90"] // 2 - 1024 else 1
+    return columns, replace(_HOPPER, block_k=block, num_stages=stages)
 
 
 def direct_depth(depth: int) -> int:

@@ -10,7 +10,7 @@ from tests.kernels.ptx.cases import Shape
 WRONG_ANSWER = "budget"
 """Report where only the answer shows the fault."""
 _SM90 = Shape("els-circular", (3, 1, 4, 5), (3,))
-_TWO_QUERIES = Shape("els-circular", (3, 1, 4, 5), (3,), queries=None)
+_TWO_TILES = Shape("els-circular", (2, 1, 9, 9), (3,))
 _SM80 = Shape("els-circular", (2, 1, 7, 8), (7,), chip="sm80")
 
 
@@ -34,7 +34,7 @@ class Mutation:
     found: str
     which: int | None = None
     shape: Shape = _SM90
-    kernel: str = "diagonal_kernel"
+    kernel: str = "hopper_kernel"
 
     def __call__(self, name: str, text: str) -> str:
         """Return the text of a kernel, changed if it is the one.
@@ -56,7 +56,7 @@ class Mutation:
 _NOTHING = "bar.warp.sync -1;"
 _BARRIER = r"bar\.sync\s+0;"
 MUTATIONS = [
-    Mutation("a barrier less", _BARRIER, _NOTHING, "shared race", 5),
+    Mutation("a barrier less", _BARRIER, _NOTHING, "shared race", 0),
     Mutation("no proxy fences", r"fence\.proxy\.async\.shared::cta;", _NOTHING, "proxy fence"),
     Mutation("no waits for copies", r"cp\.async\.wait_group\s+\d+;", _NOTHING, "asynchronous copy"),
     Mutation("no waits for products", r"wgmma\.wait_group[\w.]*\s+\d+;", _NOTHING, "in flight"),
@@ -68,8 +68,10 @@ MUTATIONS = [
              "global read out of bounds", 5),
     Mutation("a write far away", r"(st\.global[^\n]*)\+ 0 \]", r"\1+ -1048576 ]",
              "global write out of bounds", 0),
-    Mutation("all programs on one tile", r"(mov\.u32\s+%r\d+), %ctaid\.y;", r"\1, 0;",
-             "global race", None, _TWO_QUERIES),
-    Mutation("a barrier less on Ampere", _BARRIER, _NOTHING, "shared race", 3, _SM80),
-    Mutation("a matrix not transposed", r"x4\.trans\.", "x4.", WRONG_ANSWER, 0, _SM80),
+    Mutation("all programs on one tile", r"(mov\.u32\s+%r\d+), %ctaid\.x;", r"\1, 0;",
+             "global race", None, _TWO_TILES),
+    Mutation("a barrier less on Ampere", _BARRIER, _NOTHING, "shared race", 3, _SM80,
+             "diagonal_kernel"),
+    Mutation("a matrix not transposed", r"x4\.trans\.", "x4.", WRONG_ANSWER, 0, _SM80,
+             "diagonal_kernel"),
 ]  # fmt: skip

@@ -102,7 +102,7 @@ def test_requests_compile_nothing_after_the_warm_up_nor_the_warm_up_after_the_co
 def test_every_kernel_is_right_in_bounds_and_free_of_races(compiler: ProcessPoolExecutor) -> None:
     wrong, kernels = compiler.submit(interpret_all).result()
     assert {name: text for name, text in wrong.items() if text} == {}
-    forms = {"direct", "diagonal", "same_place", "merge"}
+    forms = {"direct", "diagonal", "hopper", "same_place", "merge"}
     assert kernels == {f"{form}_kernel" for form in forms}
 
 

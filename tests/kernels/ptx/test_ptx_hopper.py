@@ -1,0 +1,75 @@
+"""The kernel for Hopper beyond one image: tiles that images of a batch share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+from tests.support.preloaded import FORKS
+
+# The project has to work without triton.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("triton") is None,
+        reason="triton is not installed: pip install 'els-denoise[gpu]'",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton compiles; in this one it interprets the source."""
+    with ProcessPoolExecutor(1, mp_context=FORKS, initializer=_compile_for_real) as pool:
+        yield pool
+
+
+def _compile_for_real() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def shared(name: str) -> tuple[set[int], str, list[bool]]:
+    """Return the images of a tile, faults, and whether batches have the bits of single images."""
+    import torch
+    from tests.kernels.cases import NAMES, VARIANTS, Case, random_bank
+    from tests.kernels.ptx.driver import InterpretingDriver, interpreting
+
+    from els_kernels.triton import hopper_launch
+    from els_kernels.triton.attention import TritonAttention
+
+    shares, share = set(), hopper_launch._share
+
+    def recorded(size: int, elements: int) -> int:
+        shares.add(share(size, elements))
+        return share(size, elements)
+
+    bank = random_bank((3, 1, 5, 4), of_bytes=True)
+    x = torch.cat([bank, bank.flip(0)])[:5].double() + 0.1
+    level = torch.full((5,), 0.3, dtype=torch.float64)
+    window, ranges = torch.full((5,), 3), torch.tensor([[0, 3]] * 5)
+    case = Case(NAMES[name], bank, x.float(), torch.ones_like(level), level, window, ranges)
+    device = InterpretingDriver("sm90", "hopper")
+    with pytest.MonkeyPatch.context() as patch, interpreting(device, "sm90"):
+        patch.setitem(VARIANTS, "triton", TritonAttention)
+        patch.setattr(hopper_launch, "_share", recorded)
+        alone = {i: case[[i]].attend("triton") for i in (0, 4)}
+        same = []
+        for members in ([4, 0], [0, 1, 2, 3, 4]):
+            batch = case[members].attend("triton")
+            for i, one in alone.items():
+                at = members.index(i)
+                same.append(torch.equal(batch.mean[at], one.mean[0]))
+                same.append(torch.equal(batch.log_evidence[at], one.log_evidence[0]))
+    return shares, str(device.faults), same
+
+
+def test_images_that_share_a_tile_have_the_bits_of_each_alone(
+    compiler: ProcessPoolExecutor,
+) -> None:
+    shares, faults, same = compiler.submit(shared, "els-zeros").result()
+    assert shares == {1, 2, 4}
+    assert faults == ""
+    assert same == [True] * 8
