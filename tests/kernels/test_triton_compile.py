@@ -103,7 +103,7 @@ def test_the_static_roofline_reads_one_exp2_a_pair_and_allows_the_target(
 
 
 def pipeline(name: str) -> tuple[list[str], float]:
-    """Return the order of products, exp2 and waits in each block of PTX, and instructions a pair."""
+    """Return the order of products, exp2, waits in each block of PTX, and instructions a pair."""
     import re
 
     from els_kernels.triton import sass
