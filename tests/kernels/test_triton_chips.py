@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -75,3 +76,58 @@ def test_an_amd_chip_without_matrix_units_is_not_taken_for_one_that_has_them(
     assert architecture(GPU) == "gfx942"
     amd(monkeypatch, "gfx1100")
     assert unsuited(GPU) == "expected a GPU with matrix units (gfx942, gfx950), got gfx1100"
+
+
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
+)
+class TestHopper:
+    """Which queries Hopper's own kernel serves."""
+
+    @staticmethod
+    def served(shape: tuple[int, int, int, int] = (1, 3, 32, 32), window: int = 11) -> bool:
+        from els_kernels.triton.hopper_launch import serves
+        from els_kernels.triton.launch import Queries
+
+        # Shapes alone count.
+        terms = torch.empty(2, *shape, dtype=torch.float16, device="meta")
+        batch = Queries(terms, *(torch.empty(shape[0], device="meta") for _ in range(3)))
+        return serves("sm90", batch, window, 1)
+
+    @pytest.fixture
+    def compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Gluon is imported before, as the process was started.
+        importlib.import_module("els_kernels.triton.hopper_launch")
+        from triton import knobs
+
+        monkeypatch.setattr(knobs.runtime, "interpret", False)
+
+    @pytest.mark.usefixtures("compiled")
+    def test_it_serves_windows_up_to_19_of_colour_images_and_25_of_gray_ones(self) -> None:
+        assert all(self.served(window=k) for k in range(3, 20, 2))
+        assert not self.served(window=21)
+        assert self.served((4, 1, 64, 64), 25)
+
+    @pytest.mark.usefixtures("compiled")
+    def test_it_leaves_what_its_tile_or_its_offsets_do_not_hold(self) -> None:
+        assert self.served((1, 15, 8, 8), 3)
+        assert not self.served((1, 16, 8, 8), 3)
+        assert self.served((1, 3, 800, 800))
+        assert not self.served((1, 3, 900, 900))
+
+    def test_the_interpreter_of_the_source_takes_the_kernel_of_all_chips(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from triton import knobs
+
+        monkeypatch.setattr(knobs.runtime, "interpret", True)
+        assert not self.served()
+
+    @pytest.mark.usefixtures("compiled")
+    def test_an_older_triton_takes_the_kernel_of_all_chips(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+        monkeypatch.delattr(async_copy, "async_load")
+        assert not self.served()

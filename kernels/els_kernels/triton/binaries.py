@@ -73,7 +73,7 @@ def diagonal(arch: Arch, window: int, channels: int, suffix: str = "") -> Binary
     """Return the diagonal form for a window; ``suffix`` is a key of ``_TERMS``."""
     pair, terms = layout.pair_width(channels), _terms(channels, suffix)
     name = f"diagonal C={channels} k≤{window}{suffix}"
-    tile = tuning.hopper_tile(window * pair, terms["TERMS"], terms["KEY_TERMS"])
+    tile = tuning.hopper_tile(channels, window, terms["TERMS"], _TERMS[suffix][0])
     if arch == "sm90" and tile is not None:
         depth, config = tile
         constants = {

@@ -35,16 +35,18 @@ _OFFSETS = 1 << 31
 """Elements that an offset of 32 bits reaches."""
 
 
-def serves(arch: tuning.Arch, batch: Queries, window: int, key_terms: int) -> bool:
+def serves(arch: tuning.Arch, batch: Queries, window: int, bank_terms: int) -> bool:
     """Return whether there is a tile for a window, and a compiler for the kernel.
 
     Triton does not interpret Gluon, and before 3.9 names its copies otherwise.
     """
-    terms, _, channels = batch.terms.shape[:3]
-    depth = window * layout.pair_width(channels)
-    tile = tuning.hopper_tile(depth, terms, min(key_terms, terms))
+    terms, _, channels, height, width = batch.terms.shape
     known = hasattr(async_copy, "async_load") and not knobs.runtime.interpret
-    return arch == "sm90" and tile is not None and known
+    if arch != "sm90" or not known:
+        return False
+    states = max(height, width) * height * width * layout.value_width(channels, bank_terms)
+    tile = tuning.hopper_tile(channels, window, terms, bank_terms)
+    return tile is not None and states < _OFFSETS
 
 
 def diagonal(
@@ -64,7 +66,7 @@ def diagonal(
     terms, size, channels = batch.terms.shape[:3]
     pair = layout.pair_width(channels)
     key_terms = min(len(keys), terms)
-    tile = tuning.hopper_tile(window * pair, terms, key_terms)
+    tile = tuning.hopper_tile(channels, window, terms, len(keys))
     if tile is None:
         raise ValueError(f"window: expected one with a tile for Hopper, got {window}")
     depth, config = tile

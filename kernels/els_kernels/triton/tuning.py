@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from els_kernels.triton import layout
+
 Arch = Literal["sm80", "sm90", "sm100", "gfx942"]
 
 
@@ -129,6 +131,8 @@ NORM_COLUMNS = 8
 """Columns of a product that are norms of keys, for Hopper: see ``hopper_launch``."""
 HOPPER_UP_TO = 160
 """Columns of the largest product for Hopper; wider ones spill, and take the tiles above."""
+HOPPER_VALUES = 16
+"""Values of a key, at most, in a tile for Hopper."""
 SHARED_BY = 4
 """Images of a batch that share a tile for Hopper, at most."""
 
@@ -165,21 +169,25 @@ def diagonal_depth(depth: int, pair: int, arch: Arch, key_terms: int = 1) -> tup
     raise AssertionError("the last step serves any depth")
 
 
-def hopper_tile(depth: int, terms: int, key_terms: int) -> tuple[int, Config] | None:
-    """Return all columns of a product, with those of norms, and the tile; None if there is none.
+def hopper_tile(
+    channels: int, window: int, terms: int, bank_terms: int
+) -> tuple[int, Config] | None:
+    """Return the columns of a product for Hopper and its tile; None if there is none.
 
     Args:
-        depth: elements of a row of a window, of both rows of a pair.
+        channels: of an image.
+        window: k.
         terms: of the query.
-        key_terms: of the bank, as far as they are multiplied.
+        bank_terms: of the bank.
     """
-    block = 16 if depth + NORM_COLUMNS <= 48 else 32
-    columns = -(-(depth + NORM_COLUMNS) // block) * block
-    if columns > HOPPER_UP_TO:
+    depth = window * layout.pair_width(channels) + NORM_COLUMNS
+    block = 16 if depth <= 48 else 32
+    columns = -(-depth // block) * block
+    if columns > HOPPER_UP_TO or layout.value_width(channels, bank_terms) > HOPPER_VALUES:
         return None
     # Two buffers, if two programs of a processor can have them: less what the chip keeps of each.
-    rows = _HOPPER.block_m * terms + _HOPPER.block_n * key_terms
-    two = 2 * (2 * columns * rows + 32 * _HOPPER.block_n)
+    rows = _HOPPER.block_m * terms + _HOPPER.block_n * min(bank_terms, terms)
+    two = 2 * 2 * (columns * rows + HOPPER_VALUES * _HOPPER.block_n)
     stages = 2 if two <= SHARED_BYTES["sm90"] // 2 - 1024 else 1
     return columns, replace(_HOPPER, block_k=block, num_stages=stages)
 
