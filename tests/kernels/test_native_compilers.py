@@ -128,6 +128,9 @@ def test_an_editable_installation_has_the_kernels_of_its_processor_and_a_wheel_h
     (library,) = (command for command in commands if command[-1].endswith("library.o"))
     selected = [one for one in library if one.startswith("-DELS_HAS_")]
     assert selected == [f"-DELS_HAS_{name.upper()}" for name in expected]
+    (baseline,) = (command for command in commands if command[-1].endswith("baseline.o"))
+    # Where it may be the one that is selected, it is optimised.
+    assert ("-O1" in baseline) == (not everywhere and {"avx2"} <= features)
 
 
 @pytest.mark.parametrize("why", ["no compiler", "a compiler that fails"])

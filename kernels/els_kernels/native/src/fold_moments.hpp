@@ -182,6 +182,15 @@ template <FoldPass P, int C, int D>
   }
 }
 
+// Filter the weights of row i of pixels, for displacement `d` of a block; one for all passes.
+[[gnu::noinline]] void filter_moments(const FoldCell& cell, const FoldTaps& taps, int i, int d,
+                                      int slot, FoldMomentScratch& scratch) {
+  const int count = gather_rows(cell, taps, i, d, slot, scratch);
+  float* filtered = scratch.filtered + std::size_t(d) * cell.vectors * kLanes;
+  filter_row(cell, taps, count, scratch,
+             [=](int v, Vec weight) { store(filtered + v * kLanes, weight); });
+}
+
 template <FoldPass P, int C, int N>
 [[gnu::noinline]] void moment_block(const FoldMomentTask& task, int dy) {
   const FoldCell& cell = task.cell;
@@ -216,10 +225,7 @@ template <FoldPass P, int C, int N>
         }
       }
       if (i - last_live[d] >= k || i < moments.first_row || i >= moments.last_row) continue;
-      const int count = gather_rows(cell, taps, i, d, slot, scratch);
-      float* filtered = scratch.filtered + d * row;
-      filter_row(cell, taps, count, scratch,
-                 [=](int v, Vec weight) { store(filtered + v * kLanes, weight); });
+      filter_moments(cell, taps, i, d, slot, scratch);
       reached[d] = true;
     }
     for (int d = 0; d < N; d += 2) {
@@ -237,14 +243,27 @@ inline void flush_sums(std::size_t count, float* sums, double* out) {
   for (std::size_t i = 0; i < count; ++i) out[i] += double(sums[i]), sums[i] = 0.0f;
 }
 
-template <FoldPass P, int C>
-void fold_moments_of(const FoldCell& cell, const FoldUnit& unit, Control& control, char* memory,
+// The blocks of a pass over a number of channels. What calls them is compiled once for all of them.
+struct MomentBlocks {
+  void (*one)(const FoldMomentTask&, int);
+  void (*several)(const FoldMomentTask&, int);
+};
+
+template <FoldPass P>
+MomentBlocks moment_blocks(int channels) {
+  return by_channels(channels, [](auto c) {
+    return MomentBlocks{moment_block<P, c.value, 1>, moment_block<P, c.value, kMomentRows>};
+  });
+}
+
+void fold_moments_of(const FoldCell& cell, FoldPass pass, const MomentBlocks& blocks,
+                     const FoldUnit& unit, Control& control, char* memory,
                      const FoldMoments& moments, FoldMomentSums out) {
-  FoldMomentScratch scratch(cell, P, memory);
+  FoldMomentScratch scratch(cell, pass, memory);
   const std::size_t row = std::size_t(cell.vectors) * kLanes;
-  const std::size_t planes = els::fold_planes(P, cell.channels);
+  const std::size_t planes = els::fold_planes(pass, cell.channels);
   const std::size_t count = (moments.last_row - moments.first_row) * planes * row;
-  const std::size_t patches = P == FoldPass::kTotals ? 2 * cell.patch_rows() * row : 0;
+  const std::size_t patches = pass == FoldPass::kTotals ? 2 * cell.patch_rows() * row : 0;
   std::memset(scratch.sums, 0, count * sizeof(float));
   std::memset(scratch.totals, 0, patches * sizeof(float));
   const std::int64_t image = (unit.source->first + unit.image) << 32;
@@ -253,10 +272,9 @@ void fold_moments_of(const FoldCell& cell, const FoldUnit& unit, Control& contro
     mask_rest(cell, moments.z.rest, scratch);
     const FoldMomentTask task = {cell, keys, moments, scratch, out.ranking, code, out.share};
     if (keys.last_row - keys.first_row == 1)
-      for_each_block(keys, 1, control, [&](int dy) { moment_block<P, C, 1>(task, dy); });
+      for_each_block(keys, 1, control, [&](int dy) { blocks.one(task, dy); });
     else
-      for_each_block(keys, kMomentRows, control,
-                     [&](int dy) { moment_block<P, C, kMomentRows>(task, dy); });
+      for_each_block(keys, kMomentRows, control, [&](int dy) { blocks.several(task, dy); });
     flush_sums(count, scratch.sums, out.planes);
     flush_sums(patches, scratch.totals, out.scalars);
   });
@@ -266,26 +284,19 @@ std::size_t fold_moment_scratch_bytes(const FoldCell& cell, FoldPass pass) {
   return FoldMomentScratch(cell, pass, nullptr).bytes;
 }
 
-template <FoldPass P>
-void fold_moments_by_channels(const FoldCell& cell, const FoldUnit& unit, Control& control,
-                              char* memory, const FoldMoments& moments, FoldMomentSums out) {
-  by_channels(cell.channels, [&](auto c) {
-    fold_moments_of<P, c.value>(cell, unit, control, memory, moments, out);
-  });
-}
-
 void fold_moments(const FoldCell& cell, FoldPass pass, const FoldUnit& unit, Control& control,
                   char* memory, const FoldMoments& moments, FoldMomentSums out) {
+  MomentBlocks blocks = {};
   switch (pass) {
     case FoldPass::kNormalise:
     case FoldPass::kMean: return;
     case FoldPass::kStatistics:
-      return fold_moments_by_channels<FoldPass::kStatistics>(cell, unit, control, memory, moments, out);
-    case FoldPass::kTotals:
-      return fold_moments_by_channels<FoldPass::kTotals>(cell, unit, control, memory, moments, out);
-    case FoldPass::kProduct:
-      return fold_moments_by_channels<FoldPass::kProduct>(cell, unit, control, memory, moments, out);
+      blocks = moment_blocks<FoldPass::kStatistics>(cell.channels);
+      break;
+    case FoldPass::kTotals: blocks = moment_blocks<FoldPass::kTotals>(cell.channels); break;
+    case FoldPass::kProduct: blocks = moment_blocks<FoldPass::kProduct>(cell.channels); break;
   }
+  fold_moments_of(cell, pass, blocks, unit, control, memory, moments, out);
 }
 
 }  // namespace

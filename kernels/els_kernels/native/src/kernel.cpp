@@ -26,13 +26,12 @@ std::size_t scratch_floats(const Bank& bank, const Geometry& geometry) {
   return geometry.sources == Sources::kSame ? 0 : TranslationScratch(bank, nullptr).floats;
 }
 
-template <int C>
 void attend_windows(const Bank& bank, const Geometry& geometry, const Query& query,
                     const Share& share, Control& control, Scratch& scratch, Partial out) {
   if (geometry.sources == Sources::kSame)
-    same_place<C>(bank, geometry, query, share.first, share.last, control, scratch, out);
+    same_place(bank, geometry, query, share.first, share.last, control, scratch, out);
   else
-    every_place<C>(bank, geometry, query, share, control, scratch, out);
+    every_place(bank, geometry, query, share, control, scratch, out);
 }
 
 int queries(const Bank& bank, const Geometry& geometry) {
@@ -51,9 +50,7 @@ void attend(const Bank& bank, const Geometry& geometry, const Query* queries, in
       continue;
     }
     Scratch scratch(bank, memory);
-    by_channels(bank.channels, [&](auto c) {
-      attend_windows<c.value>(bank, geometry, queries[i], share, control, scratch, out[i]);
-    });
+    attend_windows(bank, geometry, queries[i], share, control, scratch, out[i]);
   }
 }
 

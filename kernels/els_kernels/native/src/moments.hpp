@@ -660,9 +660,39 @@ inline void flush_shares(const MomentScratch& scratch, int streams, bool same, d
   std::memset(scratch.shares, 0, kBlock * kLanes * sizeof(float));
 }
 
+// The sweeps of a pass over a number of channels. What calls them is compiled once for all of them.
+using MomentSweep = void (*)(const Block&, const Rows&, const Columns&, const MomentTask&);
+
+struct MomentSweeps {
+  MomentSweep every[kBlock];        // of 1, 2, 3 … displacements
+  MomentSweep same_one, same_block;  // of one tile, and of kBlock
+};
+
 template <MomentPass P, int C>
-void moments_same(const Bank& bank, const Geometry& geometry, const MomentQuery& query,
+constexpr MomentSweeps kMomentSweeps = {
+    {moment_sweep<P, C, 1, false>, moment_sweep<P, C, 2, false>, moment_sweep<P, C, 3, false>,
+     moment_sweep<P, C, kBlock, false>},
+    moment_sweep<P, C, 1, true>,
+    moment_sweep<P, C, kBlock, true>};
+
+template <MomentPass P>
+const MomentSweeps& sweeps_by_channels(int channels) {
+  return *by_channels(channels, [](auto c) { return &kMomentSweeps<P, c.value>; });
+}
+
+inline const MomentSweeps& sweeps_of(MomentPass pass, int channels) {
+  switch (pass) {
+    case MomentPass::kTangent: return sweeps_by_channels<MomentPass::kTangent>(channels);
+    case MomentPass::kShares: return sweeps_by_channels<MomentPass::kShares>(channels);
+    case MomentPass::kCotangent: return sweeps_by_channels<MomentPass::kCotangent>(channels);
+    case MomentPass::kStatistics: break;
+  }
+  return sweeps_by_channels<MomentPass::kStatistics>(channels);
+}
+
+void moments_same(const Bank& bank, const Geometry& geometry, MomentPass pass, const MomentQuery& query,
                   const Share& share, Control& control, MomentScratch& scratch, MomentSums out) {
+  const MomentSweeps& sweeps = sweeps_of(pass, bank.channels);
   const bool cyclic = geometry.padding != Padding::kZeros;
   const std::size_t row = std::size_t(bank.width) * kLanes;
   const Rows rows = all_rows(bank, query.window / 2, cyclic);
@@ -681,20 +711,17 @@ void moments_same(const Bank& bank, const Geometry& geometry, const MomentQuery&
     }
     block.keys = bank.data + tile * tile_floats(bank);
     const MomentTask task = {query, scratch, tile, std::int32_t(tile)};
-    if (streams == 1)
-      moment_sweep<P, C, 1, true>(block, rows, columns, task);
-    else
-      moment_sweep<P, C, kBlock, true>(block, rows, columns, task);
-    if (P == MomentPass::kShares)
+    (streams == 1 ? sweeps.same_one : sweeps.same_block)(block, rows, columns, task);
+    if (pass == MomentPass::kShares)
       flush_shares(scratch, streams, true, out.sums + (tile - share.first) * kLanes);
     tile += streams;
   }
-  if (P != MomentPass::kShares) flush_moments(bank, P, query, scratch, out);
+  if (pass != MomentPass::kShares) flush_moments(bank, pass, query, scratch, out);
 }
 
-template <MomentPass P, int C>
-void moments_every(const Bank& bank, const Geometry& geometry, const MomentQuery& query,
+void moments_every(const Bank& bank, const Geometry& geometry, MomentPass pass, const MomentQuery& query,
                    const Share& share, Control& control, MomentScratch& scratch, MomentSums out) {
+  const MomentSweeps& sweeps = sweeps_of(pass, bank.channels);
   const int height = bank.height, r = query.window / 2;
   const std::size_t row = std::size_t(bank.width + 2 * kPad) * kLanes;
   const Block block = {query.units, scratch.tile + kPad * kLanes, bank.pixels(),
@@ -713,42 +740,13 @@ void moments_every(const Bank& bank, const Geometry& geometry, const MomentQuery
         const std::int32_t* bias = (clipped ? scratch.edge_bias : scratch.bias) + kPad * kLanes;
         columns.bias_row = row;
         columns.bias = reinterpret_cast<const float*>(bias);
-        switch (streams) {
-          case 1: return moment_sweep<P, C, 1, false>(block, rows, columns, task);
-          case 2: return moment_sweep<P, C, 2, false>(block, rows, columns, task);
-          case 3: return moment_sweep<P, C, 3, false>(block, rows, columns, task);
-          default: return moment_sweep<P, C, kBlock, false>(block, rows, columns, task);
-        }
+        sweeps.every[streams - 1](block, rows, columns, task);
       });
-      if (P == MomentPass::kShares)
+      if (pass == MomentPass::kShares)
         flush_shares(scratch, kBlock, false, out.sums + (tile - share.first) * kLanes);
     });
-    if (P != MomentPass::kShares) flush_moments(bank, P, query, scratch, out);
+    if (pass != MomentPass::kShares) flush_moments(bank, pass, query, scratch, out);
   }
-}
-
-template <MomentPass P, int C>
-void moments_of(const Bank& bank, const Geometry& geometry, const MomentQuery& query,
-                const Share& share, Control& control, MomentScratch& scratch, MomentSums out) {
-  if (P == MomentPass::kShares) {
-    std::memset(out.sums, 0, (share.last - share.first) * kLanes * sizeof(double));
-    std::memset(scratch.shares, 0, kBlock * kLanes * sizeof(float));
-  } else {
-    clear_moments(bank, P, scratch, out);
-  }
-  if (geometry.sources == Sources::kSame)
-    moments_same<P, C>(bank, geometry, query, share, control, scratch, out);
-  else
-    moments_every<P, C>(bank, geometry, query, share, control, scratch, out);
-}
-
-template <MomentPass P>
-void moments_by_channels(const Bank& bank, const Geometry& geometry, const MomentQuery& query,
-                         const Share& share, Control& control, MomentScratch& scratch,
-                         MomentSums out) {
-  by_channels(bank.channels, [&](auto c) {
-    moments_of<P, c.value>(bank, geometry, query, share, control, scratch, out);
-  });
 }
 
 std::size_t moment_scratch_floats(const Bank& bank, int window) {
@@ -759,20 +757,14 @@ void moments(const Bank& bank, const Geometry& geometry, MomentPass pass, const 
              const Share& share, Control& control, float* memory, MomentSums out) {
   const FlushToZero flush_to_zero;
   MomentScratch scratch(bank, query.window, memory);
-  switch (pass) {
-    case MomentPass::kStatistics:
-      return moments_by_channels<MomentPass::kStatistics>(bank, geometry, query, share, control,
-                                                          scratch, out);
-    case MomentPass::kTangent:
-      return moments_by_channels<MomentPass::kTangent>(bank, geometry, query, share, control, scratch,
-                                                       out);
-    case MomentPass::kShares:
-      return moments_by_channels<MomentPass::kShares>(bank, geometry, query, share, control, scratch,
-                                                      out);
-    case MomentPass::kCotangent:
-      return moments_by_channels<MomentPass::kCotangent>(bank, geometry, query, share, control,
-                                                         scratch, out);
+  if (pass == MomentPass::kShares) {
+    std::memset(out.sums, 0, (share.last - share.first) * kLanes * sizeof(double));
+    std::memset(scratch.shares, 0, kBlock * kLanes * sizeof(float));
+  } else {
+    clear_moments(bank, pass, scratch, out);
   }
+  const auto of = geometry.sources == Sources::kSame ? moments_same : moments_every;
+  of(bank, geometry, pass, query, share, control, scratch, out);
 }
 
 }  // namespace

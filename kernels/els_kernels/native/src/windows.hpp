@@ -40,7 +40,7 @@ inline Vec lane_bias(std::int64_t tile, const Query& query) {
 }
 
 template <int C, bool kSame>
-void sweep_block(int streams, const Block& block, const Rows& rows, const Columns& columns,
+[[gnu::noinline]] void sweep_block(int streams, const Block& block, const Rows& rows, const Columns& columns,
                  Scratch& scratch) {
   switch (streams) {
     case 1: return sweep<C, 1, kSame>(block, rows, columns, scratch);
@@ -48,6 +48,14 @@ void sweep_block(int streams, const Block& block, const Rows& rows, const Column
     case 3: return sweep<C, 3, kSame>(block, rows, columns, scratch);
     default: return sweep<C, kBlock, kSame>(block, rows, columns, scratch);
   }
+}
+
+using SweepBlock = void (*)(int, const Block&, const Rows&, const Columns&, Scratch&);
+
+// The sweeps over a number of channels. What calls them is compiled once for all of them.
+template <bool kSame>
+SweepBlock sweep_of(int channels) {
+  return by_channels(channels, [](auto c) { return SweepBlock(sweep_block<c.value, kSame>); });
 }
 
 // Displacement 0 over a whole axis: on the torus, or clipped at its ends.
@@ -62,10 +70,10 @@ inline Columns all_columns(const Bank& bank, int radius, bool cyclic) {
 }
 
 // The sources of a query place are the same place of each image.
-template <int C>
-void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
+inline void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
                 std::int64_t first, std::int64_t last, Control& control, Scratch& scratch,
                 Partial out) {
+  const SweepBlock sweep = sweep_of<true>(bank.channels);
   const bool cyclic = geometry.padding != Padding::kZeros;
   const std::size_t row = std::size_t(bank.width) * kLanes;
   const Rows rows = all_rows(bank, query.window / 2, cyclic);
@@ -80,7 +88,7 @@ void same_place(const Bank& bank, const Geometry& geometry, const Query& query,
     const int streams = int(last - tile < kBlock ? last - tile : kBlock);
     for (int d = 0; d < streams; ++d) store(lanes + d * kLanes, lane_bias(tile + d, query));
     block.keys = bank.data + tile * tile_floats(bank);
-    sweep_block<C, true>(streams, block, rows, columns, scratch);
+    sweep(streams, block, rows, columns, scratch);
   }
   flush(bank, scratch, out);
 }
@@ -224,9 +232,9 @@ void for_each_rows(const Bank& bank, Padding padding, int r, Work work) {
 }
 
 // The sources of a query place are all places of each image that the padding allows.
-template <int C>
-void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
+inline void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
                  const Share& share, Control& control, Scratch& scratch, Partial out) {
+  const SweepBlock sweep = sweep_of<false>(bank.channels);
   const int height = bank.height, r = query.window / 2;
   const std::size_t row = std::size_t(bank.width + 2 * kPad) * kLanes;
   const Block block = {query.scaled,  scratch.tile + kPad * kLanes, bank.pixels(),
@@ -244,7 +252,7 @@ void every_place(const Bank& bank, const Geometry& geometry, const Query& query,
         if (is_stopped(control)) return;
         columns.bias_row = row;
         columns.bias = (clipped ? scratch.edge_bias : scratch.bias) + kPad * kLanes;
-        sweep_block<C, false>(streams, block, rows, columns, scratch);
+        sweep(streams, block, rows, columns, scratch);
       });
     });
     flush(bank, scratch, out);
