@@ -17,6 +17,7 @@ holds the normalised factors of one axis.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -196,6 +197,18 @@ def cells(
 
 
 def _axes(length: int, window: int, geometry: Geometry) -> list[Axis]:
+    return _axes_on(length, window, geometry, torch.get_default_device())
+
+
+@functools.lru_cache(maxsize=256)
+def _axes_on(length: int, window: int, geometry: Geometry, _: torch.device) -> list[Axis]:
+    """Return the axes of queries of a size, whose tensors are on the default device."""
+    # Callers may differentiate, also after one that did not.
+    with torch.inference_mode(False):
+        return _new_axes(length, window, geometry)
+
+
+def _new_axes(length: int, window: int, geometry: Geometry) -> list[Axis]:
     r = window // 2
     wrapped = _wrapped(r)
     image = torch.arange(length)

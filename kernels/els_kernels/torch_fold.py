@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from els_kernels.control import checkpoint
+from els_kernels.default_device import made_on
 from els_kernels.fold_plan import Cell, FoldQuery, extend, own_patch
 
 _LOG2E = math.log2(math.e)
@@ -41,7 +42,7 @@ class TiledFold:
 
     def __call__(self, query: FoldQuery) -> tuple[Tensor, Tensor]:
         """Return mean [C, H, W] and log evidence [H, W]."""
-        with torch.device(query.x.device):
+        with made_on(query.x.device):
             image = query.x.double() - query.a * self._centre
             mean, evidence = torch.zeros_like(image), torch.zeros_like(image[0])
             groups = within(self._groups, query.limits)
@@ -55,7 +56,7 @@ class TiledFold:
 
     def without(self, query: FoldQuery, image: int) -> tuple[Tensor, Tensor]:
         """Return the mean [C, H, W] without a bank image, and its weight [H, W]."""
-        with torch.device(query.x.device):
+        with made_on(query.x.device):
             x = query.x.double() - query.a * self._centre
             mean, weight = torch.zeros_like(x), torch.zeros_like(x[:1])
             own, others = (

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from els_kernels.default_device import made_on
 from els_kernels.fold_pairs import (
     TILE,
     Block,
@@ -41,7 +42,7 @@ class TiledFoldMoments:
         """Return the fields of ``PosteriorStatistics`` for one image."""
         images = sum(map(len, self._groups))
         answer = ImageStatistics.empty(query.x, images, top, shares=shares)
-        with torch.device(query.x.device):
+        with made_on(query.x.device):
             for rows in query.blocks(_row_bytes(query, top)):
                 self._add_statistics(query, rows, answer.rows(rows))
         return answer
@@ -71,7 +72,7 @@ class TiledFoldMoments:
     def _product(
         self, kind: Literal["vjp", "jvp"], query: FoldQuery, direction: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with torch.device(query.x.device):
+        with made_on(query.x.device):
             mean, product = (torch.zeros_like(query.x).double() for _ in range(2))
             for rows in query.blocks(_row_bytes(query, 0)):
                 for cell in self._cells(query, rows):

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from els_kernels.default_device import made_on
 from els_kernels.fold_plan import Axis, FoldQuery, extend, own_patch
 from els_kernels.geometry import Geometry
 from els_kernels.native.fold_bank import FoldCrop, FoldPasses, NativeFoldBank
@@ -35,7 +36,7 @@ class NativeFold(NativeFoldBank):
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
         """
-        with torch.device("cpu"):
+        with made_on(torch.device("cpu")):
             crops = self._crops(query)
             if not all(crop.resolved for _, crop in crops):
                 return self._exact(query)
@@ -55,7 +56,7 @@ class NativeFold(NativeFoldBank):
         Raises:
             ComputationStoppedError, MemoryError: As a call.
         """
-        with torch.device("cpu"):
+        with made_on(torch.device("cpu")):
             crops = self._crops(query)
             if not all(crop.resolved for _, crop in crops):
                 return self._exact.without(query, image)

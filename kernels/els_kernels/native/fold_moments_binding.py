@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from els_kernels.default_device import made_on
 from els_kernels.fold_plan import Cell, FoldQuery
 from els_kernels.image_statistics import ImageStatistics
 from els_kernels.native.fold_bank import FoldPasses, NativeFoldBank
@@ -46,7 +47,7 @@ class NativeFoldMoments(NativeFoldBank):
             ComputationStoppedError: The current ``Control`` was stopped.
             MemoryError: The partial results do not fit in memory.
         """
-        with torch.device("cpu"):
+        with made_on(torch.device("cpu")):
             whole = NativeFoldQuery(self, query)
             if not whole.crop.resolved:
                 return self._exact.statistics(query, top, shares)
@@ -63,7 +64,7 @@ class NativeFoldMoments(NativeFoldBank):
         Raises:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
-        with torch.device("cpu"):
+        with made_on(torch.device("cpu")):
             whole = NativeFoldQuery(self, query)
             if not whole.crop.resolved:
                 return self._exact.vjp(query, cotangent)
@@ -75,7 +76,7 @@ class NativeFoldMoments(NativeFoldBank):
         Raises:
             ComputationStoppedError, MemoryError: As ``statistics``.
         """
-        with torch.device("cpu"):
+        with made_on(torch.device("cpu")):
             whole = NativeFoldQuery(self, query)
             if not whole.crop.resolved:
                 return self._exact.jvp(query, tangent)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from els_kernels.control import Control, current
+from els_kernels.default_device import made_on
 from els_kernels.geometry import Geometry
 from els_kernels.native.binding import _PADDING, _SOURCES, BlocksArgument, _library, run_apart
 
@@ -104,7 +105,7 @@ def moment_rows(native: Native, call: MomentCall) -> MomentRows:
     """
     _, channels, height, width = native.shape
     runs = native.blocks.runs(*call.limits)
-    with torch.device("cpu"):
+    with made_on(torch.device("cpu")):
         vectors = (2 + 2 * channels, 0, channels, 1 + channels)[call.kind]
         shares = call.kind == SHARES
         shape = (native.shape[0],) if shares else (len(runs), vectors, height, width)
