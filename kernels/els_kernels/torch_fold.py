@@ -169,6 +169,9 @@ class _Planes:
         self._ring = max(crop.shape[-1], *keys)
         self._scaled = pad(crop * (a / s / s * _LOG2E), (0, self._ring - crop.shape[-1]))
         self._bias = -(a / s) * (a / s) * _LOG2E / 2
+        # Of all rows of a crop; that of fewer is a part of it.
+        self._box_rows = box_matrix(crop.shape[1], self._k).to(crop.device)
+        self._box_cols = box_matrix(self._ring, self._k)[: cell.cols.places].T.to(crop.device)
 
     def _tiles(self) -> Iterator[_Tile]:
         """Yield every displacement of every image, in an order that depends on shapes only."""
@@ -202,9 +205,8 @@ class _Planes:
         products = self._scaled[0, crop] * near[:, 0]
         for c in range(1, len(self._scaled)):
             products.addcmul_(self._scaled[c, crop], near[:, c])
-        box_rows = box_matrix(crop.stop - crop.start, self._k).to(products)
-        box_cols = box_matrix(self._ring, self._k)[: self._cell.cols.places].to(products)
-        logits = box_rows @ (products @ box_cols.T)
+        box_rows = self._box_rows[: last - first, : crop.stop - crop.start]
+        logits = box_rows @ (products @ self._box_cols)
         logits += bias[:, first + dy : last + dy, :, : self._cell.cols.places].transpose(1, 2)
         return _Tile(rows, crop, near, logits)
 
