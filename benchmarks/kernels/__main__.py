@@ -4,13 +4,15 @@
     python -m benchmarks.kernels --device cuda --out FILE.json
     python -m benchmarks.kernels --device cuda --rehearse --out FILE.json
     python -m benchmarks.kernels --errors [--out FILE.json]
+    python -m benchmarks.kernels --earlier LIBRARY [--repeats 20] [--out FILE.json]
     python -m benchmarks.kernels --plot RECORD.json
 
 On a CPU rows are printed as they are measured: first time and memory relative to the naive form;
 then the native kernel alone, in batches, and other implementations in the same run (KeOps too if
 installed). For a GPU see ``cuda``. ``--errors`` measures the error of each implementation against
-float64 over noise levels instead. Plots are written next to a record if matplotlib is installed;
-``--plot`` redraws them.
+float64 over noise levels instead, ``--earlier`` the speed against an earlier build of the native
+library, for the same calls, by noise level on one thread. Plots are written next to a record if
+matplotlib is installed; ``--plot`` redraws them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def main() -> None:
     record.add_arguments(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--errors", action="store_true", help="errors against float64, no speeds")
+    parser.add_argument("--earlier", type=Path, metavar="LIBRARY", help="an earlier build")
     parser.add_argument("--plot", type=Path, metavar="RECORD", help="only plot a record")
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny cases of --device cuda, interpreted on a CPU"
@@ -47,6 +50,16 @@ def main() -> None:
 
         recorder = record.start("kernels-cuda", options)
         cuda.run(path, commit=recorder.commit, rehearse=options.rehearse)
+    elif options.earlier is not None:
+        from benchmarks.kernels import builds
+
+        recorder = record.start("kernels-builds", options)
+        rows = []
+        for row in builds.rows(options.earlier, max(2, options.repeats)):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        print(f"record: {recorder.write(rows)}")
+        return
     elif options.plot is None:
         from benchmarks.kernels import cpu, errors, naive
 

@@ -23,6 +23,8 @@ constexpr int kPad = kBlock - 1;  // columns on either side that a block may tou
 constexpr float kNoPeak = -1.7e38f;
 // How far, in bits, a logit may exceed the running maximum before the sums are rescaled.
 constexpr float kHeadroom = 40.0f;
+// Bits of a sum that count: what is left out of it, in total, is a sixteenth of the rounding of a float.
+constexpr int kCounted = 28;
 // Running sums are recomputed after so many rows (V) and columns (S), so that rounding errors do not
 // accumulate. S is the larger number, where most of the error is made, and the cheaper to restart.
 constexpr int kRowRestart = 32, kColumnRestart = 16;

@@ -22,6 +22,7 @@ struct Block {
   std::size_t key_plane, key_row, stream;
   float norm_bias;  // same place only: its norms are summed along with the products
   int channels, height;
+  float dead = 0.0f;  // bits relative to the running maximum up to which weights do not count
 };
 
 // Rows u and y = u + dy of a sweep; both advance cyclically. Clipped: the query is zero outside.
@@ -179,9 +180,32 @@ void start_row(const Columns& columns, const float* V, int from, int count, Vec 
   *peak = higher;
 }
 
+// Add the weights of a block to the sums of a place; `above` are its logits relative to the maximum.
+template <int C, int D, bool kSame>
+[[gnu::always_inline]] inline void add_weights(const Block& block, const Vec (&above)[D],
+                                               const float* values, float* sums) {
+  Vec weight[D];
+  Vec total = load(sums);
+#pragma GCC unroll 8
+  for (int d = 0; d < D; ++d) {
+    weight[d] = exp2(above[d]);
+    total += weight[d];
+  }
+  store(sums, total);
+  for (int c = 0; c < channels_of<C>(block); ++c) {
+    Vec response = load(sums + (1 + c) * kLanes);
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d)
+      response += weight[d] *
+                  load(values + c * block.key_plane + d * (kSame ? block.stream : kLanes));
+    store(sums + (1 + c) * kLanes, response);
+  }
+}
+
 // Add a run of places to their softmax sums. `left` and `right` are the slots of the first window's
 // first and last column. S comes in as the sum of the window before, `gone` as its first column, and
 // both leave so: the small difference of two columns is rounded, then added to the large sum once.
+// Where no weight of a block counts, it costs its logits alone.
 template <int C, int D, bool kSame>
 void respond(const Block& block, Vec (&S)[D], Vec (&gone)[D], const float* left, const float* right,
              const float* bias, const float* values, float* sums, float* peak, int count) {
@@ -190,34 +214,29 @@ void respond(const Block& block, Vec (&S)[D], Vec (&gone)[D], const float* left,
 #pragma GCC unroll 8
   for (int d = 0; d < D; ++d) s[d] = S[d], g[d] = gone[d];
   for (int j = 0; j < count; ++j) {
-    Vec logit[D];
+    const Vec reference = splat(*peak);
+    Vec above[D];
 #pragma GCC unroll 8
     for (int d = 0; d < D; ++d) {
       s[d] += load(right + d * kLanes) - g[d];
-      logit[d] = s[d] + load(bias + d * kLanes);
+      above[d] = s[d] + load(bias + d * kLanes) - reference;
       g[d] = load(left + d * kLanes);
     }
-    Vec top = logit[0];
+    Vec top = above[0];
 #pragma GCC unroll 8
-    for (int d = 1; d < D; ++d) top = larger(top, logit[d]);
-    if (__builtin_expect(any_above(top, *peak + kHeadroom), 0))
-      raise_peak(top, peak, sums, 1 + channels);
-    const Vec reference = splat(*peak);
-    Vec weight[D];
-    Vec total = load(sums);
+    for (int d = 1; d < D; ++d) top = larger(top, above[d]);
+    if (any_above(top, block.dead)) {
+      if (__builtin_expect(any_above(top, kHeadroom), 0)) {
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) {
-      weight[d] = exp2(logit[d] - reference);
-      total += weight[d];
-    }
-    store(sums, total);
-    for (int c = 0; c < channels; ++c) {
-      Vec response = load(sums + (1 + c) * kLanes);
+        for (int d = 0; d < D; ++d) above[d] = s[d] + load(bias + d * kLanes);
+        top = above[0];
 #pragma GCC unroll 8
-      for (int d = 0; d < D; ++d)
-        response += weight[d] *
-                    load(values + c * block.key_plane + d * (kSame ? block.stream : kLanes));
-      store(sums + (1 + c) * kLanes, response);
+        for (int d = 1; d < D; ++d) top = larger(top, above[d]);
+        raise_peak(top, peak, sums, 1 + channels);
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) above[d] -= *peak;
+      }
+      add_weights<C, D, kSame>(block, above, values, sums);
     }
     left += D * kLanes;
     right += D * kLanes;

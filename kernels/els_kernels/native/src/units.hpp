@@ -64,16 +64,7 @@ typedef std::uint32_t Units __attribute__((vector_size(4 * kLanes)));
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   return exp2(units * scale);
 #else
-  // As exp2, with a polynomial of degree 5; the product is a part of the additions.
-  const Vec kRound = splat(12582912.0f);
-  const Vec t = units * scale + kRound;
-  const Vec f = units * scale - (t - kRound);
-  Vec p = f * 1.326472615e-03f + 9.671512991e-03f;
-  p = p * f + 5.550733581e-02f;
-  p = p * f + 2.402224243e-01f;
-  p = p * f + 6.931470037e-01f;
-  p = p * f + 1.0f;
-  return (Vec)((IVec)p + ((IVec)t << 23));
+  return exp2_fused(units, scale);
 #endif
 }
 

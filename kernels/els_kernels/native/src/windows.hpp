@@ -39,6 +39,15 @@ inline Vec lane_bias(std::int64_t tile, const Query& query) {
   return bias;
 }
 
+// Bits relative to the running maximum up to which weights do not count, in a task with so many sources
+// of each place: all those left out are together below 2^-kCounted of the sum, which the source of the
+// maximum alone makes 1. It depends on the task only.
+inline float dead_bits(std::int64_t sources) {
+  int bits = kCounted;
+  for (; sources > 1; sources = (sources + 1) / 2) ++bits;
+  return float(-bits);
+}
+
 template <int C, bool kSame>
 [[gnu::noinline]] void sweep_block(int streams, const Block& block, const Rows& rows, const Columns& columns,
                  Scratch& scratch) {
@@ -82,7 +91,7 @@ inline void same_place(const Bank& bank, const Geometry& geometry, const Query& 
   columns.bias = lanes;
   Block block = {query.scaled, nullptr,           bank.pixels(), std::size_t(bank.width),
                  bank.height * row, row, tile_floats(bank), query.bias,
-                 bank.channels, bank.height};
+                 bank.channels, bank.height, dead_bits((last - first) * kLanes)};
   clear(bank, scratch, out);
   for (std::int64_t tile = first; tile < last && advance(control); tile += kBlock) {
     const int streams = int(last - tile < kBlock ? last - tile : kBlock);
@@ -239,7 +248,8 @@ inline void every_place(const Bank& bank, const Geometry& geometry, const Query&
   const std::size_t row = std::size_t(bank.width + 2 * kPad) * kLanes;
   const Block block = {query.scaled,  scratch.tile + kPad * kLanes, bank.pixels(),
                        std::size_t(bank.width), height * row, row, kLanes, 0.0f,
-                       bank.channels, height};
+                       bank.channels, height,
+                       dead_bits((share.last - share.first) * kLanes * bank.pixels())};
   clear(bank, scratch, out);
   for (std::int64_t tile = share.first; tile < share.last && !is_stopped(control); ++tile) {
     const float* images = bank.data + tile * tile_floats(bank);
