@@ -54,20 +54,16 @@ class Question:
     k: int
 
 
-class Trio:
-    """This build, an earlier one and a copy of the earlier one, over one bank.
+class Builds:
+    """Libraries of several builds, over one bank.
 
     Args:
-        earlier: the library of the earlier build, for the same calls.
-        folder: for its copy.
+        libraries: by name, the earlier build first; for the same calls.
         bank: images [N, C, H, W].
     """
 
-    def __init__(self, earlier: Path, folder: Path, bank: Tensor) -> None:
-        copy = Path(shutil.copy(earlier, folder / "copy.so"))
-        paths = {"earlier": earlier.resolve(), "copy": copy, "now": LIBRARY}
-        self._libraries = {name: ctypes.CDLL(str(path)) for name, path in paths.items()}
-        self.bank = bank
+    def __init__(self, libraries: dict[str, ctypes.CDLL], bank: Tensor) -> None:
+        self._libraries, self.bank = libraries, bank
         self._native = Native(bank)
 
     def seconds(self, question: Question, padding: str) -> dict[str, float]:
@@ -164,15 +160,18 @@ def rows(earlier: Path, rounds: int) -> Iterator[Row]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(earlier, folder))
+        paths = {"earlier": earlier.resolve(), "copy": copy, "now": LIBRARY}
+        libraries = {name: ctypes.CDLL(str(path)) for name, path in paths.items()}
         for name, (bank, clean) in banks().items():
-            trio = Trio(earlier, Path(folder), bank)
+            builds = Builds(libraries, bank)
             shared: Row = {"part": "builds", "bank": name, "images": len(bank), "rounds": rounds}
             for padding in PADDINGS:
                 for k in WINDOWS:
                     for s in LEVELS:
                         a = math.sqrt(1 - s * s)
                         one = Question(a * clean + s * torch.randn_like(clean), a, s, k)
-                        row = trio.row([one], padding, rounds)
+                        row = builds.row([one], padding, rounds)
                         yield {**shared, "padding": padding, "k": k, "s": s, **row}
-                row = trio.row(trajectory(bank, padding), padding, rounds)
+                row = builds.row(trajectory(bank, padding), padding, rounds)
                 yield {**shared, "padding": padding, "steps": STEPS, **row}
