@@ -27,8 +27,6 @@ from els_kernels.triton.tuning import Arch
 
 _UNITS: dict[Arch, str] = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTCHMMA", "gfx942": "v_mfma"}
 """The matrix instruction native to each architecture."""
-
-
 _RELOADS = 8
 """Spill instructions of a binary for Hopper: numbers that no step changes, read once in each."""
 

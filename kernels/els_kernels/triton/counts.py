@@ -131,7 +131,7 @@ def cover_of(padding: Padding, channels: int, side: int, window: int, block_m: i
 def _tiles(
     traversal: DiagonalTraversal, padding: Padding, side: int, window: int, block_m: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield steps, and steps with a softmax, of each tile of diagonals: as ``diagonal_kernel``."""
+    """Yield steps, and steps with a softmax, of each tile of diagonals, as the kernels do."""
     rows, cols = side + window - 1, side if padding != "zeros" else side - window + 1
     key_rows = side + window - 1 if padding == "zeros" else side
     flat0, flats = (edge * cols for edge in traversal.diagonals)

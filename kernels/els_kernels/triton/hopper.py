@@ -82,7 +82,10 @@ def copy_row(
 def products(
     keys, queries, buffer, zeros, KEY_TERMS: gl.constexpr, TERMS: gl.constexpr, BLOCKS: gl.constexpr
 ):
-    """Start the products of a row, [BLOCK_M, BLOCK_N] like ``zeros``; ``copy_row`` has the rest."""
+    """Start the products of a row of ``keys`` and ``queries``, the shared memory of ``copy_row``.
+
+    They are [BLOCK_M, BLOCK_N] like ``zeros``.
+    """
     step = warpgroup_mma_init(zeros)
     for key_term in gl.static_range(KEY_TERMS):
         for term in gl.static_range(TERMS - key_term):
@@ -156,7 +159,6 @@ def hopper_kernel(
     SLOTS,
     FLATS,
     FLAT0,
-    BEFORE,
     TERMS: gl.constexpr,
     KEY_TERMS: gl.constexpr,
     PAIR: gl.constexpr,
@@ -179,8 +181,8 @@ def hopper_kernel(
     ``hopper_launch``), so that a box sum times ``scale`` is a logit.
 
     Tensors:
-        p_query: [B, TERMS, QUERY_PLACES, DEPTH] float16, with BEFORE zero places before the first
-            and BLOCK_M after the last.
+        p_query: [B, TERMS, QUERY_PLACES, DEPTH] float16, with BLOCK_M zero places before the first
+            and after the last.
         p_keys: as for ``diagonal_kernel``.
         p_norms: [IMAGES, KEY_ROWS, KEY_COLS, 8] float16.
         p_values: [IMAGES, IMAGE_ROWS, IMAGE_COLS, VALUES] float16.
@@ -227,7 +229,7 @@ def hopper_kernel(
     query_stride = QUERY_PLACES * DEPTH
     i_copy = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, COPY_QUERY))
     o_image = gl.minimum(i_copy // DIAGONALS, BATCH - 1 - i_b) * TERMS * query_stride
-    o_query = o_image + (BEFORE + flat_first + i_copy % DIAGONALS) * DEPTH
+    o_query = o_image + (BLOCK_M + flat_first + i_copy % DIAGONALS) * DEPTH
     o_query = o_query[:, None] + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, COPY_QUERY))[None]
     p_query += i_b.to(gl.int64) * TERMS * query_stride
 
@@ -275,8 +277,8 @@ def hopper_kernel(
     async_copy.commit_group()
     for i in range(gl.cdiv(flat_keys, BLOCK_N) * (last - first) + 1):
         stage = i & 1
-        # A single buffer has number 0, which the compiler does not know: it would keep all
-        # descriptors of the products in registers.
+        # A single buffer has number 0, as there are fewer than 2^30 rows, which the compiler does
+        # not know: it would keep all descriptors of the products in registers.
         buffer = stage if BUFFERS > 1 else i >> 30
 
         # The state that the row before is absorbed into, on its way while copies end.

@@ -11,8 +11,9 @@ are zero, so that a box sum does not depend on where its tile begins.
     its 2nd     f, second          -f, second          0             0
 
 Three terms of half precision hold a float32 norm, and a product with f in three terms (the third
-only times the first of the norm) is exact to 2^-32. What a matrix unit cuts off f·n(t) leaves with
-the next row, as it cuts the same bits off both.
+only times the first of the norm) is exact to 2^-32. A query of one term has the second of f in
+the place of the third. What a matrix unit cuts off f·n(t) nearly leaves with the next row, which
+cuts it at about the same bit.
 """
 
 from __future__ import annotations
@@ -70,26 +71,26 @@ def diagonal(
     if tile is None:
         raise ValueError(f"window: expected one with a tile for Hopper, got {window}")
     depth, config = tile
-    exponent = _exponent(window * window * channels, len(keys))
-    scale, smaller, factors = _factors(batch, exponent)
-    query = layout.unfold_rows(
-        layout.pair_rows(batch.terms.transpose(0, 1), window, padding, query=True), window, depth
-    )
+    # Half norms times this power of two are at most 2^15.
+    unit = torch.ldexp(torch.ones_like(half[0, 0, 0]), 15 - torch.frexp(half.amax()).exponent)
+    scale, smaller, factors = _factors(batch, unit)
+    # Not in half precision, which does not have all these powers.
+    images = (batch.terms.transpose(0, 1) * smaller[:, None, None, None, None]).half()
+    query = layout.unfold_rows(layout.pair_rows(images, window, padding, query=True), window, depth)
     rows, cols = query.shape[2:4]
-    query *= smaller[:, None, None, None, None]
     _write_factors(query[..., depth - NORM_COLUMNS :], factors, window)
     # Places beside a query are zero, so that a tile may overhang it.
     query = pad(query.flatten(2, 3), (0, 0, config.block_m, config.block_m))
 
     flat0, end = (edge * cols for edge in traversal.diagonals)
-    images, width = keys.shape[1], pair * len(keys) + NORM_COLUMNS
-    slab = launch.slab_images(images, keys.shape[-2:], window, width)
+    count, width = keys.shape[1], pair * len(keys) + NORM_COLUMNS
+    slab = launch.slab_images(count, keys.shape[-2:], window, width)
     # Chunks, and so results, do not depend on how many images share a tile.
     chunk = tuning.chunk_images(
-        min(slab, images), traversal.columns, -(-(end - flat0) // config.block_m),
+        min(slab, count), traversal.columns, -(-(end - flat0) // config.block_m),
         launch.paired_elements(keys.shape[-2:], window, width),
     )  # fmt: skip
-    chunks = -(-min(slab, images) // chunk)
+    chunks = -(-min(slab, count) // chunk)
     places = (rows - window + 1) * cols
     peak, sums = launch.empty_states(size, chunks * traversal.slots, places, values)
     # A slot without pairs is empty: peak -inf, sums 0.
@@ -100,18 +101,18 @@ def diagonal(
         flat0, end - flat0, config.block_m // share, (rows, cols), traversal.rows, traversal.margin
     )
     table = torch.tensor(spans, dtype=torch.int32, device=keys.device)
-    for first in range(0, images, slab):
+    for first in range(0, count, slab):
         # Each slab continues the states of the one before it.
-        block = slice(first, min(first + slab, images))
+        block = slice(first, min(first + slab, count))
         paired = layout.pair_rows(keys[:, block], window, padding, query=False, slack=depth)
-        columns = _norm_columns(half[block], traversal, window, padding, exponent, paired.shape[2])
+        columns = _norm_columns(half[block], traversal, window, padding, unit, paired.shape[2])
         hopper_kernel[(len(spans), -(-size // share), -(-(block.stop - first) // chunk))](
             query, paired, columns, layout.aligned(values[block]), scale, table, peak, sums,
             rows, cols, query.shape[2], size, share, config.block_m // share,
             paired.shape[2], traversal.columns, paired.shape[3], paired.shape[1],
             traversal.lag, *half.shape[1:], *traversal.origin,
             window, traversal.emit_from, *traversal.inner,
-            chunks, chunk, traversal.slots, end - flat0, flat0, config.block_m,
+            chunks, chunk, traversal.slots, end - flat0, flat0,
             TERMS=terms, KEY_TERMS=key_terms, PAIR=pair, DEPTH=depth,
             VALUES=values.shape[-1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_V=max(8, values.shape[-1]), BUFFERS=config.num_stages,
@@ -128,22 +129,20 @@ def _share(size: int, elements: int) -> int:
     return share
 
 
-def _exponent(depth: int, key_terms: int) -> int:
-    """Return e for which half norms of windows of ``depth`` pixels are at most 2^(15 + e)."""
-    largest = precision.LARGEST[key_terms]
-    return max(0, math.ceil(math.log2(depth * largest * largest / 2)) - 15)
-
-
-def _factors(batch: Queries, exponent: int) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(batch: Queries, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return scale [B], the power of two that keeps factors in range [B], and factors [3, B].
 
     The power makes queries smaller that are small beside their bank, whose logits are its norms.
+
+    Args:
+        batch: queries.
+        unit: power of two that norms are multiplied by.
     """
-    factor = batch.bias.double() / batch.scale.double() * 2.0**exponent
+    factor = batch.bias.double() / batch.scale.double() / unit.double()
     above = (torch.frexp(factor).exponent - 15).clamp(min=0)
     smaller = torch.ldexp(torch.ones_like(factor), -above)
     terms = precision.split(factor * smaller, 3)
-    return (batch.scale.double() / smaller).float(), smaller.half(), terms
+    return (batch.scale.double() / smaller).float(), smaller.float(), terms
 
 
 def _write_factors(columns: Tensor, factors: Tensor, window: int) -> None:
@@ -165,17 +164,17 @@ def _norm_columns(
     traversal: DiagonalTraversal,
     window: int,
     padding: Padding,
-    exponent: int,
+    unit: Tensor,
     rows: int,
 ) -> Tensor:
-    """Return the columns of norms [N, key rows, key columns, 8] float16, times 2^-exponent.
+    """Return the columns of norms [N, key rows, key columns, 8] float16, times ``unit``.
 
     Args:
         half: ‖p‖²/2 of the window at each place, [N, H, W] float32.
         traversal: where key rows lie in the image.
         window: k.
         padding: how rows continue; other than on the torus, rows that end no window have none.
-        exponent: see ``_exponent``.
+        unit: power of two.
         rows: key rows.
     """
     if padding == "circular":
@@ -188,7 +187,7 @@ def _norm_columns(
         old = pad(new[:, :-1], (0, 0, 1, 0))
     columns = half.new_empty(*new.shape, NORM_COLUMNS, dtype=torch.float16)
     for at, norms in enumerate((new, old)):
-        terms = precision.split(norms.double() * 2.0**-exponent, 3)
+        terms = precision.split(norms.double() * unit, 3)
         columns[..., 3 * at : 3 * at + 3] = terms.movedim(0, -1)
         columns[..., 6 + at] = terms[0]
     return columns

@@ -30,8 +30,6 @@ from torch import Tensor
 
 LEVELS = 127.5
 """A byte v represents v/LEVELS - 1."""
-LARGEST = {1: 255, 2: 2**11}
-"""Number of a bank's terms → bound of a centred pixel, in units of the keys."""
 _GRID_ERROR = 2e-5
 """Tolerance of a float32 v/127.5 - 1 in levels: 127.5·2^-23, and a margin."""
 _ONE_TERM = 13400.0
@@ -102,9 +100,10 @@ def _mean(bank: Tensor) -> Tensor:
 
 
 def _two_terms(bank: Tensor, centre: Tensor) -> Keys:
-    # 2^11: squares and products of two terms are well within float32 and half precision.
-    largest = max(float((bank.amax() - centre).max()), float((centre - bank.amin()).max()), 1e-30)
-    unit = 2.0 ** math.frexp(largest)[1] / LARGEST[2]
+    # 2^11: squares and products of two terms are well within float32 and half precision. Below 1e-6
+    # a bank is constant at any level, and scales of its queries would leave float32.
+    largest = max(float((bank.amax() - centre).max()), float((centre - bank.amin()).max()), 1e-6)
+    unit = 2.0 ** math.frexp(largest)[1] / 2**11
     terms = torch.empty(2, *bank.shape, dtype=torch.float16, device=bank.device)
     for block in blocks(bank):
         terms[:, block] = split((bank[block].double() - centre) / unit, 2)

@@ -1,7 +1,8 @@
 """Tile shapes and the choice of form, as data: nothing is tuned at run time.
 
-Chosen from the static roofline (``benchmarks/results/static.md``): the largest tiles that neither
-spill nor exceed the chip's shared memory. No entry depends on the batch, so neither do results.
+Chosen from the static roofline (``benchmarks/results/static.md``): the largest tiles that do not
+exceed the chip's shared memory, nor spill what a step changes. No entry depends on the batch, so
+neither do results.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ _HOPPER = Config(64, 128, 32, 4, 2)
 NORM_COLUMNS = 8
 """Columns of a product that are norms of keys, for Hopper: see ``hopper_launch``."""
 HOPPER_UP_TO = 160
-"""Columns of the largest product for Hopper; wider ones spill, and take the tiles above."""
-HOPPER_VALUES = 16
-"""Values of a key, at most, in a tile for Hopper."""
+"""Columns of the largest product for Hopper; wider ones take the tiles above, as more spills."""
+HOPPER_CHANNELS, HOPPER_VALUES = 4, 16
+"""Channels of an image and values of a key, at most, in a tile for Hopper: more channels spill."""
 SHARED_BY = 4
 """Images of a batch that share a tile for Hopper, at most."""
 
@@ -183,7 +184,7 @@ def hopper_tile(
     depth = window * layout.pair_width(channels) + NORM_COLUMNS
     block = 16 if depth <= 48 else 32
     columns = -(-depth // block) * block
-    if columns > HOPPER_UP_TO or layout.value_width(channels, bank_terms) > HOPPER_VALUES:
+    if columns > HOPPER_UP_TO or channels > HOPPER_CHANNELS:
         return None
     # Two buffers, if two programs of a processor can have them: less what the chip keeps of each.
     rows = _HOPPER.block_m * terms + _HOPPER.block_n * min(bank_terms, terms)

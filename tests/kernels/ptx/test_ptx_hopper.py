@@ -1,4 +1,4 @@
-"""The kernel for Hopper beyond one image: tiles that images of a batch share."""
+"""The kernel for Hopper: tiles that images of a batch share, and a bank without contrast."""
 
 from __future__ import annotations
 
@@ -73,3 +73,28 @@ def test_images_that_share_a_tile_have_the_bits_of_each_alone(
     assert shares == {1, 2, 4}
     assert faults == ""
     assert same == [True] * 8
+
+
+def of_one_colour() -> tuple[str, float]:
+    """Return faults, and the largest error of the mean, of a bank whose pixels are all alike."""
+    import torch
+    from tests.kernels.cases import NAMES
+    from tests.kernels.ptx.driver import InterpretingDriver, interpreting
+
+    from els_kernels.triton.attention import TritonAttention
+
+    bank = torch.full((2, 1, 4, 5), -0.21758409)
+    device = InterpretingDriver("sm90")
+    with interpreting(device, "sm90"):
+        attention = TritonAttention(bank)
+        got = attention(bank[:1] * 0.618, [0.618], [0.786], [3], [(0, 2)], NAMES["els-circular"])
+    return str(device.faults), float((got.mean - bank[:1]).abs().max())
+
+
+def test_a_bank_of_one_colour_that_no_byte_has_is_its_own_mean(
+    compiler: ProcessPoolExecutor,
+) -> None:
+    # Its centred pixels are zero, or as small as a rounding error.
+    faults, error = compiler.submit(of_one_colour).result()
+    assert faults == ""
+    assert error <= 1e-7
