@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 
 import pytest
-from tests.support.preloaded import FORKS
 
 # The project has to work without triton.
 pytestmark = [
@@ -18,17 +15,6 @@ pytestmark = [
         reason="triton is not installed: pip install 'els-denoise[gpu]'",
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[ProcessPoolExecutor]:
-    """A process in which Triton compiles; in this one it interprets the source."""
-    with ProcessPoolExecutor(1, mp_context=FORKS, initializer=_compile_for_real) as pool:
-        yield pool
-
-
-def _compile_for_real() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def outcome_of(name: str) -> tuple[str, int, float]:
