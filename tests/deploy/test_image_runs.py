@@ -43,10 +43,8 @@ CONFINED = (
     *("--security-opt=no-new-privileges", "--memory=2g"),
     *("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"),
 )
-if not IMAGE:
-    # All of them miss the same one.
-    pytest.skip("needs an image: make image-test", allow_module_level=True)
-pytestmark = pytest.mark.timeout(1800)
+needs_image = pytest.mark.skipif(not IMAGE, reason="needs an image: make image-test")
+pytestmark = [needs_image, pytest.mark.timeout(1800)]
 
 
 def podman(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,9 @@ from els_kernels.attention import fastest
 from els_kernels.triton.chips import architecture, unsuited
 
 GPU = torch.device("cuda", 0)
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
+)
 
 
 def nvidia(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
@@ -50,9 +53,7 @@ def test_a_chip_takes_the_tiles_of_the_matrix_units_that_it_has(
     assert architecture(GPU) == tiles
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
-)
+@needs_triton
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_auto_takes_torch_on_a_chip_too_old_for_the_kernels_and_logs_why(
     monkeypatch: pytest.MonkeyPatch,
@@ -78,9 +79,7 @@ def test_an_amd_chip_without_matrix_units_is_not_taken_for_one_that_has_them(
     assert unsuited(GPU) == "expected a GPU with matrix units (gfx942, gfx950), got gfx1100"
 
 
-@pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: pip install 'els-denoise[gpu]'"
-)
+@needs_triton
 class TestHopper:
     """Which queries Hopper's own kernel serves."""
 
